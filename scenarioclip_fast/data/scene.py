@@ -1,0 +1,93 @@
+"""One scene in memory and its JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+SCHEMA = 1
+
+# bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}
+Mask = Tensor | dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class SceneObject:
+    """A named object. `box` is x1, y1, x2, y2 in source pixels, x2 and y2 exclusive."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    mask: Mask | None = None
+
+
+@dataclass(slots=True)
+class Relation:
+    """`subject` and `object` are positions in the scene's list of objects."""
+
+    subject: int
+    predicate: str
+    object: int
+
+
+@dataclass(slots=True, eq=False)
+class Scene:
+    """An image with its action, objects and relations.
+
+    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` names the split a data set assigned, None if it
+    assigned none.
+    """
+
+    key: str
+    image: bytes | Tensor
+    action: str
+    objects: list[SceneObject] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
+    split: str | None = None
+
+    def relation_text(self, k: int) -> str:
+        """The text of relation `k`: "subject predicate object"."""
+        relation = self.relations[k]
+        return f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
+
+
+def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
+    """The KEY.json of a packed scene; `size` is (H, W). Masks must be RLE or None."""
+    return {
+        "schema": SCHEMA,
+        "size": list(size),
+        "action": scene.action,
+        "objects": [{"name": o.name, "box": list(o.box), "mask": o.mask} for o in scene.objects],
+        "relations": [
+            {"subject": r.subject, "predicate": r.predicate, "object": r.object} for r in scene.relations
+        ],
+    }
+
+
+def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) -> Scene:
+    """The inverse of `scene_to_json`. Raises ValueError for a record of another schema or shape."""
+    schema = record.get("schema") if isinstance(record, Mapping) else None
+    if schema != SCHEMA:
+        raise ValueError(f"scene {key}: got schema {schema!r}, expected {SCHEMA}")
+    try:
+        height, width = (int(n) for n in record["size"])
+        objects = [_object_from_json(o, height, width) for o in record["objects"]]
+        relations = [
+            Relation(int(r["subject"]), str(r["predicate"]), int(r["object"])) for r in record["relations"]
+        ]
+        action = str(record["action"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
+    if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
+        raise ValueError(f"scene {key}: a relation names an object that is not among its {len(objects)} objects")
+    return Scene(key, image, action, objects, relations)
+
+
+def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> SceneObject:
+    x1, y1, x2, y2 = (float(v) for v in record["box"])
+    mask = record["mask"]
+    if mask is not None and list(mask["size"]) != [height, width]:
+        raise ValueError(f"mask size {mask['size']} differs from the image's {[height, width]}")
+    return SceneObject(str(record["name"]), (x1, y1, x2, y2), None if mask is None else dict(mask))

@@ -1,0 +1,160 @@
+"""The strings a data set can be asked about, their ids and their CLIP token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.env import require
+from scenarioclip_fast.errors import UserError
+
+SCHEMA = 1
+LEVELS = ("global", "object", "relation")
+START_OF_TEXT, END_OF_TEXT, CONTEXT_LENGTH = 49406, 49407, 77
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return require("instant_clip_tokenizer").Tokenizer()
+
+
+def tokenize(text: str, context_length: int = CONTEXT_LENGTH) -> list[int]:
+    """CLIP token ids of `text`, lower-cased, with start and end tokens, unpadded, cut to `context_length`."""
+    ids = _tokenizer().encode(" ".join(text.lower().split()))
+    return [START_OF_TEXT, *ids[: context_length - 2], END_OF_TEXT]
+
+
+class Vocabulary:
+    """Sorted distinct strings of the three levels; a string's id is its position.
+
+    Args:
+        actions, objects, relations: strings of the levels "global", "object" and "relation".
+        train_counts: per level, how often a string occurs in the train split; strings left out count 0.
+    """
+
+    def __init__(
+        self,
+        actions: Iterable[str],
+        objects: Iterable[str],
+        relations: Iterable[str],
+        train_counts: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
+        self._texts = {
+            level: sorted(set(texts)) for level, texts in zip(LEVELS, (actions, objects, relations), strict=True)
+        }
+        self._ids = {level: {text: i for i, text in enumerate(texts)} for level, texts in self._texts.items()}
+        counts = train_counts or {}
+        self._counts = {
+            level: [counts.get(level, {}).get(text, 0) for text in texts] for level, texts in self._texts.items()
+        }
+        self._tokens: dict[str, list[list[int]]] = {}
+
+    @property
+    def actions(self) -> list[str]:
+        return self._texts["global"]
+
+    @property
+    def objects(self) -> list[str]:
+        return self._texts["object"]
+
+    @property
+    def relations(self) -> list[str]:
+        return self._texts["relation"]
+
+    def texts(self, level: str) -> list[str]:
+        """The strings of `level` in the order of their ids."""
+        return self._texts[self._level(level)]
+
+    def id(self, level: str, text: str) -> int:
+        """The id of `text`; UserError if the vocabulary has no such string."""
+        try:
+            return self._ids[self._level(level)][text]
+        except KeyError:
+            raise UserError(
+                f"unknown {level} text {text!r}: it is not among the {len(self._texts[level])} of the vocabulary; "
+                "pack the data set again so that its vocabulary covers it"
+            ) from None
+
+    def action_id(self, text: str) -> int:
+        return self.id("global", text)
+
+    def object_id(self, text: str) -> int:
+        return self.id("object", text)
+
+    def relation_id(self, text: str) -> int:
+        return self.id("relation", text)
+
+    def tokens(self, level: str) -> list[list[int]]:
+        """CLIP token ids of every string of `level`, with start and end tokens, unpadded."""
+        level = self._level(level)
+        if level not in self._tokens:
+            self._tokens[level] = [tokenize(text) for text in self._texts[level]]
+        return self._tokens[level]
+
+    def train_counts(self, level: str) -> list[int]:
+        """How often each string of `level` occurs in the train split; 0 means held out of training."""
+        return self._counts[self._level(level)]
+
+    def to_json(self) -> dict[str, Any]:
+        levels = {
+            level: {
+                "texts": self._texts[level],
+                "tokens": self.tokens(level),
+                "train_counts": self._counts[level],
+            }
+            for level in LEVELS
+        }
+        return {"schema": SCHEMA, "tokenizer": "clip", **levels}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Reads what `save` wrote; needs no tokenizer. UserError if the file is missing or is something else."""
+        path = Path(path)
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; `scenarioclip-fast pack` writes it") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable vocabulary ({error})") from None
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            got = record.get("schema") if isinstance(record, dict) else type(record).__name__
+            raise UserError(f"{path}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
+        try:
+            texts = [record[level]["texts"] for level in LEVELS]
+            counts = {
+                level: dict(zip(record[level]["texts"], record[level]["train_counts"], strict=True))
+                for level in LEVELS
+            }
+            tokens = {level: [[int(t) for t in ids] for ids in record[level]["tokens"]] for level in LEVELS}
+            vocabulary = cls(*texts, train_counts=counts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: malformed vocabulary ({type(error).__name__}: {error})") from None
+        if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):
+            raise UserError(f"{path}: the texts are not sorted and distinct; pack the data set again")
+        if any(len(tokens[level]) != len(vocabulary._texts[level]) for level in LEVELS):
+            raise UserError(f"{path}: not one token list per text; pack the data set again")
+        vocabulary._tokens = tokens
+        return vocabulary
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return self._texts == other._texts and self._counts == other._counts
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sizes: Sequence[int] = [len(self._texts[level]) for level in LEVELS]
+        return f"Vocabulary(actions={sizes[0]}, objects={sizes[1]}, relations={sizes[2]})"
+
+    @staticmethod
+    def _level(level: str) -> str:
+        if level not in LEVELS:
+            raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
+        return level
