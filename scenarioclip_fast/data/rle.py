@@ -1,0 +1,144 @@
+"""COCO run-length masks: {"size": [H, W], "counts": str}, byte-compatible with pycocotools.
+
+A mask is read column by column; its run lengths alternate between 0 and 1 and start with 0 (possibly of
+length zero). From the fourth run on, each is stored as the difference to the run two before; each number is
+written in groups of five bits, low group first, bit 5 saying "more follows", plus 48 to make it printable.
+Source: the COCO API's `maskApi.c` (format only).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MAX_PIXELS = 1 << 28  # nobody has a mask of 268 megapixels; a malformed size must not ask for the memory
+MAX_GROUPS = 7  # 35 bits hold every run of MAX_PIXELS, and its difference
+
+
+def encode(mask: Tensor | NDArray[Any]) -> dict[str, Any]:
+    """Encodes a bool [H, W] mask. Raises ValueError for another shape or dtype."""
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"got a mask of shape {list(array.shape)}, {array.dtype}, expected bool [H, W]")
+    height, width = array.shape
+    return {"size": [height, width], "counts": compress(mask_runs(array))}
+
+
+def decode(rle: dict[str, Any]) -> Tensor:  # bool [H, W]
+    """Decodes a mask. Raises ValueError for anything but a well-formed RLE of the size that it names."""
+    height, width, runs = read_runs(rle)
+    values = np.arange(len(runs), dtype=np.uint8) & 1
+    flat = np.repeat(values, runs).view(np.bool_)
+    return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
+
+
+def area(rle: dict[str, Any]) -> int:
+    """Number of set pixels, without decoding the mask."""
+    return int(read_runs(rle)[2][1::2].sum())
+
+
+def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
+    """(H, W, run lengths) of an RLE; the lengths are >= 0 and sum to H * W, else ValueError."""
+    if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
+        raise ValueError(f'got {_short(rle)} as RLE, expected {{"size": [H, W], "counts": str}}')
+    size, counts = rle["size"], rle["counts"]
+    if (
+        not isinstance(size, (list, tuple))
+        or len(size) != 2
+        or not all(isinstance(n, int) and 0 <= n <= MAX_PIXELS for n in size)
+    ):
+        raise ValueError(f"got {_short(size)} as RLE size, expected [H, W]")
+    height, width = size
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"got an RLE of size {height} x {width}, expected at most {MAX_PIXELS} pixels")
+    if isinstance(counts, (list, tuple)):  # COCO's uncompressed form
+        if not all(isinstance(n, int) and 0 <= n <= MAX_PIXELS for n in counts):
+            raise ValueError("got RLE counts that are not run lengths, expected integers >= 0")
+        runs = np.array(counts, dtype=np.int64)
+    elif isinstance(counts, (str, bytes)):
+        runs = decompress(counts)
+    else:
+        raise ValueError(f"got RLE counts of type {type(counts).__name__}, expected str")
+    if (total := int(runs.sum())) != height * width:
+        raise ValueError(f"got RLE runs that sum to {total}, expected {height} x {width} = {height * width}")
+    return height, width, runs
+
+
+def mask_runs(
+    mask: NDArray[Any],  # bool [H, W]
+) -> NDArray[np.int64]:  # [runs]
+    """Run lengths of a mask in column order, starting with a run of zeros."""
+    flat = mask.T.astype(np.bool_).ravel()
+    if flat.size == 0:
+        return np.zeros(1, np.int64)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    first = [0, 0] if flat[0] else [0]
+    return np.diff(np.concatenate([first, edges, [flat.size]]).astype(np.int64))
+
+
+def compress(runs: NDArray[np.int64]) -> str:
+    """COCO's string form of run lengths."""
+    if (native := _native()) is not None:
+        return str(native.rle_compress(runs))
+    delta = runs.copy()
+    delta[3:] -= runs[1:-2]
+    groups = delta[:, None] >> (5 * np.arange(MAX_GROUPS))
+    low = groups & 31
+    # A number ends with the first group after which only its sign is left, in bit 4 of that group.
+    last = (groups >> 5) == -(low >> 4)
+    length = last.argmax(1) + 1
+    position = np.arange(MAX_GROUPS)
+    low += 48 + 32 * (position < length[:, None] - 1)
+    return low[position < length[:, None]].astype(np.uint8).tobytes().decode("ascii")
+
+
+def decompress(counts: str | bytes) -> NDArray[np.int64]:
+    """Run lengths of COCO's string form; ValueError where it is malformed."""
+    try:
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+    except UnicodeEncodeError as error:
+        raise ValueError(f"got {_short(counts)} as RLE counts, expected ASCII") from error
+    if (native := _native()) is not None:
+        return np.asarray(native.rle_decompress(data), dtype=np.int64)
+    codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    if codes.size == 0:
+        return np.zeros(0, np.int64)
+    if codes.min() < 0 or codes.max() > 63:
+        raise ValueError(f"got {_short(counts)} as RLE counts, expected characters from '0' to 'o'")
+    end = np.flatnonzero(codes < 32)
+    if end.size == 0 or end[-1] != codes.size - 1:
+        raise ValueError("got RLE counts that stop inside a number, expected a complete string")
+    start = np.concatenate([[0], end[:-1] + 1])
+    length = end - start + 1
+    if length.max() > MAX_GROUPS:
+        raise ValueError(f"got an RLE number of {length.max()} characters, expected at most {MAX_GROUPS}")
+    shift = 5 * (np.arange(codes.size) - np.repeat(start, length))
+    runs = np.add.reduceat((codes & 31) << shift, start)
+    runs -= ((codes[end] >> 4) & 1) << (5 * length)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if runs.min() < 0 or runs.max() > MAX_PIXELS:
+        raise ValueError("got a negative or huge run in RLE counts, expected run lengths >= 0")
+    return runs
+
+
+@cache
+def _native() -> ModuleType | None:
+    """The compiled codec, where the package was built with it."""
+    try:
+        from scenarioclip_fast._native import host
+    except ImportError:
+        return None
+    module: ModuleType = host
+    return module
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from scenarioclip_fast.data import rle
+
+MASKS = hnp.arrays(np.bool_, st.tuples(st.integers(1, 23), st.integers(1, 23)))
+
+
+@pytest.fixture(params=["numpy", "native"], autouse=True, scope="module")
+def codec(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs every test with both codecs: they answer alike."""
+    if request.param == "native" and rle._native() is None:
+        pytest.skip("scenarioclip_fast._native.host is not built")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(rle, "_native", lambda: None)
+        yield
+
+
+def coco(mask: np.ndarray) -> str:
+    module = pytest.importorskip("pycocotools.mask")
+    counts: bytes = module.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    return counts.decode()
+
+
+@given(MASKS)
+@settings(max_examples=60, deadline=None)
+def test_roundtrip_and_pycocotools(codec: None, mask: np.ndarray) -> None:
+    code = rle.encode(mask)
+    assert code["counts"] == coco(mask)
+    assert torch.equal(rle.decode(code), torch.from_numpy(mask))
+    assert rle.area(code) == mask.sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (480, 640), (3000, 40)])
+@pytest.mark.parametrize("kind", ["empty", "full", "noise", "box", "last", "first"])
+def test_shapes(shape: tuple[int, int], kind: str) -> None:
+    mask = np.zeros(shape, bool)
+    if kind == "full":
+        mask[:] = True
+    elif kind == "noise":
+        mask = np.random.default_rng(0).random(shape) < 0.5
+    elif kind == "box":
+        mask[shape[0] // 3 : shape[0] // 2, shape[1] // 4 :] = True
+    elif kind == "last":
+        mask[-1, -1] = True
+    elif kind == "first":
+        mask[0, 0] = True
+    code = rle.encode(torch.from_numpy(mask))
+    assert code == {"size": list(shape), "counts": coco(mask)}
+    assert torch.equal(rle.decode(code), torch.from_numpy(mask))
+
+
+def test_uncompressed_and_bytes() -> None:
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    assert torch.equal(rle.decode({"size": [2, 3], "counts": [1, 4, 1]}), mask)
+    assert torch.equal(rle.decode({"size": [2, 3], "counts": rle.encode(mask)["counts"].encode()}), mask)
+
+
+def test_empty_picture() -> None:
+    assert rle.decode(rle.encode(np.zeros((0, 5), bool))).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "expected"),
+        ({"size": [2, 2]}, "expected"),
+        ({"size": [2], "counts": "04"}, "RLE size"),
+        ({"size": [-2, -2], "counts": "04"}, "RLE size"),
+        ({"size": [1 << 20, 1 << 20], "counts": "04"}, "at most"),
+        ({"size": [2, 2], "counts": 7}, "of type int"),
+        ({"size": [2, 2], "counts": "\u00e9"}, "ASCII"),
+        ({"size": [2, 2], "counts": " "}, "characters"),
+        ({"size": [2, 2], "counts": "0~"}, "characters"),
+        ({"size": [2, 2], "counts": "0T"}, "stop inside"),
+        ({"size": [2, 2], "counts": "0ooooooooo0"}, "at most"),
+        ({"size": [2, 2], "counts": "05"}, "sum to 5"),
+        ({"size": [2, 2], "counts": ""}, "sum to 0"),
+        ({"size": [2, 2], "counts": "O"}, "negative"),
+        ({"size": [2, 2], "counts": [5, -1]}, ">= 0"),
+    ],
+)
+def test_malformed(code: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rle.decode(code)  # type: ignore[arg-type]
+
+
+@given(st.binary(max_size=12), st.integers(0, 40), st.integers(0, 40))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_decode_or_raise(codec: None, counts: bytes, height: int, width: int) -> None:
+    try:
+        mask = rle.decode({"size": [height, width], "counts": counts})
+    except ValueError:
+        return
+    assert mask.shape == (height, width)
+
+
+@pytest.mark.parametrize("mask", [np.zeros(3, bool), np.zeros((2, 2), np.float32)])
+def test_encode_rejects(mask: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected bool"):
+        rle.encode(mask)
