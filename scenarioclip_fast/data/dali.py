@@ -1,0 +1,130 @@
+"""Decoding with DALI: on a GPU the JPEG bytes go up and the pixels stay there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, decode_with_pillow, each, probe
+from scenarioclip_fast.env import require
+
+
+class DaliDecoder:
+    """One DALI pipeline that does nothing but decode JPEGs; `render_views` does the rest.
+
+    Images that are not plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run: such a run is done again
+    image by image. On the GPU damage behind the header that leaves the end marker in place is not noticed (nvJPEG does
+    not report it); `pack` refuses such images.
+
+    Args:
+        device: "cpu" or a CUDA device.
+        threads: DALI's CPU threads; None: one per core, at most 16.
+        max_pixels: larger images are refused by their header.
+        run_pixels: a bound on the pixels of one run, and so on DALI's memory; more images take more runs. A larger
+            image has a run of its own.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        run_pixels: int = MAX_PIXELS,
+    ) -> None:
+        require("nvidia.dali")
+        self.device = torch.device(device)
+        self.max_pixels, self.run_pixels = max_pixels, run_pixels
+        self._threads = threads or min(16, os.cpu_count() or 1)
+        self._pipeline: Any = None
+        self._capacity = 0
+
+    def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
+        decoded: list[Tensor | DecodeError | None] = [None] * len(images)
+        run: list[int] = []
+        pixels = 0
+        for i, data in enumerate(images):
+            try:
+                header = probe(data, self.max_pixels)
+                if header is None or not header.plain:
+                    decoded[i] = decode_with_pillow(data, self.max_pixels).to(self.device)
+                    continue
+            except DecodeError as error:
+                decoded[i] = error
+                continue
+            size = header.height * header.width
+            if run and pixels + size > self.run_pixels:
+                self._decode_run(images, run, decoded)
+                run, pixels = [], 0
+            run.append(i)
+            pixels += size
+        if run:
+            self._decode_run(images, run, decoded)
+        return [x for x in decoded if x is not None]
+
+    def _decode_run(
+        self, images: Sequence[bytes], run: list[int], out: list[Tensor | DecodeError | None]
+    ) -> None:
+        results: Sequence[Tensor | DecodeError]
+        try:
+            results = self._run([images[i] for i in run])
+        except RuntimeError:
+            results = each(self._run_one, [images[i] for i in run])
+        for i, result in zip(run, results, strict=True):
+            out[i] = result
+
+    def _run_one(self, data: bytes) -> Tensor:
+        try:
+            return self._run([data])[0]
+        except RuntimeError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise DecodeError("undecodable", f"DALI: {last}") from error
+
+    def _run(self, images: list[bytes]) -> list[Tensor]:
+        if self._pipeline is None or len(images) > self._capacity:
+            self._build(max(len(images), self._capacity))
+        try:
+            self._pipeline.feed_input("jpeg", [np.frombuffer(data, np.uint8) for data in images])
+            (out,) = self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = None  # what a failed run leaves queued must not come out of the next one
+            raise
+        # Copied: the memory is DALI's again as soon as the next run starts.
+        if self.device.type == "cpu":
+            return [torch.from_numpy(np.array(out.at(i))) for i in range(len(images))]
+        copies = [torch.from_dlpack(out[i]).clone() for i in range(len(images))]
+        torch.cuda.current_stream(self.device).synchronize()
+        return copies
+
+    def _build(self, capacity: int) -> None:
+        dali = require("nvidia.dali")
+        fn, types = dali.fn, dali.types
+        on_gpu = self.device.type == "cuda"
+        index = self.device.index
+        device_id = (torch.cuda.current_device() if index is None else index) if on_gpu else None
+        pipeline = dali.Pipeline(
+            capacity, self._threads, device_id, prefetch_queue_depth=1, exec_dynamic=True
+        )
+        with pipeline:
+            jpeg = fn.external_source(name="jpeg", device="cpu", dtype=types.UINT8, ndim=1)
+            image = fn.decoders.image(
+                jpeg,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+            )
+            pipeline.set_outputs(image)
+        pipeline.build()
+        self._pipeline, self._capacity = pipeline, capacity
+
+    def close(self) -> None:
+        """Destroys the pipeline and gives the memory of DALI's pools back."""
+        if self._pipeline is not None:
+            self._pipeline = None
+            require("nvidia.dali").backend.ReleaseUnusedMemory()
