@@ -1,0 +1,55 @@
+// Checks of what reaches native code. The public functions have already told users what is wrong with their input, so
+// a message from here means that an op was called directly; it still says what came and what was expected.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#ifdef USE_CUDA
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+namespace scf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef USE_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+// A contiguous tensor of `dim` dimensions and of `dtype` on this library's device.
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.is_cuda() == kCuda, name, ": got a tensor on ", tensor.is_cuda() ? "a CUDA device" : "the CPU",
+                  ", expected ", kCuda ? "a CUDA device" : "the CPU");
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": got ", tensor.dim(), " dimensions, expected ", dim);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": got dtype number ", static_cast<int>(tensor.scalar_type()),
+                  ", expected ", static_cast<int>(dtype), " of torch::headeronly::ScalarType");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": got a tensor with gaps, expected a contiguous one");
+}
+
+inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {
+  STD_TORCH_CHECK(tensor.size(dim) == expected, name, ": got size ", tensor.size(dim), " in dimension ", dim,
+                  ", expected ", expected);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+#ifdef USE_CUDA
+// The stream that torch works on at present, on the tensor's device.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+}  // namespace scf

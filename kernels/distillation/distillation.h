@@ -1,0 +1,44 @@
+// Launchers of the distillation loss: see README.md for the formula. Raw pointers and sizes, no torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/parallel.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#elif defined(USE_CUDA)
+#include <driver_types.h>
+#endif
+
+namespace scf {
+
+struct DistillationProblem {
+  const float* student;              // [students, width]
+  const float* teacher;              // [teachers, width]
+  const int64_t* student_index;      // [pairs]
+  const int64_t* teacher_index;      // [pairs]
+  const float* weight;               // [pairs]
+  const float* student_temperature;  // []
+  float teacher_temperature;
+  int64_t students;
+  int64_t teachers;
+  int64_t pairs;
+  int64_t width;
+  float* loss;           // [students]: the sum over a student row's pairs
+  float* d_student;      // [students, width], or null where no gradient is wanted
+  float* d_temperature;  // [students]
+  float* scratch = nullptr;  // CPU: [distillation_scratch(problem)]
+  int64_t* order = nullptr;  // CPU: [students + 1 + pairs]
+};
+
+int64_t distillation_scratch(const DistillationProblem& problem);
+
+void distillation_forward_cpu(const DistillationProblem& problem, Parallel parallel);
+
+#if defined(__CUDACC__) || defined(USE_CUDA)
+// Null, or what CUDA said.
+const char* distillation_forward_cuda(const DistillationProblem& problem, cudaStream_t stream);
+#endif
+
+}  // namespace scf

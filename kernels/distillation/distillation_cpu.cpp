@@ -1,0 +1,110 @@
+// One pass over the teacher rows (softmax, clamp, entropy), then one over the student rows, each with its pairs.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/distillation/distillation.h"
+#include "kernels/distillation/pair.h"
+
+namespace scf {
+namespace {
+
+// Rows a thread takes at least: about 20 microseconds of work at width 512.
+constexpr int64_t kGrain = 8;
+
+// out = exp((row - max) / temperature); the sum, and log sum exp(row / temperature) in *log_sum.
+float exponentials(const float* row, int64_t width, float temperature, float* out, float* log_sum) {
+  float largest = -INFINITY;
+  bool poisoned = false;
+  for (int64_t j = 0; j < width; ++j) {
+    largest = std::max(largest, row[j]);
+    poisoned |= std::isnan(row[j]);
+  }
+  if (poisoned) largest = NAN;  // std::max drops NaN, and a plausible number must never come out of one
+  float sum = 0;
+  for (int64_t j = 0; j < width; ++j) {
+    out[j] = std::exp((row[j] - largest) / temperature);
+    sum += out[j];
+  }
+  *log_sum = largest / temperature + std::log(sum);
+  return sum;
+}
+
+}  // namespace
+
+int64_t distillation_scratch(const DistillationProblem& problem) {
+  // Targets [teachers, width], their masses and entropies, and each student's probabilities [students, width].
+  return problem.teachers * (problem.width + 2) + problem.students * problem.width;
+}
+
+void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
+  float* targets = p.scratch;
+  float* masses = targets + p.teachers * p.width;
+  float* entropies = masses + p.teachers;
+  float* probabilities = entropies + p.teachers;
+
+  parallel(p.teachers, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* target = targets + t * p.width;
+      float log_sum;
+      const float inverse_sum = 1 / exponentials(p.teacher + t * p.width, p.width, p.teacher_temperature, target, &log_sum);
+      TargetSums sums;
+      for (int64_t j = 0; j < p.width; ++j) {
+        target[j] = clamped_target(target[j], inverse_sum);
+        sums.mass += target[j];
+        sums.entropy += target[j] * std::log(target[j]);
+      }
+      masses[t] = sums.mass;
+      entropies[t] = sums.entropy;
+    }
+  });
+
+  // Pairs by student row, in the order they came: sums do not depend on the number of threads.
+  int64_t* starts = p.order;
+  int64_t* pairs = p.order + p.students + 1;
+  std::fill(starts, starts + p.students + 1, 0);
+  for (int64_t k = 0; k < p.pairs; ++k) ++starts[p.student_index[k] + 1];
+  std::partial_sum(starts, starts + p.students + 1, starts);
+  for (int64_t k = 0; k < p.pairs; ++k) pairs[starts[p.student_index[k]]++] = k;
+
+  const float temperature = *p.student_temperature;
+  const float inverse_width = 1.0f / static_cast<float>(p.width);
+  parallel(p.students, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const float* row = p.student + s * p.width;
+      float* q = probabilities + s * p.width;
+      float* gradient = p.d_student ? p.d_student + s * p.width : nullptr;
+      if (gradient) std::fill(gradient, gradient + p.width, 0.0f);
+      p.loss[s] = p.d_temperature[s] = 0;
+      const int64_t first = s == 0 ? 0 : starts[s - 1];  // the counting sort has moved each start to its end
+      if (first == starts[s]) continue;
+
+      float log_sum;
+      const float inverse_sum = 1 / exponentials(row, p.width, temperature, q, &log_sum);
+      float mean = 0;
+      for (int64_t j = 0; j < p.width; ++j) {
+        q[j] *= inverse_sum;
+        mean += q[j] * row[j];
+      }
+      mean /= temperature;
+      for (int64_t k = first; k < starts[s]; ++k) {
+        const int64_t t = p.teacher_index[pairs[k]];
+        const float* target = targets + t * p.width;
+        const TargetSums sums{masses[t], entropies[t]};
+        const float scale = p.weight[pairs[k]] * inverse_width;
+        float cross = 0;
+        for (int64_t j = 0; j < p.width; ++j) cross += target[j] * row[j];
+        cross /= temperature;
+        p.loss[s] += scale * pair_loss(sums, cross, log_sum, temperature);
+        p.d_temperature[s] += scale * pair_d_temperature(sums, cross, log_sum, mean, temperature);
+        if (gradient) {
+          for (int64_t j = 0; j < p.width; ++j) {
+            gradient[j] += scale * pair_d_student(sums.mass, q[j], target[j], temperature);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace scf

@@ -1,0 +1,177 @@
+"""What works on this machine, and why the rest does not: `scenarioclip-fast doctor`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+from scenarioclip_fast.errors import MissingDependencyError
+
+# module -> (distribution, extra that brings it, what it is for)
+_OPTIONAL = {
+    "triton": ("triton", "triton", "the Triton kernels"),
+    "nvidia.dali": ("nvidia-dali-cuda130", "dali", "decoding JPEGs with DALI"),
+    "simplejpeg": ("simplejpeg", "train", "decoding JPEGs on the CPU"),
+    "PIL": ("pillow", "train", "writing pictures and reading odd image formats"),
+    "instant_clip_tokenizer": ("instant-clip-tokenizer", "train", "turning texts into CLIP's token ids"),
+    "safetensors": ("safetensors", "train", "reading and writing weights"),
+    "yaml": ("pyyaml", "train", "reading configs"),
+    "tqdm": ("tqdm", "train", "progress bars"),
+    "matplotlib": ("matplotlib", "train", "plots and reports"),
+    "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
+}
+
+
+def require(module: str) -> ModuleType:
+    """Imports an optional package, or raises MissingDependencyError that names it, its use and how to get it."""
+    distribution, extra, use = _OPTIONAL[module.split(".")[0] if module not in _OPTIONAL else module]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{distribution} is not installed or does not load ({error}); it is needed for {use}: "
+            f"pip install 'scenarioclip-fast[{extra}]'"
+        ) from error
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing(need: str) -> str | None:
+    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met here, or None when it is."""
+    if need.startswith("native-"):
+        from scenarioclip_fast import native
+
+        return native.why_not(need.removeprefix("native-"))
+    if need == "triton":
+        return _import_problem("triton")
+    raise AssertionError(f"unknown need {need!r}")
+
+
+@functools.cache
+def _import_problem(module: str) -> str | None:
+    try:
+        require(module)
+    except MissingDependencyError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of the table: (section, name, state, detail)."""
+
+    rows: tuple[tuple[str, str, str, str], ...]
+
+    def __str__(self) -> str:
+        lines = []
+        section = ""
+        width = max(len(name) for _, name, _, _ in self.rows)
+        for part, name, state, detail in self.rows:
+            if part != section:
+                lines += ["", part] if section else [part]
+                section = part
+            lines.append(f"  {name:<{width}}  {state:<12}  {detail}".rstrip())
+        return "\n".join(lines)
+
+
+def collect() -> Report:
+    """Looks at versions, devices, compiled parts and backends, and says the reason for whatever is missing."""
+    rows = [("versions", "python", platform.python_version(), sys.executable)]
+    rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "source tree", ""))
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    rows.append(("versions", "torch", torch.__version__, cuda))
+    for name in ("numpy", "einops"):
+        rows.append(("versions", name, _version(name) or "missing", ""))
+    for module, (distribution, _, use) in _OPTIONAL.items():
+        problem = _import_problem(module)
+        rows.append(("versions", distribution, _found_version(module, distribution) if not problem else "missing", problem or use))
+    rows.append(("versions", "nvcc", *_nvcc()))
+    rows.append(("devices", "cpu", f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability()))
+    rows += _gpus()
+    rows += _native_rows()
+    rows += _backend_rows()
+    return Report(tuple(rows))
+
+
+def report() -> None:
+    """Prints the table of versions, devices and backends (the same as `scenarioclip-fast doctor`)."""
+    print(collect())
+
+
+def _found_version(module: str, distribution: str) -> str:
+    # DALI's distribution carries the CUDA version in its name, so ask the module before the metadata.
+    return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "present"))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvcc() -> tuple[str, str]:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "missing", "not on PATH: CUDA sources cannot be compiled here"
+    out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = next((line for line in out.splitlines() if "release" in line), "")
+    return release.partition("release ")[2].partition(",")[0] or "present", path
+
+
+def _gpus() -> list[tuple[str, str, str, str]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "no GPU is visible to torch" if torch.version.cuda else "this torch is a CPU build"
+        return [("devices", "cuda", "none", why)]
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gpus.append(("devices", f"cuda:{i}", f"sm_{p.major}{p.minor}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB"))
+    return gpus
+
+
+def _native_rows() -> list[tuple[str, str, str, str]]:
+    from scenarioclip_fast import native
+
+    info = native.build_info()
+    rows = []
+    for part in ("cpu", "host", "cuda"):
+        problem = native.why_not(part)
+        detail = problem or (f"built for {info['march'] or 'the default processor'}" if part == "cpu" else "")
+        rows.append(("compiled parts", part, "missing" if problem else "loaded", detail))
+    return rows
+
+
+def _backend_rows() -> list[tuple[str, str, str, str]]:
+    import torch
+
+    from scenarioclip_fast import dispatch
+
+    rows = []
+    for op, backends in dispatch.BACKENDS.items():
+        for backend in backends:
+            devices = ("cuda", "cpu") if backend in ("triton", "cuda") else ("cpu",)
+            reasons = [dispatch.why_not(op, backend, device) for device in devices]
+            reason = None if None in reasons else reasons[0]
+            if reason is None and backend in ("triton", "cuda") and not torch.cuda.is_available():
+                interpreted = backend == "triton" and triton_interprets()
+                reason = None if interpreted else "no GPU is visible to torch"
+            state = "yes" if reason is None else "no"
+            rows.append((f"backends of {op}", backend, state, reason or ""))
+    return rows

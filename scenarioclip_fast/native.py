@@ -1,0 +1,61 @@
+"""The compiled parts: which were built, and loading them.
+
+Two libraries of the libtorch stable ABI, so that the CPU one loads where there is no CUDA, and one pybind11 module
+(`host`) for work on Python objects. setup.py leaves them, and build.json, in the folder `_native`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER = Path(__file__).parent / "_native"
+REBUILD = "reinstall from a source tree (`make install`)"
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What setup.py built and what it left out: {"built": [...], "left_out": {part: reason}, "march": ...}."""
+    path = FOLDER / "build.json"
+    if not path.exists():
+        return {"built": [], "left_out": {}, "march": ""}
+    info: dict[str, Any] = json.loads(path.read_text())
+    return info
+
+
+@functools.cache
+def why_not(part: str) -> str | None:
+    """None when `part` ("cpu", "cuda" or "host") is loaded or loads now, otherwise the reason."""
+    info = build_info()
+    if part not in info["built"]:
+        reason = info["left_out"].get(part, "the package was installed without its compiled parts")
+        return f"the {part} library was not built: {reason}"
+    if part != "cuda" and info["march"] == "x86-64-v3":
+        import torch
+
+        # An AVX2 build on an older processor would end the process with an illegal instruction.
+        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+            return "it was built for AVX2, which this processor lacks: rebuild with SCENARIOCLIP_FAST_MARCH=x86-64"
+    try:
+        if part == "host":
+            importlib.import_module("scenarioclip_fast._native.host")
+        else:
+            import torch
+
+            if part == "cuda" and torch.version.cuda is None:
+                return "this torch is a CPU build: install a CUDA build of torch"
+            if part == "cuda" and (problem := why_not("cpu")):
+                return f"the schemas of the ops come with the cpu library: {problem}"
+            torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
+    except (ImportError, OSError) as error:
+        return f"the {part} library does not load ({str(error).splitlines()[0]}): {REBUILD}"
+    return None
+
+
+def host() -> ModuleType | None:
+    """The pybind11 module, or None where it was not built."""
+    return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")

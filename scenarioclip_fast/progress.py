@@ -1,0 +1,48 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
+
+# Logs are read by people: about this many lines for a job of known length, and never more often than the interval.
+_LINES = 10
+_INTERVAL_S = 10.0
+
+
+def progress(
+    iterable: Iterable[T],
+    total: int | None = None,
+    desc: str = "",
+    unit: str = "it",
+    *,
+    file: TextIO | None = None,
+) -> Iterator[T]:
+    """Yields the items of `iterable` and reports on `file` (standard error) how far it is."""
+    out = file or sys.stderr
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if out.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, total=total, desc=desc, unit=unit, file=out, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    done = 0
+    step = max(1, (total or 0) // _LINES)
+    for item in iterable:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if done != total and now - last >= _INTERVAL_S and (total is None or done % step == 0 or now - last > 60):
+            last = now
+            print(f"{desc}: {_count(done, total)} {unit}, {now - start:.0f} s", file=out, flush=True)
+    print(f"{desc}: {_count(done, total)} {unit}, {time.monotonic() - start:.1f} s", file=out, flush=True)
+
+
+def _count(done: int, total: int | None) -> str:
+    return f"{done}" if total is None else f"{done}/{total}"
