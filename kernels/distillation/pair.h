@@ -11,7 +11,8 @@ namespace scf {
 constexpr float kSmallestTarget = 1e-8f;
 
 SCF_HD float clamped_target(float exponential, float inverse_sum) {
-  return fmaxf(exponential * inverse_sum, kSmallestTarget);
+  const float p = exponential * inverse_sum;
+  return p < kSmallestTarget ? kSmallestTarget : p;  // not fmaxf, which drops NaN
 }
 
 // What the coordinates of one teacher row sum to.

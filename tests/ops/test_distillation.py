@@ -1,0 +1,226 @@
+"""distillation_loss: every backend against the definition, in float64 where that is possible."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import scenarioclip_fast as scf
+from scenarioclip_fast import dispatch
+from scenarioclip_fast.kernels.distillation import reference
+from scenarioclip_fast.ops import distillation_loss
+
+BACKENDS = [
+    pytest.param(b, marks=pytest.mark.skipif(bool(why := dispatch.why_not("distillation_loss", b, "cpu")), reason=str(why)))
+    for b in ("reference", "cpu")
+]
+
+
+def problem(students: int, teachers: int, pairs: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "student": torch.randn(students, width, generator=g).to(dtype),
+        "teacher": torch.randn(teachers, width, generator=g).to(dtype),
+        "student_index": torch.randint(students, (pairs,), generator=g),
+        "teacher_index": torch.randint(teachers, (pairs,), generator=g),
+        "weight": torch.rand(pairs, generator=g),
+    }
+
+
+def law(p: dict[str, Tensor], temperature: float, teacher_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and temperature's gradient from the definition, by autograd, in float64."""
+    student = p["student"].double().requires_grad_()
+    t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    loss = reference.distillation_loss(
+        student, p["teacher"].double(), p["student_index"], p["teacher_index"], p["weight"], t, teacher_temperature
+    )
+    return loss.detach(), *torch.autograd.grad(loss, (student, t))
+
+
+def ours(p: dict[str, Tensor], temperature: float, teacher_temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    student = p["student"].clone().requires_grad_()
+    t = torch.tensor(temperature, requires_grad=True)
+    loss = distillation_loss(
+        **{**p, "student": student}, student_temperature=t, teacher_temperature=teacher_temperature, backend=backend
+    )
+    # An upstream gradient other than 1 shows a backward pass that forgets it.
+    return loss.detach(), *(g / 3 for g in torch.autograd.grad(loss * 3, (student, t)))
+
+
+def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher_temperature: float = 0.07) -> None:
+    # float32 sums of D terms around 1/T = 14: an error of some 1e-6 of the largest term is what one must expect.
+    for mine, theirs in zip(ours(p, temperature, teacher_temperature, backend), law(p, temperature, teacher_temperature), strict=True):
+        scale = theirs.abs().max().clamp_min(1e-12)
+        torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("students", "teachers", "pairs", "width"),
+    [(1, 1, 1, 1), (3, 2, 7, 5), (17, 33, 64, 123), (70, 9, 300, 512), (5, 4, 0, 8), (2, 3, 40, 1025)],
+)
+def test_sizes(backend: str, students: int, teachers: int, pairs: int, width: int) -> None:
+    check(problem(students, teachers, pairs, width), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(0.01, 0.07), (1.0, 1.0), (0.07, 5.0)])
+def test_temperatures(backend: str, temperature: float, teacher_temperature: float) -> None:
+    check(problem(6, 5, 20, 64), backend, temperature, teacher_temperature)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clamp_and_large_values(backend: str) -> None:
+    p = problem(4, 4, 12, 32)
+    p["teacher"] *= 30  # nearly all of the softmax at one coordinate: the clamp decides about the rest
+    p["student"] *= 10
+    check(p, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_never_hidden(backend: str) -> None:
+    for name in ("student", "teacher"):
+        p = problem(3, 3, 3, 16)
+        p["student_index"] = p["teacher_index"] = torch.arange(3)
+        p[name][1, 5] = torch.nan
+        assert distillation_loss(**p, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_pairs_do_not_matter(backend: str) -> None:
+    p = problem(3, 2, 4, 16)
+    p["student_index"] = torch.tensor([0, 2, 2, 0])
+    p["student"][1] = torch.inf
+    loss, gradient, _ = ours(p, 0.07, 0.07, backend)
+    assert loss.isfinite()
+    assert (gradient[1] == 0).all()
+    assert gradient[[0, 2]].abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
+    p = problem(9, 7, 30, 96, dtype=dtype)
+    loss, gradient, _ = ours(p, 0.07, 0.07, backend)
+    exact, exact_gradient, _ = law(p, 0.07, 0.07)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-5, atol=0)
+    # Rounded to the input's dtype by the op, and once more by the division in `ours`: 2^-8 each in bfloat16.
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2**-7, atol=1e-7)
+
+
+def test_float64_passes_gradcheck() -> None:
+    p = problem(4, 3, 9, 11, dtype=torch.float64)
+    student = p.pop("student").requires_grad_()
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    teacher_temperature = 0.5
+
+    def f(student: Tensor, t: Tensor) -> Tensor:
+        return distillation_loss(student, **p, student_temperature=t, teacher_temperature=teacher_temperature)
+
+    assert torch.autograd.gradcheck(f, (student, t))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    p = problem(4, 3, 9, 11)
+    p["student"].requires_grad_()
+    t = torch.tensor(0.07, requires_grad=True)
+    torch.library.opcheck(torch.ops.scenarioclip_fast.distillation_forward, (*p.values(), t, 0.07, True, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_a_break_and_for_any_size(backend: str) -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(student: Tensor, **rest: Tensor) -> Tensor:
+        return distillation_loss(student * 2, **rest, backend=backend)
+
+    for sizes in ((5, 4, 11, 32), (6, 3, 17, 32)):
+        p = problem(*sizes)
+        eager = p["student"].clone().requires_grad_()
+        mine = p.pop("student").requires_grad_()
+        loss = compiled(mine, **p)
+        expected = distillation_loss(eager * 2, **p, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, mine), torch.autograd.grad(expected, eager))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_with_gaps(backend: str) -> None:
+    p = problem(6, 5, 12, 40)
+    wide = torch.randn(6, 80)
+    p["student"] = wide[:, ::2]
+    p["weight"] = torch.rand(24)[::2]
+    check(p, backend)
+
+
+def test_threads_do_not_change_the_result() -> None:
+    p = problem(50, 40, 400, 64)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(ours(p, 0.07, 0.07, "auto"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": torch.zeros(3)}, r"student: got torch.float32 \[3\], expected floats of shape \[rows, D\]"),
+        ({"teacher": torch.zeros(3, 9)}, "got widths 8 and 9"),
+        ({"student_index": torch.zeros(4, dtype=torch.int32)}, "student_index: got torch.int32"),
+        ({"weight": torch.zeros(5)}, "one per pair"),
+        ({"student_index": torch.tensor([0, 1, 2, 3])}, "student_index: got indices from 0 to 3, expected 0 to 2"),
+        ({"teacher_index": torch.tensor([-1, 0, 0, 0])}, "teacher_index: got indices from -1 to 0"),
+        ({"student_temperature": 0.0}, "student_temperature: got 0.0"),
+        ({"teacher_temperature": -1.0}, "teacher_temperature: got -1.0"),
+        ({"student_temperature": torch.ones(2)}, "expected a 0-d tensor"),
+        ({"backend": "fast"}, "got 'fast', expected one of auto"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    arguments = {**problem(3, 3, 4, 8), **change}
+    with pytest.raises((ValueError, TypeError), match=message):
+        distillation_loss(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    p = problem(3, 3, 4, 8)
+    with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot serve cpu tensors"):
+        distillation_loss(**p, backend="cuda")
+    p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
+    with pytest.raises(TypeError, match="float64, which only backend='reference' computes"):
+        distillation_loss(**p, backend="cpu")
+
+
+def test_triton_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides about interpreting when a kernel is defined."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import torch, test_distillation as t
+for sizes in ((1, 1, 1, 1), (3, 2, 7, 5), (4, 5, 1030, 33), (5, 4, 0, 8)):
+    t.check(t.problem(*sizes), "triton")
+p = t.problem(4, 4, 12, 32); p["teacher"] *= 30
+t.check(p, "triton", 0.05, 0.1)
+p["student"][p["student_index"][0], 3] = float("nan")
+assert t.distillation_loss(**p, backend="triton").isnan()
+print("checked")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
