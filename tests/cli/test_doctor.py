@@ -1,0 +1,162 @@
+"""doctor and the backends tell the truth where something is absent: each absence is faked."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import scenarioclip_fast as scf
+from scenarioclip_fast import dispatch, env, native
+from scenarioclip_fast.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def fresh_probes() -> Iterator[None]:
+    def clear() -> None:
+        for probe in (env._import_problem, native.build_info, native.why_not):
+            probe.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Makes `import package` fail as it does where it is not installed."""
+    for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+    real_module = importlib.import_module
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == package or name.startswith(package + "."):
+            raise ModuleNotFoundError(f"No module named {package!r}")
+        return real(name, *args, **kwargs)
+
+    def refuse_module(name: str, *args: Any) -> Any:
+        if name == package or name.startswith(package + "."):
+            raise ModuleNotFoundError(f"No module named {package!r}")
+        return real_module(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(importlib, "import_module", refuse_module)
+
+
+def row(name: str, section: str | None = None) -> tuple[str, str]:
+    found = [(state, detail) for s, n, state, detail in env.collect().rows if n == name and section in (None, s)]
+    assert found, name
+    return found[0]
+
+
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *a, **k: None if name == "nvcc" else which(name, *a, **k))
+    assert row("nvcc") == ("missing", "not on PATH: CUDA sources cannot be compiled here")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "triton")
+    state, detail = row("triton", "versions")
+    assert state == "missing"
+    assert "pip install 'scenarioclip-fast[triton]'" in detail
+    assert row("triton", "backends of contrastive_loss")[0] == "no"
+    with pytest.raises(scf.BackendError, match=r"contrastive_loss: backend 'triton' .* usable: "):
+        dispatch.resolve("contrastive_loss", "triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(scf.BackendError, match="triton is not installed"):
+        dispatch.resolve("contrastive_loss", "triton", "cpu")
+
+
+def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "nvidia.dali")
+    state, detail = row("nvidia-dali-cuda130")
+    assert state == "missing"
+    assert "pip install 'scenarioclip-fast[dali]'" in detail
+
+
+def test_without_compiled_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    assert row("cpu", "compiled parts")[0] == "missing"
+    assert "without its compiled parts" in row("cpu", "backends of distillation_loss")[1]
+    assert dispatch.resolve("distillation_loss", "auto", "cpu") == "reference"
+    with pytest.raises(scf.BackendError, match="the cpu library was not built"):
+        dispatch.resolve("distillation_loss", "cpu", "cpu")
+
+
+def test_what_the_build_left_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = {"built": ["cpu"], "left_out": {"cuda": "nvcc is not on PATH"}, "march": ""}
+    (tmp_path / "build.json").write_text(json.dumps(info))
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    assert row("cuda", "compiled parts") == ("missing", "the cuda library was not built: nvcc is not on PATH")
+    state, detail = row("cpu", "compiled parts")
+    assert state == "missing"
+    assert "does not load" in detail
+
+
+def test_an_avx2_build_on_an_older_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": "x86-64-v3"})
+    assert "SCENARIOCLIP_FAST_MARCH=x86-64" in str(native.why_not("cpu"))
+
+
+def test_order_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "distillation_loss"
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert dispatch.resolve(op, "auto", "cpu") == "reference"
+    with scf.use_backend("cpu"):
+        assert dispatch.resolve(op, "auto", "cpu") == "cpu"
+        assert dispatch.resolve(op, "reference", "cpu") == "reference"
+        with scf.use_backend("cuda"), pytest.raises(scf.BackendError, match="from use_backend"):
+            dispatch.resolve(op, "auto", "cpu")
+    monkeypatch.setenv(dispatch.VARIABLE, "quick")
+    with pytest.raises(ValueError, match=f"{dispatch.VARIABLE}: got 'quick'"):
+        dispatch.resolve(op, "auto", "cpu")
+
+
+def test_doctor_and_report_print_the_same_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    doctor = capsys.readouterr().out
+    scf.env.report()
+    assert capsys.readouterr().out == doctor
+    for op in dispatch.BACKENDS:
+        assert f"backends of {op}" in doctor
+
+
+def test_import_is_light() -> None:
+    """Nothing heavy comes with the package, and the losses bring neither the trainer nor DALI."""
+    code = """
+import sys, scenarioclip_fast
+heavy = {"torch", "triton", "nvidia", "transformers", "matplotlib"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import scenarioclip_fast.losses
+heavy = {"triton", "nvidia.dali", "transformers", "matplotlib", "scenarioclip_fast.train", "scenarioclip_fast.data"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["doctor", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_usage_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

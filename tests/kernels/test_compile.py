@@ -1,0 +1,46 @@
+"""Kernels compile for sm_90a ahead of time and fit the machine, whether or not a GPU is here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Compiler
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "kernels").glob("*/*.cu")), ids=lambda p: p.stem)
+def test_cuda(compiler: Compiler, source: Path) -> None:
+    for resources in compiler.cuda(source):
+        resources.check()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("width", [512, 1024])
+def test_triton_distillation(compiler: Compiler, dtype: str, width: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.distillation.distillation_triton import SCAN, distillation_rows
+
+    constants = {"smallest": 1e-8, "with_gradient": True, "WIDTH": width, "SCAN": SCAN}
+    signature = {
+        "student": f"*{dtype}",
+        "teacher": f"*{dtype}",
+        "student_index": "*i64",
+        "teacher_index": "*i64",
+        "weight": "*fp32",
+        "student_temperature": "*fp32",
+        "loss_out": "*fp32",
+        "gradient_out": "*fp32",
+        "d_temperature_out": "*fp32",
+        "teacher_temperature": "fp32",
+        "pairs": "i32",
+        "width": "i32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    compiler.triton(distillation_rows, signature, constants, num_warps=4).check()
