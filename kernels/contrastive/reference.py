@@ -1,0 +1,119 @@
+"""The contrastive softmax in plain PyTorch: the law that every backend is held to.
+
+With unit rows x_i (images) and y_u (distinct texts), S = s x y^T, text t_i of image row i and a weight w_u >= 0 per text:
+
+    row_i = log sum_u w_u exp(S_iu)        col_u = log sum_i exp(S_iu)        positive_i = S_{i, t_i}
+
+Everything a symmetric contrastive loss needs is a plain function of these three. The N x U matrix is materialised here;
+the other backends never do. Float32 inside, float64 for float64 input. Source: ScenarioCLIP (arXiv 2511.20274).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-12  # rows shorter than this keep their direction and do not blow up, as in torch.nn.functional.normalize
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:  # [N, D] -> [N, D]
+    x = x.to(compute_dtype(x.dtype))
+    return F.normalize(x, dim=-1, eps=EPS) if normalize else x
+
+
+def unit_rows_backward(x: Tensor, grad_unit: Tensor, normalize: bool = True) -> Tensor:  # [N, D], [N, D] -> [N, D]
+    """Gradient of `unit_rows`: the part of grad_unit across the row, over the row's length."""
+    if not normalize:
+        return grad_unit.to(x.dtype)
+    wide = x.to(grad_unit.dtype)
+    length = wide.norm(dim=-1, keepdim=True).clamp_min(EPS)
+    unit = wide / length
+    return ((grad_unit - unit * (unit * grad_unit).sum(-1, keepdim=True)) / length).to(x.dtype)
+
+
+def forward(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D] distinct texts
+    scale: Tensor,  # [] multiplies the cosines
+    index: Tensor | None = None,  # [N] int64 text of each image row; None: row i has text i, U == N
+    weight: Tensor | None = None,  # [U] weight of each text in the row sums; None: ones
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
+    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    logits = (scale.to(x.dtype) * x) @ y.T
+    weighted = logits if weight is None else logits + weight.to(x.dtype).log()
+    positive = logits.diagonal() if index is None else logits.gather(1, index[:, None])[:, 0]
+    return weighted.logsumexp(1), logits.logsumexp(0), positive.clone()
+
+
+def backward(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    scale: Tensor,  # []
+    index: Tensor | None,  # [N]
+    weight: Tensor | None,  # [U]
+    row_lse: Tensor,  # [N]
+    col_lse: Tensor,  # [U]
+    grad_row: Tensor,  # [N]
+    grad_col: Tensor,  # [U]
+    grad_positive: Tensor,  # [N]
+    normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D], d_scale []
+    """dS_iu = g^row_i w_u exp(S_iu - row_i) + g^col_u exp(S_iu - col_u) + g^pos_i [u = t_i], then the chain rule."""
+    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    cosine = x @ y.T
+    logits = scale.to(x.dtype) * cosine
+    by_row = (logits - row_lse[:, None]).exp() * grad_row[:, None]
+    if weight is not None:
+        by_row = by_row * weight.to(x.dtype)
+    grad = by_row + (logits - col_lse).exp() * grad_col
+    rows = torch.arange(len(x), device=x.device)
+    columns = rows if index is None else index
+    grad[rows, columns] += grad_positive
+    d_scale = (grad * cosine).sum()
+    grad = grad * scale.to(x.dtype)
+    return (
+        unit_rows_backward(image, grad @ y, normalize),
+        unit_rows_backward(text, grad.T @ x, normalize),
+        d_scale,
+    )
+
+
+def naive_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D] one text per image row, repeats included
+    scale: Tensor | float,
+) -> Tensor:  # []
+    """The paper's form: one N x N matrix, cross entropy over its rows and over its columns, targets on the diagonal."""
+    logits = scale * (unit_rows(image) @ unit_rows(text).T)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def naive_positives_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D] distinct texts, each with at least one image
+    scale: Tensor | float,
+    index: Tensor,  # [N] int64
+) -> Tensor:  # []
+    """Equal texts as one class: cross entropy over rows, and over columns against the mean of a text's own images."""
+    logits = scale * (unit_rows(image) @ unit_rows(text).T)
+    owns = F.one_hot(index, len(text)).to(logits.dtype)
+    target = owns / owns.sum(0)
+    return (F.cross_entropy(logits, index) + F.cross_entropy(logits.T, target.T)) / 2
+
+
+def open_clip_loss(
+    image: Tensor,  # [N, D] already of unit length
+    text: Tensor,  # [N, D] already of unit length
+    scale: Tensor | float,
+) -> Tensor:  # []
+    """open_clip's ClipLoss on one process: two products, features multiplied as they come."""
+    target = torch.arange(len(image), device=image.device)
+    by_image = F.cross_entropy(scale * image @ text.T, target)
+    return (by_image + F.cross_entropy(scale * text @ image.T, target)) / 2
