@@ -92,8 +92,12 @@ class Build(build_ext):
             "SCF_CUDA_ARCHITECTURES": cuda_architectures() if with_cuda else "",
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        # The CMake and Ninja that pip installed beside this Python come before the system's older ones.
+        beside = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
+            tool = shutil.which("cmake", path=beside["PATH"]) or sys.exit("cmake is not on PATH: pip install cmake ninja")
+            if subprocess.run([tool, *command], env=beside).returncode != 0:
+                sys.exit("the build failed: the compiler's messages stand above")
 
     def get_outputs(self) -> list[str]:
         return []

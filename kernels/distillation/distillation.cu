@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) distillation_rows(DistillationProble
         for (int j = threadIdx.x; j < width; j += kThreads) {
           const float probability_j = target(j);
           sums.mass += probability_j;
-          sums.entropy += probability_j * logf(probability_j);
+          sums.entropy +=
+              probability_j * clamped_log_target(target_row[j] / p.teacher_temperature - teacher.log_sum);
           cross += probability_j * row[j];
         }
         sums.mass = block_reduce(sums.mass, Sum(), reduction);

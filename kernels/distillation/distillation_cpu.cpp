@@ -5,6 +5,7 @@
 
 #include "kernels/distillation/distillation.h"
 #include "kernels/distillation/pair.h"
+#include "kernels/fast_exp.h"
 
 namespace scf {
 namespace {
@@ -12,22 +13,29 @@ namespace {
 // Rows a thread takes at least: about 20 microseconds of work at width 512.
 constexpr int64_t kGrain = 8;
 
-// out = exp((row - max) / temperature); the sum, and log sum exp(row / temperature) in *log_sum.
-float exponentials(const float* row, int64_t width, float temperature, float* out, float* log_sum) {
+struct RowSums {
+  float largest;
+  float sum;
+  float log_sum;  // log sum exp(row / temperature)
+};
+
+// out = exp((row - largest) / temperature)
+RowSums exponentials(const float* row, int64_t width, float temperature, float* out) {
   float largest = -INFINITY;
   bool poisoned = false;
   for (int64_t j = 0; j < width; ++j) {
-    largest = std::max(largest, row[j]);
+    largest = row[j] > largest ? row[j] : largest;
     poisoned |= std::isnan(row[j]);
   }
-  if (poisoned) largest = NAN;  // std::max drops NaN, and a plausible number must never come out of one
+  if (poisoned) largest = NAN;  // the comparison drops NaN, and a plausible number must never come out of one
+  const float inverse_temperature = 1 / temperature;
   float sum = 0;
   for (int64_t j = 0; j < width; ++j) {
-    out[j] = std::exp((row[j] - largest) / temperature);
-    sum += out[j];
+    out[j] = fast_exp((row[j] - largest) * inverse_temperature);
   }
-  *log_sum = largest / temperature + std::log(sum);
-  return sum;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < width; ++j) sum += out[j];
+  return {largest, sum, largest * inverse_temperature + std::log(sum)};
 }
 
 }  // namespace
@@ -46,16 +54,19 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
   parallel(p.teachers, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* target = targets + t * p.width;
-      float log_sum;
-      const float inverse_sum = 1 / exponentials(p.teacher + t * p.width, p.width, p.teacher_temperature, target, &log_sum);
-      TargetSums sums;
+      const float* row = p.teacher + t * p.width;
+      const RowSums row_sums = exponentials(row, p.width, p.teacher_temperature, target);
+      const float inverse_sum = 1 / row_sums.sum, inverse_temperature = 1 / p.teacher_temperature;
+      float mass = 0, entropy = 0;
+#pragma omp simd reduction(+ : mass, entropy)
       for (int64_t j = 0; j < p.width; ++j) {
+        const float log_p = clamped_log_target(row[j] * inverse_temperature - row_sums.log_sum);
         target[j] = clamped_target(target[j], inverse_sum);
-        sums.mass += target[j];
-        sums.entropy += target[j] * std::log(target[j]);
+        mass += target[j];
+        entropy += target[j] * log_p;
       }
-      masses[t] = sums.mass;
-      entropies[t] = sums.entropy;
+      masses[t] = mass;
+      entropies[t] = entropy;
     }
   });
 
@@ -79,9 +90,10 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
       const int64_t first = s == 0 ? 0 : starts[s - 1];  // the counting sort has moved each start to its end
       if (first == starts[s]) continue;
 
-      float log_sum;
-      const float inverse_sum = 1 / exponentials(row, p.width, temperature, q, &log_sum);
+      const RowSums row_sums = exponentials(row, p.width, temperature, q);
+      const float inverse_sum = 1 / row_sums.sum, log_sum = row_sums.log_sum;
       float mean = 0;
+#pragma omp simd reduction(+ : mean)
       for (int64_t j = 0; j < p.width; ++j) {
         q[j] *= inverse_sum;
         mean += q[j] * row[j];
@@ -93,6 +105,7 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
         const TargetSums sums{masses[t], entropies[t]};
         const float scale = p.weight[pairs[k]] * inverse_width;
         float cross = 0;
+#pragma omp simd reduction(+ : cross)
         for (int64_t j = 0; j < p.width; ++j) cross += target[j] * row[j];
         cross /= temperature;
         p.loss[s] += scale * pair_loss(sums, cross, log_sum, temperature);

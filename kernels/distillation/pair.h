@@ -15,6 +15,12 @@ SCF_HD float clamped_target(float exponential, float inverse_sum) {
   return p < kSmallestTarget ? kSmallestTarget : p;  // not fmaxf, which drops NaN
 }
 
+// The same clamp of ln p; infinities in a teacher row give NaN in both.
+SCF_HD float clamped_log_target(float log_probability) {
+  constexpr float smallest = -18.420680744f;  // ln 1e-8
+  return log_probability < smallest ? smallest : log_probability;
+}
+
 // What the coordinates of one teacher row sum to.
 struct TargetSums {
   float mass = 0;     // A = sum p, which the clamp lifts a little above 1

@@ -5,20 +5,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import scenarioclip_fast as scf
-from scenarioclip_fast import dispatch
+from scenarioclip_fast import dispatch, env
 from scenarioclip_fast.kernels.distillation import reference
 from scenarioclip_fast.ops import distillation_loss
 
-BACKENDS = [
-    pytest.param(b, marks=pytest.mark.skipif(bool(why := dispatch.why_not("distillation_loss", b, "cpu")), reason=str(why)))
-    for b in ("reference", "cpu")
-]
+# Each backend where it runs; the Triton form runs on a CPU too, in a test of its own.
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def case(backend: str) -> Any:
+    marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
+    reason = dispatch.why_not("distillation_loss", backend, DEVICES[backend])
+    return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
+
+
+BACKENDS = [case(backend) for backend in DEVICES]
+
+
+def on(backend: str, p: dict[str, Tensor]) -> dict[str, Tensor]:
+    # The interpreter takes Triton's kernels on CPU tensors.
+    device = "cpu" if backend == "triton" and env.triton_interprets() else DEVICES[backend]
+    return {name: t.to(device) for name, t in p.items()}
 
 
 def problem(students: int, teachers: int, pairs: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -43,13 +57,14 @@ def law(p: dict[str, Tensor], temperature: float, teacher_temperature: float) ->
 
 
 def ours(p: dict[str, Tensor], temperature: float, teacher_temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    p = on(backend, p)
     student = p["student"].clone().requires_grad_()
-    t = torch.tensor(temperature, requires_grad=True)
+    t = torch.tensor(temperature, device=student.device, requires_grad=True)
     loss = distillation_loss(
         **{**p, "student": student}, student_temperature=t, teacher_temperature=teacher_temperature, backend=backend
     )
     # An upstream gradient other than 1 shows a backward pass that forgets it.
-    return loss.detach(), *(g / 3 for g in torch.autograd.grad(loss * 3, (student, t)))
+    return loss.detach().cpu(), *(g.cpu() / 3 for g in torch.autograd.grad(loss * 3, (student, t)))
 
 
 def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher_temperature: float = 0.07) -> None:
@@ -88,7 +103,7 @@ def test_nan_is_never_hidden(backend: str) -> None:
         p = problem(3, 3, 3, 16)
         p["student_index"] = p["teacher_index"] = torch.arange(3)
         p[name][1, 5] = torch.nan
-        assert distillation_loss(**p, backend=backend).isnan()
+        assert distillation_loss(**on(backend, p), backend=backend).isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,9 +144,9 @@ def test_float64_passes_gradcheck() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
-    p = problem(4, 3, 9, 11)
+    p = on(backend, problem(4, 3, 9, 11))
     p["student"].requires_grad_()
-    t = torch.tensor(0.07, requires_grad=True)
+    t = torch.tensor(0.07, device=p["student"].device, requires_grad=True)
     torch.library.opcheck(torch.ops.scenarioclip_fast.distillation_forward, (*p.values(), t, 0.07, True, backend))
 
 
@@ -142,7 +157,7 @@ def test_compiles_without_a_break_and_for_any_size(backend: str) -> None:
         return distillation_loss(student * 2, **rest, backend=backend)
 
     for sizes in ((5, 4, 11, 32), (6, 3, 17, 32)):
-        p = problem(*sizes)
+        p = on(backend, problem(*sizes))
         eager = p["student"].clone().requires_grad_()
         mine = p.pop("student").requires_grad_()
         loss = compiled(mine, **p)
@@ -160,6 +175,7 @@ def test_inputs_with_gaps(backend: str) -> None:
     check(p, backend)
 
 
+@pytest.mark.skipif(dispatch.why_not("distillation_loss", "cpu", "cpu") is not None, reason="not built")
 def test_threads_do_not_change_the_result() -> None:
     p = problem(50, 40, 400, 64)
     before = torch.get_num_threads()
@@ -167,7 +183,7 @@ def test_threads_do_not_change_the_result() -> None:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(ours(p, 0.07, 0.07, "auto"))
+            results.append(ours(p, 0.07, 0.07, "cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
