@@ -46,6 +46,12 @@ def cuda_architectures() -> str:
     return ";".join(arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known)
 
 
+def pybind11_include(torch: Path) -> Path:
+    # torch ships the headers too, for machines where nothing can be installed.
+    spec = importlib.util.find_spec("pybind11")
+    return Path(spec.origin).parent / "include" if spec and spec.origin else torch / "include"
+
+
 class Build(build_ext):
     """One CMake build for all parts; leaves build.json, which says what was left out and why."""
 
@@ -77,14 +83,12 @@ class Build(build_ext):
         return "x86-64-v3" if platform.machine() in ("x86_64", "AMD64") else ""
 
     def cmake(self, torch: Path, output: Path, with_cuda: bool, march: str) -> None:
-        import pybind11
-
         build = Path(os.environ.get("SCENARIOCLIP_FAST_BUILD_DIR", ROOT / "build" / sysconfig.get_platform()))
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "SCF_TORCH": torch,
             "SCF_OUTPUT": output,
-            "SCF_PYBIND11": pybind11.get_include(),
+            "SCF_PYBIND11": pybind11_include(torch),
             "SCF_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "SCF_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "SCF_MARCH": march,
