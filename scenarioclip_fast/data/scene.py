@@ -50,7 +50,9 @@ class Scene:
     def relation_text(self, k: int) -> str:
         """The text of relation `k`: "subject predicate object"."""
         relation = self.relations[k]
-        return f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
+        return (
+            f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
+        )
 
 
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
-        raise ValueError(f"scene {key}: a relation names an object that is not among its {len(objects)} objects")
+        raise ValueError(
+            f"scene {key}: a relation names an object that is not among its {len(objects)} objects"
+        )
     return Scene(key, image, action, objects, relations)
 
 

@@ -45,7 +45,9 @@ class ShardSet:
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not self.directory.is_dir():
-            raise UserError(f"{directory}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one")
+            raise UserError(
+                f"{directory}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one"
+            )
         self.manifest = _read_json(self.directory / "manifest.json")
         index = _read_json(self.directory / "index.json")
         try:
@@ -93,12 +95,16 @@ class ShardSet:
             # Opened under the lock: two threads must not leak a descriptor each. Read under no lock.
             with self._lock:
                 if shard not in self._files:
-                    self._files[shard] = os.open(self.directory / self._names[shard], os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[shard] = os.open(
+                        self.directory / self._names[shard], os.O_RDONLY | os.O_CLOEXEC
+                    )
             data = os.pread(self._files[shard], size, offset)
         except OSError as error:
             raise BadSample(key, "unreadable_shard", f"{self._names[shard]}: {error.strerror}") from error
         if len(data) != size:
-            raise BadSample(key, "short_shard", f"{self._names[shard]}: got {len(data)} of {size} bytes at {offset}")
+            raise BadSample(
+                key, "short_shard", f"{self._names[shard]}: got {len(data)} of {size} bytes at {offset}"
+            )
         return data
 
     def close(self) -> None:

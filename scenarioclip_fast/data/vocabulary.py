@@ -43,12 +43,14 @@ class Vocabulary:
         train_counts: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         self._texts = {
-            level: sorted(set(texts)) for level, texts in zip(LEVELS, (actions, objects, relations), strict=True)
+            level: sorted(set(texts))
+            for level, texts in zip(LEVELS, (actions, objects, relations), strict=True)
         }
         self._ids = {level: {text: i for i, text in enumerate(texts)} for level, texts in self._texts.items()}
         counts = train_counts or {}
         self._counts = {
-            level: [counts.get(level, {}).get(text, 0) for text in texts] for level, texts in self._texts.items()
+            level: [counts.get(level, {}).get(text, 0) for text in texts]
+            for level, texts in self._texts.items()
         }
         self._tokens: dict[str, list[list[int]]] = {}
 
@@ -110,7 +112,9 @@ class Vocabulary:
         return {"schema": SCHEMA, "tokenizer": "clip", **levels}
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
+        Path(path).write_text(
+            json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8"
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -1,0 +1,22 @@
+"""Drawn scenes with exact boxes, masks and relations, and an action that follows from the relations."""
+
+from __future__ import annotations
+
+from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS
+from scenarioclip_fast.data.synthetic.events import ACTIONS, HELD_OUT, TEMPLATES, Template, action_of
+from scenarioclip_fast.data.synthetic.scenes import draw_scene, generate_scenes, vocabulary
+from scenarioclip_fast.data.synthetic.write import write_reference_layout
+
+__all__ = [
+    "ACTIONS",
+    "COLOURS",
+    "HELD_OUT",
+    "KINDS",
+    "TEMPLATES",
+    "Template",
+    "action_of",
+    "draw_scene",
+    "generate_scenes",
+    "vocabulary",
+    "write_reference_layout",
+]

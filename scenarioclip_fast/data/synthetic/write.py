@@ -1,0 +1,138 @@
+"""Writes scenes in the published layout, so that drawn scenes come in through the same door as real ones."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.synthetic.scenes import draw_scene, split_of, vocabulary
+from scenarioclip_fast.env import require
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.progress import progress
+
+QUALITY = 90
+
+
+def write_reference_layout(
+    scenes: Iterable[Scene],
+    out_dir: str | Path,
+    *,
+    classes: Mapping[str, list[str]] | None = None,
+) -> dict[str, int]:
+    """Writes `metadata_SPLIT.json` (`metadata.json` for scenes of no split), `classes.json`, `images/KEY.jpg` and
+    `sam_results/KEY_grounding_sam.npz`.
+
+    Args:
+        scenes: images as uint8 [H, W, 3] or JPEG bytes; every object with a bool mask.
+        out_dir: made if it does not exist; must be empty.
+        classes: "actions", "objects" and "relations" of classes.json; those that occur if None.
+
+    Returns:
+        The number of scenes of each metadata file.
+
+    Raises:
+        UserError: `out_dir` has something in it.
+    """
+    out = _prepare(out_dir)
+    return _write_metadata(((scene.split, _write_scene(scene, out)) for scene in scenes), out, classes)
+
+
+def draw_reference_layout(
+    n: int, out_dir: str | Path, *, seed: int = 0, val: float = 0.05, test: float = 0.15, workers: int = 1
+) -> dict[str, int]:
+    """`write_reference_layout` of `generate_scenes(n, seed)`, drawn in `workers` processes, with progress shown.
+
+    The files are the same for any number of workers.
+    """
+    if n <= 0 or workers <= 0:
+        raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
+    out = _prepare(out_dir)
+    job = partial(_draw_and_write, seed=seed, val=val, test=test, out=out)
+    if workers == 1:
+        return _write_metadata(progress(map(job, range(n)), n, "drawing", "scenes"), out, vocabulary())
+    # spawn: a fork of a process that has used torch's threads can hang
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        entries = pool.imap(job, range(n), chunksize=16)
+        return _write_metadata(progress(entries, n, "drawing", "scenes"), out, vocabulary())
+
+
+def _draw_and_write(
+    index: int, *, seed: int, val: float, test: float, out: Path
+) -> tuple[str | None, dict[str, Any]]:
+    scene = draw_scene(seed, index, split_of(index, val, test))
+    return scene.split, _write_scene(scene, out)
+
+
+def _prepare(out_dir: str | Path) -> Path:
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: not an empty directory; name a new one, or empty it first")
+    for folder in ("images", "sam_results"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
+    image, key = scene.image, scene.key
+    if not isinstance(image, bytes):
+        image = require("simplejpeg").encode_jpeg(
+            image.numpy(), quality=QUALITY, colorspace="RGB", colorsubsamp="444"
+        )
+    (out / "images" / f"{key}.jpg").write_bytes(image)
+    masks = [np.asarray(o.mask, dtype=bool) for o in scene.objects]
+    np.savez_compressed(
+        out / "sam_results" / f"{key}_grounding_sam.npz",
+        mask=np.stack(masks)[:, None] if masks else np.zeros((0, 1, 1, 1), dtype=bool),
+        score=np.ones((len(masks), 1), dtype=np.float32),
+        labels=np.array([o.name for o in scene.objects], dtype=np.str_),
+    )
+    relations = [
+        [
+            f"sam_results/{key}/{key}_relations_{k}.png",
+            [scene.objects[r.subject].name, r.predicate, scene.objects[r.object].name],
+        ]
+        for k, r in enumerate(scene.relations)
+    ]
+    return {
+        "id": key,
+        "image_path": f"images/{key}.jpg",
+        "action": scene.action,
+        "objects": [[o.name, list(o.box)] for o in scene.objects],
+        "relations": relations,
+    }
+
+
+def _write_metadata(
+    entries: Iterable[tuple[str | None, dict[str, Any]]],
+    out: Path,
+    classes: Mapping[str, list[str]] | None,
+) -> dict[str, int]:
+    data: dict[str, list[dict[str, Any]]] = {}
+    for split, entry in entries:
+        data.setdefault(f"metadata_{split}.json" if split else "metadata.json", []).append(entry)
+    for name, rows in data.items():
+        _write_json(out / name, {"data": rows})
+    _write_json(
+        out / "classes.json", dict(classes or _classes(row for rows in data.values() for row in rows))
+    )
+    return {name: len(rows) for name, rows in sorted(data.items())}
+
+
+def _classes(entries: Iterator[dict[str, Any]]) -> dict[str, list[str]]:
+    actions, objects, relations = set(), set(), set()
+    for entry in entries:
+        actions.add(entry["action"])
+        objects.update(name for name, _ in entry["objects"])
+        relations.update(" ".join(triple) for _, triple in entry["relations"])
+    return {"actions": sorted(actions), "objects": sorted(objects), "relations": sorted(relations)}
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
