@@ -1,0 +1,55 @@
+"""Opens what is to be evaluated: a run's directory, or a directory that `save_pretrained` wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model import ScenarioCLIP
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, and the kind of object view it was trained on (None: not known)."""
+
+    model: ScenarioCLIP
+    directory: Path
+    object_view: str | None
+
+
+def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """Reads RUN/model of a run, or a `save_pretrained` directory. Raises UserError where neither is there."""
+    path = Path(path)
+    directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
+    if not (directory / "model.safetensors").is_file():
+        unfinished = (path / "checkpoints").is_dir()
+        why = (
+            "is a run that has not finished: go on with `train --resume`"
+            if unfinished
+            else "holds no trained model"
+        )
+        raise UserError(
+            f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json"
+        )
+    object_view = None
+    if (directory / "config.yaml").is_file():
+        from scenarioclip_fast.train.config import TrainConfig
+
+        object_view = TrainConfig.load(directory / "config.yaml").data.object_view
+    return Trained(ScenarioCLIP.from_pretrained(directory).to(device).eval(), directory, object_view)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: got {name!r}, but torch sees no GPU here; use cpu")
+    return device

@@ -1,0 +1,207 @@
+"""Pictures of a run: loss curves, accuracies against chance, a sheet of scenes with the model's answers.
+
+matplotlib is imported when a picture is drawn, always with the Agg canvas and never through pyplot, so
+drawing needs no display and leaves the caller's matplotlib alone.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.env import require
+from scenarioclip_fast.eval.samples import Answer, SampleScene
+from scenarioclip_fast.eval.zeroshot import TASKS, Accuracy, ZeroShotResult
+
+COLOURS = {"global": "#3b6ea8", "object": "#cf7a30", "relation": "#3f8f63"}
+TICK, CROSS = "\u2713", "\u2717"
+INK, MUTED, GRID = "#22272e", "#6b7480", "#e3e7ec"
+RIGHT, AMBER, WRONG = "#2b7a4b", "#d9a036", "#b3402e"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#aab2bc",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
+    """Draws losses and temperatures over the steps, one row of panels per run (or phase of a run).
+
+    ``runs`` maps a name to the rows of its metrics.jsonl. Panels without data are left out.
+    """
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = {
+        "contrastive loss": {f"contrastive/{level}": (TASKS[level], COLOURS[level]) for level in LEVELS},
+        "distillation loss": {"distillation": ("distillation", "#7a5ba8")},
+        "logit scale": {f"logit_scale/{level}": (TASKS[level], COLOURS[level]) for level in LEVELS},
+    }
+    logged = {key for rows in runs.values() for row in rows for key in row}
+    shown = [title for title, keys in panels.items() if logged & set(keys)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * max(len(shown), 1), 2.7 * len(runs)), layout="constrained")
+        grid = figure.subplots(len(runs), max(len(shown), 1), squeeze=False)
+        for line, (name, rows) in zip(grid, runs.items(), strict=True):
+            for axes, title in zip(line, shown, strict=False):
+                drawn = [_curve(axes, rows, key, *look) for key, look in panels[title].items()]
+                axes.set_visible(any(drawn))
+                axes.set_title(f"{name}: {title}" if len(runs) > 1 else title)
+                axes.set_xlabel("step")
+                axes.set_ylim(bottom=0)
+                axes.grid(axis="y", color=GRID)
+                if sum(drawn) > 1:
+                    axes.legend()
+        return _save(figure, out)
+
+
+def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> bool:
+    """One metric as logged (pale) and smoothed over a twentieth of the run; False where it is not logged."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if not points:
+        return False
+    steps, values = zip(*points, strict=True)
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    smooth = [values[0]]
+    for value in values[1:]:
+        smooth.append(keep * smooth[-1] + (1 - keep) * value)
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
+    return True
+
+
+def accuracy_bars(result: ZeroShotResult, out: Path) -> Path:
+    """Draws every accuracy as a bar with the chance level as a dark mark, one panel per matching rule."""
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    titles = {"own": "strict: the view's own text", "any_in_image": "any text of the image counts"}
+    with rc_context(STYLE):
+        groups = {match: [row for row in result.rows if row.match == match] for match in titles}
+        count = max(len(rows) for rows in groups.values())
+        figure = Figure(figsize=(9.5, 1.6 + 0.66 * count * 2), layout="constrained")
+        for axes, (match, title) in zip(figure.subplots(2, 1), titles.items(), strict=True):
+            _bars(axes, groups[match], result.topk)
+            axes.set_title(title)
+        return _save(figure, out)
+
+
+def _bars(axes: Any, rows: Sequence[Accuracy], topk: Sequence[int]) -> None:
+    height = 0.8 / len(topk)
+    for position, row in enumerate(rows):
+        for slot, k in enumerate(topk):
+            y = position - 0.4 + (slot + 0.5) * height
+            value, chance = 100 * row.top[k], 100 * row.chance[k]
+            shade = 1 - 0.3 * slot
+            axes.barh(y, value, height * 0.86, color=COLOURS[row.level], alpha=shade)
+            axes.plot([chance, chance], [y - height * 0.43, y + height * 0.43], color=INK, linewidth=2.2)
+            axes.text(max(value, chance) + 1, y, f"top-{k}  {value:.1f} %", va="center", fontsize=7.5)
+            axes.text(137, y, f"chance {chance:.1f} %", va="center", ha="right", fontsize=7.5, color=MUTED)
+    names = {"all": "", "seen": "\nseen in training", "held_out": "\nheld out"}
+    labels = [
+        f"{TASKS[row.level]}{names[row.subset]}\n{row.views} views, {row.classes} texts" for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
+    axes.set_xlim(0, 138)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+
+
+def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3, relations: int = 3) -> Path:
+    """Draws one row per scene: the global view, then its first object views, then its first relation views.
+
+    Under each view stand its true text and the model's best guesses with their cosine. A green frame: the
+    best guess is right; an amber one: a later guess is; a red one: none is.
+    """
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not samples:
+        raise ValueError("samples: got none, expected at least one scene")
+    objects = min(objects, max(len(sample.objects) for sample in samples))
+    relations = min(relations, max(len(sample.relations) for sample in samples))
+    columns = 1 + objects + relations
+    side, gap, between, text, head = 2.0, 0.12, 0.2, 0.86, 0.36  # inches
+    column_of = {"global": 0, "object": 1, "relation": 1 + objects}
+    lefts = [
+        gap + column * (side + gap) + between * ((column > 0) + (column > objects))
+        for column in range(columns)
+    ]
+    width, height = lefts[-1] + side + gap, head + len(samples) * (side + text)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        for row, sample in enumerate(samples):
+            top = height - head - row * (side + text)
+            views = {
+                "global": [sample.action],
+                "object": sample.objects[:objects],
+                "relation": sample.relations[:relations],
+            }
+            for level, answers in views.items():
+                for left, answer in zip(lefts[column_of[level] :], answers, strict=False):
+                    axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
+                    _tile(axes, answer)
+        heads = {
+            "global": "action: global view",
+            "object": "object views",
+            "relation": "relation views: focused regions",
+        }
+        for level, words in heads.items():
+            if column_of[level] < columns:
+                x = lefts[column_of[level]] / width
+                figure.text(
+                    x,
+                    1 - 0.2 / height,
+                    words,
+                    color=COLOURS[level],
+                    fontsize=9.5,
+                    fontweight="bold",
+                    va="center",
+                )
+        return _save(figure, out)
+
+
+def _tile(axes: Any, answer: Answer) -> None:
+    axes.imshow(answer.picture.numpy(), interpolation="bicubic")
+    axes.set(xticks=[], yticks=[])
+    found = any(text == answer.truth for text, _ in answer.guesses)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=RIGHT if answer.right else AMBER if found else WRONG, linewidth=2)
+    truth = textwrap.shorten(
+        answer.truth + (" (held out)" if answer.held_out else ""), 36, placeholder="\u2026"
+    )
+    axes.text(0, -0.035, truth, transform=axes.transAxes, va="top", fontsize=6.9, fontweight="bold")
+    for line, (text, score) in enumerate(answer.guesses):
+        right = text == answer.truth
+        guess = textwrap.shorten(f"{TICK if right else CROSS} {score:.2f} {text}", 40, placeholder="\u2026")
+        y = -0.115 - 0.075 * line
+        axes.text(
+            0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=RIGHT if right else WRONG
+        )
+
+
+def _save(figure: Any, out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150, facecolor="white")
+    return out

@@ -1,0 +1,109 @@
+"""report.html of a run: one file with its pictures inside, so that it can be mailed and opened anywhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #22272e;
+       background: #f5f6f8; margin: 0; padding: 2rem 1rem; }
+main { max-width: 1120px; margin: auto; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
+p.lead { color: #55606c; margin: 0 0 1.4rem; }
+section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; padding: 1.2rem 1.4rem;
+          margin: 0 0 1.2rem; }
+img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
+th, td { padding: .32rem .7rem .32rem 0; border-bottom: 1px solid #edf0f3; white-space: nowrap; }
+td.n, th.n { text-align: right; } td small { color: #8a939e; }
+p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
+.scroll { overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One card of the report: a heading, then any of a table (head and rows), a picture and a note."""
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    picture: Path | None = None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """Sections in the order they are added; `write` puts them in one HTML file, pictures inlined."""
+
+    title: str
+    lead: str = ""
+    sections: list[Section] = field(default_factory=list)
+
+    def add_zeroshot(self, result: ZeroShotResult, title: str = "Zero-shot accuracy") -> None:
+        """The table of an evaluation: each accuracy with its chance level beside it."""
+        subsets = {"all": "all", "seen": "seen in training", "held_out": "held out of training"}
+        rules = {"own": "own text", "any_in_image": "any text of the image"}
+        head = ["task", "right if", "texts", "views", "classes", *(f"top-{k} (chance)" for k in result.topk)]
+        rows = [
+            [TASKS[row.level], rules[row.match], subsets[row.subset], f"{row.views:,}", f"{row.classes:,}"]
+            + [f"{100 * row.top[k]:.1f} % ({100 * row.chance[k]:.1f} %)" for k in result.topk]
+            for row in result.rows
+        ]
+        note = (
+            f"{result.scenes:,} scenes of the {result.split} split, every view compared with all class "
+            "texts of its level. In brackets: what a uniformly random ranking scores on the same views."
+        )
+        self.sections.append(Section(title, head, rows, note=note))
+
+    def add_facts(self, title: str, facts: Mapping[str, object]) -> None:
+        """A two-column table of names and values."""
+        self.sections.append(Section(title, rows=[[name, str(value)] for name, value in facts.items()]))
+
+    def write(self, path: Path) -> Path:
+        cards = "\n".join(map(_card, self.sections))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{escape(self.title)}</title>"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{_STYLE}</style></head>\n<body><main>\n<h1>{escape(self.title)}</h1>"
+            f'<p class="lead">{escape(self.lead)}</p>\n{cards}\n</main></body></html>\n',
+            encoding="utf-8",
+        )
+        return path
+
+
+def _card(section: Section) -> str:
+    parts = [f"<h2>{escape(section.title)}</h2>"]
+    if section.rows:
+        # names are read from the left, numbers compared at the right edge
+        numeric = [all(row[i][:1].isdigit() for row in section.rows) for i in range(len(section.rows[0]))]
+        parts.append('<div class="scroll"><table>')
+        if section.head:
+            parts.append(_row("th", section.head, numeric))
+        parts += [_row("td", row, numeric) for row in section.rows]
+        parts.append("</table></div>")
+    if section.picture is not None:
+        data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
+        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+    if section.note:
+        parts.append(f'<p class="note">{escape(section.note)}</p>')
+    return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    marks = (' class="n"' if right else "" for right in numeric)
+    return (
+        "<tr>"
+        + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True))
+        + "</tr>"
+    )

@@ -1,0 +1,85 @@
+"""What a model answers for a few scenes: pictures, true texts and best guesses, ready to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, level_views, score_views, set_training
+from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One view as the model saw it, its true text, and the best guesses with their cosine, best first."""
+
+    picture: Tensor  # uint8 [S, S, 3]
+    truth: str
+    guesses: list[tuple[str, float]]
+    held_out: bool = False
+
+    @property
+    def right(self) -> bool:
+        return self.guesses[0][0] == self.truth
+
+
+@dataclass(frozen=True)
+class SampleScene:
+    key: str
+    action: Answer
+    objects: list[Answer] = field(default_factory=list)
+    relations: list[Answer] = field(default_factory=list)
+
+
+def to_picture(
+    pixels: Tensor,  # [3, S, S], normalised with CLIP's mean and deviation
+) -> Tensor:  # uint8 [S, S, 3]
+    """Undoes the normalisation of a view."""
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return ((pixels.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+
+
+@torch.inference_mode()
+def answer_samples(
+    model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
+) -> list[SampleScene]:
+    """The model's best guesses for the first `scenes` scenes of `batches` that have a relation.
+
+    Scenes without relations fill up the rest where there are too few with one.
+    """
+    was_training = set_training(model, False)
+    try:
+        texts = class_embeddings(model, vocabulary)
+        found: list[SampleScene] = []
+        for batch in batches:
+            found += _answer_batch(model, batch, vocabulary, texts, guesses)
+            if sum(bool(sample.relations) for sample in found) >= scenes:
+                break
+    finally:
+        set_training(model, was_training)
+    return sorted(found, key=lambda sample: not sample.relations)[:scenes]
+
+
+def _answer_batch(
+    model: Encoder, batch: Batch, vocabulary: Vocabulary, texts: dict[str, Tensor], guesses: int
+) -> list[SampleScene]:
+    answers: dict[str, list[list[Answer]]] = {}
+    for level, (pixels, ids, scene) in level_views(batch).items():
+        answers[level] = [[] for _ in range(batch.num_scenes)]
+        if len(ids) == 0:
+            continue
+        names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
+        best = score_views(model, pixels, texts[level], level).topk(min(guesses, len(names)))
+        rows = zip(
+            pixels, ids.tolist(), scene.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        )
+        for view, truth, home, top, scores in rows:
+            ranked = [(names[i], score) for i, score in zip(top, scores, strict=True)]
+            answers[level][home].append(Answer(to_picture(view), names[truth], ranked, counts[truth] == 0))
+    per_scene = zip(batch.keys, answers["global"], answers["object"], answers["relation"], strict=True)
+    return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]

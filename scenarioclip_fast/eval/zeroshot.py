@@ -1,0 +1,289 @@
+"""Zero-shot recognition of actions, objects and relations against all class texts of a vocabulary.
+
+Each view's image embedding is compared by cosine with the embedding of every text of its level: the action
+with the global view, an object with its object view, a relation with its relation view. The published
+evaluation counts an object (or relation) as right when any of the top k is among all objects (relations) of
+its image: that is `match="any_in_image"`. The strict rule, `match="own"`, asks for the view's own text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.loader import SceneLoader, scene_loader
+from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.progress import progress
+
+Match = Literal["own", "any_in_image"]
+MATCHES: tuple[Match, ...] = ("own", "any_in_image")
+TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}
+
+
+class Encoder(Protocol):
+    """What the evaluation needs of a model."""
+
+    def encode_image(self, pixels: Tensor, level: str) -> Tensor: ...  # [V, 3, S, S] -> [V, D]
+
+    def encode_text(self, texts: list[list[int]], level: str) -> Tensor: ...  # n lists of token ids -> [n, D]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-k accuracy of one level under one matching rule on one subset of its views.
+
+    `top` and `chance` map k to a share in [0, 1]; `chance` is what a random ranking of the classes scores in
+    expectation on the same views. `subset` is "all", or "seen" / "held_out": views whose text occurs (does not
+    occur) in the train split.
+    """
+
+    level: str
+    match: str
+    subset: str
+    views: int
+    classes: int
+    top: dict[int, float]
+    chance: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """Every accuracy of one evaluation. `to_dict()` is ready for JSON, `str()` is the table."""
+
+    split: str
+    scenes: int
+    topk: tuple[int, ...]
+    rows: list[Accuracy] = field(default_factory=list)
+
+    def get(self, level: str, match: str = "own", subset: str = "all") -> Accuracy | None:
+        """The row of that level, rule and subset; None where the split has no such view."""
+        wanted = (level, match, subset)
+        return next((row for row in self.rows if (row.level, row.match, row.subset) == wanted), None)
+
+    def only(self, match: str) -> ZeroShotResult:
+        """The rows of one matching rule."""
+        return replace(self, rows=[row for row in self.rows if row.match == match])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ZeroShotResult:
+        """The inverse of `to_dict`, also after a trip through JSON (which turns the keys k into strings)."""
+
+        def row(entry: dict[str, Any]) -> Accuracy:
+            shares = {name: {int(k): share for k, share in entry[name].items()} for name in ("top", "chance")}
+            return Accuracy(**{**entry, **shares})
+
+        return cls(data["split"], data["scenes"], tuple(data["topk"]), [row(entry) for entry in data["rows"]])
+
+    def __str__(self) -> str:
+        head = ["task", "match", "texts", "views", "classes", *(f"top-{k}  (chance)" for k in self.topk)]
+        body = [
+            [TASKS[row.level], row.match, row.subset.replace("_", "-"), f"{row.views}", f"{row.classes}"]
+            + [f"{100 * row.top[k]:5.1f} % ({100 * row.chance[k]:4.1f})" for k in self.topk]
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+
+        def text(line: Sequence[str]) -> str:
+            left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
+            right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+            return "  ".join([*left, *right]).rstrip()
+
+        return "\n".join([text(head), "  ".join("-" * width for width in widths), *map(text, body)])
+
+
+def class_embeddings(
+    model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS
+) -> dict[str, Tensor]:
+    """Unit-length embeddings [classes, D] of all class texts, per level."""
+    return {
+        level: F.normalize(model.encode_text(tokens, level).float(), dim=-1)
+        for level in levels
+        if (tokens := vocabulary.tokens(level))
+    }
+
+
+def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per level: pixels [n, 3, S, S], class ids [n] and the scene of each view [n]."""
+    pixels = torch.split(batch.pixels, [batch.num_scenes, batch.num_objects, batch.num_relations])
+    ids = (batch.action_id, batch.object_id, batch.relation_id)
+    scenes = (
+        torch.arange(batch.num_scenes, device=batch.action_id.device),
+        batch.object_scene,
+        batch.relation_scene,
+    )
+    return dict(zip(LEVELS, zip(pixels, ids, scenes, strict=True), strict=True))
+
+
+def score_views(
+    model: Encoder,
+    pixels: Tensor,  # [V, 3, S, S]
+    classes: Tensor,  # [C, D], unit length
+    level: str,
+    chunk: int = 256,
+) -> Tensor:  # [V, C]
+    """Cosine of every view with every class text."""
+    return torch.cat(
+        [
+            F.normalize(model.encode_image(part, level).float(), dim=-1) @ classes.T
+            for part in torch.split(pixels, chunk)
+        ]
+    )
+
+
+def random_hit_rate(
+    k: int,
+    classes: int,
+    right: Tensor,  # [V] how many classes count as right for each view, >= 1
+) -> float:
+    """Expected top-k accuracy of a random ranking: the mean of 1 - C(classes - m, k) / C(classes, k)."""
+    if k >= classes:
+        return 1.0
+    i = torch.arange(k, dtype=torch.float64)
+    missed = (classes - right.double()[:, None] - i).clamp(min=0) / (classes - i)
+    return float((1 - missed.prod(dim=1)).mean())
+
+
+def evaluation_loader(
+    shards: str | Path,
+    batch_size: int,
+    *,
+    split: str = "test",
+    device: str | torch.device = "cpu",
+    decoder: str = "auto",
+    size: int = 224,
+    object_view: str = "masked",
+) -> SceneLoader:
+    """Every scene of a split once, in order, with the views of the evaluation."""
+    return scene_loader(
+        shards,
+        batch_size,
+        split=split,
+        device=device,
+        decoder=decoder,
+        size=size,
+        object_view=object_view,
+        train=False,
+        shuffle=False,
+        drop_last=False,
+        epochs=1,
+    )
+
+
+@dataclass
+class _Tally:
+    """What accumulates for one level: each view's class, first hit under each rule, and how many would do."""
+
+    classes: int
+    ids: list[Tensor] = field(default_factory=list)
+    right: list[Tensor] = field(default_factory=list)
+    first_hit: dict[Match, list[Tensor]] = field(default_factory=lambda: {match: [] for match in MATCHES})
+
+    def add(self, scores: Tensor, ids: Tensor, scene: Tensor, scenes: int, depth: int) -> None:
+        top = scores.topk(min(depth, self.classes)).indices
+        present = torch.zeros(scenes, self.classes, dtype=torch.bool, device=scores.device)
+        present[scene, ids] = True
+        present = present[scene]
+        hits = {"own": top == ids[:, None], "any_in_image": present.gather(1, top)}
+        for match in MATCHES:
+            # argmax finds the first hit; a view without one gets a rank beyond every k
+            first = torch.where(hits[match].any(1), hits[match].int().argmax(1), depth)
+            self.first_hit[match].append(first.cpu())
+        self.ids.append(ids.cpu())
+        self.right.append(present.sum(1).cpu())
+
+    def rows(self, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
+        ids, right = torch.cat(self.ids), torch.cat(self.right)
+        seen = torch.tensor(train_counts)[ids] > 0
+        subsets = {"all": torch.ones_like(seen)}
+        if not bool(seen.all()):
+            subsets |= {"seen": seen, "held_out": ~seen}
+        rows = []
+        for match in MATCHES:
+            first = torch.cat(self.first_hit[match])
+            enough = torch.ones_like(right) if match == "own" else right
+            rows += [
+                Accuracy(
+                    level,
+                    match,
+                    name,
+                    int(mask.sum()),
+                    self.classes,
+                    {k: float((first[mask] < k).double().mean()) for k in topk},
+                    {k: random_hit_rate(k, self.classes, enough[mask]) for k in topk},
+                )
+                for name, mask in subsets.items()
+                if bool(mask.any())
+            ]
+        return rows
+
+
+@torch.inference_mode()
+def zeroshot(
+    model: Encoder,
+    batches: Iterable[Batch],
+    vocabulary: Vocabulary,
+    *,
+    split: str = "test",
+    levels: Sequence[str] = LEVELS,
+    topk: Sequence[int] = (1, 5, 10),
+    show_progress: bool = True,
+) -> ZeroShotResult:
+    """Zero-shot accuracy of `model` on one pass over `batches`.
+
+    Args:
+        model: a ScenarioCLIP; an EMA teacher lends it its weights by `teacher.averaged(model)`.
+        batches: an `evaluation_loader(...)` or any iterable of `Batch` on the model's device.
+        vocabulary: gives the class texts, and which of them the train split contains.
+        split: the name to put on the result.
+        levels: of "global", "object" and "relation"; one without views in the split has no rows.
+        topk: the numbers k.
+
+    Raises:
+        UserError: there is no scene at all.
+        ValueError: a k below 1.
+    """
+    if not topk or min(topk) < 1:
+        raise ValueError(f"topk: got {tuple(topk)}, expected numbers >= 1")
+    topk = tuple(sorted(set(topk)))
+    was_training = set_training(model, False)
+    try:
+        texts = class_embeddings(model, vocabulary, levels)
+        tallies = {level: _Tally(len(texts[level])) for level in texts}
+        scenes = 0
+        for batch in progress(batches, desc=f"zero-shot, {split}") if show_progress else batches:
+            scenes += batch.num_scenes
+            for level, (pixels, ids, scene) in level_views(batch).items():
+                if level in texts and len(ids):
+                    scores = score_views(model, pixels, texts[level], level)
+                    tallies[level].add(scores, ids, scene, batch.num_scenes, topk[-1])
+    finally:
+        set_training(model, was_training)
+    if scenes == 0:
+        raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
+    rows = [
+        row
+        for level, tally in tallies.items()
+        if tally.ids
+        for row in tally.rows(level, topk, vocabulary.train_counts(level))
+    ]
+    return ZeroShotResult(split, scenes, topk, rows)
+
+
+def set_training(model: object, mode: bool) -> bool:
+    """Puts a module in training or evaluation mode; returns the mode it was in. Others are left alone."""
+    if not isinstance(model, torch.nn.Module):
+        return False
+    before = model.training
+    model.train(mode)
+    return before

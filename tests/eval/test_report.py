@@ -1,0 +1,106 @@
+"""The pictures and the HTML page: what was given stands in them, and nothing outside is asked for."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
+from scenarioclip_fast.eval.report import Report, Section
+from scenarioclip_fast.eval.samples import Answer, SampleScene
+from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+
+
+def result() -> ZeroShotResult:
+    rows = [
+        Accuracy(level, match, subset, 40, classes, {1: 0.5, 5: 0.75}, {1: 1 / classes, 5: 5 / classes})
+        for match in ("own", "any_in_image")
+        for level, classes, subset in (("global", 9, "all"), ("relation", 50, "all"), ("relation", 50, "held_out"))
+    ]
+    return ZeroShotResult("test", 40, (1, 5), rows)
+
+
+def samples(count: int, relations: int) -> list[SampleScene]:
+    def answer(truth: str, best: str) -> Answer:
+        return Answer(torch.full((8, 8, 3), 90, dtype=torch.uint8), truth, [(best, 0.5), ("x", 0.1)], truth == "z")
+
+    return [
+        SampleScene(str(i), answer("a", "a"), [answer("b", "c")] * (i % 3), [answer("z", "z")] * relations)
+        for i in range(count)
+    ]
+
+
+def size(picture: Path) -> tuple[int, int]:
+    data = picture.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_loss_curves(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "contrastive/global": 4 / (i + 1)} for i in range(30)]
+    narrow = size(loss_curves({"run": rows}, tmp_path / "a" / "narrow.png"))
+    second = [{**row, "distillation": 0.1, "contrastive/object": None} for row in rows]
+    wide = size(loss_curves({"first": rows, "second": second}, tmp_path / "wide.png"))
+    assert wide[0] > narrow[0]
+    assert wide[1] > narrow[1]
+
+
+def test_bars_and_sheet(tmp_path: Path) -> None:
+    assert min(size(accuracy_bars(result(), tmp_path / "bars.png"))) > 200
+    few, many = (size(sample_sheet(samples(n, 2), tmp_path / f"{n}.png")) for n in (1, 3))
+    assert many[1] > 2 * few[1]
+    without = size(sample_sheet(samples(3, 0), tmp_path / "none.png"))
+    assert without[0] < many[0]
+    with pytest.raises(ValueError, match="at least one"):
+        sample_sheet([], tmp_path / "empty.png")
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.sources, self.open = "", [], []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_report_is_one_file_with_everything_inside(tmp_path: Path) -> None:
+    picture = accuracy_bars(result(), tmp_path / "bars.png")
+    report = Report("A run", lead="drawn <scenes> & more")
+    report.add_zeroshot(result())
+    report.add_facts("How", {"views": 12_000, "lr": 1e-3})
+    report.sections.append(Section("Bars", picture=picture, note="a note"))
+    page = report.write(tmp_path / "deep" / "report.html").read_text("utf-8")
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert all(part in reader.text for part in ("A run", "drawn <scenes> & more", "50.0 % (11.1 %)", "12000", "a note"))
+    assert len(reader.sources) == 1
+    kind, data = reader.sources[0].split(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == picture.read_bytes()
+    assert not re.search(r"https?://", page)
+
+
+def test_matplotlib_is_loaded_only_to_draw() -> None:
+    code = (
+        "import sys, scenarioclip_fast.eval.plots, scenarioclip_fast.eval.report; "
+        "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,206 @@
+"""Zero-shot accuracies against a slow count by hand, and chance levels against random rankings."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scenarioclip_fast.data import Batch, Vocabulary
+from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, random_hit_rate, zeroshot
+
+DIM = 24
+
+
+class Memory(nn.Module):
+    """A model whose embeddings are given: a view's first pixel is its row of a table, a text's is found by its ids."""
+
+    def __init__(self, vocabulary: Vocabulary, images: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.vocabulary, self.images = vocabulary, images
+        generator = torch.Generator().manual_seed(7)
+        self.texts = {
+            level: torch.randn(len(vocabulary.texts(level)), DIM, generator=generator) for level in LEVELS
+        }
+        self.modes: set[bool] = set()
+
+    def encode_image(self, pixels: Tensor, level: str) -> Tensor:
+        self.modes.add(self.training)
+        return self.images[level][pixels[:, 0, 0, 0].long()]
+
+    def encode_text(self, texts: list[list[int]], level: str) -> Tensor:
+        known = self.vocabulary.tokens(level)
+        return 3.0 * self.texts[level][[known.index(tokens) for tokens in texts]]
+
+
+def make_vocabulary() -> Vocabulary:
+    relations = [f"{a} {p} {b}" for a in ("cat", "dog") for p in ("on", "under") for b in ("box", "tree", "car")]
+    counts = {
+        "global": {f"action {i}": 5 for i in range(6)},
+        "object": {f"thing {i}": 2 for i in range(15)},
+        "relation": {text: 1 for text in sorted(relations)[::2]},
+    }
+    return Vocabulary(counts["global"], counts["object"], relations, counts)
+
+
+def make_batches(vocabulary: Vocabulary, scenes: int, seed: int) -> tuple[list[Batch], dict[str, Tensor]]:
+    """Ragged scenes (some without relations), and for each level a table of image embeddings near their texts."""
+    rng = random.Random(seed)
+    rows: dict[str, list[int]] = {level: [] for level in LEVELS}
+    batches = []
+    for start in range(0, scenes, 4):
+        count = min(4, scenes - start)
+        homes: dict[str, list[int]] = {"global": list(range(count)), "object": [], "relation": []}
+        for scene in range(count):
+            homes["object"] += [scene] * rng.randint(1, 5)
+            homes["relation"] += [scene] * rng.choice((0, 0, 1, 3))
+        ids, pixels = {}, []
+        for level in LEVELS:
+            ids[level] = torch.tensor(
+                [rng.randrange(len(vocabulary.texts(level))) for _ in homes[level]], dtype=torch.int64
+            )
+            first = len(rows[level])
+            rows[level] += ids[level].tolist()
+            numbers = torch.arange(first, first + len(ids[level]), dtype=torch.float32)
+            pixels.append(numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2))
+        batches.append(
+            Batch(
+                torch.cat(pixels),
+                [f"scene {start + i}" for i in range(count)],
+                torch.tensor(homes["object"], dtype=torch.int64),
+                torch.tensor(homes["relation"], dtype=torch.int64),
+                *(ids[level] for level in LEVELS),
+            )
+        )
+    generator = torch.Generator().manual_seed(seed)
+    texts = Memory(vocabulary, {}).texts
+    images = {
+        level: texts[level][rows[level]] + 1.2 * torch.randn(len(rows[level]), DIM, generator=generator)
+        for level in LEVELS
+    }
+    return batches, images
+
+
+def by_hand(
+    model: Memory, batches: list[Batch], level: str, match: str, k: int, train_counts: list[int], subset: str
+) -> tuple[int, float, float]:
+    """Views, accuracy and chance, view by view."""
+    hits, chances = [], []
+    texts = nn.functional.normalize(model.texts[level], dim=-1)
+    row = 0
+    for batch in batches:
+        ids, homes = {
+            "global": (batch.action_id, torch.arange(batch.num_scenes)),
+            "object": (batch.object_id, batch.object_scene),
+            "relation": (batch.relation_id, batch.relation_scene),
+        }[level]
+        for own, home in zip(ids.tolist(), homes.tolist(), strict=True):
+            image = nn.functional.normalize(model.images[level][row], dim=-1)
+            row += 1
+            if subset != "all" and (train_counts[own] > 0) != (subset == "seen"):
+                continue
+            right = {own} if match == "own" else set(ids[homes == home].tolist())
+            hits.append(bool(right & set((texts @ image).topk(min(k, len(texts))).indices.tolist())))
+            classes = len(texts)
+            missed = math.comb(classes - len(right), k) / math.comb(classes, k) if k <= classes else 0.0
+            chances.append(1 - missed)
+    return len(hits), sum(hits) / len(hits), sum(chances) / len(chances)
+
+
+def test_equals_a_count_by_hand() -> None:
+    vocabulary = make_vocabulary()
+    batches, images = make_batches(vocabulary, 30, seed=0)
+    model = Memory(vocabulary, images).train()
+    result = zeroshot(model, batches, vocabulary, topk=(5, 1, 3), show_progress=False)
+    assert (result.scenes, result.topk) == (30, (1, 3, 5))
+    assert model.modes == {False}
+    assert model.training
+    subsets = {"global": ["all"], "object": ["all"], "relation": ["all", "seen", "held_out"]}
+    assert [(r.level, r.match, r.subset) for r in result.rows] == [
+        (level, match, subset) for level in LEVELS for match in MATCHES for subset in subsets[level]
+    ]
+    for row in result.rows:
+        for k in (1, 3, 5):
+            counts = vocabulary.train_counts(row.level)
+            views, accuracy, chance = by_hand(model, batches, row.level, row.match, k, counts, row.subset)
+            assert row.views == views
+            assert row.top[k] == pytest.approx(accuracy, abs=1e-12)
+            assert row.chance[k] == pytest.approx(chance, abs=1e-12)
+    # a test on answers that are all right or all wrong would not tell the rules apart
+    strict, loose = (result.get("object", match) for match in MATCHES)
+    assert strict is not None and loose is not None
+    assert strict.chance[1] < strict.top[1] < loose.top[1] < 1
+
+
+@pytest.mark.parametrize(("k", "classes"), [(1, 7), (3, 7), (5, 7), (7, 7), (9, 7)])
+def test_chance_is_what_random_rankings_score(k: int, classes: int) -> None:
+    right = torch.tensor([1, 1, 2, 4, 7])
+    generator = torch.Generator().manual_seed(0)
+    trials = 20_000
+    order = torch.rand(trials, classes, generator=generator).argsort(1)[:, :k]
+    measured = torch.stack([(order < m).any(1).double().mean() for m in right]).mean()
+    # the standard error of the mean is below 0.5 / sqrt(20000) = 0.0035
+    assert random_hit_rate(k, classes, right) == pytest.approx(float(measured), abs=0.014)
+
+
+def test_more_guesses_than_classes() -> None:
+    vocabulary = Vocabulary(["a", "b"], ["c"], [], {})
+    pixels = torch.zeros(2, 3, 2, 2)
+    none = torch.zeros(0, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(pixels, ["scene"], zero, none, zero, zero, none)
+    model = Memory(vocabulary, {level: torch.ones(1, DIM) for level in LEVELS})
+    result = zeroshot(model, [batch], vocabulary, topk=(1, 10), show_progress=False)
+    action = result.get("global", subset="all")
+    assert action is not None
+    assert (action.top[10], action.chance[10], action.chance[1]) == (1.0, 1.0, 0.5)
+    assert result.get("relation") is None
+    # nothing of this split is in the train split
+    assert result.get("global", subset="seen") is None
+    held_out = result.get("global", subset="held_out")
+    assert held_out is not None and held_out.views == 1
+
+
+def test_nothing_to_evaluate() -> None:
+    vocabulary = make_vocabulary()
+    model = Memory(vocabulary, {})
+    with pytest.raises(UserError, match="no scenes"):
+        zeroshot(model, [], vocabulary, show_progress=False)
+    with pytest.raises(ValueError, match="topk"):
+        zeroshot(model, [], vocabulary, topk=(0,), show_progress=False)
+
+
+def test_a_failing_loader_leaves_the_model_as_it_was() -> None:
+    vocabulary = make_vocabulary()
+    model = Memory(vocabulary, {}).train()
+
+    def broken() -> Iterator[Batch]:
+        raise RuntimeError("disk")
+        yield
+
+    with pytest.raises(RuntimeError, match="disk"):
+        zeroshot(model, broken(), vocabulary, show_progress=False)
+    assert model.training
+
+
+def test_result_survives_json_and_prints_a_table() -> None:
+    vocabulary = make_vocabulary()
+    batches, images = make_batches(vocabulary, 12, seed=1)
+    result = zeroshot(Memory(vocabulary, images), batches, vocabulary, show_progress=False)
+    assert ZeroShotResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    only = result.only("own")
+    assert {row.match for row in only.rows} == {"own"}
+    lines = str(only).splitlines()
+    assert len(lines) == 2 + len(only.rows)
+    assert lines[0].split()[:3] == ["task", "match", "texts"]
+    assert "held-out" in lines[-1]
+    relation = only.get("relation", subset="held_out")
+    assert relation is not None
+    assert f"{100 * relation.top[1]:.1f} %" in lines[-1]
