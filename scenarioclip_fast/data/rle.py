@@ -8,14 +8,14 @@ Source: the COCO API's `maskApi.c` (format only).
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from scenarioclip_fast import native
 
 MAX_PIXELS = 1 << 28  # nobody has a mask of 268 megapixels; a malformed size must not ask for the memory
 MAX_GROUPS = 7  # 35 bits hold every run of MAX_PIXELS, and its difference
@@ -84,8 +84,8 @@ def mask_runs(
 
 def compress(runs: NDArray[np.int64]) -> str:
     """COCO's string form of run lengths."""
-    if (native := _native()) is not None:
-        return str(native.rle_compress(runs))
+    if (host := native.host()) is not None:
+        return str(host.rle_compress(runs))
     delta = runs.copy()
     delta[3:] -= runs[1:-2]
     groups = delta[:, None] >> (5 * np.arange(MAX_GROUPS))
@@ -104,8 +104,8 @@ def decompress(counts: str | bytes) -> NDArray[np.int64]:
         data = counts.encode("ascii") if isinstance(counts, str) else counts
     except UnicodeEncodeError as error:
         raise ValueError(f"got {_short(counts)} as RLE counts, expected ASCII") from error
-    if (native := _native()) is not None:
-        return np.asarray(native.rle_decompress(data), dtype=np.int64)
+    if (host := native.host()) is not None:
+        return np.asarray(host.rle_decompress(data), dtype=np.int64)
     codes = np.frombuffer(data, np.uint8).astype(np.int64) - 48
     if codes.size == 0:
         return np.zeros(0, np.int64)
@@ -126,17 +126,6 @@ def decompress(counts: str | bytes) -> NDArray[np.int64]:
     if runs.min() < 0 or runs.max() > MAX_PIXELS:
         raise ValueError("got a negative or huge run in RLE counts, expected run lengths >= 0")
     return runs
-
-
-@cache
-def _native() -> ModuleType | None:
-    """The compiled codec, where the package was built with it."""
-    try:
-        from scenarioclip_fast._native import host
-    except ImportError:
-        return None
-    module: ModuleType = host
-    return module
 
 
 def _short(value: object) -> str:

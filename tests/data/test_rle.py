@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 
 MASKS = hnp.arrays(np.bool_, st.tuples(st.integers(1, 23), st.integers(1, 23)))
@@ -17,11 +18,11 @@ MASKS = hnp.arrays(np.bool_, st.tuples(st.integers(1, 23), st.integers(1, 23)))
 @pytest.fixture(params=["numpy", "native"], autouse=True, scope="module")
 def codec(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs every test with both codecs: they answer alike."""
-    if request.param == "native" and rle._native() is None:
+    if request.param == "native" and native.host() is None:
         pytest.skip("scenarioclip_fast._native.host is not built")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
-            patch.setattr(rle, "_native", lambda: None)
+            patch.setattr(native, "host", lambda: None)
         yield
 
 

@@ -1,0 +1,337 @@
+"""Views: which windows of which images are to be rendered, and how. `ops.render_views` draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scenarioclip_fast import native
+from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.decode import probe
+from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, MASKED, RELATION
+
+CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
+
+# The reference's augmentation (method.md of the paper's code): probability, then +- ranges.
+_AREA, _RATIO, _TRIES = (0.8, 1.0), (3 / 4, 4 / 3), 10
+_COLOUR_PROBABILITY = 0.2
+_COLOUR_RANGE = {  # brightness, contrast, saturation, hue
+    GLOBAL: (0.2, 0.2, 0.2, 0.05),
+    MASKED: (0.15, 0.15, 0.15, 0.03),
+    CROP: (0.15, 0.15, 0.15, 0.03),
+    RELATION: (0.1, 0.1, 0.1, 0.02),
+}
+_BLUR_PROBABILITY, _BLUR_SIGMA = 0.1, (0.1, 1.5)  # global views only
+
+Array = NDArray[np.float64]
+
+
+@dataclass(slots=True, eq=False)
+class Views:
+    """V views of a batch of images, as a struct of CPU arrays.
+
+    Attributes:
+        kind: int32 [V]; 0 global, 1 masked object, 2 cropped object, 3 relation.
+        image: int64 [V], the image of each view.
+        source: int32 [V, 4], x1, y1, x2, y2 of the source window in pixels; what lies beyond the image is black.
+        stretch: bool [V]; True: the window becomes the whole view. False: its short side becomes the view's side,
+            and the middle is cut out.
+        box: float64 [V, 4], the object's box in pixels; a masked view is black outside it. Zeros without an object.
+        mask: int64 [V, 2], the two masks of a relation, -1 for none.
+        augment: float32 [V, 5]; factors of brightness, contrast and saturation, hue shift in turns, blur sigma in
+            pixels of the view (0: none).
+        mask_runs, mask_start, mask_size: int32 [R], int64 [M + 1], int32 [M, 2]; mask m has size (H, W) and the
+            column-order run lengths mask_runs[mask_start[m] : mask_start[m + 1]], the first of them zeros.
+    """
+
+    kind: Tensor
+    image: Tensor
+    source: Tensor
+    stretch: Tensor
+    box: Tensor
+    mask: Tensor
+    augment: Tensor
+    mask_runs: Tensor
+    mask_start: Tensor
+    mask_size: Tensor
+
+    def __len__(self) -> int:
+        return self.kind.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The arrays, in the order of the attributes."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def select(self, index: Tensor) -> Views:
+        """The views at `index` (int64 or bool [V]), with all masks."""
+        per_view = [t[index] for t in self.tensors[:7]]
+        return Views(*per_view, self.mask_runs, self.mask_start, self.mask_size)
+
+    @staticmethod
+    def of_scenes(
+        scenes: Sequence[Scene],
+        *,
+        object_view: str = "masked",
+        train: bool = False,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Views:
+        """All global views, then all object views, then all relation views, scene by scene.
+
+        Args:
+            scenes: image i of the batch is the image of scenes[i].
+            object_view: "masked": the image, black outside the box (the paper's); "crop": a square window around
+                the box, 10 % wider on each side, moved into the image where it fits and black beyond it elsewhere.
+            train: draws the reference's augmentation. A view's draws depend on (seed, epoch, scene key, kind of
+                view, position among those of its scene) and nothing else, so neither the batch nor the number of
+                workers changes them.
+            generator: with `train`, supplies the seed (one draw) in place of `seed`.
+            sizes: (H, W) of each image; read from the images where None.
+
+        Raises:
+            ValueError: a relation without a mask, a mask that does not fit its image, a box outside the image, an
+                unreadable image header; the scene and its object or relation are named.
+        """
+        if object_view not in ("masked", "crop"):
+            raise ValueError(f"object_view: got {object_view!r}, expected 'masked' or 'crop'")
+        if sizes is None:
+            sizes = [_image_size(scene) for scene in scenes]
+        objects = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.objects))]
+        relations = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.relations))]
+        counts = (len(scenes), len(objects), len(relations))
+        kind = np.repeat(np.array([GLOBAL, MASKED if object_view == "masked" else CROP, RELATION], np.int32), counts)
+        members = np.array([(i, 0) for i in range(len(scenes))] + objects + relations, np.int64).reshape(-1, 2)
+        image, position = members[:, 0], members[:, 1]
+        height, width = np.array(sizes, np.int64).reshape(-1, 2)[image].T
+
+        source = np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1)
+        box = np.zeros((len(kind), 4))
+        objects_at = slice(len(scenes), len(scenes) + len(objects))
+        if objects:
+            box[objects_at] = [scenes[i].objects[k].box for i, k in objects]
+            pixels = pixel_box(box[objects_at], height[objects_at], width[objects_at])
+            if (outside := is_empty(pixels)).any():
+                i, k = objects[int(outside.argmax())]
+                raise ValueError(
+                    f"{_name(scenes[i], 'object', k)}: got box {list(scenes[i].objects[k].box)}, expected x1, y1, x2, "
+                    f"y2 that overlap the image of {sizes[i][1]} x {sizes[i][0]}"
+                )
+            if object_view == "crop":
+                source[objects_at] = _crop_window(pixels, height[objects_at], width[objects_at])
+
+        masks = _MaskTable(scenes, sizes)
+        mask = np.full((len(kind), 2), -1, np.int64)
+        for v, (i, k) in enumerate(relations, len(scenes) + len(objects)):
+            mask[v] = masks.pair(i, k)
+
+        stretch = kind == CROP
+        augment = np.tile(np.array([1, 1, 1, 0, 0], np.float32), (len(kind), 1))
+        if train:
+            if generator is not None:
+                seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
+            level = np.where(kind == RELATION, 2, np.where(kind == GLOBAL, 0, 1)).astype(np.uint64)
+            draws = _uniforms(keys[image] ^ _mix(level << np.uint64(32) | position.astype(np.uint64)), 3 * _TRIES + 8)
+            whole = kind == GLOBAL
+            source[whole] = _random_crop(draws[whole, 8:], height[whole], width[whole])
+            stretch |= whole
+            augment = _random_augment(draws[:, :8], kind)
+        runs, start, size = masks.arrays()
+        arrays = (
+            kind,
+            image,
+            source.astype(np.int32),
+            stretch,
+            box,
+            mask,
+            augment,
+            runs,
+            start,
+            size,
+        )
+        return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+
+    def describe(self, v: int) -> str:
+        """A view's name for messages: "view 7 (relation, image 2)"."""
+        kind = int(self.kind[v])
+        return f"view {v} ({KIND_NAMES[kind] if 0 <= kind < len(KIND_NAMES) else f'kind {kind}'}, image {int(self.image[v])})"
+
+
+class _MaskTable:
+    """Each object's mask once, however many relations it is in."""
+
+    def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
+        self._scenes, self._sizes = scenes, sizes
+        self._index: dict[tuple[int, int], int] = {}
+        self._runs: list[NDArray[np.int64]] = []
+        self._size: list[tuple[int, int]] = []
+
+    def pair(self, scene: int, relation: int) -> tuple[int, int]:
+        """The rows of a relation's two masks."""
+        entry = self._scenes[scene].relations[relation]
+        return self._row(scene, relation, entry.subject), self._row(scene, relation, entry.object)
+
+    def _row(self, scene: int, relation: int, which: int) -> int:
+        if (scene, which) in self._index:
+            return self._index[scene, which]
+        name = _name(self._scenes[scene], "relation", relation)
+        if not 0 <= which < len(self._scenes[scene].objects):
+            raise ValueError(f"{name}: got object {which}, expected one of {len(self._scenes[scene].objects)}")
+        mask = self._scenes[scene].objects[which].mask
+        if mask is None:
+            raise ValueError(f"{name}: object {which} has no mask, expected one: the relation's view is drawn from it")
+        try:
+            height, width, runs = _runs(mask)
+        except ValueError as error:
+            raise ValueError(f"{name}: mask of object {which}: {error}") from None
+        if (height, width) != tuple(self._sizes[scene]):
+            raise ValueError(
+                f"{name}: got a mask of {width} x {height} for object {which}, expected the image's "
+                f"{self._sizes[scene][1]} x {self._sizes[scene][0]}"
+            )
+        if not runs[1::2].any():
+            raise ValueError(f"{name}: the mask of object {which} is empty, expected at least one pixel")
+        self._index[scene, which] = len(self._runs)
+        self._runs.append(runs)
+        self._size.append((height, width))
+        return self._index[scene, which]
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+        start = np.cumsum([0, *(len(r) for r in self._runs)], dtype=np.int64)
+        runs = np.concatenate([np.zeros(0, np.int64), *self._runs]).astype(np.int32)
+        return runs, start, np.array(self._size, np.int32).reshape(-1, 2)
+
+
+def _runs(mask: Mask) -> tuple[int, int, NDArray[np.int64]]:
+    if isinstance(mask, dict):
+        return rle.read_runs(mask)
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"got {mask.dtype} {list(mask.shape)}, expected bool [H, W]")
+    height, width = mask.shape
+    return height, width, rle.mask_runs(mask.cpu().numpy())
+
+
+def _image_size(scene: Scene) -> tuple[int, int]:
+    if isinstance(scene.image, Tensor):
+        if scene.image.dim() != 3 or scene.image.shape[2] != 3 or scene.image.numel() == 0:
+            raise ValueError(f"scene {scene.key}: got an image {list(scene.image.shape)}, expected [H, W, 3]")
+        return scene.image.shape[0], scene.image.shape[1]
+    host = native.host()
+    if host is not None and (header := host.jpeg_header(scene.image)) is not None:
+        return int(header[0]), int(header[1])
+    try:
+        parsed = probe(scene.image)
+    except ValueError as error:
+        raise ValueError(f"scene {scene.key}: {error}") from None
+    if parsed is None:
+        raise ValueError(f"scene {scene.key}: the image is neither JPEG nor PNG, expected those, a tensor, or `sizes`")
+    return parsed.height, parsed.width
+
+
+def _name(scene: Scene, what: str, k: int) -> str:
+    return f"scene {scene.key}, {what} {k}"
+
+
+def pixel_box(
+    box: Array,  # [n, 4] x1, y1, x2, y2
+    height: NDArray[np.int64],  # [n]
+    width: NDArray[np.int64],  # [n]
+) -> NDArray[np.int64]:  # [n, 4]
+    """The pixels that a box touches, at least one, clipped to the image; empty where the box lies outside."""
+    if not np.isfinite(box).all():
+        box = np.where(np.isfinite(box).all(1, keepdims=True), box, -2.0)
+    limit = float(1 << 30)
+    low = np.floor(box[:, :2].clip(-limit, limit)).astype(np.int64)
+    high = np.maximum(np.ceil(box[:, 2:].clip(-limit, limit)).astype(np.int64), low + 1)
+    edge = np.stack([width, height], axis=1)
+    return np.concatenate([low.clip(0, edge), high.clip(0, edge)], axis=1)
+
+
+def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which boxes hold no pixel."""
+    return (box[:, 2:] <= box[:, :2]).any(1)
+
+
+def _crop_window(
+    box: NDArray[np.int64],  # [n, 4]
+    height: NDArray[np.int64],
+    width: NDArray[np.int64],
+) -> NDArray[np.int64]:  # [n, 4]
+    longer = (box[:, 2:] - box[:, :2]).max(1)
+    side = np.ceil(longer * (1 + 2 * CROP_MARGIN)).astype(np.int64)[:, None]
+    spare = np.stack([width, height], axis=1) - side
+    low = (box[:, :2] + box[:, 2:] - side) // 2
+    low = np.where(spare >= 0, low.clip(0, spare.clip(0)), spare // 2)
+    return np.concatenate([low, low + side], axis=1)
+
+
+def _random_crop(
+    draws: Array,  # [n, 3 tries] in [0, 1)
+    height: NDArray[np.int64],
+    width: NDArray[np.int64],
+) -> NDArray[np.int64]:  # [n, 4]
+    """Random resized crop: the first of ten draws of area and ratio that fits, else the middle of the picture."""
+    h, w = height[:, None], width[:, None]
+    draws = draws.reshape(-1, 3, _TRIES)
+    area = h * w * _between(draws[:, 0], *_AREA)
+    ratio = np.exp(_between(draws[:, 1], *np.log(_RATIO)))
+    tall, wide = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
+    fits = (tall > 0) & (wide > 0) & (tall <= h) & (wide <= w)
+    first = fits.argmax(1)[:, None]
+    tall, wide = np.take_along_axis(tall, first, 1), np.take_along_axis(wide, first, 1)
+    none = ~fits.any(1, keepdims=True)
+    tall = np.where(none, np.maximum(np.minimum(h, np.rint(w / _RATIO[0])), 1), tall)
+    wide = np.where(none, np.maximum(np.minimum(w, np.rint(h * _RATIO[1])), 1), wide)
+    place = draws[:, 2]
+    x = np.where(none, (w - wide) // 2, np.floor(place[:, :1] * (w - wide + 1)))
+    y = np.where(none, (h - tall) // 2, np.floor(place[:, 1:2] * (h - tall + 1)))
+    return np.concatenate([x, y, x + wide, y + tall], axis=1).astype(np.int64)
+
+
+def _random_augment(
+    draws: Array,  # [n, 8] in [0, 1)
+    kind: NDArray[np.int32],  # [n]
+) -> NDArray[np.float32]:  # [n, 5]
+    spread = np.array([_COLOUR_RANGE[k] for k in range(4)])[kind]
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])
+    change = neutral + spread * (2 * draws[:, 1:5] - 1)
+    colour = np.where(draws[:, :1] < _COLOUR_PROBABILITY, change, neutral)
+    blurred = (kind == GLOBAL) & (draws[:, 5] < _BLUR_PROBABILITY)
+    blur = np.where(blurred, _between(draws[:, 6], *_BLUR_SIGMA), 0.0)
+    return np.concatenate([colour, blur[:, None]], axis=1).astype(np.float32)
+
+
+def _between(draw: Array, low: float, high: float) -> Array:
+    return low + (high - low) * draw
+
+
+def _hash(seed: int, epoch: int, key: str) -> int:
+    digest = blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64: a bijection of 64 bits without visible structure."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uniforms(
+    state: NDArray[np.uint64],  # [n]
+    count: int,
+) -> Array:  # [n, count] in [0, 1)
+    """SplitMix64 counted from each state: no generator to carry about, so views can be drawn in any order."""
+    step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = _mix(state[:, None] + step)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
