@@ -35,7 +35,9 @@ def cuda_obstacle() -> str | None:
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
     if "+cpu" in importlib.metadata.version("torch"):
-        return "torch is a CPU build, which cannot load CUDA code (SCENARIOCLIP_FAST_BUILD=cuda compiles it all the same)"
+        return (
+            "torch is a CPU build, which cannot load CUDA code (SCENARIOCLIP_FAST_BUILD=cuda compiles it all the same)"
+        )
     return None
 
 
@@ -59,13 +61,23 @@ class Build(build_ext):
         mode = os.environ.get("SCENARIOCLIP_FAST_BUILD", "auto")
         if mode not in ("auto", "cpu", "cuda", "none"):
             sys.exit(f"SCENARIOCLIP_FAST_BUILD: got {mode!r}, expected auto, cpu, cuda or none")
-        output = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "scenarioclip_fast" / "_native"
+        output = (
+            (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve())
+            / "scenarioclip_fast"
+            / "_native"
+        )
         output.mkdir(parents=True, exist_ok=True)
-        info = {"built": [], "left_out": {}, "march": os.environ.get("SCENARIOCLIP_FAST_MARCH", self.default_march())}
+        info = {
+            "built": [],
+            "left_out": {},
+            "march": os.environ.get("SCENARIOCLIP_FAST_MARCH", self.default_march()),
+        }
         if mode == "none":
             info["left_out"] = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
         elif (torch := torch_folder()) is None:
-            sys.exit("torch is not installed in the build environment: pip install 'torch>=2.11,<2.14', then --no-build-isolation")
+            sys.exit(
+                "torch is not installed in the build environment: pip install 'torch>=2.11,<2.14', then --no-build-isolation"
+            )
         else:
             obstacle = "SCENARIOCLIP_FAST_BUILD=cpu" if mode == "cpu" else cuda_obstacle()
             if mode == "cuda" and shutil.which("nvcc") is None:
@@ -97,9 +109,14 @@ class Build(build_ext):
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         # The CMake and Ninja that pip installed beside this Python come before the system's older ones.
-        beside = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        beside = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
         for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
-            tool = shutil.which("cmake", path=beside["PATH"]) or sys.exit("cmake is not on PATH: pip install cmake ninja")
+            tool = shutil.which("cmake", path=beside["PATH"]) or sys.exit(
+                "cmake is not on PATH: pip install cmake ninja"
+            )
             if subprocess.run([tool, *command], env=beside).returncode != 0:
                 sys.exit("the build failed: the compiler's messages stand above")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from scenarioclip_fast.kernels.distillation import reference
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
-from scenarioclip_fast.kernels.distillation import reference
 from scenarioclip_fast.ops import distillation_loss
 
 SCENES, OBJECTS, RELATIONS, WIDTH = 128, 684, 322, 512
@@ -48,7 +48,9 @@ def python_loop(b: dict[str, Tensor]) -> Tensor:
 
 def batched(b: dict[str, Tensor]) -> Tensor:
     """The same in a handful of calls: what one would write in plain torch."""
-    return reference.distillation_loss(**b, student_temperature=torch.tensor(TEMPERATURE), teacher_temperature=TEMPERATURE)
+    return reference.distillation_loss(
+        **b, student_temperature=torch.tensor(TEMPERATURE), teacher_temperature=TEMPERATURE
+    )
 
 
 WAYS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {

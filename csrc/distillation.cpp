@@ -1,8 +1,9 @@
 // Checks and allocation for kernels/distillation; compiled once for the CPU library, once more for the CUDA one.
+#include "kernels/distillation/distillation.h"
+
 #include <tuple>
 
 #include "check.h"
-#include "kernels/distillation/distillation.h"
 #include "parallel.h"
 
 namespace scf {

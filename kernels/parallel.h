@@ -18,7 +18,9 @@ class Parallel {
   void operator()(int64_t count, int64_t grain, F&& body) const {
     run_(
         count, grain,
-        [](int64_t begin, int64_t end, void* context) { (*static_cast<std::remove_reference_t<F>*>(context))(begin, end); },
+        [](int64_t begin, int64_t end, void* context) {
+          (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+        },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scenarioclip_fast import data, env, eval, losses, model, ops, train  # noqa: A004
+    from scenarioclip_fast import data, env, eval, losses, model, ops, train
     from scenarioclip_fast.dispatch import BackendError, use_backend
     from scenarioclip_fast.errors import MissingDependencyError, UserError
     from scenarioclip_fast.model import ScenarioCLIP

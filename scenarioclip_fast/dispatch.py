@@ -8,7 +8,7 @@ never falls back.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, dict[str, str]] = {
     "contrastive_loss": {"triton": "triton", "cpu": "", "reference": ""},
     "distillation_loss": {"cuda": "native-cuda", "triton": "triton", "cpu": "native-cpu", "reference": ""},
-    "focused_region": {"cpu": "native-cpu", "reference": ""},
-    "render_views": {"cpu": "native-cpu", "reference": ""},
+    "focused_region": {"reference": "", "cpu": "native-cpu"},
+    "render_views": {"reference": "", "cpu": "native-cpu"},
 }
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -48,8 +48,12 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def resolve(op: str, backend: str, device_type: str) -> str:
-    """The concrete backend of `op` for tensors on `device_type`; BackendError when the one asked for cannot serve."""
+def resolve(op: str, backend: str, device_type: str, cannot: Mapping[str, str] | None = None) -> str:
+    """The concrete backend of `op` for tensors on `device_type`; BackendError when the one asked for cannot serve.
+
+    cannot: backends that do not know the arguments at hand, each with the reason.
+    """
+    cannot = cannot or {}
     name, source = _checked(backend, "backend="), "backend="
     if name == "auto" and _forced is not None:
         name, source = _forced, "use_backend"
@@ -57,11 +61,11 @@ def resolve(op: str, backend: str, device_type: str) -> str:
         name, source = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
-            if why_not(op, candidate, device_type) is None:
+            if candidate not in cannot and why_not(op, candidate, device_type) is None:
                 return candidate
-    reason = why_not(op, name, device_type)
+    reason = cannot.get(name) or why_not(op, name, device_type)
     if reason is not None:
-        usable = [b for b in BACKENDS[op] if why_not(op, b, device_type) is None]
+        usable = [b for b in BACKENDS[op] if b not in cannot and why_not(op, b, device_type) is None]
         raise BackendError(
             f"{op}: backend {name!r} (from {source}) cannot serve {device_type} tensors here: {reason}; "
             f"usable: {', '.join(usable)}, or 'auto'"

@@ -98,7 +98,14 @@ def collect() -> Report:
         rows.append(("versions", name, _version(name) or "missing", ""))
     for module, (distribution, _, use) in _OPTIONAL.items():
         problem = _import_problem(module)
-        rows.append(("versions", distribution, _found_version(module, distribution) if not problem else "missing", problem or use))
+        rows.append(
+            (
+                "versions",
+                distribution,
+                _found_version(module, distribution) if not problem else "missing",
+                problem or use,
+            )
+        )
     rows.append(("versions", "nvcc", *_nvcc()))
     rows.append(("devices", "cpu", f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability()))
     rows += _gpus()

@@ -36,9 +36,7 @@ class Compiler:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def triton(
-        self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int
-    ) -> Resources:
+    def triton(self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int) -> Resources:
         """`signature`: the type of each argument ("*fp32", "i32", "constexpr" ...); `options`: num_warps, num_stages."""
         triton = pytest.importorskip("triton", reason="Triton is not installed")
         from triton.backends.compiler import GPUTarget
@@ -56,7 +54,14 @@ class Compiler:
         if shutil.which("nvcc") is None:
             pytest.skip("nvcc is not on PATH")
         cubin = self.folder / f"{source.stem}.cubin"
-        command = ["nvcc", "-cubin", "-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}"]
+        command = [
+            "nvcc",
+            "-cubin",
+            "-O3",
+            "-std=c++20",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            f"-I{ROOT}",
+        ]
         done = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return self._read(cubin)

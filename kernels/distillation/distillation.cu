@@ -1,5 +1,6 @@
-// One block per student row: it finds its own pairs, so that nothing is sorted, no atomics are used and the sums come out
-// the same every time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2 MB).
+// One block per student row: it finds its own pairs, so that nothing is sorted, no atomics are used and the sums come
+// out the same every time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2
+// MB).
 #include <cstdint>
 
 #include "kernels/distillation/distillation.h"
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) distillation_rows(DistillationProble
   __shared__ float reduction[kWarps];
   __shared__ unsigned matches[kWarps];
   const int width = static_cast<int>(p.width);
-  float* row = dynamic;               // [width]
-  float* probability = row + width;   // [width]
+  float* row = dynamic;                   // [width]
+  float* probability = row + width;       // [width]
   float* gradient = probability + width;  // [width]
   const int64_t s = blockIdx.x;
   const float temperature = *p.student_temperature;
@@ -93,8 +94,7 @@ __global__ void __launch_bounds__(kThreads) distillation_rows(DistillationProble
         for (int j = threadIdx.x; j < width; j += kThreads) {
           const float probability_j = target(j);
           sums.mass += probability_j;
-          sums.entropy +=
-              probability_j * clamped_log_target(target_row[j] / p.teacher_temperature - teacher.log_sum);
+          sums.entropy += probability_j * clamped_log_target(target_row[j] / p.teacher_temperature - teacher.log_sum);
           cross += probability_j * row[j];
         }
         sums.mass = block_reduce(sums.mass, Sum(), reduction);

@@ -25,9 +25,9 @@ struct DistillationProblem {
   int64_t teachers;
   int64_t pairs;
   int64_t width;
-  float* loss;           // [students]: the sum over a student row's pairs
-  float* d_student;      // [students, width], or null where no gradient is wanted
-  float* d_temperature;  // [students]
+  float* loss;               // [students]: the sum over a student row's pairs
+  float* d_student;          // [students, width], or null where no gradient is wanted
+  float* d_temperature;      // [students]
   float* scratch = nullptr;  // CPU: [distillation_scratch(problem)]
   int64_t* order = nullptr;  // CPU: [students + 1 + pairs]
 };

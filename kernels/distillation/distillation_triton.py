@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from scenarioclip_fast.kernels.distillation.reference import SMALLEST_TARGET
+from torch import Tensor
 
 # Pair indices looked through at once.
 SCAN = 1024

@@ -1,4 +1,5 @@
-// The arithmetic of one (student, teacher) pair, shared by the CPU and CUDA kernels. Notation of README.md: z = s / T_s.
+// The arithmetic of one (student, teacher) pair, shared by the CPU and CUDA kernels. Notation of README.md: z = s /
+// T_s.
 #pragma once
 
 #include <cmath>

@@ -43,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except (UserError, MissingDependencyError) as error:
         return _fail(str(error))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+        FileExistsError,
+    ) as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,6 +10,8 @@ from torch import Tensor
 from scenarioclip_fast.dispatch import resolve
 from scenarioclip_fast.kernels.distillation import reference
 
+_NO_FLOAT64 = dict.fromkeys(("cpu", "triton", "cuda"), "it computes in float32, and float64 came")
+
 
 def distillation_loss(
     student: Tensor,  # [S, D]
@@ -44,12 +46,9 @@ def distillation_loss(
         ValueError, TypeError: shapes, dtypes, devices or temperatures that do not fit, before anything runs.
     """
     _check(student, teacher, student_index, teacher_index, weight, student_temperature, teacher_temperature)
-    if student.dtype == torch.float64 and backend == "auto":
-        backend = "reference"
-    backend = resolve("distillation_loss", backend, student.device.type)
-    if student.dtype == torch.float64 and backend != "reference":
-        raise TypeError(f"student: got float64, which only backend='reference' computes, not {backend!r}")
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    float64 = student.dtype == torch.float64
+    backend = resolve("distillation_loss", backend, student.device.type, cannot=_NO_FLOAT64 if float64 else {})
+    wide = torch.float64 if float64 else torch.float32
     if not isinstance(student_temperature, Tensor):
         student_temperature = torch.full((), student_temperature, dtype=wide, device=student.device)
     rows: Tensor = _forward(
@@ -140,9 +139,7 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _check_range(name: str, index: Tensor, rows: int) -> None:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise ValueError(
-            f"{name}: got indices from {int(index.min())} to {int(index.max())}, expected 0 to {rows - 1}"
-        )
+        raise ValueError(f"{name}: got indices from {int(index.min())} to {int(index.max())}, expected 0 to {rows - 1}")
 
 
 def _check(
@@ -171,7 +168,12 @@ def _check(
             f"got {len(student_index)} student indices, {len(teacher_index)} teacher indices and {len(weight)} weights, "
             "expected as many of each: one per pair"
         )
-    tensors = {"teacher": teacher, "student_index": student_index, "teacher_index": teacher_index, "weight": weight}
+    tensors = {
+        "teacher": teacher,
+        "student_index": student_index,
+        "teacher_index": teacher_index,
+        "weight": weight,
+    }
     if isinstance(student_temperature, Tensor):
         tensors["student_temperature"] = student_temperature
         if student_temperature.dim() != 0:

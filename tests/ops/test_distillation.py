@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from scenarioclip_fast.kernels.distillation import reference
 from torch import Tensor
 
 import scenarioclip_fast as scf
 from scenarioclip_fast import dispatch, env
-from scenarioclip_fast.kernels.distillation import reference
 from scenarioclip_fast.ops import distillation_loss
 
 # Each backend where it runs; the Triton form runs on a CPU too, in a test of its own.
@@ -35,7 +35,9 @@ def on(backend: str, p: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.to(device) for name, t in p.items()}
 
 
-def problem(students: int, teachers: int, pairs: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def problem(
+    students: int, teachers: int, pairs: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {
         "student": torch.randn(students, width, generator=g).to(dtype),
@@ -51,17 +53,28 @@ def law(p: dict[str, Tensor], temperature: float, teacher_temperature: float) ->
     student = p["student"].double().requires_grad_()
     t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     loss = reference.distillation_loss(
-        student, p["teacher"].double(), p["student_index"], p["teacher_index"], p["weight"], t, teacher_temperature
+        student,
+        p["teacher"].double(),
+        p["student_index"],
+        p["teacher_index"],
+        p["weight"],
+        t,
+        teacher_temperature,
     )
     return loss.detach(), *torch.autograd.grad(loss, (student, t))
 
 
-def ours(p: dict[str, Tensor], temperature: float, teacher_temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def ours(
+    p: dict[str, Tensor], temperature: float, teacher_temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     p = on(backend, p)
     student = p["student"].clone().requires_grad_()
     t = torch.tensor(temperature, device=student.device, requires_grad=True)
     loss = distillation_loss(
-        **{**p, "student": student}, student_temperature=t, teacher_temperature=teacher_temperature, backend=backend
+        **{**p, "student": student},
+        student_temperature=t,
+        teacher_temperature=teacher_temperature,
+        backend=backend,
     )
     # An upstream gradient other than 1 shows a backward pass that forgets it.
     return loss.detach().cpu(), *(g.cpu() / 3 for g in torch.autograd.grad(loss * 3, (student, t)))
@@ -69,7 +82,11 @@ def ours(p: dict[str, Tensor], temperature: float, teacher_temperature: float, b
 
 def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher_temperature: float = 0.07) -> None:
     # float32 sums of D terms around 1/T = 14: an error of some 1e-6 of the largest term is what one must expect.
-    for mine, theirs in zip(ours(p, temperature, teacher_temperature, backend), law(p, temperature, teacher_temperature), strict=True):
+    for mine, theirs in zip(
+        ours(p, temperature, teacher_temperature, backend),
+        law(p, temperature, teacher_temperature),
+        strict=True,
+    ):
         scale = theirs.abs().max().clamp_min(1e-12)
         torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=2e-5)
 
@@ -192,11 +209,17 @@ def test_threads_do_not_change_the_result() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": torch.zeros(3)}, r"student: got torch.float32 \[3\], expected floats of shape \[rows, D\]"),
+        (
+            {"student": torch.zeros(3)},
+            r"student: got torch.float32 \[3\], expected floats of shape \[rows, D\]",
+        ),
         ({"teacher": torch.zeros(3, 9)}, "got widths 8 and 9"),
         ({"student_index": torch.zeros(4, dtype=torch.int32)}, "student_index: got torch.int32"),
         ({"weight": torch.zeros(5)}, "one per pair"),
-        ({"student_index": torch.tensor([0, 1, 2, 3])}, "student_index: got indices from 0 to 3, expected 0 to 2"),
+        (
+            {"student_index": torch.tensor([0, 1, 2, 3])},
+            "student_index: got indices from 0 to 3, expected 0 to 2",
+        ),
         ({"teacher_index": torch.tensor([-1, 0, 0, 0])}, "teacher_index: got indices from -1 to 0"),
         ({"student_temperature": 0.0}, "student_temperature: got 0.0"),
         ({"teacher_temperature": -1.0}, "teacher_temperature: got -1.0"),
@@ -215,7 +238,7 @@ def test_a_named_backend_never_falls_back() -> None:
     with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot serve cpu tensors"):
         distillation_loss(**p, backend="cuda")
     p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
-    with pytest.raises(TypeError, match="float64, which only backend='reference' computes"):
+    with pytest.raises(scf.BackendError, match="it computes in float32, and float64 came; usable: reference"):
         distillation_loss(**p, backend="cpu")
 
 

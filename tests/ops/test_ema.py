@@ -46,11 +46,23 @@ def test_parameters_are_moved_without_a_graph() -> None:
     [
         ([torch.zeros(2)], [torch.ones(2)], 1.5, "decay: got 1.5, expected 0 to 1"),
         ([torch.zeros(2)], [], 0.5, "got 1 teacher and 0 student tensors"),
-        ([torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.ones(2)], 0.5, r"tensor 1: got a teacher of \[3\]"),
-        ([torch.zeros(2), torch.zeros(2).int()], [torch.ones(2), torch.ones(2).int()], 0.5, "tensor 1: got torch.int32"),
+        (
+            [torch.zeros(2), torch.zeros(3)],
+            [torch.ones(2), torch.ones(2)],
+            0.5,
+            r"tensor 1: got a teacher of \[3\]",
+        ),
+        (
+            [torch.zeros(2), torch.zeros(2).int()],
+            [torch.ones(2), torch.ones(2).int()],
+            0.5,
+            "tensor 1: got torch.int32",
+        ),
     ],
 )
-def test_bad_input_changes_nothing(teacher: list[torch.Tensor], student: list[torch.Tensor], decay: float, message: str) -> None:
+def test_bad_input_changes_nothing(
+    teacher: list[torch.Tensor], student: list[torch.Tensor], decay: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ema_update_(teacher, student, decay)
     assert all((t == 0).all() for t in teacher)
