@@ -1,0 +1,552 @@
+"""The trainer: typed parts made in a fixed order, and one readable step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scenarioclip_fast.data import Batch, SceneLoader, scene_loader
+from scenarioclip_fast.dispatch import use_backend
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.losses import ScenarioLoss
+from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.train.checkpoint import (
+    BadCheckpoint,
+    Checkpoint,
+    Checkpoints,
+    load,
+    random_state,
+    set_random_state,
+)
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.distributed import join_world
+from scenarioclip_fast.train.metrics import MetricsLog
+from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
+from scenarioclip_fast.train.weights import load_initial_weights, save_teacher
+
+_FEW = 10  # losses in a mean, scene keys in a message
+_SKIPPED = "skipped.jsonl"
+_ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended. `completed` is False when a signal or `Trainer.stop` ended it early."""
+
+    run_dir: Path
+    model_dir: Path | None  # the trained model, once completed
+    step: int
+    total_steps: int
+    completed: bool
+    first_loss: float  # mean over the first steps of this process
+    last_loss: float  # mean over its last steps
+    scenes: int
+    views: int
+    seconds: float  # of this process
+    views_per_s: float  # of this process, checkpoints and start-up left aside
+    skipped: int  # steps without an update, because the loss or a gradient was not finite
+    stopped_by: str | None
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        end = "trained" if self.completed else f"stopped by {self.stopped_by}"
+        lines = [
+            f"{end}: step {self.step} of {self.total_steps}, {self.scenes} scenes, {self.views} views; "
+            f"{self.seconds:.0f} s, {self.views_per_s:.0f} views/s",
+            f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}",
+        ]
+        if self.skipped:
+            lines.append(
+                f"{self.skipped} steps skipped, their loss or gradient was not finite: {self.run_dir / _SKIPPED}"
+            )
+        if self.model_dir is not None:
+            lines.append(f"model: {self.model_dir}")
+        else:
+            lines.append("run the same command with --resume to go on")
+        return "\n".join(lines)
+
+
+class StepModule(nn.Module):
+    """Model and loss as one module: the data-parallel wrapper wants every trained parameter in one forward pass."""
+
+    def __init__(self, model: ScenarioCLIP, loss: ScenarioLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch, teacher: EMATeacher | None) -> dict[str, Tensor]:
+        return self.loss(self.model(batch, teacher=teacher))
+
+
+class Trainer:
+    """Trains as `config` says.
+
+    Args:
+        config: a TrainConfig.
+        resume: True to go on from the newest good checkpoint of config.run.dir (or to start, when it has none), or the
+            path of one checkpoint.
+
+    On several ranks, every rank makes the same Trainer and calls `fit`; batch sizes, losses and metrics are those of
+    all ranks together.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool | str | Path = False) -> None:
+        self.config = config
+        self.resume = resume
+        self.run_dir = Path(config.run.dir)
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.train.keep_checkpoints)
+        self.step = 0
+        self.scenes = self.views = self.skipped = self._skipped_in_row = 0
+        self._timed_views, self._timed_seconds = 0, 0.0
+        self._first_losses: list[float] = []
+        self._last_losses: deque[float] = deque(maxlen=_FEW)
+        self._stop: str | None = None
+        self._saved: int | None = None
+
+    def fit(self) -> FitResult:
+        """Trains until the budget is spent, or until a signal or `stop`; the state is saved either way.
+
+        Raises UserError for a mistake in the config, the data or the checkpoint, and RuntimeError when
+        train.max_skipped steps in a row had a loss or a gradient that is not finite.
+        """
+        with ExitStack() as stack:
+            self.world = stack.enter_context(join_world(self.config.run.device))
+            stack.enter_context(use_backend(self.config.run.backend))
+            stack.enter_context(_matmul_precision(self.config.run.precision))
+            stack.enter_context(self._signals())
+            self._build(stack)
+            return self._run()
+
+    def stop(self, reason: str = "a call of stop()") -> None:
+        """Asks the run to save and end: after the step under way, or on several ranks at the next log interval."""
+        self._stop = reason
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimiser step. Nothing in it waits for the device."""
+        rate = learning_rate(self.step, self.total_steps, self.config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self._autocast():
+            terms = self.parallel(batch, self.teacher)
+        terms["loss"].backward()
+        values = self.world.mean_(torch.stack([term.detach().float() for term in terms.values()]))
+        norm, skipped = guarded_step(self.optimizer, values[list(terms).index("loss")], self.config.optim.clip_norm)
+        if self.teacher is not None:
+            self.teacher.update(self.model)
+        self.step += 1
+        self._pending.add(self.step, batch, rate, [*terms, "grad_norm", "skipped"], (*values, norm, skipped))
+
+    def _build(self, stack: ExitStack) -> None:
+        config, world = self.config, self.world
+        self._prepare_run_dir()
+        torch.manual_seed(config.run.seed)
+        self.loader = stack.enter_context(self._make_loader())
+        self.vocabulary = self.loader.vocabulary
+        self.model = self._make_model().to(world.device)
+        self.loss = ScenarioLoss(
+            init_temperature=config.loss.init_temperature,
+            max_scale=config.loss.max_scale,
+            duplicates=config.loss.duplicates,
+            distillation_scale=config.loss.distillation_scale,
+            group=world.group,
+        ).to(world.device)
+        module = StepModule(self.model, self.loss).train()
+        self.parallel: nn.Module = module
+        if world.size > 1:
+            self.parallel = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.teacher: EMATeacher | None = None
+        if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
+            self.teacher = EMATeacher(self.model, decay=config.loss.teacher_decay, warmup=config.loss.teacher_warmup)
+        self.optimizer = build_optimizer(self.model, self.loss, config.optim)
+        self.total_steps = self._count_steps()
+        notes = self._restore()
+        self._log: MetricsLog | None = None
+        if world.leads:
+            config.save(self.run_dir / "config.yaml")
+            self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
+            stack.callback(self._log.close)
+        for note in (self._describe(), *notes):
+            self._say(note)
+
+    def _prepare_run_dir(self) -> None:
+        if not self.resume and self.checkpoints.paths():
+            raise UserError(
+                f"{self.run_dir} holds the checkpoints of an earlier run: go on with --resume, or set another run.dir"
+            )
+        if self.world.leads:
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self.checkpoints.sweep()
+            except OSError as error:
+                raise UserError(f"run.dir: cannot write to {self.run_dir}: {error.strerror}") from None
+        self.world.barrier()
+
+    def _make_loader(self) -> SceneLoader:
+        data, world = self.config.data, self.world
+        if not data.shards:
+            raise UserError("data.shards is not set: expected the directory that `scenarioclip-fast pack` wrote")
+        if data.batch_size % world.size:
+            raise UserError(
+                f"data.batch_size: got {data.batch_size}, expected a multiple of the {world.size} ranks, which share it"
+            )
+        return scene_loader(
+            data.shards,
+            data.batch_size // world.size,
+            split="train",
+            device=world.device,
+            decoder=data.decoder,
+            seed=self.config.run.seed,
+            rank=world.rank,
+            world_size=world.size,
+            size=self.config.model.vision.image_size,
+            object_view=data.object_view,
+            blur=data.blur,
+            train=data.augment,
+            epochs=_ENDLESS,
+            prefetch=data.prefetch,
+            dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
+            threads=data.threads,
+            cache_bytes=int(data.cache_gib * 2**30),
+            bad_samples=self.run_dir / "bad_samples.jsonl",
+        )
+
+    def _make_model(self) -> ScenarioCLIP:
+        section = self.config.model
+        model = ScenarioCLIP(section.architecture)
+        if section.init is not None:
+            load_initial_weights(model, section.init)
+        model.set_vocabulary(self.vocabulary)
+        return model
+
+    def _count_steps(self) -> int:
+        budget = self.config.train
+        if budget.steps is not None:
+            return budget.steps
+        if budget.epochs is not None:
+            return ceil(budget.epochs * len(self.loader))
+        if budget.views is not None:
+            split = self.loader.shards.manifest["splits"]["train"]
+            per_scene = 1 + (split["objects"] + split["relations"]) / split["scenes"]
+            return ceil(budget.views / (per_scene * self.config.data.batch_size))
+        raise UserError("no budget: set one of train.steps, train.epochs and train.views")
+
+    def _describe(self) -> str:
+        trained = sum(p.numel() for p in self.parallel.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parallel.parameters())
+        ranks = f" x {self.world.size} ranks" if self.world.size > 1 else ""
+        return (
+            f"{self.config.model.variant}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters train, "
+            f"{self.config.run.precision} on {self.world.device}{ranks}; {self.total_steps} steps of "
+            f"{self.config.data.batch_size} scenes, {len(self.loader)} steps an epoch"
+        )
+
+    def _run(self) -> FitResult:
+        started = time.perf_counter()
+        train = self.config.train
+        batches = iter(self.loader)
+        self._pending = _Pending()
+        ended_by: str | None = None
+        while self.step < self.total_steps and ended_by is None:
+            asked = time.perf_counter()
+            batch = next(batches)
+            self._pending.waited += time.perf_counter() - asked
+            self.train_step(batch)
+            save = self.step % train.checkpoint_every == 0
+            alone = self.world.size == 1 and self._stop is not None
+            if save or alone or self.step % train.log_every == 0 or self.step == self.total_steps:
+                ended_by = self._flush()
+            if save:
+                self._save()
+        completed = self.step == self.total_steps
+        self._save(last=True)
+        model_dir = None
+        if completed:
+            model_dir = self.run_dir / "model"
+            if self.world.leads:
+                self._export(model_dir)
+            self.world.barrier()
+        else:
+            self._say(
+                f"stopped by {ended_by} after step {self.step} of {self.total_steps}; --resume goes on from there"
+            )
+        return FitResult(
+            run_dir=self.run_dir,
+            model_dir=model_dir,
+            step=self.step,
+            total_steps=self.total_steps,
+            completed=completed,
+            first_loss=_mean(self._first_losses),
+            last_loss=_mean(list(self._last_losses)),
+            scenes=self.scenes,
+            views=self.views,
+            seconds=time.perf_counter() - started,
+            views_per_s=self._timed_views / self._timed_seconds if self._timed_seconds else 0.0,
+            skipped=self.skipped,
+            stopped_by=ended_by,
+        )
+
+    def _flush(self) -> str | None:
+        """Reads the steps since the last flush from the device and logs them; returns why the run must end, if so."""
+        pending, self._pending = self._pending, _Pending()
+        if not pending.rows:
+            return self._stop if self.world.size == 1 else None
+        table = torch.stack(pending.rows).tolist()  # here the host waits for the device
+        seconds = time.perf_counter() - pending.started
+        counts = torch.tensor([*pending.counts, (self._stop is not None, 0)], device=self.world.device)
+        *counted, (stops, _) = self.world.sum_(counts).tolist()
+        speed: dict[str, float] = {
+            "scenes_per_s": sum(scenes for scenes, _ in counted) / seconds,
+            "views_per_s": sum(views for _, views in counted) / seconds,
+            "data_wait": pending.waited / seconds,
+            "bad_samples": sum(self.loader.bad.values()),
+        }
+        if self.world.device.type == "cuda":
+            speed["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        self._timed_views += sum(views for _, views in counted)
+        self._timed_seconds += seconds
+        rows: list[dict[str, Any]] = []
+        for k, values in enumerate(table):
+            self.scenes += counted[k][0]
+            self.views += counted[k][1]
+            row = dict(zip(pending.names, values, strict=True))
+            row |= {"step": pending.steps[k], "skipped": int(row["skipped"]), "lr": pending.rates[k]}
+            rows.append({"step": row.pop("step"), **row, "views": self.views, **speed})
+            if row["skipped"]:
+                self._note_skipped(row, rows[-1]["step"], pending.keys[k])
+            else:
+                self._skipped_in_row = 0
+                self._last_losses.append(row["loss"])
+                if len(self._first_losses) < _FEW:
+                    self._first_losses.append(row["loss"])
+        if self._log is not None:
+            self._log.write(rows)
+        if self._skipped_in_row >= self.config.train.max_skipped:
+            raise TrainingFailed(
+                f"{self._skipped_in_row} steps in a row had a loss or a gradient that is not finite (the last: step "
+                f"{self.step}); the weights are those before them. Their scenes are in {self.run_dir / _SKIPPED}. "
+                "Lower optim.lr, or set run.precision=float32; --resume starts from the last checkpoint"
+            )
+        return next(filter(None, self.world.gather(self._stop))) if stops else None
+
+    def _note_skipped(self, row: dict[str, Any], step: int, keys: list[str]) -> None:
+        self.skipped += 1
+        self._skipped_in_row += 1
+        keys = [key for share in self.world.gather(keys) for key in share]
+        self._say(
+            f"step {step} skipped: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}; "
+            f"scenes {', '.join(keys[:_FEW])}{' ...' if len(keys) > _FEW else ''}"
+        )
+        if self.world.leads:
+            with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "scenes": keys}) + "\n")
+
+    def _save(self, last: bool = False) -> None:
+        """A checkpoint; a disk that refuses does not end the run, unless this is the last chance to save."""
+        if self._saved == self.step:
+            return
+        began = time.perf_counter()
+        ranks = self.world.gather({"random": random_state(), "loader": self.loader.state_dict()})
+        if self.world.leads:
+            state = {
+                "model": self.model.state_dict(),
+                "loss": self.loss.state_dict(),
+                "teacher": None if self.teacher is None else self.teacher.state_dict(),
+                "optimizer": self.optimizer.state_dict()["state"],
+                "ranks": ranks,
+            }
+            meta = {"config": self.config.to_dict(), "total_steps": self.total_steps, "progress": self._progress()}
+            try:
+                self.checkpoints.save(self.step, state, meta)
+            except OSError as error:
+                message = f"checkpoint of step {self.step} not written: {error}"
+                if last:
+                    raise TrainingFailed(f"{message}; the newest one left is {self._newest()}") from error
+                self._say(f"{message}; the run goes on")
+        self._saved = self.step
+        self._pending.started += time.perf_counter() - began
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "scenes": self.scenes,
+            "views": self.views,
+            "skipped": self.skipped,
+            "skipped_in_row": self._skipped_in_row,
+            "first_losses": self._first_losses,
+            "last_losses": list(self._last_losses),
+        }
+
+    def _newest(self) -> str:
+        paths = self.checkpoints.paths()
+        return str(paths[0]) if paths else "none"
+
+    def _restore(self) -> list[str]:
+        """Puts the state of the checkpoint to resume from in place; returns what to tell."""
+        if not self.resume:
+            return []
+        found, notes = self._find_checkpoint()
+        if found is None:
+            return [*notes, f"nothing to resume in {self.run_dir}: starting from step 0"]
+        notes += self._compare(found)
+        state = found.state
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        if self.teacher is not None and state["teacher"] is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        # The moments only: rates, decay and the like are those of the config at hand.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
+        # On another number of ranks, the order of scenes goes on where the leading rank was.
+        same = len(state["ranks"]) == self.world.size
+        rank = state["ranks"][self.world.rank if same else 0]
+        self.loader.load_state_dict(rank["loader"])
+        if same:
+            set_random_state(rank["random"])
+        progress = found.meta["progress"]
+        self.step = self._saved = found.meta["step"]
+        self.scenes, self.views = progress["scenes"], progress["views"]
+        self.skipped, self._skipped_in_row = progress["skipped"], progress["skipped_in_row"]
+        self._first_losses = progress["first_losses"]
+        self._last_losses.extend(progress["last_losses"])
+        return [*notes, f"resumed from {found.path} at step {self.step}"]
+
+    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The leading rank chooses, so that all ranks resume from the same one."""
+        if not isinstance(self.resume, bool):
+            try:
+                return load(Path(self.resume)), []
+            except BadCheckpoint as error:
+                raise UserError(f"--resume: {error}") from None
+        notes: list[str] = []
+        choice: Path | None = None
+        found: Checkpoint | None = None
+        if self.world.leads:
+            for path in self.checkpoints.paths():
+                try:
+                    found = load(path)
+                    choice = path
+                    break
+                except BadCheckpoint as error:
+                    notes.append(f"passing over a damaged checkpoint: {error}")
+        choice = self.world.gather(choice)[0]
+        if choice is not None and found is None:
+            found = load(choice)
+        return found, notes
+
+    def _compare(self, found: Checkpoint) -> list[str]:
+        """UserError when the checkpoint holds another model; otherwise one line if the run's settings changed."""
+        before, now = _flat(found.meta["config"]), _flat(self.config.to_dict())
+        changed = {
+            key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key) and not key.startswith("run.") and key != "model.init"
+        }
+        other = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
+        if other:
+            raise UserError(f"{found.path} holds another model: {'; '.join(other)}")
+        return [f"settings changed since the checkpoint: {'; '.join(changed.values())}"] if changed else []
+
+    def _export(self, directory: Path) -> None:
+        """All that an evaluation needs, in one directory that appears whole."""
+        temporary = directory.with_name(f".writing-{directory.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        self.model.save_pretrained(temporary)
+        self.vocabulary.save(temporary / "vocabulary.json")
+        self.config.save(temporary / "config.yaml")
+        if self.teacher is not None:
+            save_teacher(self.teacher, temporary / "teacher.safetensors")
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.run.precision == "bf16":
+            return torch.autocast(self.world.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _say(self, text: str) -> None:
+        if self._log is not None:
+            self._log.say(text)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the run to save and end; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, before[signal.Signals(number)])
+            self.stop(signal.Signals(number).name)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class TrainingFailed(RuntimeError):
+    """A run that cannot go on, and what to change."""
+
+
+class _Pending:
+    """The steps since the last flush: device values nobody has waited for yet, and what the host knows."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.rows: list[Tensor] = []
+        self.steps: list[int] = []
+        self.rates: list[float] = []
+        self.counts: list[tuple[int, int]] = []  # scenes, views
+        self.keys: list[list[str]] = []
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, step: int, batch: Batch, rate: float, names: list[str], values: tuple[Tensor, ...]) -> None:
+        self.names = names
+        self.rows.append(torch.stack([v.float() for v in values]))
+        self.steps.append(step)
+        self.rates.append(rate)
+        self.counts.append((batch.num_scenes, batch.pixels.shape[0]))
+        self.keys.append(batch.keys)
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """TF32 for float32 products under "tf32", full float32 otherwise; the old settings come back at the end."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,59 @@
+"""Weights into a run (model.init) and out of it (the teacher's)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from scenarioclip_fast import env
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+
+
+def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
+    """Fills `model` from a `save_pretrained` directory or a CLIP checkpoint.
+
+    A ScenarioCLIP of the same variant is taken over level by level; of any other model, one pair of towers is
+    copied to all levels. What is frozen may differ. UserError for another architecture.
+    """
+    if not Path(path).exists():
+        raise UserError(f"model.init: {path} does not exist")
+    other = ScenarioCLIP.from_pretrained(path) if _is_ours(Path(path)) else ScenarioCLIP.from_clip(path)
+    if other.config.variant != model.config.variant or not _is_ours(Path(path)):
+        model.init_towers_from(other)
+        return
+    problems = model.config.differences(other.config, "embed_dim", "vision", "text")
+    if problems:
+        raise UserError(f"model.init: {path} has another architecture (here, there): {'; '.join(problems)}")
+    _copy_levels(model, other, path)
+
+
+@torch.no_grad()
+def _copy_levels(model: ScenarioCLIP, other: ScenarioCLIP, path: str | Path) -> None:
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    filled: dict[int, str] = {}
+    for name, mine in model.named_parameters(remove_duplicate=False):
+        first = filled.setdefault(id(mine), name)
+        if first == name:
+            mine.copy_(theirs[name])
+        elif not torch.equal(theirs[first], theirs[name]):
+            raise UserError(
+                f"model.init: {name} of {path} differs from {first}, but model.freeze makes the levels share it; "
+                "freeze as that model did"
+            )
+
+
+def save_teacher(teacher: EMATeacher, path: Path) -> None:
+    """The averaged tensors as safetensors; step, decay, warm-up and scope in its metadata."""
+    state = teacher.state_dict()
+    tensors = {name: t.contiguous() for name, t in state.pop("tensors").items()}
+    env.require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return "variant" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

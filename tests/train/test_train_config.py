@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.config import ModelConfig
+from scenarioclip_fast.train.config import ModelSection, TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_defaults_are_the_papers_model() -> None:
+    assert TrainConfig().model.architecture == ModelConfig()
+    assert TrainConfig.of() == TrainConfig()
+
+
+def test_overrides_are_typed_by_their_key() -> None:
+    config = TrainConfig.of(
+        {},
+        [
+            "optim.lr=1e-3",
+            "train.steps=3e2",
+            "run.dir=12",
+            "data.augment=no",
+            "model.init=null",
+            "optim.betas=[0.8, 0.9]",
+        ],
+    )
+    assert config.optim.lr == 1e-3
+    assert config.train.steps == 300 and isinstance(config.train.steps, int)
+    assert config.run.dir == "12"
+    assert config.data.augment is False
+    assert config.model.init is None
+    assert config.optim.betas == (0.8, 0.9)
+
+
+def test_a_preset_is_the_base_of_the_other_model_keys() -> None:
+    config = TrainConfig.of({"model": {"preset": "tiny", "vision": {"layers": 2}}}, ["model.variant=scenarioclip0"])
+    tiny = ModelConfig.preset("tiny")
+    assert config.model.vision.layers == 2
+    assert config.model.vision.width == tiny.vision.width
+    assert config.model.text == tiny.text
+    assert config.model.variant == "scenarioclip0"
+    assert ModelSection.preset("tiny").architecture == tiny
+
+
+def test_a_budget_on_the_command_line_replaces_the_files() -> None:
+    config = TrainConfig.of({"train": {"epochs": 12}}, ["train.steps=5"])
+    assert (config.train.steps, config.train.epochs) == (5, None)
+    with pytest.raises(UserError, match=r"train\.steps and train\.epochs"):
+        TrainConfig.of({"train": {"epochs": 12, "steps": 5}})
+
+
+def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = TrainConfig.of({"model": {"preset": "tiny"}}, ["optim.lr=3e-4", "train.views=1000", "data.shards=x"])
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.weigth_decay=1", r"unknown config key optim\.weigth_decay: did you mean optim\.weight_decay\?"),
+        ("train.lr=1", r"unknown config key train\.lr: did you mean optim\.lr\?"),
+        ("optim.learning_rate=1", r"did you mean optim\.lr\?"),
+        ("model.vision.widht=1", r"did you mean model\.vision\.width\?"),
+        ("model.prest=tiny", r"did you mean model\.preset\?"),
+        ("zzz=1", r"unknown config key zzz: the nearest is \w+; expected one of run, data, model"),
+        ("optim.lr=fast", r"optim\.lr: got 'fast', expected a number"),
+        ("optim.lr=nan", r"optim\.lr: got 'nan', expected a number"),
+        ("optim.lr=0", r"optim\.lr: got 0.0, expected above 0"),
+        ("data.batch_size=1.5", r"data\.batch_size: got 1\.5 \(float\), expected a whole number"),
+        ("data.batch_size=true", r"data\.batch_size: got True \(bool\), expected a whole number"),
+        ("data.augment=1", r"data\.augment: got 1 \(int\), expected true or false"),
+        ("data=x", r"data: got 'x', expected a section"),
+        ("run.precision=fp8", r"run\.precision: got 'fp8', expected one of float32, tf32, bf16"),
+        ("optim.betas=0.9", r"optim\.betas: got 0\.9 \(float\), expected a list of 2 numbers"),
+        ("model.vision.width=100", r"model\.vision\.width: got 100, expected a multiple of"),
+        ("model.freeze.text_blocks=13", r"model\.freeze\.text_blocks: got 13, expected at most"),
+        ("model.preset=huge", r"model\.preset: got 'huge', expected one of vit-b-32, tiny"),
+        ("optim.lr", r"got 'optim\.lr', expected key=value"),
+        ("optim.lr=[", r"optim\.lr: got '\[', which is not a YAML value"),
+        ("train.steps=0", r"train\.steps: got 0, expected above 0"),
+    ],
+)
+def test_a_mistake_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig.of({}, [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "optim: 3", "optim: {lr: x}", "{", "optim: {1: 2}"])
+def test_a_malformed_file_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        TrainConfig.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml"):
+        TrainConfig.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_configs_are_valid_and_name_every_key_they_set(path: Path) -> None:
+    config = TrainConfig.load(path)
+    assert TrainConfig.of(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    assert [config.train.steps, config.train.epochs, config.train.views].count(None) == 2
+
+
+def test_reference_keeps_the_quirks_and_fast_does_not() -> None:
+    reference, fast = (TrainConfig.load(CONFIGS / f"{name}.yaml") for name in ("reference", "fast"))
+    assert (reference.optim.decay_logit_scale, fast.optim.decay_logit_scale) == (True, False)
+    assert (reference.model.freeze.pre_layernorm, fast.model.freeze.pre_layernorm) == (False, True)
+    assert (reference.data.blur, fast.data.blur) == ("reference", "rgb")
+    assert reference.loss == fast.loss
+    assert (reference.optim.lr, reference.data.batch_size, reference.train.epochs) == (2e-5, 128, 12)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from scenarioclip_fast.train.config import OptimSection
+from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.6))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("decay_scale", [False, True])
+def test_decay_reaches_matrices_only(decay_scale: bool) -> None:
+    model, loss = make_model(), Scales()
+    optimizer = build_optimizer(model, loss, OptimSection(decay_logit_scale=decay_scale))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
+    expected = [model[0].weight] + ([loss.logit_scale] if decay_scale else [])
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in expected]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad}
+
+
+def test_the_rate_is_torchs_linear_then_cosine_schedule() -> None:
+    config, total = OptimSection(lr=0.5, warmup=0.1), 50
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=config.lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=5),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=45),
+        ],
+        milestones=[5],
+    )
+    for step in range(total):
+        # torch's schedules multiply their factors step by step and collect rounding errors
+        assert learning_rate(step, total, config) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert learning_rate(total, total, config) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(0, 1, OptimSection(warmup=0.0)) == OptimSection().lr
+
+
+def backward(model: nn.Module, scale: float) -> Tensor:
+    x = torch.linspace(-1, 1, 20).reshape(5, 4)
+    loss: Tensor = (model(x).square().sum() + model[0].weight.sum()) * scale
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("scale", [1e-3, 10.0])  # below and above the clipping norm
+def test_a_step_is_torchs_clipping_and_adamw(scale: float) -> None:
+    ours, theirs = make_model(), make_model()
+    config = OptimSection(lr=1e-2, weight_decay=0.2)
+    fused = build_optimizer(ours, Scales(), config)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [theirs[0].weight], "weight_decay": 0.2},
+            {"params": [theirs[0].bias, *theirs[1].parameters(), theirs[2].bias], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        fused=False,
+    )
+    for _ in range(3):
+        norm, skipped = guarded_step(fused, backward(ours, scale), 1.0)
+        backward(theirs, scale)
+        expected = nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 1.0)
+        plain.step()
+        plain.zero_grad()
+        assert not skipped
+        torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        # a few float32 roundings: ours divides by the norm's ratio, torch multiplies by its inverse
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert a.grad is None
+
+
+@pytest.mark.parametrize("bad", ["loss", "nan", "inf"])
+def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
+    model = make_model()
+    optimizer = build_optimizer(model, Scales(), OptimSection(lr=0.1))
+    guarded_step(optimizer, backward(model, 1.0), 1.0)
+    weights = [p.clone() for p in model.parameters()]
+    moments = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()}
+    loss = backward(model, 1.0)
+    if bad == "loss":
+        loss = loss * math.inf
+    else:
+        model[0].weight.grad[1, 2] = float(bad)
+    _, skipped = guarded_step(optimizer, loss, 1.0)
+    assert skipped
+    for before, after in zip(weights, model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    for k, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(moments[k][n], v) for n, v in state.items())  # the step count included
+    _, skipped = guarded_step(optimizer, backward(model, 1.0), 1.0)
+    assert not skipped
+    assert not torch.equal(weights[0], model[0].weight)
