@@ -76,7 +76,7 @@ class Build(build_ext):
             info["left_out"] = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
         elif (torch := torch_folder()) is None:
             sys.exit(
-                "torch is not installed in the build environment: pip install 'torch>=2.11,<2.14', then --no-build-isolation"
+                "torch is not in the build environment: pip install 'torch>=2.11,<2.14', then use --no-build-isolation"
             )
         else:
             obstacle = "SCENARIOCLIP_FAST_BUILD=cpu" if mode == "cpu" else cuda_obstacle()

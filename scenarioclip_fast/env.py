@@ -94,8 +94,7 @@ def collect() -> Report:
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     rows.append(("versions", "torch", torch.__version__, cuda))
-    for name in ("numpy", "einops"):
-        rows.append(("versions", name, _version(name) or "missing", ""))
+    rows += [("versions", name, _version(name) or "missing", "") for name in ("numpy", "einops")]
     for module, (distribution, _, use) in _OPTIONAL.items():
         problem = _import_problem(module)
         rows.append(

@@ -1,4 +1,4 @@
-"""What several test files share: where real photos lie, and compiling kernels ahead of time for a GPU that is not here."""
+"""What several test files share: where real photos lie, and compiling kernels for a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Compiler:
         self.folder = folder
 
     def triton(self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int) -> Resources:
-        """`signature`: the type of each argument ("*fp32", "i32", "constexpr" ...); `options`: num_warps, num_stages."""
+        """`signature`: the type of each argument ("*fp32", "i32", "constexpr"); `options`: num_warps, num_stages."""
         triton = pytest.importorskip("triton", reason="Triton is not installed")
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
