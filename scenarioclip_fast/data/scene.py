@@ -36,8 +36,8 @@ class Relation:
 class Scene:
     """An image with its action, objects and relations.
 
-    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` names the split a data set assigned, None if it
-    assigned none.
+    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` names the split a data set assigned, None
+    if it assigned none.
     """
 
     key: str
@@ -50,9 +50,7 @@ class Scene:
     def relation_text(self, k: int) -> str:
         """The text of relation `k`: "subject predicate object"."""
         relation = self.relations[k]
-        return (
-            f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
-        )
+        return f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
 
 
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
@@ -62,9 +60,7 @@ def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
         "size": list(size),
         "action": scene.action,
         "objects": [{"name": o.name, "box": list(o.box), "mask": o.mask} for o in scene.objects],
-        "relations": [
-            {"subject": r.subject, "predicate": r.predicate, "object": r.object} for r in scene.relations
-        ],
+        "relations": [{"subject": r.subject, "predicate": r.predicate, "object": r.object} for r in scene.relations],
     }
 
 
@@ -76,16 +72,12 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     try:
         height, width = (int(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in record["objects"]]
-        relations = [
-            Relation(int(r["subject"]), str(r["predicate"]), int(r["object"])) for r in record["relations"]
-        ]
+        relations = [Relation(int(r["subject"]), str(r["predicate"]), int(r["object"])) for r in record["relations"]]
         action = str(record["action"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
-        raise ValueError(
-            f"scene {key}: a relation names an object that is not among its {len(objects)} objects"
-        )
+        raise ValueError(f"scene {key}: a relation names an object that is not among its {len(objects)} objects")
     return Scene(key, image, action, objects, relations)
 
 

@@ -29,8 +29,8 @@ class BadSample(ValueError):
 class ShardSet:
     """The scenes of one split, in the order of the index.
 
-    Reads are positioned (`pread`), so threads may share one ShardSet; a copy sent to another process opens its own
-    files.
+    Reads are positioned (`pread`), so threads may share one ShardSet; a copy sent to another process opens
+    its own files.
 
     Args:
         directory: what `scenarioclip-fast pack` wrote.
@@ -45,9 +45,7 @@ class ShardSet:
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not self.directory.is_dir():
-            raise UserError(
-                f"{directory}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one"
-            )
+            raise UserError(f"{directory}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one")
         self.manifest = _read_json(self.directory / "manifest.json")
         index = _read_json(self.directory / "index.json")
         try:
@@ -59,7 +57,7 @@ class ShardSet:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.directory}: malformed index ({type(error).__name__}: {error}); pack the data set again"
+                f"{self.directory}: malformed index ({type(error).__name__}: {error}); pack it again"
             ) from None
         if any(os.path.basename(name) != name for name in names):
             raise UserError(f"{self.directory / 'manifest.json'}: a shard's name leads out of the directory")
@@ -79,7 +77,7 @@ class ShardSet:
         return self._vocabulary
 
     def read(self, i: int) -> Scene:
-        """Scene `i`: `image` holds the JPEG's bytes, masks are RLE. BadSample if the shard does not hold it whole."""
+        """Scene `i`: `image` holds the JPEG's bytes, masks are RLE. BadSample if it is not there whole."""
         key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
         image = self._pread(key, shard, jpg_offset, jpg_size)
         record = self._pread(key, shard, json_offset, json_size)
@@ -95,16 +93,12 @@ class ShardSet:
             # Opened under the lock: two threads must not leak a descriptor each. Read under no lock.
             with self._lock:
                 if shard not in self._files:
-                    self._files[shard] = os.open(
-                        self.directory / self._names[shard], os.O_RDONLY | os.O_CLOEXEC
-                    )
+                    self._files[shard] = os.open(self.directory / self._names[shard], os.O_RDONLY | os.O_CLOEXEC)
             data = os.pread(self._files[shard], size, offset)
         except OSError as error:
             raise BadSample(key, "unreadable_shard", f"{self._names[shard]}: {error.strerror}") from error
         if len(data) != size:
-            raise BadSample(
-                key, "short_shard", f"{self._names[shard]}: got {len(data)} of {size} bytes at {offset}"
-            )
+            raise BadSample(key, "short_shard", f"{self._names[shard]}: got {len(data)} of {size} bytes at {offset}")
         return data
 
     def close(self) -> None:

@@ -43,14 +43,12 @@ class Vocabulary:
         train_counts: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         self._texts = {
-            level: sorted(set(texts))
-            for level, texts in zip(LEVELS, (actions, objects, relations), strict=True)
+            level: sorted(set(texts)) for level, texts in zip(LEVELS, (actions, objects, relations), strict=True)
         }
         self._ids = {level: {text: i for i, text in enumerate(texts)} for level, texts in self._texts.items()}
         counts = train_counts or {}
         self._counts = {
-            level: [counts.get(level, {}).get(text, 0) for text in texts]
-            for level, texts in self._texts.items()
+            level: [counts.get(level, {}).get(text, 0) for text in texts] for level, texts in self._texts.items()
         }
         self._tokens: dict[str, list[list[int]]] = {}
 
@@ -76,7 +74,7 @@ class Vocabulary:
             return self._ids[self._level(level)][text]
         except KeyError:
             raise UserError(
-                f"unknown {level} text {text!r}: it is not among the {len(self._texts[level])} of the vocabulary; "
+                f"unknown {level} text {text!r}: not among the {len(self._texts[level])} of the vocabulary; "
                 "pack the data set again so that its vocabulary covers it"
             ) from None
 
@@ -112,13 +110,11 @@ class Vocabulary:
         return {"schema": SCHEMA, "tokenizer": "clip", **levels}
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(
-            json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8"
-        )
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Reads what `save` wrote; needs no tokenizer. UserError if the file is missing or is something else."""
+        """Reads what `save` wrote; needs no tokenizer. UserError if it is missing or something else."""
         path = Path(path)
         try:
             record = json.loads(path.read_text("utf-8"))
@@ -130,13 +126,12 @@ class Vocabulary:
             got = record.get("schema") if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{path}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
         try:
-            texts = [record[level]["texts"] for level in LEVELS]
             counts = {
-                level: dict(zip(record[level]["texts"], record[level]["train_counts"], strict=True))
-                for level in LEVELS
+                level: dict(zip(record[level]["texts"], record[level]["train_counts"], strict=True)) for level in LEVELS
             }
             tokens = {level: [[int(t) for t in ids] for ids in record[level]["tokens"]] for level in LEVELS}
-            vocabulary = cls(*texts, train_counts=counts)
+            actions, objects, relations = (record[level]["texts"] for level in LEVELS)
+            vocabulary = cls(actions, objects, relations, counts)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: malformed vocabulary ({type(error).__name__}: {error})") from None
         if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):

@@ -1,8 +1,9 @@
 """What each kind of object looks like: flat shapes with dark outlines, in a unit box with y pointing down.
 
-A drawing takes a `Pen` and the name of a part: "whole", or a pose or layer that the kind knows ("back" and "front" of
-something that things are put into). Shapes are drawn twice, as colour and as the number of their object, so that a
-mask is exactly what is left to see of the object when everything in front of it has been drawn.
+A drawing takes a `Pen` and the name of a part: "whole", or a pose or layer that the kind knows ("back" and
+"front" of something that things are put into). Shapes are drawn twice, as colour and as the number of their
+object, so that a mask is exactly what is left to see of the object when everything in front of it has been
+drawn.
 """
 
 from __future__ import annotations
@@ -49,9 +50,7 @@ class Pen:
         index: the object's number.
     """
 
-    def __init__(
-        self, colour: Any, number: Any, box: tuple[float, float, float, float], rgb: RGB, index: int
-    ) -> None:
+    def __init__(self, colour: Any, number: Any, box: tuple[float, float, float, float], rgb: RGB, index: int) -> None:
         self._draws, self._box, self._index = (colour, number), box, index
         self._line = max(2, round(0.02 * max(box[2] - box[0], box[3] - box[1])))
         self._outline = _mix(rgb, (0, 0, 0), 0.72)
@@ -90,9 +89,7 @@ class Pen:
     def rect(self, x0: float, y0: float, x1: float, y1: float, fill: str = "own") -> None:
         self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
-    def pie(
-        self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, fill: str = "own"
-    ) -> None:
+    def pie(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, fill: str = "own") -> None:
         (left, top), (right, bottom) = self._points([(x0, y0), (x1, y1)])
         for draw, ink, outline in self._inks(fill):
             draw.pieslice((left, top, right, bottom), start, end, fill=ink, outline=outline, width=self._line)
@@ -295,9 +292,7 @@ def box(p: Pen, part: str) -> None:
 
 def basket(p: Pen, part: str) -> None:
     if part != "front":
-        p.stroke(
-            [(0.10, 0.46), (0.14, 0.20), (0.32, 0.05), (0.68, 0.05), (0.86, 0.20), (0.90, 0.46)], 0.06, "dark"
-        )
+        p.stroke([(0.10, 0.46), (0.14, 0.20), (0.32, 0.05), (0.68, 0.05), (0.86, 0.20), (0.90, 0.46)], 0.06, "dark")
         p.oval(0.02, 0.36, 0.98, 0.62, "dark")
     if part != "back":
         p.poly([(0.02, 0.50), (0.98, 0.50), (0.84, 1), (0.16, 1)])
@@ -315,13 +310,13 @@ def ball(p: Pen, part: str) -> None:
     p.oval(0.42, 0.0, 0.58, 0.12, "dark")
 
 
+_APPLE = ((0.5, 0.24), (0.72, 0.17), (0.96, 0.32), (1.0, 0.55), (0.86, 0.88), (0.66, 1.0), (0.5, 0.94))
+
+
 def apple(p: Pen, part: str) -> None:
     p.stroke([(0.5, 0.24), (0.56, 0.05)], 0.06, "wood")
     p.poly([(0.56, 0.15), (0.74, 0.0), (0.92, 0.06), (0.76, 0.20)], "dark")
-    p.poly(
-        [(0.5, 0.24), (0.72, 0.17), (0.96, 0.32), (1.0, 0.55), (0.86, 0.88), (0.66, 1.0), (0.5, 0.94)]
-        + [(0.34, 1.0), (0.14, 0.88), (0.0, 0.55), (0.04, 0.32), (0.28, 0.17)]
-    )
+    p.poly([*_APPLE, *((1 - x, y) for x, y in reversed(_APPLE))])
     p.oval(0.16, 0.34, 0.34, 0.56, "light")
 
 

@@ -1,10 +1,11 @@
-"""What happens in a scene: which kinds take part, where they stand, which relations hold and what the action is.
+"""What happens in a scene: which kinds take part, where they stand, which relations hold, what the action is.
 
-An event is laid out in a unit square with y pointing down. Its first two places are the subject and the object of the
-main relation, from which the action follows. A third may join one of them by a relation that no action follows from.
+An event is laid out in a unit square with y pointing down. Its first two places are the subject and the
+object of the main relation, from which the action follows. A third may join one of them by a relation that no
+action follows from.
 
-Any two kinds are related in one order only ("person left of robot", never "robot right of person"): a focused region
-looks the same in both orders, so only this gives a picture one true text.
+Any two kinds are related in one order only ("person left of robot", never "robot right of person"): a focused
+region looks the same in both orders, so only this gives a picture one true text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Template(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an object stands: the middle of its foot and its height, in the unit square; `part` is its pose."""
+    """Where an object stands in the unit square: the middle of its foot and its height; `part`: its pose."""
 
     kind: str
     x: float
@@ -38,9 +39,9 @@ class Place(NamedTuple):
 class Event:
     """A layout of two or three objects.
 
-    `join` is the predicate of the third object and the place (0 or 1) that it is related to. `order` lists (place,
-    part) from back to front where that differs from the order of the places: what holds another thing is drawn in two
-    layers around it.
+    `join` is the predicate of the third object and the place (0 or 1) that it is related to. `order` lists
+    (place, part) from back to front where that differs from the order of the places: what holds another thing
+    is drawn in two layers around it.
     """
 
     predicate: str
@@ -198,9 +199,7 @@ ACTIONS: dict[str, tuple[tuple[Event, ...], ...]] = {
     "hiding": (
         (
             _event("under", Place("cat", 0.5, 0.97, 0.47), _TABLE),
-            _event(
-                "under", Place("cat", 0.5, 0.97, 0.47), _TABLE, Place("cup", 0.5, 0.37, 0.31), join=("on", 1)
-            ),
+            _event("under", Place("cat", 0.5, 0.97, 0.47), _TABLE, Place("cup", 0.5, 0.37, 0.31), join=("on", 1)),
         ),
         (_event("inside", Place("cat", 0.5, 0.74, 0.64), Place("box", 0.5, 0.98, 0.64), order="1b 0w 1f"),),
     ),
@@ -249,12 +248,13 @@ def _held_out() -> frozenset[tuple[Template, str, str]]:
     )
 
 
-# (template, colour of the subject, colour of the object) that no picture of the train split shows as a relation
+# (template, colour of the subject, colour of the object) that no picture of the train split shows as a
+# relation
 HELD_OUT = _held_out()
 
 
 def action_of(templates: Iterable[Template]) -> str:
-    """The action that follows from the relations of a picture: that of its one main relation, else "waiting"."""
+    """The action that follows from the relations of a picture: its main relation's, else "waiting"."""
     found = {ACTION_OF[template] for template in templates if template in ACTION_OF}
     assert len(found) <= 1, f"relations of {len(found)} actions in one picture: {sorted(found)}"
     return found.pop() if found else "waiting"

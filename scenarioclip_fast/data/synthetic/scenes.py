@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +40,12 @@ class Item(NamedTuple):
 
 
 def split_of(index: int, val: float = 0.05, test: float = 0.15) -> str:
-    """The split of scene `index`: shares are kept for any number of scenes, and say nothing about what is drawn."""
+    """The split of scene `index`: keeps the shares for any number of scenes, whatever is drawn."""
     u = (index * 0.6180339887498949) % 1.0
     return "test" if u < test else "val" if u < test + val else "train"
 
 
-def generate_scenes(
-    n: int, seed: int = 0, *, start: int = 0, val: float = 0.05, test: float = 0.15
-) -> Iterator[Scene]:
+def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05, test: float = 0.15) -> Iterator[Scene]:
     """Draws scenes `start` to `start + n - 1`.
 
     Args:
@@ -56,12 +54,12 @@ def generate_scenes(
         val, test: shares of those splits. Only their scenes show the relations in `HELD_OUT`.
 
     Yields:
-        Scenes whose image is uint8 [H, W, 3], with bool masks of what is to be seen of each object, boxes that bound
-        these masks, and a split.
+        Scenes whose image is uint8 [H, W, 3], with bool masks of what is to be seen of each object, boxes
+        that bound these masks, and a split.
     """
     if n < 0 or seed < 0 or start < 0:
         raise ValueError(f"got n={n}, seed={seed}, start={start}, expected none of them to be negative")
-    if not (0 <= val and 0 <= test and val + test <= 1):
+    if min(val, test) < 0 or val + test > 1:
         raise ValueError(f"got val={val}, test={test}, expected shares that add up to at most 1")
     for index in range(start, start + n):
         yield draw_scene(seed, index, split_of(index, val, test))
@@ -99,9 +97,7 @@ def vocabulary() -> dict[str, list[str]]:
     return {"actions": sorted(ACTIONS), "objects": sorted(objects), "relations": sorted(relations)}
 
 
-def _event_items(
-    rng: np.random.Generator, event: Event, height: int, width: int, *, held_out: bool
-) -> list[Item]:
+def _event_items(rng: np.random.Generator, event: Event, height: int, width: int, *, held_out: bool) -> list[Item]:
     colours = _event_colours(rng, event, held_out)
     # The event stays inside the centre square, which is what the relation views show of a picture.
     side = min(height, width)
@@ -121,7 +117,7 @@ def _unit_box(place: Place, shift: float) -> Box:
 
 
 def _event_colours(rng: np.random.Generator, event: Event, held_out: bool) -> list[str]:
-    """Draws one colour for each place so that every relation is in training, or, if allowed, sometimes held out."""
+    """One colour for each place: every relation is of the training ones or, if allowed, at times held out."""
     main, *joined = event.relations
     pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_SHARE)
     colours = list(pairs[rng.integers(len(pairs))])
@@ -134,7 +130,7 @@ def _event_colours(rng: np.random.Generator, event: Event, held_out: bool) -> li
     return colours
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pairs(template: Template, held_out: bool) -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in COLOUR_PAIRS if ((template, *pair) in HELD_OUT) == held_out)
 
@@ -148,7 +144,7 @@ def _scatter(
     width: int,
     kinds: tuple[str, ...],
 ) -> list[Item]:
-    """Up to `n` more objects, clear of `items` and of each other, and of no kind that could be related to another."""
+    """Up to `n` more objects, clear of all others, and of no kind that could be related to another."""
     placed = list(items)
     for _ in range(n):
         for _ in range(12):
@@ -162,9 +158,7 @@ def _scatter(
             if w > width - 4 or h > height - 4:
                 continue
             x, y = rng.uniform(2, width - 2 - w), rng.uniform(2, height - 2 - h)
-            if all(
-                x > b[2] + 2 or x + w < b[0] - 2 or y > b[3] + 2 or y + h < b[1] - 2 for _, _, b in placed
-            ):
+            if all(x > b[2] + 2 or x + w < b[0] - 2 or y > b[3] + 2 or y + h < b[1] - 2 for _, _, b in placed):
                 colour = str(rng.choice(list(COLOURS)))
                 placed.append(Item(kind, colour, (x, y, x + w, y + h)))
                 break
@@ -186,9 +180,7 @@ def _scene(
     position = {int(i): k for k, i in enumerate(order)}
     objects = [SceneObject(f"{items[i].colour} {items[i].kind}", _bounds(masks[i]), masks[i]) for i in order]
     relations = [relations[k] for k in rng.permutation(len(relations))]
-    return Scene(
-        key, image, action, objects, [Relation(position[s], p, position[o]) for s, p, o in relations], split
-    )
+    return Scene(key, image, action, objects, [Relation(position[s], p, position[o]) for s, p, o in relations], split)
 
 
 def _bounds(mask: Tensor) -> Box:
@@ -210,8 +202,9 @@ class _Canvas:
         """Draws (item, part) after (item, part), each over those before."""
         tints = [_tint(self._rng, COLOURS[item.colour]) for item in items]
         for i, part in layers:
-            box = tuple(SUPERSAMPLING * v for v in items[i].box)
-            KINDS[items[i].kind][0](Pen(*self._draws, box, tints[i], self._count + i + 1), part)  # type: ignore[arg-type]
+            draw, _ = KINDS[items[i].kind]
+            x0, y0, x1, y1 = (SUPERSAMPLING * v for v in items[i].box)
+            draw(Pen(*self._draws, (x0, y0, x1, y1), tints[i], self._count + i + 1), part)
         self._count += len(items)
 
     def develop(self) -> tuple[Tensor, Tensor]:
@@ -240,9 +233,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> Any:
     image_draw, image = require("PIL.ImageDraw"), require("PIL.Image")
     base = rng.uniform(120, 215) + rng.uniform(-14, 14, 3)
     clouds = base + rng.normal(0, 9, (6, 8, 1)) + rng.normal(0, 3, (6, 8, 3))
-    picture = image.fromarray(np.clip(clouds, 0, 255).astype(np.uint8), "RGB").resize(
-        (width, height), image.BILINEAR
-    )
+    picture = image.fromarray(np.clip(clouds, 0, 255).astype(np.uint8), "RGB").resize((width, height), image.BILINEAR)
     pattern = image.new("L", (width, height))
     draw = image_draw.Draw(pattern)
     step, strength = int(rng.integers(14, 48)), int(rng.integers(10, 42))

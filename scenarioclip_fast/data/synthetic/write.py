@@ -26,7 +26,9 @@ def write_reference_layout(
     *,
     classes: Mapping[str, list[str]] | None = None,
 ) -> dict[str, int]:
-    """Writes `metadata_SPLIT.json` (`metadata.json` for scenes of no split), `classes.json`, `images/KEY.jpg` and
+    """Writes metadata, classes, images and masks of scenes in the published layout.
+
+    `metadata_SPLIT.json` (`metadata.json` for scenes of no split), `classes.json`, `images/KEY.jpg` and
     `sam_results/KEY_grounding_sam.npz`.
 
     Args:
@@ -47,7 +49,7 @@ def write_reference_layout(
 def draw_reference_layout(
     n: int, out_dir: str | Path, *, seed: int = 0, val: float = 0.05, test: float = 0.15, workers: int = 1
 ) -> dict[str, int]:
-    """`write_reference_layout` of `generate_scenes(n, seed)`, drawn in `workers` processes, with progress shown.
+    """`write_reference_layout` of `generate_scenes(n, seed)`, in `workers` processes, with progress shown.
 
     The files are the same for any number of workers.
     """
@@ -63,9 +65,7 @@ def draw_reference_layout(
         return _write_metadata(progress(entries, n, "drawing", "scenes"), out, vocabulary())
 
 
-def _draw_and_write(
-    index: int, *, seed: int, val: float, test: float, out: Path
-) -> tuple[str | None, dict[str, Any]]:
+def _draw_and_write(index: int, *, seed: int, val: float, test: float, out: Path) -> tuple[str | None, dict[str, Any]]:
     scene = draw_scene(seed, index, split_of(index, val, test))
     return scene.split, _write_scene(scene, out)
 
@@ -83,7 +83,7 @@ def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
     image, key = scene.image, scene.key
     if not isinstance(image, bytes):
         image = require("simplejpeg").encode_jpeg(
-            image.numpy(), quality=QUALITY, colorspace="RGB", colorsubsamp="444"
+            image.numpy(), quality=QUALITY, colorspace="RGB", colorsubsampling="444"
         )
     (out / "images" / f"{key}.jpg").write_bytes(image)
     masks = [np.asarray(o.mask, dtype=bool) for o in scene.objects]
@@ -119,14 +119,14 @@ def _write_metadata(
         data.setdefault(f"metadata_{split}.json" if split else "metadata.json", []).append(entry)
     for name, rows in data.items():
         _write_json(out / name, {"data": rows})
-    _write_json(
-        out / "classes.json", dict(classes or _classes(row for rows in data.values() for row in rows))
-    )
+    _write_json(out / "classes.json", dict(classes or _classes(row for rows in data.values() for row in rows)))
     return {name: len(rows) for name, rows in sorted(data.items())}
 
 
 def _classes(entries: Iterator[dict[str, Any]]) -> dict[str, list[str]]:
-    actions, objects, relations = set(), set(), set()
+    actions: set[str] = set()
+    objects: set[str] = set()
+    relations: set[str] = set()
     for entry in entries:
         actions.add(entry["action"])
         objects.update(name for name, _ in entry["objects"])
