@@ -1,0 +1,209 @@
+"""What a ScenarioCLIP is made of. Every error names the field to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from scenarioclip_fast.errors import UserError
+
+Variant = Literal["scenarioclip1", "scenarioclip0", "pyramidclip"]
+Stem = Literal["linear", "conv"]
+Activation = Literal["quick_gelu", "gelu"]
+
+
+def _check(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{name}: got {got!r}, expected {expected}")
+
+
+def _check_sizes(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(isinstance(value, int) and value > 0, f"{section}.{name}", value, "an integer above 0")
+
+
+def _check_choice(name: str, got: object, choices: Any) -> None:
+    _check(got in get_args(choices), name, got, "one of " + ", ".join(get_args(choices)))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision transformer on square images of `image_size` pixels, cut into patches of `patch_size`.
+
+    stem: "linear" projects raw patches, as CLIP does; "conv" puts strided 3 x 3 convolutions before the
+    transformer, which learn much faster from scratch on small images, and needs a power of two as patch size.
+    """
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    stem: Stem = "linear"
+    activation: Activation = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _check_sizes("vision", self, "image_size", "patch_size", "width", "layers", "heads")
+        _check(
+            self.width % self.heads == 0,
+            "vision.width",
+            self.width,
+            f"a multiple of vision.heads ({self.heads})",
+        )
+        _check(
+            self.image_size % self.patch_size == 0,
+            "vision.image_size",
+            self.image_size,
+            f"a multiple of vision.patch_size ({self.patch_size})",
+        )
+        _check_choice("vision.stem", self.stem, Stem)
+        _check_choice("vision.activation", self.activation, Activation)
+        if self.stem == "conv":
+            power_of_two = self.patch_size >= 2 and self.patch_size & (self.patch_size - 1) == 0
+            _check(power_of_two, "vision.patch_size", self.patch_size, 'a power of two with vision.stem="conv"')
+            halvings = self.patch_size.bit_length() - 1
+            _check(
+                self.width % 2 ** (halvings - 1) == 0,
+                "vision.width",
+                self.width,
+                f'a multiple of {2 ** (halvings - 1)} with vision.stem="conv", which doubles its channels',
+            )
+
+    @property
+    def tokens(self) -> int:
+        """The class token and one token a patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A causal text transformer. The last id of the vocabulary is end-of-text, as in CLIP."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    activation: Activation = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _check_sizes("text", self, "context_length", "vocab_size", "width", "layers", "heads")
+        _check(self.width % self.heads == 0, "text.width", self.width, f"a multiple of text.heads ({self.heads})")
+        _check(self.context_length >= 2, "text.context_length", self.context_length, "at least 2 (start and end)")
+        _check_choice("text.activation", self.activation, Activation)
+
+    @property
+    def end_of_text(self) -> int:
+        return self.vocab_size - 1
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """What never trains, and is therefore one and the same at the three levels and in the teacher.
+
+    vision_blocks, text_blocks: how many blocks are frozen, from the input on
+    embeddings: patch, class, position and token embeddings
+    pre_layernorm: the vision encoder's layernorm before block 0. The published reference trains it, which
+        costs a backward pass through the frozen blocks; False reproduces that.
+    `FreezeConfig.nothing()` trains everything.
+    """
+
+    vision_blocks: int = 6
+    text_blocks: int = 10
+    embeddings: bool = True
+    pre_layernorm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vision_blocks", "text_blocks"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 0, f"freeze.{name}", value, "an integer, at least 0")
+
+    @classmethod
+    def nothing(cls) -> FreezeConfig:
+        return cls(0, 0, False, False)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Variant, sizes and freezing of a ScenarioCLIP; the defaults are the paper's (ViT-B/32).
+
+    variant: "scenarioclip1" (six encoders, EMA teacher and distillation: the method), "scenarioclip0" (six
+        encoders, contrastive only) or "pyramidclip" (one vision and one text encoder for all levels)
+    embed_dim: width D of the embeddings
+    """
+
+    variant: Variant = "scenarioclip1"
+    embed_dim: int = 512
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+
+    def __post_init__(self) -> None:
+        _check_choice("variant", self.variant, Variant)
+        _check(
+            isinstance(self.embed_dim, int) and self.embed_dim > 0,
+            "embed_dim",
+            self.embed_dim,
+            "an integer above 0",
+        )
+        for part in ("vision", "text"):
+            frozen, layers = getattr(self.freeze, f"{part}_blocks"), getattr(self, part).layers
+            _check(frozen <= layers, f"freeze.{part}_blocks", frozen, f"at most {part}.layers ({layers})")
+
+    @classmethod
+    def preset(cls, name: str, variant: Variant = "scenarioclip1") -> ModelConfig:
+        """The paper's sizes ("vit-b-32"), or "tiny", which freezes nothing and trains from scratch on a CPU."""
+        if name == "vit-b-32":
+            return cls(variant=variant)
+        if name == "tiny":
+            return cls(
+                variant=variant,
+                embed_dim=128,
+                vision=VisionConfig(image_size=64, patch_size=16, width=128, layers=4, heads=4, stem="conv"),
+                text=TextConfig(context_length=32, width=128, layers=4, heads=4),
+                freeze=FreezeConfig.nothing(),
+            )
+        raise UserError(f"model preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:
+        """The reverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
+        parts = {"vision": VisionConfig, "text": TextConfig, "freeze": FreezeConfig}
+        values = {
+            key: _from_mapping(parts[key], value, f"{key}.") if key in parts else value for key, value in record.items()
+        }
+        return _from_mapping(cls, values, "")
+
+    def differences(self, other: ModelConfig, *fields: str) -> list[str]:
+        """Lines such as "vision.width: 768 and 1024", one a field; `fields` limits them to these sections."""
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        wanted = [key for key in mine if not fields or key.split(".")[0] in fields]
+        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in wanted if mine[key] != theirs[key]]
+
+
+PRESETS = ("vit-b-32", "tiny")
+
+
+def _from_mapping(cls: Any, record: object, prefix: str) -> Any:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'model config'}: got {record!r}, expected a mapping")
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = [f"{prefix}{key}" for key in record if key not in names]
+    if unknown:
+        expected = ", ".join(prefix + name for name in names)
+        raise UserError(f"unknown model config key {', '.join(unknown)}: expected {expected}")
+    return cls(**record)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

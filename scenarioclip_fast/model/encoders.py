@@ -1,0 +1,297 @@
+"""CLIP's vision and text transformers, of any width and depth.
+
+The architecture is that of CLIP (arXiv 2103.00020): pre-norm blocks, quick-GELU, a class token that is read
+after the last block, texts read at their end-of-text token; then the projection of ScenarioCLIP (Linear with
+bias, LayerNorm). Three things differ from a literal transcription and change no number: query, key and value
+are one product; the last block computes, besides keys and values, only the token that is read; texts of
+different lengths lie one after another without padding, since a causal model never looks past the end-of-text
+token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scenarioclip_fast.model.config import TextConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where n texts of T tokens in all lie: one after another in T rows, and in an [n, longest] grid.
+
+    text [T]: the text of each row;  position [T]: its place in that text;  slot [T]: its cell in the grid
+    last [n]: the row of each text's last token, end-of-text
+    """
+
+    text: Tensor  # [T]
+    position: Tensor  # [T]
+    slot: Tensor  # [T]
+    last: Tensor  # [n]
+    longest: int
+
+    @classmethod
+    def of_lengths(cls, lengths: Tensor, total: int | None = None, longest: int | None = None) -> Packing:
+        """Packs texts of these lengths [n]; giving their sum and maximum spares two waits for the device."""
+        n = lengths.shape[0]
+        total = int(lengths.sum()) if total is None else total
+        longest = (int(lengths.max()) if n else 0) if longest is None else longest
+        end = lengths.cumsum(0)
+        text = torch.repeat_interleave(lengths, output_size=total)
+        position = torch.arange(total, device=lengths.device) - (end - lengths)[text]
+        return cls(text, position, text * longest + position, end - 1, longest)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """x sigmoid(1.702 x), keeping nothing but x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # [*]
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # [*]
+        (x,) = ctx.saved_tensors
+        # x sigmoid(a x) is silu(a x) / a, so its derivative at x is silu's at a x.
+        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+
+
+def quick_gelu(x: Tensor) -> Tensor:  # [*]
+    """CLIP's activation: x sigmoid(1.702 x)."""
+    return cast(Tensor, _QuickGELU.apply(x))  # type: ignore[no-untyped-call]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, full over dense rows, causal over packed texts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, packing: Packing | None, pooled: bool) -> Tensor:  # [n, L, W] or [T, W]
+        """The attention's output for every token or, `pooled`, for the token that is read: [n, W]."""
+        if packing is not None:
+            return self._packed(x, packing, pooled)
+        n, length, width = x.shape
+        if pooled:
+            # Only the class token asks; every token answers.
+            query, pair = self.qkv.weight.split((width, 2 * width))
+            query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
+            q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, -1)
+            k, v = F.linear(x, pair, pair_bias).view(n, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.out(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+
+    def _packed(self, x: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, W]
+        n, longest, width = packing.last.shape[0], packing.longest, x.shape[-1]
+        qkv = self.qkv(x)
+        grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
+        q, k, v = grid.view(n, longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        # A cell of padding lies after its text's tokens: none of them sees it.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n * longest, width)
+        return self.out(y.index_select(0, packing.slot[packing.last] if pooled else packing.slot))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig | TextConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm_1 = nn.LayerNorm(width)
+        self.attention = Attention(width, config.heads)
+        self.norm_2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
+        # CLIP's initial values: the variance of the residual sum does not grow with depth.
+        deep = (2 * config.layers) ** -0.5
+        for linear, std in (
+            (self.attention.qkv, width**-0.5),
+            (self.attention.out, width**-0.5 * deep),
+            (self.expand, (2 * width) ** -0.5),
+            (self.contract, width**-0.5 * deep),
+        ):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:
+        """Dense [n, L, W] or packed [T, W], both ways; `pooled`: only the tokens that are read, [n, W]."""
+        y = self.attention(self.norm_1(x), packing, pooled)
+        if pooled:
+            x = x[:, 0] if packing is None else x.index_select(0, packing.last)
+        x = x + y
+        return x + self.contract(self.activation(self.expand(self.norm_2(x))))
+
+
+class Head(nn.Module):
+    """LayerNorm of the token that is read (CLIP's pooled output), Linear with bias, LayerNorm."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embed_dim)
+        self.out_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, W]
+        return self.out_norm(self.projection(self.norm(x)))
+
+
+class LinearStem(nn.Module):
+    """CLIP's patch embedding: raw patches times a matrix, no bias."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(width, 3 * patch_size**2))
+        nn.init.normal_(self.weight, std=(3 * patch_size**2) ** -0.5)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
+        n, p, side = pixels.shape[0], self.patch_size, pixels.shape[-1] // self.patch_size
+        patches = pixels.view(n, 3, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(n, side * side, 3 * p * p)
+        return F.linear(patches, self.weight)
+
+
+def _conv(before: int, after: int) -> nn.Conv2d:
+    conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+class ConvStem(nn.Module):
+    """Strided 3 x 3 convolutions, channels doubling to `width` as the side halves, then a 1 x 1 product."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        channels = [3, *(width >> i for i in reversed(range(halvings)))]
+        self.convs = nn.ModuleList(_conv(before, after) for before, after in itertools.pairwise(channels))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
+        x = pixels.to(memory_format=torch.channels_last)
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        return self.out(x.flatten(2).transpose(1, 2))
+
+
+class VisionEmbedding(nn.Module):
+    """Pixels to tokens: the class token, then the patches, row by row, plus positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.stem = (ConvStem if config.stem == "conv" else LinearStem)(config.patch_size, config.width)
+        self.class_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.position = nn.Parameter(torch.randn(config.tokens, config.width) * config.width**-0.5)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
+        if pixels.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"pixels: got shape {list(pixels.shape)}, expected [n, 3, {self.image_size}, {self.image_size}]"
+            )
+        patches = self.stem(pixels)
+        first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        return torch.cat([first, patches], 1) + self.position
+
+
+class TextEmbedding(nn.Module):
+    """Packed token ids to vectors plus positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Parameter(torch.randn(config.context_length, config.width) * 0.01)
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:  # [T]
+        return self.token(tokens) + self.position[packing.position]
+
+
+class Encoder(nn.Module):
+    """What both encoders share: stages run in order, of which any first part can be left out or run alone.
+
+    `stages` are the embedding, (the vision encoder's layernorm before block 0,) the blocks, and the head.
+    `first` counts those before the blocks.
+    """
+
+    first: int
+    blocks: nn.ModuleList
+    head: Head
+
+    def __init__(self, config: VisionConfig | TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config.width, embed_dim)
+        self.checkpointing = False
+        nn.init.normal_(self.head.projection.weight, std=config.width**-0.5)
+        nn.init.zeros_(self.head.projection.bias)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        raise AssertionError("an encoder of pixels or of tokens names its stages")
+
+    def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """Runs stages `start` to `stop`; after the last block only the tokens that are read are left."""
+        stages = self.stages
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        for i in range(start, len(stages) if stop is None else stop):
+            stage = stages[i]
+            if isinstance(stage, Block):
+                pooled = i == len(stages) - 2
+                if checkpointing:
+                    x = checkpoint(stage, x, packing, pooled, use_reentrant=False)
+                else:
+                    x = stage(x, packing, pooled)
+            elif i == 0 and packing is not None:
+                x = stage(x, packing)
+            else:
+                x = stage(x)
+        return x
+
+
+class VisionEncoder(Encoder):
+    """Pixels [n, 3, S, S] to embeddings [n, D]."""
+
+    first = 2
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__(config, embed_dim)
+        self.embedding = VisionEmbedding(config)
+        self.pre_norm = nn.LayerNorm(config.width)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [self.embedding, self.pre_norm, *self.blocks, self.head]
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
+        return self.run(pixels)
+
+
+class TextEncoder(Encoder):
+    """Packed token ids [T] to embeddings [n, D]."""
+
+    first = 1
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__(config, embed_dim)
+        self.embedding = TextEmbedding(config)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [self.embedding, *self.blocks, self.head]
+
+    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:  # [T]
+        return self.run(tokens, packing)

@@ -1,0 +1,142 @@
+"""A moving average of the student's trainable weights, for distillation and for evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.encoders import Packing
+from scenarioclip_fast.model.scenarioclip import ScenarioCLIP, compile_blocks
+
+# What distillation asks of the teacher: embeddings of whole images, of object names and of relation texts.
+_ASKED = ("vision.global", "text.object", "text.relation")
+
+
+class EMATeacher:
+    """Averages the student's trainable weights; frozen ones are the student's own tensors.
+
+    After update t (t = 0, 1, ...) the teacher is decay_t teacher + (1 - decay_t) student, with
+        decay_t = 1 - 1 / (1 + min(t / warmup, 1) (1 / (1 - decay) - 1)),
+    so that the window 1 / (1 - decay_t) grows steadily from one step to its full width over `warmup` updates
+    and the random start of the average is gone at once. With the published 0.9995 and 2000 this is, but for 1
+    part in 2000, Mean Teacher's min(1 - 1 / (t + 1), decay) (arXiv 1703.01780): the plain mean of all steps,
+    then the moving one.
+
+    Args:
+        model: the student, on its device; build the teacher after the student's weights are loaded and moved.
+        scope: "distillation" averages the three encoders that distillation asks for; "all" averages all,
+            which makes `averaged` give a whole averaged model at the price of twice the memory and traffic.
+    """
+
+    def __init__(
+        self,
+        model: ScenarioCLIP,
+        decay: float = 0.9995,
+        warmup: int = 2000,
+        scope: Literal["distillation", "all"] = "distillation",
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"teacher decay: got {decay}, expected 0 <= decay < 1")
+        if warmup < 0:
+            raise UserError(f"teacher warm-up: got {warmup} updates, expected 0 or more")
+        if scope not in ("distillation", "all"):
+            raise ValueError(f"scope: got {scope!r}, expected 'distillation' or 'all'")
+        self.decay, self.warmup, self.scope, self.step = decay, warmup, scope, 0
+        wanted = {
+            f"{kind}.{level}": encoder for kind in ("vision", "text") for level, encoder in getattr(model, kind).items()
+        }
+        if scope == "distillation":
+            wanted = {name: wanted[name] for name in _ASKED}
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.encoders: dict[str, Any] = copy.deepcopy(wanted, frozen)
+        self._tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for prefix, encoder in self.encoders.items():
+            for name, p in encoder.named_parameters():
+                if p.requires_grad and id(p) not in seen:
+                    seen.add(id(p))
+                    self._tensors[f"{prefix}.{name}"] = p.requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """The decay of update number `step`, counted from 0."""
+        ramp = min(step / self.warmup, 1.0) if self.warmup else 1.0
+        return 1 - 1 / (1 + ramp * (1 / (1 - self.decay) - 1))
+
+    @torch.no_grad()
+    def update(self, model: ScenarioCLIP) -> None:
+        """Moves the average towards the student; call it after each optimiser step."""
+        from scenarioclip_fast.ops import ema_update_
+
+        teacher, student = self._pairs(model)
+        ema_update_(teacher, student, self.decay_at(self.step))
+        self.step += 1
+
+    @torch.no_grad()
+    def encode_image(self, x: Tensor, *, start: int = 0) -> Tensor:
+        """The averaged global vision encoder from stage `start` on (0: from pixels [n, 3, S, S]): [n, D]."""
+        return self.encoders["vision.global"].run(x, start=start)
+
+    @torch.no_grad()
+    def encode_text(self, x: Tensor, packing: Packing, level: str, *, start: int = 0) -> Tensor:
+        """The averaged text encoder of `level` from stage `start` on (0: from token ids [T]): [n, D]."""
+        return self.encoders[f"text.{level}"].run(x, packing, start=start)
+
+    @contextlib.contextmanager
+    def averaged(self, model: ScenarioCLIP) -> Iterator[ScenarioCLIP]:
+        """Lends the model the averaged weights as far as `scope` has them; it gets its own back at the end."""
+        pairs = list(zip(*self._pairs(model), strict=True))
+        _swap(pairs)
+        try:
+            yield model
+        finally:
+            _swap(pairs)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile`s the teacher's blocks, as ScenarioCLIP.compile_blocks does the student's."""
+        compile_blocks(nn.ModuleDict({k.replace(".", "_"): v for k, v in self.encoders.items()}), **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "decay": self.decay,
+            "warmup": self.warmup,
+            "scope": self.scope,
+            "tensors": {name: p.detach() for name, p in self._tensors.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over step and averaged tensors; `decay` and `warmup` stay as this teacher was built."""
+        tensors = state["tensors"]
+        missing, extra = (
+            sorted(self._tensors.keys() - tensors.keys()),
+            sorted(tensors.keys() - self._tensors.keys()),
+        )
+        if missing or extra:
+            raise UserError(
+                f"the teacher's state does not fit: missing {missing[:5]} ({len(missing)}), "
+                f"extra {extra[:5]} "
+                f"({len(extra)}); its scope was {state['scope']!r}, expected {self.scope!r}"
+            )
+        for name, p in self._tensors.items():
+            if p.shape != tensors[name].shape:
+                raise UserError(f"teacher.{name}: got shape {list(tensors[name].shape)}, expected {list(p.shape)}")
+            p.copy_(tensors[name])
+        self.step = int(state["step"])
+
+    def _pairs(self, model: ScenarioCLIP) -> tuple[list[Tensor], list[Tensor]]:
+        student = dict(model.named_parameters(remove_duplicate=False))
+        return list(self._tensors.values()), [student[name].detach() for name in self._tensors]
+
+
+def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for teacher, student in pairs:
+        kept = teacher.clone()
+        teacher.copy_(student)
+        student.copy_(kept)

@@ -1,0 +1,492 @@
+"""Weights from and for other programs: Hugging Face and open_clip CLIP, the method's published code, safetensors.
+
+Every source is first renamed to this package's names of one encoder (`blocks.0.attention.qkv.weight`, ...), query, key
+and value in one matrix, and then loaded strictly. Nothing that runs code on loading is read: safetensors, or pickles
+with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scenarioclip_fast.env import require
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.config import Activation, FreezeConfig, ModelConfig, TextConfig, Variant, VisionConfig
+from scenarioclip_fast.model.scenarioclip import ScenarioCLIP
+from scenarioclip_fast.model.tokens import LEVELS
+
+SCHEMA = 1
+State = dict[str, Tensor]
+
+# This package's names of a block's parts, in Hugging Face's and in open_clip's words; q, k, v are handled apart.
+_HF_BLOCK = {
+    "norm_1": "layer_norm1",
+    "attention.out": "self_attn.out_proj",
+    "norm_2": "layer_norm2",
+    "expand": "mlp.fc1",
+    "contract": "mlp.fc2",
+}
+_OPEN_CLIP_BLOCK = {
+    "norm_1": "ln_1",
+    "attention.out": "attn.out_proj",
+    "norm_2": "ln_2",
+    "expand": "mlp.c_fc",
+    "contract": "mlp.c_proj",
+}
+_HF = {
+    "vision": {
+        "embedding.class_token": "embeddings.class_embedding",
+        "embedding.stem.weight": "embeddings.patch_embedding.weight",
+        "embedding.position": "embeddings.position_embedding.weight",
+        "pre_norm": "pre_layrnorm",
+        "head.norm": "post_layernorm",
+    },
+    "text": {
+        "embedding.token.weight": "embeddings.token_embedding.weight",
+        "embedding.position": "embeddings.position_embedding.weight",
+        "head.norm": "final_layer_norm",
+    },
+}
+_OPEN_CLIP = {
+    "vision": {
+        "embedding.class_token": "class_embedding",
+        "embedding.stem.weight": "conv1.weight",
+        "embedding.position": "positional_embedding",
+        "pre_norm": "ln_pre",
+        "head.norm": "ln_post",
+    },
+    "text": {
+        "embedding.token.weight": "token_embedding.weight",
+        "embedding.position": "positional_embedding",
+        "head.norm": "ln_final",
+    },
+}
+
+
+def save_pretrained(model: ScenarioCLIP, directory: str | Path) -> None:
+    """Writes `model.safetensors`, every parameter once, and `config.json` into `directory`."""
+    safetensors = require("safetensors.torch")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    safetensors.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    record = {"schema": SCHEMA, "model": model.config.to_dict()}
+    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def from_pretrained(directory: str | Path) -> ScenarioCLIP:
+    """Reads what `save_pretrained` wrote."""
+    directory = Path(directory)
+    record = _read_json(directory / "config.json")
+    if record.get("schema") != SCHEMA or "model" not in record:
+        raise UserError(
+            f"{directory / 'config.json'}: got schema {record.get('schema')!r}, expected {SCHEMA} and a key 'model'; "
+            "for a plain CLIP use from_clip, for the method's published code from_reference"
+        )
+    model = ScenarioCLIP(ModelConfig.from_dict(record["model"]))
+    path = directory / "model.safetensors"
+    _load(model, _read_state(path), path)
+    return model
+
+
+def from_clip(
+    path: str | Path,
+    *,
+    variant: Variant = "scenarioclip1",
+    freeze: FreezeConfig | None = None,
+    config: ModelConfig | None = None,
+    activation: Activation | None = None,
+) -> ScenarioCLIP:
+    """A ScenarioCLIP whose every level starts from one CLIP checkpoint.
+
+    CLIP's projections become the projections' matrices, with zero biases; the layernorms behind them are new.
+
+    Args:
+        path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin), or an
+            open_clip state dict (a directory with open_clip_model.safetensors or open_clip_pytorch_model.bin, or the
+            file itself).
+        variant, freeze: as in ModelConfig; the sizes come from the checkpoint.
+        config: a whole config instead, whose sizes must be the checkpoint's.
+        activation: for state dicts alone, which do not say it: "quick_gelu" (OpenAI's weights; the default) or "gelu"
+            (most others).
+    """
+    path = Path(path)
+    file = _weights_file(path)
+    state = _read_state(file)
+    # Training checkpoints wrap the state dict and prefix its names.
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith("visual.") for name in state):
+        vision, text, found = _from_open_clip(state, file, activation or "quick_gelu")
+    elif "vision_model.embeddings.class_embedding" in state:
+        vision, text, found = _from_hf(state, file, _hf_config(file.parent / "config.json"))
+    else:
+        raise UserError(
+            f"{file}: not a CLIP checkpoint (neither 'visual.*' of open_clip nor 'vision_model.*' of Hugging Face among "
+            f"its {len(state)} tensors, which start with {sorted(state)[:3]})"
+        )
+    if config is None:
+        config = replace(found, variant=variant, freeze=freeze or FreezeConfig())
+    problems = config.differences(found, "embed_dim", "vision", "text")
+    if problems:
+        raise UserError(f"{path}: not the config's architecture (config, checkpoint): {'; '.join(problems)}")
+    model = ScenarioCLIP(config)
+    for kind, part in (("vision", vision), ("text", text)):
+        for level in LEVELS:
+            encoder = getattr(model, kind)[level]
+            fresh = {f"head.out_norm.{name}": p for name, p in encoder.head.out_norm.named_parameters()}
+            _load(encoder, part | fresh, file, f"{kind} encoder, ")
+    return model
+
+
+def from_reference(
+    path: str | Path, *, teacher: bool = False, freeze: FreezeConfig | None = None, heads: tuple[int, int] | None = None
+) -> ScenarioCLIP:
+    """The model in a Lightning checkpoint (or state dict) of the method's published code, all variants.
+
+    Args:
+        path: the `.ckpt`, or the teacher's own `*_ema_teacher.pt`.
+        teacher: take the EMA teacher's weights instead of the student's.
+        freeze: which parts are frozen from now on; the default is the published freezing. Parts that are frozen must be
+            equal at all levels, else UserError names the first that is not.
+        heads: of the vision and of the text encoder; the default is CLIP's one per 64 of width.
+    """
+    path = Path(path)
+    record = _unpickle(path)
+    if teacher:
+        record = record.get("ema", {}).get("teacher_state", {})
+        if not record:
+            raise UserError(f"{path}: no EMA teacher in it (expected ema.teacher_state); pass teacher=False")
+    state = _tensors(record.get("state_dict", record), path)
+    state = {
+        name.removeprefix("model."): value for name, value in state.items() if not name.startswith(("ema.", "teacher."))
+    }
+    single = any(name.startswith("visual_encoder.") for name in state)
+    prefixes = dict.fromkeys(LEVELS, "") if single else {level: f"{level}_" for level in LEVELS}
+    if f"{prefixes['global']}image_projection.weight" not in state:
+        raise UserError(
+            f"{path}: not a checkpoint of the method's published code (no 'model.global_image_projection.weight' among "
+            f"its {len(state)} tensors, which start with {sorted(state)[:3]})"
+        )
+    encoders: dict[str, dict[str, State]] = {"vision": {}, "text": {}}
+    for level, prefix in prefixes.items():
+        for kind, encoder, head in (("vision", "visual", "image"), ("text", "text", "text")):
+            whole = _under(state, f"{prefix}{encoder}_encoder.")
+            part = _rename(
+                _under(whole, f"{kind}_model.") or whole, kind, _HF[kind], _HF_BLOCK, "encoder.layers.", path
+            )
+            for mine, theirs in (("projection", "projection"), ("out_norm", "norm")):
+                for name, value in _under(state, f"{prefix}{head}_{theirs}.").items():
+                    part[f"head.{mine}.{name}"] = value
+            encoders[kind][level] = part
+    found = _sizes(encoders["vision"]["global"], encoders["text"]["global"], heads, "quick_gelu", path)
+    variant: Variant = "pyramidclip" if single else "scenarioclip1"
+    config = replace(found, variant=variant, freeze=freeze or FreezeConfig(pre_layernorm=False))
+    model = ScenarioCLIP(config)
+    for kind, parts in encoders.items():
+        trainable = {name for name, p in getattr(model, kind)["global"].named_parameters() if p.requires_grad}
+        for level, part in parts.items():
+            for name, value in part.items():
+                first = parts["global"].get(name)
+                if name not in trainable and (first is None or not torch.equal(first, value)):
+                    raise UserError(
+                        f"{path}: {kind} encoder, {name}: frozen by the config, but different at 'global' and "
+                        f"{level!r}; pass a `freeze` that lets it train"
+                    )
+            _load(getattr(model, kind)[level], part, path, f"{kind} encoder of level {level!r}, ")
+    return model
+
+
+def export_hf(model: ScenarioCLIP, directory: str | Path, level: str = "global") -> None:
+    """Writes one level as a Hugging Face CLIPModel: config.json and model.safetensors, read by `transformers`.
+
+    CLIPModel has neither the projections' biases nor the layernorms behind them. They go into `projection.safetensors`
+    (`{vision,text}.{projection.bias,out_norm.weight,out_norm.bias}`), to be applied to `image_embeds` and `text_embeds`
+    before these are normalised.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
+    config = model.config
+    if config.vision.stem != "linear":
+        raise UserError(f"vision.stem: got {config.vision.stem!r}, expected 'linear': CLIPModel has no other stem")
+    safetensors = require("safetensors.torch")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state: State = {"logit_scale": torch.tensor(2.6592600)}  # ln(1/0.07), which CLIP starts from
+    rest: State = {}
+    for kind, projection in (("vision", "visual_projection"), ("text", "text_projection")):
+        encoder = {k: v.detach() for k, v in getattr(model, kind)[level].state_dict().items()}
+        whole = _HF[kind]
+        for name, value in encoder.items():
+            stem, _, leaf = name.rpartition(".")
+            if name.startswith("blocks."):
+                _, i, part = stem.split(".", 2)
+                block = f"{kind}_model.encoder.layers.{i}"
+                if part == "attention.qkv":
+                    for q, third in zip("qkv", value.chunk(3), strict=True):
+                        state[f"{block}.self_attn.{q}_proj.{leaf}"] = third.clone()
+                else:
+                    state[f"{block}.{_HF_BLOCK[part]}.{leaf}"] = value.contiguous()
+            elif name == "head.projection.weight":
+                state[f"{projection}.weight"] = value.contiguous()
+            elif name.startswith(("head.projection.", "head.out_norm.")):
+                rest[f"{kind}.{name.removeprefix('head.')}"] = value.contiguous()
+            elif name in whole:
+                if name == "embedding.stem.weight":
+                    p = config.vision.patch_size
+                    value = value.view(-1, 3, p, p)
+                state[f"{kind}_model.{whole[name]}"] = value.contiguous()
+            else:
+                state[f"{kind}_model.{whole[stem]}.{leaf}"] = value.contiguous()
+    shared = {"layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
+    end = config.text.end_of_text
+    record = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "vision_config": _hf_sizes(config.vision)
+        | {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+        | shared,
+        "text_config": _hf_sizes(config.text)
+        | {"max_position_embeddings": config.text.context_length, "vocab_size": config.text.vocab_size}
+        | {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+        | shared,
+    }
+    safetensors.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(rest, directory / "projection.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def _hf_sizes(config: VisionConfig | TextConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+    }
+
+
+def _from_hf(state: State, path: Path, record: Mapping[str, Any]) -> tuple[State, State, ModelConfig]:
+    parts: dict[str, State] = {}
+    for kind, projection in (("vision", "visual_projection"), ("text", "text_projection")):
+        part = _rename(_under(state, f"{kind}_model."), kind, _HF[kind], _HF_BLOCK, "encoder.layers.", path)
+        parts[kind] = _with_projection(part, state, f"{projection}.weight", path)
+    sub = {kind: record.get(f"{kind}_config") or {} for kind in parts}
+    heads = tuple(sub[kind].get("num_attention_heads", default) for kind, default in (("vision", 12), ("text", 8)))
+    found = _sizes(parts["vision"], parts["text"], (heads[0], heads[1]), "quick_gelu", path)
+    vision, text = (sub[kind].get("hidden_act", "quick_gelu") for kind in ("vision", "text"))
+    for kind, activation in (("vision", vision), ("text", text)):
+        if sub[kind].get("layer_norm_eps", 1e-5) != 1e-5:
+            raise UserError(f"{path}: {kind} layer_norm_eps {sub[kind]['layer_norm_eps']}, expected 1e-05")
+        if activation not in ("quick_gelu", "gelu"):
+            raise UserError(f"{path}: {kind} hidden_act {activation!r}, expected 'quick_gelu' or 'gelu'")
+    found = replace(found, vision=replace(found.vision, activation=vision), text=replace(found.text, activation=text))
+    return parts["vision"], parts["text"], found
+
+
+def _from_open_clip(state: State, path: Path, activation: Activation) -> tuple[State, State, ModelConfig]:
+    vision = _under(state, "visual.")
+    # Models with a text tower of their own put it under "text.".
+    text = _under(state, "text.") or {k: v for k, v in state.items() if not k.startswith("visual.")}
+    projections = {"head.projection.weight": (vision, "proj"), "text": (text, "text_projection")}
+    for part, name in projections.values():
+        if name not in part or part[name].ndim != 2:
+            raise UserError(f"{path}: no matrix {name!r}, which open_clip's CLIP has; other architectures are not read")
+    image_projection, text_projection = vision["proj"].T.contiguous(), text["text_projection"].T.contiguous()
+    v = _rename(vision, "vision", _OPEN_CLIP["vision"], _OPEN_CLIP_BLOCK, "transformer.resblocks.", path)
+    t = _rename(text, "text", _OPEN_CLIP["text"], _OPEN_CLIP_BLOCK, "transformer.resblocks.", path)
+    for part, projection in ((v, image_projection), (t, text_projection)):
+        part["head.projection.weight"] = projection
+        part["head.projection.bias"] = projection.new_zeros(projection.shape[0])
+    return v, t, _sizes(v, t, None, activation, path)
+
+
+def _with_projection(part: State, state: State, name: str, path: Path) -> State:
+    if name not in state:
+        raise UserError(f"{path}: missing {name}: not a whole CLIPModel")
+    bias = state[name].new_zeros(state[name].shape[0])
+    return part | {"head.projection.weight": state[name], "head.projection.bias": bias}
+
+
+def _rename(
+    state: State, kind: str, whole: Mapping[str, str], block: Mapping[str, str], layers: str, path: Path
+) -> State:
+    """One encoder's tensors under this package's names; what CLIP does not have outside its blocks is left out."""
+    out: State = {}
+    for mine, theirs in whole.items():
+        if theirs in state:
+            out[mine] = state[theirs]
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in state:
+                out[f"{mine}.{leaf}"] = state[f"{theirs}.{leaf}"]
+    if "embedding.stem.weight" in out:
+        out["embedding.stem.weight"] = out["embedding.stem.weight"].flatten(1)
+    rest: dict[str, State] = {}
+    for name, value in _under(state, layers).items():
+        i, _, tail = name.partition(".")
+        rest.setdefault(i, {})[tail] = value
+    for i, tensors in rest.items():
+        names = {f"{theirs}.": f"blocks.{i}.{mine}." for mine, theirs in block.items()}
+        for tail, value in tensors.items():
+            hit = next((p for p in names if tail.startswith(p)), None)
+            if hit is not None:
+                out[names[hit] + tail.removeprefix(hit)] = value
+            elif tail.startswith("attn.in_proj_"):
+                out[f"blocks.{i}.attention.qkv.{tail.removeprefix('attn.in_proj_')}"] = value
+            elif not tail.startswith("self_attn."):
+                raise UserError(f"{path}: {kind} encoder, {layers}{i}.{tail}: CLIP has no such tensor")
+        for leaf in ("weight", "bias"):
+            qkv = [tensors.get(f"self_attn.{q}_proj.{leaf}") for q in "qkv"]
+            if all(q is not None for q in qkv):
+                out[f"blocks.{i}.attention.qkv.{leaf}"] = torch.cat([q for q in qkv if q is not None])
+    return out
+
+
+def _sizes(
+    vision: State, text: State, heads: tuple[int, int] | None, activation: Activation, path: Path
+) -> ModelConfig:
+    """The config that the tensors' shapes tell."""
+    try:
+        stem, position = vision["embedding.stem.weight"], vision["embedding.position"]
+        patch = round((stem.shape[1] / 3) ** 0.5)
+        side = round((position.shape[0] - 1) ** 0.5)
+        width, text_width = stem.shape[0], text["embedding.token.weight"].shape[1]
+        vision_heads, text_heads = heads or (max(width // 64, 1), max(text_width // 64, 1))
+        return ModelConfig(
+            embed_dim=vision["head.projection.weight"].shape[0],
+            vision=VisionConfig(
+                image_size=side * patch,
+                patch_size=patch,
+                width=width,
+                layers=_depth(vision),
+                heads=vision_heads,
+                activation=activation,
+            ),
+            text=TextConfig(
+                context_length=text["embedding.position"].shape[0],
+                vocab_size=text["embedding.token.weight"].shape[0],
+                width=text_width,
+                layers=_depth(text),
+                heads=text_heads,
+                activation=activation,
+            ),
+            freeze=FreezeConfig.nothing(),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: missing what this package calls {error.args[0]!r}: not a whole CLIP") from None
+
+
+def _depth(state: State) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str = "") -> None:
+    """Loads strictly; one error names what is missing, what is too much and what has another shape."""
+    wanted = module.state_dict()
+    lines = []
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing:
+        lines.append(f"missing {_some(missing)}")
+    if extra:
+        lines.append(f"unexpected {_some(extra)}")
+    shapes = [
+        f"{name} ({list(state[name].shape)}, expected {list(wanted[name].shape)})"
+        for name in sorted(wanted.keys() & state.keys())
+        if state[name].shape != wanted[name].shape
+    ]
+    if shapes:
+        lines.append(f"of another shape {_some(shapes)}")
+    if lines:
+        raise UserError(f"{path}: {what}tensors do not fit the model: {'; '.join(lines)}")
+    module.load_state_dict(state)
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = (
+        "model.safetensors",
+        "open_clip_model.safetensors",
+        "pytorch_model.bin",
+        "open_clip_pytorch_model.bin",
+    )
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    what = "holds none of " + ", ".join(names) if path.is_dir() else "no such file or directory"
+    raise UserError(f"{path}: {what}")
+
+
+def _read_state(path: Path) -> State:
+    if path.suffix == ".safetensors":
+        safetensors = require("safetensors.torch")
+        return _checked(lambda: safetensors.load_file(path), path)
+    record = _unpickle(path)
+    return _tensors(record.get("state_dict", record), path)
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    record = _checked(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: got a {type(record).__name__}, expected a dictionary of tensors")
+    return record
+
+
+def _checked(read: Callable[[], Any], path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return read()
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: refused: it holds more than tensors and plain values, and reading it could run code ({reason}); "
+            "save its state_dict alone, best as safetensors"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
+    except Exception as error:
+        # safetensors raises an exception class of its own, which is only known once it is imported.
+        if type(error).__module__.startswith("safetensors"):
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        raise
+
+
+def _tensors(record: Mapping[str, Any], path: Path) -> State:
+    wrong = [str(name) for name, value in record.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise UserError(f"{path}: not a dictionary of tensors: {_some(sorted(wrong))} are something else")
+    return dict(record)
+
+
+def _hf_config(path: Path) -> dict[str, Any]:
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: got a {type(record).__name__}, expected an object")
+    return record
