@@ -1,8 +1,9 @@
 """The contrastive softmax on a CPU, tile by tile: matrix products in MKL, exponentials on a tile that stays in cache.
 
-The N x U matrix never exists. One exponential per logit and pass serves rows and columns alike: with |S| <= bound, the offset
-`bound - HEADROOM` keeps every exp(S - offset) finite, and sums that got too close to underflow send the call to a slower
-path with running maxima. Float32 inside, float64 for float64 input; order of summation fixed, so results repeat bit for bit.
+The N x U matrix never exists. One exponential per logit and pass serves rows and columns alike: with
+|S| <= bound, the offset `bound - HEADROOM` keeps every exp(S - offset) finite, and sums that came too close to
+underflow send the call to a slower path with running maxima. Float32 inside, float64 for float64 input; the
+order of summation is fixed.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def _product(buffer: Tensor, x: Tensor, y: Tensor) -> Tensor:  # [ROWS * COLUMNS
 
 
 def _offset(x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> float:
-    bound = float(scale)
+    bound = scale.item()
     if not normalize:
-        bound *= float(x.norm(dim=1).max() * y.norm(dim=1).max())
+        bound *= (x.norm(dim=1).max() * y.norm(dim=1).max()).item()
     return bound - HEADROOM
 
 
@@ -103,13 +104,15 @@ def backward(
     normalize: bool = True,
     need_image: bool = True,
     need_text: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # d_image [N, D], d_text [U, D], d_scale []
+) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D] (empty where not needed), d_scale []
     x, y = unit_rows(image, normalize), unit_rows(text, normalize)
     n, u = len(x), len(y)
     offset = _offset(x, y, scale, normalize) if n and u else 0.0
     s = scale.to(x.dtype)
     x = x * s
-    d_x, d_y = torch.zeros_like(x), torch.zeros_like(y)
+    need_image |= not need_text  # d scale is read off one of the two products
+    d_x = torch.zeros_like(x) if need_image else x.new_empty(0)
+    d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
     w = y.new_ones(u) if weight is None else weight.to(x.dtype)
     shifted = torch.cat([row_lse, col_lse]) - offset
     bounded = bool((shifted.abs() < -math.log(FLOOR)).all())
@@ -120,21 +123,23 @@ def backward(
     for i, j in _tiles(n, u):
         grad = _product(buffer, x[i], y[j])
         if bounded:
-            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, their factors as a product of rank two.
+            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, their factors as a product
+            # of rank two.
             grad.sub_(offset).exp_().mul_(_product(factors, row_factor[i], col_factor[:, j].T))
         else:
             by_column = (grad - col_lse[j]).exp_().mul_(grad_col[j])
             grad.sub_(row_lse[i, None]).exp_().mul_(grad_row[i, None]).mul_(w[j]).add_(by_column)
         _add_positives(grad, grad_positive[i], own[i] - j.start)
-        if need_image or not need_text:
+        if need_image:
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
-    # sum_iu G_iu cos_iu, from whichever product is there.
-    d_scale = torch.vdot(d_y.view(-1), y.view(-1)) / s if need_text else torch.vdot(d_x.view(-1), x.view(-1)) / s
+    # sum_iu G_iu S_iu / s, from whichever product is there.
+    product, rows = (d_y, y) if need_text else (d_x, x)
+    d_scale = torch.vdot(product.view(-1), rows.view(-1)) / s
     return (
-        _finish(image, d_x.mul_(s), normalize) if need_image else None,
-        _finish(text, d_y, normalize) if need_text else None,
+        _finish(image, d_x.mul_(s), normalize) if need_image else image.new_empty(0),
+        _finish(text, d_y, normalize) if need_text else text.new_empty(0),
         d_scale,
     )
 

@@ -1,6 +1,7 @@
 """The contrastive softmax in plain PyTorch: the law that every backend is held to.
 
-With unit rows x_i (images) and y_u (distinct texts), S = s x y^T, text t_i of image row i and a weight w_u >= 0 per text:
+With unit rows x_i (images) and y_u (distinct texts), S = s x y^T, the text t_i of image row i and a weight
+w_u >= 0 of each text:
 
     row_i = log sum_u w_u exp(S_iu)        col_u = log sum_i exp(S_iu)        positive_i = S_{i, t_i}
 
@@ -63,8 +64,10 @@ def backward(
     grad_col: Tensor,  # [U]
     grad_positive: Tensor,  # [N]
     normalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D], d_scale []
-    """dS_iu = g^row_i w_u exp(S_iu - row_i) + g^col_u exp(S_iu - col_u) + g^pos_i [u = t_i], then the chain rule."""
+    need_image: bool = True,
+    need_text: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D] (empty where not needed), d_scale []
+    """dS_iu = g^row_i w_u exp(S_iu - row_i) + g^col_u exp(S_iu - col_u) + g^pos_i [u = t_i], and the chain rule."""
     x, y = unit_rows(image, normalize), unit_rows(text, normalize)
     cosine = x @ y.T
     logits = scale.to(x.dtype) * cosine
@@ -78,8 +81,8 @@ def backward(
     d_scale = (grad * cosine).sum()
     grad = grad * scale.to(x.dtype)
     return (
-        unit_rows_backward(image, grad @ y, normalize),
-        unit_rows_backward(text, grad.T @ x, normalize),
+        unit_rows_backward(image, grad @ y, normalize) if need_image else image.new_empty(0),
+        unit_rows_backward(text, grad.T @ x, normalize) if need_text else text.new_empty(0),
         d_scale,
     )
 

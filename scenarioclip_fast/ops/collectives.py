@@ -1,0 +1,88 @@
+"""Collectives with exact adjoints, for losses whose rows are spread over ranks.
+
+The rule of every function here: the gradient that reaches a rank's tensors is that of the sum of what all ranks
+return. Where every rank returns the same loss, this is the loss's gradient times the number of ranks, which
+averaging gradients over ranks (DistributedDataParallel) turns into the gradient of one process with all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
+    """Every rank's integers, rank by rank. The one host synchronisation: collectives need sizes on the host."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    out = mine.new_empty(group.size() * len(mine))
+    dist.all_gather_into_tensor(out, mine, group=group)
+    return [[int(v) for v in row] for row in out.view(group.size(), -1).tolist()]
+
+
+def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's rows: x is [n, ...] with n = sizes[rank], the result one [sizes[r], ...] tensor a rank."""
+    if max(sizes) == 0:
+        return [x[:0]] * len(sizes)
+    flat = _GatherRows.apply(x, tuple(sizes), group)
+    return list(flat.split(list(sizes)))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        padded = _pad(x, max(sizes)).contiguous()
+        out = x.new_empty((len(sizes) * max(sizes), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, padded, group=group)
+        blocks = out.split(max(sizes))
+        return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        # Summed over ranks in float32: low-precision partial sums would lose a digit with every doubling of ranks.
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        largest = max(ctx.sizes)
+        padded = torch.cat([_pad(block, largest) for block in wide.split(list(ctx.sizes))])
+        out = padded.new_empty((largest, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, padded, group=ctx.group)
+        return out[: ctx.sizes[ctx.group.rank()]].to(grad.dtype), None, None
+
+
+def _pad(x: Tensor, rows: int) -> Tensor:
+    return F.pad(x, [0, 0] * (x.dim() - 1) + [0, rows - len(x)])
+
+
+def combine_columns(
+    columns: Tensor,  # [U] this rank's log-sums over its own rows; -inf where it has none
+    sums: Tensor,  # [L] this rank's share of sums
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:  # [U], [L] over all ranks
+    combined, totals = _CombineColumns.apply(columns, sums, group)
+    return combined, totals
+
+
+class _CombineColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, sums: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        highest = columns.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        shift = highest.masked_fill(highest.isneginf(), 0)
+        packed = torch.cat([(columns - shift).exp(), sums])
+        dist.all_reduce(packed, group=group)
+        combined = packed[: len(columns)].log() + shift
+        ctx.save_for_backward(columns, combined)
+        ctx.group = group
+        return combined, packed[len(columns) :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_combined: Tensor, grad_totals: Tensor) -> tuple[Tensor, Tensor, None]:
+        columns, combined = ctx.saved_tensors
+        packed = torch.cat([grad_combined, grad_totals])
+        dist.all_reduce(packed, group=ctx.group)
+        share = (columns - combined).exp().masked_fill(columns.isneginf(), 0)
+        return packed[: len(columns)] * share, packed[len(columns) :].clone(), None

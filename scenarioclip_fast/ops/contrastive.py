@@ -1,0 +1,507 @@
+"""Symmetric contrastive softmax over distinct texts, without an N x U matrix (kernels/contrastive/README.md).
+
+Two custom ops do the work for all levels at once: `contrastive_forward` gives row and column log-sums and the
+positive logits, `contrastive_backward` turns gradients of those three into gradients of features and scale. The
+loss is plain torch on top, and collectives stay outside the ops.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast import dispatch
+from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
+from scenarioclip_fast.ops import collectives
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DUPLICATES = ("negatives", "positives")
+_LOOPED = {"reference": reference, "cpu": contrastive_cpu}
+
+
+def contrastive_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    text_index: Tensor | None = None,  # [N] int64
+    text_id: Tensor | None = None,  # [U] int64
+    duplicates: str = "negatives",
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [], or [N] for reduction="none"
+    """Symmetric softmax cross entropy between image rows and texts, as in CLIP (ScenarioCLIP, arXiv 2511.20274).
+
+    Formulas in kernels/contrastive/README.md. First derivatives only.
+
+    Args:
+        image, text: features of any floating dtype and any length: rows are normalised here. Sums are float32
+            (float64 for float64 input); under autocast, float32 features are cast as for a matrix product.
+        logit_scale: positive factor of the cosines, already exponentiated and clamped.
+        text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text that no
+            row has takes no part in "negatives" and is one more negative in "positives".
+        text_id: identity of each text across ranks (its vocabulary index). Texts with equal ids are merged, the
+            first one's features standing for all. "positives" with a group needs it.
+        duplicates: "negatives" (the paper: rows with equal texts are each other's negatives) or "positives"
+            (equal texts are one class).
+        reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
+        group: rows and texts are this rank's share; shares may differ in size, and may be empty. "mean" is over
+            all ranks' rows, the same number on every rank. Gradients are those of the sum of all ranks' results,
+            so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
+            process with all rows, logit_scale's included.
+        deterministic: no sums whose order varies from run to run (the Triton backend alone has one). None
+            follows torch.use_deterministic_algorithms.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        0-d tensor, or [N] for "none", float32 (float64 for float64 input). No rows give 0 with zero gradients.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together, before anything runs. The ranges of text_index
+            and logit_scale are checked on the CPU alone, as a look at a GPU's values would wait for it.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'none'")
+    if reduction == "none" and duplicates != "negatives":
+        raise ValueError(f"reduction='none' goes only with duplicates='negatives', got {duplicates!r}: use 'mean'")
+    level = _Level(image, text, logit_scale, text_index, text_id)
+    return _losses([level], duplicates, reduction, group, deterministic, backend)[0]
+
+
+def multilevel_contrastive_loss(
+    images: Sequence[Tensor],  # levels x [N_l, D]
+    texts: Sequence[Tensor],  # levels x [U_l, D]
+    logit_scales: Sequence[Tensor | float],  # levels x []
+    *,
+    text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
+    text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
+    duplicates: str = "negatives",
+    group: ProcessGroup | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [levels]
+    """One `contrastive_loss` per level, in as few launches and collectives as possible; arguments as there,
+    in lists."""
+    count = len(images)
+    lists = {"texts": texts, "logit_scales": logit_scales, "text_indices": text_indices, "text_ids": text_ids}
+    for name, given in lists.items():
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name}: got {len(given)} levels, expected {count}, as many as images")
+    if count == 0:
+        raise ValueError("images: got no level, expected at least one")
+    indices = text_indices if text_indices is not None else [None] * count
+    ids = text_ids if text_ids is not None else [None] * count
+    levels = [_Level(*level) for level in zip(images, texts, logit_scales, indices, ids, strict=True)]
+    return torch.stack(_losses(levels, duplicates, "mean", group, deterministic, backend))
+
+
+@dataclass(frozen=True)
+class _Level:
+    image: Tensor  # [N, D]
+    text: Tensor  # [U, D]
+    scale: Any  # [] or float
+    index: Tensor | None  # [N]
+    id: Tensor | None  # [U]
+    rows: int = 0  # over all ranks
+    count: Tensor | None = None  # [U] int64 rows of each text over all ranks; None: one each
+    weight: Tensor | None = None  # [U] of each text in the row sums; None: ones
+
+
+def _losses(
+    levels: list[_Level],
+    duplicates: str,
+    reduction: str,
+    group: ProcessGroup | None,
+    deterministic: bool | None,
+    backend: str,
+) -> list[Tensor]:
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
+    for i, level in enumerate(levels):
+        _check(level, f"level {i}: " if len(levels) > 1 else "")
+    devices = {level.image.device for level in levels}
+    if len(devices) > 1:
+        raise ValueError(f"images: got levels on {sorted(map(str, devices))}, expected one device")
+    (device,) = devices
+    float64 = any(torch.float64 in (level.image.dtype, level.text.dtype) for level in levels)
+    name = dispatch.resolve(
+        "contrastive_loss", backend, device.type, cannot={"triton": "it has no float64"} if float64 else {}
+    )
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+
+    levels = _prepared(levels)
+    if group is None:
+        levels = [_counted(level, duplicates) for level in levels]
+    else:
+        levels = _gathered(levels, duplicates, group)
+
+    rows, columns, positives = _log_sums(levels, name, deterministic)
+    betas, kappas = zip(*(_coefficients(level, duplicates) for level in levels), strict=True)
+    if reduction == "none":
+        if group is not None:
+            columns = [collectives.combine_columns(columns[0], columns[0].new_empty(0), group)[0]]
+        own = columns[0] if levels[0].index is None else columns[0][levels[0].index]
+        return [(rows[0] + own) / 2 - positives[0]]
+    sums = [
+        row.sum() / max(level.rows, 1) - (positive * beta).sum()
+        for level, row, positive, beta in zip(levels, rows, positives, betas, strict=True)
+    ]
+    if group is not None:
+        packed, totals = collectives.combine_columns(torch.cat(columns), torch.stack(sums), group)
+        columns, sums = list(packed.split([len(c) for c in columns])), list(totals.unbind())
+    return [
+        # A text without rows has no weight, and its log-sum is -inf where there are no rows at all: 0 * -inf is not 0.
+        (total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2
+        for total, column, kappa in zip(sums, columns, kappas, strict=True)
+    ]
+
+
+def _coefficients(level: _Level, duplicates: str) -> tuple[Tensor, Tensor]:
+    """loss = 1/2 (sum_i row_i / N - sum_i beta_i positive_i + sum_u kappa_u col_u): beta is [N] or [], kappa [U]."""
+    rows = max(level.rows, 1)
+    if level.count is None:
+        count = torch.ones_like(level.text[:, 0], dtype=level.scale.dtype)
+    else:
+        count = level.count.to(level.scale.dtype)
+    if duplicates == "negatives" or level.index is None:
+        return count.new_full((), 2 / rows), count / rows
+    used = (count > 0).to(count.dtype)
+    texts = used.sum().clamp_min(1)
+    return 1 / rows + 1 / (count[level.index] * texts), used / texts
+
+
+def _check(level: _Level, where: str) -> None:
+    image, text, index = level.image, level.text, level.index
+    for name, x in (("image", image), ("text", text)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{where}{name}: got {_kind(x)}, expected a floating-point tensor")
+        if x.dim() != 2:
+            raise ValueError(f"{where}{name}: got shape {list(x.shape)}, expected [rows, width]")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"{where}image and text: got widths {image.shape[1]} and {text.shape[1]}, expected the same width"
+        )
+    if text.device != image.device:
+        raise ValueError(f"{where}text: got device {text.device}, expected {image.device} as for image")
+    if index is None and len(image) != len(text):
+        raise ValueError(
+            f"{where}text: got {len(text)} texts for {len(image)} image rows, expected as many: "
+            "pass text_index to say which text belongs to which row"
+        )
+    for name, labels, rows in (("text_index", index, len(image)), ("text_id", level.id, len(text))):
+        if labels is None:
+            continue
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise TypeError(f"{where}{name}: got {_kind(labels)}, expected an int64 tensor")
+        if labels.dim() != 1 or len(labels) != rows:
+            raise ValueError(f"{where}{name}: got shape {list(labels.shape)}, expected [{rows}]")
+        if labels.device != image.device:
+            raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device} as for image")
+    if isinstance(level.scale, Tensor):
+        if not level.scale.is_floating_point():
+            raise TypeError(f"{where}logit_scale: got {_kind(level.scale)}, expected a floating-point tensor")
+        if level.scale.dim() != 0:
+            raise ValueError(f"{where}logit_scale: got shape {list(level.scale.shape)}, expected a 0-d tensor")
+    elif not isinstance(level.scale, (int, float)):
+        raise TypeError(f"{where}logit_scale: got {_kind(level.scale)}, expected a number or a 0-d tensor")
+    # Values can be looked at without stopping a device or breaking a graph only here.
+    if not torch.compiler.is_compiling():
+        _check_values(level, where)
+
+
+def _check_values(level: _Level, where: str) -> None:
+    scale = level.scale
+    if isinstance(scale, Tensor):
+        scale = scale.item() if scale.device.type == "cpu" else 1.0
+    if scale <= 0:
+        raise ValueError(f"{where}logit_scale: got {scale:g}, expected a positive factor (exp of the parameter)")
+    index, texts = level.index, len(level.text)
+    if index is not None and index.device.type == "cpu" and len(index):
+        low, high = (int(v) for v in index.aminmax())
+        if low < 0 or high >= texts:
+            raise ValueError(f"{where}text_index: got values from {low} to {high}, expected 0 to {texts - 1}")
+
+
+def _kind(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
+
+
+def _prepared(levels: list[_Level]) -> list[_Level]:
+    """Features of all levels in one dtype, scales as 0-d tensors in the dtype of the sums."""
+    device = levels[0].image.device
+    dtype = functools.reduce(torch.promote_types, [x.dtype for level in levels for x in (level.image, level.text)])
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    wide = reference.compute_dtype(dtype)
+
+    def scale(value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(device=device, dtype=wide)
+        return torch.full((), value, dtype=wide, device=device)
+
+    return [
+        replace(level, image=level.image.to(dtype), text=level.text.to(dtype), scale=scale(level.scale))
+        for level in levels
+    ]
+
+
+def _counted(level: _Level, duplicates: str) -> _Level:
+    level = replace(level, rows=len(level.image))
+    if duplicates == "positives" and level.id is not None:
+        # Merged by renaming: the texts after the first of an id stay, without rows and without weight, so that no size
+        # depends on the data.
+        own = _arange(level.text)
+        first = _first_of(level.id)
+        index = first if level.index is None else first[level.index]
+        weight = (first == own).to(torch.float32)
+        return replace(level, index=index, count=_count(index, level.text), weight=weight)
+    if level.index is None:
+        return level
+    count = _count(level.index, level.text)
+    return replace(level, count=count, weight=count.to(torch.float32) if duplicates == "negatives" else None)
+
+
+def _first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
+    """For each entry, the position of the first entry equal to it."""
+    ordered, order = ids.sort(stable=True)
+    return order[torch.searchsorted(ordered, ids)] if len(ids) else ids
+
+
+def _count(index: Tensor, text: Tensor) -> Tensor:  # [N], [U, D] -> [U] int64
+    return index.new_zeros(len(text)).index_add_(0, index, torch.ones_like(index))
+
+
+def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> list[_Level]:
+    """The levels with every rank's texts (equal ids merged), and this rank's image rows pointing into them."""
+    if duplicates == "positives" and any(level.id is None for level in levels):
+        raise ValueError("text_id: got None, expected an id per text: duplicates='positives' with a group needs them")
+    learns = [
+        torch.is_grad_enabled() and any(getattr(level, side).requires_grad for level in levels)
+        for side in ("image", "text", "scale")
+    ]
+    sizes = [size for level in levels for size in (len(level.image), len(level.text))]
+    everyone = collectives.exchange([*sizes, *learns], levels[0].image.device, group)
+    # Backward passes meet in collectives: where any rank's side learns, every rank's must take part, empty shares too.
+    any_learns = [any(column) for column in list(zip(*everyone, strict=True))[-3:]]
+    out = []
+    for k, level in enumerate(levels):
+        image, text = (
+            x if x.requires_grad or not any_learns[side] else x.detach().requires_grad_()
+            for side, x in enumerate((level.image, level.text))
+        )
+        texts = [row[2 * k + 1] for row in everyone]
+        start = sum(texts[: group.rank()])
+        index = _arange(image) if level.index is None else level.index
+        index = index + start
+        text = torch.cat(collectives.gather_rows(text, texts, group))
+        if level.id is not None:
+            first = _first_of(torch.cat(collectives.gather_rows(level.id, texts, group)))
+            kept = (first == _arange(first)).nonzero()[:, 0]
+            position = torch.empty_like(first)
+            position[kept] = _arange(kept)
+            text, index = text[kept], position[first][index]
+        count = _count(index, text)
+        rows = sum(row[2 * k] for row in everyone)
+        out.append(replace(level, image=image, text=text, index=index, count=count, rows=rows))
+    counts = torch.cat([level.count for level in out if level.count is not None])
+    torch.distributed.all_reduce(counts, group=group)
+    split = counts.split([len(level.text) for level in out])
+    return [
+        replace(level, count=count, weight=count.to(torch.float32) if duplicates == "negatives" else None)
+        for level, count in zip(out, split, strict=True)
+    ]
+
+
+def _log_sums(
+    levels: list[_Level], backend: str, deterministic: bool, normalize: bool = True
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Row log-sums, column log-sums and positive logits of each level."""
+    indices: list[Tensor] = []
+    if any(level.index is not None for level in levels):
+        indices = [_arange(level.image) if level.index is None else level.index for level in levels]
+    weights: list[Tensor] = []
+    if any(level.weight is not None for level in levels):
+        weights = [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
+    rows, columns, positives = contrastive_forward(
+        [level.image for level in levels],
+        [level.text for level in levels],
+        torch.stack([level.scale for level in levels]),
+        indices,
+        weights,
+        normalize,
+        deterministic,
+        backend,
+    )
+    n, u = [len(level.image) for level in levels], [len(level.text) for level in levels]
+    return list(rows.split(n)), list(columns.split(u)), list(positives.split(n))
+
+
+def _arange(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_forward", mutates_args=())
+def contrastive_forward(
+    image: Sequence[Tensor],  # levels x [N_l, D_l], one dtype
+    text: Sequence[Tensor],  # levels x [U_l, D_l]
+    scale: Tensor,  # [levels]
+    index: Sequence[Tensor],  # levels x [N_l] int64, or none: row i has text i
+    weight: Sequence[Tensor],  # levels x [U_l] float32, or none: ones
+    normalize: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l]
+    with torch.autocast(scale.device.type, enabled=False):
+        if backend == "triton":
+            from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+            return contrastive_triton.forward(image, text, scale, index, weight, normalize)
+        parts = [
+            _LOOPED[backend].forward(*level, normalize)
+            for level in zip(image, text, scale, *_per_level(len(image), index, weight), strict=True)
+        ]
+    rows, columns, positives = (torch.cat(part) for part in zip(*parts, strict=True))
+    return rows, columns, positives
+
+
+@contrastive_forward.register_fake
+def _(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    scale: Tensor,
+    index: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    normalize: bool,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = scale.new_empty(sum(x.shape[0] for x in image))
+    return rows, scale.new_empty(sum(y.shape[0] for y in text)), torch.empty_like(rows)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_backward", mutates_args=())
+def contrastive_backward(
+    image: Sequence[Tensor],  # levels x [N_l, D_l]
+    text: Sequence[Tensor],  # levels x [U_l, D_l]
+    scale: Tensor,  # [levels]
+    index: Sequence[Tensor],  # levels x [N_l], or none
+    weight: Sequence[Tensor],  # levels x [U_l], or none
+    row_lse: Tensor,  # [sum N_l]
+    col_lse: Tensor,  # [sum U_l]
+    positive: Tensor,  # [sum N_l]
+    grad_row: Tensor,  # [sum N_l]
+    grad_col: Tensor,  # [sum U_l]
+    grad_positive: Tensor,  # [sum N_l]
+    normalize: bool,
+    deterministic: bool,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:  # d_image, d_text (empty tensors where not needed), d_scale [levels]
+    with torch.autocast(scale.device.type, enabled=False):
+        if backend == "triton":
+            from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+            return contrastive_triton.backward(
+                image,
+                text,
+                scale,
+                index,
+                weight,
+                (row_lse, col_lse, positive),
+                (grad_row, grad_col, grad_positive),
+                normalize,
+                deterministic,
+                need_image,
+                need_text,
+            )
+        n, u = [len(x) for x in image], [len(y) for y in text]
+        sums = zip(row_lse.split(n), col_lse.split(u), strict=True)
+        grads = zip(grad_row.split(n), grad_col.split(u), grad_positive.split(n), strict=True)
+        parts = [
+            _LOOPED[backend].backward(*level, *s, *g, normalize, need_image, need_text)
+            for level, s, g in zip(
+                zip(image, text, scale, *_per_level(len(image), index, weight), strict=True), sums, grads, strict=True
+            )
+        ]
+    d_image, d_text, d_scale = zip(*parts, strict=True)
+    return list(d_image), list(d_text), torch.stack(d_scale)
+
+
+@contrastive_backward.register_fake
+def _(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    scale: Tensor,
+    index: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    row_lse: Tensor,
+    col_lse: Tensor,
+    positive: Tensor,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    grad_positive: Tensor,
+    normalize: bool,
+    deterministic: bool,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    d_image = [x.new_empty(x.shape if need_image else 0) for x in image]
+    return d_image, [y.new_empty(y.shape if need_text else 0) for y in text], torch.empty_like(scale)
+
+
+def _per_level(levels: int, *lists: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
+    return [given or [None] * levels for given in lists]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, text, scale, index, weight, ctx.normalize, ctx.deterministic, ctx.backend = inputs
+    ctx.lengths = [len(part) for part in (image, text, index, weight)]
+    ctx.save_for_backward(*image, *text, *index, *weight, scale, *output)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    image, text, index, weight = ([next(saved) for _ in range(length)] for length in ctx.lengths)
+    scale, row_lse, col_lse, positive = saved
+    need_image, need_text = (any(ctx.needs_input_grad[k]) for k in (0, 1))
+    d_image, d_text, d_scale = contrastive_backward(
+        image,
+        text,
+        scale,
+        index,
+        weight,
+        row_lse,
+        col_lse,
+        positive,
+        *(grad.contiguous() for grad in grads),
+        ctx.normalize,
+        ctx.deterministic,
+        need_image,
+        need_text,
+        ctx.backend,
+    )
+    nothing = [[None] * ctx.lengths[k] for k in (2, 3)]
+    return (
+        d_image if need_image else [None] * len(image),
+        d_text if need_text else [None] * len(text),
+        d_scale,
+        *nothing,
+        None,
+        None,
+        None,
+    )
+
+
+contrastive_forward.register_autograd(_backward, setup_context=_setup_context)
