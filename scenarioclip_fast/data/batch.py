@@ -29,9 +29,7 @@ class Batch:
     def __post_init__(self) -> None:
         rows = (len(self.keys), self.object_id.shape[0], self.relation_id.shape[0])
         if self.pixels.shape[0] != sum(rows):
-            raise ValueError(
-                f"pixels: got {self.pixels.shape[0]} views, expected {rows[0]} + {rows[1]} + {rows[2]}"
-            )
+            raise ValueError(f"pixels: got {self.pixels.shape[0]} views, expected {rows[0]} + {rows[1]} + {rows[2]}")
 
     @property
     def num_scenes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, decode_with_pillow, each, probe
 from scenarioclip_fast.env import require
@@ -17,16 +18,16 @@ from scenarioclip_fast.env import require
 class DaliDecoder:
     """One DALI pipeline that does nothing but decode JPEGs; `render_views` does the rest.
 
-    Images that are not plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run: such a run is done again
-    image by image. On the GPU damage behind the header that leaves the end marker in place is not noticed (nvJPEG does
-    not report it); `pack` refuses such images.
+    Images that are not plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run: such a run is
+    done again image by image. On the GPU damage behind the header that leaves the end marker in place is
+    not noticed (nvJPEG does not report it); `pack` refuses such images.
 
     Args:
         device: "cpu" or a CUDA device.
         threads: DALI's CPU threads; None: one per core, at most 16.
         max_pixels: larger images are refused by their header.
-        run_pixels: a bound on the pixels of one run, and so on DALI's memory; more images take more runs. A larger
-            image has a run of its own.
+        run_pixels: a bound on the pixels of one run, and so on DALI's memory; more images take more runs. A
+            larger image has a run of its own.
     """
 
     def __init__(
@@ -67,9 +68,7 @@ class DaliDecoder:
             self._decode_run(images, run, decoded)
         return [x for x in decoded if x is not None]
 
-    def _decode_run(
-        self, images: Sequence[bytes], run: list[int], out: list[Tensor | DecodeError | None]
-    ) -> None:
+    def _decode_run(self, images: Sequence[bytes], run: list[int], out: list[Tensor | DecodeError | None]) -> None:
         results: Sequence[Tensor | DecodeError]
         try:
             results = self._run([images[i] for i in run])
@@ -97,7 +96,7 @@ class DaliDecoder:
         # Copied: the memory is DALI's again as soon as the next run starts.
         if self.device.type == "cpu":
             return [torch.from_numpy(np.array(out.at(i))) for i in range(len(images))]
-        copies = [torch.from_dlpack(out[i]).clone() for i in range(len(images))]
+        copies = [from_dlpack(out[i]).clone() for i in range(len(images))]
         torch.cuda.current_stream(self.device).synchronize()
         return copies
 
@@ -107,9 +106,7 @@ class DaliDecoder:
         on_gpu = self.device.type == "cuda"
         index = self.device.index
         device_id = (torch.cuda.current_device() if index is None else index) if on_gpu else None
-        pipeline = dali.Pipeline(
-            capacity, self._threads, device_id, prefetch_queue_depth=1, exec_dynamic=True
-        )
+        pipeline = dali.Pipeline(capacity, self._threads, device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with pipeline:
             jpeg = fn.external_source(name="jpeg", device="cpu", dtype=types.UINT8, ndim=1)
             image = fn.decoders.image(

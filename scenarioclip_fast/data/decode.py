@@ -26,7 +26,10 @@ _BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # no length follows
 
 
 class DecodeError(ValueError):
-    """Why an image is unusable. `reason`, to count by: truncated, corrupt, too_large, not_an_image, undecodable."""
+    """Why an image is unusable.
+
+    `reason`, to count by: truncated, corrupt, too_large, not_an_image, undecodable or decoder_failed.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -37,8 +40,11 @@ class DecodeError(ValueError):
 
 
 class Decoder(Protocol):
-    """Decodes on `device`. Pixels are Pillow's, bit for bit on the CPU; EXIF orientation is ignored: boxes and masks
-    refer to the stored pixels."""
+    """Decodes on `device`.
+
+    Pixels are Pillow's, bit for bit on the CPU. EXIF orientation is ignored: boxes and masks refer to the
+    pixels as stored.
+    """
 
     device: torch.device
 
@@ -62,11 +68,13 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
     """Reads the header of a JPEG or PNG; None for other data, which only Pillow may know.
 
     Raises:
-        DecodeError: larger than `max_pixels`, or cut short. Nothing of the image's size has been allocated by then.
+        DecodeError: larger than `max_pixels`, or cut short. Nothing of the image's size has been allocated
+            by then.
     """
     if data.startswith(_JPEG_START):
         header, scan = _jpeg_header(data)
-        # Entropy-coded data escape 0xFF, so behind the scan header this pair is the end marker and nothing else.
+        # Entropy-coded data escape 0xFF, so behind the scan header this pair is the end marker and nothing
+        # else.
         if data.rfind(_END_OF_IMAGE, scan) < 0:
             raise DecodeError("truncated", f"{len(data)} bytes of JPEG without an end")
     elif data.startswith(_PNG_START) and len(data) >= 24:
@@ -198,8 +206,8 @@ def make_decoder(
 ) -> Decoder:
     """The decoder `name` for `device`.
 
-    "auto" is DALI on a GPU where it is installed and "torch" otherwise: on a CPU DALI runs the same libjpeg-turbo, no
-    faster. A decoder that is named never falls back.
+    "auto" is DALI on a GPU where it is installed and "torch" otherwise: on a CPU DALI runs the same
+    libjpeg-turbo, no faster. A decoder that is named never falls back.
 
     Raises:
         MissingDependencyError: the named decoder's package is missing.

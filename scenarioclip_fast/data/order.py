@@ -19,7 +19,7 @@ def mix(*values: int) -> int:
 
 
 def epoch_order(scenes: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """The order [scenes] of one epoch. Sorting by hash, unlike a library's shuffle, never changes with versions."""
+    """The order [scenes] of an epoch. A sort by hash, unlike a library's shuffle, never changes with versions."""
     index = np.arange(scenes, dtype=np.int64)
     if not shuffle:
         return index
@@ -37,8 +37,9 @@ def _splitmix64(x: _U64) -> _U64:
 class Order:
     """How an epoch is dealt to ranks.
 
-    Global batch k is positions [k B W, (k + 1) B W) of the epoch's order, for W ranks of B scenes; rank r takes every
-    W-th of them from r on. So any number of ranks walks through the same order, and shares differ by at most one scene.
+    Global batch k is positions [k B W, (k + 1) B W) of the epoch's order, for W ranks of B scenes; rank r
+    takes every W-th of them from r on. So any number of ranks walks through the same order, and shares
+    differ by at most one scene.
     """
 
     scenes: int
@@ -53,9 +54,11 @@ class Order:
         if self.batch_size < 1:
             raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size"
-            )
+            raise ValueError(f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size")
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on every rank."""
+        return self.batches()
 
     @property
     def global_batch(self) -> int:

@@ -26,9 +26,7 @@ def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
     """Smooth colour with edges and noise: chroma upsampling and the inverse DCT both show."""
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(height * 1000 + width)
-    channels = [
-        128 + 90 * np.sin(x / 7 + c) * np.cos(y / (5 + c)) + 60 * ((x // 9 + y // 6) % 2) for c in range(3)
-    ]
+    channels = [128 + 90 * np.sin(x / 7 + c) * np.cos(y / (5 + c)) + 60 * ((x // 9 + y // 6) % 2) for c in range(3)]
     array = np.stack(channels, -1) + rng.normal(0, 8, (height, width, 3))
     return Image.fromarray(array.clip(0, 255).astype(np.uint8)).convert(mode)
 
@@ -139,7 +137,7 @@ def test_each_bad_image_has_its_reason_and_harms_no_other(decoder: Decoder) -> N
 
 
 def test_what_only_the_decoder_sees(decoder: Decoder) -> None:
-    """The header is whole, so the probe passes: libjpeg-turbo complains, DALI's whole run fails or repairs it."""
+    """The header is whole, so the probe passes: libjpeg-turbo complains, DALI's run fails or repairs it."""
     no_tables = WHOLE.replace(b"\xff\xdb", b"\xff\xfe")  # the quantisation tables become comments
     images = [GOOD["4:2:0"], no_tables, with_a_gap(WHOLE), GOOD["odd"]]
     for _ in range(2):  # a failed run leaves nothing behind
@@ -166,9 +164,7 @@ def test_results_outlive_the_next_call(decoder: Decoder) -> None:
 
 
 def test_pixel_limit_is_configurable(decoder: Decoder) -> None:
-    limited = make_decoder(
-        "dali" if isinstance(decoder, not_torch()) else "torch", threads=1, max_pixels=48 * 64
-    )
+    limited = make_decoder("dali" if isinstance(decoder, not_torch()) else "torch", threads=1, max_pixels=48 * 64)
     fits, large, grown = limited.decode([GOOD["4:2:0"], WHOLE, encoded(picture(60, 60), "WEBP")])
     limited.close()
     assert isinstance(fits, Tensor)
@@ -205,7 +201,12 @@ def test_dali_runs_are_bounded() -> None:
     decoder = DaliDecoder(threads=1, run_pixels=2 * 48 * 64)
     runs: list[int] = []
     run = decoder._run
-    decoder._run = lambda images: (runs.append(len(images)), run(images))[1]  # type: ignore[method-assign, func-returns-value]
+
+    def counted(images: list[bytes]) -> list[Tensor]:
+        runs.append(len(images))
+        return run(images)
+
+    decoder._run = counted  # type: ignore[method-assign]
     same = [GOOD["4:2:0"]] * 5
     for data, image in zip([*same, WHOLE], decoder.decode([*same, WHOLE]), strict=True):
         assert isinstance(image, Tensor) and torch.equal(image, pillow(data))

@@ -23,7 +23,7 @@ def test_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_order_is_pinned() -> None:
-    """A checkpoint resumes on another version of every library, so the very numbers are part of the contract."""
+    """Checkpoints resume on other versions of every library: the very numbers are part of the contract."""
     assert epoch_order(8, seed=1, epoch=2).tolist() == [7, 5, 6, 1, 4, 3, 0, 2]
     assert mix(1, 2, 3) == 15020427595393229491
     assert mix(1, 2, 3) != mix(3, 2, 1)
@@ -31,9 +31,7 @@ def test_order_is_pinned() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5), st.booleans())
-def test_ranks_together_walk_through_the_global_order(
-    n: int, batch: int, world: int, drop_last: bool
-) -> None:
+def test_ranks_together_walk_through_the_global_order(n: int, batch: int, world: int, drop_last: bool) -> None:
     orders = [Order(n, batch, seed=1, rank=r, world_size=world, drop_last=drop_last) for r in range(world)]
     assert len({o.batches() for o in orders}) == 1
     shares = [o.share(4).tolist() for o in orders]
@@ -45,9 +43,7 @@ def test_ranks_together_walk_through_the_global_order(
 
 
 @given(st.integers(0, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_another_world_size_continues_the_same_order(
-    n: int, steps: int, batch: int, before: int, after: int
-) -> None:
+def test_another_world_size_continues_the_same_order(n: int, steps: int, batch: int, before: int, after: int) -> None:
     position = min(steps * batch * before, n)
     shares = [Order(n, batch, 9, r, after).share(0, position).tolist() for r in range(after)]
     dealt = [x for x in chain.from_iterable(zip_longest(*shares)) if x is not None]

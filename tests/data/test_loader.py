@@ -1,0 +1,477 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scenarioclip_fast.data import loader as loader_module
+from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.loader import SceneLoader, scene_loader
+from scenarioclip_fast.data.order import epoch_order
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json
+from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops import render_views
+
+SIZE = 32
+NAMES = ("red box", "blue disc", "cat")
+ACTIONS = ("resting", "falling")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    left = [t.name for t in set(threading.enumerate()) - before if t.name == "load" or t.name.startswith("render")]
+    assert not left
+
+
+def make_scene(i: int) -> Scene:
+    """Scene i has i % 4 objects and, with two objects or more, a relation or two; some scenes have none of either."""
+    rng = np.random.default_rng(i)
+    height, width = 40 + i % 5, 52 - i % 7
+    out = io.BytesIO()
+    pixels = rng.integers(0, 255, (height // 4, width // 4, 3), np.uint8)
+    Image.fromarray(pixels).resize((width, height)).save(out, "JPEG")
+    objects = []
+    for k in range(i % 4):
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[4 * k : 4 * k + 12, 6 * k : 6 * k + 15] = True
+        box = (6.0 * k, 4.0 * k, 6.0 * k + 15, 4.0 * k + 12)
+        objects.append(SceneObject(NAMES[(i + k) % 3], box, rle.encode(mask)))
+    relations = [Relation(k, "near", k + 1) for k in range(len(objects) - 1)]
+    return Scene(f"s{i:04d}", out.getvalue(), ACTIONS[i % 2], objects, relations)
+
+
+def vocabulary_of(scenes: list[Scene]) -> Vocabulary:
+    return Vocabulary(
+        [s.action for s in scenes],
+        [o.name for s in scenes for o in s.objects],
+        [s.relation_text(k) for s in scenes for k in range(len(s.relations))],
+    )
+
+
+def write_shards(folder: Path, scenes: list[Scene], damage: dict[int, Callable[[Scene, dict[str, Any]], Any]]) -> Path:
+    """A packed data set whose writer lets `damage[i](scene, record)` change what is written of scene i: `pack` itself
+    would reject such scenes. What the function returns, if anything, is written as the JSON."""
+    folder.mkdir()
+    vocabulary_of(scenes).save(folder / "vocabulary.json")
+    index: dict[str, list[list[Any]]] = {}
+    per_shard = 16
+    for shard, start in enumerate(range(0, len(scenes), per_shard)):
+        name = f"train-{shard:06d}.tar"
+        index[name] = []
+        with tarfile.open(folder / name, "w") as tar:
+            for i in range(start, min(start + per_shard, len(scenes))):
+                scene = scenes[i]
+                with Image.open(io.BytesIO(scene.image)) as image:  # type: ignore[arg-type]
+                    record = scene_to_json(scene, (image.height, image.width))
+                text = damage[i](scene, record) if i in damage else None
+                row: list[Any] = [scene.key]
+                for suffix, data in (("jpg", scene.image), ("json", text or json.dumps(record).encode())):
+                    member = tarfile.TarInfo(f"{scene.key}.{suffix}")
+                    assert isinstance(data, bytes)
+                    member.size = len(data)
+                    row += [tar.offset + 512, len(data)]
+                    tar.addfile(member, io.BytesIO(data))
+                index[name].append(row)
+    shards = [
+        {
+            "name": name,
+            "scenes": len(rows),
+            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+            "bytes": 0,
+        }
+        for name, rows in index.items()
+    ]
+    splits = {"train": {"scenes": len(scenes), "shards": shards}, "val": {"scenes": 0, "shards": []}}
+    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "splits": splits}))
+    (folder / "index.json").write_text(json.dumps({"schema": 1, "shards": index}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("loader") / "data", [make_scene(i) for i in range(30)], {})
+
+
+def load(shards: Path, batch_size: int = 4, **options: Any) -> SceneLoader:
+    return scene_loader(shards, batch_size, **{"size": SIZE, "threads": 2, "seed": 5, **options})
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert a.keys == b.keys
+    for field, x, y in zip(fields(Batch)[0:1] + fields(Batch)[2:], a.tensors, b.tensors, strict=True):
+        assert torch.equal(x, y), field.name
+
+
+def take(loader: SceneLoader, n: int) -> list[Batch]:
+    batches = []
+    for batch in loader:
+        batches.append(batch)
+        if len(batches) == n:
+            break
+    return batches
+
+
+def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
+    with load(shards, train=False, shuffle=False, drop_last=False) as loader:
+        batches = list(loader)
+    assert len(batches) == len(loader) == 8
+    assert [key for batch in batches for key in batch.keys] == [f"s{i:04d}" for i in range(30)]
+    vocabulary = Vocabulary.load(shards / "vocabulary.json")
+    for k, batch in enumerate(batches):
+        scenes = [make_scene(i) for i in range(4 * k, min(4 * k + 4, 30))]
+        images = [torch.from_numpy(np.array(Image.open(io.BytesIO(s.image)))) for s in scenes]  # type: ignore[arg-type]
+        assert torch.equal(batch.pixels, render_views(images, Views.of_scenes(scenes), size=SIZE))
+        assert batch.num_scenes == len(scenes)
+        assert [vocabulary.actions[i] for i in batch.action_id] == [s.action for s in scenes]
+        assert [vocabulary.objects[i] for i in batch.object_id] == [o.name for s in scenes for o in s.objects]
+        assert batch.object_scene.tolist() == [i for i, s in enumerate(scenes) for _ in s.objects]
+        texts = [s.relation_text(r) for s in scenes for r in range(len(s.relations))]
+        assert [vocabulary.relations[i] for i in batch.relation_id] == texts
+        assert batch.relation_scene.tolist() == [i for i, s in enumerate(scenes) for _ in s.relations]
+        assert batch.num_objects == len(batch.object_scene) and batch.num_relations == len(batch.relation_scene)
+        assert all(t.dtype == torch.int64 for t in batch.tensors[1:])
+        assert_same(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_bytes": 40_000}, {"decoder": "dali"}],
+    ids=str,
+)
+def test_nothing_but_the_seed_and_the_epoch_changes_a_batch(shards: Path, options: dict[str, Any]) -> None:
+    if options.get("decoder") == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    with load(shards, epochs=2) as plain, load(shards, epochs=2, **options) as other:
+        a, b = list(plain), list(other)
+    assert len(a) == len(b) == 14
+    for x, y in zip(a, b, strict=True):
+        assert_same(x, y)
+    epochs = [[key for batch in a[i : i + 7] for key in batch.keys] for i in (0, 7)]
+    assert len(set(epochs[0])) == len(set(epochs[1])) == 28 and epochs[0] != epochs[1]
+    assert epochs[1] == [f"s{i:04d}" for i in epoch_order(30, 5, 1)[:28]]
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_batch(shards: Path) -> None:
+    def globals_by_key(epoch: int, **options: Any) -> dict[str, torch.Tensor]:
+        with load(shards, **options) as loader:
+            loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
+            batches = take(loader, len(loader))
+        return {key: pixels for b in batches for key, pixels in zip(b.keys, b.pixels, strict=False)}
+
+    one, other = globals_by_key(0, drop_last=False), globals_by_key(0, batch_size=7, shuffle=False, drop_last=False)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    later = globals_by_key(1, drop_last=False)
+    assert not any(torch.equal(one[key], later[key]) for key in one)
+
+
+def test_resume_is_exact_to_the_pixel(shards: Path) -> None:
+    with load(shards) as whole:
+        expected = take(whole, 17)
+        assert whole.state_dict()["epoch"] == 2 and whole.state_dict()["position"] == 12
+    for stop in (1, 6, 7, 9):
+        with load(shards, prefetch=3) as first:
+            iterator = iter(first)
+            for _ in range(stop):
+                next(iterator)
+            time.sleep(0.02)  # the threads run ahead; the state must not
+            state = json.loads(json.dumps(first.state_dict()))
+        with load(shards) as second:
+            second.load_state_dict(state)
+            for x, y in zip(expected[stop:], take(second, 17 - stop), strict=True):
+                assert_same(x, y)
+
+
+def test_the_same_loader_goes_on_where_it_was_left(shards: Path) -> None:
+    with load(shards) as whole, load(shards) as parts:
+        expected = take(whole, 5)
+        for x, y in zip(expected, take(parts, 2) + take(parts, 3), strict=True):
+            assert_same(x, y)
+
+
+def test_ranks_share_the_order_and_another_world_size_goes_on_with_it(shards: Path) -> None:
+    order = [f"s{i:04d}" for i in epoch_order(30, 5, 0)]
+
+    def global_batches(
+        world: int, batch_size: int, state: dict[str, int] | None, steps: int
+    ) -> tuple[list[set[str]], Any]:
+        per_rank, states = [], []
+        for rank in range(world):
+            with load(shards, batch_size, rank=rank, world_size=world) as loader:
+                if state is not None:
+                    loader.load_state_dict(state)
+                per_rank.append([set(b.keys) for b in take(loader, steps)])
+                states.append(loader.state_dict())
+        assert len({len(batches) for batches in per_rank}) == 1
+        return [set().union(*batches) for batches in zip(*per_rank, strict=True)], states[0]
+
+    first, state = global_batches(2, 3, None, 2)
+    assert first == [set(order[:6]), set(order[6:12])]
+    second, _ = global_batches(3, 2, state, 3)
+    assert second == [set(order[12:18]), set(order[18:24]), set(order[24:30])]
+
+
+def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> None:
+    seen: list[str] = []
+    for rank in range(4):
+        with load(shards, 7, rank=rank, world_size=4, train=False, drop_last=False) as loader:
+            assert len(loader) == 2
+            for _ in range(2):  # each iteration is one whole epoch
+                batches = list(loader)
+                assert len(batches) == 2
+        seen += [key for batch in batches for key in batch.keys]
+    assert sorted(seen) == [f"s{i:04d}" for i in range(30)]
+
+
+def test_a_rank_without_scenes_gets_an_empty_batch(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "data", [make_scene(i) for i in range(5)], {})
+    with load(shards, 1, rank=3, world_size=4, drop_last=False, train=False) as loader:
+        full, empty = loader
+    assert full.num_scenes == 1
+    assert empty.num_scenes == empty.num_objects == empty.num_relations == 0
+    assert empty.pixels.shape == (0, 3, SIZE, SIZE)
+
+
+# What can be wrong with a stored scene, and the reason it must be counted under.
+
+
+def damaged_image(change: Callable[[bytes], bytes]) -> Callable[[Scene, dict[str, Any]], None]:
+    def damage(scene: Scene, record: dict[str, Any]) -> None:
+        assert isinstance(scene.image, bytes)
+        scene.image = change(scene.image)
+
+    return damage
+
+
+def damaged_record(**changes: Any) -> Callable[[Scene, dict[str, Any]], None]:
+    return lambda scene, record: record.update(changes)
+
+
+def empty_mask(scene: Scene, record: dict[str, Any]) -> None:
+    height, width = record["size"]
+    record["objects"][0]["mask"] = rle.encode(torch.zeros(height, width, dtype=torch.bool))
+
+
+def other_size(scene: Scene, record: dict[str, Any]) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(out, "JPEG")
+    scene.image = out.getvalue()
+
+
+def bomb(data: bytes) -> bytes:
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + (20000).to_bytes(2, "big") * 2 + data[at + 4 :]
+
+
+DAMAGE: dict[int, tuple[str, Callable[[Scene, dict[str, Any]], Any]]] = {
+    0: ("truncated", damaged_image(lambda data: data[: len(data) // 2])),
+    3: ("not_an_image", damaged_image(lambda data: b"not a picture")),
+    7: ("too_large", damaged_image(bomb)),
+    10: ("bad_json", lambda scene, record: b"{'oops"),
+    11: ("bad_json", damaged_record(schema=99)),
+    15: ("bad_scene", empty_mask),
+    18: ("bad_scene", other_size),
+    22: ("bad_json", damaged_record(relations=[{"subject": 0, "predicate": "near", "object": 9}])),
+    23: ("unknown_text", damaged_record(action="dancing")),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 scenes, the nine of DAMAGE unusable, and the last shard (2 scenes) gone."""
+    scenes = [make_scene(i) for i in range(50)]
+    folder = write_shards(tmp_path_factory.mktemp("damaged") / "data", scenes, {i: d for i, (_, d) in DAMAGE.items()})
+    (folder / "train-000003.tar").unlink()
+    return folder
+
+
+REASONS = {f"s{i:04d}": reason for i, (reason, _) in DAMAGE.items()} | dict.fromkeys(
+    ("s0048", "s0049"), "unreadable_shard"
+)
+GOOD = {f"s{i:04d}" for i in range(50)} - REASONS.keys()
+
+
+@pytest.mark.parametrize("decoder", ["torch", "dali"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_bad_scenes_are_replaced_counted_and_written_down(
+    damaged: Path, tmp_path: Path, decoder: str, world: int
+) -> None:
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    seen, bad, counts = [], [], set()
+    for rank in range(world):
+        path = tmp_path / f"new folder {rank}" / "bad_samples.jsonl"
+        options = {"rank": rank, "world_size": world, "decoder": decoder, "drop_last": False, "epochs": 1}
+        with load(damaged, 4, max_bad_fraction=0.5, bad_samples=path, **options) as loader:
+            batches = list(loader)
+            counts.add(len(batches))
+            assert all(batch.num_scenes == 4 for batch in batches[:-4])  # replaced: no gaps but at the end
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert loader.bad == {r: sum(x["reason"] == r for x in records) for r in {x["reason"] for x in records}}
+        assert all(set(x) == {"epoch", "key", "reason", "detail"} and x["epoch"] == 0 for x in records)
+        bad += [(x["key"], x["reason"]) for x in records]
+        seen += [key for batch in batches for key in batch.keys]
+    assert counts == {-(-50 // (4 * world))}
+    assert sorted(seen) == sorted(GOOD)
+    assert sorted(bad) == sorted(REASONS.items())
+
+
+def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
+    options = {"max_bad_fraction": 0.5, "rank": 1, "world_size": 2}
+    with load(damaged, 3, **options) as whole:
+        expected = take(whole, 12)
+    for stop in range(1, 12, 2):
+        with load(damaged, 3, **options) as first:
+            before = take(first, stop)
+            state, bad = first.state_dict(), first.bad.copy()
+        with load(damaged, 3, **options) as second:
+            second.load_state_dict(state)
+            after = take(second, 12 - stop)
+        for x, y in zip(expected, before + after, strict=True):
+            assert_same(x, y)
+        assert bad + second.bad == whole.bad  # none is reported twice
+
+
+def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
+    message = r"\d of the 4 scenes drawn in epoch 0 cannot be used.*s00\d\d: "
+    loader = load(damaged, 4, max_bad_fraction=0.0, bad_samples=tmp_path / "bad.jsonl")
+    with loader, pytest.raises(UserError, match=message):
+        take(loader, 100)
+    assert 1 <= sum(loader.bad.values()) == len((tmp_path / "bad.jsonl").read_text().splitlines())
+    with load(damaged, 4, max_bad_fraction=0.25, epochs=3, prefetch=0) as loader:  # 11 of 50 are bad
+        list(loader)
+    with (
+        load(damaged, 4, max_bad_fraction=0.2, epochs=3) as loader,
+        pytest.raises(UserError, match=r"max_bad_fraction = 0\.2"),
+    ):
+        list(loader)
+
+
+def test_a_data_set_that_vanishes_ends_the_run_without_walking_through_it(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "data", [make_scene(0) for _ in range(600)], {})
+    for shard in shards.glob("*.tar"):
+        shard.unlink()
+    with load(shards, 4) as loader, pytest.raises(UserError, match="unreadable_shard"):
+        next(iter(loader))
+    assert sum(loader.bad.values()) < 50
+
+
+def test_a_decoder_that_fails_on_a_whole_batch_is_asked_again_for_each_image(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = make_scene(4).image
+    with load(shards, epochs=1, drop_last=False) as loader:
+        decode = loader._decoder.decode
+
+        def failing(images: Any) -> Any:
+            if poison in images:
+                raise RuntimeError("lost the device")
+            return decode(images)
+
+        monkeypatch.setattr(loader._decoder, "decode", failing)
+        keys = {key for batch in loader for key in batch.keys}
+    assert keys == {f"s{i:04d}" for i in range(30)} - {"s0004"}
+    assert loader.bad == {"decoder_failed": 1}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("where", ["_gather", "_build"])
+def test_errors_in_the_threads_surface_in_the_consumer(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, where: str, prefetch: int
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("a bug of ours")
+
+    with load(shards, prefetch=prefetch) as loader:
+        monkeypatch.setattr(loader, where, broken)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+                next(iter(loader))
+
+
+def test_a_dead_thread_is_noticed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module._Prefetcher, "_run", lambda self, steps: None)
+    with load(shards) as loader, pytest.raises(RuntimeError, match="has died"):
+        next(iter(loader))
+
+
+def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    build = SceneLoader._build
+    monkeypatch.setattr(SceneLoader, "_build", lambda *a: (built.append(0), build(*a))[1])  # type: ignore[func-returns-value]
+    loader = load(shards, prefetch=2)
+    iterator = iter(loader)
+    next(iterator)
+    time.sleep(0.5)
+    assert len(built) <= 1 + 2 + 1  # delivered, queued, and the one that waits for room
+    second = iter(loader)  # ends the first
+    assert len(list(iterator)) == 0
+    assert next(second).num_scenes == 4
+    loader.close()
+    assert loader.waited_s > 0
+
+
+def test_decoded_images_are_cached_within_the_bound(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(shards, drop_last=False, epochs=3, cache_bytes=60_000, prefetch=0) as loader:
+        decoded: list[int] = []
+        decode = loader._decoder.decode
+        monkeypatch.setattr(loader._decoder, "decode", lambda x: (decoded.append(len(x)), decode(x))[1])  # type: ignore[func-returns-value]
+        list(loader)
+        cached = len(loader._cache)
+        assert 0 < sum(image.numel() for image in loader._cache.values()) <= 60_000
+    assert 5 < cached < 30
+    assert sum(decoded) == 30 + 2 * (30 - cached)
+
+
+def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="split 'val' has 0 scenes"):
+        load(shards, split="val")
+    with pytest.raises(UserError, match=r"has 30 scenes, expected at least 32: pack more, or lower the batch size"):
+        load(shards, 16, world_size=2)
+    with pytest.raises(ValueError, match="epochs: got 0"):
+        load(shards, epochs=0)
+    with pytest.raises(ValueError, match="prefetch: got -1"):
+        load(shards, prefetch=-1)
+    with load(shards) as loader:
+        with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
+            loader.load_state_dict({**loader.state_dict(), "seed": 6})
+        assert loader.vocabulary.actions == sorted(ACTIONS)
+
+
+def test_pixels_come_as_asked(shards: Path) -> None:
+    with load(shards, dtype=torch.bfloat16, memory_format=torch.channels_last, size=24, object_view="crop") as loader:
+        batch = next(iter(loader))
+    assert batch.pixels.dtype == torch.bfloat16 and batch.pixels.shape[1:] == (3, 24, 24)
+    assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"pixels: got 3 views"):
+        Batch(batch.pixels[:3], *[getattr(batch, f.name) for f in fields(Batch)[1:]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decoder", ["torch", "dali"])
+def test_batches_on_a_gpu(shards: Path, decoder: str) -> None:
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    with load(shards, epochs=2) as on_cpu, load(shards, epochs=2, device="cuda", decoder=decoder) as on_gpu:
+        for x, y in zip(on_cpu, on_gpu, strict=True):
+            assert x.keys == y.keys and y.pixels.is_cuda
+            # one level of nvJPEG's rounding is 0.015 here, and bicubic weights may double it
+            assert (x.pixels - y.pixels.cpu()).abs().mean() < 0.02
