@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import signal
@@ -168,7 +169,7 @@ class Trainer:
         module = StepModule(self.model, self.loss).train()
         self.parallel: nn.Module = module
         if world.size > 1:
-            self.parallel = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.parallel = _data_parallel(module)
         self.teacher: EMATeacher | None = None
         if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
             self.teacher = EMATeacher(self.model, decay=config.loss.teacher_decay, warmup=config.loss.teacher_warmup)
@@ -323,7 +324,7 @@ class Trainer:
         for k, values in enumerate(table):
             self.scenes += counted[k][0]
             self.views += counted[k][1]
-            row = dict(zip(pending.names, values, strict=True))
+            row = dict(_readable(name, v) for name, v in zip(pending.names, values, strict=True))
             row |= {"step": pending.steps[k], "skipped": int(row["skipped"]), "lr": pending.rates[k]}
             rows.append({"step": row.pop("step"), **row, "views": self.views, **speed})
             if row["skipped"]:
@@ -539,6 +540,19 @@ def _matmul_precision(precision: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _data_parallel(module: nn.Module) -> DistributedDataParallel:
+    # The model's buffers are caches, which each rank fills for itself. torch has renamed the switch on the way.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{switch: False})
+
+
+def _readable(name: str, value: float) -> tuple[str, float]:
+    """The factors of the cosines as what people speak of: temperatures."""
+    kind, _, level = name.partition("/")
+    return (f"temperature/{level}", 1 / value) if kind == "logit_scale" else (name, value)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
