@@ -243,11 +243,10 @@ def render_views(
     colours: bool,
     dtype: torch.dtype,
     channels_last: bool,
-) -> Tensor:  # [V, 3, size, size]
+) -> Tensor:  # [V, 3, size, size], or [V, size, size, 3] with channels_last
     """Renders every view of the plan: composite, resize, change colours, soften, normalise."""
     device = images[0].device if images else plan.device
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((len(plan), 3, size, size), dtype=dtype, device=device, memory_format=memory_format)
+    out = torch.empty((len(plan), 3, size, size), dtype=dtype, device=device)
     centre = torch.tensor(mean, device=device)[:, None, None]
     spread = torch.tensor(std, device=device)[:, None, None]
     start = mask_start.tolist()
@@ -265,4 +264,4 @@ def render_views(
         if change[BLUR] > 0:
             pixels = soften(pixels, change[BLUR])
         out[v] = (pixels - centre) / spread
-    return out
+    return out.permute(0, 2, 3, 1).contiguous() if channels_last else out

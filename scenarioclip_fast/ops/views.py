@@ -183,7 +183,7 @@ def _render_views(
     run: Callable[..., Tensor] = (
         reference.render_views if backend == "reference" else torch.ops.scenarioclip_fast_C.render_views
     )
-    return run(
+    pixels = run(
         [image.contiguous() for image in images],
         plan,
         augment,
@@ -198,6 +198,7 @@ def _render_views(
         dtype,
         channels_last,
     )
+    return pixels.permute(0, 3, 1, 2) if channels_last else pixels
 
 
 @_render_views.register_fake

@@ -86,7 +86,8 @@ def pillow_view(image: np.ndarray, size: int) -> np.ndarray:
     short = min(height, width)
     wide, tall = (size, int(size * height / width)) if width == short else (int(size * width / height), size)
     left, top = round((wide - size) / 2), round((tall - size) / 2)
-    resized = Image.fromarray(image).resize((wide, tall), Image.BICUBIC)
+    # Across, then down: what Pillow did in one call before version 13, which goes down first where a picture is tall.
+    resized = Image.fromarray(image).resize((wide, height), Image.BICUBIC).resize((wide, tall), Image.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 

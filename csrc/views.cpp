@@ -1,0 +1,118 @@
+// Checks and allocation for kernels/views.
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "kernels/views/views.h"
+#include "parallel.h"
+
+namespace scf {
+namespace {
+
+Picture picture_of(const Tensor& image) {
+  check_tensor(image, "image", 3, ScalarType::Byte);
+  check_size(image, "image", 2, 3);
+  STD_TORCH_CHECK(image.size(0) > 0 && image.size(1) > 0, "image: got an empty image, expected at least one pixel");
+  return {image.const_data_ptr<uint8_t>(), image.size(0), image.size(1)};
+}
+
+std::vector<uint32_t> narrow(const std::vector<int64_t>& weights) {
+  STD_TORCH_CHECK(!weights.empty(), "weights: got none, expected the centre's at least");
+  for (const int64_t weight : weights) {
+    STD_TORCH_CHECK(weight >= 0 && weight <= 1 << 24, "weights: got ", weight, ", expected 0 to 2^24");
+  }
+  return {weights.begin(), weights.end()};
+}
+
+Region region_of(double sigma, const std::vector<uint32_t>& weights, bool colours) {
+  return {static_cast<float>(sigma), weights.data(), static_cast<int64_t>(weights.size()) - 1, colours};
+}
+
+Tensor focused_region(const Tensor& image,         // [H, W, 3]
+                      const Tensor& subject_mask,  // [H, W]
+                      const Tensor& object_mask,   // [H, W]
+                      double sigma, std::vector<int64_t> weights, bool colours) {
+  const Picture picture = picture_of(image);
+  for (const Tensor* mask : {&subject_mask, &object_mask}) {
+    check_tensor(*mask, "mask", 2, ScalarType::Bool);
+    check_size(*mask, "mask", 0, picture.height);
+    check_size(*mask, "mask", 1, picture.width);
+  }
+  const std::vector<uint32_t> taps = narrow(weights);
+  Tensor out = empty_like_device(image, {picture.height, picture.width, 3}, ScalarType::Byte);
+  const RegionProblem problem{
+      .image = picture,
+      .subject_mask = subject_mask.const_data_ptr<bool>(),
+      .object_mask = object_mask.const_data_ptr<bool>(),
+      .region = region_of(sigma, taps, colours),
+      .out = out.mutable_data_ptr<uint8_t>(),
+  };
+  focused_region_cpu(problem, torch_threads());
+  return out;
+}
+
+PixelType pixel_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return PixelType::kFloat;
+    case ScalarType::BFloat16:
+      return PixelType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Half, "dtype: expected float32, bfloat16 or float16");
+      return PixelType::kHalf;
+  }
+}
+
+Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
+                    const Tensor& plan,          // [V, 16]
+                    const Tensor& augment,       // [V, 5]
+                    const Tensor& mask_runs,     // [R]
+                    const Tensor& mask_start,    // [M + 1]
+                    int64_t size, std::vector<double> mean, std::vector<double> std, double sigma,
+                    std::vector<int64_t> weights, bool colours, ScalarType dtype, bool channels_last) {
+  std::vector<Picture> pictures;
+  for (const Tensor& image : images) pictures.push_back(picture_of(image));
+  check_tensor(plan, "plan", 2, ScalarType::Int);
+  check_size(plan, "plan", 1, kPlanWidth);
+  check_tensor(augment, "augment", 2, ScalarType::Float);
+  check_size(augment, "augment", 0, plan.size(0));
+  check_size(augment, "augment", 1, kAugmentWidth);
+  check_tensor(mask_runs, "mask_runs", 1, ScalarType::Int);
+  check_tensor(mask_start, "mask_start", 1, ScalarType::Long);
+  STD_TORCH_CHECK(size > 0 && mean.size() == 3 && std.size() == 3, "size, mean, std: expected > 0, 3 and 3 numbers");
+
+  const int64_t views = plan.size(0);
+  const std::vector<uint32_t> taps = narrow(weights);
+  Tensor out = channels_last ? torch::stable::new_empty(plan, {views, size, size, 3}, dtype)
+                             : torch::stable::new_empty(plan, {views, 3, size, size}, dtype);
+  RenderProblem problem{
+      .images = pictures.data(),
+      .plan = plan.const_data_ptr<int32_t>(),
+      .augment = augment.const_data_ptr<float>(),
+      .mask_runs = mask_runs.const_data_ptr<int32_t>(),
+      .mask_start = mask_start.const_data_ptr<int64_t>(),
+      .image_count = static_cast<int64_t>(pictures.size()),
+      .views = views,
+      .size = size,
+      .mean = {},
+      .std = {},
+      .region = region_of(sigma, taps, colours),
+      .type = pixel_type(dtype),
+      .channels_last = channels_last,
+      .out = out.mutable_data_ptr(),
+  };
+  for (int c = 0; c < 3; ++c) {
+    problem.mean[c] = static_cast<float>(mean[c]);
+    problem.std[c] = static_cast<float>(std[c]);
+  }
+  render_views_cpu(problem, torch_threads());
+  return out;
+}
+
+}  // namespace
+}  // namespace scf
+
+STABLE_TORCH_LIBRARY_IMPL(scenarioclip_fast_C, CPU, m) {
+  m.impl("focused_region", TORCH_BOX(&scf::focused_region));
+  m.impl("render_views", TORCH_BOX(&scf::render_views));
+}

@@ -1,0 +1,78 @@
+// Launchers of the views: see README.md. Raw pointers and sizes, no torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/parallel.h"
+
+namespace scf {
+
+// The columns of a plan's row; the same in reference.py.
+enum PlanColumn {
+  kKind,
+  kImage,
+  kX1,
+  kY1,
+  kX2,
+  kY2,
+  kWidth,
+  kHeight,
+  kLeft,
+  kTop,
+  kBoxX1,
+  kBoxY1,
+  kBoxX2,
+  kBoxY2,
+  kMask1,
+  kMask2,
+  kPlanWidth,
+};
+
+enum ViewKind { kGlobal, kMasked, kCrop, kRelation };
+
+enum AugmentColumn { kBrightness, kContrast, kSaturation, kHue, kSoften, kAugmentWidth };
+
+enum class PixelType { kFloat, kBFloat16, kHalf };
+
+struct Region {
+  float sigma;
+  const uint32_t* weights;  // [radius + 1], centre first, in units of 2^-24
+  int64_t radius;
+  bool colours;  // blur the colour axis too
+};
+
+struct Picture {
+  const uint8_t* pixels;  // [height, width, 3]
+  int64_t height;
+  int64_t width;
+};
+
+struct RegionProblem {
+  Picture image;
+  const bool* subject_mask;  // [height, width]
+  const bool* object_mask;   // [height, width]
+  Region region;
+  uint8_t* out;  // [height, width, 3]
+};
+
+struct RenderProblem {
+  const Picture* images;      // [image_count]
+  const int32_t* plan;        // [views, kPlanWidth]
+  const float* augment;       // [views, kAugmentWidth]
+  const int32_t* mask_runs;   // column-order run lengths, zeros first
+  const int64_t* mask_start;  // [masks + 1] into mask_runs
+  int64_t image_count;
+  int64_t views;
+  int64_t size;
+  float mean[3];
+  float std[3];
+  Region region;
+  PixelType type;
+  bool channels_last;
+  void* out;  // [views, 3, size, size], or [views, size, size, 3] with channels_last
+};
+
+void focused_region_cpu(const RegionProblem& problem, Parallel parallel);
+void render_views_cpu(const RenderProblem& problem, Parallel parallel);
+
+}  // namespace scf

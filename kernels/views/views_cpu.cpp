@@ -1,0 +1,596 @@
+// One thread takes an image with all its views: the image and its blurred copy stay in that core's cache. A view is made
+// row by row: the composite of a source row (never of the whole picture), its horizontal resize, then the vertical one.
+//
+// Rows in the making are RGBX, four bytes a pixel, so that two pixels fill a vector of eight 32-bit lanes.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "kernels/views/pixel.h"
+#include "kernels/views/views.h"
+
+namespace scf {
+namespace {
+
+using Bytes8 = uint8_t __attribute__((vector_size(8)));
+using Bytes16 = uint8_t __attribute__((vector_size(16)));
+using Unsigned8 = uint32_t __attribute__((vector_size(32)));
+using Int4 = int32_t __attribute__((vector_size(16)));
+using Int8 = int32_t __attribute__((vector_size(32)));
+using Float4 = float __attribute__((vector_size(16)));
+using Bytes4 = uint8_t __attribute__((vector_size(4)));
+
+constexpr int64_t kSlack = 64;  // bytes that vector loads and stores may touch behind a row
+
+template <class V>
+V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+void store(void* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+Unsigned8 wide(const uint8_t* from) { return __builtin_convertvector(load<Bytes8>(from), Unsigned8); }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// RGB -> RGBX; X is whatever follows, no sum ever mixes it with a colour. Reads no further than `end_of_image`.
+void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* end_of_image) {
+  int64_t i = 0;
+  for (; i + 4 <= pixels && rgb + 3 * i + 16 <= end_of_image; i += 4) {
+    const Bytes16 four = load<Bytes16>(rgb + 3 * i);
+    store(rgbx + 4 * i, __builtin_shufflevector(four, four, 0, 1, 2, 0, 3, 4, 5, 3, 6, 7, 8, 6, 9, 10, 11, 9));
+  }
+  for (; i < pixels; ++i) std::memcpy(rgbx + 4 * i, rgb + 3 * i, 3);
+}
+
+// The blurred image, row by row.
+class Blur {
+ public:
+  Blur(const Picture& image, const Region& region) : image_(image), region_(region) {
+    const int64_t radius = region.radius;
+    rows_.resize(2 * radius + 1);
+    across_.resize(3 * (image.width + 2 * radius) + kSlack);
+    blurred_.resize(3 * image.width + kSlack);
+    // How much of each colour every colour receives from a blur along an axis of three.
+    for (int64_t to = 0; to < 3; ++to) {
+      for (int64_t k = -radius; k <= radius; ++k) mix_[to][reflect(to + k, 3)] += region.weights[std::abs(k)];
+    }
+  }
+
+  // Pixels `columns` of row y, as RGB bytes; valid until the next call.
+  const uint8_t* row(int64_t y, Range columns) {
+    const int64_t radius = region_.radius, width = image_.width;
+    for (int64_t k = -radius; k <= radius; ++k) {
+      rows_[k + radius] = image_.pixels + reflect(y + k, image_.height) * width * 3;
+    }
+    uint8_t* inner = across_.data() + 3 * radius;  // column 0
+    const Range reach{std::max<int64_t>(columns.begin - radius, 0), std::min(columns.end + radius, width)};
+    down(3 * reach.begin, 3 * reach.end, inner);
+    for (int64_t x = columns.begin - radius; x < 0; ++x) std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
+    for (int64_t x = width; x < columns.end + radius; ++x) {
+      std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
+    }
+    along(inner, columns);
+    if (region_.colours) mix(blurred_.data() + 3 * columns.begin, columns.size());
+    return blurred_.data() + 3 * columns.begin;
+  }
+
+ private:
+  // The 17 rows around y (at sigma 2) into one, bytes [begin, end).
+  void down(int64_t begin, int64_t end, uint8_t* out) const {
+    const int64_t radius = region_.radius;
+    const uint32_t* weights = region_.weights;
+    int64_t i = begin;
+    for (; i + 16 <= end; i += 16) {
+      const uint8_t* middle = rows_[radius] + i;
+      Unsigned8 a = wide(middle) * weights[0], b = wide(middle + 8) * weights[0];
+      for (int64_t k = 1; k <= radius; ++k) {
+        const uint8_t* above = rows_[radius - k] + i;
+        const uint8_t* below = rows_[radius + k] + i;
+        a += (wide(above) + wide(below)) * weights[k];
+        b += (wide(above + 8) + wide(below + 8)) * weights[k];
+      }
+      store(out + i, __builtin_convertvector(a >> kBlurBits, Bytes8));
+      store(out + i + 8, __builtin_convertvector(b >> kBlurBits, Bytes8));
+    }
+    for (; i < end; ++i) {
+      uint32_t sum = rows_[radius][i] * weights[0];
+      for (int64_t k = 1; k <= radius; ++k) sum += (rows_[radius - k][i] + rows_[radius + k][i]) * weights[k];
+      out[i] = static_cast<uint8_t>(sum >> kBlurBits);
+    }
+  }
+
+  void along(const uint8_t* row, Range columns) {
+    const int64_t radius = region_.radius;
+    const uint32_t* weights = region_.weights;
+    for (int64_t i = 3 * columns.begin; i < 3 * columns.end; i += 16) {
+      const uint8_t* middle = row + i;
+      Unsigned8 a = wide(middle) * weights[0], b = wide(middle + 8) * weights[0];
+      for (int64_t k = 1; k <= radius; ++k) {
+        const uint8_t* left = middle - 3 * k;
+        const uint8_t* right = middle + 3 * k;
+        a += (wide(left) + wide(right)) * weights[k];
+        b += (wide(left + 8) + wide(right + 8)) * weights[k];
+      }
+      store(blurred_.data() + i, __builtin_convertvector(a >> kBlurBits, Bytes8));
+      store(blurred_.data() + i + 8, __builtin_convertvector(b >> kBlurBits, Bytes8));
+    }
+  }
+
+  void mix(uint8_t* rgb, int64_t pixels) const {
+    for (int64_t i = 0; i < pixels; ++i, rgb += 3) {
+      uint8_t mixed[3];
+      for (int c = 0; c < 3; ++c) {
+        mixed[c] = static_cast<uint8_t>((mix_[c][0] * rgb[0] + mix_[c][1] * rgb[1] + mix_[c][2] * rgb[2]) >> kBlurBits);
+      }
+      std::memcpy(rgb, mixed, 3);
+    }
+  }
+
+  Picture image_;
+  Region region_;
+  std::vector<const uint8_t*> rows_;
+  std::vector<uint8_t> across_;   // a row blurred downwards, with mirrored ends
+  std::vector<uint8_t> blurred_;  // a row blurred both ways
+  uint32_t mix_[3][3] = {};
+};
+
+// Puts the weighted pixels of a focused region over a row of its blurred picture.
+class Focus {
+ public:
+  Focus(Centre subject, Centre object, float sigma, int64_t width)
+      : centres_{subject, object}, falloff_(-1 / (2 * sigma * sigma)), weight_(width) {}
+
+  // masks: bit 0 the subject's, bit 1 the object's, of the pixels `columns` of row y, like image and out.
+  void operator()(int64_t y, Range columns, const uint8_t* masks, const uint8_t* image_rgbx, uint8_t* out_rgbx) {
+    const auto [first, second] = centres_;
+    const float dy1 = static_cast<float>(y) - first.y, dy2 = static_cast<float>(y) - second.y;
+    Range span{0, columns.size()};
+    while (span.begin < span.end && masks[span.begin] == 0) ++span.begin;
+    while (span.begin < span.end && masks[span.end - 1] == 0) --span.end;
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      const float x = static_cast<float>(columns.begin + i);
+      weight_[i] = region_weight(x - first.x, dy1, static_cast<float>(masks[i] & 1), x - second.x, dy2,
+                                 static_cast<float>(masks[i] >> 1), falloff_);
+    }
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      if (masks[i] == 0) continue;
+      const Float4 colour = __builtin_convertvector(load<Bytes4>(image_rgbx + 4 * i), Float4) * weight_[i];
+      store(out_rgbx + 4 * i, __builtin_convertvector(__builtin_convertvector(colour, Int4), Bytes4));
+    }
+  }
+
+ private:
+  Centre centres_[2];
+  float falloff_;
+  std::vector<float> weight_;
+};
+
+// The weights of one axis of a resize, padded with zeros to an even number of taps.
+class Taps {
+ public:
+  void prepare(const Axis& axis, int64_t size) {
+    if (axis == axis_ && size == size_) return;
+    axis_ = axis;
+    size_ = size;
+    int most = 0;
+    low_.resize(size);
+    for (int64_t i = 0; i < size; ++i) most = std::max(most, tap_of(axis, i).count);
+    width_ = (most + 1) / 2 * 2;
+    weights_.assign(size * width_, 0);
+    std::vector<double> exact(most);
+    for (int64_t i = 0; i < size; ++i) {
+      const Tap tap = tap_of(axis, i);
+      low_[i] = tap.low;
+      double total = 0;
+      for (int k = 0; k < tap.count; ++k) total += exact[k] = tap_weight(tap, k);
+      for (int k = 0; k < tap.count; ++k) weights_[i * width_ + k] = fixed_weight(exact[k], total);
+    }
+    reach_ = {low_[0], low_[size - 1] + tap_of(axis, size - 1).count};
+  }
+
+  int64_t width() const { return width_; }
+  int64_t low(int64_t i) const { return low_[i]; }
+  const int32_t* weights(int64_t i) const { return weights_.data() + i * width_; }
+  Range reach() const { return reach_; }  // the source pixels that any output pixel reads
+
+ private:
+  Axis axis_{};
+  int64_t size_ = 0;
+  int64_t width_ = 0;
+  std::vector<int64_t> low_;
+  std::vector<int32_t> weights_;
+  Range reach_{};
+};
+
+Bytes8 round_bytes(Int8 fixed) {
+  const Int8 value = (fixed + (1 << (kResizeBits - 1))) >> kResizeBits;
+  const Int8 zero{}, top = zero + 255;
+  const Int8 low = value > zero ? value : zero;
+  return __builtin_convertvector(low < top ? low : top, Bytes8);
+}
+
+// A source row, from pixel `origin` on, to `size` output pixels. The rows are RGBX with slack.
+void resize_across(const uint8_t* row, int64_t origin, const Taps& taps, int64_t size, uint8_t* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    const uint8_t* pixels = row + 4 * (taps.low(i) - origin);
+    const int32_t* weights = taps.weights(i);
+    Int8 sum{};
+    for (int64_t k = 0; k < taps.width(); k += 2) {
+      const int32_t a = weights[k], b = weights[k + 1];
+      sum += __builtin_convertvector(load<Bytes8>(pixels + 4 * k), Int8) * Int8{a, a, a, a, b, b, b, b};
+    }
+    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3);
+    const Bytes8 rounded = round_bytes(sum);
+    std::memcpy(out + 4 * i, &rounded, 4);
+  }
+}
+
+// Output row i of rows that begin at source row `origin`, each `stride` bytes long.
+void resize_down(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
+  const uint8_t* first = rows + (taps.low(i) - origin) * stride;
+  const int32_t* weights = taps.weights(i);
+  for (int64_t x = 0; x < stride; x += 16) {
+    Int8 a{}, b{};
+    for (int64_t k = 0; k < taps.width(); ++k) {
+      const uint8_t* pixels = first + k * stride + x;
+      a += __builtin_convertvector(load<Bytes8>(pixels), Int8) * weights[k];
+      b += __builtin_convertvector(load<Bytes8>(pixels + 8), Int8) * weights[k];
+    }
+    store(out + x, round_bytes(a));
+    store(out + x + 8, round_bytes(b));
+  }
+}
+
+// Round to nearest even; normalised colours are finite.
+uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7FFFFFFF;
+  if (bits >= 0x47800000) return static_cast<uint16_t>(sign | 0x7C00);  // 65536 and above
+  if (bits < 0x38800000) {                                              // below 2^-14: the adder rounds to subnormals
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof bits);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
+  }
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0x0FFF + ((bits >> 13) & 1)) >> 13));
+}
+
+void convert(float value, float* out) { *out = value; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+void convert(float value, BFloat16* out) { out->bits = to_bfloat16(value); }
+void convert(float value, Half* out) { out->bits = to_half(value); }
+
+// What a thread needs for its views, kept from one view to the next.
+class Renderer {
+ public:
+  explicit Renderer(const RenderProblem& problem)
+      : p_(problem), size_(problem.size), stride_((4 * problem.size + 15) / 16 * 16), final_(stride_ * problem.size) {}
+
+  // All views of one image, `count` of them at `views`.
+  void render(const Picture& image, const int64_t* views, int64_t count) {
+    image_ = &image;
+    end_of_image_ = image.pixels + image.height * image.width * 3;
+    blur(views, count);
+    for (int64_t i = 0; i < count; ++i) {
+      resize(views[i]);
+      switch (p_.type) {
+        case PixelType::kFloat:
+          finish<float>(views[i]);
+          break;
+        case PixelType::kBFloat16:
+          finish<BFloat16>(views[i]);
+          break;
+        case PixelType::kHalf:
+          finish<Half>(views[i]);
+          break;
+      }
+    }
+  }
+
+ private:
+  const int32_t* plan(int64_t view) const { return p_.plan + view * kPlanWidth; }
+
+  // Prepares both axes of a view; returns the source rows and columns that it reads, clipped to the image.
+  std::pair<Range, Range> prepare(const int32_t* plan) {
+    across_.prepare({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]}, size_);
+    down_.prepare({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]}, size_);
+    const Range rows = down_.reach(), columns = across_.reach();
+    return {{std::max<int64_t>(rows.begin + plan[kY1], 0), std::min(rows.end + plan[kY1], image_->height)},
+            {std::max<int64_t>(columns.begin + plan[kX1], 0), std::min(columns.end + plan[kX1], image_->width)}};
+  }
+
+  // The blurred picture, once, of all that the relation views will read.
+  void blur(const int64_t* views, int64_t count) {
+    blurred_rows_ = {image_->height, 0};
+    blurred_columns_ = {image_->width, 0};
+    for (int64_t i = 0; i < count; ++i) {
+      if (plan(views[i])[kKind] != kRelation) continue;
+      const auto [rows, columns] = prepare(plan(views[i]));
+      blurred_rows_ = {std::min(blurred_rows_.begin, rows.begin), std::max(blurred_rows_.end, rows.end)};
+      blurred_columns_ = {std::min(blurred_columns_.begin, columns.begin), std::max(blurred_columns_.end, columns.end)};
+    }
+    if (blurred_rows_.size() <= 0 || blurred_columns_.size() <= 0) return;
+    const int64_t pixels = blurred_columns_.size();
+    blurred_.resize(4 * blurred_rows_.size() * pixels + kSlack);
+    Blur blur(*image_, p_.region);
+    for (int64_t y = blurred_rows_.begin; y < blurred_rows_.end; ++y) {
+      const uint8_t* row = blur.row(y, blurred_columns_);
+      expand(row, pixels, blurred_.data() + 4 * (y - blurred_rows_.begin) * pixels, row + 3 * pixels + 16);
+    }
+  }
+
+  // The view's bytes, RGBX, into final_.
+  void resize(int64_t view) {
+    const int32_t* plan = this->plan(view);
+    auto [rows, columns] = prepare(plan);
+    const Range read_rows = down_.reach(), read_columns = across_.reach();
+    // What the weights of zero touch must be there too.
+    between_.resize((read_rows.size() + down_.width()) * stride_ + kSlack);
+    row_.resize(4 * (read_columns.size() + across_.width()) + kSlack);
+    if (plan[kKind] == kMasked) {
+      rows = {std::max<int64_t>(rows.begin, plan[kBoxY1]), std::min<int64_t>(rows.end, plan[kBoxY2])};
+      columns = {std::max<int64_t>(columns.begin, plan[kBoxX1]), std::min<int64_t>(columns.end, plan[kBoxX2])};
+    }
+    std::fill(row_.begin(), row_.end(), uint8_t{0});
+    if (rows.size() <= 0 || columns.size() <= 0) {
+      std::fill(final_.begin(), final_.end(), uint8_t{0});
+      return;
+    }
+    uint8_t* out = row_.data() + 4 * (columns.begin - plan[kX1] - read_columns.begin);
+    if (plan[kKind] == kRelation) draw_masks(plan, rows, columns);
+    Focus focus(centres_[0], centres_[1], p_.region.sigma, plan[kKind] == kRelation ? columns.size() : 0);
+    for (int64_t y = read_rows.begin; y < read_rows.end; ++y) {
+      uint8_t* resized = between_.data() + (y - read_rows.begin) * stride_;
+      const int64_t image_y = y + plan[kY1];
+      if (image_y < rows.begin || image_y >= rows.end) {
+        std::memset(resized, 0, stride_);
+        continue;
+      }
+      const uint8_t* pixels = image_->pixels + 3 * (image_y * image_->width + columns.begin);
+      if (plan[kKind] == kRelation) {
+        relation_row(image_y, columns, pixels, rows, focus, out);
+      } else {
+        expand(pixels, columns.size(), out, end_of_image_);
+      }
+      resize_across(row_.data(), read_columns.begin, across_, size_, resized);
+    }
+    for (int64_t y = 0; y < size_; ++y) {
+      resize_down(between_.data(), read_rows.begin, down_, y, stride_, final_.data() + y * stride_);
+    }
+  }
+
+  void relation_row(int64_t y, Range columns, const uint8_t* pixels, Range rows, Focus& focus, uint8_t* out) {
+    const int64_t stride = 4 * blurred_columns_.size();
+    const uint8_t* blurred =
+        blurred_.data() + (y - blurred_rows_.begin) * stride + 4 * (columns.begin - blurred_columns_.begin);
+    std::memcpy(out, blurred, 4 * columns.size());
+    if (y < mask_rows_.begin || y >= mask_rows_.end) return;
+    sharp_.resize(4 * columns.size() + kSlack);
+    expand(pixels, columns.size(), sharp_.data(), end_of_image_);
+    focus(y, columns, masks_.data() + (y - rows.begin) * columns.size(), sharp_.data(), out);
+  }
+
+  // Both masks of a relation as two bits a pixel, of the given part of the image; their centres from all of it.
+  void draw_masks(const int32_t* plan, Range rows, Range columns) {
+    masks_.assign(rows.size() * columns.size(), 0);
+    mask_rows_ = {rows.end, rows.begin};
+    for (int which = 0; which < 2; ++which) {
+      const int64_t mask = plan[which == 0 ? kMask1 : kMask2];
+      const int64_t height = image_->height;
+      MaskSums sums;
+      int64_t at = 0;
+      for (int64_t r = p_.mask_start[mask]; r < p_.mask_start[mask + 1]; ++r) {
+        const int64_t end = at + p_.mask_runs[r];
+        if ((r - p_.mask_start[mask]) % 2 == 1) {
+          add_run(sums, at, end, height);
+          draw_run(at, end, height, static_cast<uint8_t>(1 << which), rows, columns);
+        }
+        at = end;
+      }
+      centres_[which] = centre_of(sums);
+    }
+  }
+
+  void draw_run(int64_t begin, int64_t end, int64_t height, uint8_t bit, Range rows, Range columns) {
+    int64_t x = begin / height;
+    for (int64_t y = begin - x * height; begin < end; ++x, y = 0) {
+      const int64_t stop = std::min(height, y + end - begin);
+      begin += stop - y;
+      if (x < columns.begin || x >= columns.end) continue;
+      const Range drawn{std::max(y, rows.begin), std::min(stop, rows.end)};
+      if (drawn.size() <= 0) continue;
+      mask_rows_ = {std::min(mask_rows_.begin, drawn.begin), std::max(mask_rows_.end, drawn.end)};
+      uint8_t* pixel = masks_.data() + (drawn.begin - rows.begin) * columns.size() + (x - columns.begin);
+      for (int64_t n = drawn.size(); n > 0; --n, pixel += columns.size()) *pixel |= bit;
+    }
+  }
+
+  // Augments, normalises and stores.
+  template <class T>
+  void finish(int64_t view) {
+    const float* change = p_.augment + view * kAugmentWidth;
+    T* out = static_cast<T*>(p_.out) + view * 3 * size_ * size_;
+    const int64_t pixels = size_ * size_;
+    colours_.resize(3 * pixels);
+    for (int64_t y = 0; y < size_; ++y) {
+      const uint8_t* row = final_.data() + y * stride_;
+      for (int c = 0; c < 3; ++c) {
+        float* plane = colours_.data() + c * pixels + y * size_;
+        for (int64_t x = 0; x < size_; ++x) plane[x] = static_cast<float>(row[4 * x + c]) * (1.0f / 255);
+      }
+    }
+    change_colours(change);
+    if (change[kSoften] > 0) soften(change[kSoften]);
+    for (int c = 0; c < 3; ++c) {
+      const float scale = 1 / p_.std[c], shift = -p_.mean[c] / p_.std[c];
+      const float* plane = colours_.data() + c * pixels;
+      if (p_.channels_last) {
+        for (int64_t i = 0; i < pixels; ++i) convert(plane[i] * scale + shift, out + 3 * i + c);
+      } else {
+        for (int64_t i = 0; i < pixels; ++i) convert(plane[i] * scale + shift, out + c * pixels + i);
+      }
+    }
+  }
+
+  void change_colours(const float* change) {
+    const int64_t pixels = size_ * size_;
+    float *red = colours_.data(), *green = red + pixels, *blue = green + pixels;
+    if (const float factor = change[kBrightness]; factor != 1) {
+      for (float& value : colours_) value = clamp_unit(factor * value);
+    }
+    if (const float factor = change[kContrast]; factor != 1) {
+      double sum = 0;
+      for (int64_t i = 0; i < pixels; ++i) sum += grey_of(red[i], green[i], blue[i]);
+      const float mean = static_cast<float>(sum / static_cast<double>(pixels));
+      for (float& value : colours_) value = blend(value, mean, factor);
+    }
+    if (const float factor = change[kSaturation]; factor != 1) {
+      for (int64_t i = 0; i < pixels; ++i) {
+        const float grey = grey_of(red[i], green[i], blue[i]);
+        red[i] = blend(red[i], grey, factor);
+        green[i] = blend(green[i], grey, factor);
+        blue[i] = blend(blue[i], grey, factor);
+      }
+    }
+    if (const float turn = change[kHue]; turn != 0) {
+      for (int64_t i = 0; i < pixels; ++i) turn_hue(red[i], green[i], blue[i], turn);
+    }
+  }
+
+  void soften(float sigma) {
+    constexpr int64_t radius = kSoftenRadius;
+    float bell[2 * radius + 1], total = 0;
+    for (int64_t k = -radius; k <= radius; ++k) {
+      const float distance = static_cast<float>(k) / sigma;
+      total += bell[k + radius] = std::exp(-0.5f * distance * distance);
+    }
+    for (float& weight : bell) weight /= total;
+    softened_.resize(colours_.size());
+    // Rows: copied with mirrored ends. Columns: whole rows are added.
+    std::vector<float> line(size_ + 2 * radius);
+    for (int64_t y = 0; y < 3 * size_; ++y) {
+      const float* from = colours_.data() + y * size_;
+      for (int64_t x = -radius; x < size_ + radius; ++x) line[x + radius] = from[mirror(x, size_)];
+      float* to = softened_.data() + y * size_;
+      for (int64_t x = 0; x < size_; ++x) {
+        float sum = 0;
+        for (int64_t k = 0; k <= 2 * radius; ++k) sum += bell[k] * line[x + k];
+        to[x] = sum;
+      }
+    }
+    for (int64_t y = 0; y < 3 * size_; ++y) {
+      const int64_t plane = y / size_;
+      float* to = colours_.data() + y * size_;
+      std::fill(to, to + size_, 0.0f);
+      for (int64_t k = -radius; k <= radius; ++k) {
+        const float* from = softened_.data() + (plane * size_ + mirror(y - plane * size_ + k, size_)) * size_;
+        for (int64_t x = 0; x < size_; ++x) to[x] += bell[k + radius] * from[x];
+      }
+    }
+  }
+
+  const RenderProblem& p_;
+  const int64_t size_;
+  const int64_t stride_;  // bytes of a row of the view in the making
+  const Picture* image_ = nullptr;
+  const uint8_t* end_of_image_ = nullptr;
+  Taps across_, down_;
+  Range blurred_rows_{}, blurred_columns_{};
+  std::vector<uint8_t> blurred_;  // RGBX
+  Centre centres_[2]{};
+  Range mask_rows_{};
+  std::vector<uint8_t> masks_;
+  std::vector<uint8_t> row_, sharp_;  // RGBX: a source row of the view, and of the image
+  std::vector<uint8_t> between_;      // resized across, not yet down
+  std::vector<uint8_t> final_;        // the view in RGBX bytes
+  std::vector<float> colours_, softened_;
+};
+
+Centre centre_of_mask(const bool* mask, int64_t height, int64_t width) {
+  MaskSums sums;
+  for (int64_t y = 0; y < height; ++y, mask += width) {
+    uint32_t count = 0;
+    uint64_t along = 0;
+    for (int64_t x = 0; x < width; ++x) {
+      count += mask[x];
+      along += mask[x] ? x : 0;
+    }
+    sums.area += count;
+    sums.x += static_cast<int64_t>(along);
+    sums.y += y * count;
+  }
+  return centre_of(sums);
+}
+
+}  // namespace
+
+void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
+  const int64_t height = p.image.height, width = p.image.width;
+  const Centre subject = centre_of_mask(p.subject_mask, height, width);
+  const Centre object = centre_of_mask(p.object_mask, height, width);
+  const uint8_t* end_of_image = p.image.pixels + height * width * 3;
+  parallel(height, 16, [&](int64_t begin, int64_t end) {
+    const Range columns{0, width};
+    Blur blur(p.image, p.region);
+    Focus focus(subject, object, p.region.sigma, width);
+    std::vector<uint8_t> sharp(4 * width + kSlack), out(4 * width + kSlack), masks(width);
+    for (int64_t y = begin; y < end; ++y) {
+      const uint8_t* row = blur.row(y, columns);
+      expand(row, width, out.data(), row + 3 * width + 16);
+      expand(p.image.pixels + y * width * 3, width, sharp.data(), end_of_image);
+      for (int64_t x = 0; x < width; ++x) {
+        masks[x] = static_cast<uint8_t>(p.subject_mask[y * width + x] | p.object_mask[y * width + x] << 1);
+      }
+      focus(y, columns, masks.data(), sharp.data(), out.data());
+      for (int64_t x = 0; x < width; ++x) std::memcpy(p.out + (y * width + x) * 3, out.data() + 4 * x, 3);
+    }
+  });
+}
+
+void render_views_cpu(const RenderProblem& p, Parallel parallel) {
+  // Views by image, in the order they came.
+  std::vector<int64_t> starts(p.image_count + 1, 0), order(p.views);
+  for (int64_t v = 0; v < p.views; ++v) ++starts[p.plan[v * kPlanWidth + kImage] + 1];
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t v = 0; v < p.views; ++v) order[next[p.plan[v * kPlanWidth + kImage]]++] = v;
+
+  parallel(p.image_count, 1, [&](int64_t begin, int64_t end) {
+    Renderer renderer(p);
+    for (int64_t i = begin; i < end; ++i) {
+      renderer.render(p.images[i], order.data() + starts[i], starts[i + 1] - starts[i]);
+    }
+  });
+}
+
+}  // namespace scf
