@@ -1,0 +1,27 @@
+"""`scenarioclip-fast scenes`: draws synthetic scenes in the published layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("scenes", help="draw synthetic scenes in the published layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
+    parser.add_argument("-n", type=int, default=2500, metavar="N", help="number of scenes (default 2500)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
+    parser.add_argument("--val", type=float, default=0.05, help="share of the val split (default 0.05)")
+    parser.add_argument("--test", type=float, default=0.15, help="share of the test split (default 0.15)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws and says what was written."""
+    from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+
+    counts = draw_reference_layout(args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers)
+    for name, scenes in counts.items():
+        print(f"{args.out / name}: {scenes} scenes")
+    return 0

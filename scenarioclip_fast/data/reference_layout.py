@@ -1,0 +1,445 @@
+"""Reads the published layout: metadata*.json, classes.json, images and SAM-style masks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene
+from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
+from scenarioclip_fast.errors import UserError
+
+MAX_MASK_BYTES = 1 << 30  # all candidate masks of one scene
+MAX_ITEMS = 1024  # objects, and relations, of one scene
+MAX_KEY = 90  # a tar header holds 100 bytes of name
+
+_log = logging.getLogger(__name__)
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces: the form of every text of a vocabulary."""
+    return " ".join(text.lower().split())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One element of a metadata file, as it stands there."""
+
+    file: str
+    position: int
+    record: Any
+    split: str | None
+
+    def __str__(self) -> str:
+        name = self.record.get("id") if isinstance(self.record, dict) else None
+        return f"{self.file}: entry {self.position}" + (f" ({name})" if isinstance(name, (str, int)) else "")
+
+
+class ReferenceLayout:
+    """A directory in the published layout: its JSON files are read here, images and masks entry by entry.
+
+    Raises:
+        UserError: no such directory, no metadata, malformed JSON, no entry at all.
+    """
+
+    def __init__(self, directory: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.directory, self._max_pixels = Path(directory), max_pixels
+        if not self.directory.is_dir():
+            raise UserError(f"{directory}: no such directory; expected a data set in the published layout")
+        files = sorted(self.directory.glob("metadata*.json"), key=lambda path: (_split_of(path) is None, path.name))
+        if not files:
+            raise UserError(f"{directory}: no metadata*.json in it; expected a data set in the published layout")
+        self.entries = [
+            Entry(path.name, i, record, _split_of(path)) for path in files for i, record in enumerate(_load_data(path))
+        ]
+        if not self.entries:
+            raise UserError(f"{directory}: the data set is empty: no entry in {', '.join(p.name for p in files)}")
+        self.classes = _load_classes(self.directory / "classes.json")
+
+    def reader(self) -> EntryReader:
+        return EntryReader(self.directory, self.classes, self._max_pixels)
+
+
+class EntryReader:
+    """Reads single entries; knows the classes, not the other entries, so that it is light to send to a process."""
+
+    def __init__(self, directory: Path, classes: dict[str, list[str]] | None, max_pixels: int = MAX_PIXELS) -> None:
+        self._directory, self._max_pixels = directory, max_pixels
+        self._classes = None if classes is None else {level: frozenset(texts) for level, texts in classes.items()}
+        self._decoder: TorchDecoder | None = None
+
+    def read(self, entry: Entry, *, encode: bool = False) -> tuple[Scene, tuple[int, int], list[Rejection]]:
+        """The scene of an entry, its image's (H, W), and what of it was rejected.
+
+        The image is decoded, to know that it is whole, and kept as bytes. Masks are bool [H, W], or RLE with
+        `encode`.
+
+        Raises:
+            BadEntry: the whole scene is unusable.
+        """
+        record = entry.record
+        key, image_path, action = _identity(record)
+        if self._unknown("actions", action):
+            raise BadEntry("unknown_action", f"{action!r} is not among the actions of classes.json")
+        image, size = self._image(image_path)
+        bad: list[Rejection] = []
+        objects = self._objects(entry, bad)
+        for item, mask in zip(objects, self._masks(entry, objects, size, bad), strict=True):
+            if item is not None:
+                item.mask = mask
+        relations = self._relations(entry, objects, bad)
+        # Objects rejected here leave a gap until now, for masks and relations go by position.
+        kept = [i for i, item in enumerate(objects) if item is not None]
+        position = {i: k for k, i in enumerate(kept)}
+        scene = Scene(
+            key,
+            image,
+            action,
+            [item for item in objects if item is not None],
+            [Relation(position[r.subject], r.predicate, position[r.object]) for r in relations],
+            entry.split,
+        )
+        scene, more = clean_scene(scene, size, str(entry), encode=encode)
+        return scene, size, bad + more
+
+    def _unknown(self, level: str, text: str) -> bool:
+        return self._classes is not None and text not in self._classes[level]
+
+    def _image(self, path: PurePosixPath) -> tuple[bytes, tuple[int, int]]:
+        try:
+            data = (self._directory / path).read_bytes()
+        except OSError as error:
+            raise BadEntry("missing_image", f"{path}: {error.strerror}") from None
+        if self._decoder is None:
+            self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
+        (pixels,) = self._decoder.decode([data])
+        if isinstance(pixels, DecodeError):
+            raise BadEntry(image_reason(pixels), f"{path}: {pixels.detail}")
+        return data, (pixels.shape[0], pixels.shape[1])
+
+    def _objects(self, entry: Entry, bad: list[Rejection]) -> list[SceneObject | None]:
+        objects: list[SceneObject | None] = []
+        for i, record in enumerate(entry.record["objects"]):
+            here = f"{entry}: object {i}"
+            item = _parse_object(record)
+            if item is None:
+                bad.append(Rejection(here, "malformed_object", f"got {_short(record)}"))
+            elif self._unknown("objects", item.name):
+                bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not among the objects of classes.json"))
+                item = None
+            objects.append(item)
+        return objects
+
+    def _masks(
+        self, entry: Entry, objects: list[SceneObject | None], size: tuple[int, int], bad: list[Rejection]
+    ) -> list[Tensor | None]:
+        none: list[Tensor | None] = [None] * len(objects)
+        if not objects:
+            return none
+        path = self._directory / "sam_results" / f"{entry.record['id']}_grounding_sam.npz"
+        try:
+            names = [None if item is None else item.name for item in objects]
+            return list(read_masks(path, names, size))
+        except FileNotFoundError:
+            bad.append(Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}"))
+        except ValueError as error:
+            bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {error}"))
+        return none
+
+    def _relations(self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection]) -> list[Relation]:
+        relations = []
+        written = {normalise(r[0]) for r in entry.record["objects"] if _parse_object(r) is not None}
+        for k, record in enumerate(entry.record["relations"]):
+            here = f"{entry}: relation {k}"
+            triple = _parse_triple(record)
+            if triple is None:
+                bad.append(Rejection(here, "malformed_relation", f"got {_short(record)}"))
+                continue
+            text = " ".join(triple)
+            missing = [name for name in (triple[0], triple[2]) if name not in written]
+            pair = _nearest_pair(objects, triple[0], triple[2])
+            if missing:
+                bad.append(Rejection(here, "relation_unknown_label", f"{text!r}: no object {missing[0]!r}"))
+            elif self._unknown("relations", text):
+                bad.append(Rejection(here, "unknown_relation", f"{text!r} is not among the relations of classes.json"))
+            elif isinstance(pair, str):
+                bad.append(Rejection(here, pair, repr(text)))
+            else:
+                relations.append(Relation(pair[0], triple[1], pair[1]))
+        return relations
+
+
+def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None] | None = None) -> Iterator[Scene]:
+    """Reads every scene of a directory in the published layout.
+
+    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` name a split, other `metadata*.json` do not.
+    Texts are lower-cased. Where a relation's label occurs more than once, the two objects with the nearest box
+    centres are taken.
+
+    Args:
+        metadata_dir: holds metadata*.json, images, sam_results/ID_grounding_sam.npz and, optionally, classes.json.
+        on_bad: called with everything that is left out; logged as a warning if None.
+
+    Yields:
+        Scenes whose image is the file's bytes (decoded once, to know that it is whole) and whose masks are bool
+        [H, W], the candidate with the best score, or None.
+
+    Raises:
+        UserError: no such directory, no metadata, malformed JSON, no entry at all.
+    """
+    layout = ReferenceLayout(metadata_dir)
+    report = on_bad or (lambda rejection: _log.warning("%s", rejection))
+    return _scenes(layout, report)
+
+
+def _scenes(layout: ReferenceLayout, report: Callable[[Rejection], None]) -> Iterator[Scene]:
+    reader = layout.reader()
+    seen: set[str] = set()
+    for entry in layout.entries:
+        try:
+            scene, _, bad = reader.read(entry)
+            if scene.key in seen:
+                raise BadEntry("duplicate_id", f"{scene.key} has been read before")
+        except BadEntry as error:
+            report(Rejection(str(entry), error.reason, error.detail))
+            continue
+        seen.add(scene.key)
+        for rejection in bad:
+            report(rejection)
+        yield scene
+
+
+def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> Iterator[Tensor]:  # bool [H, W] each
+    """The best candidate mask of each object of a SAM-style npz, without unpickling anything.
+
+    Args:
+        names: of the objects, in order; None for one whose name could not be read.
+        size: (H, W) of the image. Anything else in the file is refused before memory is asked for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or not one mask per object.
+    """
+    n, (height, width) = len(names), size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            labels = _read_labels(archive, n)
+            scores = _read_scores(archive, n)
+            mask = _read_array(archive, "mask", "b", MAX_MASK_BYTES)
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"not a readable npz ({type(error).__name__}: {error})") from None
+    if mask.ndim != 4 or mask.shape[0] != n or mask.shape[2:] != (height, width) or mask.shape[1] == 0:
+        raise ValueError(f"got mask {list(mask.shape)}, expected [{n}, k, {height}, {width}]")
+    if scores is None and mask.shape[1] > 1:
+        raise ValueError(f"got {mask.shape[1]} candidates per object and no score to choose by")
+    if scores is not None and scores.shape != mask.shape[:2]:
+        raise ValueError(f"got score {list(scores.shape)}, expected {list(mask.shape[:2])}")
+    rows = _rows_of(names, labels)
+    best = np.zeros(n, np.int64) if scores is None else np.where(np.isnan(scores), -np.inf, scores).argmax(1)
+    return (torch.from_numpy(mask[row, best[row]].copy()) for row in rows)
+
+
+def _rows_of(names: list[str | None], labels: list[str] | None) -> list[int]:
+    """The row of each object: its own, unless the labels say that rows are in another order."""
+    if labels is None or all(name in (None, label) for name, label in zip(names, labels, strict=True)):
+        return list(range(len(names)))
+    if None in names or sorted(labels) != sorted(str(name) for name in names):
+        raise ValueError(f"the labels {_short(labels)} are not those of the objects")
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    return [rows[str(name)].pop(0) for name in names]
+
+
+def _read_labels(archive: zipfile.ZipFile, n: int) -> list[str] | None:
+    """None where there are none that can be read without unpickling: rows are then in the order of the objects."""
+    if "labels.npy" not in archive.namelist():
+        return None
+    with archive.open("labels.npy") as file:
+        if _header(file, "labels")[2].hasobject:
+            return None
+    labels = _read_array(archive, "labels", "U", 1 << 24)
+    if labels.shape != (n,):
+        raise ValueError(f"got labels {list(labels.shape)}, expected [{n}]")
+    return [normalise(str(label)) for label in labels]
+
+
+def _read_scores(archive: zipfile.ZipFile, n: int) -> NDArray[np.float64] | None:
+    if "score.npy" not in archive.namelist():
+        return None
+    scores = _read_array(archive, "score", "f", 1 << 24).astype(np.float64)
+    return scores[:, None] if scores.ndim == 1 else scores
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, kind: str, limit: int) -> NDArray[Any]:
+    """An array of dtype `kind` and at most `limit` bytes; both are checked on its header."""
+    with archive.open(f"{name}.npy") as file:
+        shape, fortran, dtype = _header(file, name)
+        if dtype.kind != kind or dtype.hasobject:
+            raise ValueError(f"got {name} of type {dtype}, expected {_KINDS[kind]}")
+        if len(shape) > 4 or any(extent > MAX_PIXELS for extent in shape):
+            raise ValueError(f"got {name} of shape {list(shape)}, expected at most 4 axes of at most {MAX_PIXELS}")
+        size = math.prod(shape) * dtype.itemsize
+        if size > limit:
+            raise ValueError(f"got {name} of {size} bytes, expected at most {limit}")
+        data = file.read(size)
+    if len(data) != size:
+        raise ValueError(f"{name} ends after {len(data)} of {size} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+_KINDS = {"b": "bool", "U": "text", "f": "float"}
+
+
+def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"got {name} in npy version {version}, expected 1.0 or 2.0")
+
+
+def image_reason(error: DecodeError) -> str:
+    """The rejection that a decoder's error stands for."""
+    known = ("truncated", "corrupt", "too_large", "not_an_image")
+    return f"image_{error.reason}" if error.reason in known else "image_undecodable"
+
+
+def _identity(record: Any) -> tuple[str, PurePosixPath, str]:
+    """Key, image path and action of an entry, whose lists are then known to be lists."""
+    if not isinstance(record, dict):
+        raise BadEntry("malformed_entry", f"got {_short(record)}, expected an object")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(record.get(name), kinds) or isinstance(record[name], bool):
+            got = _short(record[name]) if name in record else "nothing"
+            raise BadEntry("malformed_entry", f"got {got} as {name!r}, expected {kinds[0].__name__}")
+    action = normalise(record["action"])
+    if not action:
+        raise BadEntry("malformed_entry", "the action is empty")
+    for name in ("objects", "relations"):
+        if len(record[name]) > MAX_ITEMS:
+            raise BadEntry("malformed_entry", f"got {len(record[name])} {name}, expected at most {MAX_ITEMS}")
+    return safe_key(str(record["id"])), _safe_path(record["image_path"]), action
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "id": (str, int),
+    "image_path": (str,),
+    "action": (str,),
+    "objects": (list,),
+    "relations": (list,),
+}
+
+
+def safe_key(name: str) -> str:
+    """A file name's stem for an id. A dot would end a WebDataset key, so that it and other signs become "_".
+
+    Raises:
+        BadEntry: empty, too long, or with a path separator or a control character.
+    """
+    if not name or len(name) > MAX_KEY or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise BadEntry("unsafe_id", f"{_short(name)}: expected 1 to {MAX_KEY} characters, no path separators")
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _safe_path(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00]", name):
+        raise BadEntry("unsafe_path", f"{_short(name)}: expected a path inside the data set's directory")
+    return path
+
+
+def _parse_object(record: Any) -> SceneObject | None:
+    if not isinstance(record, list) or len(record) != 2 or not isinstance(record[0], str):
+        return None
+    name, box = normalise(record[0]), record[1]
+    if not name or not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
+        return None
+    try:
+        x1, y1, x2, y2 = (float(v) for v in box)
+    except OverflowError:
+        return None
+    return SceneObject(name, (x1, y1, x2, y2))
+
+
+def _parse_triple(record: Any) -> tuple[str, str, str] | None:
+    """The words of [path, [subject, predicate, object], ...]; what follows (negative samples) is not used."""
+    if not isinstance(record, list) or len(record) < 2 or not isinstance(record[1], list) or len(record[1]) != 3:
+        return None
+    if not all(isinstance(word, str) and word.strip() for word in record[1]):
+        return None
+    subject, predicate, object_ = (normalise(word) for word in record[1])
+    return subject, predicate, object_
+
+
+def _nearest_pair(objects: list[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:
+    """Of the pairs of two different objects with these names, the one with the nearest box centres, else a reason."""
+    ends = [[i for i, item in enumerate(objects) if item is not None and item.name == n] for n in (subject, object_)]
+    if not all(ends):
+        return "relation_without_object"
+    pairs = [(i, j) for i in ends[0] for j in ends[1] if i != j]
+    if not pairs:
+        return "relation_with_itself"
+    return min(pairs, key=lambda pair: (_distance(objects[pair[0]], objects[pair[1]]), pair))
+
+
+def _distance(a: SceneObject | None, b: SceneObject | None) -> float:
+    assert a is not None and b is not None
+    distance = math.hypot(*(a.box[k] + a.box[k + 2] - b.box[k] - b.box[k + 2] for k in (0, 1)))
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _split_of(path: Path) -> str | None:
+    found = re.fullmatch(r"metadata.*_(train|val|test)", path.stem)
+    return found[1] if found else None
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _load_data(path: Path) -> list[Any]:
+    record = _load_json(path)
+    data = record.get("data") if isinstance(record, dict) else None
+    if not isinstance(data, list):
+        raise UserError(f'{path}: got {_short(record)}, expected {{"data": [entries]}}')
+    return data
+
+
+def _load_classes(path: Path) -> dict[str, list[str]] | None:
+    if not path.exists():
+        return None
+    record = _load_json(path)
+    levels = ("actions", "objects", "relations")
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(level), list) and all(isinstance(text, str) for text in record[level]) for level in levels
+    ):
+        raise UserError(f"{path}: expected {{{', '.join(f'{level!r}: [texts]' for level in levels)}}}")
+    return {level: sorted({normalise(text) for text in record[level]}) for level in levels}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
