@@ -86,17 +86,22 @@ class Attention(nn.Module):
             # Only the class token asks; every token answers.
             query, pair = self.qkv.weight.split((width, 2 * width))
             query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
-            q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, -1)
-            k, v = F.linear(x, pair, pair_bias).view(n, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, width // self.heads)
+            k, v = (
+                F.linear(x, pair, pair_bias)
+                .view(n, length, 2, self.heads, width // self.heads)
+                .permute(2, 0, 3, 1, 4)
+                .unbind(0)
+            )
             return self.out(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
-        q, k, v = self.qkv(x).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
 
     def _packed(self, x: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, W]
         n, longest, width = packing.last.shape[0], packing.longest, x.shape[-1]
         qkv = self.qkv(x)
         grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
-        q, k, v = grid.view(n, longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = grid.view(n, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         # A cell of padding lies after its text's tokens: none of them sees it.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n * longest, width)
         return self.out(y.index_select(0, packing.slot[packing.last] if pooled else packing.slot))

@@ -65,7 +65,8 @@ class ScenarioCLIP(nn.Module):
         )
         before = [freeze.embeddings, freeze.pre_layernorm]
         self._vision_shared = _freeze(vision, before, freeze.vision_blocks)
-        self._text_shared = _freeze(text, before[:1], freeze.text_blocks)
+        # The last block leaves one row a text, not one a token, so it is never among the stages that are kept.
+        self._text_shared = min(_freeze(text, before[:1], freeze.text_blocks), config.text.layers)
         single = config.variant == "pyramidclip"
         self.vision = nn.ModuleDict({level: vision if single else _sibling(vision, level) for level in LEVELS})
         self.text = nn.ModuleDict({level: text if single else _sibling(text, level) for level in LEVELS})

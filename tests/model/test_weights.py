@@ -1,0 +1,402 @@
+"""Weights from transformers, open_clip and the method's published code, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+LEVELS = ("global", "object", "relation")
+FREEZE = FreezeConfig(1, 1)
+TOKENS = [[29, 3, 30], [29, 4, 5, 6, 7, 8, 30], [29, 30]]
+PADDED = torch.tensor([ids + [30] * (7 - len(ids)) for ids in TOKENS])
+
+
+def clip_config(activation: str = "quick_gelu") -> Any:
+    shared = {"hidden_act": activation}
+    return transformers.CLIPConfig(
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 31,
+            "max_position_embeddings": 8,
+            "bos_token_id": 29,
+            "eos_token_id": 30,
+            "pad_token_id": 30,
+            **shared,
+        },
+        vision_config={
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "image_size": 16,
+            "patch_size": 8,
+            **shared,
+        },
+        projection_dim=12,
+    )
+
+
+def random_clip(config: Any) -> Any:
+    torch.manual_seed(0)
+    clip = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for p in clip.parameters():
+            # The library's start has zero biases and unit norms, which would hide swapped names.
+            p.add_(torch.randn_like(p) * 0.05)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return random_clip(clip_config())
+
+
+def expected_outputs(clip: Any, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        image, text = clip.vision_model(pixels).pooler_output, clip.text_model(tokens).pooler_output
+        return {
+            "image pooled": image,
+            "text pooled": text,
+            "image projected": clip.visual_projection(image),
+            "text projected": clip.text_projection(text),
+        }
+
+
+def outputs(model: ScenarioCLIP, level: str, pixels: Tensor, tokens: list[list[int]]) -> dict[str, Tensor]:
+    """What CLIP calls pooled output and embedding: before the head's first and last layernorm."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for kind, encoder in (("image", model.vision[level]), ("text", model.text[level])):
+        for part, module in (("pooled", encoder.head.norm), ("projected", encoder.head.projection)):
+            key = f"{kind} {part}"
+            hooks.append(module.register_forward_hook(lambda _, x, y, key=key: seen.__setitem__(key, y)))
+    with torch.no_grad():
+        model.encode_image(pixels, level)
+        model.encode_text(tokens, level)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def check_same(model: ScenarioCLIP, clip: Any, tokens: list[list[int]] = TOKENS, padded: Tensor = PADDED) -> None:
+    side = model.config.vision.image_size
+    pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(2))
+    expected = expected_outputs(clip, pixels, padded)
+    for level in LEVELS:
+        got = outputs(model, level, pixels, tokens)
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            # Float32 through up to 12 blocks with other orders of summation; values are of order 1.
+            torch.testing.assert_close(got[key], value, rtol=2e-4, atol=2e-4, msg=f"{level} {key}")
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_hugging_face_directory(activation: str, tmp_path: Path) -> None:
+    clip = random_clip(clip_config(activation))
+    clip.save_pretrained(tmp_path)
+    model = ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    assert model.config.vision == VisionConfig(16, 8, 192, 2, 3, activation=activation)  # type: ignore[arg-type]
+    assert model.config.text == TextConfig(8, 31, 128, 2, 2, activation=activation)  # type: ignore[arg-type]
+    check_same(model, clip)
+
+
+def test_real_shapes_of_vit_b_32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(vision_config={"image_size": 224, "patch_size": 32}, projection_dim=512)
+    # Half of the depth keeps the test fast; every matrix has its real shape.
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 2
+    clip = transformers.CLIPModel(config).eval()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
+    model = ScenarioCLIP.from_clip(tmp_path, variant="pyramidclip", freeze=FREEZE)
+    assert model.config.vision == VisionConfig(layers=2)
+    assert model.config.text == TextConfig(layers=2)
+    tokens = [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 1929, 49407]]
+    padded = torch.tensor([tokens[0] + [49407] * 70, tokens[1] + [49407] * 74])
+    check_same(model, clip, tokens, padded)
+    got = model.encode_text(["a photo of a cat", "dog"], "object")
+    # Packed together with other texts or not: rounding alone.
+    torch.testing.assert_close(got, model.encode_text(tokens, "object"), rtol=1e-5, atol=1e-5)
+
+
+def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What open_clip calls the tensors of a Hugging Face CLIP."""
+    words = {
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding": "visual.conv1",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+        "vision_model.encoder.layers": "visual.transformer.resblocks",
+        "text_model.encoder.layers": "transformer.resblocks",
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn": "attn",
+    }
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for theirs, ours in words.items():
+            name = name.replace(theirs, ours)
+        if "attn.q_proj" in name:
+            thirds = [value] + [
+                state[n]
+                for q in "kv"
+                for n in state
+                if _open_clip_like(n, words) == name.replace("q_proj", f"{q}_proj")
+            ]
+            out[name.replace("q_proj.", "in_proj_")] = torch.cat(thirds)
+        elif "attn.k_proj" not in name and "attn.v_proj" not in name:
+            out[name] = value
+    out["visual.proj"] = out.pop("visual_projection.weight").T.contiguous()
+    out["text_projection"] = out.pop("text_projection.weight").T.contiguous()
+    return out
+
+
+def _open_clip_like(name: str, words: dict[str, str]) -> str:
+    for theirs, ours in words.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "own text tower in a training checkpoint"])
+def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
+    state = open_clip_names(clip.state_dict())
+    assert "transformer.resblocks.1.attn.in_proj_weight" in state
+    if form == "safetensors":
+        safetensors.save_file(state, tmp_path / "open_clip_model.safetensors")
+        path = tmp_path
+    elif form == "pickle":
+        path = tmp_path / "clip.pt"
+        torch.save(state, path)
+    else:
+        path = tmp_path / "epoch_1.pt"
+        text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+        state = {f"module.{'text.' if k.startswith(text) else ''}{k}": v for k, v in state.items()}
+        torch.save({"epoch": 1, "state_dict": state}, path)
+    check_same(ScenarioCLIP.from_clip(path, freeze=FREEZE), clip)
+
+
+def test_export_is_read_by_transformers(clip: Any, tmp_path: Path) -> None:
+    clip.save_pretrained(tmp_path / "in")
+    model = ScenarioCLIP.from_clip(tmp_path / "in", freeze=FREEZE)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    export_hf(model, tmp_path / "out", "relation")
+    back, info = transformers.CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    rest = safetensors.load_file(tmp_path / "out" / "projection.safetensors")
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = expected_outputs(back.eval(), pixels, PADDED)
+    for kind, part, got in (
+        ("vision", "image", model.encode_image(pixels, "relation")),
+        ("text", "text", model.encode_text(TOKENS, "relation")),
+    ):
+        value = expected[f"{part} projected"] + rest[f"{kind}.projection.bias"]
+        value = torch.nn.functional.layer_norm(
+            value, (12,), rest[f"{kind}.out_norm.weight"], rest[f"{kind}.out_norm.bias"]
+        )
+        torch.testing.assert_close(got, value, rtol=2e-4, atol=2e-4)  # as above
+    with pytest.raises(UserError, match=r"vision.stem: got 'conv', expected 'linear'"):
+        export_hf(small("conv"), tmp_path / "no")
+
+
+def small(stem: str = "linear", variant: str = "scenarioclip1", width: int = 24) -> ScenarioCLIP:
+    return ScenarioCLIP(
+        ModelConfig(
+            variant=variant,  # type: ignore[arg-type]
+            embed_dim=12,
+            vision=VisionConfig(16, 8, width, 2, 3, stem=stem),  # type: ignore[arg-type]
+            text=TextConfig(8, 31, 16, 2, 2),
+            freeze=FREEZE,
+        )
+    )
+
+
+@pytest.mark.parametrize("variant", ["scenarioclip1", "pyramidclip"])
+def test_save_and_load(variant: str, tmp_path: Path) -> None:
+    model = small(variant=variant)
+    model.save_pretrained(tmp_path)
+    back = ScenarioCLIP.from_pretrained(tmp_path)
+    assert back.config == model.config
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    shared = back.vision["relation"].blocks[0].expand.weight
+    assert shared is back.vision["global"].blocks[0].expand.weight
+    last = [back.vision[level].blocks[1].expand.weight for level in LEVELS]
+    assert (last[0] is last[2]) == (variant == "pyramidclip")
+    assert not shared.requires_grad
+    assert last[0].requires_grad
+
+
+def test_all_levels_start_from_one_pair(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    pair, model = small(variant="pyramidclip"), small()
+    model.init_towers_from(pair)
+    pixels = torch.randn(2, 3, 16, 16)
+    for level in LEVELS:
+        assert torch.equal(model.encode_image(pixels, level), pair.encode_image(pixels, "object"))
+        assert torch.equal(model.encode_text(TOKENS, level), pair.encode_text(TOKENS, "object"))
+    assert model.vision["global"].head.norm.weight is not model.vision["object"].head.norm.weight
+    with pytest.raises(UserError, match=r"another architecture \(here, there\): vision.width: 24 and 48"):
+        model.init_towers_from(small(width=48))
+
+
+def reference_checkpoint(variant: str, path: Path, frozen_differs: bool = False) -> dict[str, Any]:
+    """What the published code's modules save, built from transformers' own encoders."""
+    modules: dict[str, Any] = {}
+    config = clip_config()
+    state: dict[str, Tensor] = {}
+    prefixes = [""] if variant == "pyramidclip" else [f"{level}_" for level in LEVELS]
+    for i, prefix in enumerate(prefixes):
+        torch.manual_seed(0)
+        vision = transformers.CLIPVisionModel(config.vision_config).eval()
+        text = transformers.CLIPTextModel(config.text_config).eval()
+        image_head = torch.nn.ModuleDict({"projection": torch.nn.Linear(192, 12), "norm": torch.nn.LayerNorm(12)})
+        text_head = torch.nn.ModuleDict({"projection": torch.nn.Linear(128, 12), "norm": torch.nn.LayerNorm(12)})
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for module in (vision, text, image_head, text_head):
+                for name, p in module.named_parameters():
+                    if frozen_differs or not ("embeddings" in name or "layers.0." in name):
+                        p.add_(torch.randn_like(p) * 0.05)
+        for name, module in (("visual_encoder.vision_model", vision), ("text_encoder.text_model", text)):
+            state |= {f"model.{prefix}{name}.{k}": v for k, v in module.state_dict().items()}
+        for name, head in (("image", image_head), ("text", text_head)):
+            state |= {f"model.{prefix}{name}_{k}": v for k, v in head.state_dict().items()}
+        modules[prefix] = (vision, text, image_head, text_head)
+    teacher = {k.removeprefix("model."): v * 0.5 for k, v in state.items()}
+    state |= {f"ema.teacher.{k}": v for k, v in teacher.items()} | {"global_loss.logit_scale": torch.tensor(2.6)}
+    torch.save({"epoch": 3, "state_dict": state, "ema": {"teacher_state": teacher, "steps": 5, "decay": 0.9995}}, path)
+    return modules
+
+
+@pytest.mark.parametrize("variant", ["scenarioclip1", "pyramidclip"])
+def test_checkpoint_of_the_published_code(variant: str, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    modules = reference_checkpoint(variant, path)
+    model = ScenarioCLIP.from_reference(path, freeze=FreezeConfig(1, 1, pre_layernorm=False))
+    assert model.config.variant == variant
+    pixels = torch.randn(2, 3, 16, 16)
+    for level in LEVELS:
+        vision, text, image_head, text_head = modules["" if variant == "pyramidclip" else f"{level}_"]
+        with torch.no_grad():
+            image = image_head["norm"](image_head["projection"](vision(pixels).pooler_output))
+            words = text_head["norm"](text_head["projection"](text(PADDED).pooler_output))
+        # As above.
+        torch.testing.assert_close(model.encode_image(pixels, level), image, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(model.encode_text(TOKENS, level), words, rtol=2e-4, atol=2e-4)
+    teacher = ScenarioCLIP.from_reference(path, teacher=True, freeze=FreezeConfig(1, 1, pre_layernorm=False))
+    for name, value in model.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], value * 0.5), name
+
+
+def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    reference_checkpoint("scenarioclip1", path, frozen_differs=True)
+    with pytest.raises(UserError, match=r"embedding.* frozen by the config, but different at 'global' and 'object'"):
+        ScenarioCLIP.from_reference(path, freeze=FREEZE)
+    ScenarioCLIP.from_reference(path, freeze=FreezeConfig.nothing())
+    torch.save({"state_dict": {"model.encoder.weight": torch.zeros(2)}}, path)
+    with pytest.raises(UserError, match="not a checkpoint of the method's published code"):
+        ScenarioCLIP.from_reference(path)
+    with pytest.raises(UserError, match="no EMA teacher in it"):
+        ScenarioCLIP.from_reference(path, teacher=True)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return (exec, ("raise SystemExit('ran code')",))
+
+
+def test_pickles_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "clip.pt"
+    torch.save({"state_dict": Harmful()}, path)
+    for read in (ScenarioCLIP.from_clip, ScenarioCLIP.from_reference):
+        with pytest.raises(UserError, match=r"clip.pt: refused: .* reading it could run code"):
+            read(path)
+    path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(UserError, match=r"clip.pt: "):
+        ScenarioCLIP.from_clip(path)
+
+
+def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
+    clip.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = safetensors.load_file(file)
+
+    def spoil(**changes: Tensor | None) -> None:
+        state = whole | {k.replace("__", "."): v for k, v in changes.items()}
+        safetensors.save_file({k: v for k, v in state.items() if v is not None}, file)
+
+    spoil(text_model__final_layer_norm__bias=None, text_model__encoder__layers__1__mlp__fc1__bias=torch.zeros(7))
+    message = r"text encoder.*missing head.norm.bias; of another shape blocks.1.expand.bias \(\[7\], expected \[512\]\)"
+    with pytest.raises(UserError, match=message):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    spoil(vision_model__encoder__layers__0__mlp__gate__weight=torch.zeros(7))
+    with pytest.raises(UserError, match=r"vision encoder, encoder.layers.0.mlp.gate.weight: CLIP has no such tensor"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    spoil(vision_model__embeddings__class_embedding=None)
+    with pytest.raises(UserError, match="not a CLIP checkpoint"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    spoil(visual_projection__weight=None)
+    with pytest.raises(UserError, match=r"missing visual_projection.weight"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    spoil()
+    with pytest.raises(UserError, match=r"vision.width: 768 and 192; .*text.layers: 12 and 2"):
+        ScenarioCLIP.from_clip(tmp_path, config=ModelConfig())
+    with pytest.raises(UserError, match=r"freeze.vision_blocks: got 6, expected at most vision.layers"):
+        ScenarioCLIP.from_clip(tmp_path)
+    with pytest.raises(UserError, match="got schema None, expected 1"):
+        ScenarioCLIP.from_pretrained(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such file or directory"):
+        ScenarioCLIP.from_clip(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds none of model.safetensors, "):
+        ScenarioCLIP.from_clip(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
+    with pytest.raises(UserError, match=r"model.safetensors: not a readable safetensors file"):
+        ScenarioCLIP.from_clip(tmp_path)
+    with pytest.raises(UserError, match=r"config.json: no such file"):
+        ScenarioCLIP.from_pretrained(tmp_path)
+    small().save_pretrained(tmp_path)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    extra = {"more": torch.zeros(1)} | {k: v for k, v in state.items() if k != "text.object.head.norm.bias"}
+    safetensors.save_file(extra, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing text.object.head.norm.bias; unexpected more$"):
+        ScenarioCLIP.from_pretrained(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="got a list, expected a dictionary of tensors"):
+        ScenarioCLIP.from_clip(tmp_path / "list.pt")
+    torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
+    with pytest.raises(UserError, match="not a dictionary of tensors: lr are something else"):
+        ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"text.pt: "):
+        ScenarioCLIP.from_clip(tmp_path / "text.pt")
