@@ -9,7 +9,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.data import Batch
 
 _LINE_EVERY_S = 5.0
 
@@ -88,6 +94,34 @@ class MetricsLog:
             file=self._out,
             flush=True,
         )
+
+
+class PendingSteps:
+    """The steps since the last flush: device values nobody has waited for yet, and what the host knows."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.rows: list[Tensor] = []
+        self.steps: list[int] = []
+        self.rates: list[float] = []
+        self.counts: list[tuple[int, int]] = []  # scenes, views
+        self.keys: list[list[str]] = []
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, step: int, batch: Batch, rate: float, names: list[str], values: tuple[Tensor, ...]) -> None:
+        self.names = names
+        self.rows.append(torch.stack([v.float() for v in values]))
+        self.steps.append(step)
+        self.rates.append(rate)
+        self.counts.append((batch.num_scenes, batch.pixels.shape[0]))
+        self.keys.append(batch.keys)
+
+
+def readable(name: str, value: float) -> tuple[str, float]:
+    """The factors of the cosines as what people speak of: temperatures."""
+    kind, _, level = name.partition("/")
+    return (f"temperature/{level}", 1 / value) if kind == "logit_scale" else (name, value)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

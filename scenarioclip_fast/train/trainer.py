@@ -36,7 +36,7 @@ from scenarioclip_fast.train.checkpoint import (
 )
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import join_world
-from scenarioclip_fast.train.metrics import MetricsLog
+from scenarioclip_fast.train.metrics import MetricsLog, PendingSteps, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
 from scenarioclip_fast.train.weights import load_initial_weights, save_teacher
 
@@ -260,7 +260,7 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         batches = iter(self.loader)
-        self._pending = _Pending()
+        self._pending = PendingSteps()
         ended_by: str | None = None
         while self.step < self.total_steps and ended_by is None:
             asked = time.perf_counter()
@@ -303,7 +303,7 @@ class Trainer:
 
     def _flush(self) -> str | None:
         """Reads the steps since the last flush from the device and logs them; returns why the run must end, if so."""
-        pending, self._pending = self._pending, _Pending()
+        pending, self._pending = self._pending, PendingSteps()
         if not pending.rows:
             return self._stop if self.world.size == 1 else None
         table = torch.stack(pending.rows).tolist()  # here the host waits for the device
@@ -324,7 +324,7 @@ class Trainer:
         for k, values in enumerate(table):
             self.scenes += counted[k][0]
             self.views += counted[k][1]
-            row = dict(_readable(name, v) for name, v in zip(pending.names, values, strict=True))
+            row = dict(readable(name, v) for name, v in zip(pending.names, values, strict=True))
             row |= {"step": pending.steps[k], "skipped": int(row["skipped"]), "lr": pending.rates[k]}
             rows.append({"step": row.pop("step"), **row, "views": self.views, **speed})
             if row["skipped"]:
@@ -507,28 +507,6 @@ class TrainingFailed(RuntimeError):
     """A run that cannot go on, and what to change."""
 
 
-class _Pending:
-    """The steps since the last flush: device values nobody has waited for yet, and what the host knows."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.rows: list[Tensor] = []
-        self.steps: list[int] = []
-        self.rates: list[float] = []
-        self.counts: list[tuple[int, int]] = []  # scenes, views
-        self.keys: list[list[str]] = []
-        self.waited = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, step: int, batch: Batch, rate: float, names: list[str], values: tuple[Tensor, ...]) -> None:
-        self.names = names
-        self.rows.append(torch.stack([v.float() for v in values]))
-        self.steps.append(step)
-        self.rates.append(rate)
-        self.counts.append((batch.num_scenes, batch.pixels.shape[0]))
-        self.keys.append(batch.keys)
-
-
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
     """TF32 for float32 products under "tf32", full float32 otherwise; the old settings come back at the end."""
@@ -546,13 +524,8 @@ def _data_parallel(module: nn.Module) -> DistributedDataParallel:
     # The model's buffers are caches, which each rank fills for itself. torch has renamed the switch on the way.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{switch: False})
-
-
-def _readable(name: str, value: float) -> tuple[str, float]:
-    """The factors of the cosines as what people speak of: temperatures."""
-    kind, _, level = name.partition("/")
-    return (f"temperature/{level}", 1 / value) if kind == "logit_scale" else (name, value)
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
+    return DistributedDataParallel(module, **options)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Runs as their users start them: the command in a process of its own, killed, resumed, on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scenarioclip_fast.cli import main
+from scenarioclip_fast.cli.train import STOPPED
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import read_metrics
+
+Make = Callable[..., TrainConfig]
+TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
+
+
+def start(config: TrainConfig, *options: str, ranks: int = 1) -> subprocess.Popen[str]:
+    path = Path(config.run.dir).with_suffix(".yaml")
+    config.save(path)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "scenarioclip_fast.cli.main", "train", "-c", str(path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code, out
+    return out
+
+
+def rows(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def test_killed_and_resumed(small: Make, tmp_path: Path) -> None:
+    budget = ("train.steps=60", "train.checkpoint_every=2")
+    whole, parts = (small(*budget, run=name) for name in ("whole", "parts"))
+    assert main.main(["train", "-c", str(saved(whole))]) == 0
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    process = start(parts)
+    wait_for(process, checkpoints / "step-00000004")
+    time.sleep(random.random() / 4)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(parts, "--resume")
+    wait_for(process, tmp_path / "parts" / "checkpoints" / "step-00000020")
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in finish(process, STOPPED)
+    assert main.main(["train", "-c", str(saved(parts)), "--resume"]) == 0
+    assert rows(parts) == rows(whole)
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000058", "step-00000060"]
+
+
+def saved(config: TrainConfig) -> Path:
+    path = Path(config.run.dir).with_suffix(".yaml")
+    config.save(path)
+    return path
+
+
+def test_two_ranks_are_one_process(small: Make) -> None:
+    one, two = (small("train.steps=6", "data.batch_size=10", run=name) for name in ("one", "two"))
+    assert main.main(["train", "-c", str(saved(one))]) == 0
+    out = finish(start(two, ranks=2))
+    assert "x 2 ranks" in out
+    assert out.count("model: ") == 1
+    for a, b in zip(rows(one), rows(two), strict=True):
+        # float32 sums in another order, magnified step by step
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert (a["views"], a["lr"]) == (b["views"], b["lr"])
+
+
+def test_two_ranks_stop_together_and_one_goes_on(small: Make) -> None:
+    two = small("train.steps=400", "train.checkpoint_every=5", run="two")
+    process = start(two, ranks=2)
+    wait_for(process, Path(two.run.dir) / "checkpoints" / "step-00000005")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM after step" in out
+    step = rows(two)[-1]["step"]
+    meta = Path(two.run.dir) / "checkpoints" / f"step-{step:08d}" / "meta.json"
+    assert json.loads(meta.read_text())["step"] == step
+    assert main.main(["train", "-c", str(saved(two)), "--resume", f"train.steps={step + 2}"]) == 0
+    assert [row["step"] for row in rows(two)] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lrr=1"], "error: unknown config key optim.lrr: did you mean optim.lr?"),
+        (["-c", "absent.yaml"], "error: cannot read the config absent.yaml"),
+        ([], "error: data.shards is not set"),
+        (["data.shards=absent"], "absent"),
+    ],
+)
+def test_mistakes_exit_with_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["train", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_resume_may_stand_before_an_override(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small("train.steps=5")
+    assert main.main(["train", "-c", str(saved(config)), "--resume", "train.steps=1"]) == 0
+    assert "step 1 of 1" in capsys.readouterr().out

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scenarioclip_fast.data import Batch, Vocabulary
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.train.checkpoint import Checkpoints
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.trainer import Trainer, TrainingFailed
+
+Make = Callable[..., TrainConfig]
+TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
+
+
+class Hooked(Trainer):
+    """Calls `before(trainer, batch)` ahead of every step."""
+
+    before: Callable[[Trainer, Batch], None]
+
+    def train_step(self, batch: Batch) -> None:
+        self.before(self, batch)
+        super().train_step(batch)
+
+
+def hooked(config: TrainConfig, before: Callable[[Trainer, Batch], None], resume: bool | Path = False) -> Hooked:
+    trainer = Hooked(config, resume)
+    trainer.before = before
+    return trainer
+
+
+def stop_at(step: int) -> Callable[[Trainer, Batch], None]:
+    """Asks for the end during step `step` (from 1)."""
+    return lambda trainer, _: trainer.stop("the test") if trainer.step == step - 1 else None
+
+
+def rows(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+def weights(config: TrainConfig, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run.dir) / "model" / file)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.text.layers=2", "model.freeze.text_blocks=1", "model.vision.layers=2", "model.freeze.vision_blocks=1"),
+    ],
+    ids=["all blocks train", "frozen blocks"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small: Make, overrides: tuple[str, ...]) -> None:
+    whole, parts = (small("train.steps=7", *overrides, run=name) for name in ("whole", "parts"))
+    Trainer(whole).fit()
+    first = hooked(parts, stop_at(4)).fit()
+    assert (first.completed, first.step, first.stopped_by) == (False, 4, "the test")
+    second = Trainer(parts, resume=True).fit()
+    assert second.completed and second.step == 7
+    assert [row["step"] for row in rows(whole)] == list(range(1, 8))
+    assert rows(parts) == rows(whole)
+    assert_same(weights(parts), weights(whole))
+    assert_same(weights(parts, "teacher.safetensors"), weights(whole, "teacher.safetensors"))
+
+
+def test_a_run_that_dies_goes_on_from_its_last_good_checkpoint(small: Make) -> None:
+    whole, parts = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("whole", "parts"))
+    Trainer(whole).fit()
+
+    def die(trainer: Trainer, _: Batch) -> None:
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hooked(parts, die).fit()
+    newest, older = Checkpoints(Path(parts.run.dir) / "checkpoints", keep=2).paths()
+    assert (newest.name, older.name) == ("step-00000004", "step-00000002")
+    (newest / "state.pt").write_bytes(b"")  # and the newest is damaged
+    Trainer(parts, resume=True).fit()
+    assert rows(parts) == rows(whole)
+    assert_same(weights(parts), weights(whole))
+
+
+def test_the_model_directory_holds_all_that_an_evaluation_needs(small: Make) -> None:
+    config = small("train.steps=2")
+    trainer = Trainer(config)
+    result = trainer.fit()
+    assert result.model_dir is not None
+    model = ScenarioCLIP.from_pretrained(result.model_dir)
+    assert model.config == config.model.architecture
+    assert_same(dict(model.state_dict()), dict(trainer.model.state_dict()))
+    assert Vocabulary.load(result.model_dir / "vocabulary.json") == trainer.vocabulary
+    assert TrainConfig.load(result.model_dir / "config.yaml") == config
+    assert sorted(p.name for p in Path(config.run.dir).iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "model",
+    ]
+
+
+@pytest.mark.parametrize("variant", ["scenarioclip0", "pyramidclip"])
+def test_variants_without_a_teacher(small: Make, variant: str) -> None:
+    config = small("train.steps=2", f"model.variant={variant}")
+    assert Trainer(config).fit().completed
+    assert not (Path(config.run.dir) / "model" / "teacher.safetensors").exists()
+
+
+def test_bf16_follows_float32(small: Make) -> None:
+    curves = []
+    for precision in ("float32", "bf16"):
+        config = small("train.steps=6", f"run.precision={precision}", run=precision)
+        Trainer(config).fit()
+        curves.append(torch.tensor([row["loss"] for row in rows(config)]))
+    assert not torch.equal(*curves)
+    # bf16 has 8 bits of mantissa, and a temperature of 0.07 magnifies the logits' errors 14-fold
+    torch.testing.assert_close(curves[1], curves[0], rtol=0.05, atol=0)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
+    small: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=6")
+    keys: list[str] = []
+    kept: dict[str, torch.Tensor] = {}
+
+    def poison(trainer: Trainer, batch: Batch) -> None:
+        if trainer.step == 2:
+            batch.pixels[1].fill_(float("nan"))
+            keys.extend(batch.keys)
+            kept.update({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        if trainer.step == 3:
+            assert_same(kept, dict(trainer.model.state_dict()))
+
+    result = hooked(config, poison).fit()
+    assert result.completed and result.skipped == 1
+    found = rows(config)
+    assert [row["skipped"] for row in found] == [0, 0, 1, 0, 0, 0]
+    assert found[2]["loss"] is None
+    assert all(row["loss"] is not None for row in found[3:])
+    assert f"step 3 skipped: loss nan, gradient norm nan; scenes {keys[0]}" in capsys.readouterr().err
+    assert all(torch.isfinite(w).all() for w in weights(config).values())
+    assert all(torch.isfinite(w).all() for w in weights(config, "teacher.safetensors").values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(small: Make) -> None:
+    config = small("train.steps=20", "train.max_skipped=4", "train.checkpoint_every=2")
+
+    def poison(trainer: Trainer, batch: Batch) -> None:
+        if trainer.step >= 3:
+            batch.pixels.fill_(float("inf"))
+
+    with pytest.raises(TrainingFailed, match=r"[456] steps in a row .* not finite"):
+        hooked(config, poison).fit()
+    assert len((Path(config.run.dir) / "skipped.jsonl").read_text().splitlines()) in (4, 5, 6)
+    assert hooked(config, lambda *_: None, resume=True).fit().completed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(
+    small: Make, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=20")
+    before = signal.getsignal(number)
+    result = hooked(config, lambda t, _: os.kill(os.getpid(), number) if t.step == 1 else None).fit()
+    assert (result.completed, result.step, result.stopped_by) == (False, 2, number.name)
+    assert signal.getsignal(number) is before
+    assert f"stopped by {number.name} after step 2 of 20" in capsys.readouterr().err
+    assert [row["step"] for row in rows(config)] == [1, 2]
+    assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_full_disk_does_not_end_the_run_before_its_end(
+    small: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=4", "train.checkpoint_every=2")
+    save, tried = Checkpoints.save, []
+
+    def full(self: Checkpoints, step: int, *args: Any) -> Path:
+        tried.append(step)
+        if step in refused:
+            raise OSError(28, "No space left on device")
+        return save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    refused = {2}
+    assert Trainer(config).fit().completed
+    assert tried == [2, 4]
+    assert "checkpoint of step 2 not written" in capsys.readouterr().err
+    refused = {3}
+    with pytest.raises(TrainingFailed, match=r"step 3 not written: .*No space left"):
+        hooked(small("train.steps=9", run="other"), stop_at(3)).fit()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.shards=",), r"data\.shards is not set"),
+        (("data.shards=/nowhere",), r"/nowhere"),
+        (("data.batch_size=1000",), r"batch"),
+        (("run.device=cuda:77",), r"run\.device"),
+        (("run.device=abacus",), r"run\.device: got 'abacus'"),
+        (("model.init=/nowhere",), r"model\.init: /nowhere does not exist"),
+        (("run.dir=/proc/nowhere",), r"run\.dir: cannot write"),
+        ((), r"no budget: set one of train\.steps"),
+    ],
+)
+def test_mistakes_are_one_line(small: Make, overrides: tuple[str, ...], message: str) -> None:
+    budget = ("train.steps=2",) if overrides else ()
+    with pytest.raises(UserError, match=message) as caught:
+        Trainer(small(*budget, *overrides)).fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
+    config = small("train.steps=2")
+    Trainer(config).fit()
+    with pytest.raises(UserError, match=r"--resume"):
+        Trainer(config).fit()
+
+
+def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Trainer(small("train.steps=1"), resume=True).fit().completed
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_resume_takes_changed_settings_but_not_another_model(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(small("train.steps=2")).fit()
+    with pytest.raises(UserError, match=r"another model: model\.vision\.layers was 1, is 2"):
+        Trainer(small("train.steps=4", "model.vision.layers=2"), resume=True).fit()
+    result = Trainer(small("train.steps=4", "optim.weight_decay=0.1"), resume=True).fit()
+    assert result.completed and result.step == 4
+    assert "optim.weight_decay was 0.2, is 0.1" in capsys.readouterr().err
+
+
+def test_resume_from_a_named_checkpoint(small: Make, tmp_path: Path) -> None:
+    Trainer(small("train.steps=4", "train.checkpoint_every=2")).fit()
+    other = small("train.steps=4", run="other")
+    result = Trainer(other, resume=tmp_path / "run" / "checkpoints" / "step-00000002").fit()
+    assert result.step == 4
+    assert_same(weights(other), weights(small()))
+    with pytest.raises(UserError, match=r"--resume: .*absent"):
+        Trainer(other, resume=tmp_path / "absent").fit()
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("train.steps=3", 3), ("train.epochs=1.5", 3), ("train.epochs=0.5", 1)])
+def test_the_budget_in_steps(small: Make, budget: str, steps: int) -> None:
+    assert Trainer(small(budget)).fit().total_steps == steps  # 20 scenes, 8 a step: 2 steps an epoch
+
+
+def test_the_budget_in_views(small: Make) -> None:
+    result = Trainer(small("train.views=600")).fit()
+    assert result.completed
+    # short by less than a step's views, or above by as much as batches differ from the mean
+    assert result.views == pytest.approx(600, rel=0.3)
+
+
+def test_initial_weights(small: Make, tmp_path: Path) -> None:
+    source = small("train.steps=1", "optim.lr=0.1", "optim.warmup=0", run="source")
+    Trainer(source).fit()
+    init = f"model.init={tmp_path / 'source' / 'model'}"
+    start = Hooked(small("train.steps=1", init, run="same"))
+    start.before = lambda t, _: assert_same(dict(t.model.state_dict()), weights(source))
+    start.fit()
+
+    def one_pair(trainer: Trainer, _: Batch) -> None:
+        given = weights(source)
+        for name, p in trainer.model.named_parameters(remove_duplicate=False):
+            kind, _, rest = name.split(".", 2)
+            assert torch.equal(p, given[f"{kind}.global.{rest}"])
+
+    other = hooked(small("train.steps=1", init, "model.variant=pyramidclip", run="pyramid"), one_pair)
+    other.fit()
+    with pytest.raises(UserError, match=r"vision\.width: 64 and 32"):
+        Trainer(small("train.steps=1", init, "model.vision.width=64", run="wider")).fit()
+
+
+def test_initial_weights_that_the_freezing_cannot_hold(small: Make, tmp_path: Path) -> None:
+    Trainer(small("train.steps=1", "optim.lr=0.1", "optim.warmup=0", run="source")).fit()
+    init = f"model.init={tmp_path / 'source' / 'model'}"
+    with pytest.raises(UserError, match=r"freeze as that model did"):
+        Trainer(small("train.steps=1", init, "model.freeze.text_blocks=1", run="frozen")).fit()
+
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the sample photos are not beside the checkout")
+def test_the_loss_falls_on_real_photos(tmp_path: Path) -> None:
+    from scenarioclip_fast.data import load_reference, pack
+
+    scenes = [scene for scene, _ in zip(load_reference(PHOTOS), range(40), strict=False)]
+    pack(scenes, tmp_path / "shards")
+    tiny = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+    shutil.copy(tiny, tmp_path / "tiny.yaml")
+    overrides = [f"data.shards={tmp_path / 'shards'}", f"run.dir={tmp_path / 'run'}", "train.views=5000"]
+    overrides += ["data.batch_size=16", "model.vision.layers=2", "model.text.layers=2"]
+    result = Trainer(TrainConfig.load(tmp_path / "tiny.yaml", overrides)).fit()
+    assert result.last_loss < 0.8 * result.first_loss
