@@ -7,7 +7,6 @@ import math
 import os
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -170,7 +169,6 @@ class SceneLoader:
         self.prefetch = prefetch
         self.max_bad_fraction = max_bad_fraction
         self.bad: Counter[str] = Counter()
-        self.waited_s = 0.0  # how long the consumer has waited for batches
         self._bad_samples = None if bad_samples is None else Path(bad_samples)
         self._make_views = partial(Views.of_scenes, object_view=object_view, train=train, seed=seed)
         self._render = partial(render_views, size=size, blur=blur, dtype=dtype, memory_format=memory_format)
@@ -243,14 +241,9 @@ class SceneLoader:
     def _deliver(self) -> Generator[Batch, None, None]:
         steps = self._plan(self._state)
         with _Prefetcher(steps, self.prefetch) if self.prefetch else nullcontext(steps) as source:
-            while True:
-                start = time.perf_counter()
-                step = next(source, None)
-                if step is None:
-                    return
+            for step in source:
                 self._report(step)
                 batch = step.batch()
-                self.waited_s += time.perf_counter() - start
                 for tensor in batch.tensors:
                     if tensor.is_cuda:  # from a stream of ours, which must not reuse it under the consumer's kernels
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))

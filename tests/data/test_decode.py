@@ -231,6 +231,7 @@ def test_auto_on_a_cpu_is_torch() -> None:
     assert torch.equal(decode_with_pillow(GOOD["CMYK"]), pillow(GOOD["CMYK"]))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["torch", "dali"])
 def test_decoders_on_a_gpu(name: str) -> None:
