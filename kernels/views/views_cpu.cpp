@@ -9,34 +9,13 @@
 #include <vector>
 
 #include "kernels/views/pixel.h"
+#include "kernels/views/simd.h"
 #include "kernels/views/views.h"
 
 namespace scf {
 namespace {
 
-using Bytes8 = uint8_t __attribute__((vector_size(8)));
-using Bytes16 = uint8_t __attribute__((vector_size(16)));
-using Unsigned8 = uint32_t __attribute__((vector_size(32)));
-using Int4 = int32_t __attribute__((vector_size(16)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using Float4 = float __attribute__((vector_size(16)));
-using Bytes4 = uint8_t __attribute__((vector_size(4)));
-
 constexpr int64_t kSlack = 64;  // bytes that vector loads and stores may touch behind a row
-
-template <class V>
-V load(const void* from) {
-  V value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class V>
-void store(void* to, V value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
-Unsigned8 wide(const uint8_t* from) { return __builtin_convertvector(load<Bytes8>(from), Unsigned8); }
 
 struct Range {
   int64_t begin;
@@ -45,15 +24,32 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// RGB -> RGBX; X is whatever follows, no sum ever mixes it with a colour. Reads no further than `end_of_image`.
-void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* end_of_image) {
+// RGB -> RGBX. Reads no further than `end`.
+void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* end) {
   int64_t i = 0;
-  for (; i + 4 <= pixels && rgb + 3 * i + 16 <= end_of_image; i += 4) {
-    const Bytes16 four = load<Bytes16>(rgb + 3 * i);
-    store(rgbx + 4 * i, __builtin_shufflevector(four, four, 0, 1, 2, 0, 3, 4, 5, 3, 6, 7, 8, 6, 9, 10, 11, 9));
-  }
+  for (; i + 4 <= pixels && rgb + 3 * i + 16 <= end; i += 4) spread(rgb + 3 * i, rgbx + 4 * i);
   for (; i < pixels; ++i) std::memcpy(rgbx + 4 * i, rgb + 3 * i, 3);
 }
+
+// Sixteen weighted sums of bytes.
+class Sums {
+ public:
+  Sums(const uint8_t* middle, uint32_t weight) : low_(wide(middle) * weight), high_(wide(middle + 8) * weight) {}
+
+  void add(const uint8_t* before, const uint8_t* after, uint32_t weight) {
+    low_ += (wide(before) + wide(after)) * weight;
+    high_ += (wide(before + 8) + wide(after + 8)) * weight;
+  }
+
+  void store(uint8_t* to) const {
+    narrow(reinterpret_cast<Int8>(low_ >> kBlurBits), reinterpret_cast<Int8>(high_ >> kBlurBits), to);
+  }
+
+ private:
+  static Unsigned8 wide(const uint8_t* from) { return reinterpret_cast<Unsigned8>(widen(from)); }
+
+  Unsigned8 low_, high_;
+};
 
 // The blurred image, row by row.
 class Blur {
@@ -94,16 +90,9 @@ class Blur {
     const uint32_t* weights = region_.weights;
     int64_t i = begin;
     for (; i + 16 <= end; i += 16) {
-      const uint8_t* middle = rows_[radius] + i;
-      Unsigned8 a = wide(middle) * weights[0], b = wide(middle + 8) * weights[0];
-      for (int64_t k = 1; k <= radius; ++k) {
-        const uint8_t* above = rows_[radius - k] + i;
-        const uint8_t* below = rows_[radius + k] + i;
-        a += (wide(above) + wide(below)) * weights[k];
-        b += (wide(above + 8) + wide(below + 8)) * weights[k];
-      }
-      store(out + i, __builtin_convertvector(a >> kBlurBits, Bytes8));
-      store(out + i + 8, __builtin_convertvector(b >> kBlurBits, Bytes8));
+      Sums sums(rows_[radius] + i, weights[0]);
+      for (int64_t k = 1; k <= radius; ++k) sums.add(rows_[radius - k] + i, rows_[radius + k] + i, weights[k]);
+      sums.store(out + i);
     }
     for (; i < end; ++i) {
       uint32_t sum = rows_[radius][i] * weights[0];
@@ -113,19 +102,10 @@ class Blur {
   }
 
   void along(const uint8_t* row, Range columns) {
-    const int64_t radius = region_.radius;
-    const uint32_t* weights = region_.weights;
     for (int64_t i = 3 * columns.begin; i < 3 * columns.end; i += 16) {
-      const uint8_t* middle = row + i;
-      Unsigned8 a = wide(middle) * weights[0], b = wide(middle + 8) * weights[0];
-      for (int64_t k = 1; k <= radius; ++k) {
-        const uint8_t* left = middle - 3 * k;
-        const uint8_t* right = middle + 3 * k;
-        a += (wide(left) + wide(right)) * weights[k];
-        b += (wide(left + 8) + wide(right + 8)) * weights[k];
-      }
-      store(blurred_.data() + i, __builtin_convertvector(a >> kBlurBits, Bytes8));
-      store(blurred_.data() + i + 8, __builtin_convertvector(b >> kBlurBits, Bytes8));
+      Sums sums(row + i, region_.weights[0]);
+      for (int64_t k = 1; k <= region_.radius; ++k) sums.add(row + i - 3 * k, row + i + 3 * k, region_.weights[k]);
+      sums.store(blurred_.data() + i);
     }
   }
 
@@ -165,14 +145,30 @@ class Focus {
       weight_[i] = region_weight(x - first.x, dy1, static_cast<float>(masks[i] & 1), x - second.x, dy2,
                                  static_cast<float>(masks[i] >> 1), falloff_);
     }
-    for (int64_t i = span.begin; i < span.end; ++i) {
+    int64_t i = span.begin;
+    for (; i + 4 <= span.end; i += 4) {
+      uint32_t any;
+      std::memcpy(&any, masks + i, sizeof any);
+      if (any != 0) narrow(blend(i, masks, image_rgbx, out_rgbx), blend(i + 2, masks, image_rgbx, out_rgbx), out_rgbx + 4 * i);
+    }
+    for (; i < span.end; ++i) {
       if (masks[i] == 0) continue;
-      const Float4 colour = __builtin_convertvector(load<Bytes4>(image_rgbx + 4 * i), Float4) * weight_[i];
-      store(out_rgbx + 4 * i, __builtin_convertvector(__builtin_convertvector(colour, Int4), Bytes4));
+      for (int c = 0; c < 3; ++c) {
+        out_rgbx[4 * i + c] = static_cast<uint8_t>(static_cast<float>(image_rgbx[4 * i + c]) * weight_[i]);
+      }
     }
   }
 
  private:
+  // Two pixels: the image times the weight where there is a mask, what is there elsewhere.
+  Int8 blend(int64_t i, const uint8_t* masks, const uint8_t* image_rgbx, const uint8_t* out_rgbx) const {
+    const float a = weight_[i], b = weight_[i + 1];
+    const int32_t in_a = masks[i], in_b = masks[i + 1];
+    const Float8 colour = __builtin_convertvector(widen(image_rgbx + 4 * i), Float8) * Float8{a, a, a, a, b, b, b, b};
+    const Int8 inside{in_a, in_a, in_a, in_a, in_b, in_b, in_b, in_b};
+    return inside != 0 ? __builtin_convertvector(colour, Int8) : widen(out_rgbx + 4 * i);
+  }
+
   Centre centres_[2];
   float falloff_;
   std::vector<float> weight_;
@@ -215,26 +211,31 @@ class Taps {
   Range reach_{};
 };
 
-Bytes8 round_bytes(Int8 fixed) {
-  const Int8 value = (fixed + (1 << (kResizeBits - 1))) >> kResizeBits;
-  const Int8 zero{}, top = zero + 255;
-  const Int8 low = value > zero ? value : zero;
-  return __builtin_convertvector(low < top ? low : top, Bytes8);
+Int8 round_fixed(Int8 fixed) { return (fixed + (1 << (kResizeBits - 1))) >> kResizeBits; }
+
+// One output pixel, in the low four lanes.
+Int8 weigh(const uint8_t* pixels, const int32_t* weights, int64_t width) {
+  Int8 sum{};
+  for (int64_t k = 0; k < width; k += 2) {
+    const int32_t a = weights[k], b = weights[k + 1];
+    sum += widen(pixels + 4 * k) * Int8{a, a, a, a, b, b, b, b};
+  }
+  return sum;
 }
 
 // A source row, from pixel `origin` on, to `size` output pixels. The rows are RGBX with slack.
 void resize_across(const uint8_t* row, int64_t origin, const Taps& taps, int64_t size, uint8_t* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    const uint8_t* pixels = row + 4 * (taps.low(i) - origin);
-    const int32_t* weights = taps.weights(i);
-    Int8 sum{};
-    for (int64_t k = 0; k < taps.width(); k += 2) {
-      const int32_t a = weights[k], b = weights[k + 1];
-      sum += __builtin_convertvector(load<Bytes8>(pixels + 4 * k), Int8) * Int8{a, a, a, a, b, b, b, b};
+  const int64_t width = taps.width();
+  for (int64_t i = 0; i < size; i += 4) {
+    Int8 pair[2];
+    for (int64_t j = 0; j < 2; ++j) {
+      const int64_t left = std::min(i + 2 * j, size - 1), right = std::min(left + 1, size - 1);
+      const Int8 a = weigh(row + 4 * (taps.low(left) - origin), taps.weights(left), width);
+      const Int8 b = weigh(row + 4 * (taps.low(right) - origin), taps.weights(right), width);
+      pair[j] = round_fixed(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+                            __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
     }
-    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3);
-    const Bytes8 rounded = round_bytes(sum);
-    std::memcpy(out + 4 * i, &rounded, 4);
+    narrow(pair[0], pair[1], out + 4 * i);
   }
 }
 
@@ -246,11 +247,10 @@ void resize_down(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t 
     Int8 a{}, b{};
     for (int64_t k = 0; k < taps.width(); ++k) {
       const uint8_t* pixels = first + k * stride + x;
-      a += __builtin_convertvector(load<Bytes8>(pixels), Int8) * weights[k];
-      b += __builtin_convertvector(load<Bytes8>(pixels + 8), Int8) * weights[k];
+      a += widen(pixels) * weights[k];
+      b += widen(pixels + 8) * weights[k];
     }
-    store(out + x, round_bytes(a));
-    store(out + x + 8, round_bytes(b));
+    narrow(round_fixed(a), round_fixed(b), out + x);
   }
 }
 
