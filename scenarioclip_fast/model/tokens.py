@@ -53,6 +53,10 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     return tokens, packing
 
 
+# Strings whose frozen features are computed together: a few hundred tokens.
+_TOGETHER = 64
+
+
 @dataclass(frozen=True)
 class Distinct:
     """The distinct texts of a batch: level after level, ids ascending.
@@ -161,8 +165,10 @@ class TokenTable(nn.Module):
         self._forget_if_stale(encoder, stop)
         with torch.no_grad():
             missing = row[~self.filled[row]] if self._missing else row[:0]
-            # A few thousand tokens at a time: a vocabulary has hundreds of thousands.
-            for some in missing.split(1024):
+            # Always in the same company: the bits of a product depend on its shape, and a resumed run, whose first
+            # batch is another, must find the features of the first run.
+            for first in (missing // _TOGETHER * _TOGETHER).unique().tolist():
+                some = torch.arange(first, min(first + _TOGETHER, len(self.filled)), device=row.device)
                 some_packing = Packing.of_lengths(self.lengths[some])
                 some_source = self.starts[some][some_packing.text] + some_packing.position
                 hidden = encoder.run(self.tokens[some_source], some_packing, stop=stop)
