@@ -20,8 +20,9 @@ def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
     """
     if not Path(path).exists():
         raise UserError(f"model.init: {path} does not exist")
-    other = ScenarioCLIP.from_pretrained(path) if _is_ours(Path(path)) else ScenarioCLIP.from_clip(path)
-    if other.config.variant != model.config.variant or not _is_ours(Path(path)):
+    ours = _is_ours(Path(path))
+    other = ScenarioCLIP.from_pretrained(path) if ours else ScenarioCLIP.from_clip(path)
+    if not ours or other.config.variant != model.config.variant:
         model.init_towers_from(other)
         return
     problems = model.config.differences(other.config, "embed_dim", "vision", "text")
@@ -54,6 +55,6 @@ def save_teacher(teacher: EMATeacher, path: Path) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return "variant" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "variant" in json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
