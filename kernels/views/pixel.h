@@ -95,9 +95,10 @@ SCF_HD float region_weight(float dx1, float dy1, float in1, float dx2, float dy2
 #else
   const float d1 = __builtin_sqrtf(square1), d2 = __builtin_sqrtf(square2);
 #endif
+  // Both centres on this pixel: 0/0, and each mask gets half. No branch, so that loops over this vectorise.
   const float both = d1 + d2;
-  // Both centres on this pixel: 0/0, and each mask gets half.
-  return both > 0 ? (r1 * d2 + r2 * d1) / both : 0.5f * (r1 + r2);
+  const float half = both > 0 ? 0.0f : 0.5f;
+  return (r1 * (d2 + half) + r2 * (d1 + half)) / (both + 2 * half);
 }
 
 // Keys' cubic with a = -0.5.

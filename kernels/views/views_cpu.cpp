@@ -140,10 +140,13 @@ class Focus {
     Range span{0, columns.size()};
     while (span.begin < span.end && masks[span.begin] == 0) ++span.begin;
     while (span.begin < span.end && masks[span.end - 1] == 0) --span.end;
-    for (int64_t i = span.begin; i < span.end; ++i) {
-      const float x = static_cast<float>(columns.begin + i);
-      weight_[i] = region_weight(x - first.x, dy1, static_cast<float>(masks[i] & 1), x - second.x, dy2,
-                                 static_cast<float>(masks[i] >> 1), falloff_);
+    float* __restrict weight = weight_.data();
+    const float falloff = falloff_;
+    for (int32_t i = static_cast<int32_t>(span.begin); i < static_cast<int32_t>(span.end); ++i) {
+      const float x = static_cast<float>(static_cast<int32_t>(columns.begin) + i);
+      const int32_t in = masks[i];
+      weight[i] = region_weight(x - first.x, dy1, static_cast<float>(in & 1), x - second.x, dy2,
+                                static_cast<float>(in >> 1), falloff);
     }
     int64_t i = span.begin;
     for (; i + 4 <= span.end; i += 4) {
