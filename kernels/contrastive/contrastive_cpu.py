@@ -42,12 +42,10 @@ def _offset(x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> float:
     return bound - HEADROOM
 
 
-def _positives(x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:  # [N, D], [U, D], [N] -> [N]
-    out = x.new_empty(len(x))
-    for i in range(0, len(x), ROWS):
-        rows = slice(i, i + ROWS)
-        torch.linalg.vecdot(x[rows], y[rows] if index is None else y[index[rows]], out=out[rows])
-    return out
+def _own(column: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [n] -> two equally long
+    """Rows whose positive lies in a tile of that width, and its column there."""
+    row = ((column >= 0) & (column < width)).nonzero()[:, 0]
+    return row, column[row]
 
 
 def forward(
@@ -57,36 +55,43 @@ def forward(
     index: Tensor | None = None,  # [N] int64
     weight: Tensor | None = None,  # [U]
     normalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
-    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N], float64
+    x, y = unit_rows(image, normalize).contiguous(), unit_rows(text, normalize).contiguous()
     n, u = len(x), len(y)
     if n == 0 or u == 0:
-        return x.new_full((n,), -torch.inf), x.new_full((u,), -torch.inf), x.new_empty(n)
+        return tuple(torch.full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))  # type: ignore[return-value]
     offset = _offset(x, y, scale, normalize)
     x = x * scale.to(x.dtype)
-    positive = _positives(x, y, index)
+    own = torch.arange(n) if index is None else index
     w = None if weight is None else weight.to(x.dtype)
-    row, col = x.new_zeros(n), x.new_zeros(u)
+    row, col, positive = x.new_zeros(n), x.new_zeros(u), x.new_empty(n)
     buffer = x.new_empty(ROWS * COLUMNS)
     for i, j in _tiles(n, u):
-        e = _product(buffer, x[i], y[j]).sub_(offset).exp_()
+        e = _product(buffer, x[i], y[j])
+        # From the tile itself: another product may round to a positive above its own row's sum.
+        r, c = _own(own[i] - j.start, e.shape[1])
+        positive[i][r] = e[r, c]
+        e.sub_(offset).exp_()
         col[j] += e.sum(0)
         row[i] += e.sum(1) if w is None else e @ w[j]
-    lowest = torch.stack([row.min(), col.min()])
-    if (lowest < FLOOR).any() or not (row.isfinite().all() and col.isfinite().all()):
-        row, col = _running_maxima(x, y, w, buffer)
-    else:
-        row, col = row.log_().add_(offset), col.log_().add_(offset)
-    return row, col, positive
+    if _in_range(row) and _in_range(col):
+        return row.double().log_().add_(offset), col.double().log_().add_(offset), positive.double()
+    return *_running_maxima(x, y, w, buffer), positive.double()
+
+
+def _in_range(sums: Tensor) -> bool:
+    return bool((sums >= FLOOR).all() and (sums <= 1 / FLOOR).all())
 
 
 def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    row, col = x.new_full((len(x),), -torch.inf), x.new_full((len(y),), -torch.inf)
-    log_w = None if w is None else w.log()
+    row, col = (torch.full((k,), -torch.inf, dtype=torch.float64) for k in (len(x), len(y)))
     for i, j in _tiles(len(x), len(y)):
         logits = _product(buffer, x[i], y[j])
-        col[j] = torch.logaddexp(col[j], logits.logsumexp(0))
-        row[i] = torch.logaddexp(row[i], (logits if log_w is None else logits + log_w[j]).logsumexp(1))
+        top = logits.amax(0)
+        col[j] = torch.logaddexp(col[j], (logits - top).exp_().sum(0).double().log_() + top)
+        top = logits.amax(1)
+        e = logits.sub_(top[:, None]).exp_()
+        row[i] = torch.logaddexp(row[i], (e.sum(1) if w is None else e @ w[j]).double().log_() + top)
     return row, col
 
 
@@ -105,32 +110,35 @@ def backward(
     need_image: bool = True,
     need_text: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D] (empty where not needed), d_scale []
-    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    x, y = unit_rows(image, normalize).contiguous(), unit_rows(text, normalize).contiguous()
     n, u = len(x), len(y)
     offset = _offset(x, y, scale, normalize) if n and u else 0.0
     s = scale.to(x.dtype)
     x = x * s
-    need_image |= not need_text  # d scale is read off one of the two products
-    d_x = torch.zeros_like(x) if need_image else x.new_empty(0)
+    need_x = need_image or not need_text  # d scale is read off one of the two products
+    d_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
-    w = y.new_ones(u) if weight is None else weight.to(x.dtype)
-    shifted = torch.cat([row_lse, col_lse]) - offset
-    bounded = bool((shifted.abs() < -math.log(FLOOR)).all())
-    row_factor = torch.stack([grad_row * (offset - row_lse).exp(), torch.ones_like(row_lse)], 1)
-    col_factor = torch.stack([w, grad_col * (offset - col_lse).exp()])
     own = torch.arange(n) if index is None else index
+    w = y.new_ones(u) if weight is None else weight.to(x.dtype)
+    row, col = row_lse - offset, col_lse - offset
+    bounded = bool((torch.cat([row, col]).abs() < -math.log(FLOOR)).all())
+    if not bounded:
+        offset, row, col = 0.0, row_lse, col_lse
+    g_row, g_col, g_positive = (g.to(x.dtype) for g in (grad_row, grad_col, grad_positive))
+    row_factor = torch.stack([g_row * (-row).exp().to(x.dtype), torch.ones_like(g_row)], 1)
+    col_factor = torch.stack([w, g_col * (-col).exp().to(x.dtype)])
     buffer, factors = x.new_empty(2, ROWS * COLUMNS)
     for i, j in _tiles(n, u):
         grad = _product(buffer, x[i], y[j])
         if bounded:
-            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, their factors as a product
-            # of rank two.
+            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, the factor a product of rank two.
             grad.sub_(offset).exp_().mul_(_product(factors, row_factor[i], col_factor[:, j].T))
         else:
-            by_column = (grad - col_lse[j]).exp_().mul_(grad_col[j])
-            grad.sub_(row_lse[i, None]).exp_().mul_(grad_row[i, None]).mul_(w[j]).add_(by_column)
-        _add_positives(grad, grad_positive[i], own[i] - j.start)
-        if need_image:
+            by_column = _softmax(grad, col[j]).mul_(g_col[j])
+            grad.copy_(_softmax(grad, row[i, None])).mul_(g_row[i, None]).mul_(w[j]).add_(by_column)
+        r, c = _own(own[i] - j.start, grad.shape[1])
+        grad[r, c] += g_positive[i][r]
+        if need_x:
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
@@ -144,9 +152,10 @@ def backward(
     )
 
 
-def _add_positives(grad: Tensor, value: Tensor, column: Tensor) -> None:  # [n, u], [n], [n] may lie outside the tile
-    row = ((column >= 0) & (column < grad.shape[1])).nonzero()[:, 0]
-    grad[row, column[row]] += value[row]
+def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:
+    """exp(logits - log_sum) with the digits of a float64 log_sum, on a float32 tile."""
+    high = log_sum.to(logits.dtype)
+    return (logits - high).exp_().mul_((high - log_sum).exp().to(logits.dtype))
 
 
 def _finish(x: Tensor, d_unit: Tensor, normalize: bool) -> Tensor:  # [N, D], [N, D] -> [N, D]

@@ -43,7 +43,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Summed over ranks in float32: low-precision partial sums would lose a digit with every doubling of ranks.
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         largest = max(ctx.sizes)

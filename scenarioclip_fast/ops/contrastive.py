@@ -77,6 +77,27 @@ def contrastive_loss(
     return _losses([level], duplicates, reduction, group, deterministic, backend)[0]
 
 
+def log_sums(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    text_index: Tensor | None = None,  # [N] int64
+    normalize: bool = True,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
+    """What other losses over the same logits are made of, with S = logit_scale * image text^T and t = text_index.
+
+    row_i = log sum_u exp(S_iu), col_u = log sum_i exp(S_iu), positive_i = S_{i, t_i}; arguments as in
+    `contrastive_loss`. normalize=False takes the features as they come instead of their directions.
+    """
+    level = _Level(image, text, logit_scale, text_index, None)
+    name = _checked_backend([level], backend)
+    rows, columns, positives = _log_sums(_prepared([level]), name, deterministic, normalize)
+    return rows[0], columns[0], positives[0]
+
+
 def multilevel_contrastive_loss(
     images: Sequence[Tensor],  # levels x [N_l, D]
     texts: Sequence[Tensor],  # levels x [U_l, D]
@@ -104,6 +125,17 @@ def multilevel_contrastive_loss(
     return torch.stack(_losses(levels, duplicates, "mean", group, deterministic, backend))
 
 
+def spread_dot_product_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    logit_scale: Tensor | float,  # []
+    group: ProcessGroup,
+) -> Tensor:  # []
+    """`contrastive_loss` over a group with row i and text i belonging together, features taken as they come."""
+    level = _Level(image, text, logit_scale, None, None)
+    return _losses([level], "negatives", "mean", group, None, "auto", normalize=False)[0]
+
+
 @dataclass(frozen=True)
 class _Level:
     image: Tensor  # [N, D]
@@ -123,35 +155,25 @@ def _losses(
     group: ProcessGroup | None,
     deterministic: bool | None,
     backend: str,
+    normalize: bool = True,
 ) -> list[Tensor]:
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
-    for i, level in enumerate(levels):
-        _check(level, f"level {i}: " if len(levels) > 1 else "")
-    devices = {level.image.device for level in levels}
-    if len(devices) > 1:
-        raise ValueError(f"images: got levels on {sorted(map(str, devices))}, expected one device")
-    (device,) = devices
-    float64 = any(torch.float64 in (level.image.dtype, level.text.dtype) for level in levels)
-    name = dispatch.resolve(
-        "contrastive_loss", backend, device.type, cannot={"triton": "it has no float64"} if float64 else {}
-    )
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-
+    name = _checked_backend(levels, backend)
     levels = _prepared(levels)
     if group is None:
         levels = [_counted(level, duplicates) for level in levels]
     else:
         levels = _gathered(levels, duplicates, group)
 
-    rows, columns, positives = _log_sums(levels, name, deterministic)
+    rows, columns, positives = _log_sums(levels, name, deterministic, normalize)
     betas, kappas = zip(*(_coefficients(level, duplicates) for level in levels), strict=True)
+    dtype = levels[0].scale.dtype
     if reduction == "none":
         if group is not None:
             columns = [collectives.combine_columns(columns[0], columns[0].new_empty(0), group)[0]]
         own = columns[0] if levels[0].index is None else columns[0][levels[0].index]
-        return [(rows[0] + own) / 2 - positives[0]]
+        return [((rows[0] + own) / 2 - positives[0]).to(dtype)]
     sums = [
         row.sum() / max(level.rows, 1) - (positive * beta).sum()
         for level, row, positive, beta in zip(levels, rows, positives, betas, strict=True)
@@ -161,18 +183,27 @@ def _losses(
         columns, sums = list(packed.split([len(c) for c in columns])), list(totals.unbind())
     return [
         # A text without rows has no weight, and its log-sum is -inf where there are no rows at all: 0 * -inf is not 0.
-        (total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2
+        ((total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2).to(dtype)
         for total, column, kappa in zip(sums, columns, kappas, strict=True)
     ]
+
+
+def _checked_backend(levels: list[_Level], backend: str) -> str:
+    for i, level in enumerate(levels):
+        _check(level, f"level {i}: " if len(levels) > 1 else "")
+    devices = {level.image.device for level in levels}
+    if len(devices) > 1:
+        raise ValueError(f"images: got levels on {sorted(map(str, devices))}, expected one device")
+    float64 = any(torch.float64 in (level.image.dtype, level.text.dtype) for level in levels)
+    cannot = {"triton": "it has no float64"} if float64 else {}
+    return dispatch.resolve("contrastive_loss", backend, levels[0].image.device.type, cannot)
 
 
 def _coefficients(level: _Level, duplicates: str) -> tuple[Tensor, Tensor]:
     """loss = 1/2 (sum_i row_i / N - sum_i beta_i positive_i + sum_u kappa_u col_u): beta is [N] or [], kappa [U]."""
     rows = max(level.rows, 1)
-    if level.count is None:
-        count = torch.ones_like(level.text[:, 0], dtype=level.scale.dtype)
-    else:
-        count = level.count.to(level.scale.dtype)
+    dtype = reference.sums_dtype(level.text.device)
+    count = torch.ones_like(level.text[:, 0], dtype=dtype) if level.count is None else level.count.to(dtype)
     if duplicates == "negatives" or level.index is None:
         return count.new_full((), 2 / rows), count / rows
     used = (count > 0).to(count.dtype)
@@ -323,9 +354,11 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
 
 
 def _log_sums(
-    levels: list[_Level], backend: str, deterministic: bool, normalize: bool = True
+    levels: list[_Level], backend: str, deterministic: bool | None, normalize: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Row log-sums, column log-sums and positive logits of each level."""
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     indices: list[Tensor] = []
     if any(level.index is not None for level in levels):
         indices = [_arange(level.image) if level.index is None else level.index for level in levels]
@@ -360,7 +393,7 @@ def contrastive_forward(
     normalize: bool,
     deterministic: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l]
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], all float64
     with torch.autocast(scale.device.type, enabled=False):
         if backend == "triton":
             from scenarioclip_fast.kernels.contrastive import contrastive_triton
@@ -385,8 +418,8 @@ def _(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = scale.new_empty(sum(x.shape[0] for x in image))
-    return rows, scale.new_empty(sum(y.shape[0] for y in text)), torch.empty_like(rows)
+    rows = scale.new_empty(sum(x.shape[0] for x in image), dtype=reference.sums_dtype(scale.device))
+    return rows, rows.new_empty(sum(y.shape[0] for y in text)), torch.empty_like(rows)
 
 
 @torch.library.custom_op("scenarioclip_fast::contrastive_backward", mutates_args=())

@@ -1,0 +1,369 @@
+"""The losses of ScenarioCLIP (arXiv 2511.20274) as modules, and a drop-in for open_clip's ClipLoss.
+
+They depend on the ops alone: no model, no trainer, no data pipeline comes with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scenarioclip_fast.ops import collectives
+from scenarioclip_fast.ops.contrastive import (
+    DUPLICATES,
+    contrastive_loss,
+    log_sums,
+    multilevel_contrastive_loss,
+    spread_dot_product_loss,
+)
+from scenarioclip_fast.ops.distillation import distillation_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LEVELS = ("global", "object", "relation")
+
+
+class ContrastiveLoss(nn.Module):
+    """`ops.contrastive_loss` with a learnable temperature: scale = min(exp(logit_scale), max_scale).
+
+    Args:
+        init_temperature: logit_scale starts at ln(1 / init_temperature).
+        max_scale: the largest scale; a logit_scale beyond it takes no gradient.
+        duplicates, group, deterministic, backend: as in `ops.contrastive_loss`.
+    """
+
+    def __init__(
+        self,
+        init_temperature: float = 0.07,
+        max_scale: float = 100.0,
+        *,
+        duplicates: str = "negatives",
+        group: ProcessGroup | None = None,
+        deterministic: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
+        self.group, self.deterministic, self.backend = group, deterministic, backend
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
+
+    @property
+    def scale(self) -> Tensor:  # []
+        return self.logit_scale.exp().clamp(max=self.max_scale)
+
+    def forward(
+        self,
+        image: Tensor,  # [N, D]
+        text: Tensor,  # [U, D]
+        text_index: Tensor | None = None,  # [N] int64
+        text_id: Tensor | None = None,  # [U] int64
+    ) -> Tensor:  # []
+        return contrastive_loss(
+            image,
+            text,
+            self.scale,
+            text_index=text_index,
+            text_id=text_id,
+            duplicates=self.duplicates,
+            group=self.group,
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
+
+
+class MultiLevelContrastiveLoss(nn.Module):
+    """`ops.multilevel_contrastive_loss` with a learnable temperature per level; arguments as in `ContrastiveLoss`.
+
+    `logit_scale[level]` is the parameter of a level, in log form.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[str] = LEVELS,
+        init_temperature: float = 0.07,
+        max_scale: float = 100.0,
+        *,
+        duplicates: str = "negatives",
+        group: ProcessGroup | None = None,
+        deterministic: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
+        self.group, self.deterministic, self.backend = group, deterministic, backend
+        self.levels = tuple(levels)
+        start = math.log(1 / init_temperature)
+        self.logit_scale = nn.ParameterDict({level: nn.Parameter(torch.tensor(start)) for level in levels})
+
+    @property
+    def scales(self) -> list[Tensor]:  # levels x []
+        logs = torch.stack([self.logit_scale[level] for level in self.levels])
+        return list(logs.exp().clamp(max=self.max_scale).unbind())
+
+    def forward(
+        self,
+        images: Sequence[Tensor],  # levels x [N_l, D]
+        texts: Sequence[Tensor],  # levels x [U_l, D]
+        text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
+        text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
+    ) -> Tensor:  # [levels]
+        return multilevel_contrastive_loss(
+            images,
+            texts,
+            self.scales,
+            text_indices=text_indices,
+            text_ids=text_ids,
+            duplicates=self.duplicates,
+            group=self.group,
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
+
+
+class Embeddings(Protocol):
+    """What `ScenarioLoss` and `DistillationLoss` read of one batch; levels in the order of LEVELS."""
+
+    image: list[Tensor]  # 3 x [N_l, D]
+    text: list[Tensor]  # 3 x [U_l, D], the batch's distinct texts
+    text_index: list[Tensor]  # 3 x [N_l] int64 into U_l
+    text_id: list[Tensor]  # 3 x [U_l] int64 vocabulary ids
+    object_scene: Tensor  # [N_o] int64
+    relation_scene: Tensor  # [N_r] int64
+    teacher_image: Tensor | None  # [B, D] global image embeddings of the teacher
+    teacher_object_text: Tensor | None  # [U_o, D]
+    teacher_relation_text: Tensor | None  # [U_r, D]
+
+
+class DistillationLoss(nn.Module):
+    """The teacher's view of a scene, taught to its parts, and that of its parts' texts, taught to its caption.
+
+    Four terms, summed: the teacher's global image embedding to each object's and to each relation's image embedding;
+    its embedding of each object's and of each relation's text to the scene's global text embedding. Each term is a mean
+    over the items of a scene, then over all B scenes; a scene without items adds 0 and still counts in B.
+
+    Args:
+        student_temperature: T_s, where the learnable logit_scale starts when `learn_temperature`; the published
+            run never updates it.
+        teacher_temperature: T_t.
+        learn_temperature: T_s = 1 / clamp(exp(logit_scale), 1, 100) with a parameter logit_scale.
+        backend: as in `ops.distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        student_temperature: float = 0.07,
+        teacher_temperature: float = 0.07,
+        *,
+        learn_temperature: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0.01 <= student_temperature <= 1:
+            raise ValueError(f"student_temperature: got {student_temperature}, expected 0.01 to 1")
+        if not teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature: got {teacher_temperature}, expected a number above 0")
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.backend = backend
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(student_temperature))) if learn_temperature else None
+
+    def forward(self, embeddings: Embeddings) -> Tensor:  # []
+        e = embeddings
+        if e.teacher_image is None or e.teacher_object_text is None or e.teacher_relation_text is None:
+            raise ValueError("embeddings: got none of a teacher, expected them: call the model with teacher=")
+        scenes = len(e.image[0])
+        if scenes == 0:
+            return (sum(x.sum() for x in e.image) + e.text[0].sum()) * 0.0
+        weights = [_share(scene, scenes) for scene in (e.object_scene, e.relation_scene)]
+        caption = e.text_index[0]
+        # All four terms in one call: rows of students and of teachers side by side, pairs pointing into them.
+        students = _Rows([e.image[1], e.image[2], e.text[0]])
+        teachers = _Rows([e.teacher_image, e.teacher_object_text, e.teacher_relation_text])
+        objects, relations = (torch.arange(len(x), device=x.device) for x in (e.image[1], e.image[2]))
+        student_index = [objects, students.at(1, relations)]
+        student_index += [students.at(2, caption[scene]) for scene in (e.object_scene, e.relation_scene)]
+        teacher_index = [e.object_scene, e.relation_scene]
+        teacher_index += [teachers.at(k, e.text_index[k]) for k in (1, 2)]
+        temperature: Tensor | float = self.student_temperature
+        if self.logit_scale is not None:
+            temperature = 1 / self.logit_scale.exp().clamp(1, 100)
+        return distillation_loss(
+            students.rows,
+            teachers.rows,
+            torch.cat(student_index),
+            torch.cat(teacher_index),
+            torch.cat(weights * 2),
+            student_temperature=temperature,
+            teacher_temperature=self.teacher_temperature,
+            backend=self.backend,
+        )
+
+
+class _Rows:
+    """Blocks of rows under each other; `at` moves indices into a block to where it lies."""
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.rows = torch.cat(list(blocks))
+        self.starts = [sum(len(block) for block in blocks[:k]) for k in range(len(blocks))]
+
+    def at(self, block: int, index: Tensor) -> Tensor:
+        return index + self.starts[block]
+
+
+def _share(scene: Tensor, scenes: int) -> Tensor:  # [N] -> [N] 1 / (B * items of the row's scene)
+    ones = torch.ones(len(scene), device=scene.device)
+    items = torch.zeros(scenes, device=scene.device).index_add_(0, scene, ones)
+    return 1 / (scenes * items[scene])
+
+
+class ScenarioLoss(nn.Module):
+    """The whole loss of one batch: a contrastive term per level, and distillation where the batch has a teacher.
+
+    `contrastive.logit_scale[level]` are the three learnable temperatures, in log form.
+
+    Args:
+        init_temperature, max_scale, duplicates, group, deterministic: as in `ContrastiveLoss`, for each level.
+        distillation_scale: weight of the distillation; 0 leaves it out.
+        student_temperature, teacher_temperature: as in `DistillationLoss`.
+        backend: for every op of the loss.
+    """
+
+    def __init__(
+        self,
+        init_temperature: float = 0.07,
+        max_scale: float = 100.0,
+        duplicates: str = "negatives",
+        distillation_scale: float = 1.0,
+        *,
+        student_temperature: float = 0.07,
+        teacher_temperature: float = 0.07,
+        group: ProcessGroup | None = None,
+        deterministic: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not distillation_scale >= 0:
+            raise ValueError(f"distillation_scale: got {distillation_scale}, expected a weight of at least 0")
+        self.distillation_scale = distillation_scale
+        self.contrastive = MultiLevelContrastiveLoss(
+            LEVELS,
+            init_temperature,
+            max_scale,
+            duplicates=duplicates,
+            group=group,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        self.distillation = DistillationLoss(student_temperature, teacher_temperature, backend=backend)
+
+    def forward(self, embeddings: Embeddings) -> dict[str, Tensor]:
+        """All 0-d: "loss" to call backward on; "contrastive/LEVEL" and "distillation" (before its weight) whose sum it
+        is; "logit_scale/LEVEL", detached: the factors of the cosines."""
+        e = embeddings
+        # Only ranks have texts to merge: those of one batch are distinct.
+        ids = e.text_id if self.contrastive.group is not None else None
+        terms = self.contrastive(e.image, e.text, e.text_index, ids)
+        loss = terms.sum()
+        distillation = torch.zeros_like(loss)
+        if e.teacher_image is not None and self.distillation_scale > 0:
+            distillation = self.distillation(e)
+            loss = loss + self.distillation_scale * distillation
+        return {
+            "loss": loss,
+            **{f"contrastive/{level}": term for level, term in zip(LEVELS, terms.unbind(), strict=True)},
+            "distillation": distillation,
+            **{
+                f"logit_scale/{level}": scale.detach()
+                for level, scale in zip(LEVELS, self.contrastive.scales, strict=True)
+            },
+        }
+
+
+class ClipLoss(nn.Module):
+    """Takes the place of open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
+
+    Features are multiplied as they come, as there; on several ranks every rank has the same number of rows.
+
+    Args:
+        local_loss: a rank's loss is that of its own rows against all ranks' features.
+        gather_with_grad: gradients reach the ranks that features came from. Without it they reach this rank's own.
+        cache_labels: taken for compatibility: there are no labels to cache.
+        rank, world_size: of the default process group.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:  # []
+        loss = self._loss(image_features, text_features, logit_scale)
+        loss = loss.to(torch.promote_types(image_features.dtype, torch.float32))
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+        if self.world_size == 1:
+            return _symmetric(image, text, scale)
+        if self.gather_with_grad and not self.local_loss:
+            # The same number with the work shared out: every rank computes its own rows.
+            return spread_dot_product_loss(image, text, scale, _world())
+        images, texts = self._gathered(image), self._gathered(text)
+        if not self.local_loss:
+            return _symmetric(images, texts, scale)
+        own = torch.arange(len(image), device=image.device) + self.rank * len(image)
+        return (_rows(image, texts, scale, own) + _rows(text, images, scale, own)) / 2
+
+    def _gathered(self, x: Tensor) -> Tensor:  # [N, D] -> [world_size * N, D]
+        blocks = collectives.gather_rows(
+            x if self.gather_with_grad else x.detach(), [len(x)] * self.world_size, _world()
+        )
+        if not self.gather_with_grad and not self.local_loss:
+            blocks[self.rank] = x
+        return torch.cat(blocks)
+
+
+def _world() -> ProcessGroup:
+    if dist.group.WORLD is None:
+        raise RuntimeError("world_size: got more than 1, expected torch.distributed.init_process_group before the loss")
+    return dist.group.WORLD
+
+
+def _symmetric(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    row, column, positive = log_sums(image, text, scale, normalize=False)
+    return (row.mean() + column.mean()) / 2 - positive.mean()
+
+
+def _rows(x: Tensor, others: Tensor, scale: Tensor | float, own: Tensor) -> Tensor:
+    row, _, positive = log_sums(x, others, scale, text_index=own, normalize=False)
+    return (row - positive).mean()
+
+
+def _checked(init_temperature: float, max_scale: float, duplicates: str) -> tuple[float, str]:
+    if not init_temperature > 0:
+        raise ValueError(f"init_temperature: got {init_temperature}, expected a number above 0")
+    if not max_scale > 0:
+        raise ValueError(f"max_scale: got {max_scale}, expected a number above 0")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
+    return max_scale, duplicates

@@ -1,0 +1,428 @@
+"""contrastive_loss and multilevel_contrastive_loss against the paper's N x N form in float64, on every backend here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
+from torch import Tensor
+
+from scenarioclip_fast import BackendError, use_backend
+from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops.contrastive import contrastive_forward
+
+BACKENDS = ("reference", "cpu")
+Case = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
+    """image [n, d], text [u, d], scale [], index [n] in which every text occurs, and image rows lean to their texts."""
+    g = torch.Generator().manual_seed(seed)
+    text = torch.randn(u, d, generator=g, dtype=torch.float64)
+    index = torch.cat([torch.arange(u), torch.randint(max(u, 1), (n - u,), generator=g)])[
+        torch.randperm(n, generator=g)
+    ]
+    image = torch.randn(n, d, generator=g, dtype=torch.float64) + text[index]
+    image = image * torch.linspace(0.1, 20, n, dtype=torch.float64)[:, None]
+    return image.to(dtype), text.to(dtype), torch.tensor(s, dtype=dtype), index
+
+
+def gradients(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], upstream: float = 1.0) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value * upstream, leaves)]
+
+
+def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    return [
+        ((f.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30)).item()
+        for f, w in zip(found, wanted, strict=True)
+    ]
+
+
+def assert_as_good_as_eager(
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    upstream: float = 1.0,
+) -> None:
+    """Loss and gradients no further from float64 than twice eager PyTorch's in the same dtype."""
+    image, text, scale = (t.double() for t in tensors)
+    exact = gradients(eager, (image, text, scale), upstream)
+    ours, theirs = gradients(fused, tensors, upstream), gradients(eager, tensors, upstream)
+    # Losses and gradients are differences of numbers of these sizes, so that each may be off by some roundings
+    # (6e-8) of them where eager happens to be exact.
+    sizes = [
+        scale,
+        upstream * scale / len(image) / image.norm(dim=1),
+        upstream * scale / len(text) / text.norm(dim=1),
+        upstream,
+    ]
+    for name, mine, other, x, size in zip(
+        ("loss", "d image", "d text", "d scale"), ours, theirs, exact, sizes, strict=True
+    ):
+        error, allowed = (mine - x).norm(), 2 * (other - x).norm() + 1e-6 * (x.norm() + torch.as_tensor(size).norm())
+        assert error <= allowed, (name, error, allowed)
+
+
+SHAPES = [(1, 1, 8), (2, 2, 3), (3, 2, 123), (127, 127, 64), (129, 40, 123), (600, 600, 64), (1000, 300, 512)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "u", "d"), SHAPES)
+@pytest.mark.parametrize("s", [1.0, 14.3, 100.0])
+def test_negatives(backend: str, n: int, u: int, d: int, s: float) -> None:
+    image, text, scale, index = make(n, u, d, s)
+    assert_as_good_as_eager(
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend),
+        lambda x, y, s: reference.naive_loss(x, y[index], s),
+        (image, text, scale),
+        upstream=3.0,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "u", "d"), [(5, 5, 4), (129, 40, 123), (1000, 300, 64)])
+@pytest.mark.parametrize("s", [1.0, 80.0])
+def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
+    image, text, scale, index = make(n, u, d, s)
+
+    def eager(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return reference.naive_positives_loss(x, y, s, index)
+
+    tensors = (image, text, scale)
+    assert_as_good_as_eager(
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, duplicates="positives", backend=backend),
+        eager,
+        tensors,
+    )
+    # The same classes given by identity: one text per row, equal ids merged.
+    assert_as_good_as_eager(
+        lambda x, y, s: contrastive_loss(x, y[index], s, text_id=index, duplicates="positives", backend=backend),
+        eager,
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_diagonal_needs_no_index(backend: str) -> None:
+    image, text, scale, _ = make(65, 65, 32, 20.0, torch.float64)
+    same = torch.arange(65)
+    for duplicates in ("negatives", "positives"):
+        plain = contrastive_loss(image, text, scale, duplicates=duplicates, backend=backend)
+        torch.testing.assert_close(
+            plain, contrastive_loss(image, text, scale, text_index=same, duplicates=duplicates, backend=backend)
+        )
+        torch.testing.assert_close(plain, reference.naive_loss(image, text, scale))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_without_rows(backend: str) -> None:
+    """They take no part among "negatives", and are one more negative of every image row among "positives"."""
+    image, text, scale, index = make(40, 10, 16, 20.0, torch.float64)
+    more = torch.cat([text, torch.randn(7, 16, dtype=torch.float64)])
+    found = contrastive_loss(image, more, scale, text_index=index, backend=backend)
+    torch.testing.assert_close(found, reference.naive_loss(image, text[index], scale))
+    found = contrastive_loss(image, more, scale, text_index=index, duplicates="positives", backend=backend)
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(more, dim=1).T
+    owns = F.one_hot(index, 17)[:, :10].double()
+    columns = F.cross_entropy(logits[:, :10].T, (owns / owns.sum(0)).T)
+    torch.testing.assert_close(found, (F.cross_entropy(logits, index) + columns) / 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reduction_none(backend: str) -> None:
+    image, text, scale, index = make(300, 90, 24, 30.0)
+    weight = torch.rand(300)
+
+    def eager(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        logits = s * F.normalize(x, dim=1) @ F.normalize(y[index], dim=1).T
+        target = torch.arange(300)
+        rows = F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")
+        return (rows / 2 * weight).sum()
+
+    def fused(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        rows = contrastive_loss(x, y, s, text_index=index, reduction="none", backend=backend)
+        assert rows.shape == (300,)
+        return (rows * weight).sum()
+
+    assert_as_good_as_eager(fused, eager, (image, text, scale))
+
+
+def _extremes() -> dict[str, tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    one = torch.randn(1, 48, generator=g)
+    noise = torch.randn(200, 48, generator=g)
+    return {
+        "equal": (one.expand(200, -1), one.expand(200, -1)),
+        "opposite": (one.expand(200, -1), -one.expand(200, -1)),
+        "nearly opposite": (one + 0.2 * noise, 0.2 * noise.flip(0) - one),
+        "one row opposite": (torch.cat([noise[:199], -one]), torch.cat([0.05 * noise[:199] + one, one])),
+        "one text opposite": (torch.cat([0.05 * noise[:199] + one, one]), torch.cat([noise[:199], -one])),
+        "orthogonal": (torch.eye(48)[torch.arange(200) % 24], torch.eye(48)[24 + torch.arange(200) % 24]),
+        "matched": (noise, noise * 3),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", sorted(_extremes()))
+@pytest.mark.parametrize("s", [100.0, 1000.0])
+def test_extreme_features(backend: str, case: str, s: float) -> None:
+    """Sums without a running maximum vanish in most of these, and in the last ones the loss is next to nothing."""
+    image, text = _extremes()[case]
+    tensors = (image.contiguous(), text.contiguous(), torch.tensor(s))
+    assert_as_good_as_eager(lambda x, y, s: contrastive_loss(x, y, s, backend=backend), reference.naive_loss, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_units_at_high_scale(backend: str) -> None:
+    """Best cosines of a row below 1 - 87/s: with the scale itself as the offset every term would underflow."""
+    g = torch.Generator().manual_seed(2)
+    image, text = torch.randn(300, 1024, generator=g), torch.randn(200, 1024, generator=g)
+    assert (F.normalize(image, dim=1) @ F.normalize(text, dim=1).T).max() < 0.15
+    index = torch.randint(200, (300,), generator=g)
+    assert_as_good_as_eager(
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend),
+        lambda x, y, s: reference.naive_loss(x, y[index], s),
+        (image, text, torch.tensor(100.0)),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["image", "text"])
+def test_nan_stays_nan(backend: str, where: str) -> None:
+    image, text, scale, index = make(70, 30, 16, 100.0)
+    (image if where == "image" else text)[3, 5] = float("nan")
+    for duplicates in ("negatives", "positives"):
+        loss = contrastive_loss(image, text, scale, text_index=index, duplicates=duplicates, backend=backend)
+        assert loss.isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str) -> None:
+    for texts in (0, 5):
+        image = torch.empty(0, 8, requires_grad=True)
+        text = torch.ones(texts, 8, requires_grad=True)
+        scale = torch.tensor(10.0, requires_grad=True)
+        for duplicates in ("negatives", "positives"):
+            loss = contrastive_loss(
+                image, text, scale, text_index=torch.empty(0, dtype=torch.int64), duplicates=duplicates, backend=backend
+            )
+            found = torch.autograd.grad(loss, (image, text, scale))
+            assert loss == 0
+            assert [g.abs().sum() for g in found] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("learns", ["image", "text", "scale", "image text", "image scale", "text scale"])
+def test_one_side_frozen(backend: str, learns: str) -> None:
+    tensors = dict(zip(("image", "text", "scale"), make(60, 60, 16, 20.0, torch.float64)[:3], strict=True))
+    for name in learns.split():
+        tensors[name].requires_grad_()
+    wanted = torch.autograd.grad(reference.naive_loss(**tensors), [tensors[k] for k in learns.split()])
+    loss = contrastive_loss(tensors["image"], tensors["text"], tensors["scale"], backend=backend)
+    found = torch.autograd.grad(loss, [tensors[k] for k in learns.split()])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_float_scale(backend: str) -> None:
+    image, text, _, index = make(80, 30, 16, 20.0, torch.float64)
+    wide = torch.zeros(80, 40, dtype=torch.float64)
+    wide[:, 3:35:2] = image
+    strided = wide[:, 3:35:2].requires_grad_()
+    columns = text.T.contiguous().T.requires_grad_()
+    found = torch.autograd.grad(
+        contrastive_loss(strided, columns, 20.0, text_index=index, backend=backend), (strided, columns)
+    )
+    wanted = gradients(lambda x, y: reference.naive_loss(x, y[index], 20.0), (image, text))[1:]
+    torch.testing.assert_close(list(found), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("duplicates", ["negatives", "positives"])
+def test_gradcheck(backend: str, duplicates: str) -> None:
+    image, text, scale, index = (t.clone() for t in make(7, 4, 5, 3.0, torch.float64))
+    leaves = [t.requires_grad_() for t in (image, text, scale)]
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, duplicates=duplicates, backend=backend), leaves
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_input(backend: str, dtype: torch.dtype) -> None:
+    """Sums are float32: what is lost is the rounding of the input alone, and of the gradients on their way out."""
+    image, text, scale, index = make(200, 80, 64, 14.3)
+    rounded = (image.to(dtype), text.to(dtype), scale)
+    exact = gradients(lambda x, y, s: reference.naive_loss(x, y[index], s), tuple(t.double() for t in rounded))
+    found = gradients(lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), rounded)
+    assert [f.dtype for f in found] == [torch.float32, dtype, dtype, torch.float32]
+    eps = torch.finfo(dtype).eps
+    assert all(e < limit for e, limit in zip(errors(found, exact), [1e-6, eps, eps, 1e-5], strict=True))
+
+
+def test_mixed_dtypes_and_autocast() -> None:
+    image, text, scale, _ = make(50, 50, 32, 14.3)
+    x, y = image.bfloat16().requires_grad_(), text.clone().requires_grad_()
+    loss = contrastive_loss(x, y, scale)
+    loss.backward()
+    assert (loss.dtype, x.grad.dtype, y.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(loss, contrastive_loss(x.float(), y, scale))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = contrastive_loss(image, text, scale)
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, contrastive_loss(image.bfloat16(), text.bfloat16(), scale))
+
+
+def test_grad_scaler() -> None:
+    image, text, scale, _ = make(40, 40, 16, 14.3)
+    wanted = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale))[1:]
+    found = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale), upstream=2.0**16)[1:]
+    torch.testing.assert_close([f / 2.0**16 for f in found], wanted)
+
+
+def test_the_positive_never_exceeds_the_sum() -> None:
+    """A perfect match at a high scale: the loss is 0 up to rounding, never a negative number of consequence."""
+    image = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(3)), dim=1)
+    rows = contrastive_loss(image, image, 100.0, reduction="none")
+    assert rows.min() > -2e-5  # one rounding of a float32 logit of 100
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_meet(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles smaller than the matrix, and not a divisor of it, in both directions."""
+    monkeypatch.setattr(contrastive_cpu, "ROWS", 32)
+    monkeypatch.setattr(contrastive_cpu, "COLUMNS", 48)
+    for s in (14.3, 2000.0):  # 2000: the path with running maxima
+        image, text, scale, index = make(150, 101, 16, s, torch.float64)
+        wanted = gradients(lambda x, y, s, i=index: reference.naive_loss(x, y[i], s), (image, text, scale))
+        found = gradients(
+            lambda x, y, s, i=index: contrastive_loss(x, y, s, text_index=i, backend=backend), (image, text, scale)
+        )
+        torch.testing.assert_close(found, wanted)
+
+
+def test_deterministic() -> None:
+    image, text, scale, index = make(700, 200, 64, 50.0)
+    runs = [
+        gradients(lambda x, y, s: contrastive_loss(x, y, s, text_index=index, deterministic=True), (image, text, scale))
+        for _ in range(3)
+    ]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("duplicates", ["negatives", "positives"])
+def test_levels(backend: str, duplicates: str) -> None:
+    """All levels at once are the levels one by one; one is empty, and widths differ."""
+    cases = [make(20, 20, 16, 10.0), make(50, 12, 16, 30.0), make(0, 0, 16, 5.0), make(9, 9, 24, 5.0)]
+    indices = [None, cases[1][3], cases[2][3], None]
+    images, texts, scales = ([c[k].requires_grad_() for c in cases] for k in range(3))
+    options: dict[str, Any] = {"duplicates": duplicates, "backend": backend}
+    together = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, **options)
+    apart = [
+        contrastive_loss(x, y, s, text_index=i, **options)
+        for x, y, s, i in zip(images, texts, scales, indices, strict=True)
+    ]
+    assert together.shape == (4,)
+    torch.testing.assert_close(together, torch.stack(apart))
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    leaves = [*images, *texts, *scales]
+    found = torch.autograd.grad(together @ weights, leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(torch.stack(apart) @ weights, leaves))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    image, text, scale, index = (t.clone() for t in make(6, 4, 5, 3.0))
+    leaves = [t.requires_grad_() for t in (image, text, scale)]
+    weight = torch.rand(4) + 0.5
+    sample = ([leaves[0]], [leaves[1]], leaves[2][None], [index], [weight], True, False, backend)
+    torch.library.opcheck(contrastive_forward, sample)
+    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), [], [], True, True, backend)
+    torch.library.opcheck(contrastive_forward, sample)
+
+
+@pytest.mark.parametrize("duplicates", ["negatives", "positives"])
+def test_compile_without_graph_break_for_all_sizes(duplicates: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(contrastive_loss, fullgraph=True, dynamic=True, backend=counter)
+    for n, u in ((20, 8), (33, 21), (50, 50)):
+        image, text, scale, index = make(n, u, 16, 20.0)
+
+        def call(f: Callable[..., Tensor], index: Tensor = index) -> Callable[..., Tensor]:
+            return lambda x, y, s: f(x, y, s, text_index=index, duplicates=duplicates)
+
+        found, wanted = (
+            gradients(call(compiled), (image, text, scale)),
+            gradients(call(contrastive_loss), (image, text, scale)),
+        )
+        torch.testing.assert_close(found, wanted)
+    assert counter.frame_count == 1
+
+
+def test_no_matrix_is_kept() -> None:
+    """What autograd holds between the passes is the features and a few numbers per row."""
+    image, text, scale, index = (t.clone() for t in make(300, 200, 8, 10.0))
+    held: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+        contrastive_loss(image.requires_grad_(), text.requires_grad_(), scale.requires_grad_(), text_index=index)
+    assert max(held) == image.numel()
+
+
+X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"image": X[0]}, ValueError, r"image: got shape \[8\], expected \[rows, width\]"),
+        ({"image": X.long()}, TypeError, "image: got a tensor of torch.int64, expected a floating-point"),
+        ({"text": [1.0]}, TypeError, "text: got list, expected a floating-point"),
+        ({"text": Y[:, :5]}, ValueError, "widths 8 and 5"),
+        ({"text": Y.to("meta")}, ValueError, "text: got device meta, expected cpu"),
+        ({"text_index": None}, ValueError, "3 texts for 4 image rows, expected as many: pass text_index"),
+        ({"text_index": INDEX.int()}, TypeError, "text_index: got a tensor of torch.int32, expected an int64"),
+        ({"text_index": INDEX[:3]}, ValueError, r"text_index: got shape \[3\], expected \[4\]"),
+        ({"text_index": INDEX + 1}, ValueError, "text_index: got values from 1 to 3, expected 0 to 2"),
+        ({"text_index": INDEX - 1}, ValueError, "text_index: got values from -1 to 1, expected 0 to 2"),
+        ({"text_id": INDEX}, ValueError, r"text_id: got shape \[4\], expected \[3\]"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale: got 0, expected a positive"),
+        ({"logit_scale": torch.tensor(-2.0)}, ValueError, "logit_scale: got -2, expected a positive"),
+        ({"logit_scale": torch.ones(1)}, ValueError, r"logit_scale: got shape \[1\], expected a 0-d"),
+        ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale: got a tensor of torch.int64"),
+        ({"logit_scale": "3"}, TypeError, "logit_scale: got str"),
+        ({"duplicates": "ignore"}, ValueError, "duplicates: got 'ignore', expected one of 'negatives', 'positives'"),
+        ({"reduction": "sum"}, ValueError, "reduction: got 'sum', expected 'mean' or 'none'"),
+        ({"reduction": "none", "duplicates": "positives"}, ValueError, "reduction='none' goes only with"),
+        ({"backend": "fast"}, ValueError, "backend=: got 'fast'"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {"image": X, "text": Y, "logit_scale": 10.0, "text_index": INDEX}
+    contrastive_loss(**good)
+    with pytest.raises(error, match=message):
+        contrastive_loss(**{**good, **change})
+
+
+def test_bad_levels() -> None:
+    with pytest.raises(ValueError, match="texts: got 1 levels, expected 2"):
+        multilevel_contrastive_loss([X, X], [X], [1.0, 1.0])
+    with pytest.raises(ValueError, match="level 1: logit_scale: got -1"):
+        multilevel_contrastive_loss([X, X], [X, X], [1.0, -1.0])
+    with pytest.raises(ValueError, match="images: got no level"):
+        multilevel_contrastive_loss([], [], [])
+
+
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match=r"'triton'.*cannot serve cpu"):
+        contrastive_loss(X, X, 1.0, backend="triton")
+    with use_backend("cuda"), pytest.raises(BackendError, match="there is no cuda form of this op"):
+        contrastive_loss(X, X, 1.0)

@@ -1,0 +1,194 @@
+"""contrastive_loss with a group: several gloo processes against one process with all rows."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scenarioclip_fast.kernels.contrastive import reference
+from torch import Tensor
+
+from scenarioclip_fast.losses import ClipLoss
+from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+
+D = 12
+VOCABULARY = 9
+# Rows of each rank: uneven, one rank without any, all of them on one rank, nothing anywhere.
+SHARES = {2: [(5, 8), (0, 6), (7, 0), (0, 0), (4, 4)], 4: [(3, 0, 6, 1), (1, 9, 2, 4)]}
+
+
+def share(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image rows [rows, D], their strings' ids [rows] and nothing else that differs between ranks."""
+    g = torch.Generator().manual_seed(100 * rank + rows)
+    image = torch.randn(rows, D, dtype=torch.float64, generator=g)
+    ids, index = torch.unique(torch.randint(VOCABULARY, (rows,), generator=g), return_inverse=True)
+    return image, ids, index
+
+
+def leaves(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A rank's images, the text table and the scale, each wanting a gradient as a replicated model would."""
+    table = torch.randn(VOCABULARY, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).requires_grad_()
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    image, ids, index = share(rank, rows)
+    return image.requires_grad_(), table, scale, torch.stack([ids[index], index]) if rows else torch.zeros(2, 0).long()
+
+
+def one_process(rows: tuple[int, ...], duplicates: str) -> list[Tensor]:
+    """[loss, d table, d scale, d image of rank 0, of rank 1, ...]"""
+    parts = [leaves(rank, n) for rank, n in enumerate(rows)]
+    image = torch.cat([p[0] for p in parts])
+    ids = torch.cat([p[3][0] for p in parts])
+    _, table, scale, _ = parts[0]
+    used, index = torch.unique(ids, return_inverse=True)
+    loss = contrastive_loss(image, table[used], scale, text_index=index, duplicates=duplicates, backend="reference")
+    return [loss.detach(), *torch.autograd.grad(loss, (table, scale, *(p[0] for p in parts)))]
+
+
+def check(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def averaged(grad: Tensor, group: Any) -> Tensor:
+    """What DistributedDataParallel does to a parameter's gradient."""
+    grad = grad.clone()
+    dist.all_reduce(grad, group=group)
+    return grad / group.size()
+
+
+def check_mean(rows: tuple[int, ...], duplicates: str, with_ids: bool, backend: str, group: Any) -> None:
+    rank, world = group.rank(), group.size()
+    image, table, scale, (ids, index) = leaves(rank, rows[rank])
+    own = torch.unique(ids)
+    loss = contrastive_loss(
+        image,
+        table[own],
+        scale,
+        text_index=index,
+        text_id=own if with_ids else None,
+        duplicates=duplicates,
+        group=group,
+        backend=backend,
+    )
+    grads = torch.autograd.grad(loss, (image, table, scale))
+    wanted = one_process(rows, duplicates)
+    check(loss.detach(), wanted[0])
+    check(averaged(grads[1], group), wanted[1])
+    check(averaged(grads[2], group), wanted[2])
+    check(grads[0] / world, wanted[3 + rank])
+
+
+def check_diagonal_and_none(rows: tuple[int, ...], group: Any) -> None:
+    """Row by row, each rank with a weight of its own: the gradient is that of the sum over ranks."""
+    rank = group.rank()
+    images = [share(r, n)[0].requires_grad_() for r, n in enumerate(rows)]
+    texts = [share(r + 10, n)[0].requires_grad_() for r, n in enumerate(rows)]
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    full = contrastive_loss(torch.cat(images), torch.cat(texts), scale, reduction="none", backend="reference")
+    weight = torch.repeat_interleave(torch.arange(1.0, len(rows) + 1).double(), torch.tensor(rows))
+    wanted = torch.autograd.grad((full * weight).sum(), (images[rank], texts[rank], scale))
+    found = contrastive_loss(images[rank], texts[rank], scale, reduction="none", group=group)
+    check(found.detach(), full.split(rows)[rank].detach())
+    grads = torch.autograd.grad((found * (rank + 1)).sum(), (images[rank], texts[rank], scale))
+    check(grads[:2], wanted[:2])
+    total = grads[2].clone()
+    dist.all_reduce(total, group=group)
+    check(total, wanted[2])
+
+
+def check_levels(shares: list[tuple[int, ...]], group: Any) -> None:
+    rank = group.rank()
+    parts = [leaves(rank, rows[rank]) for rows in shares]
+    losses = multilevel_contrastive_loss(
+        [p[0] for p in parts],
+        [p[1][torch.unique(p[3][0])] for p in parts],
+        [p[2] for p in parts],
+        text_indices=[p[3][1] for p in parts],
+        text_ids=[torch.unique(p[3][0]) for p in parts],
+        group=group,
+    )
+    losses.sum().backward()
+    for (_, table, scale, _), rows, loss in zip(parts, shares, losses, strict=True):
+        wanted = one_process(rows, "negatives")
+        check(loss.detach(), wanted[0])
+        check(averaged(table.grad, group), wanted[1])
+        check(averaged(scale.grad, group), wanted[2])
+
+
+def check_one_rank_frozen(group: Any) -> None:
+    """A rank whose share is empty and wants no gradient still takes part in the others' backward pass."""
+    rank, rows = group.rank(), (6,) + (0,) * (group.size() - 1)
+    image, table, _, (ids, index) = leaves(rank, rows[rank])
+    own = torch.unique(ids)
+    text = table[own] if rank == 0 else torch.empty(0, D, dtype=torch.float64)
+    image = image if rank == 0 else image.detach()
+    loss = contrastive_loss(image, text, 20.0, text_index=index, text_id=own, group=group)
+    loss.backward()
+    if rank == 0:
+        check(table.grad / group.size(), one_process(rows, "negatives")[1])
+
+
+def check_clip_loss(local_loss: bool, gather_with_grad: bool) -> None:
+    """Against open_clip's formulas, written out over the rows of all ranks."""
+    group: Any = dist.group.WORLD
+    rank, world, n = group.rank(), group.size(), 5
+    images = [share(r, n)[0].requires_grad_() for r in range(world)]
+    texts = [share(r + 10, n)[0].requires_grad_() for r in range(world)]
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def formula(me: int) -> Tensor:
+        # What rank `me` computes; without gather_with_grad the others' features are constants there.
+        x, y = (
+            [t if gather_with_grad or (k == me and not local_loss) else t.detach() for k, t in enumerate(ts)]
+            for ts in (images, texts)
+        )
+        if not local_loss:
+            return reference.open_clip_loss(torch.cat(x), torch.cat(y), scale)
+        target = torch.arange(n) + me * n
+        by_image = torch.nn.functional.cross_entropy(scale * images[me] @ torch.cat(y).T, target)
+        return (by_image + torch.nn.functional.cross_entropy(scale * texts[me] @ torch.cat(x).T, target)) / 2
+
+    loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world)(images[rank], texts[rank], scale)
+    found = torch.autograd.grad(loss, (images[rank], texts[rank], scale))
+    check(loss.detach(), formula(rank).detach())
+    # A gather with gradients brings back what every rank's loss has to say.
+    spoken = sum(formula(r) for r in range(world)) if gather_with_grad else formula(rank)
+    check(found[:2], torch.autograd.grad(spoken, (images[rank], texts[rank])))
+    own = sum(torch.autograd.grad(formula(r), scale)[0] for r in range(world)) / world
+    check(averaged(found[2], group), own)
+
+
+def check_all(group: Any) -> None:
+    shares = SHARES[group.size()]
+    for rows in shares:
+        for duplicates, backend in itertools.product(("negatives", "positives"), ("reference", "cpu")):
+            check_mean(rows, duplicates, True, backend, group)
+        check_mean(rows, "negatives", False, "auto", group)
+        check_diagonal_and_none(rows, group)
+    check_levels(shares, group)
+    check_one_rank_frozen(group)
+    with pytest.raises(ValueError, match="text_id: got None, expected an id per text"):
+        contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), 1.0, duplicates="positives", group=group)
+
+
+def run(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    try:
+        check_all(dist.group.WORLD)
+        for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
+            check_clip_loss(local_loss, gather_with_grad)
+        # Pairs whose ranks in the group are not their ranks in the world.
+        pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+        check_all(pairs[rank // 2])
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_equal_one_process(tmp_path: Path) -> None:
+    mp.spawn(run, (str(tmp_path / "store"),), nprocs=4)

@@ -1,0 +1,220 @@
+"""The loss modules against the formulas of the paper, written out scene by scene."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarioclip_fast.kernels.contrastive import reference
+from torch import Tensor
+
+from scenarioclip_fast.losses import (
+    LEVELS,
+    ClipLoss,
+    ContrastiveLoss,
+    DistillationLoss,
+    MultiLevelContrastiveLoss,
+    ScenarioLoss,
+)
+
+D = 24
+
+
+def batch(objects: list[int], relations: list[int], seed: int = 0, teacher: bool = True) -> SimpleNamespace:
+    """Embeddings of one batch with so many objects and relations per scene, in float64, texts repeated."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rows(n: int) -> Tensor:
+        return torch.randn(n, D, dtype=torch.float64, generator=g, requires_grad=True)
+
+    counts = [len(objects), sum(objects), sum(relations)]
+    ids, index = [], []
+    for n in counts:
+        used, inverse = torch.unique(torch.randint(4, (n,), generator=g), return_inverse=True)
+        ids.append(used)
+        index.append(inverse)
+    text = [rows(len(used)) for used in ids]
+    return SimpleNamespace(
+        image=[rows(n) for n in counts],
+        text=text,
+        text_index=index,
+        text_id=ids,
+        object_scene=torch.repeat_interleave(torch.arange(len(objects)), torch.tensor(objects)),
+        relation_scene=torch.repeat_interleave(torch.arange(len(relations)), torch.tensor(relations)),
+        teacher_image=rows(counts[0]).detach() if teacher else None,
+        teacher_object_text=rows(len(text[1])).detach() if teacher else None,
+        teacher_relation_text=rows(len(text[2])).detach() if teacher else None,
+    )
+
+
+def kl(teacher: Tensor, student: Tensor, temperature: float = 0.07) -> Tensor:
+    p = (teacher / 0.07).softmax(0).clamp_min(1e-8)
+    return temperature**2 * F.kl_div((student / temperature).log_softmax(0), p, reduction="batchmean")
+
+
+def distillation_scene_by_scene(e: Any, temperature: float = 0.07) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    scenes = len(e.image[0])
+    for level, scene, texts in (
+        (1, e.object_scene, e.teacher_object_text),
+        (2, e.relation_scene, e.teacher_relation_text),
+    ):
+        for b in range(scenes):
+            items = (scene == b).nonzero()[:, 0].tolist()
+            if not items:
+                continue
+            caption = e.text[0][e.text_index[0][b]]
+            vision = [kl(e.teacher_image[b], e.image[level][i], temperature) for i in items]
+            language = [kl(texts[e.text_index[level][i]], caption, temperature) for i in items]
+            total = total + (sum(vision) + sum(language)) / len(items) / scenes
+    return total
+
+
+def naive_terms(e: Any, s: float) -> list[Tensor]:
+    return [reference.naive_loss(x, y[i], s) for x, y, i in zip(e.image, e.text, e.text_index, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("objects", "relations"),
+    [([3, 1, 4], [2, 1, 1]), ([2, 0, 5], [0, 0, 3]), ([1], [1]), ([2, 2], [0, 0])],
+)
+def test_scenario_loss(objects: list[int], relations: list[int]) -> None:
+    e = batch(objects, relations)
+    module = ScenarioLoss().double()
+    out = module(e)
+    assert set(out) == {"loss", "distillation", *(f"{k}/{v}" for k in ("contrastive", "logit_scale") for v in LEVELS)}
+    assert all(v.dim() == 0 for v in out.values())
+    terms = [
+        t if len(x) else torch.zeros((), dtype=torch.float64)
+        for t, x in zip(naive_terms(e, 1 / 0.07), e.image, strict=True)
+    ]
+    distillation = distillation_scene_by_scene(e)
+    # The temperature is stored as a float32 logarithm.
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    for level, term in zip(LEVELS, terms, strict=True):
+        torch.testing.assert_close(out[f"contrastive/{level}"], term, **close)
+        torch.testing.assert_close(out[f"logit_scale/{level}"].item(), 1 / 0.07, **close)
+    torch.testing.assert_close(out["distillation"], distillation, **close)
+    leaves = [*e.image, *e.text]
+    wanted = torch.autograd.grad(sum(terms) + distillation, leaves, allow_unused=True)
+    found = torch.autograd.grad(out["loss"], [*leaves, *module.parameters()])
+    for f, w in zip(found, wanted, strict=False):
+        torch.testing.assert_close(f, torch.zeros_like(f) if w is None else w, rtol=1e-6, atol=1e-7)
+
+
+def test_the_published_number_of_a_scene_without_objects() -> None:
+    """It adds nothing and still counts among the scenes: a half-empty batch has half the distillation."""
+    e = batch([2, 0], [1, 0])
+    full = SimpleNamespace(**vars(e))
+    full.image = [e.image[0][:1], *e.image[1:]]
+    full.text_index = [e.text_index[0][:1], *e.text_index[1:]]
+    full.teacher_image = e.teacher_image[:1]
+    loss = DistillationLoss()
+    torch.testing.assert_close(2 * loss(e), loss(full))
+
+
+def test_distillation_is_optional_and_weighted() -> None:
+    e = batch([2, 3], [1, 1])
+    contrastive = sum(ScenarioLoss()(e)[f"contrastive/{level}"] for level in LEVELS)
+    distillation = ScenarioLoss()(e)["distillation"]
+    torch.testing.assert_close(ScenarioLoss(distillation_scale=0.5)(e)["loss"], contrastive + 0.5 * distillation)
+    for module, embeddings in (
+        (ScenarioLoss(distillation_scale=0.0), e),
+        (ScenarioLoss(), batch([2, 3], [1, 1], teacher=False)),
+    ):
+        out = module(embeddings)
+        torch.testing.assert_close(out["loss"], contrastive)
+        assert out["distillation"] == 0
+    with pytest.raises(ValueError, match="call the model with teacher="):
+        DistillationLoss()(batch([1], [1], teacher=False))
+
+
+def test_teacher_takes_no_gradient() -> None:
+    e = batch([2, 3], [1, 1])
+    for name in ("teacher_image", "teacher_object_text", "teacher_relation_text"):
+        getattr(e, name).requires_grad_()
+    ScenarioLoss()(e)["loss"].backward()
+    assert e.teacher_image.grad is None and e.teacher_object_text.grad is None
+    assert all(x.grad is not None for x in (*e.image, *e.text))
+
+
+def test_learnable_student_temperature() -> None:
+    e = batch([2, 3], [1, 1])
+    module = DistillationLoss(0.2, learn_temperature=True).double()
+    temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    wanted = distillation_scene_by_scene(e, temperature)  # type: ignore[arg-type]
+    found = module(e)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    (by_temperature,) = torch.autograd.grad(wanted, temperature)
+    (by_log,) = torch.autograd.grad(found, list(module.parameters()))
+    torch.testing.assert_close(by_log, -0.2 * by_temperature, rtol=1e-5, atol=0)
+    assert not list(DistillationLoss().parameters())
+
+
+def test_temperatures() -> None:
+    image, text = torch.randn(20, D), torch.randn(20, D)
+    module = ContrastiveLoss(init_temperature=0.1, max_scale=50.0)
+    torch.testing.assert_close(module(image, text), reference.naive_loss(image, text, 10.0))
+    module(image, text).backward()
+    assert module.logit_scale.grad.abs() > 0
+    # Saturated: the value is the largest scale's, and clamp leaves no gradient.
+    with torch.no_grad():
+        module.logit_scale.fill_(math.log(80.0))
+    module.zero_grad()
+    loss = module(image, text)
+    torch.testing.assert_close(loss, reference.naive_loss(image, text, 50.0))
+    loss.backward()
+    assert module.logit_scale.grad == 0
+    levels = MultiLevelContrastiveLoss(("a", "b"))
+    levels([image, image], [text, text]).sum().backward()
+    assert {n: p.grad is not None for n, p in levels.named_parameters()} == {
+        "logit_scale.a": True,
+        "logit_scale.b": True,
+    }
+
+
+def test_duplicates_reach_the_op() -> None:
+    e = batch([4, 4], [2, 2], teacher=False)
+    found = ScenarioLoss(duplicates="positives").double()(e)["contrastive/object"]
+    wanted = reference.naive_positives_loss(e.image[1], e.text[1], 1 / 0.07, e.text_index[1])
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_compiles_whole() -> None:
+    e = batch([2, 3], [1, 1])
+    module = ScenarioLoss()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(e)["loss"], module(e)["loss"])
+
+
+def test_clip_loss_is_open_clips() -> None:
+    g = torch.Generator().manual_seed(0)
+    for length in (1.0, 3.0):  # features are multiplied as they come, unit length or not
+        x, y = (length * F.normalize(torch.randn(33, D, generator=g), dim=1) for _ in range(2))
+        leaves = [x.requires_grad_(), y.requires_grad_(), torch.tensor(8.0, requires_grad=True)]
+        found, wanted = ClipLoss()(*leaves), reference.open_clip_loss(*leaves)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
+        torch.testing.assert_close(ClipLoss()(*leaves, output_dict=True), {"contrastive_loss": wanted})
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        ClipLoss(world_size=2)(*leaves)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContrastiveLoss(init_temperature=0.0), "init_temperature: got 0.0, expected a number above 0"),
+        (lambda: ContrastiveLoss(max_scale=-1.0), "max_scale: got -1.0, expected a number above 0"),
+        (lambda: ScenarioLoss(duplicates="drop"), "duplicates: got 'drop', expected one of 'negatives', 'positives'"),
+        (lambda: ScenarioLoss(distillation_scale=-1.0), "distillation_scale: got -1.0, expected a weight"),
+        (lambda: DistillationLoss(student_temperature=2.0), "student_temperature: got 2.0, expected 0.01 to 1"),
+        (lambda: DistillationLoss(teacher_temperature=0.0), "teacher_temperature: got 0.0, expected a number above 0"),
+    ],
+)
+def test_bad_settings(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
