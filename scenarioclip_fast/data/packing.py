@@ -132,7 +132,7 @@ def pack(
         packed = _pack_scenes(source, split_of, max_pixels)
     if progress:
         packed = show_progress(packed, total, "packing", "scenes")
-    listing = out.with_name(f"{out.name}.rejected.jsonl")  # beside it: what lies in `out` stays as it is
+    listing = out.absolute().with_name(f"{out.absolute().name}.rejected.jsonl")  # what lies in `out` stays as it is
     with _staging(out) as stage:
         report = _write(packed, stage, shard_size, classes)
         scenes = sum(n["scenes"] for n in report.splits.values())

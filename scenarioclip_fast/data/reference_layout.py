@@ -293,7 +293,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str, limit: int) -> N
         shape, fortran, dtype = _header(file, name)
         if dtype.kind != kind or dtype.hasobject:
             raise ValueError(f"got {name} of type {dtype}, expected {_KINDS[kind]}")
-        if len(shape) > 4 or any(extent > MAX_PIXELS for extent in shape):
+        if len(shape) > 4 or not all(0 <= extent <= MAX_PIXELS for extent in shape):
             raise ValueError(f"got {name} of shape {list(shape)}, expected at most 4 axes of at most {MAX_PIXELS}")
         size = math.prod(shape) * dtype.itemsize
         if size > limit:

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import Relation, Scene, ShardSet, Vocabulary, generate_scenes, pack
+from scenarioclip_fast.data.rle import decode
+from scenarioclip_fast.data.synthetic import vocabulary, write_reference_layout
+from scenarioclip_fast.errors import UserError
+
+
+def quiet(source: Any, out: Path, **options: Any) -> Any:
+    return pack(source, out, progress=False, **options)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Scene]:
+    return list(generate_scenes(40, seed=11))
+
+
+@pytest.fixture(scope="module")
+def source(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("source") / "set"
+    write_reference_layout(drawn, directory, classes=vocabulary())
+    return directory
+
+
+@pytest.fixture
+def own_source(drawn: list[Scene], tmp_path: Path) -> Path:
+    """A small one that a test may spoil."""
+    write_reference_layout([replace(scene, split=None) for scene in drawn[:6]], tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_what_is_written(source: Path, drawn: list[Scene], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = quiet(source, out, shard_size=12)
+    splits = Counter(s.split for s in drawn)
+    assert {split: n["scenes"] for split, n in report.splits.items()} == splits
+    assert sum(n["objects"] for n in report.splits.values()) == sum(len(s.objects) for s in drawn)
+    assert sum(n["relations"] for n in report.splits.values()) == sum(len(s.relations) for s in drawn)
+    assert report.rejected == {} and (out / "rejected.jsonl").read_bytes() == b""
+    manifest = json.loads((out / "manifest.json").read_text())
+    index = json.loads((out / "index.json").read_text())
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    assert len(shards) == sum(-(-n // 12) for n in splits.values())
+    for shard in shards:
+        path = out / shard["name"]
+        assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert shard["bytes"] == path.stat().st_size and shard["scenes"] == len(index["shards"][shard["name"]]) <= 12
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        assert [m.name for m in members] == [
+            f"{row[0]}.{suffix}" for row in index["shards"][shard["name"]] for suffix in ("jpg", "json")
+        ]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
+    for name, digest in manifest["sha256"].items():
+        assert digest == hashlib.sha256((out / name).read_bytes()).hexdigest()
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the pack"
+
+
+def test_images_are_untouched(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    for i, key in enumerate(shards.keys):
+        assert shards.read(i).image == (source / "images" / f"{key}.jpg").read_bytes()
+
+
+def test_any_webdataset_reader_opens_the_shards(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    groups: dict[str, set[str]] = {}
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        for member in tar:
+            key, suffix = member.name.split(".", 1)
+            groups.setdefault(key, set()).add(suffix)
+    assert groups and set(map(frozenset, groups.values())) == {frozenset({"jpg", "json"})}
+
+
+def test_the_vocabulary_covers_the_classes_and_counts_training(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    words = Vocabulary.load(tmp_path / "out" / "vocabulary.json")
+    assert {"actions": words.actions, "objects": words.objects, "relations": words.relations} == vocabulary()
+    train = ShardSet(tmp_path / "out")
+    scenes = [train.read(i) for i in range(len(train))]
+    counts = {
+        "global": Counter(s.action for s in scenes),
+        "object": Counter(o.name for s in scenes for o in s.objects),
+        "relation": Counter(s.relation_text(k) for s in scenes for k in range(len(s.relations))),
+    }
+    for level, counter in counts.items():
+        assert words.train_counts(level) == [counter[text] for text in words.texts(level)]
+
+
+def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "a", shard_size=7)
+    first = contents(tmp_path / "a")
+    quiet(source, tmp_path / "a", shard_size=7)
+    assert contents(tmp_path / "a") == first
+    quiet(source, tmp_path / "b", shard_size=7, workers=2)
+    assert contents(tmp_path / "b") == first
+    quiet(source, tmp_path / "a", shard_size=100)
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert "train-000001.tar" not in names, "shards of the pack that was replaced are gone"
+
+
+def test_a_killed_run_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "undisturbed")
+    code = (
+        "import scenarioclip_fast.data.packing as p, os, signal, sys\n"
+        "write, n = p._ShardWriter.add, [0]\n"
+        "def add(self, item):\n"
+        "    write(self, item); n[0] += 1\n"
+        "    if n[0] == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "p._ShardWriter.add = add\n"
+        "p.pack(sys.argv[1], sys.argv[2], progress=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
+    quiet(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_two_runs_do_not_write_the_same_pack(source: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    stage = tmp_path / ".out.partial"
+    stage.mkdir()
+    lock = os.open(stage, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is packing into it"):
+        quiet(source, tmp_path / "out")
+    os.close(lock)
+    quiet(source, tmp_path / "out")
+
+
+def test_splits_follow_from_a_hash_of_the_key(drawn: list[Scene], tmp_path: Path) -> None:
+    bare = [replace(scene, split=None) for scene in drawn]
+    quiet(bare, tmp_path / "a", val=0.2, test=0.3)
+    quiet(bare[::-1][:25], tmp_path / "b", val=0.2, test=0.3)
+    split = {key: s for s in ("train", "val", "test") for key in ShardSet(tmp_path / "a", s).keys}
+    assert Counter(split.values()).keys() == {"train", "val", "test"}
+    for s in ("train", "val", "test"):
+        assert all(split[key] == s for key in ShardSet(tmp_path / "b", s).keys)
+    quiet(bare, tmp_path / "c", val=0.0, test=0.0)
+    assert len(ShardSet(tmp_path / "c")) == len(bare)
+    with pytest.raises(UserError, match="got shares val=0.7 and test=0.6"):
+        quiet(bare, tmp_path / "d", val=0.7, test=0.6)
+
+
+def test_scenes_in_memory_are_checked_too(drawn: list[Scene], tmp_path: Path) -> None:
+    first = replace(drawn[0], split="train")
+    spoiled = [
+        first,
+        replace(first, key="again/and/again"),
+        first,
+        replace(first, key="b", image=b"no image"),
+        replace(first, key="c", split="valid"),
+        replace(first, key="d", relations=[Relation(0, "near", 9), Relation(0, "near", 0)]),
+        replace(first, key="e", objects=[replace(o, mask=torch.zeros(3, 3) > 0) for o in first.objects]),
+    ]
+    report = quiet(spoiled, tmp_path / "out")
+    assert report.splits["train"]["scenes"] == 3
+    assert report.rejected == {
+        "bad_mask": len(first.objects),
+        "duplicate_id": 1,
+        "image_not_an_image": 1,
+        "malformed_entry": 1,
+        "relation_unknown_label": 1,
+        "relation_with_itself": 1,
+        "unsafe_id": 1,
+        **({"relation_without_mask": len(first.relations)} if first.relations else {}),
+    }
+
+
+def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Path, capsys: Any) -> None:
+    metadata = json.loads((own_source / "metadata.json").read_text())
+    keys = [entry["id"] for entry in metadata["data"]]
+    (own_source / "images" / f"{keys[0]}.jpg").unlink()
+    truncated = own_source / "images" / f"{keys[1]}.jpg"
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    metadata["data"][2]["objects"][0][1] = [0, 0, 9999, 20]
+    metadata["data"].append("nonsense")
+    (own_source / "metadata.json").write_text(json.dumps(metadata))
+    assert main(["pack", str(own_source), "--out", str(tmp_path / "out"), "--val", "0", "--test", "0"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(
+        rf"rejected: metadata.json: entry 0 \({keys[0]}\): missing_image: images/{keys[0]}.jpg", printed.err
+    )
+    assert re.search(r"^train +4 ", printed.out, re.MULTILINE) and "missing_image" in printed.out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = Counter(row["reason"] for row in rows)
+    assert {r: reasons[r] for r in ("missing_image", "image_truncated", "box_outside", "malformed_entry")} == {
+        "missing_image": 1,
+        "image_truncated": 1,
+        "box_outside": 1,
+        "malformed_entry": 1,
+    }
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["rejected"] == dict(sorted(reasons.items()))
+
+
+def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
+    for path in (own_source / "images").iterdir():
+        path.unlink()
+    out = tmp_path / "out"
+    assert main(["pack", str(own_source), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error:") and "no scene is left to pack: 6 missing_image" in error
+    assert not out.exists()
+    assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda d: None, "no such directory"),
+        (lambda d: d.mkdir(), "no metadata*.json in it"),
+        (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": []}')), "the data set is empty"),
+        (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": [')), "metadata.json: not readable as JSON"),
+    ],
+)
+def test_an_unusable_source_is_one_line(tmp_path: Path, capsys: Any, prepare: Any, message: str) -> None:
+    prepare(tmp_path / "set")
+    assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_peoples_files_are_safe(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"not a pack \(thesis\.tex\)"):
+        quiet(source, out)
+    quiet(source, out, force=True)
+    assert (out / "thesis.tex").read_text() == "years of work" and len(ShardSet(out)) > 0
+    with pytest.raises(UserError, match="is a file"):
+        quiet(source, out / "thesis.tex")
+
+
+def test_a_pack_of_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')
+    with pytest.raises(UserError, match="holds a pack of schema 7"):
+        quiet(source, tmp_path / "out")
+    quiet(source, tmp_path / "out", force=True)
+    assert len(ShardSet(tmp_path / "out")) > 0
+
+
+def test_a_failed_run_keeps_the_old_pack(source: Path, own_source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for path in (own_source / "images").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="no scene is left"):
+        quiet(own_source, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> None:
+    assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20", "--seed", "5"]) == 0
+    assert "metadata_train.json: 16 scenes" in capsys.readouterr().out
+    assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(ShardSet(tmp_path / "out")) == 16
+    assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20"]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--shard-size", "0"]) == 2
+
+
+def test_real_photos(photos: Path, tmp_path: Path) -> None:
+    report = quiet(photos, tmp_path / "out")
+    assert report.rejected == {}
+    assert [sum(n[what] for n in report.splits.values()) for what in ("scenes", "objects", "relations")] == [
+        128,
+        642,
+        343,
+    ]
+    assert report.vocabulary == {"global": 39, "object": 73, "relation": 289}
+    shards = ShardSet(tmp_path / "out")
+    for i in range(0, len(shards), 9):
+        scene = shards.read(i)
+        assert isinstance(scene.image, bytes)
+        assert scene.image == (photos / "images" / f"{scene.key}.jpg").read_bytes()
+        assert all(decode(o.mask).any() for o in scene.objects)  # type: ignore[arg-type]

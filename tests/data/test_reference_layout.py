@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data import Scene, load_reference
+from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection
+from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks, safe_key
+from scenarioclip_fast.errors import UserError
+
+HEIGHT, WIDTH = 40, 60
+BOXES = {"cat": [5, 5, 25, 25], "mat": [0, 20, 60, 40], "dog": [40, 2, 58, 30]}
+
+
+def jpeg(height: int = HEIGHT, width: int = WIDTH) -> bytes:
+    import simplejpeg
+
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    return bytes(simplejpeg.encode_jpeg(pixels))
+
+
+def box_mask(box: list[float]) -> np.ndarray:
+    x1, y1, x2, y2 = (int(v) for v in box)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+class DataSet:
+    """A good entry, a place to spoil it, and what came of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "images").mkdir()
+        (directory / "sam_results").mkdir()
+        self.image = directory / "images" / "a.jpg"
+        self.npz = directory / "sam_results" / "a_grounding_sam.npz"
+        self.image.write_bytes(jpeg())
+        self.entry: Any = {
+            "id": "a",
+            "image_path": "images/a.jpg",
+            "action": "Sitting ",
+            "objects": [[name, [float(v) for v in box]] for name, box in BOXES.items()],
+            "relations": [["r0.png", ["Cat", "on", "mat"]], ["r1.png", ["dog", "left  of", "cat"], ["negative"]]],
+        }
+        self.arrays: dict[str, Any] = {
+            "mask": np.stack([box_mask(box) for box in BOXES.values()])[:, None],
+            "score": np.ones((3, 1), np.float32),
+            "labels": np.array(list(BOXES)),
+        }
+        self.classes: Any = None
+
+    def load(self) -> tuple[list[Scene], list[Rejection]]:
+        if self.arrays and not self.npz.exists():
+            np.savez(self.npz, **self.arrays)
+        (self.directory / "metadata.json").write_text(json.dumps({"data": [self.entry]}))
+        if self.classes is not None:
+            (self.directory / "classes.json").write_text(json.dumps(self.classes))
+        rejected: list[Rejection] = []
+        return list(load_reference(self.directory, rejected.append)), rejected
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataSet:
+    return DataSet(tmp_path)
+
+
+def texts(scene: Scene) -> list[str]:
+    return [scene.relation_text(k) for k in range(len(scene.relations))]
+
+
+def test_a_good_entry(data: DataSet) -> None:
+    (scene,), rejected = data.load()
+    assert not rejected
+    assert (scene.key, scene.action, scene.split) == ("a", "sitting", None)
+    assert scene.image == data.image.read_bytes()
+    assert [(o.name, list(o.box)) for o in scene.objects] == [(n, [float(v) for v in b]) for n, b in BOXES.items()]
+    assert texts(scene) == ["cat on mat", "dog left of cat"]
+    for item in scene.objects:
+        assert isinstance(item.mask, Tensor)
+        assert torch.equal(item.mask, torch.from_numpy(box_mask(BOXES[item.name])))
+
+
+def test_the_best_candidate_counts(data: DataSet) -> None:
+    good = data.arrays["mask"]
+    data.arrays["mask"] = np.concatenate([~good, good, ~good], 1)
+    data.arrays["score"] = np.array([[0.1, 0.9, 0.2], [np.nan, 0.3, 0.1], [-2, -1, -3]], np.float32)
+    (scene,), rejected = data.load()
+    assert not rejected
+    assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
+
+
+def test_masks_in_another_order_go_by_their_labels(data: DataSet) -> None:
+    order = [2, 0, 1]
+    data.arrays["mask"] = np.asfortranarray(data.arrays["mask"][order])
+    data.arrays["labels"] = data.arrays["labels"][order]
+    (scene,), rejected = data.load()
+    assert not rejected
+    assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
+
+
+def test_the_nearest_pair_is_taken_where_labels_repeat(data: DataSet) -> None:
+    boxes = [[0, 0, 10, 10], [30, 0, 40, 10], [44, 0, 54, 10], [11, 0, 21, 10]]
+    names = ["cup", "plate", "cup", "cup"]  # distances to the plate: 30, 14, 19
+    data.entry["objects"] = [[n, b] for n, b in zip(names, boxes, strict=True)]
+    data.entry["relations"] = [["", ["cup", "beside", "plate"]], ["", ["cup", "beside", "cup"]]]
+    data.arrays = {
+        "mask": np.stack([box_mask(b) for b in boxes])[:, None],
+        "score": np.ones((4, 1)),
+        "labels": np.array(names),
+    }
+    (scene,), rejected = data.load()
+    assert not rejected
+    assert [(r.subject, r.object) for r in scene.relations] == [(2, 1), (0, 3)]
+
+
+def test_file_names_give_the_split(data: DataSet) -> None:
+    data.load()
+    rows = {}
+    for name in ("metadata_train.json", "metadata_val.json", "metadata_openpsg_test.json", "metadata_all.json"):
+        key = name.split(".")[0]
+        rows[key] = data.entry | {"id": key}
+        (data.directory / name).write_text(json.dumps({"data": [rows[key]]}))
+    (data.directory / "metadata.json").unlink()
+    rejected: list[Rejection] = []
+    splits = {s.key: s.split for s in load_reference(data.directory, rejected.append)}
+    assert splits == {
+        "metadata_train": "train",
+        "metadata_val": "val",
+        "metadata_openpsg_test": "test",
+        "metadata_all": None,
+    }
+    assert {r.reason for r in rejected} == {"missing_masks", "relation_without_mask"}
+
+
+def _entry(**change: Any) -> Callable[[DataSet], None]:
+    return lambda data: data.entry.update(change)
+
+
+def _object(i: int, value: Any) -> Callable[[DataSet], None]:
+    return lambda data: data.entry["objects"].__setitem__(i, value)
+
+
+def _relation(i: int, value: Any) -> Callable[[DataSet], None]:
+    return lambda data: data.entry["relations"].__setitem__(i, value)
+
+
+def _array(**change: Any) -> Callable[[DataSet], None]:
+    return lambda data: data.arrays.update(change)
+
+
+def _file(make: Callable[[DataSet], tuple[Path, bytes | None]]) -> Callable[[DataSet], None]:
+    def spoil(data: DataSet) -> None:
+        path, content = make(data)
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+
+    return spoil
+
+
+def _empty_mask(data: DataSet) -> None:
+    data.arrays["mask"][0] = False
+
+
+def _no_masks(data: DataSet) -> None:
+    data.arrays = {}
+
+
+def _classes(data: DataSet, **drop: str) -> None:
+    classes = {
+        "actions": ["sitting"],
+        "objects": list(BOXES),
+        "relations": ["cat on mat", "dog left of cat"],
+    }
+    data.classes = {level: [t for t in names if t != drop.get(level)] for level, names in classes.items()}
+
+
+WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
+    "not an object": ("malformed_entry", lambda data: setattr(data, "entry", ["a"])),
+    "no action": ("malformed_entry", lambda data: data.entry.pop("action")),
+    "empty action": ("malformed_entry", _entry(action="  ")),
+    "objects not a list": ("malformed_entry", _entry(objects={"cat": 1})),
+    "id is a bool": ("malformed_entry", _entry(id=True)),
+    "endless objects": ("malformed_entry", _entry(objects=[["cat", BOXES["cat"]]] * 2000)),
+    "id with a path": ("unsafe_id", _entry(id="../../a")),
+    "empty id": ("unsafe_id", _entry(id="")),
+    "long id": ("unsafe_id", _entry(id="a" * 91)),
+    "absolute image path": ("unsafe_path", _entry(image_path="/etc/passwd")),
+    "image path that leads out": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
+    "no image path": ("unsafe_path", _entry(image_path="")),
+    "no image": ("missing_image", _file(lambda data: (data.image, None))),
+    "image is a directory": ("missing_image", _entry(image_path="images")),
+    "image cut short": ("image_truncated", _file(lambda data: (data.image, data.image.read_bytes()[:-300]))),
+    "half an image with an end": (
+        "image_corrupt",
+        _file(lambda data: (data.image, data.image.read_bytes()[:-1500] + b"\xff\xd9")),
+    ),
+    "text for an image": ("image_not_an_image", _file(lambda data: (data.image, b"hello, I am a picture"))),
+    "empty image": ("image_not_an_image", _file(lambda data: (data.image, b""))),
+    "unknown action": ("unknown_action", lambda data: _classes(data, actions="sitting")),
+}
+
+# reason, what is left: names of objects, objects with a mask, relations
+IN_PART: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[DataSet], None]]] = {
+    "no npz": (["missing_masks", "relation_without_mask"], list(BOXES), [], [], _no_masks),
+    "masks of another size": (
+        ["bad_masks", "relation_without_mask"],
+        list(BOXES),
+        [],
+        [],
+        _array(mask=np.ones((3, 1, 40, 61), bool)),
+    ),
+    "too few masks": (
+        ["bad_masks", "relation_without_mask"],
+        list(BOXES),
+        [],
+        [],
+        _array(mask=np.ones((2, 1, HEIGHT, WIDTH), bool)),
+    ),
+    "labels of other things": (
+        ["bad_masks", "relation_without_mask"],
+        list(BOXES),
+        [],
+        [],
+        _array(labels=np.array(["cat", "mat", "cow"])),
+    ),
+    "empty mask": (
+        ["empty_mask", "relation_without_mask"],
+        list(BOXES),
+        ["mat", "dog"],
+        [],
+        _empty_mask,
+    ),
+    "box outside": (
+        ["box_outside", "relation_without_object"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", [40, 2, 62, 30]]),
+    ),
+    "box of no size": (
+        ["box_outside", "relation_without_object"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", [40, 2, 40, 30]]),
+    ),
+    "box that is not a number": (
+        ["box_outside", "relation_without_object"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", [float("nan"), 2, 50, 30]]),
+    ),
+    "box of three": (
+        ["malformed_object", "relation_unknown_label"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", [1, 2, 3]]),
+    ),
+    "box of words": (
+        ["malformed_object", "relation_unknown_label"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", ["1", "2", "3", "4"]]),
+    ),
+    "box beyond floats": (
+        ["malformed_object", "relation_unknown_label"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        _object(2, ["dog", [1, 2, 10**400, 4]]),
+    ),
+    "relation of an unknown label": (
+        ["relation_unknown_label"],
+        list(BOXES),
+        list(BOXES),
+        ["cat on mat"],
+        _relation(1, ["", ["dog", "near", "cow"]]),
+    ),
+    "relation with itself": (
+        ["relation_with_itself"],
+        list(BOXES),
+        list(BOXES),
+        ["cat on mat"],
+        _relation(1, ["", ["dog", "near", "dog"]]),
+    ),
+    "relation of two words": (
+        ["malformed_relation"],
+        list(BOXES),
+        list(BOXES),
+        ["cat on mat"],
+        _relation(1, ["", ["dog", "near"]]),
+    ),
+    "relation of a number": (["malformed_relation"], list(BOXES), list(BOXES), ["cat on mat"], _relation(1, 7)),
+    "unknown relation": (
+        ["unknown_relation"],
+        list(BOXES),
+        list(BOXES),
+        ["cat on mat"],
+        lambda data: _classes(data, relations="dog left of cat"),
+    ),
+    "unknown object": (
+        ["unknown_object", "relation_without_object"],
+        ["cat", "mat"],
+        ["cat", "mat"],
+        ["cat on mat"],
+        lambda data: _classes(data, objects="dog"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_SCENE)
+def test_a_bad_scene_is_rejected(data: DataSet, case: str) -> None:
+    reason, spoil = WHOLE_SCENE[case]
+    np.savez(data.npz, **data.arrays)
+    spoil(data)
+    scenes, rejected = data.load()
+    assert not scenes
+    (rejection,) = rejected
+    assert rejection.reason == reason and reason in REASONS
+    assert rejection.entry.startswith("metadata.json: entry 0")
+    assert rejection.detail and "\n" not in str(rejection) and len(str(rejection)) < 300
+
+
+@pytest.mark.parametrize("case", IN_PART)
+def test_what_is_sound_of_a_scene_is_kept(data: DataSet, case: str) -> None:
+    reasons, names, masked, relations, spoil = IN_PART[case]
+    spoil(data)
+    (scene,), rejected = data.load()
+    assert sorted({r.reason for r in rejected}) == sorted(reasons)
+    assert all(r.entry.startswith("metadata.json: entry 0 (a)") and r.detail for r in rejected)
+    assert [o.name for o in scene.objects] == names
+    assert [o.name for o in scene.objects if o.mask is not None] == masked
+    assert texts(scene) == relations
+
+
+def test_boxes_rounded_outwards_are_clipped(data: DataSet) -> None:
+    data.entry["objects"][1][1] = [-0.5, 20, 60.9, 40.4]
+    (scene,), rejected = data.load()
+    assert not rejected and scene.objects[1].box == (0, 20, 60, 40)
+
+
+def test_duplicate_ids(data: DataSet) -> None:
+    data.load()
+    (data.directory / "metadata.json").write_text(json.dumps({"data": [data.entry, data.entry]}))
+    rejected: list[Rejection] = []
+    assert len(list(load_reference(data.directory, rejected.append))) == 1
+    assert [(r.entry, r.reason) for r in rejected] == [("metadata.json: entry 1 (a)", "duplicate_id")]
+
+
+def test_rejections_are_logged_where_nobody_asks(data: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+    data.load()
+    data.image.unlink()
+    assert list(load_reference(data.directory)) == []
+    assert "metadata.json: entry 0 (a): missing_image" in caplog.text
+
+
+def test_unusable_directories(tmp_path: Path) -> None:
+    def message() -> str:
+        with pytest.raises(UserError) as error:
+            load_reference(tmp_path / "set")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "set: no such directory" in message()
+    (tmp_path / "set").mkdir()
+    assert "no metadata*.json" in message()
+    metadata = tmp_path / "set" / "metadata.json"
+    for content, expected in {
+        '{"data": [': "metadata.json: not readable as JSON",
+        "[]": 'metadata.json: got [], expected {"data": [entries]}',
+        '{"data": {}}': "metadata.json: got {",
+        '{"data": []}': "the data set is empty",
+        "[" * 100_000: "metadata.json: not readable as JSON",
+        "\udcff": "metadata.json: not readable as JSON",
+    }.items():
+        metadata.write_text(content, errors="surrogateescape")
+        assert expected in message()
+    metadata.write_text('{"data": [{}]}')
+    (tmp_path / "set" / "classes.json").write_text('{"actions": []}')
+    assert "classes.json: expected" in message()
+
+
+def test_ids_become_safe_file_names() -> None:
+    assert safe_key("COCO_train2014_000000001.jpg") == "COCO_train2014_000000001_jpg"
+    assert safe_key("a b..é") == "a_b___"
+    for bad in ("a/b", "a\\b", "", "a\nb", "a\0b"):
+        with pytest.raises(BadEntry):
+            safe_key(bad)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def _npz(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
+    pickled = _npy_header((1,), "|O") + pickle.dumps(np.array([_Bomb()], dtype=object))
+    good = _npy(np.ones((1, 1, 4, 4), bool))
+    with pytest.raises(ValueError, match="got mask of type object, expected bool"):
+        read_masks(_npz(tmp_path / "a.npz", mask=pickled), ["cat"], (4, 4))
+    with pytest.raises(ValueError, match="got score of type object"):
+        read_masks(_npz(tmp_path / "b.npz", mask=good, score=pickled), ["cat"], (4, 4))
+    # Labels are of use only where rows are out of order: pickled ones are passed over, unread.
+    (mask,) = read_masks(_npz(tmp_path / "c.npz", mask=good, labels=pickled), ["cat"], (4, 4))
+    assert mask.all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 1 << 15, 1 << 16), "expected at most"),
+        ((1, 1 << 40, 4, 4), "expected at most"),
+        ((1, 1, 4, -4), "expected"),
+        ((1, 64, 4, 4), "ends after 0 of"),
+    ],
+)
+def test_memory_is_not_asked_for_before_the_header_is_checked(
+    tmp_path: Path, shape: tuple[int, ...], message: str
+) -> None:
+    assert MAX_MASK_BYTES <= 1 << 30
+    path = _npz(tmp_path / "a.npz", mask=_npy_header(shape, "|b1"))
+    with pytest.raises(ValueError, match=message):
+        read_masks(path, ["cat"], (4, 4))
+
+
+def test_damaged_npz_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, mask=np.random.default_rng(0).random((2, 1, 40, 40)) > 0.5)
+    whole = path.read_bytes()
+    assert len(list(read_masks(path, ["cat", "dog"], (40, 40)))) == 2
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        broken = bytearray(whole)
+        at = int(rng.integers(len(whole)))
+        broken[at : at + 8] = rng.bytes(8)
+        cut = int(rng.integers(len(whole))) if rng.random() < 0.5 else len(whole)
+        path.write_bytes(bytes(broken[:cut]))
+        try:
+            masks = list(read_masks(path, ["cat", "dog"], (40, 40)))
+        except ValueError as error:
+            assert str(error)
+        else:
+            assert all(m.shape == (40, 40) for m in masks)
+    with pytest.raises(FileNotFoundError):
+        read_masks(tmp_path / "none.npz", ["cat"], (4, 4))
+
+
+def test_real_photos(photos: Path) -> None:
+    rejected: list[Rejection] = []
+    scenes = list(load_reference(photos, rejected.append))
+    assert not rejected
+    counts = (len(scenes), sum(len(s.objects) for s in scenes), sum(len(s.relations) for s in scenes))
+    assert counts == (128, 642, 343)
+    classes = json.loads((photos / "classes.json").read_text())
+    assert sorted({s.action for s in scenes}) == classes["actions"]
+    assert sorted({o.name for s in scenes for o in s.objects}) == classes["objects"]
+    assert sorted({t for s in scenes for t in texts(s)}) == classes["relations"]
+    for scene in scenes[:20]:
+        for item in scene.objects:
+            assert isinstance(item.mask, Tensor)
+            rows, columns = np.nonzero(item.mask.numpy())
+            found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            # The box is that of a polygon, whose thin tips cover no pixel's centre: one side may be off by more.
+            assert np.median(np.abs(np.subtract(found, item.box))) <= 1

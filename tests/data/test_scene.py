@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scenarioclip_fast.data import Relation, Scene, SceneObject
+from scenarioclip_fast.data.rle import decode, encode
+from scenarioclip_fast.data.scene import scene_from_json, scene_to_json
+
+
+def example() -> Scene:
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1:3, 2:5] = True
+    objects = [SceneObject("cat", (2.0, 1.0, 5.0, 3.0), encode(mask)), SceneObject("mat", (0.0, 0.5, 6.0, 4.0))]
+    return Scene("a", b"jpeg", "sitting", objects, [Relation(0, "on", 1), Relation(1, "under", 0)])
+
+
+def test_relation_text() -> None:
+    assert [example().relation_text(k) for k in range(2)] == ["cat on mat", "mat under cat"]
+
+
+def test_json_round_trip() -> None:
+    scene = example()
+    record = json.loads(json.dumps(scene_to_json(scene, (4, 6))))
+    back = scene_from_json("a", b"jpeg", record)
+    assert (back.key, back.image, back.action, back.relations) == ("a", b"jpeg", "sitting", scene.relations)
+    assert [(o.name, o.box) for o in back.objects] == [(o.name, o.box) for o in scene.objects]
+    assert back.objects[1].mask is None
+    assert int(decode(back.objects[0].mask).sum()) == 6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "got schema 2, expected 1"),
+        ({"size": [4]}, "malformed record"),
+        ({"objects": [{"name": "cat"}]}, "malformed record"),
+        ({"objects": [{"name": "cat", "box": [0, 0, 1], "mask": None}]}, "malformed record"),
+        ({"size": [4, 7]}, "differs from the image's"),
+        ({"relations": [{"subject": 0, "predicate": "on", "object": 2}]}, "not among its 2 objects"),
+        ({"relations": [{"subject": -1, "predicate": "on", "object": 0}]}, "not among its 2 objects"),
+        ({"action": None, "objects": None}, "malformed record"),
+    ],
+)
+def test_a_bad_record_is_refused(change: dict[str, object], message: str) -> None:
+    record = scene_to_json(example(), (4, 6)) | change
+    with pytest.raises(ValueError, match=message):
+        scene_from_json("a", b"", record)
+
+
+def test_a_record_must_be_an_object() -> None:
+    with pytest.raises(ValueError, match="got schema None, expected 1"):
+        scene_from_json("a", b"", [])  # type: ignore[arg-type]

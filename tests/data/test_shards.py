@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from scenarioclip_fast.data import BadSample, Scene, ShardSet, generate_scenes, pack
+from scenarioclip_fast.data.rle import decode
+from scenarioclip_fast.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Scene]:
+    return {scene.key: scene for scene in generate_scenes(30, seed=7)}
+
+
+@pytest.fixture
+def packed(drawn: dict[str, Scene], tmp_path: Path) -> Path:
+    pack(list(drawn.values()), tmp_path / "pack", shard_size=10, progress=False)
+    return tmp_path / "pack"
+
+
+def test_scenes_come_back(packed: Path, drawn: dict[str, Scene]) -> None:
+    keys = []
+    for split in ("train", "val", "test"):
+        shards = ShardSet(packed, split)
+        assert len(shards) == len(shards.keys) == shards.manifest["splits"][split]["scenes"]
+        keys += shards.keys
+        for i, key in enumerate(shards.keys):
+            scene, original = shards.read(i), drawn[key]
+            assert (scene.key, scene.split, scene.action) == (key, original.split, original.action)
+            assert scene.split == split and scene.relations == original.relations
+            assert [(o.name, o.box) for o in scene.objects] == [(o.name, o.box) for o in original.objects]
+            for item, other in zip(scene.objects, original.objects, strict=True):
+                assert torch.equal(decode(item.mask), other.mask)  # type: ignore[arg-type]
+    assert sorted(keys) == sorted(drawn)
+
+
+def test_offsets_are_those_of_the_tar(packed: Path) -> None:
+    shards = ShardSet(packed)
+    name = shards.manifest["splits"]["train"]["shards"][0]["name"]
+    with tarfile.open(packed / name) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    for i, key in enumerate(shards.keys[:10]):
+        assert shards.read(i).image == members[f"{key}.jpg"]
+
+
+def test_threads_and_copies_may_read(packed: Path) -> None:
+    shards = ShardSet(packed)
+    expected = [shards.read(i).image for i in range(len(shards))]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: shards.read(i).image, range(len(shards)))) == expected
+    copy = pickle.loads(pickle.dumps(shards))
+    shards.close()
+    assert [copy.read(i).image for i in range(len(copy))] == expected
+    assert shards.read(0).image == expected[0], "a closed set opens its files again"
+    assert copy.vocabulary == shards.vocabulary
+
+
+def test_a_shard_cut_short(packed: Path) -> None:
+    shards = ShardSet(packed)
+    path = packed / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(BadSample) as error:
+        shards.read(9)
+    assert (error.value.key, error.value.reason) == (shards.keys[9], "short_shard")
+    assert shards.read(10).key == shards.keys[10], "other shards still serve"
+
+
+def test_a_shard_that_vanished(packed: Path) -> None:
+    (packed / "train-000000.tar").unlink()
+    with pytest.raises(BadSample, match=r"unreadable_shard: train-000000\.tar: No such file"):
+        ShardSet(packed).read(0)
+
+
+def test_a_record_that_is_damaged(packed: Path) -> None:
+    shards = ShardSet(packed)
+    index = json.loads((packed / "index.json").read_text())["shards"]["train-000000.tar"]
+    path = packed / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[index[3][3] : index[3][3] + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(BadSample) as error:
+        shards.read(3)
+    assert error.value.reason == "bad_json"
+    assert pickle.loads(pickle.dumps(error.value)).detail == error.value.detail
+
+
+def test_unusable_directories(packed: Path, tmp_path: Path) -> None:
+    for directory, split, message in (
+        (tmp_path / "none", "train", "no such directory"),
+        (tmp_path, "train", "manifest.json: no such file"),
+        (packed, "valid", "split: got 'valid', expected one of train, val, test"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ShardSet(directory, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", "manifest.json: not readable"),
+        ("manifest.json", '{"schema": 2}', "got schema 2, expected 1"),
+        ("manifest.json", '{"schema": 1}', "malformed index"),
+        ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
+        (
+            "manifest.json",
+            '{"schema": 1, "splits": {"train": {"shards": [{"name": "../x.tar"}]}}}',
+            "leads out of the directory",
+        ),
+    ],
+)
+def test_malformed_files(packed: Path, name: str, content: str, message: str) -> None:
+    (packed / name).write_text(content)
+    if "leads" in message:
+        (packed / "index.json").write_text('{"schema": 1, "shards": {"../x.tar": []}}')
+    with pytest.raises(UserError, match=message):
+        ShardSet(packed)
