@@ -163,7 +163,7 @@ def test_splits_follow_from_a_hash_of_the_key(drawn: list[Scene], tmp_path: Path
         assert all(split[key] == s for key in ShardSet(tmp_path / "b", s).keys)
     quiet(bare, tmp_path / "c", val=0.0, test=0.0)
     assert len(ShardSet(tmp_path / "c")) == len(bare)
-    with pytest.raises(UserError, match="got shares val=0.7 and test=0.6"):
+    with pytest.raises(UserError, match=r"got shares val=0\.7 and test=0\.6"):
         quiet(bare, tmp_path / "d", val=0.7, test=0.6)
 
 
@@ -203,9 +203,7 @@ def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Pat
     (own_source / "metadata.json").write_text(json.dumps(metadata))
     assert main(["pack", str(own_source), "--out", str(tmp_path / "out"), "--val", "0", "--test", "0"]) == 0
     printed = capsys.readouterr()
-    assert re.search(
-        rf"rejected: metadata.json: entry 0 \({keys[0]}\): missing_image: images/{keys[0]}.jpg", printed.err
-    )
+    assert f"rejected: metadata.json: entry 0 ({keys[0]}): missing_image: images/{keys[0]}.jpg" in printed.err
     assert re.search(r"^train +4 ", printed.out, re.MULTILINE) and "missing_image" in printed.out
     rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = Counter(row["reason"] for row in rows)
@@ -280,9 +278,9 @@ def test_a_failed_run_keeps_the_old_pack(source: Path, own_source: Path, tmp_pat
 
 def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> None:
     assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20", "--seed", "5"]) == 0
-    assert "metadata_train.json: 16 scenes" in capsys.readouterr().out
+    assert "metadata_train.json: 15 scenes" in capsys.readouterr().out
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert len(ShardSet(tmp_path / "out")) == 16
+    assert len(ShardSet(tmp_path / "out")) == 15
     assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20"]) == 2
     assert "not an empty directory" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--shard-size", "0"]) == 2
@@ -291,11 +289,8 @@ def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> Non
 def test_real_photos(photos: Path, tmp_path: Path) -> None:
     report = quiet(photos, tmp_path / "out")
     assert report.rejected == {}
-    assert [sum(n[what] for n in report.splits.values()) for what in ("scenes", "objects", "relations")] == [
-        128,
-        642,
-        343,
-    ]
+    totals = {what: sum(n[what] for n in report.splits.values()) for what in ("scenes", "objects", "relations")}
+    assert totals == {"scenes": 128, "objects": 642, "relations": 343}
     assert report.vocabulary == {"global": 39, "object": 73, "relation": 289}
     shards = ShardSet(tmp_path / "out")
     for i in range(0, len(shards), 9):

@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def jpeg(height: int = HEIGHT, width: int = WIDTH) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels))
 
 
-def box_mask(box: list[float]) -> np.ndarray:
+def box_mask(box: Sequence[float]) -> np.ndarray:
     x1, y1, x2, y2 = (int(v) for v in box)
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[y1:y2, x1:x2] = True
@@ -490,10 +490,10 @@ def test_real_photos(photos: Path) -> None:
     assert sorted({s.action for s in scenes}) == classes["actions"]
     assert sorted({o.name for s in scenes for o in s.objects}) == classes["objects"]
     assert sorted({t for s in scenes for t in texts(s)}) == classes["relations"]
-    for scene in scenes[:20]:
-        for item in scene.objects:
-            assert isinstance(item.mask, Tensor)
-            rows, columns = np.nonzero(item.mask.numpy())
-            found = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            # The box is that of a polygon, whose thin tips cover no pixel's centre: one side may be off by more.
-            assert np.median(np.abs(np.subtract(found, item.box))) <= 1
+    off = []
+    for item in (item for scene in scenes for item in scene.objects):
+        assert isinstance(item.mask, Tensor)
+        rows, columns = np.nonzero(item.mask.numpy())
+        off.append(np.subtract((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), item.box))
+    # A box is that of a polygon, whose thin tips cover no pixel's centre; most sides agree to the pixel all the same.
+    assert np.median(np.abs(off)) < 0.5 and (np.abs(off) < 1).mean() > 0.9
