@@ -1,9 +1,10 @@
 // Checks and allocation for kernels/views.
+#include "kernels/views/views.h"
+
 #include <limits>
 #include <vector>
 
 #include "check.h"
-#include "kernels/views/views.h"
 #include "parallel.h"
 
 namespace scf {

@@ -15,9 +15,7 @@ namespace {
 
 using Runs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-std::string rle_compress(const Runs& runs) {
-  return scf::rle_compress(runs.data(), runs.size());
-}
+std::string rle_compress(const Runs& runs) { return scf::rle_compress(runs.data(), runs.size()); }
 
 py::array_t<int64_t> rle_decompress(const py::bytes& counts) {
   const std::string_view text = counts;

@@ -65,7 +65,8 @@ struct Centre {
 
 SCF_HD Centre centre_of(const MaskSums& sums) {
   const double area = static_cast<double>(sums.area);
-  return {static_cast<float>(static_cast<double>(sums.x) / area), static_cast<float>(static_cast<double>(sums.y) / area)};
+  return {static_cast<float>(static_cast<double>(sums.x) / area),
+          static_cast<float>(static_cast<double>(sums.y) / area)};
 }
 
 SCF_HD int64_t sum_of_range(int64_t begin, int64_t end) { return (begin + end - 1) * (end - begin) / 2; }
@@ -134,11 +135,14 @@ SCF_HD Tap tap_of(const Axis& axis, int64_t i) {
   const double low = tap.centre - 2 * tap.stretch + 0.5;
   const double high = tap.centre + 2 * tap.stretch + 0.5;
   tap.low = low < 0 ? 0 : static_cast<int>(low);
-  tap.count = (high > static_cast<double>(axis.source) ? static_cast<int>(axis.source) : static_cast<int>(high)) - tap.low;
+  tap.count =
+      (high > static_cast<double>(axis.source) ? static_cast<int>(axis.source) : static_cast<int>(high)) - tap.low;
   return tap;
 }
 
-SCF_HD double tap_weight(const Tap& tap, int k) { return bicubic((k + tap.low - tap.centre + 0.5) * (1 / tap.stretch)); }
+SCF_HD double tap_weight(const Tap& tap, int k) {
+  return bicubic((k + tap.low - tap.centre + 0.5) * (1 / tap.stretch));
+}
 
 SCF_HD int32_t fixed_weight(double weight, double total) {
   const double scaled = weight / total * (1 << kResizeBits);
@@ -155,7 +159,9 @@ SCF_HD float clamp_unit(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
 
 SCF_HD float grey_of(float red, float green, float blue) { return 0.2989f * red + 0.587f * green + 0.114f * blue; }
 
-SCF_HD float blend(float colour, float other, float factor) { return clamp_unit(factor * colour + (1 - factor) * other); }
+SCF_HD float blend(float colour, float other, float factor) {
+  return clamp_unit(factor * colour + (1 - factor) * other);
+}
 
 SCF_HD float hue_channel(float value, float chroma, float sextant) {
   sextant -= 6 * static_cast<float>(static_cast<int>(sextant * (1.0f / 6)));

@@ -221,7 +221,7 @@ def composite(
         inside[box] = image[box]
         image = inside
     elif view[KIND] == RELATION:
-        image = focused_region(image, *masks, sigma, weights, colours)
+        image = focused_region(image, masks[0], masks[1], sigma, weights, colours)
     x1, y1, x2, y2 = view[X1], view[Y1], view[X2], view[Y2]
     window = image.new_zeros(y2 - y1, x2 - x1, 3)
     top, bottom, left, right = max(y1, 0), min(y2, height), max(x1, 0), min(x2, width)

@@ -1,5 +1,6 @@
-// One thread takes an image with all its views: the image and its blurred copy stay in that core's cache. A view is made
-// row by row: the composite of a source row (never of the whole picture), its horizontal resize, then the vertical one.
+// One thread takes an image with all its views: the image and its blurred copy stay in that core's cache. A view is
+// made row by row: the composite of a source row (never of the whole picture), its horizontal resize, then the vertical
+// one.
 //
 // Rows in the making are RGBX, four bytes a pixel, so that two pixels fill a vector of eight 32-bit lanes.
 #include <algorithm>
@@ -152,7 +153,8 @@ class Focus {
     for (; i + 4 <= span.end; i += 4) {
       uint32_t any;
       std::memcpy(&any, masks + i, sizeof any);
-      if (any != 0) narrow(blend(i, masks, image_rgbx, out_rgbx), blend(i + 2, masks, image_rgbx, out_rgbx), out_rgbx + 4 * i);
+      if (any != 0)
+        narrow(blend(i, masks, image_rgbx, out_rgbx), blend(i + 2, masks, image_rgbx, out_rgbx), out_rgbx + 4 * i);
     }
     for (; i < span.end; ++i) {
       if (masks[i] == 0) continue;

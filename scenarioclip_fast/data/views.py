@@ -19,7 +19,7 @@ from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, 
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
 
-# The reference's augmentation (method.md of the paper's code): probability, then +- ranges.
+# The augmentation of the published code.
 _AREA, _RATIO, _TRIES = (0.8, 1.0), (3 / 4, 4 / 3), 10
 _COLOUR_PROBABILITY = 0.2
 _COLOUR_RANGE = {  # brightness, contrast, saturation, hue
@@ -72,8 +72,7 @@ class Views:
 
     def select(self, index: Tensor) -> Views:
         """The views at `index` (int64 or bool [V]), with all masks."""
-        per_view = [t[index] for t in self.tensors[:7]]
-        return Views(*per_view, self.mask_runs, self.mask_start, self.mask_size)
+        return Views(*[t[index] for t in self.tensors[:7]], *self.tensors[7:])
 
     @staticmethod
     def of_scenes(
@@ -147,24 +146,14 @@ class Views:
             stretch |= whole
             augment = _random_augment(draws[:, :8], kind)
         runs, start, size = masks.arrays()
-        arrays = (
-            kind,
-            image,
-            source.astype(np.int32),
-            stretch,
-            box,
-            mask,
-            augment,
-            runs,
-            start,
-            size,
-        )
+        arrays = (kind, image, source.astype(np.int32), stretch, box, mask, augment, runs, start, size)
         return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 
     def describe(self, v: int) -> str:
         """A view's name for messages: "view 7 (relation, image 2)"."""
         kind = int(self.kind[v])
-        return f"view {v} ({KIND_NAMES[kind] if 0 <= kind < len(KIND_NAMES) else f'kind {kind}'}, image {int(self.image[v])})"
+        name = KIND_NAMES[kind] if 0 <= kind < len(KIND_NAMES) else f"kind {kind}"
+        return f"view {v} ({name}, image {int(self.image[v])})"
 
 
 class _MaskTable:
@@ -259,7 +248,7 @@ def pixel_box(
 
 def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which boxes hold no pixel."""
-    return (box[:, 2:] <= box[:, :2]).any(1)
+    return np.any(box[:, 2:] <= box[:, :2], axis=1)
 
 
 def _crop_window(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import resolve
@@ -231,9 +231,9 @@ def plan_views(
     views = Views(*(t.cpu() for t in tensors))
     _check_arrays(views)
 
-    def refuse(bad: NDArray[np.bool_], message: Callable[[int], str]) -> None:
-        if bad.any():
-            v = int(bad.argmax())
+    def refuse(bad: ArrayLike, message: Callable[[int], str]) -> None:  # bad: bool [V]
+        if np.any(bad):
+            v = int(np.argmax(bad))
             raise ValueError(f"{views.describe(v)}: {message(v)}")
 
     kind, image = views.kind.numpy(), views.image.numpy()
@@ -242,13 +242,12 @@ def plan_views(
     wrong = np.array([not _is_picture(i) for i in images], bool)
     refuse(
         wrong[image],
-        lambda v: f"got an image {images[image[v]].dtype} {list(images[image[v]].shape)}, "
-        "expected uint8 [H, W, 3] with H, W > 0",
+        lambda v: (
+            f"got an image {images[image[v]].dtype} {list(images[image[v]].shape)}, "
+            "expected uint8 [H, W, 3] with H, W > 0"
+        ),
     )
-    if not len(views):
-        shapes = np.zeros((0, 2), np.int64)
-    else:
-        shapes = np.array([i.shape[:2] for i in images], np.int64)[image]
+    shapes = np.array([i.shape[:2] for i in images], np.int64).reshape(-1, 2)[image]
     height, width = shapes[:, 0], shapes[:, 1]
 
     source = views.source.numpy().astype(np.int64)
@@ -259,7 +258,7 @@ def plan_views(
     inside = np.concatenate([source[:, :2].clip(0), np.minimum(source[:, 2:], shapes[:, ::-1])], axis=1)
     refuse(
         is_empty(inside),
-        lambda v: f"got source window {source[v].tolist()}, expected one that overlaps the image of {width[v]} x {height[v]}",
+        lambda v: f"got source window {source[v].tolist()}, expected one that overlaps the image of {_size(shapes[v])}",
     )
 
     box = np.zeros_like(source)
@@ -267,34 +266,33 @@ def plan_views(
     box[masked] = pixel_box(views.box.numpy()[masked], height[masked], width[masked])
     refuse(
         masked & is_empty(box),
-        lambda v: f"got box {views.box[v].tolist()}, expected one that overlaps the image of {width[v]} x {height[v]}",
+        lambda v: f"got box {views.box[v].tolist()}, expected one that overlaps the image of {_size(shapes[v])}",
     )
 
-    mask, count = views.mask.numpy(), len(views.mask_size)
-    relation = kind == reference.RELATION
-    refuse(
-        relation & ((mask < 0) | (mask >= count)).any(1),
-        lambda v: f"got masks {mask[v].tolist()}, expected two of {count}",
-    )
+    relation, count = kind == reference.RELATION, len(views.mask_size)
+    mask = np.where(relation[:, None], views.mask.numpy(), -1)
+    missing = relation[:, None] & ((mask < 0) | (mask >= count))
+    refuse(missing.any(1), lambda v: f"got masks {mask[v].tolist()}, expected two of {count}")
+    # A mask -1 reads the last entry of these, which stands for a good mask.
+    mask_sizes = np.concatenate([views.mask_size.numpy(), np.zeros((1, 2), np.int32)])
     areas, well_formed = _mask_areas(views)
-    mask_sizes = views.mask_size.numpy()
-    for side in (0, 1):
-        rows = np.where(relation, mask[:, side], 0)
-        if not relation.any():
-            break
+
+    def check_masks(rows: NDArray[np.int64]) -> None:
         refuse(
-            relation & (mask_sizes[rows] != shapes).any(1),
-            lambda v, rows=rows: f"got a mask of {mask_sizes[rows[v]].tolist()}, expected {shapes[v].tolist()} "
-            "(height, width) like the image",
+            (rows >= 0) & (mask_sizes[rows] != shapes).any(1),
+            lambda v: f"got a mask of {_size(mask_sizes[rows[v]])}, expected {_size(shapes[v])} like the image",
         )
         refuse(
-            relation & ~well_formed[rows],
-            lambda v, rows=rows: f"the runs of mask {rows[v]} do not cover its {mask_sizes[rows[v]].tolist()} pixels",
+            ~well_formed[rows],
+            lambda v: f"the runs of mask {rows[v]} do not cover its {_size(mask_sizes[rows[v]])} pixels",
         )
         refuse(
-            relation & (areas[rows] == 0),
-            lambda v, rows=rows: f"mask {rows[v]} is empty, expected at least one pixel: it has no centre of mass",
+            areas[rows] == 0,
+            lambda v: f"mask {rows[v]} is empty, expected at least one pixel: it has no centre of mass",
         )
+
+    check_masks(mask[:, 0])
+    check_masks(mask[:, 1])
 
     # Short side to `size`, the long side cut off (not rounded) to whole pixels, then the middle, halves to even:
     # what Pillow and torchvision do.
@@ -305,8 +303,10 @@ def plan_views(
     resized[whole] = size
     refuse(
         (resized >= 1 << 30).any(1),
-        lambda v: f"got source window {source[v].tolist()}, expected one that is not so narrow: it becomes "
-        f"{resized[v].tolist()} pixels",
+        lambda v: (
+            f"got source window {source[v].tolist()}, expected one that is not so narrow: it becomes "
+            f"{resized[v].tolist()} pixels"
+        ),
     )
     spare = resized - size
     corner = spare // 2 + ((spare % 4) == 3)
@@ -320,19 +320,22 @@ def _is_picture(image: Tensor) -> bool:
     return image.dtype == torch.uint8 and image.dim() == 3 and image.shape[2] == 3 and image.numel() > 0
 
 
-def _mask_areas(views: Views) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The number of set pixels of each mask, and whether its runs cover the mask exactly."""
-    runs, start = views.mask_runs.numpy().astype(np.int64), views.mask_start.numpy()
-    total = np.concatenate([[0], np.cumsum(runs)])
-    position = np.arange(len(runs)) - np.repeat(start[:-1], np.diff(start))
-    ones = np.concatenate([[0], np.cumsum(runs * (position % 2))])
-    negative = np.concatenate([[0], np.cumsum(runs < 0)])
+def _size(height_width: NDArray[Any]) -> str:
+    return f"{height_width[1]} x {height_width[0]}"
 
-    def per_mask(sums: NDArray[np.int64]) -> NDArray[np.int64]:
-        return sums[start[1:]] - sums[start[:-1]]
+
+def _mask_areas(views: Views) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # [M + 1], [M + 1]
+    """The number of set pixels of each mask, and whether its runs cover it exactly; then an entry for no mask."""
+    runs, start = views.mask_runs.numpy().astype(np.int64), views.mask_start.numpy()
+    position = np.arange(len(runs)) - np.repeat(start[:-1], np.diff(start))
+
+    def per_mask(values: NDArray[Any]) -> NDArray[np.int64]:
+        total = np.concatenate([[0], np.cumsum(values)])
+        return total[start[1:]] - total[start[:-1]]
 
     pixels = views.mask_size.numpy().astype(np.int64).prod(1)
-    return per_mask(ones), (per_mask(total) == pixels) & (per_mask(negative) == 0)
+    well_formed = (per_mask(runs) == pixels) & (per_mask(runs < 0) == 0)
+    return np.append(per_mask(runs * (position % 2)), 1), np.append(well_formed, True)
 
 
 def _check_arrays(views: Views) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenarioclip_fast.kernels.views import reference
 from torch import Tensor
 
 import scenarioclip_fast.ops.views as views_module
@@ -20,7 +21,6 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.views import Views, pixel_box
-from scenarioclip_fast.kernels.views import reference
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, focused_region, render_views
 
 Image = pytest.importorskip("PIL.Image")
@@ -105,7 +105,9 @@ def assert_close(got: np.ndarray, expected: np.ndarray, what: str = "", share: f
     assert (difference <= 1 + 1e-3).mean() >= share if difference.size else True, what
 
 
-def scene(image: np.ndarray, boxes: Sequence[tuple[float, ...]] = (), masks: Sequence[np.ndarray] = (), key: str = "s") -> Scene:
+def scene(
+    image: np.ndarray, boxes: Sequence[tuple[float, ...]] = (), masks: Sequence[np.ndarray] = (), key: str = "s"
+) -> Scene:
     objects = [SceneObject("thing", tuple(box), None) for box in boxes]  # type: ignore[arg-type]
     objects += [SceneObject("shape", (0, 0, 1, 1), torch.from_numpy(m)) for m in masks]
     relations = [Relation(k, "on", k + 1) for k in range(len(boxes), len(objects) - 1)]
@@ -198,7 +200,12 @@ def photo_regions() -> list[tuple[str, Any, str, tuple[int, int]]]:
             if not (PHOTOS / path).exists():
                 continue
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-            pairs = [(i, j) for i, a in enumerate(names) for j, b in enumerate(names) if a == subject and b == other and i != j]
+            pairs = [
+                (i, j)
+                for i, a in enumerate(names)
+                for j, b in enumerate(names)
+                if a == subject and b == other and i != j
+            ]
             nearest = min(pairs, key=lambda p: float(np.linalg.norm(centre[p[0]] - centre[p[1]])))
             found.append((path, entry, entry["image_path"], nearest))
     return found
@@ -324,8 +331,19 @@ def test_cpu_equals_the_law(train: bool, object_view: str) -> None:
         assert (difference < 0.02).double().mean() >= 0.99
 
 
-@pytest.mark.parametrize("change", [(1.2, 1, 1, 0, 0), (1, 0.8, 1, 0, 0), (1, 1, 1.2, 0, 0), (1, 1, 1, -0.04, 0),
-                                    (0.9, 1.1, 0.85, 0.05, 0), (1, 1, 1, 0, 0.1), (1, 1, 1, 0, 1.5), (1.1, 1.2, 0.9, 0.02, 0.7)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        (1.2, 1, 1, 0, 0),
+        (1, 0.8, 1, 0, 0),
+        (1, 1, 1.2, 0, 0),
+        (1, 1, 1, -0.04, 0),
+        (0.9, 1.1, 0.85, 0.05, 0),
+        (1, 1, 1, 0, 0.1),
+        (1, 1, 1, 0, 1.5),
+        (1.1, 1.2, 0.9, 0.02, 0.7),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_augmentation(change: tuple[float, ...], size: int, backend: str) -> None:
     """Against the same steps written with Pillow's and SciPy's own tools in float64."""
@@ -402,7 +420,9 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
     image = drawn.image
 
     def both(image: Tensor, views: Views, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return render_views([image], views, size=8, backend=backend) + 1, focused_region(image, mask, mask, backend=backend)
+        return render_views([image], views, size=8, backend=backend) + 1, focused_region(
+            image, mask, mask, backend=backend
+        )
 
     mask = torch.from_numpy(blob(30, 40, 1))
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
@@ -416,8 +436,19 @@ def test_opcheck(backend: str) -> None:
     mask = torch.from_numpy(blob(20, 30, 1))
     torch.library.opcheck(views_module._focused_region, (drawn.image, mask, mask, 100.0, weights, False, backend))
     for channels_last in (False, True):
-        arguments = ([drawn.image], Views.of_scenes([drawn]).tensors, 8, [0.5] * 3, [0.5] * 3, 100.0, weights, False,
-                     torch.bfloat16, channels_last, backend)
+        arguments = (
+            [drawn.image],
+            Views.of_scenes([drawn]).tensors,
+            8,
+            [0.5] * 3,
+            [0.5] * 3,
+            100.0,
+            weights,
+            False,
+            torch.bfloat16,
+            channels_last,
+            backend,
+        )
         torch.library.opcheck(views_module._render_views, arguments)
 
 
@@ -441,7 +472,7 @@ def good() -> tuple[list[Tensor], Views]:
         ("box", 1, float("nan"), r"view 1 .*overlaps"),
         ("source", 3, torch.tensor([5, 5, 5, 9]), r"view 3 .*source window"),
         ("source", 0, torch.tensor([40, 0, 60, 9]), r"view 0 .*overlaps the image"),
-        ("mask_size", 1, 3, r"view 4 .*got a mask of \[3, 3\], expected \[30, 40\]"),
+        ("mask_size", 1, 3, r"view 4 .*got a mask of 3 x 3, expected 40 x 30"),
         ("mask_runs", 0, -1, r"view 4 .*do not cover"),
     ],
 )
@@ -460,7 +491,8 @@ def test_empty_mask_in_hand_made_views(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(30, 40, 4, dtype=torch.uint8), torch.zeros(30, 40, 3), torch.zeros(0, 40, 3, dtype=torch.uint8)]
+    "image",
+    [torch.zeros(30, 40, 4, dtype=torch.uint8), torch.zeros(30, 40, 3), torch.zeros(0, 40, 3, dtype=torch.uint8)],
 )
 def test_bad_images(image: Tensor, backend: str) -> None:
     _, views = good()
