@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,9 +173,9 @@ class SceneLoader:
         self._bad_samples = None if bad_samples is None else Path(bad_samples)
         self._make_views = partial(Views.of_scenes, object_view=object_view, train=train, seed=seed)
         self._render = partial(render_views, size=size, blur=blur, dtype=dtype, memory_format=memory_format)
-        threads = threads or min(16, os.cpu_count() or 1)
-        self._decoder = make_decoder(decoder, self.device, threads=threads, max_pixels=max_pixels)
-        self._readers = ThreadPoolExecutor(threads, "read")
+        self._threads = threads or min(16, os.cpu_count() or 1)
+        self._decoder = make_decoder(decoder, self.device, threads=self._threads, max_pixels=max_pixels)
+        self._readers = ThreadPoolExecutor(self._threads, "read")
         self._cache: dict[int, Tensor] = {}
         self._cache_left = cache_bytes
         on_gpu = self.device.type == "cuda"
@@ -306,7 +307,9 @@ class SceneLoader:
 
     def _load(self, indices: list[int]) -> tuple[list[_Sample], list[BadSample]]:
         """Reads and decodes scenes."""
-        samples, bad = _split(self._readers.map(self._read, indices))
+        each = -(-len(indices) // self._threads)  # one task a thread: a task a scene would cost more than the reads
+        parts = [indices[i : i + each] for i in range(0, len(indices), each)]
+        samples, bad = _split(chain.from_iterable(self._readers.map(self._read, parts)))
         missing = [sample for sample in samples if sample.index not in self._cache]
         with _finished_on(self._decoding):
             images = self._decode([sample.scene.image for sample in missing])
@@ -325,7 +328,10 @@ class SceneLoader:
             good.append(sample)
         return good, bad
 
-    def _read(self, index: int) -> _Sample | BadSample:
+    def _read(self, indices: list[int]) -> list[_Sample | BadSample]:
+        return [self._read_one(index) for index in indices]
+
+    def _read_one(self, index: int) -> _Sample | BadSample:
         key = self.shards.keys[index]
         try:
             scene = self.shards.read(index)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -21,6 +22,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.data.order import epoch_order
+from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -106,7 +108,12 @@ def write_shards(folder: Path, scenes: list[Scene], damage: dict[int, Callable[[
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("loader") / "data", [make_scene(i) for i in range(30)], {})
+    return packed(tmp_path_factory.mktemp("loader") / "data", [make_scene(i) for i in range(30)])
+
+
+def packed(folder: Path, scenes: list[Scene]) -> Path:
+    pack(scenes, folder, shard_size=16, val=0, test=0, progress=False)
+    return folder
 
 
 def load(shards: Path, batch_size: int = 4, **options: Any) -> SceneLoader:
@@ -240,7 +247,7 @@ def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> N
 
 
 def test_a_rank_without_scenes_gets_an_empty_batch(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "data", [make_scene(i) for i in range(5)], {})
+    shards = packed(tmp_path / "data", [make_scene(i) for i in range(5)])
     with load(shards, 1, rank=3, world_size=4, drop_last=False, train=False) as loader:
         full, empty = loader
     assert full.num_scenes == 1
@@ -292,17 +299,48 @@ DAMAGE: dict[int, tuple[str, Callable[[Scene, dict[str, Any]], Any]]] = {
 }
 
 
+def recoded(mode: str, kind: str = "JPEG", **options: Any) -> Callable[[Scene, dict[str, Any]], None]:
+    def change(data: bytes) -> bytes:
+        out = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert(mode).save(out, kind, **options)
+        return out.getvalue()
+
+    return damaged_image(change)
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
+# Odd, and yet to be used.
+HARMLESS = {
+    1: recoded("CMYK"),
+    2: recoded("L"),
+    5: recoded("RGB", "PNG"),
+    6: recoded("RGB", exif=turned()),
+    9: recoded("RGB", progressive=True),
+}
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 scenes, the nine of DAMAGE unusable, and the last shard (2 scenes) gone."""
+    """50 scenes: nine of DAMAGE unusable, the last shard (2 scenes) gone, the one before short of a scene."""
     scenes = [make_scene(i) for i in range(50)]
-    folder = write_shards(tmp_path_factory.mktemp("damaged") / "data", scenes, {i: d for i, (_, d) in DAMAGE.items()})
+    folder = write_shards(
+        tmp_path_factory.mktemp("damaged") / "data", scenes, HARMLESS | {i: d for i, (_, d) in DAMAGE.items()}
+    )
     (folder / "train-000003.tar").unlink()
+    start = json.loads((folder / "index.json").read_text())["shards"]["train-000002.tar"][-1][1]
+    os.truncate(folder / "train-000002.tar", start + 100)
     return folder
 
 
-REASONS = {f"s{i:04d}": reason for i, (reason, _) in DAMAGE.items()} | dict.fromkeys(
-    ("s0048", "s0049"), "unreadable_shard"
+REASONS = (
+    {"s0047": "short_shard"}
+    | {f"s{i:04d}": reason for i, (reason, _) in DAMAGE.items()}
+    | dict.fromkeys(("s0048", "s0049"), "unreadable_shard")
 )
 GOOD = {f"s{i:04d}" for i in range(50)} - REASONS.keys()
 
@@ -354,7 +392,7 @@ def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
     assert 1 <= sum(loader.bad.values()) == len((tmp_path / "bad.jsonl").read_text().splitlines())
-    with load(damaged, 4, max_bad_fraction=0.25, epochs=3, prefetch=0) as loader:  # 11 of 50 are bad
+    with load(damaged, 4, max_bad_fraction=0.25, epochs=3, prefetch=0) as loader:  # 12 of 50 are bad
         list(loader)
     with (
         load(damaged, 4, max_bad_fraction=0.2, epochs=3) as loader,
