@@ -17,9 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Compares every view with all class texts of its level; prints accuracies beside chance.",
     )
     zeroshot.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
-    zeroshot.add_argument(
-        "shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes"
-    )
+    zeroshot.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
     zeroshot.add_argument("--split", default="test", help="train, val or test (default: test)")
     zeroshot.add_argument(
         "--match",
@@ -27,15 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="both",
         help="what counts as right: the view's own text, any text of its image, or report both (default)",
     )
-    zeroshot.add_argument(
-        "--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10"
-    )
-    zeroshot.add_argument(
-        "--object-view", choices=("masked", "crop"), help="default: as the model was trained"
-    )
-    zeroshot.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)"
-    )
+    zeroshot.add_argument("--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
+    zeroshot.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
+    zeroshot.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
     zeroshot.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     zeroshot.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
     zeroshot.add_argument("--json", type=Path, metavar="FILE", help="also write the accuracies here")

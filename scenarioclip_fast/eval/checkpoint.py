@@ -26,14 +26,8 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Tra
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()
-        why = (
-            "is a run that has not finished: go on with `train --resume`"
-            if unfinished
-            else "holds no trained model"
-        )
-        raise UserError(
-            f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json"
-        )
+        why = "is a run that has not finished: go on with `train --resume`" if unfinished else "holds no trained model"
+        raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     object_view = None
     if (directory / "config.yaml").is_file():
         from scenarioclip_fast.train.config import TrainConfig

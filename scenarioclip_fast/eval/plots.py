@@ -115,9 +115,7 @@ def _bars(axes: Any, rows: Sequence[Accuracy], topk: Sequence[int]) -> None:
             axes.text(max(value, chance) + 1, y, f"top-{k}  {value:.1f} %", va="center", fontsize=7.5)
             axes.text(137, y, f"chance {chance:.1f} %", va="center", ha="right", fontsize=7.5, color=MUTED)
     names = {"all": "", "seen": "\nseen in training", "held_out": "\nheld out"}
-    labels = [
-        f"{TASKS[row.level]}{names[row.subset]}\n{row.views} views, {row.classes} texts" for row in rows
-    ]
+    labels = [f"{TASKS[row.level]}{names[row.subset]}\n{row.views} views, {row.classes} texts" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
     axes.set_xlim(0, 138)
@@ -144,10 +142,7 @@ def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3,
     columns = 1 + objects + relations
     side, gap, between, text, head = 2.0, 0.12, 0.2, 0.86, 0.36  # inches
     column_of = {"global": 0, "object": 1, "relation": 1 + objects}
-    lefts = [
-        gap + column * (side + gap) + between * ((column > 0) + (column > objects))
-        for column in range(columns)
-    ]
+    lefts = [gap + column * (side + gap) + between * ((column > 0) + (column > objects)) for column in range(columns)]
     width, height = lefts[-1] + side + gap, head + len(samples) * (side + text)
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height))
@@ -188,17 +183,16 @@ def _tile(axes: Any, answer: Answer) -> None:
     found = any(text == answer.truth for text, _ in answer.guesses)
     for spine in axes.spines.values():
         spine.set(visible=True, color=RIGHT if answer.right else AMBER if found else WRONG, linewidth=2)
-    truth = textwrap.shorten(
-        answer.truth + (" (held out)" if answer.held_out else ""), 36, placeholder="\u2026"
-    )
+    truth = textwrap.shorten(answer.truth, 38, placeholder="\u2026")
+    if answer.held_out:
+        tag = {"facecolor": AMBER, "edgecolor": "none", "boxstyle": "round,pad=0.25"}
+        axes.text(0.97, 0.95, "held out", transform=axes.transAxes, ha="right", va="top", fontsize=6, bbox=tag)
     axes.text(0, -0.035, truth, transform=axes.transAxes, va="top", fontsize=6.9, fontweight="bold")
     for line, (text, score) in enumerate(answer.guesses):
         right = text == answer.truth
         guess = textwrap.shorten(f"{TICK if right else CROSS} {score:.2f} {text}", 40, placeholder="\u2026")
         y = -0.115 - 0.075 * line
-        axes.text(
-            0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=RIGHT if right else WRONG
-        )
+        axes.text(0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=RIGHT if right else WRONG)
 
 
 def _save(figure: Any, out: Path) -> Path:

@@ -102,8 +102,4 @@ def _card(section: Section) -> str:
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
     marks = (' class="n"' if right else "" for right in numeric)
-    return (
-        "<tr>"
-        + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True))
-        + "</tr>"
-    )
+    return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, level_views, score_views, set_training
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
+
+_CHOICE = 10  # scenes looked at for one that is shown
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ def to_picture(
 def answer_samples(
     model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
 ) -> list[SampleScene]:
-    """The model's best guesses for the first `scenes` scenes of `batches` that have a relation.
+    """The model's best guesses for `scenes` scenes among the first ones of `batches`.
 
-    Scenes without relations fill up the rest where there are too few with one.
+    Scenes with relations come before those without, and first those whose action has not been shown yet.
     """
     was_training = set_training(model, False)
     try:
@@ -58,11 +61,18 @@ def answer_samples(
         found: list[SampleScene] = []
         for batch in batches:
             found += _answer_batch(model, batch, vocabulary, texts, guesses)
-            if sum(bool(sample.relations) for sample in found) >= scenes:
+            if len(found) >= _CHOICE * scenes:
                 break
     finally:
         set_training(model, was_training)
-    return sorted(found, key=lambda sample: not sample.relations)[:scenes]
+    shown: Counter[tuple[bool, str]] = Counter()
+    rank = []
+    for sample in found:
+        kind = (not sample.relations, sample.action.truth)
+        rank.append((kind[0], shown[kind]))
+        shown[kind] += 1
+    order = sorted(range(len(found)), key=rank.__getitem__)
+    return [found[i] for i in order[:scenes]]
 
 
 def _answer_batch(
@@ -75,9 +85,7 @@ def _answer_batch(
             continue
         names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
         best = score_views(model, pixels, texts[level], level).topk(min(guesses, len(names)))
-        rows = zip(
-            pixels, ids.tolist(), scene.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
-        )
+        rows = zip(pixels, ids.tolist(), scene.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
         for view, truth, home, top, scores in rows:
             ranked = [(names[i], score) for i, score in zip(top, scores, strict=True)]
             answers[level][home].append(Answer(to_picture(view), names[truth], ranked, counts[truth] == 0))

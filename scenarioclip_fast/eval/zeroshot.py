@@ -102,9 +102,7 @@ class ZeroShotResult:
         return "\n".join([text(head), "  ".join("-" * width for width in widths), *map(text, body)])
 
 
-def class_embeddings(
-    model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS
-) -> dict[str, Tensor]:
+def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS) -> dict[str, Tensor]:
     """Unit-length embeddings [classes, D] of all class texts, per level."""
     return {
         level: F.normalize(model.encode_text(tokens, level).float(), dim=-1)

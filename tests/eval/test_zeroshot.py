@@ -26,9 +26,7 @@ class Memory(nn.Module):
         super().__init__()
         self.vocabulary, self.images = vocabulary, images
         generator = torch.Generator().manual_seed(7)
-        self.texts = {
-            level: torch.randn(len(vocabulary.texts(level)), DIM, generator=generator) for level in LEVELS
-        }
+        self.texts = {level: torch.randn(len(vocabulary.texts(level)), DIM, generator=generator) for level in LEVELS}
         self.modes: set[bool] = set()
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor:

@@ -1,0 +1,70 @@
+"""Sample scenes: the answers belong to their views, and the pictures are what the model saw."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data import Batch, Vocabulary
+from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.eval.samples import answer_samples, to_picture
+from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
+
+VOCABULARY = Vocabulary(
+    ["eat", "run"], ["cat", "dog", "tree"], ["cat on tree", "dog on cat"], {"relation": {"cat on tree": 3}}
+)
+
+
+class Colours:
+    """Knows class `i` by the red channel being `i` / 4; embeds the classes along the axes."""
+
+    def encode_image(self, pixels: Tensor, level: str) -> Tensor:
+        red = pixels[:, 0, 0, 0] * CLIP_STD[0] + CLIP_MEAN[0]
+        return 5 * torch.eye(4)[(red * 4).round().long()] + 0.1
+
+    def encode_text(self, texts: list[list[int]], level: str) -> Tensor:
+        return torch.eye(4)[[VOCABULARY.tokens(level).index(tokens) for tokens in texts]]
+
+
+def make_batch(actions: list[int], objects: list[list[int]], relations: list[list[int]], start: int = 0) -> Batch:
+    ids = {"global": actions, "object": list(chain(*objects)), "relation": list(chain(*relations))}
+    red = torch.tensor([i for level in LEVELS for i in ids[level]]) / 4
+    rgb = torch.stack([red, torch.full_like(red, 0.25), torch.full_like(red, 0.75)], 1)
+    pixels = ((rgb - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))[:, :, None, None].expand(-1, 3, 2, 2)
+    homes = [
+        torch.tensor([i for i, own in enumerate(lists) for _ in own], dtype=torch.int64)
+        for lists in (objects, relations)
+    ]
+    keys = [f"scene {start + i}" for i in range(len(actions))]
+    return Batch(pixels, keys, *homes, *(torch.tensor(ids[level], dtype=torch.int64) for level in LEVELS))
+
+
+def test_answers_and_pictures() -> None:
+    batch = make_batch([0, 1], [[2], [0, 1]], [[], [0, 1]])
+    second, first = answer_samples(Colours(), [batch], VOCABULARY, scenes=2, guesses=2)
+    assert (first.key, second.key) == ("scene 0", "scene 1")  # the one with relations comes first
+    assert [answer.truth for answer in second.objects] == ["cat", "dog"]
+    assert [answer.truth for answer in second.relations] == ["cat on tree", "dog on cat"]
+    assert [answer.held_out for answer in second.relations] == [False, True]
+    assert first.relations == []
+    for answer in (first.action, second.action, *first.objects, *second.objects, *second.relations):
+        assert answer.right
+        assert len(answer.guesses) == 2
+        assert answer.guesses[0][1] > 0.9 > answer.guesses[1][1]
+    # 3 / 4 and 1 / 4 as bytes; the red of class 1 is 1 / 4
+    assert second.objects[1].picture[0, 0].tolist() == [64, 64, 191]
+
+
+def test_picture_undoes_the_normalisation() -> None:
+    picture = torch.randint(0, 256, (5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = ((picture / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+    assert torch.equal(to_picture(pixels), picture)
+
+
+def test_a_mixed_choice() -> None:
+    batches = [make_batch([0] * 4, [[0]] * 4, [[0]] * 4), make_batch([1, 1], [[1]] * 2, [[1], []], start=4)]
+    chosen = answer_samples(Colours(), batches, VOCABULARY, scenes=3)
+    assert [sample.key for sample in chosen] == ["scene 0", "scene 4", "scene 1"]
+    assert len(answer_samples(Colours(), batches, VOCABULARY, scenes=9)) == 6
