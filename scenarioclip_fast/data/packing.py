@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from typing import Any
 
 from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
+from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.reference_layout import (
     Entry,
     EntryReader,
@@ -166,18 +166,7 @@ def _pack_entries(layout: ReferenceLayout, split_of: partial[str], workers: int)
     entries = sorted(enumerate(layout.entries), key=lambda pair: (_digest(str(_raw_id(pair[1]))), pair[0]))
     ordered = [entry for _, entry in entries]
     job = partial(_pack_entry, layout.reader(), split_of)
-    if workers == 1:
-        yield from map(job, ordered)
-        return
-    # spawn: a fork of a process that has used torch's threads can hang
-    with multiprocessing.get_context("spawn").Pool(workers, _one_thread) as pool:
-        yield from pool.imap(job, ordered, chunksize=8)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    return ordered_map(job, ordered, workers)
 
 
 def _raw_id(entry: Entry) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.synthetic.scenes import draw_scene, split_of, vocabulary
 from scenarioclip_fast.env import require
@@ -57,12 +57,8 @@ def draw_reference_layout(
         raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
     out = _prepare(out_dir)
     job = partial(_draw_and_write, seed=seed, val=val, test=test, out=out)
-    if workers == 1:
-        return _write_metadata(progress(map(job, range(n)), n, "drawing", "scenes"), out, vocabulary())
-    # spawn: a fork of a process that has used torch's threads can hang
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        entries = pool.imap(job, range(n), chunksize=16)
-        return _write_metadata(progress(entries, n, "drawing", "scenes"), out, vocabulary())
+    entries = ordered_map(job, range(n), workers)
+    return _write_metadata(progress(entries, n, "drawing", "scenes"), out, vocabulary())
 
 
 def _draw_and_write(index: int, *, seed: int, val: float, test: float, out: Path) -> tuple[str | None, dict[str, Any]]:

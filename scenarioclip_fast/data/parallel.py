@@ -1,0 +1,56 @@
+"""A map over processes that keeps the order, runs only a little ahead, and notices a process that died."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+_CHUNK = 8
+_AHEAD = 4  # chunks per worker whose results may wait
+
+
+def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """`map(job, items)` in `workers` processes; in this one if it is a single worker.
+
+    Raises:
+        RuntimeError: a process died without saying why.
+    """
+    if workers == 1:
+        yield from map(job, items)
+        return
+    source = iter(items)
+    chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
+    # spawn: a fork of a process that has used torch's threads can hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+    waiting: deque[Future[list[B]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(partial(_run, job), chunk))
+            if len(waiting) > _AHEAD * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a worker process died, killed or out of memory; fewer workers need less memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(job: Callable[[A], B], chunk: Sequence[A]) -> list[B]:
+    return [job(item) for item in chunk]
+
+
+def _one_thread() -> None:
+    # Runs before the job, and with it torch, is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
