@@ -65,7 +65,7 @@ class _QuickGELU(torch.autograd.Function):
 
 def quick_gelu(x: Tensor) -> Tensor:  # [*]
     """CLIP's activation: x sigmoid(1.702 x)."""
-    return cast(Tensor, _QuickGELU.apply(x))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _QuickGELU.apply(x))
 
 
 class Attention(nn.Module):
@@ -175,19 +175,23 @@ def _conv(before: int, after: int) -> nn.Conv2d:
 
 
 class ConvStem(nn.Module):
-    """Strided 3 x 3 convolutions, channels doubling to `width` as the side halves, then a 1 x 1 product."""
+    """Strided 3 x 3 convolutions, channels doubling to `width` as the side halves, then a 1 x 1 product.
+
+    Each is normalised over the whole view, so that a view's embedding does not depend on its batch.
+    """
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         halvings = patch_size.bit_length() - 1
         channels = [3, *(width >> i for i in reversed(range(halvings)))]
         self.convs = nn.ModuleList(_conv(before, after) for before, after in itertools.pairwise(channels))
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in channels[1:])
         self.out = nn.Linear(width, width)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
         x = pixels.to(memory_format=torch.channels_last)
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.gelu(norm(conv(x)), approximate="tanh")
         return self.out(x.flatten(2).transpose(1, 2))
 
 

@@ -77,8 +77,8 @@ class ScenarioCLIP(nn.Module):
             for name, p in self.named_parameters(remove_duplicate=False)
             if (original := first.setdefault(id(p), name)) != name
         }
-        self.register_state_dict_post_hook(_drop_aliases)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_aliases)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_add_aliases)
 
     @property
     def device(self) -> torch.device:

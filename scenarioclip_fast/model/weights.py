@@ -129,7 +129,7 @@ def from_clip(
         vision, text, found = _from_hf(state, file, _hf_config(file.parent / "config.json"))
     else:
         raise UserError(
-            f"{file}: not a CLIP checkpoint (neither 'visual.*' of open_clip nor 'vision_model.*' of Hugging Face among "
+            f"{file}: not a CLIP checkpoint (no 'visual.*' of open_clip, no 'vision_model.*' of Hugging Face among "
             f"its {len(state)} tensors, which start with {sorted(state)[:3]})"
         )
     if config is None:
