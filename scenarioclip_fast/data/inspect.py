@@ -1,0 +1,260 @@
+"""What is in a packed data set: counts, histograms, and a sheet of scenes with the views that a model would see."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.decode import DecodeError, make_decoder
+from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.data.shards import BadSample, ShardSet
+from scenarioclip_fast.data.views import Views, is_empty, pixel_box
+from scenarioclip_fast.env import require
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops.views import render_views
+from scenarioclip_fast.progress import progress
+
+COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
+GREY = "#6b7480"
+# The kernel's 0 to 1 as Matplotlib wants it: no normalisation to undo.
+_PLAIN: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+@dataclass
+class Census:
+    """Counts over a split."""
+
+    scenes: int = 0
+    objects: list[int] = field(default_factory=list)  # per scene
+    relations: list[int] = field(default_factory=list)  # per scene
+    mask_area: list[float] = field(default_factory=list)  # per mask, as a share of its image
+    without_mask: int = 0
+    black: int = 0  # masked object views whose box lies outside the centre crop
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        objects, relations = sum(self.objects), sum(self.relations)
+        lines = [
+            f"scenes     {self.scenes}",
+            f"objects    {objects}  ({_spread(self.objects)} a scene)",
+            f"relations  {relations}  ({_spread(self.relations)} a scene; {self.relations.count(0)} scenes have none)",
+            f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
+            f"image; {self.without_mask} objects have none)",
+            f"all black  {self.black} of {objects} masked object views ({_percent(self.black / max(objects, 1))}): "
+            "the box lies outside the centre crop; object_view=crop shows them",
+        ]
+        if self.bad:
+            lines.append("unusable   " + ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common()))
+        return "\n".join(lines)
+
+
+def take_census(scenes: Iterable[Scene | BadSample]) -> Census:
+    """Counts scenes; a BadSample, or a scene that no views can be made of, is counted by its reason."""
+    census = Census()
+    for scene in scenes:
+        if isinstance(scene, BadSample):
+            census.bad[scene.reason] += 1
+            continue
+        try:
+            views = Views.of_scenes([scene])
+        except ValueError:
+            census.bad["no_views"] += 1
+            continue
+        census.scenes += 1
+        census.objects.append(len(scene.objects))
+        census.relations.append(len(scene.relations))
+        width, height = views.source[0, 2:].tolist()
+        masks = [entry.mask for entry in scene.objects if entry.mask is not None]
+        census.mask_area += [_area(mask) / (height * width) for mask in masks]
+        census.without_mask += len(scene.objects) - len(masks)
+        census.black += int(_outside_centre(views.box[views.kind == 1], height, width).sum())
+    return census
+
+
+def _area(mask: Mask) -> int:
+    return rle.area(mask) if isinstance(mask, dict) else int(mask.sum())
+
+
+def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which boxes do not reach into the middle square of the image, which is all that a masked view shows."""
+    many = np.full(len(boxes), 1)
+    pixels = pixel_box(boxes.numpy(), many * height, many * width)
+    side = min(height, width)
+    corner = np.array([(width - side) / 2, (height - side) / 2])
+    low, high = np.maximum(pixels[:, :2], np.floor(corner)), np.minimum(pixels[:, 2:], np.ceil(corner + side))
+    return is_empty(np.concatenate([low, high], axis=1).astype(np.int64))
+
+
+def read_scenes(shards: ShardSet, indices: Iterable[int]) -> Iterable[Scene | BadSample]:
+    """Scenes in the order of `indices`, or why one cannot be read."""
+    for i in indices:
+        try:
+            yield shards.read(i)
+        except BadSample as error:
+            yield error
+
+
+def draw_histograms(census: Census, out: Path) -> None:
+    """Writes a PNG: objects and relations per scene, mask areas."""
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    panels: list[tuple[str, Sequence[float], Any]] = [
+        ("objects per scene", census.objects, np.arange(max(census.objects, default=0) + 2) - 0.5),
+        ("relations per scene", census.relations, np.arange(max(census.relations, default=0) + 2) - 0.5),
+        ("mask area, share of the image", census.mask_area, np.geomspace(1e-5, 1, 31)),
+    ]
+    for k, (axis, (title, values, bins)) in enumerate(zip(axes, panels, strict=True)):
+        axis.hist(np.maximum(values, 1e-5) if k == 2 else values, bins=bins, color=COLOURS[1], rwidth=0.9)
+        axis.set_ylabel("masks" if k == 2 else "scenes", fontsize=8, color=GREY)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[2].set_xscale("log")
+    total = max(sum(census.objects), 1)
+    figure.suptitle(
+        f"{census.scenes} scenes; {census.black} of {sum(census.objects)} masked object views all black "
+        f"({_percent(census.black / total)})",
+        fontsize=10,
+        color=GREY,
+    )
+    figure.savefig(out, dpi=120)
+
+
+def draw_sheet(
+    scenes: Sequence[Scene],  # images decoded: uint8 [H, W, 3]
+    out: Path,
+    *,
+    size: int = 224,
+    object_view: str = "masked",
+    blur: str = "rgb",
+    most: int = 4,
+) -> None:
+    """Writes a PNG: for each scene its image with boxes and masks, its global view, and views of its first objects
+    and relations, `most` of each, with their texts."""
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    images = [scene.image for scene in scenes if isinstance(scene.image, Tensor)]
+    views = Views.of_scenes(scenes, object_view=object_view)
+    pixels = render_views(images, views, size=size, blur=blur, **_PLAIN).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+    figure = Figure(figsize=(3 + 1.9 * (1 + most), 3.6 * len(scenes)), layout="constrained")
+    rows = figure.subfigures(len(scenes), 1, squeeze=False)[:, 0]
+    for i, (scene, image, row) in enumerate(zip(scenes, images, rows, strict=True)):
+        left, right = row.subfigures(1, 2, width_ratios=[3, 1.9 * (1 + most)])
+        overview = left.subplots()
+        _draw_overview(overview, scene, image)
+        grid = right.subplots(2, 1 + most, squeeze=False)
+        for axis in grid.flat:
+            axis.set_axis_off()
+        mine = views.image == i
+        _draw_view(grid[0, 0], pixels[(mine & (views.kind == 0)).nonzero()[0, 0]], "global view", GREY)
+        objects = (mine & ((views.kind == 1) | (views.kind == 2))).nonzero()[:, 0].tolist()
+        for k, v in enumerate(objects[:most]):
+            _draw_view(grid[0, 1 + k], pixels[v], scene.objects[k].name, COLOURS[k % len(COLOURS)])
+        relations = (mine & (views.kind == 3)).nonzero()[:, 0].tolist()
+        for k, v in enumerate(relations[: most + 1]):
+            _draw_view(grid[1, k], pixels[v], scene.relation_text(k), GREY)
+    figure.savefig(out, dpi=110)
+
+
+def _draw_overview(axis: Any, scene: Scene, image: Tensor) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    picture = image.float().cpu() / 255
+    for k, entry in enumerate(scene.objects):
+        if entry.mask is not None:
+            mask = rle.decode(entry.mask) if isinstance(entry.mask, dict) else entry.mask.cpu()
+            picture[mask] = 0.55 * picture[mask] + 0.45 * torch.tensor(to_rgb(COLOURS[k % len(COLOURS)]))
+    axis.imshow(picture.numpy())
+    for k, entry in enumerate(scene.objects):
+        colour = COLOURS[k % len(COLOURS)]
+        x1, y1, x2, y2 = entry.box
+        axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
+        label = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+        axis.text(x1, y1, entry.name, color="white", fontsize=6, va="bottom", bbox=label, clip_on=True)
+    axis.set_axis_off()
+    height, width = image.shape[:2]
+    axis.set_title(f"{scene.key}: {_wrapped(scene.action, 36)}", fontsize=9, loc="left")
+    axis.text(0, -0.02, f"{width} x {height}", transform=axis.transAxes, fontsize=7, color=GREY, va="top")
+
+
+def _draw_view(axis: Any, picture: Tensor, text: str, colour: str) -> None:
+    axis.imshow(picture.numpy())
+    axis.set_title(_wrapped(text, 24), fontsize=7.5, color=colour)
+
+
+def _wrapped(text: str, width: int) -> str:
+    # A dollar would start Matplotlib's own mathematics.
+    return "\n".join(textwrap.wrap(text, width)[:3]).replace("$", r"\$")
+
+
+def inspect_shards(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    split: str = "train",
+    scenes: int = 6,
+    size: int = 224,
+    object_view: str = "masked",
+    blur: str = "rgb",
+    seed: int = 0,
+) -> Census:
+    """Counts a split, and writes `histograms.png` and `scenes.png` (randomly chosen scenes) into `out`.
+
+    Raises:
+        UserError: no packed data set, or no usable scene in the split.
+    """
+    shards = ShardSet(directory, split)
+    census = take_census(read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting")))
+    if census.scenes == 0:
+        raise UserError(f"{directory}: split {split!r} has no usable scene ({dict(census.bad) or 'it is empty'})")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_histograms(census, out / "histograms.png")
+    decoder = make_decoder("auto", "cpu")
+    chosen: list[Scene] = []
+    for scene in read_scenes(shards, np.random.default_rng(seed).permutation(len(shards)).tolist()):
+        if isinstance(scene, BadSample) or not isinstance(scene.image, bytes):
+            continue
+        image = decoder.decode([scene.image])[0]
+        if isinstance(image, DecodeError) or not _drawable(scene):
+            continue
+        scene.image = image
+        chosen.append(scene)
+        if len(chosen) == scenes:
+            break
+    decoder.close()
+    if chosen:
+        draw_sheet(chosen, out / "scenes.png", size=size, object_view=object_view, blur=blur)
+    return census
+
+
+def _drawable(scene: Scene) -> bool:
+    try:
+        Views.of_scenes([scene])
+    except ValueError:
+        return False
+    return True
+
+
+def _spread(counts: Sequence[int]) -> str:
+    if not counts:
+        return "none"
+    return f"{min(counts)} to {max(counts)}, mean {np.mean(counts):.1f}"
+
+
+def _percent(share: float | np.floating[Any]) -> str:
+    return f"{100 * float(share):.1f} %"
