@@ -181,6 +181,9 @@ class Trainer:
             config.save(self.run_dir / "config.yaml")
             self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
             stack.callback(self._log.close)
+        freeze = config.model.freeze
+        if config.model.init is None and (freeze.vision_blocks or freeze.text_blocks):
+            notes.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
         for note in (self._describe(), *notes):
             self._say(note)
 
@@ -484,7 +487,7 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the run to save and end; a second one acts at once."""
+        """SIGTERM, SIGUSR1 and SIGINT ask the run to save and end; a second one acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -493,7 +496,7 @@ class Trainer:
             signal.signal(number, before[signal.Signals(number)])
             self.stop(signal.Signals(number).name)
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         for number in before:
             signal.signal(number, handle)
         try:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
@@ -111,3 +112,19 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
     _, skipped = guarded_step(optimizer, backward(model, 1.0), 1.0)
     assert not skipped
     assert not torch.equal(weights[0], model[0].weight)
+
+
+def test_the_host_never_waits_for_the_device() -> None:
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    model = make_model()
+    optimizer = build_optimizer(model, Scales(), OptimSection())
+    loss = backward(model, 10.0)
+    with Reads():
+        guarded_step(optimizer, loss, 1.0)
+    assert any("_fused_adamw_" in name for name in seen)
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in seen)

@@ -52,8 +52,8 @@ def wait_for(process: subprocess.Popen[str], path: Path) -> None:
 
 
 def test_killed_and_resumed(small: Make, tmp_path: Path) -> None:
-    budget = ("train.steps=60", "train.checkpoint_every=2")
-    whole, parts = (small(*budget, run=name) for name in ("whole", "parts"))
+    whole = small("train.steps=40", run="whole")
+    parts = small("train.steps=40", "train.checkpoint_every=2", run="parts")
     assert main.main(["train", "-c", str(saved(whole))]) == 0
     checkpoints = tmp_path / "parts" / "checkpoints"
     process = start(parts)
@@ -62,12 +62,12 @@ def test_killed_and_resumed(small: Make, tmp_path: Path) -> None:
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process = start(parts, "--resume")
-    wait_for(process, tmp_path / "parts" / "checkpoints" / "step-00000020")
+    wait_for(process, tmp_path / "parts" / "checkpoints" / "step-00000016")
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM" in finish(process, STOPPED)
     assert main.main(["train", "-c", str(saved(parts)), "--resume"]) == 0
     assert rows(parts) == rows(whole)
-    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000058", "step-00000060"]
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000038", "step-00000040"]
 
 
 def saved(config: TrainConfig) -> Path:

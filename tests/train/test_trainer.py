@@ -172,7 +172,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(small: Make) -> None:
     assert hooked(config, lambda *_: None, resume=True).fit().completed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run(
     small: Make, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
