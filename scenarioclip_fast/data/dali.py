@@ -81,8 +81,9 @@ class DaliDecoder:
         try:
             return self._run([data])[0]
         except RuntimeError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise DecodeError("undecodable", f"DALI: {last}") from error
+            text = str(error)  # a trace of the pipeline, then what was encountered
+            cause = text.partition("encountered:")[2].strip() or text
+            raise DecodeError("undecodable", f"DALI: {cause.splitlines()[0].rstrip(' :')}") from error
 
     def _run(self, images: list[bytes]) -> list[Tensor]:
         if self._pipeline is None or len(images) > self._capacity:
@@ -91,11 +92,11 @@ class DaliDecoder:
             self._pipeline.feed_input("jpeg", [np.frombuffer(data, np.uint8) for data in images])
             (out,) = self._pipeline.run()
         except RuntimeError:
-            self._pipeline = None  # what a failed run leaves queued must not come out of the next one
+            self._pipeline = None  # a failed run makes it invalid, says DALI
             raise
-        # Copied: the memory is DALI's again as soon as the next run starts.
+        # Copied (`at` does so too): the memory is DALI's again as soon as the next run starts.
         if self.device.type == "cpu":
-            return [torch.from_numpy(np.array(out.at(i))) for i in range(len(images))]
+            return [torch.from_numpy(out.at(i)) for i in range(len(images))]
         copies = [from_dlpack(out[i]).clone() for i in range(len(images))]
         torch.cuda.current_stream(self.device).synchronize()
         return copies
