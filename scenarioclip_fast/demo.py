@@ -37,7 +37,7 @@ from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 MIN_SCENES = 40  # fewer leave splits empty
 PRETRAIN_SHARE = 0.5  # of the views, for the shared pair of towers
-PRETRAINED, METHOD = "PyramidCLIP, from scratch", "ScenarioCLIP, from it"
+PRETRAINED, METHOD = "First phase: PyramidCLIP from scratch", "Second phase: ScenarioCLIP from it"
 _MARK = "demo.json"
 _FOLDERS = ("scenes", "shards", "pretrain", "train")
 
@@ -203,17 +203,23 @@ def _write_report(
             "and distillation.",
         )
     )
-    stages = (result.pretrained, result.trained)
+    stages = {"before": result.pretrained, "after": result.trained}
     report.sections.append(
         Section(
             "Before and after the second phase",
-            ["task, own text", *(f"top-{k}, {name}" for name in runs for k in result.trained.topk)],
+            ["task, strict", *(f"top-{k} {name}" for k in result.trained.topk for name in stages)],
             [
                 [
                     TASKS[level],
-                    *(f"{100 * row.top[k]:.1f} %" for stage in stages for k in stage.topk if (row := stage.get(level))),
+                    *(
+                        f"{100 * row.top[k]:.1f} %"
+                        for k in result.trained.topk
+                        for stage in stages.values()
+                        if (row := stage.get(level))
+                    ),
                 ]
                 for level in TASKS
+                if result.trained.get(level)
             ],
         )
     )

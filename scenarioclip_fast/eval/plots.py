@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.env import require
 from scenarioclip_fast.eval.samples import Answer, SampleScene
@@ -42,29 +44,33 @@ STYLE: Any = {
 def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
     """Draws losses and temperatures over the steps, one row of panels per run (or phase of a run).
 
-    ``runs`` maps a name to the rows of its metrics.jsonl. Panels without data are left out.
+    `runs` maps a name to the rows of its metrics.jsonl. Panels without data are left out.
     """
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = {
         "contrastive loss": {f"contrastive/{level}": (TASKS[level], COLOURS[level]) for level in LEVELS},
+        "temperature": {f"temperature/{level}": (TASKS[level], COLOURS[level]) for level in LEVELS},
         "distillation loss": {"distillation": ("distillation", "#7a5ba8")},
-        "logit scale": {f"logit_scale/{level}": (TASKS[level], COLOURS[level]) for level in LEVELS},
     }
-    logged = {key for rows in runs.values() for row in rows for key in row}
-    shown = [title for title, keys in panels.items() if logged & set(keys)]
+    logged = {key for rows in runs.values() for row in rows for key in row if row[key]}
+    shown = {title: keys for title, keys in panels.items() if logged & set(keys)}
     with rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * max(len(shown), 1), 2.7 * len(runs)), layout="constrained")
-        grid = figure.subplots(len(runs), max(len(shown), 1), squeeze=False)
-        for line, (name, rows) in zip(grid, runs.items(), strict=True):
-            for axes, title in zip(line, shown, strict=False):
-                drawn = [_curve(axes, rows, key, *look) for key, look in panels[title].items()]
+        figure = Figure(figsize=(3.7 * max(len(shown), 1), 3.0 * len(runs)), layout="constrained")
+        parts = figure.subfigures(len(runs), 1, squeeze=False, hspace=0.06)[:, 0]
+        for part, (name, rows) in zip(parts, runs.items(), strict=True):
+            part.suptitle(name, x=0.01, ha="left", fontsize=11, fontweight="bold")
+            for axes, (title, keys) in zip(part.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+                drawn = [_curve(axes, rows, key, *look) for key, look in keys.items()]
                 axes.set_visible(any(drawn))
-                axes.set_title(f"{name}: {title}" if len(runs) > 1 else title)
+                axes.set_title(title, fontsize=9.5, fontweight="normal")
                 axes.set_xlabel("step")
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
                 axes.set_ylim(bottom=0)
+                axes.margins(x=0.01)
                 axes.grid(axis="y", color=GRID)
                 if sum(drawn) > 1:
                     axes.legend()
@@ -72,15 +78,14 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> P
 
 
 def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> bool:
-    """One metric as logged (pale) and smoothed over a twentieth of the run; False where it is not logged."""
+    """One metric as logged (pale) and smoothed over a twentieth of the run; False where it is 0 throughout."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    if not points:
+    if not any(value for _, value in points):
         return False
-    steps, values = zip(*points, strict=True)
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    smooth = [values[0]]
-    for value in values[1:]:
-        smooth.append(keep * smooth[-1] + (1 - keep) * value)
+    steps, values = map(np.asarray, zip(*points, strict=True))
+    window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
+    # a window that hangs over an end averages what is there
+    smooth = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
     axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
     return True

@@ -47,7 +47,7 @@ def size(picture: Path) -> tuple[int, int]:
 def test_loss_curves(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"step": i, "contrastive/global": 4 / (i + 1)} for i in range(30)]
     narrow = size(loss_curves({"run": rows}, tmp_path / "a" / "narrow.png"))
-    second = [{**row, "distillation": 0.1, "contrastive/object": None} for row in rows]
+    second = [{**row, "distillation": 0.1, "contrastive/object": None, "temperature/object": 0.07} for row in rows]
     wide = size(loss_curves({"first": rows, "second": second}, tmp_path / "wide.png"))
     assert wide[0] > narrow[0]
     assert wide[1] > narrow[1]
