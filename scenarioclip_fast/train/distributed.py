@@ -67,7 +67,8 @@ def join_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        gpu = chosen.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=chosen if gpu else None)
     try:
         # A group of its own: the loss's collectives must not interleave with those of the gradients' buckets.
         group = dist.new_group()

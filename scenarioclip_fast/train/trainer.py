@@ -406,6 +406,10 @@ class Trainer:
         if found is None:
             return [*notes, f"nothing to resume in {self.run_dir}: starting from step 0"]
         notes += self._compare(found)
+        if found.meta["step"] > self.total_steps:
+            raise UserError(
+                f"{found.path} is at step {found.meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
+            )
         state = found.state
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])

@@ -247,6 +247,8 @@ def test_resume_takes_changed_settings_but_not_another_model(small: Make, capsys
     result = Trainer(small("train.steps=4", "optim.weight_decay=0.1"), resume=True).fit()
     assert result.completed and result.step == 4
     assert "optim.weight_decay was 0.2, is 0.1" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"is at step 4, beyond the budget of 3 steps"):
+        Trainer(small("train.steps=3"), resume=True).fit()
 
 
 def test_resume_from_a_named_checkpoint(small: Make, tmp_path: Path) -> None:
