@@ -27,7 +27,6 @@ from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
-from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
 from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import SampleScene, answer_samples
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult, evaluation_loader, zeroshot
@@ -118,14 +117,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     result = DemoResult(out / "report.html", before, after, watch.seconds)
     with watch.step("reporting", f"{result.report}"):
         runs = {PRETRAINED: pretrained, METHOD: trained}
-        pictures = {
-            "losses": loss_curves(
-                {n: read_metrics(r.run_dir / "metrics.jsonl") for n, r in runs.items()}, out / "losses.png"
-            ),
-            "accuracy": accuracy_bars(after, out / "accuracy.png"),
-            "scenes": sample_sheet(samples, out / "scenes.png"),
-        }
-        _write_report(config, result, runs, packed.splits, pictures)
+        _write_report(config, result, runs, packed.splits, samples)
     record = {"config": {**asdict(config), "out": str(config.out)}, "seconds": watch.seconds}
     record |= {"pretrained": before.to_dict(), "trained": after.to_dict()}
     (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -172,37 +164,18 @@ def _write_report(
     result: DemoResult,
     runs: dict[str, FitResult],
     splits: dict[str, dict[str, int]],
-    pictures: dict[str, Path],
+    samples: list[SampleScene],
 ) -> None:
     report = Report(
         "ScenarioCLIP on drawn scenes",
         "Trained from nothing on scenes drawn by a program, which knows every object's mask, every relation and the "
-        "action; measured on scenes that training never saw.",
+        "action; measured on scenes that training never saw. First one pair of towers learns from all three kinds of "
+        "views, in the part of the pretrained CLIP; then ScenarioCLIP starts from it: six encoders whose lower blocks "
+        "are frozen and shared, an EMA teacher and distillation.",
     )
     report.add_zeroshot(result.trained)
-    report.sections.append(
-        Section(
-            "Accuracies against chance",
-            picture=pictures["accuracy"],
-            note="Dark marks: chance. Relations held out: their text never occurs in training, its words do.",
-        )
-    )
-    report.sections.append(
-        Section(
-            "What the model saw and what it answered",
-            picture=pictures["scenes"],
-            note="Test scenes, as the model sees them. Bold: the truth. Below: its best guesses with their cosine.",
-        )
-    )
-    report.sections.append(
-        Section(
-            "Losses",
-            picture=pictures["losses"],
-            note="First one pair of towers from scratch on all three kinds of views, in the part of the pretrained "
-            "CLIP; then ScenarioCLIP from it: six encoders whose lower blocks are frozen and shared, an EMA teacher "
-            "and distillation.",
-        )
-    )
+    curves = {name: read_metrics(run.run_dir / "metrics.jsonl") for name, run in runs.items()}
+    report.add_pictures(config.out, result.trained, samples, curves)
     stages = {"before": result.pretrained, "after": result.trained}
     report.sections.append(
         Section(

@@ -31,13 +31,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     zeroshot.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     zeroshot.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
     zeroshot.add_argument("--json", type=Path, metavar="FILE", help="also write the accuracies here")
+    zeroshot.add_argument(
+        "--report", type=Path, metavar="DIR", help="also write report.html with curves, bars and sample scenes here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and writes the JSON file that was asked for."""
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
+    from scenarioclip_fast.eval.report import Report
+    from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.zeroshot import evaluation_loader, zeroshot
+    from scenarioclip_fast.train.metrics import read_metrics
 
     if min(args.top) < 1:
         raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers from 1 on")
@@ -55,10 +61,17 @@ def run(args: argparse.Namespace) -> int:
         object_view=args.object_view or trained.object_view or "masked",
     ) as loader:
         result = zeroshot(trained.model, loader, loader.vocabulary, split=args.split, topk=args.top)
+        samples = answer_samples(trained.model, loader, loader.vocabulary) if args.report else []
     if args.match != "both":
         result = result.only(args.match)
     print(result)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if args.report is not None:
+        report = Report(f"{args.checkpoint}, {args.split} split", lead=f"Evaluated on {args.shards}.")
+        report.add_zeroshot(result)
+        metrics = trained.directory.parent / "metrics.jsonl"
+        report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
+        print(f"report: {report.write(args.report / 'report.html')}")
     return 0

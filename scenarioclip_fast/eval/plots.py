@@ -99,12 +99,14 @@ def accuracy_bars(result: ZeroShotResult, out: Path) -> Path:
 
     titles = {"own": "strict: the view's own text", "any_in_image": "any text of the image counts"}
     with rc_context(STYLE):
-        groups = {match: [row for row in result.rows if row.match == match] for match in titles}
+        groups = {match: rows for match in titles if (rows := result.only(match).rows)}
         count = max(len(rows) for rows in groups.values())
-        figure = Figure(figsize=(9.5, 1.6 + 0.66 * count * 2), layout="constrained")
-        for axes, (match, title) in zip(figure.subplots(2, 1), titles.items(), strict=True):
-            _bars(axes, groups[match], result.topk)
-            axes.set_title(title)
+        figure = Figure(figsize=(9.5, (0.9 + 0.66 * count) * len(groups)))
+        figure.set_layout_engine("constrained", h_pad=0.12)
+        panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
+        for axes, (match, rows) in zip(panels, groups.items(), strict=True):
+            _bars(axes, rows, result.topk)
+            axes.set_title(titles[match])
         return _save(figure, out)
 
 

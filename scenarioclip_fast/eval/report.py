@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
+from scenarioclip_fast.eval.samples import SampleScene
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
 
 _STYLE = """
@@ -72,6 +75,34 @@ class Report:
     def add_facts(self, title: str, facts: Mapping[str, object]) -> None:
         """A two-column table of names and values."""
         self.sections.append(Section(title, rows=[[name, str(value)] for name, value in facts.items()]))
+
+    def add_pictures(
+        self,
+        directory: Path,
+        result: ZeroShotResult,
+        samples: Sequence[SampleScene],
+        runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> None:
+        """Draws accuracies, sample scenes and the curves of `runs` (name -> rows of metrics.jsonl) into `directory`
+        and shows them."""
+        self.sections.append(
+            Section(
+                "Accuracies against chance",
+                picture=accuracy_bars(result, directory / "accuracy.png"),
+                note="Dark marks: chance. Held out: texts that never occur in training.",
+            )
+        )
+        if samples:
+            self.sections.append(
+                Section(
+                    "What the model saw and what it answered",
+                    picture=sample_sheet(samples, directory / "scenes.png"),
+                    note="Views as the model gets them. Bold: the truth; below it the best guesses with their cosine. "
+                    "Green frame: the best guess is right; amber: a later one is.",
+                )
+            )
+        if runs:
+            self.sections.append(Section("Training", picture=loss_curves(runs, directory / "losses.png")))
 
     def write(self, path: Path) -> Path:
         cards = "\n".join(map(_card, self.sections))

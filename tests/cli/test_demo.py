@@ -80,7 +80,9 @@ def test_eval_says_what_the_demo_said(demo: Path, tmp_path: Path, capsys: pytest
             # and if it does, in one view
             assert row.top == pytest.approx(other.top, abs=1.01 / row.views)
         assert str(got) in capsys.readouterr().out
-    assert main(["eval", "zeroshot", str(demo / "train"), str(demo / "shards"), "--match", "own", "--top", "2"]) == 0
+    command = ["eval", "zeroshot", str(demo / "train"), str(demo / "shards"), "--match", "own", "--top", "2"]
+    assert main([*command, "--report", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").read_text().count("data:image/png;base64,") == 3
     out = capsys.readouterr().out
     assert "any_in_image" not in out
     assert "top-2" in out and "top-5" not in out
