@@ -15,6 +15,12 @@ using Int8 = int32_t __attribute__((vector_size(32)));
 using Unsigned8 = uint32_t __attribute__((vector_size(32)));
 using Float8 = float __attribute__((vector_size(32)));
 
+inline Int8 load(const int32_t* from) {
+  Int8 lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
 // Eight bytes to eight lanes.
 inline Int8 widen(const uint8_t* from) {
 #ifdef __AVX2__

@@ -17,6 +17,7 @@ namespace scf {
 namespace {
 
 constexpr int64_t kSlack = 64;  // bytes that vector loads and stores may touch behind a row
+constexpr int64_t kBlock = 32;  // bytes of a row that are resized at a time
 
 struct Range {
   int64_t begin;
@@ -180,6 +181,8 @@ class Focus {
 };
 
 // The weights of one axis of a resize, padded with zeros to an even number of taps.
+//
+// `fours` repeats each weight for the four bytes of a pixel.
 class Taps {
  public:
   void prepare(const Axis& axis, int64_t size) {
@@ -199,12 +202,15 @@ class Taps {
       for (int k = 0; k < tap.count; ++k) total += exact[k] = tap_weight(tap, k);
       for (int k = 0; k < tap.count; ++k) weights_[i * width_ + k] = fixed_weight(exact[k], total);
     }
+    fours_.resize(4 * weights_.size());
+    for (size_t k = 0; k < fours_.size(); ++k) fours_[k] = weights_[k / 4];
     reach_ = {low_[0], low_[size - 1] + tap_of(axis, size - 1).count};
   }
 
   int64_t width() const { return width_; }
   int64_t low(int64_t i) const { return low_[i]; }
   const int32_t* weights(int64_t i) const { return weights_.data() + i * width_; }
+  const int32_t* fours(int64_t i) const { return fours_.data() + 4 * i * width_; }
   Range reach() const { return reach_; }  // the source pixels that any output pixel reads
 
  private:
@@ -213,49 +219,56 @@ class Taps {
   int64_t width_ = 0;
   std::vector<int64_t> low_;
   std::vector<int32_t> weights_;
+  std::vector<int32_t> fours_;
   Range reach_{};
 };
 
 Int8 round_fixed(Int8 fixed) { return (fixed + (1 << (kResizeBits - 1))) >> kResizeBits; }
 
-// One output pixel, in the low four lanes.
-Int8 weigh(const uint8_t* pixels, const int32_t* weights, int64_t width) {
-  Int8 sum{};
-  for (int64_t k = 0; k < width; k += 2) {
-    const int32_t a = weights[k], b = weights[k + 1];
-    sum += widen(pixels + 4 * k) * Int8{a, a, a, a, b, b, b, b};
-  }
-  return sum;
+// Adds even and odd taps: the pixel of `a`, then the pixel of `b`.
+Int8 join(Int8 a, Int8 b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// A source row, from pixel `origin` on, to `size` output pixels. The rows are RGBX with slack.
-void resize_across(const uint8_t* row, int64_t origin, const Taps& taps, int64_t size, uint8_t* out) {
+// Two source rows, from pixel `origin` on, to `size` output pixels each; two, so that weights are loaded half as often.
+// The rows are RGBX with slack.
+void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
+                   uint8_t* const out[2]) {
   const int64_t width = taps.width();
   for (int64_t i = 0; i < size; i += 4) {
-    Int8 pair[2];
-    for (int64_t j = 0; j < 2; ++j) {
-      const int64_t left = std::min(i + 2 * j, size - 1), right = std::min(left + 1, size - 1);
-      const Int8 a = weigh(row + 4 * (taps.low(left) - origin), taps.weights(left), width);
-      const Int8 b = weigh(row + 4 * (taps.low(right) - origin), taps.weights(right), width);
-      pair[j] = round_fixed(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
-                            __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
+    Int8 sums[2][4] = {};
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t pixel = std::min(i + j, size - 1);
+      const int64_t offset = 4 * (taps.low(pixel) - origin);
+      const int32_t* weights = taps.fours(pixel);
+      Int8 first{}, second{};
+      for (int64_t k = 0; k < width; k += 2) {
+        const Int8 weight = load(weights + 4 * k);
+        first += widen(rows[0] + offset + 4 * k) * weight;
+        second += widen(rows[1] + offset + 4 * k) * weight;
+      }
+      sums[0][j] = first;
+      sums[1][j] = second;
     }
-    narrow(pair[0], pair[1], out + 4 * i);
+    for (int64_t r = 0; r < 2; ++r) {
+      narrow(round_fixed(join(sums[r][0], sums[r][1])), round_fixed(join(sums[r][2], sums[r][3])), out[r] + 4 * i);
+    }
   }
 }
 
-// Output row i of rows that begin at source row `origin`, each `stride` bytes long.
+// Output row i of rows that begin at source row `origin`, each `stride` bytes long, a multiple of kBlock.
 void resize_down(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
   const uint8_t* first = rows + (taps.low(i) - origin) * stride;
   const int32_t* weights = taps.weights(i);
-  for (int64_t x = 0; x < stride; x += 16) {
-    Int8 a{}, b{};
+  for (int64_t x = 0; x < stride; x += kBlock) {
+    Int8 sums[4] = {};
     for (int64_t k = 0; k < taps.width(); ++k) {
       const uint8_t* pixels = first + k * stride + x;
-      a += widen(pixels) * weights[k];
-      b += widen(pixels + 8) * weights[k];
+      for (int64_t j = 0; j < 4; ++j) sums[j] += widen(pixels + 8 * j) * weights[k];
     }
-    narrow(round_fixed(a), round_fixed(b), out + x);
+    narrow(round_fixed(sums[0]), round_fixed(sums[1]), out + x);
+    narrow(round_fixed(sums[2]), round_fixed(sums[3]), out + x + 16);
   }
 }
 
@@ -299,7 +312,10 @@ void convert(float value, Half* out) { out->bits = to_half(value); }
 class Renderer {
  public:
   explicit Renderer(const RenderProblem& problem)
-      : p_(problem), size_(problem.size), stride_((4 * problem.size + 15) / 16 * 16), final_(stride_ * problem.size) {}
+      : p_(problem),
+        size_(problem.size),
+        stride_((4 * problem.size + kBlock - 1) / kBlock * kBlock),
+        final_(stride_ / 4 * problem.size) {}
 
   // All views of one image, `count` of them at `views`.
   void render(const Picture& image, const int64_t* views, int64_t count) {
@@ -354,43 +370,51 @@ class Renderer {
     }
   }
 
-  // The view's bytes, RGBX, into final_.
+  // The view's bytes into final_.
   void resize(int64_t view) {
     const int32_t* plan = this->plan(view);
     auto [rows, columns] = prepare(plan);
     const Range read_rows = down_.reach(), read_columns = across_.reach();
     // What the weights of zero touch must be there too.
     between_.resize((read_rows.size() + down_.width()) * stride_ + kSlack);
-    row_.resize(4 * (read_columns.size() + across_.width()) + kSlack);
+    const int64_t row_bytes = 4 * (read_columns.size() + across_.width()) + kSlack;
+    row_.assign(2 * row_bytes, 0);
     if (plan[kKind] == kMasked) {
       rows = {std::max<int64_t>(rows.begin, plan[kBoxY1]), std::min<int64_t>(rows.end, plan[kBoxY2])};
       columns = {std::max<int64_t>(columns.begin, plan[kBoxX1]), std::min<int64_t>(columns.end, plan[kBoxX2])};
     }
-    std::fill(row_.begin(), row_.end(), uint8_t{0});
     if (rows.size() <= 0 || columns.size() <= 0) {
-      std::fill(final_.begin(), final_.end(), uint8_t{0});
+      std::fill(final_.begin(), final_.end(), 0);
       return;
     }
-    uint8_t* out = row_.data() + 4 * (columns.begin - plan[kX1] - read_columns.begin);
     if (plan[kKind] == kRelation) draw_masks(plan, rows, columns);
     Focus focus(centres_[0], centres_[1], p_.region.sigma, plan[kKind] == kRelation ? columns.size() : 0);
-    for (int64_t y = read_rows.begin; y < read_rows.end; ++y) {
-      uint8_t* resized = between_.data() + (y - read_rows.begin) * stride_;
-      const int64_t image_y = y + plan[kY1];
-      if (image_y < rows.begin || image_y >= rows.end) {
-        std::memset(resized, 0, stride_);
-        continue;
+
+    uint8_t* const first = between_.data() + (rows.begin - plan[kY1] - read_rows.begin) * stride_;
+    uint8_t* const last = first + rows.size() * stride_;
+    std::memset(between_.data(), 0, first - between_.data());
+    std::memset(last, 0, between_.data() + read_rows.size() * stride_ - last);
+    for (int64_t y = rows.begin; y < rows.end; y += 2) {
+      const uint8_t* drawn[2];
+      uint8_t* resized[2];
+      for (int64_t r = 0; r < 2; ++r) {
+        // A last row without a partner is its own.
+        const int64_t mine = std::min(y + r, rows.end - 1);
+        drawn[r] = row_.data() + r * row_bytes;
+        resized[r] = first + (mine - rows.begin) * stride_;
+        uint8_t* out = row_.data() + r * row_bytes + 4 * (columns.begin - plan[kX1] - read_columns.begin);
+        const uint8_t* pixels = image_->pixels + 3 * (mine * image_->width + columns.begin);
+        if (plan[kKind] == kRelation) {
+          relation_row(mine, columns, pixels, rows, focus, out);
+        } else {
+          expand(pixels, columns.size(), out, end_of_image_);
+        }
       }
-      const uint8_t* pixels = image_->pixels + 3 * (image_y * image_->width + columns.begin);
-      if (plan[kKind] == kRelation) {
-        relation_row(image_y, columns, pixels, rows, focus, out);
-      } else {
-        expand(pixels, columns.size(), out, end_of_image_);
-      }
-      resize_across(row_.data(), read_columns.begin, across_, size_, resized);
+      resize_across(drawn, read_columns.begin, across_, size_, resized);
     }
+    uint8_t* out = reinterpret_cast<uint8_t*>(final_.data());
     for (int64_t y = 0; y < size_; ++y) {
-      resize_down(between_.data(), read_rows.begin, down_, y, stride_, final_.data() + y * stride_);
+      resize_down(between_.data(), read_rows.begin, down_, y, stride_, out + y * stride_);
     }
   }
 
@@ -444,28 +468,43 @@ class Renderer {
   template <class T>
   void finish(int64_t view) {
     const float* change = p_.augment + view * kAugmentWidth;
-    T* out = static_cast<T*>(p_.out) + view * 3 * size_ * size_;
+    const bool changed = change[kBrightness] != 1 || change[kContrast] != 1 || change[kSaturation] != 1 ||
+                         change[kHue] != 0 || change[kSoften] > 0;
     const int64_t pixels = size_ * size_;
-    colours_.resize(3 * pixels);
-    for (int64_t y = 0; y < size_; ++y) {
-      const uint8_t* row = final_.data() + y * stride_;
-      for (int c = 0; c < 3; ++c) {
-        float* plane = colours_.data() + c * pixels + y * size_;
-        for (int64_t x = 0; x < size_; ++x) plane[x] = static_cast<float>(row[4 * x + c]) * (1.0f / 255);
-      }
+    T* const out = static_cast<T*>(p_.out) + view * 3 * pixels;
+    if (changed) {
+      colours_.resize(3 * pixels);
+      float* planes = colours_.data();
+      each_row([&](int c, int64_t at, const uint32_t* row) {
+        for (int64_t x = 0; x < size_; ++x) planes[c * pixels + at + x] = byte_of(row[x], c) * (1.0f / 255);
+      });
+      change_colours(change);
+      if (change[kSoften] > 0) soften(change[kSoften]);
     }
-    change_colours(change);
-    if (change[kSoften] > 0) soften(change[kSoften]);
-    for (int c = 0; c < 3; ++c) {
+    each_row([&](int c, int64_t at, const uint32_t* row) {
       const float scale = 1 / p_.std[c], shift = -p_.mean[c] / p_.std[c];
-      const float* plane = colours_.data() + c * pixels;
-      if (p_.channels_last) {
-        for (int64_t i = 0; i < pixels; ++i) convert(plane[i] * scale + shift, out + 3 * i + c);
+      const int64_t step = p_.channels_last ? 3 : 1;
+      T* to = out + (p_.channels_last ? 3 * at + c : c * pixels + at);
+      if (changed) {
+        const float* from = colours_.data() + c * pixels + at;
+        for (int64_t x = 0; x < size_; ++x) convert(from[x] * scale + shift, to + x * step);
+      } else if (step == 1) {
+        for (int64_t x = 0; x < size_; ++x) convert(byte_of(row[x], c) * (scale / 255) + shift, to + x);
       } else {
-        for (int64_t i = 0; i < pixels; ++i) convert(plane[i] * scale + shift, out + c * pixels + i);
+        for (int64_t x = 0; x < size_; ++x) convert(byte_of(row[x], c) * (scale / 255) + shift, to + x * 3);
       }
+    });
+  }
+
+  // body(colour, number of the row's first pixel, the row)
+  template <class F>
+  void each_row(F&& body) const {
+    for (int64_t y = 0; y < size_; ++y) {
+      for (int c = 0; c < 3; ++c) body(c, y * size_, final_.data() + y * stride_ / 4);
     }
   }
+
+  static float byte_of(uint32_t rgbx, int c) { return static_cast<float>(static_cast<int32_t>(rgbx >> 8 * c & 255)); }
 
   void change_colours(const float* change) {
     const int64_t pixels = size_ * size_;
@@ -535,9 +574,9 @@ class Renderer {
   Centre centres_[2]{};
   Range mask_rows_{};
   std::vector<uint8_t> masks_;
-  std::vector<uint8_t> row_, sharp_;  // RGBX: a source row of the view, and of the image
+  std::vector<uint8_t> row_, sharp_;  // RGBX: two source rows of the view, and a row of the image
   std::vector<uint8_t> between_;      // resized across, not yet down
-  std::vector<uint8_t> final_;        // the view in RGBX bytes
+  std::vector<uint32_t> final_;       // the view, R in the low byte (as any little-endian machine stores RGBX)
   std::vector<float> colours_, softened_;
 };
 
