@@ -191,7 +191,7 @@ class ConvStem(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
         x = pixels.to(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.gelu(norm(conv(x)), approximate="tanh")
+            x = quick_gelu(norm(conv(x)))
         return self.out(x.flatten(2).transpose(1, 2))
 
 

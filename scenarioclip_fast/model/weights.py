@@ -113,7 +113,8 @@ def from_clip(
         path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin), or an
             open_clip state dict (a directory with open_clip_model.safetensors or open_clip_pytorch_model.bin, or the
             file itself).
-        variant, freeze: as in ModelConfig; the sizes come from the checkpoint.
+        variant, freeze: as in ModelConfig; the sizes come from the checkpoint. The published freezing is the default,
+            of all blocks where an encoder has fewer.
         config: a whole config instead, whose sizes must be the checkpoint's.
         activation: for state dicts alone, which do not say it: "quick_gelu" (OpenAI's weights; the default) or "gelu"
             (most others).
@@ -133,7 +134,9 @@ def from_clip(
             f"its {len(state)} tensors, which start with {sorted(state)[:3]})"
         )
     if config is None:
-        config = replace(found, variant=variant, freeze=freeze or FreezeConfig())
+        usual = FreezeConfig()
+        blocks = (min(usual.vision_blocks, found.vision.layers), min(usual.text_blocks, found.text.layers))
+        config = replace(found, variant=variant, freeze=freeze or FreezeConfig(*blocks))
     problems = config.differences(found, "embed_dim", "vision", "text")
     if problems:
         raise UserError(f"{path}: not the config's architecture (config, checkpoint): {'; '.join(problems)}")

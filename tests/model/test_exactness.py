@@ -174,8 +174,9 @@ def loss(out: dict[str, Tensor]) -> Tensor:
 def gradients(model: ScenarioCLIP) -> Iterator[tuple[str, Tensor]]:
     for name, p in model.named_parameters():
         if p.requires_grad:
-            # A level that is absent from the batch: no gradient and a zero one are the same.
-            yield name, torch.zeros_like(p) if p.grad is None else p.grad
+            # A level that is absent from the batch has a zero gradient, not none: distributed training waits for it.
+            assert p.grad is not None, name
+            yield name, p.grad
         else:
             assert p.grad is None, name
 

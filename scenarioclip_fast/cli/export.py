@@ -1,0 +1,36 @@
+"""`scenarioclip-fast export`: a trained model's weights for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser("export", help="write weights for other programs")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory, or RUN/model")
+    parser.add_argument(
+        "--to",
+        choices=("hf", "safetensors"),
+        required=True,
+        help="hf: one CLIPModel of transformers a level, in DIR/global, DIR/object and DIR/relation; "
+        "safetensors: the whole model in one file",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports, and prints what was written."""
+    from scenarioclip_fast.eval.checkpoint import open_checkpoint
+    from scenarioclip_fast.model import LEVELS, export_hf
+
+    model = open_checkpoint(args.checkpoint).model
+    if args.to == "safetensors":
+        model.save_pretrained(args.out)
+        print(f"wrote {args.out / 'model.safetensors'}")
+        return 0
+    for level in LEVELS:
+        export_hf(model, args.out / level, level)
+        print(f"wrote {args.out / level}: CLIPModel, and the head behind it in projection.safetensors")
+    return 0

@@ -1,0 +1,57 @@
+"""`scenarioclip-fast export`: what it writes is read by others, and wrong paths are one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+
+
+def trained(path: Path) -> ScenarioCLIP:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        embed_dim=12,
+        vision=VisionConfig(16, 8, 24, 2, 3),
+        text=TextConfig(8, 31, 16, 2, 2),
+        freeze=FreezeConfig.nothing(),
+    )
+    model = ScenarioCLIP(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(path)
+    return model
+
+
+def test_each_level_becomes_a_clip_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = trained(tmp_path / "run" / "model")
+    assert main(["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert str(tmp_path / "hf" / "relation") in capsys.readouterr().out
+    pixels = torch.randn(2, 3, 16, 16)
+    for level in ("global", "object", "relation"):
+        clip = transformers.CLIPModel.from_pretrained(tmp_path / "hf" / level).eval()
+        head = model.vision[level].head
+        with torch.no_grad():
+            pooled = clip.vision_model(pixels).pooler_output
+            got = head.out_norm(clip.visual_projection(pooled) + head.projection.bias)
+            # Float32 with other orders of summation.
+            torch.testing.assert_close(got, model.encode_image(pixels, level), rtol=2e-4, atol=2e-4)
+
+
+def test_whole_model_in_one_file(tmp_path: Path) -> None:
+    model = trained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--to", "safetensors", "--out", str(tmp_path / "out")]) == 0
+    back = ScenarioCLIP.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+
+
+def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path} holds no trained model")
+    assert error.count("\n") == 1
