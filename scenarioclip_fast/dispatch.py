@@ -11,8 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-
 from scenarioclip_fast import env
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
@@ -22,8 +20,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, dict[str, str]] = {
     "contrastive_loss": {"triton": "triton", "cpu": "", "reference": ""},
     "distillation_loss": {"cuda": "native-cuda", "triton": "triton", "cpu": "native-cpu", "reference": ""},
-    "focused_region": {"reference": "", "cpu": "native-cpu"},
-    "render_views": {"reference": "", "cpu": "native-cpu"},
+    "focused_region": {"cpu": "native-cpu", "reference": ""},
+    "render_views": {"cpu": "native-cpu", "reference": ""},
 }
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -73,9 +71,6 @@ def resolve(op: str, backend: str, device_type: str, cannot: Mapping[str, str] |
     return name
 
 
-# The answer cannot change while the process lives, so a compiled graph may hold it as a constant: without this,
-# torch.compile would trace into the probes, which import modules and load libraries.
-@torch.compiler.assume_constant_result
 def why_not(op: str, backend: str, device_type: str) -> str | None:
     """None when `backend` can run `op` on `device_type`, otherwise the reason why it cannot."""
     if backend not in BACKENDS[op]:
@@ -88,6 +83,12 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return f"it runs on {' and '.join(devices)} tensors{hint}"
     need = BACKENDS[op][backend]
     return env.missing(need) if need else None
+
+
+# The answer cannot change while the process lives, so a compiled graph may hold it as a constant: without this,
+# torch.compile would trace into the probes, which import modules and load libraries. It is all that
+# torch.compiler.assume_constant_result does, but for importing the compiler, which takes a second.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(name: str, source: str) -> str:
