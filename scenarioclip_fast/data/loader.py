@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,8 @@ class SceneLoader:
         on_gpu = self.device.type == "cuda"
         self._decoding, self._rendering = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         self._state = _State()
-        self._iteration: Generator[Batch, None, None] | None = None
+        # Weak, so that an iteration that is left early ends, threads and all.
+        self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every rank."""
@@ -219,15 +221,18 @@ class SceneLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the consumer's position on. One iteration at a time: a new one ends the one before."""
-        if self._iteration is not None:
-            self._iteration.close()
-        self._iteration = self._deliver()
-        return self._iteration
+        self._end_iteration()
+        iteration = self._deliver()
+        self._iteration = weakref.ref(iteration)
+        return iteration
+
+    def _end_iteration(self) -> None:
+        if (iteration := self._iteration()) is not None:
+            iteration.close()
 
     def close(self) -> None:
         """Stops the threads and releases the decoder and the files. The loader cannot be used again."""
-        if self._iteration is not None:
-            self._iteration.close()
+        self._end_iteration()
         self._readers.shutdown(cancel_futures=True)
         self._decoder.close()
         self._cache.clear()
@@ -275,7 +280,7 @@ class SceneLoader:
                 state = _State(walk.epoch, position, walk.bad) if left else _State(walk.epoch + 1)
                 build = partial(self._build, samples, views)
                 if self._too_many(walk):
-                    build = partial(self._give_up, walk, bad[-1])
+                    build = partial(self._give_up, walk, bad)
                 yield _Step(walk.epoch, state, bad, build)
             state = _State(walk.epoch + 1)
 
@@ -299,10 +304,11 @@ class SceneLoader:
         drawn = max(walk.before + walk.at, min(walk.before + len(walk.share), _JUDGED_OVER))
         return walk.bad > self.max_bad_fraction * drawn
 
-    def _give_up(self, walk: _Walk, last: BadSample) -> Batch:
+    def _give_up(self, walk: _Walk, bad: list[BadSample]) -> Batch:
+        last = f"; the last one is {bad[-1]}" if bad else ""
         raise UserError(
             f"{walk.bad} of the {walk.before + walk.at} scenes drawn in epoch {walk.epoch} cannot be used, "
-            f"more than max_bad_fraction = {self.max_bad_fraction:g}; the last one is {last}"
+            f"more than max_bad_fraction = {self.max_bad_fraction:g}{last}"
         )
 
     def _load(self, indices: list[int]) -> tuple[list[_Sample], list[BadSample]]:

@@ -234,7 +234,6 @@ def test_auto_on_a_cpu_is_torch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["torch", "dali"])
 def test_decoders_on_a_gpu(name: str) -> None:
     if name == "dali":

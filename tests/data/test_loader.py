@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -392,6 +394,12 @@ def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
     assert 1 <= sum(loader.bad.values()) == len((tmp_path / "bad.jsonl").read_text().splitlines())
+    with load(damaged, 4, max_bad_fraction=0.5) as loader:
+        take(loader, 6)
+        state = loader.state_dict()
+    with load(damaged, 4, max_bad_fraction=0.0) as loader, pytest.raises(UserError, match=r"max_bad_fraction = 0$"):
+        loader.load_state_dict(state)
+        next(iter(loader))
     with load(damaged, 4, max_bad_fraction=0.25, epochs=3, prefetch=0) as loader:  # 12 of 50 are bad
         list(loader)
     with (
@@ -464,6 +472,24 @@ def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkey
     loader.close()
 
 
+def test_an_iteration_that_is_left_takes_its_threads_along(shards: Path) -> None:
+    loader = load(shards)
+    for _ in loader:
+        assert any(thread.name == "load" for thread in threading.enumerate())
+        break
+    assert not any(thread.name == "load" for thread in threading.enumerate())
+
+
+def test_a_process_that_leaves_without_closing_ends(shards: Path) -> None:
+    code = (
+        "from scenarioclip_fast.data import scene_loader\n"
+        f"batches = iter(scene_loader({str(shards)!r}, 2, size={SIZE}, threads=1))\n"
+        "next(batches)\n"
+        "raise SystemExit(5)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 5
+
+
 def test_decoded_images_are_cached_within_the_bound(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(shards, drop_last=False, epochs=3, cache_bytes=60_000, prefetch=0) as loader:
         decoded: list[int] = []
@@ -503,7 +529,6 @@ def test_pixels_come_as_asked(shards: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("decoder", ["torch", "dali"])
 def test_batches_on_a_gpu(shards: Path, decoder: str) -> None:
     if decoder == "dali":
