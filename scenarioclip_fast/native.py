@@ -56,6 +56,7 @@ def why_not(part: str) -> str | None:
     return None
 
 
+@functools.cache
 def host() -> ModuleType | None:
     """The pybind11 module, or None where it was not built."""
     return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")

@@ -23,7 +23,7 @@ from scenarioclip_fast.cli.main import main
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
     def clear() -> None:
-        for probe in (env._import_problem, native.build_info, native.why_not):
+        for probe in (env._import_problem, native.build_info, native.why_not, native.host):
             probe.cache_clear()
 
     clear()
