@@ -58,8 +58,10 @@ class DataSection:
     prefetch: int = 2  # batches that are made ready ahead of the step
     threads: int | None = None  # that read and decode; null: one per core, at most 16
     cache_gib: float = 0.0  # decoded images kept in memory, for a data set that is seen often
+    max_bad_fraction: float = 0.1  # a larger share of unreadable scenes ends the run
 
     def __post_init__(self) -> None:
+        _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "a share from 0 to 1")
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
         _check(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "data.threads", self.threads, "at least 1, or null")

@@ -226,6 +226,7 @@ class Trainer:
             dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
             threads=data.threads,
             cache_bytes=int(data.cache_gib * 2**30),
+            max_bad_fraction=data.max_bad_fraction,
             bad_samples=self.run_dir / "bad_samples.jsonl",
         )
 
