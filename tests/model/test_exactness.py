@@ -268,15 +268,14 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
     torch.testing.assert_close(after, naive(model, some, None)["text object"], rtol=1e-10, atol=1e-10)
     some = SimpleNamespace(**{**vars(some), "pixels": some.pixels.float()})
     model.float()
-    full = fast(model, some, None)["text object"]
-    assert full.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         low = fast(model, some, None)["text object"]
-    again = fast(model, some, None)["text object"]
-    assert torch.equal(again, full)
+    full = fast(model, some, None)["text object"]
+    assert full.dtype == torch.float32
     # bfloat16 carries 8 bits; the layernorm at the end makes values of order 1.
-    assert 0 < (low.float() - full).abs().max() < 0.2
+    assert 1e-4 < (low.float() - full).abs().max() < 0.2
     model.tokens.cache_bytes = 0
+    # Float32 with other orders of summation; features left over from bfloat16 would be 1e-3 away.
     torch.testing.assert_close(fast(model, some, None)["text object"], full, rtol=1e-5, atol=1e-5)
 
 
