@@ -35,7 +35,7 @@ class ContrastiveLoss(nn.Module):
     Args:
         init_temperature: logit_scale starts at ln(1 / init_temperature).
         max_scale: the largest scale; a logit_scale beyond it takes no gradient.
-        duplicates, group, deterministic, backend: as in `ops.contrastive_loss`.
+        duplicates, group, backend: as in `ops.contrastive_loss`.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class ContrastiveLoss(nn.Module):
         *,
         duplicates: str = "negatives",
         group: ProcessGroup | None = None,
-        deterministic: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
-        self.group, self.deterministic, self.backend = group, deterministic, backend
+        self.group, self.backend = group, backend
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
 
     @property
@@ -72,7 +71,6 @@ class ContrastiveLoss(nn.Module):
             text_id=text_id,
             duplicates=self.duplicates,
             group=self.group,
-            deterministic=self.deterministic,
             backend=self.backend,
         )
 
@@ -91,12 +89,11 @@ class MultiLevelContrastiveLoss(nn.Module):
         *,
         duplicates: str = "negatives",
         group: ProcessGroup | None = None,
-        deterministic: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
-        self.group, self.deterministic, self.backend = group, deterministic, backend
+        self.group, self.backend = group, backend
         self.levels = tuple(levels)
         start = math.log(1 / init_temperature)
         self.logit_scale = nn.ParameterDict({level: nn.Parameter(torch.tensor(start)) for level in levels})
@@ -121,7 +118,6 @@ class MultiLevelContrastiveLoss(nn.Module):
             text_ids=text_ids,
             duplicates=self.duplicates,
             group=self.group,
-            deterministic=self.deterministic,
             backend=self.backend,
         )
 
@@ -227,7 +223,7 @@ class ScenarioLoss(nn.Module):
     `contrastive.logit_scale[level]` are the three learnable temperatures, in log form.
 
     Args:
-        init_temperature, max_scale, duplicates, group, deterministic: as in `ContrastiveLoss`, for each level.
+        init_temperature, max_scale, duplicates, group: as in `ContrastiveLoss`, for each level.
         distillation_scale: weight of the distillation; 0 leaves it out.
         student_temperature, teacher_temperature: as in `DistillationLoss`.
         backend: for every op of the loss.
@@ -243,7 +239,6 @@ class ScenarioLoss(nn.Module):
         student_temperature: float = 0.07,
         teacher_temperature: float = 0.07,
         group: ProcessGroup | None = None,
-        deterministic: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -256,7 +251,6 @@ class ScenarioLoss(nn.Module):
             max_scale,
             duplicates=duplicates,
             group=group,
-            deterministic=deterministic,
             backend=backend,
         )
         self.distillation = DistillationLoss(student_temperature, teacher_temperature, backend=backend)

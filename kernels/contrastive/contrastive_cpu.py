@@ -1,7 +1,7 @@
 """The contrastive softmax on a CPU, tile by tile: matrix products in MKL, exponentials on a tile that stays in cache.
 
 The N x U matrix never exists. One exponential per logit and pass serves rows and columns alike: with
-|S| <= bound, the offset `bound - HEADROOM` keeps every exp(S - offset) finite, and sums that came too close to
+|S| <= bound, an offset of `bound - HEADROOM` keeps every exp(S - offset) finite, and sums that came too close to
 underflow send the call to a slower path with running maxima. Float32 inside, float64 for float64 input; the
 order of summation is fixed.
 """
@@ -39,7 +39,7 @@ def _offset(x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> float:
     bound = scale.item()
     if not normalize:
         bound *= (x.norm(dim=1).max() * y.norm(dim=1).max()).item()
-    return bound - HEADROOM
+    return max(bound - HEADROOM, 0.0)  # moderate scales need none, and would lose digits to one
 
 
 def _own(column: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [n] -> two equally long
@@ -85,13 +85,15 @@ def _in_range(sums: Tensor) -> bool:
 
 def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> tuple[Tensor, Tensor]:
     row, col = (torch.full((k,), -torch.inf, dtype=torch.float64) for k in (len(x), len(y)))
+    log_w = torch.zeros(len(y), dtype=x.dtype) if w is None else w.log()
     for i, j in _tiles(len(x), len(y)):
         logits = _product(buffer, x[i], y[j])
         top = logits.amax(0)
         col[j] = torch.logaddexp(col[j], (logits - top).exp_().sum(0).double().log_() + top)
-        top = logits.amax(1)
-        e = logits.sub_(top[:, None]).exp_()
-        row[i] = torch.logaddexp(row[i], (e.sum(1) if w is None else e @ w[j]).double().log_() + top)
+        top = (
+            logits.add_(log_w[j]).amax(1).nan_to_num_(nan=torch.nan, neginf=0.0)
+        )  # no text of the tile may have weight
+        row[i] = torch.logaddexp(row[i], logits.sub_(top[:, None]).exp_().sum(1).double().log_() + top)
     return row, col
 
 
@@ -120,6 +122,7 @@ def backward(
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
     own = torch.arange(n) if index is None else index
     w = y.new_ones(u) if weight is None else weight.to(x.dtype)
+    log_w = w.log()
     row, col = row_lse - offset, col_lse - offset
     bounded = bool((torch.cat([row, col]).abs() < -math.log(FLOOR)).all())
     if not bounded:
@@ -135,7 +138,7 @@ def backward(
             grad.sub_(offset).exp_().mul_(_product(factors, row_factor[i], col_factor[:, j].T))
         else:
             by_column = _softmax(grad, col[j]).mul_(g_col[j])
-            grad.copy_(_softmax(grad, row[i, None])).mul_(g_row[i, None]).mul_(w[j]).add_(by_column)
+            grad.copy_(_softmax(grad.add_(log_w[j]), row[i, None])).mul_(g_row[i, None]).add_(by_column)
         r, c = _own(own[i] - j.start, grad.shape[1])
         grad[r, c] += g_positive[i][r]
         if need_x:

@@ -78,10 +78,8 @@ def backward(
     x, y = unit_rows(image, normalize), unit_rows(text, normalize)
     scaled = scale.to(x.dtype) * x
     logits = (scaled @ y.T).to(sums_dtype(x.device))
-    by_row = (logits - row_lse[:, None]).exp() * grad_row[:, None]
-    if weight is not None:
-        by_row = by_row * weight.to(logits.dtype)
-    grad = by_row + (logits - col_lse).exp() * grad_col
+    weighted = logits if weight is None else logits + weight.to(logits.dtype).log()
+    grad = (weighted - row_lse[:, None]).exp() * grad_row[:, None] + (logits - col_lse).exp() * grad_col
     rows = torch.arange(len(x), device=x.device)
     columns = rows if index is None else index
     grad[rows, columns] += grad_positive

@@ -58,8 +58,8 @@ def contrastive_loss(
             all ranks' rows, the same number on every rank. Gradients are those of the sum of all ranks' results,
             so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
             process with all rows, logit_scale's included.
-        deterministic: no sums whose order varies from run to run (the Triton backend alone has one). None
-            follows torch.use_deterministic_algorithms.
+        deterministic: True asks for sums in a fixed order. Every backend keeps one at no cost, whatever is asked:
+            none uses atomics.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -74,7 +74,7 @@ def contrastive_loss(
     if reduction == "none" and duplicates != "negatives":
         raise ValueError(f"reduction='none' goes only with duplicates='negatives', got {duplicates!r}: use 'mean'")
     level = _Level(image, text, logit_scale, text_index, text_id)
-    return _losses([level], duplicates, reduction, group, deterministic, backend)[0]
+    return _losses([level], duplicates, reduction, group, backend)[0]
 
 
 def log_sums(
@@ -84,7 +84,6 @@ def log_sums(
     *,
     text_index: Tensor | None = None,  # [N] int64
     normalize: bool = True,
-    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
     """What other losses over the same logits are made of, with S = logit_scale * image text^T and t = text_index.
@@ -94,7 +93,7 @@ def log_sums(
     """
     level = _Level(image, text, logit_scale, text_index, None)
     name = _checked_backend([level], backend)
-    rows, columns, positives = _log_sums(_prepared([level]), name, deterministic, normalize)
+    rows, columns, positives = _log_sums(_prepared([level]), name, normalize)
     return rows[0], columns[0], positives[0]
 
 
@@ -122,7 +121,7 @@ def multilevel_contrastive_loss(
     indices = text_indices if text_indices is not None else [None] * count
     ids = text_ids if text_ids is not None else [None] * count
     levels = [_Level(*level) for level in zip(images, texts, logit_scales, indices, ids, strict=True)]
-    return torch.stack(_losses(levels, duplicates, "mean", group, deterministic, backend))
+    return torch.stack(_losses(levels, duplicates, "mean", group, backend))
 
 
 def spread_dot_product_loss(
@@ -133,7 +132,7 @@ def spread_dot_product_loss(
 ) -> Tensor:  # []
     """`contrastive_loss` over a group with row i and text i belonging together, features taken as they come."""
     level = _Level(image, text, logit_scale, None, None)
-    return _losses([level], "negatives", "mean", group, None, "auto", normalize=False)[0]
+    return _losses([level], "negatives", "mean", group, "auto", normalize=False)[0]
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,6 @@ def _losses(
     duplicates: str,
     reduction: str,
     group: ProcessGroup | None,
-    deterministic: bool | None,
     backend: str,
     normalize: bool = True,
 ) -> list[Tensor]:
@@ -166,7 +164,7 @@ def _losses(
     else:
         levels = _gathered(levels, duplicates, group)
 
-    rows, columns, positives = _log_sums(levels, name, deterministic, normalize)
+    rows, columns, positives = _log_sums(levels, name, normalize)
     betas, kappas = zip(*(_coefficients(level, duplicates) for level in levels), strict=True)
     dtype = levels[0].scale.dtype
     if reduction == "none":
@@ -353,12 +351,8 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
     ]
 
 
-def _log_sums(
-    levels: list[_Level], backend: str, deterministic: bool | None, normalize: bool
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _log_sums(levels: list[_Level], backend: str, normalize: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Row log-sums, column log-sums and positive logits of each level."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     indices: list[Tensor] = []
     if any(level.index is not None for level in levels):
         indices = [_arange(level.image) if level.index is None else level.index for level in levels]
@@ -372,7 +366,6 @@ def _log_sums(
         indices,
         weights,
         normalize,
-        deterministic,
         backend,
     )
     n, u = [len(level.image) for level in levels], [len(level.text) for level in levels]
@@ -391,7 +384,6 @@ def contrastive_forward(
     index: Sequence[Tensor],  # levels x [N_l] int64, or none: row i has text i
     weight: Sequence[Tensor],  # levels x [U_l] float32, or none: ones
     normalize: bool,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], all float64
     with torch.autocast(scale.device.type, enabled=False):
@@ -415,7 +407,6 @@ def _(
     index: Sequence[Tensor],
     weight: Sequence[Tensor],
     normalize: bool,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = scale.new_empty(sum(x.shape[0] for x in image), dtype=reference.sums_dtype(scale.device))
@@ -436,7 +427,6 @@ def contrastive_backward(
     grad_col: Tensor,  # [sum U_l]
     grad_positive: Tensor,  # [sum N_l]
     normalize: bool,
-    deterministic: bool,
     need_image: bool,
     need_text: bool,
     backend: str,
@@ -454,7 +444,6 @@ def contrastive_backward(
                 (row_lse, col_lse, positive),
                 (grad_row, grad_col, grad_positive),
                 normalize,
-                deterministic,
                 need_image,
                 need_text,
             )
@@ -485,7 +474,6 @@ def _(
     grad_col: Tensor,
     grad_positive: Tensor,
     normalize: bool,
-    deterministic: bool,
     need_image: bool,
     need_text: bool,
     backend: str,
@@ -499,7 +487,7 @@ def _per_level(levels: int, *lists: Sequence[Tensor]) -> list[Sequence[Tensor | 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, text, scale, index, weight, ctx.normalize, ctx.deterministic, ctx.backend = inputs
+    image, text, scale, index, weight, ctx.normalize, ctx.backend = inputs
     ctx.lengths = [len(part) for part in (image, text, index, weight)]
     ctx.save_for_backward(*image, *text, *index, *weight, scale, *output)
 
@@ -520,7 +508,6 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         positive,
         *(grad.contiguous() for grad in grads),
         ctx.normalize,
-        ctx.deterministic,
         need_image,
         need_text,
         ctx.backend,
@@ -531,7 +518,6 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         d_text if need_text else [None] * len(text),
         d_scale,
         *nothing,
-        None,
         None,
         None,
     )

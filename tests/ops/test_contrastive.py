@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +14,28 @@ import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
 from torch import Tensor
 
-from scenarioclip_fast import BackendError, use_backend
+from scenarioclip_fast import BackendError, env, use_backend
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
-from scenarioclip_fast.ops.contrastive import contrastive_forward
+from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
 
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if env.triton_interprets() else "cuda"}
 BACKENDS = ("reference", "cpu")
+# Triton needs a GPU here; test_triton_in_the_interpreter runs some of these tests without one.
+EVERY_BACKEND = [
+    *BACKENDS,
+    pytest.param(
+        "triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def run(image: Tensor, text: Tensor, scale: Tensor | float, backend: str, **options: Any) -> Tensor:
+    """contrastive_loss on the backend's device, back on the CPU."""
+    device = DEVICES[backend]
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    scale = scale.to(device) if isinstance(scale, Tensor) else scale
+    return contrastive_loss(image.to(device), text.to(device), scale, backend=backend, **options).cpu()
 
 
 def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
@@ -72,20 +91,20 @@ def assert_as_good_as_eager(
 SHAPES = [(1, 1, 8), (2, 2, 3), (3, 2, 123), (127, 127, 64), (129, 40, 123), (600, 600, 64), (1000, 300, 512)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize(("n", "u", "d"), SHAPES)
 @pytest.mark.parametrize("s", [1.0, 14.3, 100.0])
 def test_negatives(backend: str, n: int, u: int, d: int, s: float) -> None:
     image, text, scale, index = make(n, u, d, s)
     assert_as_good_as_eager(
-        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend),
+        lambda x, y, s: run(x, y, s, text_index=index, backend=backend),
         lambda x, y, s: reference.naive_loss(x, y[index], s),
         (image, text, scale),
         upstream=3.0,
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize(("n", "u", "d"), [(5, 5, 4), (129, 40, 123), (1000, 300, 64)])
 @pytest.mark.parametrize("s", [1.0, 80.0])
 def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
@@ -96,13 +115,13 @@ def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
 
     tensors = (image, text, scale)
     assert_as_good_as_eager(
-        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, duplicates="positives", backend=backend),
+        lambda x, y, s: run(x, y, s, text_index=index, duplicates="positives", backend=backend),
         eager,
         tensors,
     )
     # The same classes given by identity: one text per row, equal ids merged.
     assert_as_good_as_eager(
-        lambda x, y, s: contrastive_loss(x, y[index], s, text_id=index, duplicates="positives", backend=backend),
+        lambda x, y, s: run(x, y[index], s, text_id=index, duplicates="positives", backend=backend),
         eager,
         tensors,
     )
@@ -121,12 +140,16 @@ def test_diagonal_needs_no_index(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_texts_without_rows(backend: str) -> None:
+@pytest.mark.parametrize("s", [20.0, 2000.0])
+def test_texts_without_rows(backend: str, s: float) -> None:
     """They take no part among "negatives", and are one more negative of every image row among "positives"."""
-    image, text, scale, index = make(40, 10, 16, 20.0, torch.float64)
-    more = torch.cat([text, torch.randn(7, 16, dtype=torch.float64)])
-    found = contrastive_loss(image, more, scale, text_index=index, backend=backend)
-    torch.testing.assert_close(found, reference.naive_loss(image, text[index], scale))
+    image, text, scale, index = make(40, 10, 16, s, torch.float64)
+    more = torch.cat([text, image[:7]])  # as near as can be
+    wanted = gradients(lambda x, y, s: reference.naive_loss(x, y[:10][index], s), (image, more, scale))
+    found = gradients(
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), (image, more, scale)
+    )
+    torch.testing.assert_close(found, wanted)
     found = contrastive_loss(image, more, scale, text_index=index, duplicates="positives", backend=backend)
     logits = scale * F.normalize(image, dim=1) @ F.normalize(more, dim=1).T
     owns = F.one_hot(index, 17)[:, :10].double()
@@ -134,7 +157,7 @@ def test_texts_without_rows(backend: str) -> None:
     torch.testing.assert_close(found, (F.cross_entropy(logits, index) + columns) / 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_reduction_none(backend: str) -> None:
     image, text, scale, index = make(300, 90, 24, 30.0)
     weight = torch.rand(300)
@@ -146,39 +169,52 @@ def test_reduction_none(backend: str) -> None:
         return (rows / 2 * weight).sum()
 
     def fused(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        rows = contrastive_loss(x, y, s, text_index=index, reduction="none", backend=backend)
+        rows = run(x, y, s, text_index=index, reduction="none", backend=backend)
         assert rows.shape == (300,)
         return (rows * weight).sum()
 
     assert_as_good_as_eager(fused, eager, (image, text, scale))
 
 
-def _extremes() -> dict[str, tuple[Tensor, Tensor]]:
+EXTREMES = (
+    "equal",
+    "opposite",
+    "nearly opposite",
+    "one row opposite",
+    "one text opposite",
+    "orthogonal",
+    "matched",
+)
+
+
+def extreme(case: str, n: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
-    one = torch.randn(1, 48, generator=g)
-    noise = torch.randn(200, 48, generator=g)
-    return {
-        "equal": (one.expand(200, -1), one.expand(200, -1)),
-        "opposite": (one.expand(200, -1), -one.expand(200, -1)),
+    one, noise = torch.randn(1, 48, generator=g), torch.randn(n, 48, generator=g)
+    near, odd = torch.cat([0.05 * noise[1:] + one, one]), torch.cat([noise[1:], -one])
+    axes = torch.eye(48)
+    pairs = {
+        "equal": (one.repeat(n, 1), one.repeat(n, 1)),
+        "opposite": (one.repeat(n, 1), -one.repeat(n, 1)),
         "nearly opposite": (one + 0.2 * noise, 0.2 * noise.flip(0) - one),
-        "one row opposite": (torch.cat([noise[:199], -one]), torch.cat([0.05 * noise[:199] + one, one])),
-        "one text opposite": (torch.cat([0.05 * noise[:199] + one, one]), torch.cat([noise[:199], -one])),
-        "orthogonal": (torch.eye(48)[torch.arange(200) % 24], torch.eye(48)[24 + torch.arange(200) % 24]),
+        "one row opposite": (odd, near),
+        "one text opposite": (near, odd),
+        "orthogonal": (axes[torch.arange(n) % 24], axes[24 + torch.arange(n) % 24]),
         "matched": (noise, noise * 3),
     }
+    return pairs[case]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", sorted(_extremes()))
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("s", [100.0, 1000.0])
-def test_extreme_features(backend: str, case: str, s: float) -> None:
+def test_extreme_features(backend: str, case: str, s: float, n: int = 200) -> None:
     """Sums without a running maximum vanish in most of these, and in the last ones the loss is next to nothing."""
-    image, text = _extremes()[case]
-    tensors = (image.contiguous(), text.contiguous(), torch.tensor(s))
-    assert_as_good_as_eager(lambda x, y, s: contrastive_loss(x, y, s, backend=backend), reference.naive_loss, tensors)
+    assert_as_good_as_eager(
+        lambda x, y, s: run(x, y, s, backend=backend), reference.naive_loss, (*extreme(case, n), torch.tensor(s))
+    )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_random_units_at_high_scale(backend: str) -> None:
     """Best cosines of a row below 1 - 87/s: with the scale itself as the offset every term would underflow."""
     g = torch.Generator().manual_seed(2)
@@ -186,30 +222,30 @@ def test_random_units_at_high_scale(backend: str) -> None:
     assert (F.normalize(image, dim=1) @ F.normalize(text, dim=1).T).max() < 0.15
     index = torch.randint(200, (300,), generator=g)
     assert_as_good_as_eager(
-        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend),
+        lambda x, y, s: run(x, y, s, text_index=index, backend=backend),
         lambda x, y, s: reference.naive_loss(x, y[index], s),
         (image, text, torch.tensor(100.0)),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("where", ["image", "text"])
 def test_nan_stays_nan(backend: str, where: str) -> None:
     image, text, scale, index = make(70, 30, 16, 100.0)
     (image if where == "image" else text)[3, 5] = float("nan")
     for duplicates in ("negatives", "positives"):
-        loss = contrastive_loss(image, text, scale, text_index=index, duplicates=duplicates, backend=backend)
+        loss = run(image, text, scale, text_index=index, duplicates=duplicates, backend=backend)
         assert loss.isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_no_rows(backend: str) -> None:
     for texts in (0, 5):
         image = torch.empty(0, 8, requires_grad=True)
         text = torch.ones(texts, 8, requires_grad=True)
         scale = torch.tensor(10.0, requires_grad=True)
         for duplicates in ("negatives", "positives"):
-            loss = contrastive_loss(
+            loss = run(
                 image, text, scale, text_index=torch.empty(0, dtype=torch.int64), duplicates=duplicates, backend=backend
             )
             found = torch.autograd.grad(loss, (image, text, scale))
@@ -255,9 +291,9 @@ def test_gradcheck(backend: str, duplicates: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_input(backend: str, dtype: torch.dtype) -> None:
+def test_low_precision_input(backend: str, dtype: torch.dtype, n: int = 200) -> None:
     """Sums are float32: what is lost is the rounding of the input alone, and of the gradients on their way out."""
-    image, text, scale, index = make(200, 80, 64, 14.3)
+    image, text, scale, index = make(n, 30, 64, 14.3)
     rounded = (image.to(dtype), text.to(dtype), scale)
     exact = gradients(lambda x, y, s: reference.naive_loss(x, y[index], s), tuple(t.double() for t in rounded))
     found = gradients(lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), rounded)
@@ -316,13 +352,14 @@ def test_deterministic() -> None:
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("duplicates", ["negatives", "positives"])
 def test_levels(backend: str, duplicates: str) -> None:
-    """All levels at once are the levels one by one; one is empty, and widths differ."""
+    """All levels at once are the levels one by one; one is empty, widths differ, and only some have an index."""
+    device = DEVICES[backend]
     cases = [make(20, 20, 16, 10.0), make(50, 12, 16, 30.0), make(0, 0, 16, 5.0), make(9, 9, 24, 5.0)]
-    indices = [None, cases[1][3], cases[2][3], None]
-    images, texts, scales = ([c[k].requires_grad_() for c in cases] for k in range(3))
+    indices = [None, cases[1][3].to(device), cases[2][3].to(device), None]
+    images, texts, scales = ([c[k].to(device).requires_grad_() for c in cases] for k in range(3))
     options: dict[str, Any] = {"duplicates": duplicates, "backend": backend}
     together = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, **options)
     apart = [
@@ -331,7 +368,7 @@ def test_levels(backend: str, duplicates: str) -> None:
     ]
     assert together.shape == (4,)
     torch.testing.assert_close(together, torch.stack(apart))
-    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
     leaves = [*images, *texts, *scales]
     found = torch.autograd.grad(together @ weights, leaves)
     torch.testing.assert_close(found, torch.autograd.grad(torch.stack(apart) @ weights, leaves))
@@ -342,9 +379,9 @@ def test_opcheck(backend: str) -> None:
     image, text, scale, index = (t.clone() for t in make(6, 4, 5, 3.0))
     leaves = [t.requires_grad_() for t in (image, text, scale)]
     weight = torch.rand(4) + 0.5
-    sample = ([leaves[0]], [leaves[1]], leaves[2][None], [index], [weight], True, False, backend)
+    sample = ([leaves[0]], [leaves[1]], leaves[2][None], [index], [weight], True, backend)
     torch.library.opcheck(contrastive_forward, sample)
-    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), [], [], True, True, backend)
+    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), [], [], True, backend)
     torch.library.opcheck(contrastive_forward, sample)
 
 
@@ -426,3 +463,79 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         contrastive_loss(X, X, 1.0, backend="triton")
     with use_backend("cuda"), pytest.raises(BackendError, match="there is no cuda form of this op"):
         contrastive_loss(X, X, 1.0)
+
+
+def test_triton_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides about interpreting when a kernel is defined."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import warnings; warnings.simplefilter("ignore", RuntimeWarning)  # logarithms of sums that are then summed again
+import test_contrastive as t, torch
+for n, u, d, s in ((1, 1, 8, 1.0), (3, 2, 123, 100.0), (131, 40, 33, 14.3)):
+    t.test_negatives("triton", n, u, d, s)
+t.test_positives("triton", 20, 15, 24, 80.0)
+for case in ("opposite", "matched", "one row opposite", "one text opposite"):
+    t.test_extreme_features("triton", case, 100.0, n=24)
+t.test_nan_stays_nan("triton", "image")
+t.test_no_rows("triton")
+t.test_levels("triton", "positives")
+t.check_texts_without_weight("triton")
+t.check_chunks()
+for dtype in (torch.bfloat16, torch.float16):
+    t.test_low_precision_input("triton", dtype, n=40)
+t.check_features_as_they_come("triton")
+print("checked")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
+
+
+def check_chunks() -> None:
+    """A level too large for the grouped launches, forward and backward by chunks of its rows."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    before = {name: getattr(contrastive_triton, name) for name in ("GROUPED", "FORWARD_ROWS", "CHUNK_ROWS")}
+    for name, value in zip(before, (100, 128, 128), strict=True):
+        setattr(contrastive_triton, name, value)
+    for n, u in ((140, 20), (130, 130)):
+        image, text, scale, index = make(n, u, 16, 20.0)
+        given = {} if n == u else {"text_index": index}
+        own = torch.arange(n) if n == u else index
+        assert_as_good_as_eager(
+            lambda x, y, s, given=given: run(x, y, s, "triton", **given),
+            lambda x, y, s, own=own: reference.naive_loss(x, y[own], s),
+            (image, text, scale),
+        )
+    for name, value in before.items():
+        setattr(contrastive_triton, name, value)
+
+
+def check_texts_without_weight(backend: str) -> None:
+    image, text, scale, index = make(20, 6, 16, 200.0)
+    assert_as_good_as_eager(
+        lambda x, y, s: run(x, torch.cat([y, image[:3]]), s, backend, text_index=index),
+        lambda x, y, s: reference.naive_loss(x, y[index], s),
+        (image, text, scale),
+    )
+
+
+def check_features_as_they_come(backend: str) -> None:
+    image, text, scale, _ = make(30, 30, 8, 1.0)
+    for length in (0.1, 20.0):  # 20: logits far above the scale
+        x, y = (F.normalize(v, dim=1) * length for v in (image, text))
+        row, column, positive = log_sums(x, y, scale, normalize=False, backend=backend)
+        logits = x.double() @ y.double().T
+        torch.testing.assert_close(row, logits.logsumexp(1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(column, logits.logsumexp(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(positive, logits.diagonal(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_as_they_come(backend: str) -> None:
+    check_features_as_they_come(backend)
