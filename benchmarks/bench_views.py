@@ -1,4 +1,4 @@
-"""render_views and focused_region on one core, against NumPy, SciPy and Pillow doing the same step by step, as published.
+"""render_views on one core, against NumPy, SciPy and Pillow doing the same step by step, as published.
 
 640 x 480 pictures to 224 (ViT-B/32), and 192 x 144 to 64 (the demo's). The photos are the real ones where they are
 present (SCENARIOCLIP_FAST_PHOTOS), else drawn ones. The time is that of one call that renders all views of a kind.

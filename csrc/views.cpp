@@ -1,7 +1,10 @@
 // Checks and allocation for kernels/views.
 #include "kernels/views/views.h"
 
-#include <limits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <vector>
 
 #include "check.h"
@@ -64,6 +67,19 @@ PixelType pixel_type(ScalarType dtype) {
   }
 }
 
+// A batch of views is fresh memory each time, and faulting it in by pages of 4 KiB costs as much as rendering it.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;
+  constexpr int64_t kWorthwhile = 4 << 20;
+  if (bytes < kWorthwhile) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  // A hint: where the kernel refuses, nothing changes.
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     const Tensor& plan,          // [V, 16]
                     const Tensor& augment,       // [V, 5]
@@ -86,6 +102,7 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   const std::vector<uint32_t> taps = narrow(weights);
   Tensor out = channels_last ? torch::stable::new_empty(plan, {views, size, size, 3}, dtype)
                              : torch::stable::new_empty(plan, {views, 3, size, size}, dtype);
+  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   RenderProblem problem{
       .images = pictures.data(),
       .plan = plan.const_data_ptr<int32_t>(),
