@@ -61,19 +61,14 @@ class Build(build_ext):
         mode = os.environ.get("SCENARIOCLIP_FAST_BUILD", "auto")
         if mode not in ("auto", "cpu", "cuda", "none"):
             sys.exit(f"SCENARIOCLIP_FAST_BUILD: got {mode!r}, expected auto, cpu, cuda or none")
-        output = (
-            (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve())
-            / "scenarioclip_fast"
-            / "_native"
-        )
+        base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        output = base / "scenarioclip_fast" / "_native"
         output.mkdir(parents=True, exist_ok=True)
-        info = {
-            "built": [],
-            "left_out": {},
-            "march": os.environ.get("SCENARIOCLIP_FAST_MARCH", self.default_march()),
-        }
+        march = os.environ.get("SCENARIOCLIP_FAST_MARCH", self.default_march())
+        built: list[str] = []
+        left_out: dict[str, str] = {}
         if mode == "none":
-            info["left_out"] = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
+            left_out = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
         elif (torch := torch_folder()) is None:
             sys.exit(
                 "torch is not in the build environment: pip install 'torch>=2.11,<2.14', then use --no-build-isolation"
@@ -83,11 +78,12 @@ class Build(build_ext):
             if mode == "cuda" and shutil.which("nvcc") is None:
                 sys.exit("SCENARIOCLIP_FAST_BUILD=cuda, but nvcc is not on PATH: install the CUDA toolkit, or use auto")
             with_cuda = mode == "cuda" or obstacle is None
-            self.cmake(torch, output, with_cuda, info["march"])
-            info["built"] = ["cpu", "host"] + (["cuda"] if with_cuda else [])
+            self.cmake(torch, output, with_cuda, march)
+            built = ["cpu", "host"] + (["cuda"] if with_cuda else [])
             if not with_cuda:
-                info["left_out"]["cuda"] = obstacle
+                left_out["cuda"] = obstacle or ""
                 print(f"scenarioclip-fast: CUDA library left out: {obstacle}", file=sys.stderr)
+        info = {"built": built, "left_out": left_out, "march": march}
         (output / "build.json").write_text(json.dumps(info, indent=1) + "\n")
 
     @staticmethod
@@ -109,15 +105,14 @@ class Build(build_ext):
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         # The CMake and Ninja that pip installed beside this Python come before the system's older ones.
-        beside = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
-            tool = shutil.which("cmake", path=beside["PATH"]) or sys.exit(
-                "cmake is not on PATH: pip install cmake ninja"
-            )
-            if subprocess.run([tool, *command], env=beside).returncode != 0:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        commands: list[list[str | Path]] = [
+            ["-S", ROOT, "-B", build, "-G", "Ninja", *defines],
+            ["--build", build],
+        ]
+        for command in commands:
+            tool = shutil.which("cmake", path=path) or sys.exit("cmake is not on PATH: pip install cmake ninja")
+            if subprocess.run([tool, *command], env={**os.environ, "PATH": path}).returncode != 0:
                 sys.exit("the build failed: the compiler's messages stand above")
 
     def get_outputs(self) -> list[str]:

@@ -23,7 +23,7 @@ BACKENDS: dict[str, dict[str, str]] = {
     "focused_region": {"cpu": "native-cpu", "reference": ""},
     "render_views": {"cpu": "native-cpu", "reference": ""},
 }
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
 _forced: str | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def progress(
 ) -> Iterator[T]:
     """Yields the items of `iterable` and reports on `file` (standard error) how far it is."""
     out = file or sys.stderr
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if out.isatty():
         from tqdm import tqdm

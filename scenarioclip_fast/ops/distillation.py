@@ -166,7 +166,7 @@ def _check(
     if not student_index.shape == teacher_index.shape == weight.shape:
         raise ValueError(
             f"got {len(student_index)} student indices, {len(teacher_index)} teacher indices and {len(weight)} weights, "
-            "expected as many of each: one a pair"
+            "expected as many of each"
         )
     tensors = {
         "teacher": teacher,

@@ -215,7 +215,7 @@ def test_threads_do_not_change_the_result() -> None:
         ),
         ({"teacher": torch.zeros(3, 9)}, "got widths 8 and 9"),
         ({"student_index": torch.zeros(4, dtype=torch.int32)}, "student_index: got torch.int32"),
-        ({"weight": torch.zeros(5)}, "one a pair"),
+        ({"weight": torch.zeros(5)}, "expected as many of each"),
         (
             {"student_index": torch.tensor([0, 1, 2, 3])},
             "student_index: got indices from 0 to 3, expected 0 to 2",
