@@ -165,8 +165,8 @@ def _check(
         raise TypeError(f"weight: got {weight.dtype} {list(weight.shape)}, expected floats of shape [P]")
     if not student_index.shape == teacher_index.shape == weight.shape:
         raise ValueError(
-            f"got {len(student_index)} student indices, {len(teacher_index)} teacher indices and {len(weight)} weights, "
-            "expected as many of each"
+            f"got {len(student_index)} student indices, {len(teacher_index)} teacher indices and {len(weight)} "
+            "weights, expected as many of each"
         )
     tensors = {
         "teacher": teacher,
