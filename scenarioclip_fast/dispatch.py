@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from scenarioclip_fast import env
+from scenarioclip_fast import requirements
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -76,13 +76,13 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     if backend not in BACKENDS[op]:
         return f"there is no {backend} form of this op"
     devices = _DEVICES.get(backend)
-    if backend == "triton" and env.triton_interprets():
+    if backend == "triton" and requirements.triton_interprets():
         devices = ("cpu", "cuda")
     if devices is not None and device_type not in devices:
         hint = " (on a CPU only with TRITON_INTERPRET=1)" if backend == "triton" else ""
         return f"it runs on {' and '.join(devices)} tensors{hint}"
     need = BACKENDS[op][backend]
-    return env.missing(need) if need else None
+    return requirements.missing(need) if need else None
 
 
 # The answer cannot change while the process lives, so a compiled graph may hold it as a constant: without this,

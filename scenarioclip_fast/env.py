@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from types import ModuleType
 
-from scenarioclip_fast.errors import MissingDependencyError
-
-# module -> (distribution, extra that brings it, what it is for)
-_OPTIONAL = {
-    "triton": ("triton", "triton", "the Triton kernels"),
-    "nvidia.dali": ("nvidia-dali-cuda130", "dali", "decoding JPEGs with DALI"),
-    "simplejpeg": ("simplejpeg", "train", "decoding JPEGs on the CPU"),
-    "PIL": ("pillow", "train", "writing pictures and reading odd image formats"),
-    "instant_clip_tokenizer": ("instant-clip-tokenizer", "train", "turning texts into CLIP's token ids"),
-    "safetensors": ("safetensors", "train", "reading and writing weights"),
-    "yaml": ("pyyaml", "train", "reading configs"),
-    "tqdm": ("tqdm", "train", "progress bars"),
-    "matplotlib": ("matplotlib", "train", "plots and reports"),
-    "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
-}
-
-
-def require(module: str) -> ModuleType:
-    """Imports an optional package, or raises MissingDependencyError that names it, its use and how to get it."""
-    distribution, extra, use = _OPTIONAL[module.split(".")[0] if module not in _OPTIONAL else module]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{distribution} is not installed or does not load ({error}); it is needed for {use}: "
-            f"pip install 'scenarioclip-fast[{extra}]'"
-        ) from error
-
-
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def missing(need: str) -> str | None:
-    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met here, or None when it is."""
-    if need.startswith("native-"):
-        from scenarioclip_fast import native
-
-        return native.why_not(need.removeprefix("native-"))
-    if need == "triton":
-        return _import_problem("triton")
-    raise AssertionError(f"unknown need {need!r}")
-
-
-@functools.cache
-def _import_problem(module: str) -> str | None:
-    try:
-        require(module)
-    except MissingDependencyError as error:
-        return str(error)
-    return None
+from scenarioclip_fast import dispatch, native
+from scenarioclip_fast.requirements import OPTIONAL, import_problem, triton_interprets
 
 
 @dataclass(frozen=True)
@@ -95,8 +41,8 @@ def collect() -> Report:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     rows.append(("versions", "torch", torch.__version__, cuda))
     rows += [("versions", name, _version(name) or "missing", "") for name in ("numpy", "einops")]
-    for module, (distribution, _, use) in _OPTIONAL.items():
-        problem = _import_problem(module)
+    for module, (distribution, _, use) in OPTIONAL.items():
+        problem = import_problem(module)
         rows.append(
             (
                 "versions",
@@ -153,8 +99,6 @@ def _gpus() -> list[tuple[str, str, str, str]]:
 
 
 def _native_rows() -> list[tuple[str, str, str, str]]:
-    from scenarioclip_fast import native
-
     info = native.build_info()
     rows = []
     for part in ("cpu", "host", "cuda"):
@@ -166,8 +110,6 @@ def _native_rows() -> list[tuple[str, str, str, str]]:
 
 def _backend_rows() -> list[tuple[str, str, str, str]]:
     import torch
-
-    from scenarioclip_fast import dispatch
 
     rows = []
     for op, backends in dispatch.BACKENDS.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, decode_with_pillow, each, probe
-from scenarioclip_fast.env import require
+from scenarioclip_fast.requirements import require
 
 
 class DaliDecoder:

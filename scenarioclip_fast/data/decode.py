@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import MissingDependencyError
+from scenarioclip_fast.requirements import require
 
 MAX_PIXELS = 1 << 26  # 201 MB of RGB: above any camera, far below a decompression bomb
 

@@ -18,10 +18,10 @@ from scenarioclip_fast.data.decode import DecodeError, make_decoder
 from scenarioclip_fast.data.scene import Mask, Scene
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views, is_empty, pixel_box
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.requirements import require
 
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"

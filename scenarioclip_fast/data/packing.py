@@ -41,9 +41,9 @@ from scenarioclip_fast.data.reference_layout import (
 from scenarioclip_fast.data.scene import SCHEMA, Scene, SceneObject, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress as show_progress
+from scenarioclip_fast.requirements import require
 
 _OWN_FILES = re.compile(r"(train|val|test)-\d{6}\.tar|(index|vocabulary|manifest)\.json|rejected\.jsonl")
 _MANY = 2000  # entries from which starting more processes pays

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
 LEVELS = ("global", "object", "relation")

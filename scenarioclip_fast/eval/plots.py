@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from scenarioclip_fast.data.vocabulary import LEVELS
-from scenarioclip_fast.env import require
 from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.zeroshot import TASKS, Accuracy, ZeroShotResult
+from scenarioclip_fast.requirements import require
 
 COLOURS = {"global": "#3b6ea8", "object": "#cf7a30", "relation": "#3f8f63"}
 TICK, CROSS = "\u2713", "\u2717"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import Activation, FreezeConfig, ModelConfig, TextConfig, Variant, VisionConfig
 from scenarioclip_fast.model.scenarioclip import ScenarioCLIP
 from scenarioclip_fast.model.tokens import LEVELS
+from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
 State = dict[str, Tensor]

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from scenarioclip_fast import env
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, FreezeConfig, ModelConfig, TextConfig, VisionConfig
+from scenarioclip_fast.requirements import require
 
 C = TypeVar("C")
 
@@ -182,7 +182,7 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         """From a YAML file and overrides: see `of`."""
-        yaml = env.require("yaml")
+        yaml = require("yaml")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -201,7 +201,7 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """As YAML."""
-        Path(path).write_text(env.require("yaml").safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        Path(path).write_text(require("yaml").safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 class _Raw(str):
@@ -329,7 +329,7 @@ def _convert_section(key: str, cls: type[C], value: Any) -> C:
 
 
 def _scalar(key: str, text: str) -> Any:
-    yaml = env.require("yaml")
+    yaml = require("yaml")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

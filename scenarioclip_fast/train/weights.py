@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from scenarioclip_fast import env
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.requirements import require
 
 
 def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
@@ -50,7 +50,7 @@ def save_teacher(teacher: EMATeacher, path: Path) -> None:
     """The averaged tensors as safetensors; step, decay, warm-up and scope in its metadata."""
     state = teacher.state_dict()
     tensors = {name: t.contiguous() for name, t in state.pop("tensors").items()}
-    env.require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
+    require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
 
 
 def _is_ours(path: Path) -> bool:

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import scenarioclip_fast as scf
-from scenarioclip_fast import dispatch, env, native
+from scenarioclip_fast import dispatch, env, native, requirements
 from scenarioclip_fast.cli.main import main
 
 
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
     def clear() -> None:
-        for probe in (env._import_problem, native.build_info, native.why_not, native.host):
+        for probe in (requirements.import_problem, native.build_info, native.why_not, native.host):
             probe.cache_clear()
 
     clear()

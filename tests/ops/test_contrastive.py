@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast import BackendError, env, use_backend
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
 
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if env.triton_interprets() else "cuda"}
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if requirements.triton_interprets() else "cuda"}
 BACKENDS = ("reference", "cpu")
 # Triton needs a GPU here; test_triton_in_the_interpreter runs some of these tests without one.
 EVERY_BACKEND = [
@@ -411,6 +412,28 @@ def test_no_matrix_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
         contrastive_loss(image.requires_grad_(), text.requires_grad_(), scale.requires_grad_(), text_index=index)
     assert max(held) == image.numel()
+
+
+def test_no_matrix_is_made_on_the_cpu() -> None:
+    """Neither pass makes a tensor larger than a tile, where the matrix would be nine tiles."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                self.numel = max(self.numel, t.numel() if isinstance(t, Tensor) else 0)
+            return out
+
+    image, text, scale, index = make(3000, 3000, 8, 14.3)
+    for s in (scale, scale * 100):  # the second one goes through running maxima
+        with Largest() as largest:
+            sums = contrastive_cpu.forward(image, text, s, index)
+            grads = [torch.ones_like(v) for v in sums]
+            contrastive_cpu.backward(image, text, s, index, None, *sums[:2], *grads)
+        tile = contrastive_cpu.ROWS * contrastive_cpu.COLUMNS
+        assert largest.numel <= 2 * tile < image.shape[0] * text.shape[0] / 4  # two tiles lie in one buffer
 
 
 X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])

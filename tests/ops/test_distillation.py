@@ -13,7 +13,7 @@ from scenarioclip_fast.kernels.distillation import reference
 from torch import Tensor
 
 import scenarioclip_fast as scf
-from scenarioclip_fast import dispatch, env
+from scenarioclip_fast import dispatch, requirements
 from scenarioclip_fast.ops import distillation_loss
 
 # Each backend where it runs; the Triton form runs on a CPU too, in a test of its own.
@@ -31,7 +31,7 @@ BACKENDS = [case(backend) for backend in DEVICES]
 
 def on(backend: str, p: dict[str, Tensor]) -> dict[str, Tensor]:
     # The interpreter takes Triton's kernels on CPU tensors.
-    device = "cpu" if backend == "triton" and env.triton_interprets() else DEVICES[backend]
+    device = "cpu" if backend == "triton" and requirements.triton_interprets() else DEVICES[backend]
     return {name: t.to(device) for name, t in p.items()}
 
 

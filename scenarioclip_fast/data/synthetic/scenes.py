@@ -22,7 +22,7 @@ from scenarioclip_fast.data.synthetic.events import (
     Place,
     Template,
 )
-from scenarioclip_fast.env import require
+from scenarioclip_fast.requirements import require
 
 # Bystanders: kinds that belong to no event, so that none of them hints at an action.
 BYSTANDERS = ("boat", "cactus", "fish", "lamp", "umbrella", "flower", "mushroom", "cup")

@@ -13,9 +13,9 @@ import numpy as np
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.synthetic.scenes import draw_scene, split_of, vocabulary
-from scenarioclip_fast.env import require
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.requirements import require
 
 QUALITY = 90
 
