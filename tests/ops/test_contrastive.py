@@ -15,7 +15,7 @@ from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scenarioclip_fast import BackendError, env, use_backend
+from scenarioclip_fast import BackendError, requirements, use_backend
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
 
