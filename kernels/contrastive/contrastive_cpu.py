@@ -59,10 +59,10 @@ def forward(
     x, y = unit_rows(image, normalize).contiguous(), unit_rows(text, normalize).contiguous()
     n, u = len(x), len(y)
     if n == 0 or u == 0:
-        return tuple(torch.full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))  # type: ignore[return-value]
+        return tuple(x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))  # type: ignore[return-value]
     offset = _offset(x, y, scale, normalize)
     x = x * scale.to(x.dtype)
-    own = torch.arange(n) if index is None else index
+    own = torch.arange(n, device=x.device) if index is None else index
     w = None if weight is None else weight.to(x.dtype)
     row, col, positive = x.new_zeros(n), x.new_zeros(u), x.new_empty(n)
     buffer = x.new_empty(ROWS * COLUMNS)
@@ -84,8 +84,8 @@ def _in_range(sums: Tensor) -> bool:
 
 
 def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    row, col = (torch.full((k,), -torch.inf, dtype=torch.float64) for k in (len(x), len(y)))
-    log_w = torch.zeros(len(y), dtype=x.dtype) if w is None else w.log()
+    row, col = (x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (len(x), len(y)))
+    log_w = x.new_zeros(len(y)) if w is None else w.log()
     for i, j in _tiles(len(x), len(y)):
         logits = _product(buffer, x[i], y[j])
         top = logits.amax(0)
@@ -120,7 +120,7 @@ def backward(
     need_x = need_image or not need_text  # d scale is read off one of the two products
     d_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
-    own = torch.arange(n) if index is None else index
+    own = torch.arange(n, device=x.device) if index is None else index
     w = y.new_ones(u) if weight is None else weight.to(x.dtype)
     log_w = w.log()
     row, col = row_lse - offset, col_lse - offset

@@ -8,6 +8,9 @@ float16 and float32 features are multiplied in TF32 (three products for float32,
 bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments have no Python types; comments give their shapes)
+
 from __future__ import annotations
 
 import os
@@ -709,17 +712,18 @@ def _batches(
 ) -> list[tuple[slice, _Batch]]:
     """Neighbouring levels that go through the same launches, with the range of levels each batch covers."""
     groups: list[list[int]] = []
-    for k, x in enumerate(image):
+    for k, features in enumerate(image):
         members = [*(groups[-1] if groups else []), k]
         logits = sum(len(image[m]) * len(text[m]) for m in members)
-        if groups and len(members) <= LEVELS and logits <= GROUPED and image[members[0]].shape[1] == x.shape[1]:
+        if groups and len(members) <= LEVELS and logits <= GROUPED and image[members[0]].shape[1] == features.shape[1]:
             groups[-1] = members
         else:
             groups.append([k])
     out = []
     for members in groups:
         part = slice(members[0], members[-1] + 1)
-        x, y = ([t if t.stride(-1) == 1 else t.contiguous() for t in side[part]] for side in (image, text))
+        x = [t if t.stride(-1) == 1 else t.contiguous() for t in image[part]]
+        y = [t if t.stride(-1) == 1 else t.contiguous() for t in text[part]]
         batch = _Batch(
             x,
             y,
@@ -894,7 +898,7 @@ def _backward(
     d_y = torch.zeros(u, plan.width, dtype=torch.float32, device=device) if need_text else None
 
     grouped = sum(a * b for a, b in zip(rows, texts, strict=True)) <= GROUPED
-    step = n if grouped else max(BLOCK, min(CHUNK_ROWS, CHUNK_BYTES // (4 * u)) // BLOCK * BLOCK)
+    step = n if grouped else max(BLOCK, min(CHUNK_ROWS, CHUNK_BYTES // (u * plan.operand.itemsize)) // BLOCK * BLOCK)
     index = batch.index
     if index is None and step < n:
         index = torch.arange(n, device=device)
