@@ -745,7 +745,8 @@ def forward(
     weight: Sequence[Tensor],  # levels x [U_l] float32, or none
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], float64
-    parts = [_forward(batch) for _, batch in _batches(image, text, scale, index, weight, normalize)]
+    with torch.cuda.device_of(scale):  # Triton launches on the current device, whatever its arguments are on
+        parts = [_forward(batch) for _, batch in _batches(image, text, scale, index, weight, normalize)]
     row, column, positive = (torch.cat(part) for part in zip(*parts, strict=True))
     return row, column, positive
 
@@ -858,13 +859,14 @@ def backward(
     for part, batch in _batches(image, text, scale, index, weight, normalize):
         rows = slice(sum(n[: part.start]), sum(n[: part.stop]))
         texts = slice(sum(u[: part.start]), sum(u[: part.stop]))
-        d_x, d_y, d_s = _backward(
-            batch,
-            (sums[0][rows], sums[1][texts]),
-            (grads[0][rows], grads[1][texts], grads[2][rows]),
-            need_image,
-            need_text,
-        )
+        with torch.cuda.device_of(scale):
+            d_x, d_y, d_s = _backward(
+                batch,
+                (sums[0][rows], sums[1][texts]),
+                (grads[0][rows], grads[1][texts], grads[2][rows]),
+                need_image,
+                need_text,
+            )
         d_image += d_x
         d_text += d_y
         d_scale.append(d_s)

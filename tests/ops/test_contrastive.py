@@ -414,6 +414,31 @@ def test_no_matrix_is_kept() -> None:
     assert max(held) == image.numel()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "u"), [(700, 350), (5000, 5000), (17000, 1100)])
+def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
+    """Grouped launches, several chunks of dS, several chunks of rows forward; against eager in the same dtype."""
+    image, text, scale, index = (t.cuda() for t in make(n, u, 512, 14.3))
+    rounded = (image.to(dtype), text.to(dtype), scale)
+
+    def eager(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        logits = s.to(x.dtype) * F.normalize(x, dim=1) @ F.normalize(y, dim=1)[index].T
+        target = torch.arange(n, device="cuda")
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    given = {} if n == u else {"text_index": index}
+    if n == u:
+        index = torch.arange(n, device="cuda")
+    wide = tuple(t.double() for t in rounded)
+    exact = gradients(lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend="reference"), wide)
+    ours = errors(gradients(lambda x, y, s: contrastive_loss(x, y, s, backend="triton", **given), rounded), exact)
+    theirs = errors(gradients(eager, rounded), exact)
+    # One rounding of the result beside what eager loses.
+    assert all(a <= 2 * b + torch.finfo(dtype).eps / 2 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
 def test_no_matrix_is_made_on_the_cpu() -> None:
     """Neither pass makes a tensor larger than a tile, where the matrix would be nine tiles."""
 
