@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,28 @@ from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 MIN_SCENES = 40  # fewer leave splits empty
-PRETRAIN_SHARE = 0.5  # of the views, for the shared pair of towers
+PRETRAIN_SHARE = 5 / 12  # of the views, for the shared pair of towers
 PRETRAINED, METHOD = "First phase: PyramidCLIP from scratch", "Second phase: ScenarioCLIP from it"
 _MARK = "demo.json"
 _FOLDERS = ("scenes", "shards", "pretrain", "train")
 
-# What the two phases have in common: tiny towers on 64-pixel views. Equal texts of a batch are one class, for with
-# 135 object names nearly every batch has some; the views are not augmented, because the drawings vary enough.
+# What the two phases have in common: tiny towers on 64-pixel views, all decoded images in memory. Equal texts of a
+# batch are one class, for with ten actions every batch has some.
 _COMMON: dict[str, Any] = {
-    "data": {"batch_size": 16, "object_view": "crop", "augment": False, "cache_gib": 1.0},
+    "data": {"object_view": "crop", "cache_gib": 1.0},
     "model": {"preset": "tiny"},
     "loss": {"duplicates": "positives", "teacher_decay": 0.99, "teacher_warmup": 50},
-    "optim": {"weight_decay": 0.1, "betas": [0.9, 0.98]},
+    "optim": {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.98]},
     "train": {"checkpoint_every": 1_000_000, "tensorboard": False},
 }
-_PRETRAIN: dict[str, Any] = {"model": {"variant": "pyramidclip"}, "optim": {"lr": 1e-3}}
+# Small batches first, for many steps; then larger ones, whose texts are harder to tell apart.
+_PRETRAIN: dict[str, Any] = {"data": {"batch_size": 16}, "model": {"variant": "pyramidclip"}}
 _TRAIN: dict[str, Any] = {
+    "data": {"batch_size": 64},
     "model": {
         "variant": "scenarioclip1",
         "freeze": {"vision_blocks": 2, "text_blocks": 2, "embeddings": True, "pre_layernorm": True},
     },
-    "optim": {"lr": 5e-4},
 }
 
 
@@ -66,14 +68,14 @@ class DemoConfig:
     out: Path = Path("runs/demo")
     seed: int = 0
     scenes: int = 3500
-    views: int = 100_000
+    views: int = 120_000
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.scenes < MIN_SCENES:
             raise UserError(f"scenes: got {self.scenes}, expected at least {MIN_SCENES}")
-        if self.views < 1:
-            raise UserError(f"views: got {self.views}, expected at least 1")
+        if self.views < 2:
+            raise UserError(f"views: got {self.views}, expected at least 2")
         if self.seed < 0:
             raise UserError(f"seed: got {self.seed}, expected at least 0")
 
@@ -106,11 +108,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
         draw_reference_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
     with watch.step("packing", "checks, run-length masks, shards"):
         packed = pack(out / "scenes", out / "shards")
-    first = int(config.views * PRETRAIN_SHARE)
+    first, scenes = ceil(config.views * PRETRAIN_SHARE), packed.splits["train"]["scenes"]
     with watch.step("training from scratch", "one pair of towers on all views: the part of the pretrained CLIP"):
-        pretrained = _fit(config, device, "pretrain", first)
+        pretrained = _fit(config, device, "pretrain", first, scenes)
     with watch.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation, started from it"):
-        trained = _fit(config, device, "train", config.views - first, pretrained.model_dir)
+        trained = _fit(config, device, "train", config.views - first, scenes, pretrained.model_dir)
     with watch.step("evaluating", "scenes of the test split against all class texts"):
         before, _ = _evaluate(config, device, pretrained, samples=0)
         after, samples = _evaluate(config, device, trained, samples=6)
@@ -124,20 +126,24 @@ def run_demo(config: DemoConfig) -> DemoResult:
     return result
 
 
-def train_config(name: str, views: int, **sections: dict[str, Any]) -> TrainConfig:
-    """The config of phase "pretrain" or "train"; `sections` add to it (run, data, model)."""
+def train_config(name: str, views: int, scenes: int, **sections: dict[str, Any]) -> TrainConfig:
+    """The config of phase "pretrain" or "train" for so many scenes to train on; `sections` add to it."""
     tree: dict[str, Any] = {"train": {"views": views}}
     for part in (_COMMON, _PRETRAIN if name == "pretrain" else _TRAIN, sections):
         for section, values in part.items():
             tree[section] = {**tree.get(section, {}), **values}
+    tree["data"]["batch_size"] = min(tree["data"]["batch_size"], scenes)
     return TrainConfig.of(tree)
 
 
-def _fit(config: DemoConfig, device: torch.device, name: str, views: int, init: Path | None = None) -> FitResult:
+def _fit(
+    config: DemoConfig, device: torch.device, name: str, views: int, scenes: int, init: Path | None = None
+) -> FitResult:
     result = Trainer(
         train_config(
             name,
             views,
+            scenes,
             run={"dir": str(config.out / name), "seed": config.seed, "device": str(device)},
             data={"shards": str(config.out / "shards")},
             model={"init": None if init is None else str(init)},

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, default=0, help="of drawings and training (default: 0)")
     parser.add_argument("--scenes", type=int, default=3500, metavar="N", help="to draw (default: 3500)")
     parser.add_argument(
-        "--views", type=int, default=100_000, metavar="N", help="budget of the training, in views (default: 100000)"
+        "--views", type=int, default=120_000, metavar="N", help="budget of the training, in views (default: 120000)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
