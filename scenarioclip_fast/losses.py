@@ -224,7 +224,10 @@ class ScenarioLoss(nn.Module):
 
     Args:
         init_temperature, max_scale, duplicates, group: as in `ContrastiveLoss`, for each level.
-        distillation_scale: weight of the distillation; 0 leaves it out.
+        distillation_scale: weight of the distillation; 0 leaves it out. At 1, the published value, the term is a mean
+            over the D coordinates times T_s^2 = 0.0049: for unrelated rows, D = 512 and 128 scenes, 9e-5 of the
+            contrastive loss and 4e-4 of its gradient's norm. D turns the mean back into a KL divergence in nats, times
+            T_s^2 as in Hinton's distillation (arXiv 1503.02531): 5 % of that loss, 19 % of its gradient.
         student_temperature, teacher_temperature: as in `DistillationLoss`.
         backend: for every op of the loss.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 
@@ -26,6 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what counts as right: the view's own text, any text of its image, or report both (default)",
     )
     zeroshot.add_argument("--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
+    zeroshot.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="the trained ones (default), or their moving average, where loss.teacher_scope was all",
+    )
     zeroshot.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
     zeroshot.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
     zeroshot.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -43,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.zeroshot import evaluation_loader, zeroshot
+    from scenarioclip_fast.model import TokenTable
     from scenarioclip_fast.train.metrics import read_metrics
 
     if min(args.top) < 1:
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     device = pick_device(args.device)
-    trained = open_checkpoint(args.checkpoint, device)
+    trained = open_checkpoint(args.checkpoint, device, args.weights)
     with evaluation_loader(
         args.shards,
         args.batch_size,
@@ -60,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         size=trained.model.config.vision.image_size,
         object_view=args.object_view or trained.object_view or "masked",
     ) as loader:
+        if cut := TokenTable(loader.vocabulary, trained.model.config.text).describe_truncated():
+            print(cut, file=sys.stderr)
         result = zeroshot(trained.model, loader, loader.vocabulary, split=args.split, topk=args.top)
         samples = answer_samples(trained.model, loader, loader.vocabulary) if args.report else []
     if args.match != "both":
@@ -69,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
     if args.report is not None:
-        report = Report(f"{args.checkpoint}, {args.split} split", lead=f"Evaluated on {args.shards}.")
+        average = ", EMA teacher" if args.weights == "teacher" else ""
+        report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
         report.add_zeroshot(result)
         metrics = trained.directory.parent / "metrics.jsonl"
         report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})

@@ -21,10 +21,10 @@ def _tokenizer() -> Any:
     return require("instant_clip_tokenizer").Tokenizer()
 
 
-def tokenize(text: str, context_length: int = CONTEXT_LENGTH) -> list[int]:
-    """CLIP token ids of `text`, lower-cased, with start and end tokens, unpadded, cut to `context_length`."""
+def tokenize(text: str, context_length: int | None = CONTEXT_LENGTH) -> list[int]:
+    """CLIP token ids of `text`, lower-cased, with start and end tokens, unpadded, cut to `context_length` if given."""
     ids = _tokenizer().encode(" ".join(text.lower().split()))
-    return [START_OF_TEXT, *ids[: context_length - 2], END_OF_TEXT]
+    return [START_OF_TEXT, *(ids if context_length is None else ids[: context_length - 2]), END_OF_TEXT]
 
 
 class Vocabulary:
@@ -88,10 +88,10 @@ class Vocabulary:
         return self.id("relation", text)
 
     def tokens(self, level: str) -> list[list[int]]:
-        """CLIP token ids of every string of `level`, with start and end tokens, unpadded."""
+        """CLIP token ids of every string of `level`, with start and end tokens, neither padded nor cut to a context."""
         level = self._level(level)
         if level not in self._tokens:
-            self._tokens[level] = [tokenize(text) for text in self._texts[level]]
+            self._tokens[level] = [tokenize(text, None) for text in self._texts[level]]
         return self._tokens[level]
 
     def train_counts(self, level: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,8 +21,13 @@ class Trained:
     object_view: str | None
 
 
-def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """Reads RUN/model of a run, or a `save_pretrained` directory. Raises UserError where neither is there."""
+def open_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", weights: Literal["student", "teacher"] = "student"
+) -> Trained:
+    """Reads RUN/model of a run, or a `save_pretrained` directory. Raises UserError where neither is there.
+
+    weights: "teacher" takes the EMA teacher's, of a run with loss.teacher_scope=all.
+    """
     path = Path(path)
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
@@ -33,7 +39,12 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Tra
         from scenarioclip_fast.train.config import TrainConfig
 
         object_view = TrainConfig.load(directory / "config.yaml").data.object_view
-    return Trained(ScenarioCLIP.from_pretrained(directory).to(device).eval(), directory, object_view)
+    model = ScenarioCLIP.from_pretrained(directory)
+    if weights == "teacher":
+        from scenarioclip_fast.train.weights import load_teacher
+
+        load_teacher(model, directory / "teacher.safetensors")
+    return Trained(model.to(device).eval(), directory, object_view)
 
 
 def pick_device(name: str) -> torch.device:

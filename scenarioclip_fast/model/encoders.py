@@ -139,6 +139,20 @@ class Block(nn.Module):
         return x + self.contract(self.activation(self.expand(self.norm_2(x))))
 
 
+class VisionBlock(Block):
+    """A block with code of its own: Dynamo keeps a limited number of compiled versions per function."""
+
+    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [n, L, W]
+        return super().forward(x, packing, pooled)
+
+
+class TextBlock(Block):
+    """As VisionBlock, for texts."""
+
+    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [T, W]
+        return super().forward(x, packing, pooled)
+
+
 class Head(nn.Module):
     """LayerNorm of the token that is read (CLIP's pooled output), Linear with bias, LayerNorm."""
 
@@ -242,7 +256,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VisionConfig | TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        block = VisionBlock if isinstance(config, VisionConfig) else TextBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
         self.head = Head(config.width, embed_dim)
         self.checkpointing = False
         nn.init.normal_(self.head.projection.weight, std=config.width**-0.5)

@@ -95,6 +95,7 @@ class TokenTable(nn.Module):
         self.truncated: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self.cache_bytes = cache_bytes
+        self.context_length = config.context_length
         texts: list[list[int]] = []
         for level in LEVELS:
             try:
@@ -118,6 +119,11 @@ class TokenTable(nn.Module):
         self._hidden: Tensor | None = None
         self._key: tuple[Any, ...] = ()
         self._missing = 0
+
+    def describe_truncated(self) -> str | None:
+        """One line on how many strings were cut, or None if none was."""
+        cut = [f"{n} of {self.sizes[level]} {level} texts" for level, n in self.truncated.items() if n]
+        return f"cut to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
 
     def distinct(self, ids: Sequence[Tensor]) -> Distinct:
         """The distinct texts among `ids` (3 x [N_l]). Waits for the device twice, whatever the sizes."""

@@ -168,9 +168,9 @@ def from_reference(
         if not record:
             raise UserError(f"{path}: no EMA teacher in it (expected ema.teacher_state); pass teacher=False")
     state = _tensors(record.get("state_dict", record), path)
-    state = {
-        name.removeprefix("model."): value for name, value in state.items() if not name.startswith(("ema.", "teacher."))
-    }
+    if any(name.startswith("model.") for name in state):
+        # Beside the model lie the temperatures and, in some versions, a copy of the teacher.
+        state = _under(state, "model.")
     single = any(name.startswith("visual_encoder.") for name in state)
     prefixes = dict.fromkeys(LEVELS, "") if single else {level: f"{level}_" for level in LEVELS}
     if f"{prefixes['global']}image_projection.weight" not in state:
@@ -178,6 +178,11 @@ def from_reference(
             f"{path}: not a checkpoint of the method's published code (no 'model.global_image_projection.weight' among "
             f"its {len(state)} tensors, which start with {sorted(state)[:3]})"
         )
+    parts_of = ["visual_encoder", "text_encoder", "image_projection", "image_norm", "text_projection", "text_norm"]
+    known = tuple(f"{prefix}{part}." for prefix in prefixes.values() for part in parts_of)
+    extra = sorted(name for name in state if not name.startswith(known))
+    if extra:
+        raise UserError(f"{path}: unexpected {_some(extra)}: the published code's model has no such tensors")
     encoders: dict[str, dict[str, State]] = {"vision": {}, "text": {}}
     for level, prefix in prefixes.items():
         for kind, encoder, head in (("vision", "visual", "image"), ("text", "text", "text")):

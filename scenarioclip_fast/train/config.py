@@ -89,9 +89,11 @@ class LossSection:
     init_temperature: float = 0.07
     max_scale: float = 100.0  # upper bound of 1 / temperature
     duplicates: Literal["negatives", "positives"] = "negatives"  # equal texts of a batch
-    distillation_scale: float = 1.0  # 0: no teacher
+    distillation_scale: float = 1.0  # 1: as published, nearly nothing; model.embed_dim: a share that counts; 0: none
     teacher_decay: float = 0.9995
     teacher_warmup: int = 2000  # steps
+    # "distillation" averages the three encoders that it asks for, "all" every one, for `eval --weights teacher`
+    teacher_scope: Literal["distillation", "all"] = "distillation"
 
     def __post_init__(self) -> None:
         _check(self.init_temperature > 0, "loss.init_temperature", self.init_temperature, "above 0")
@@ -136,6 +138,8 @@ class TrainSection:
     keep_checkpoints: int = 2
     max_skipped: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
     tensorboard: bool = True  # where it is installed
+    activation_checkpointing: bool = False  # keeps each block's input alone: less memory, one more forward pass
+    compile: bool = False  # torch.compile of the transformer blocks; the first steps take a minute or more
 
     def __post_init__(self) -> None:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]

@@ -172,7 +172,17 @@ class Trainer:
             self.parallel = _data_parallel(module)
         self.teacher: EMATeacher | None = None
         if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
-            self.teacher = EMATeacher(self.model, decay=config.loss.teacher_decay, warmup=config.loss.teacher_warmup)
+            self.teacher = EMATeacher(
+                self.model,
+                decay=config.loss.teacher_decay,
+                warmup=config.loss.teacher_warmup,
+                scope=config.loss.teacher_scope,
+            )
+        self.model.set_checkpointing(config.train.activation_checkpointing)
+        if config.train.compile:
+            self.model.compile_blocks()
+            if self.teacher is not None:
+                self.teacher.compile_blocks()
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
         self.total_steps = self._count_steps()
         notes = self._restore()
@@ -184,6 +194,8 @@ class Trainer:
         freeze = config.model.freeze
         if config.model.init is None and (freeze.vision_blocks or freeze.text_blocks):
             notes.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
+        assert self.model.tokens is not None
+        notes += filter(None, [self.model.tokens.describe_truncated()])
         for note in (self._describe(), *notes):
             self._say(note)
 

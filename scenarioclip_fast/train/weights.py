@@ -1,4 +1,4 @@
-"""Weights into a run (model.init) and out of it (the teacher's)."""
+"""Weights into a run (model.init), out of it (the teacher's) and from there into an evaluation."""
 
 from __future__ import annotations
 
@@ -51,6 +51,31 @@ def save_teacher(teacher: EMATeacher, path: Path) -> None:
     state = teacher.state_dict()
     tensors = {name: t.contiguous() for name, t in state.pop("tensors").items()}
     require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
+
+
+@torch.no_grad()
+def load_teacher(model: ScenarioCLIP, path: Path) -> None:
+    """Puts the averaged weights that `save_teacher` wrote in place of `model`'s own.
+
+    UserError where they are not there, do not fit, or are those of a part of the encoders.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: this run had no teacher (model.variant, loss.distillation_scale)")
+    with require("safetensors").safe_open(path, "pt") as file:
+        scope = (file.metadata() or {}).get("scope")
+        averaged = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if scope != "all":
+        raise UserError(
+            f"{path} averages only the encoders that distillation asks for, not a whole model; "
+            "train with loss.teacher_scope=all to evaluate the teacher"
+        )
+    own = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    wrong = sorted(averaged.keys() ^ own.keys())
+    wrong += [name for name in averaged.keys() & own.keys() if averaged[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit the model beside it: {', '.join(wrong[:5])} ({len(wrong)} tensors)")
+    for name, value in averaged.items():
+        own[name].copy_(value)
 
 
 def _is_ours(path: Path) -> bool:

@@ -48,6 +48,8 @@ def test_tokens_are_cut_to_the_context() -> None:
     ids = tokenize("cat " * 100)
     assert (len(ids), ids[0], ids[-1]) == (77, 49406, 49407)
     assert len(tokenize("cat " * 75)) == 77
+    # The vocabulary keeps all of it: the model knows its context, cuts and counts.
+    assert len(Vocabulary(["cat " * 100], [], []).tokens("global")[0]) == 102
 
 
 def test_file_round_trip_needs_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

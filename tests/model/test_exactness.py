@@ -281,6 +281,7 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
 
 @pytest.mark.parametrize("variant", ["scenarioclip0", "pyramidclip"])
 def test_checkpointing_and_compiling_change_nothing(variant: str) -> None:
+    torch._dynamo.reset()
     model = make(FREEZES["part"], variant)
     results = []
     for change in (

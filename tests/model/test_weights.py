@@ -290,7 +290,10 @@ def reference_checkpoint(variant: str, path: Path, frozen_differs: bool = False)
             state |= {f"model.{prefix}{name}_{k}": v for k, v in head.state_dict().items()}
         modules[prefix] = (vision, text, image_head, text_head)
     teacher = {k.removeprefix("model."): v * 0.5 for k, v in state.items()}
-    state |= {f"ema.teacher.{k}": v for k, v in teacher.items()} | {"global_loss.logit_scale": torch.tensor(2.6)}
+    state |= {f"ema.teacher.{k}": v for k, v in teacher.items()} | {
+        "global_loss.logit_scale": torch.tensor(2.6),
+        "student_teacher_loss_fn.distillation_loss_fn.logit_scale_s": torch.tensor(2.6),
+    }
     torch.save({"epoch": 3, "state_dict": state, "ema": {"teacher_state": teacher, "steps": 5, "decay": 0.9995}}, path)
     return modules
 
@@ -311,8 +314,11 @@ def test_checkpoint_of_the_published_code(variant: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model.encode_image(pixels, level), image, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(model.encode_text(TOKENS, level), words, rtol=2e-4, atol=2e-4)
     teacher = ScenarioCLIP.from_reference(path, teacher=True, freeze=FreezeConfig(1, 1, pre_layernorm=False))
+    torch.save(torch.load(path, weights_only=True)["ema"]["teacher_state"], tmp_path / "best_ema_teacher.pt")
+    alone = ScenarioCLIP.from_reference(tmp_path / "best_ema_teacher.pt", freeze=teacher.config.freeze)
     for name, value in model.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], value * 0.5), name
+        assert torch.equal(alone.state_dict()[name], value * 0.5), name
 
 
 def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> None:
@@ -321,6 +327,15 @@ def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"embedding.* frozen by the config, but different at 'global' and 'object'"):
         ScenarioCLIP.from_reference(path, freeze=FREEZE)
     ScenarioCLIP.from_reference(path, freeze=FreezeConfig.nothing())
+    record = torch.load(path, weights_only=True)
+    for change, message in (
+        ({"model.global_adapter.weight": torch.zeros(2)}, "unexpected global_adapter.weight: the published code"),
+        ({"model.object_text_norm.bias": None}, "text encoder of level 'object', .*missing head.out_norm.bias"),
+    ):
+        state = {k: v for k, v in (record["state_dict"] | change).items() if v is not None}
+        torch.save({"state_dict": state}, path)
+        with pytest.raises(UserError, match=message):
+            ScenarioCLIP.from_reference(path, freeze=FreezeConfig.nothing())
     torch.save({"state_dict": {"model.encoder.weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match="not a checkpoint of the method's published code"):
         ScenarioCLIP.from_reference(path)

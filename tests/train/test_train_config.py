@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,5 +118,6 @@ def test_reference_keeps_the_quirks_and_fast_does_not() -> None:
     assert (reference.optim.decay_logit_scale, fast.optim.decay_logit_scale) == (True, False)
     assert (reference.model.freeze.pre_layernorm, fast.model.freeze.pre_layernorm) == (False, True)
     assert (reference.data.blur, fast.data.blur) == ("reference", "rgb")
-    assert reference.loss == fast.loss
+    assert (reference.loss.distillation_scale, fast.loss.distillation_scale) == (1, fast.model.embed_dim)
+    assert replace(fast.loss, distillation_scale=1.0) == reference.loss
     assert (reference.optim.lr, reference.data.batch_size, reference.train.epochs) == (2e-5, 128, 12)

@@ -1,0 +1,130 @@
+"""Switches of the run that must change nothing but memory and speed, and the teacher's way into an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.checkpoint import open_checkpoint
+from scenarioclip_fast.model.encoders import Block
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.trainer import Trainer
+
+Make = Callable[..., TrainConfig]
+# Towers of two widths, as in ViT-B/32: each of two blocks, the lower one frozen.
+FROZEN = (
+    "model.text.width=16",
+    "model.text.layers=2",
+    "model.vision.layers=2",
+    "model.freeze.text_blocks=1",
+    "model.freeze.vision_blocks=1",
+    "model.freeze.pre_layernorm=true",
+)
+
+
+def losses(config: TrainConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
+
+
+def test_activation_checkpointing_changes_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scenarioclip_fast.model import encoders
+
+    plain, saving = (
+        small("train.steps=3", *FROZEN, f"train.activation_checkpointing={x}", run=x) for x in ("false", "true")
+    )
+    calls: list[Any] = []
+    checkpoint = encoders.checkpoint
+    monkeypatch.setattr(
+        encoders, "checkpoint", lambda stage, *a, **k: calls.append(stage) or checkpoint(stage, *a, **k)
+    )
+    Trainer(plain).fit()
+    assert not calls
+    Trainer(saving).fit()
+    # The trained block of each of the six encoders, three times; the frozen ones have no backward pass to save for.
+    assert len(calls) == 18 and all(isinstance(stage, Block) for stage in calls)
+    # The same operations in the same order.
+    assert losses(saving) == losses(plain)
+
+
+def test_compiled_blocks_change_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    compile_module = torch.nn.Module.compile
+
+    def capture(module: torch.nn.Module, **options: Any) -> None:
+        compiled.append(module)
+        # Dynamo's graphs run as they are: a code generator would take minutes here. With fullgraph, more versions of a
+        # block than Dynamo keeps are an error, not a silent return to eager.
+        compile_module(module, **{**options, "backend": "eager", "fullgraph": True})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    torch._dynamo.reset()
+    plain, fast = (small("train.steps=3", *FROZEN, f"train.compile={x}", run=x) for x in ("false", "true"))
+    Trainer(plain).fit()
+    assert not compiled
+    trainer = Trainer(fast)
+    trainer.fit()
+    # Two blocks of each of six encoders, and of the teacher's three.
+    assert len(set(map(id, compiled))) == 18
+    with torch.inference_mode():  # an evaluation behind it in the same process finds room, too
+        pixels = torch.randn(3, 3, 32, 32)
+        trainer.model.encode_text(trainer.vocabulary.tokens("object"), "object")
+        assert torch.isfinite(trainer.model.encode_image(pixels, "relation")).all()
+    # The same operations, some of them in a decomposed form: a rounding each.
+    torch.testing.assert_close(losses(fast), losses(plain), rtol=1e-5, atol=0)
+
+
+def test_the_teacher_is_evaluated_where_it_is_whole(
+    small: Make, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=4", "loss.teacher_scope=all", *FROZEN, run="all")
+    trainer = Trainer(config)
+    trainer.fit()
+    assert trainer.teacher is not None
+    student = open_checkpoint(config.run.dir).model.state_dict()
+    teacher = open_checkpoint(config.run.dir, weights="teacher").model.state_dict()
+    with trainer.teacher.averaged(trainer.model) as averaged:
+        for name, value in averaged.state_dict().items():
+            assert torch.equal(teacher[name], value), name
+    assert any(not torch.equal(teacher[name], value) for name, value in student.items())
+    tables = []
+    for weights in ("student", "teacher"):
+        file = Path(config.run.dir) / f"{weights}.json"
+        command = ["eval", "zeroshot", config.run.dir, str(shards), "--split", "train", "--device", "cpu"]
+        assert main([*command, "--weights", weights, "--json", str(file)]) == 0
+        tables.append(file.read_text())
+    assert tables[0] != tables[1]
+
+    part = small("train.steps=1", run="part")
+    Trainer(part).fit()
+    capsys.readouterr()
+    assert main(["eval", "zeroshot", part.run.dir, str(shards), "--weights", "teacher"]) == 2
+    assert "train with loss.teacher_scope=all" in capsys.readouterr().err
+    none = small("train.steps=1", "loss.distillation_scale=0", run="none")
+    Trainer(none).fit()
+    with pytest.raises(UserError, match=r"teacher\.safetensors does not exist: this run had no teacher"):
+        open_checkpoint(none.run.dir, weights="teacher")
+
+
+def test_texts_that_are_cut_are_counted_for_the_user(
+    small: Make, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=1", "model.text.context_length=5")
+    trainer = Trainer(config)
+    trainer.fit()
+    line = "cut to the context of 5 tokens: "
+    vocabulary = trainer.vocabulary
+    longer = sum(len(ids) > 5 for ids in vocabulary.tokens("relation"))
+    expected = f"{longer} of {len(vocabulary.relations)} relation texts"
+    message = next(text for text in capsys.readouterr().err.splitlines() if line in text)
+    assert longer > 0 and expected in message
+    assert main(["eval", "zeroshot", config.run.dir, str(shards), "--split", "train", "--device", "cpu"]) == 0
+    assert expected in capsys.readouterr().err
+    assert Trainer(small("train.steps=1", run="whole")).fit().completed
+    assert line not in capsys.readouterr().err
