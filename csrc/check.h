@@ -24,10 +24,10 @@ constexpr bool kCuda = true;
 constexpr bool kCuda = false;
 #endif
 
-// A contiguous tensor of `dim` dimensions and of `dtype` on this library's device.
-inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cuda() == kCuda, name, ": got a tensor on ", tensor.is_cuda() ? "a CUDA device" : "the CPU",
-                  ", expected ", kCuda ? "a CUDA device" : "the CPU");
+// A contiguous tensor of `dim` dimensions and of `dtype`, on this library's device unless told otherwise.
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype, bool on_cuda = kCuda) {
+  STD_TORCH_CHECK(tensor.is_cuda() == on_cuda, name, ": got a tensor on ",
+                  tensor.is_cuda() ? "a CUDA device" : "the CPU", ", expected ", on_cuda ? "a CUDA device" : "the CPU");
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": got ", tensor.dim(), " dimensions, expected ", dim);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": got dtype number ", static_cast<int>(tensor.scalar_type()),
                   ", expected ", static_cast<int>(dtype), " of torch::headeronly::ScalarType");

@@ -1,4 +1,4 @@
-// Checks and allocation for kernels/views.
+// Checks and allocation for kernels/views; compiled once for the CPU library, once more for the CUDA one.
 #include "kernels/views/views.h"
 
 #ifdef __linux__
@@ -10,8 +10,21 @@
 #include "check.h"
 #include "parallel.h"
 
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
+
+#include "kernels/views/jobs.h"
+#endif
+
 namespace scf {
 namespace {
+
+#ifdef USE_CUDA
+using torch::stable::accelerator::DeviceGuard;
+
+uint8_t* bytes_of(Tensor& tensor) { return tensor.mutable_data_ptr<uint8_t>(); }
+#endif
 
 Picture picture_of(const Tensor& image) {
   check_tensor(image, "image", 3, ScalarType::Byte);
@@ -21,7 +34,8 @@ Picture picture_of(const Tensor& image) {
 }
 
 std::vector<uint32_t> narrow(const std::vector<int64_t>& weights) {
-  STD_TORCH_CHECK(!weights.empty(), "weights: got none, expected the centre's at least");
+  STD_TORCH_CHECK(!weights.empty() && weights.size() <= kMaxBlurRadius + 1, "weights: got ", weights.size(),
+                  ", expected 1 to ", kMaxBlurRadius + 1);
   for (const int64_t weight : weights) {
     STD_TORCH_CHECK(weight >= 0 && weight <= 1 << 24, "weights: got ", weight, ", expected 0 to 2^24");
   }
@@ -51,7 +65,14 @@ Tensor focused_region(const Tensor& image,         // [H, W, 3]
       .region = region_of(sigma, taps, colours),
       .out = out.mutable_data_ptr<uint8_t>(),
   };
+#ifdef USE_CUDA
+  const DeviceGuard guard(image.get_device_index());
+  Tensor scratch = empty_like_device(image, {focused_region_scratch(picture)}, ScalarType::Byte);
+  const char* error = focused_region_cuda(problem, bytes_of(scratch), current_stream(image));
+  STD_TORCH_CHECK(error == nullptr, "focused_region: ", error);
+#else
   focused_region_cpu(problem, torch_threads());
+#endif
   return out;
 }
 
@@ -67,6 +88,22 @@ PixelType pixel_type(ScalarType dtype) {
   }
 }
 
+#ifdef USE_CUDA
+void render_on_device(const RenderProblem& problem, const Tensor& like) {
+  const DeviceGuard guard(like.get_device_index());
+  const RenderJobs jobs = RenderPlanner(problem).plan();
+  if (jobs.views.empty()) return;
+  // Pinned, so that the copy does not hold up this thread; torch keeps the memory until the copy is done.
+  Tensor host = torch::stable::empty({jobs.table_bytes()}, ScalarType::Byte, std::nullopt,
+                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
+  jobs.write_tables(bytes_of(host));
+  Tensor tables = empty_like_device(like, {jobs.table_bytes()}, ScalarType::Byte);
+  torch::stable::copy_(tables, host, true);
+  Tensor scratch = empty_like_device(like, {jobs.scratch_bytes}, ScalarType::Byte);
+  const char* error = render_views_cuda(problem, jobs, bytes_of(tables), bytes_of(scratch), current_stream(like));
+  STD_TORCH_CHECK(error == nullptr, "render_views: ", error);
+}
+#else
 // A batch of views is fresh memory each time, and faulting it in by pages of 4 KiB costs as much as rendering it.
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
@@ -79,7 +116,9 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+#endif
 
+// The plan and what comes with it stay on the CPU, wherever the images are: the host reads them.
 Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     const Tensor& plan,          // [V, 16]
                     const Tensor& augment,       // [V, 5]
@@ -88,21 +127,24 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     int64_t size, std::vector<double> mean, std::vector<double> std, double sigma,
                     std::vector<int64_t> weights, bool colours, ScalarType dtype, bool channels_last) {
   std::vector<Picture> pictures;
-  for (const Tensor& image : images) pictures.push_back(picture_of(image));
-  check_tensor(plan, "plan", 2, ScalarType::Int);
+  for (const Tensor& image : images) {
+    pictures.push_back(picture_of(image));
+    STD_TORCH_CHECK(image.get_device_index() == images[0].get_device_index(), "images: expected all on one device");
+  }
+  check_tensor(plan, "plan", 2, ScalarType::Int, false);
   check_size(plan, "plan", 1, kPlanWidth);
-  check_tensor(augment, "augment", 2, ScalarType::Float);
+  check_tensor(augment, "augment", 2, ScalarType::Float, false);
   check_size(augment, "augment", 0, plan.size(0));
   check_size(augment, "augment", 1, kAugmentWidth);
-  check_tensor(mask_runs, "mask_runs", 1, ScalarType::Int);
-  check_tensor(mask_start, "mask_start", 1, ScalarType::Long);
+  check_tensor(mask_runs, "mask_runs", 1, ScalarType::Int, false);
+  check_tensor(mask_start, "mask_start", 1, ScalarType::Long, false);
   STD_TORCH_CHECK(size > 0 && mean.size() == 3 && std.size() == 3, "size, mean, std: expected > 0, 3 and 3 numbers");
 
   const int64_t views = plan.size(0);
   const std::vector<uint32_t> taps = narrow(weights);
-  Tensor out = channels_last ? torch::stable::new_empty(plan, {views, size, size, 3}, dtype)
-                             : torch::stable::new_empty(plan, {views, 3, size, size}, dtype);
-  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  const Tensor& like = images.empty() ? plan : images[0];
+  Tensor out = channels_last ? torch::stable::new_empty(like, {views, size, size, 3}, dtype)
+                             : torch::stable::new_empty(like, {views, 3, size, size}, dtype);
   RenderProblem problem{
       .images = pictures.data(),
       .plan = plan.const_data_ptr<int32_t>(),
@@ -110,6 +152,7 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
       .mask_runs = mask_runs.const_data_ptr<int32_t>(),
       .mask_start = mask_start.const_data_ptr<int64_t>(),
       .image_count = static_cast<int64_t>(pictures.size()),
+      .mask_count = mask_start.size(0) - 1,
       .views = views,
       .size = size,
       .mean = {},
@@ -123,14 +166,23 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
     problem.mean[c] = static_cast<float>(mean[c]);
     problem.std[c] = static_cast<float>(std[c]);
   }
+#ifdef USE_CUDA
+  render_on_device(problem, like);
+#else
+  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   render_views_cpu(problem, torch_threads());
+#endif
   return out;
 }
 
 }  // namespace
 }  // namespace scf
 
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(scenarioclip_fast_C, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(scenarioclip_fast_C, CPU, m) {
+#endif
   m.impl("focused_region", TORCH_BOX(&scf::focused_region));
   m.impl("render_views", TORCH_BOX(&scf::render_views));
 }

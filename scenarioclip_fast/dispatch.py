@@ -20,8 +20,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 BACKENDS: dict[str, dict[str, str]] = {
     "contrastive_loss": {"triton": "triton", "cpu": "", "reference": ""},
     "distillation_loss": {"cuda": "native-cuda", "triton": "triton", "cpu": "native-cpu", "reference": ""},
-    "focused_region": {"cpu": "native-cpu", "reference": ""},
-    "render_views": {"cpu": "native-cpu", "reference": ""},
+    "focused_region": {"cuda": "native-cuda", "cpu": "native-cpu", "reference": ""},
+    "render_views": {"cuda": "native-cuda", "cpu": "native-cpu", "reference": ""},
 }
 _DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 

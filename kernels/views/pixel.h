@@ -14,6 +14,7 @@ constexpr int kSoftenRadius = 4;
 
 // SciPy's "reflect": the edge pixel is repeated, and the picture goes on back and forth however small it is.
 SCF_HD int64_t reflect(int64_t i, int64_t size) {
+  if (i >= 0 && i < size) return i;
   const int64_t period = 2 * size;
   i %= period;
   if (i < 0) i += period;
@@ -26,6 +27,23 @@ SCF_HD int64_t mirror(int64_t i, int64_t size) {
   i %= period;
   if (i < 0) i += period;
   return i < period - i ? i : period - i;
+}
+
+// How much of each colour every colour receives from a blur along an axis of three.
+struct ColourMix {
+  uint32_t weight[3][3];  // [to][from], in units of 2^-24
+};
+
+inline ColourMix colour_mix(const uint32_t* weights /* [radius + 1] */, int64_t radius) {
+  ColourMix mix{};
+  for (int64_t to = 0; to < 3; ++to) {
+    for (int64_t k = -radius; k <= radius; ++k) mix.weight[to][reflect(to + k, 3)] += weights[k < 0 ? -k : k];
+  }
+  return mix;
+}
+
+SCF_HD uint8_t mixed(const uint32_t* weights /* [3] */, uint32_t red, uint32_t green, uint32_t blue) {
+  return static_cast<uint8_t>((weights[0] * red + weights[1] * green + weights[2] * blue) >> kBlurBits);
 }
 
 // exp(x) for x <= 0, relative error below 2e-7; a polynomial, so that loops over it vectorise.

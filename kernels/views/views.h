@@ -5,6 +5,12 @@
 
 #include "kernels/parallel.h"
 
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#elif defined(USE_CUDA)
+#include <driver_types.h>
+#endif
+
 namespace scf {
 
 // The columns of a plan's row; the same in reference.py.
@@ -34,11 +40,13 @@ enum AugmentColumn { kBrightness, kContrast, kSaturation, kHue, kSoften, kAugmen
 
 enum class PixelType { kFloat, kBFloat16, kHalf };
 
+constexpr int64_t kMaxBlurRadius = 256;
+
 struct Region {
   float sigma;
   const uint32_t* weights;  // [radius + 1], centre first, in units of 2^-24
-  int64_t radius;
-  bool colours;  // blur the colour axis too
+  int64_t radius;           // at most kMaxBlurRadius
+  bool colours;             // blur the colour axis too
 };
 
 struct Picture {
@@ -47,6 +55,7 @@ struct Picture {
   int64_t width;
 };
 
+// The images, the masks of bytes and `out` are where the op runs; everything else is in host memory, for CUDA too.
 struct RegionProblem {
   Picture image;
   const bool* subject_mask;  // [height, width]
@@ -62,6 +71,7 @@ struct RenderProblem {
   const int32_t* mask_runs;   // column-order run lengths, zeros first
   const int64_t* mask_start;  // [masks + 1] into mask_runs
   int64_t image_count;
+  int64_t mask_count;
   int64_t views;
   int64_t size;
   float mean[3];
@@ -74,5 +84,19 @@ struct RenderProblem {
 
 void focused_region_cpu(const RegionProblem& problem, Parallel parallel);
 void render_views_cpu(const RenderProblem& problem, Parallel parallel);
+
+#if defined(__CUDACC__) || defined(USE_CUDA)
+struct RenderJobs;  // jobs.h
+
+// Null, or what CUDA said. `scratch` is device memory aligned to 256 bytes; it may hold anything.
+int64_t focused_region_scratch(const Picture& image);
+const char* focused_region_cuda(const RegionProblem& problem,
+                                uint8_t* scratch,  // [focused_region_scratch(problem.image)]
+                                cudaStream_t stream);
+const char* render_views_cuda(const RenderProblem& problem, const RenderJobs& jobs,
+                              const uint8_t* tables,  // [jobs.table_bytes()], on the device
+                              uint8_t* scratch,       // [jobs.scratch_bytes]
+                              cudaStream_t stream);
+#endif
 
 }  // namespace scf

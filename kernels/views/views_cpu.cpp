@@ -56,15 +56,12 @@ class Sums {
 // The blurred image, row by row.
 class Blur {
  public:
-  Blur(const Picture& image, const Region& region) : image_(image), region_(region) {
+  Blur(const Picture& image, const Region& region)
+      : image_(image), region_(region), mix_(colour_mix(region.weights, region.radius)) {
     const int64_t radius = region.radius;
     rows_.resize(2 * radius + 1);
     across_.resize(3 * (image.width + 2 * radius) + kSlack);
     blurred_.resize(3 * image.width + kSlack);
-    // How much of each colour every colour receives from a blur along an axis of three.
-    for (int64_t to = 0; to < 3; ++to) {
-      for (int64_t k = -radius; k <= radius; ++k) mix_[to][reflect(to + k, 3)] += region.weights[std::abs(k)];
-    }
   }
 
   // Pixels `columns` of row y, as RGB bytes; valid until the next call.
@@ -113,11 +110,8 @@ class Blur {
 
   void mix(uint8_t* rgb, int64_t pixels) const {
     for (int64_t i = 0; i < pixels; ++i, rgb += 3) {
-      uint8_t mixed[3];
-      for (int c = 0; c < 3; ++c) {
-        mixed[c] = static_cast<uint8_t>((mix_[c][0] * rgb[0] + mix_[c][1] * rgb[1] + mix_[c][2] * rgb[2]) >> kBlurBits);
-      }
-      std::memcpy(rgb, mixed, 3);
+      const uint32_t red = rgb[0], green = rgb[1], blue = rgb[2];
+      for (int c = 0; c < 3; ++c) rgb[c] = mixed(mix_.weight[c], red, green, blue);
     }
   }
 
@@ -126,7 +120,7 @@ class Blur {
   std::vector<const uint8_t*> rows_;
   std::vector<uint8_t> across_;   // a row blurred downwards, with mirrored ends
   std::vector<uint8_t> blurred_;  // a row blurred both ways
-  uint32_t mix_[3][3] = {};
+  ColourMix mix_;
 };
 
 // Puts the weighted pixels of a focused region over a row of its blurred picture.

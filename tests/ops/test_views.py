@@ -21,7 +21,7 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.views import Views, pixel_box
-from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, focused_region, render_views
+from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 Image = pytest.importorskip("PIL.Image")
 ndimage = pytest.importorskip("scipy.ndimage")
@@ -29,17 +29,35 @@ ndimage = pytest.importorskip("scipy.ndimage")
 PHOTOS = Path(
     os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).resolve().parents[3] / "shared" / "data" / "photos")
 )
-BACKENDS = ["reference", "cpu"]
+DEVICES = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda"}
 SIZES = [(48, 64), (64, 48), (1, 37), (37, 1), (33, 200), (7, 5), (121, 77), (64, 64)]
 
 
-@pytest.fixture(params=BACKENDS)
+def case(backend: str) -> Any:
+    marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
+    reason = dispatch.why_not("render_views", backend, DEVICES[backend])
+    return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
+
+
+FAST = [case("cpu"), case("cuda")]
+
+
+@pytest.fixture(params=[case(backend) for backend in DEVICES])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    for op in ("focused_region", "render_views"):
-        if (reason := dispatch.why_not(op, name, "cpu")) is not None:
-            pytest.skip(reason)
     return name
+
+
+def focused_region(image: Tensor, mask1: Tensor, mask2: Tensor, *, backend: str, **keywords: Any) -> Tensor:
+    """The op on the backend's device, its result on the CPU."""
+    inputs = [t.to(DEVICES[backend]) for t in (image, mask1, mask2)]
+    return views_module.focused_region(*inputs, backend=backend, **keywords).cpu()
+
+
+def render_views(images: Sequence[Tensor], views: Views, *, backend: str = "cpu", **keywords: Any) -> Tensor:
+    """The op on the backend's device, its result on the CPU."""
+    images = [image.to(DEVICES[backend]) for image in images]
+    return views_module.render_views(images, views, backend=backend, **keywords).cpu()
 
 
 def picture(height: int, width: int, seed: int = 0, kind: str = "noise") -> np.ndarray:
@@ -165,6 +183,7 @@ def test_region_special_masks(height: int, width: int, backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("fast", FAST)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),
@@ -173,7 +192,7 @@ def test_region_special_masks(height: int, width: int, backend: str) -> None:
     st.sampled_from(["rgb", "reference"]),
 )
 @settings(max_examples=40, deadline=None)
-def test_region_of_random_masks(height: int, width: int, seed: int, density: float, blur: str) -> None:
+def test_region_of_random_masks(fast: str, height: int, width: int, seed: int, density: float, blur: str) -> None:
     rng = np.random.default_rng(seed)
     image = picture(height, width, seed)
     masks = rng.random((2, height, width)) < density
@@ -183,11 +202,10 @@ def test_region_of_random_masks(height: int, width: int, seed: int, density: flo
     expected = scipy_region(image, *masks, 100.0, 2.0, blur)
     # SciPy's own rounding noise (see above) shows where a picture has one row or column.
     assert_close(law.numpy(), expected, most=1 if min(height, width) > 1 else 2, share=0.9)
-    if dispatch.why_not("focused_region", "cpu", "cpu") is None:
-        fast = focused_region(*inputs, blur=blur, backend="cpu")
-        # A weight that differs in float32's last bits may cross a whole number: one byte, rarely.
-        assert_close(fast.numpy(), law.numpy(), most=1)
-        assert (fast != law).sum() <= 2
+    got = focused_region(*inputs, blur=blur, backend=fast)
+    # A weight that differs in float32's last bits may cross a whole number: one byte, rarely.
+    assert_close(got.numpy(), law.numpy(), most=1)
+    assert (got != law).sum() <= 2
 
 
 def photo_regions() -> list[tuple[str, Any, str, tuple[int, int]]]:
@@ -255,12 +273,11 @@ def test_evaluation_views_are_pillows(shape: tuple[int, int], size: int, backend
     assert np.abs(bytes_of(got[0]) - pillow_view(image, size)).max() < 1e-2
 
 
-def test_large_picture() -> None:
-    if (reason := dispatch.why_not("render_views", "cpu", "cpu")) is not None:
-        pytest.skip(reason)
+@pytest.mark.parametrize("fast", FAST)
+def test_large_picture(fast: str) -> None:
     image = picture(3000, 4000, kind="waves")
     masks = [blob(3000, 4000, 1), blob(3000, 4000, 2)]
-    got = render_views([torch.from_numpy(image)], Views.of_scenes([scene(image, [], masks)]), size=64, backend="cpu")
+    got = render_views([torch.from_numpy(image)], Views.of_scenes([scene(image, [], masks)]), size=64, backend=fast)
     assert np.abs(bytes_of(got[0]) - pillow_view(image, 64)).max() < 1e-2
     assert_close(bytes_of(got[3]), pillow_view(scipy_region(image, *masks, 100.0, 2.0, "rgb"), 64))
 
@@ -314,17 +331,16 @@ def ragged_scenes() -> list[Scene]:
 
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
 @pytest.mark.parametrize("train", [False, True])
-def test_cpu_equals_the_law(train: bool, object_view: str) -> None:
-    if (reason := dispatch.why_not("render_views", "cpu", "cpu")) is not None:
-        pytest.skip(reason)
+@pytest.mark.parametrize("fast", FAST)
+def test_fast_equals_the_law(fast: str, train: bool, object_view: str) -> None:
     scenes = ragged_scenes()
     images = [s.image for s in scenes]
     for epoch in range(6 if train else 1):
         views = Views.of_scenes(scenes, object_view=object_view, train=train, epoch=epoch)
         law = render_views(images, views, size=19, backend="reference")  # type: ignore[arg-type]
-        fast = render_views(images, views, size=19, backend="cpu")  # type: ignore[arg-type]
+        got = render_views(images, views, size=19, backend=fast)  # type: ignore[arg-type]
         std = torch.tensor(CLIP_STD)[:, None, None]
-        difference = (fast - law).abs() * std * 255
+        difference = (got - law).abs() * std * 255
         assert difference.max() <= 3.001
         assert (difference <= 1.001).double().mean() >= 0.999
         # Most views have no rounding to disagree about: a backend that is right elsewhere by luck would show here.
@@ -382,7 +398,24 @@ def test_output_formats(dtype: torch.dtype, memory_format: torch.memory_format, 
 
 
 def test_zero_views(backend: str) -> None:
-    assert render_views([], Views.of_scenes([]), size=8, backend=backend).shape == (0, 3, 8, 8)
+    image = picture(5, 6)
+    none = Views.of_scenes([scene(image)]).select(torch.zeros(0, dtype=torch.int64))
+    assert render_views([torch.from_numpy(image)], none, size=8, backend=backend).shape == (0, 3, 8, 8)
+    if DEVICES[backend] == "cpu":  # no image, no device
+        assert render_views([], Views.of_scenes([]), size=8, backend=backend).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_many_views(fast: str) -> None:
+    """More than the CUDA form takes at a time (64 MiB between its kernels), and wider than one of its blocks."""
+    shapes = ((500, 700), (700, 500), (501, 699), (480, 640))
+    scenes = [scene(picture(*s, seed=i), [], [blob(*s, 1), blob(*s, 2)], str(i)) for i, s in enumerate(shapes)]
+    images = [s.image for s in scenes]
+    views = Views.of_scenes(scenes, train=True)
+    index = torch.randint(len(views), (200,), generator=torch.Generator().manual_seed(0))
+    once = render_views(images, views, size=260, dtype=torch.float16, backend=fast)  # type: ignore[arg-type]
+    many = render_views(images, views.select(index), size=260, dtype=torch.float16, backend=fast)  # type: ignore[arg-type]
+    assert torch.equal(many, once[index])
 
 
 def test_own_normalisation(backend: str) -> None:
@@ -417,14 +450,12 @@ def test_rle_and_bool_masks_agree(backend: str) -> None:
 def test_compiles_without_a_graph_break(backend: str) -> None:
     drawn = scene(picture(30, 40), [(3, 4, 20, 20)], [blob(30, 40, 1), blob(30, 40, 2)])
     views = Views.of_scenes([drawn])
-    image = drawn.image
+    image, mask = drawn.image.to(DEVICES[backend]), torch.from_numpy(blob(30, 40, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
 
     def both(image: Tensor, views: Views, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return render_views([image], views, size=8, backend=backend) + 1, focused_region(
-            image, mask, mask, backend=backend
-        )
+        pixels = views_module.render_views([image], views, size=8, backend=backend)
+        return pixels + 1, views_module.focused_region(image, mask, mask, backend=backend)
 
-    mask = torch.from_numpy(blob(30, 40, 1))
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(image, views, mask), both(image, views, mask), strict=True):  # type: ignore[arg-type]
         assert torch.equal(got, expected)
@@ -433,11 +464,11 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 def test_opcheck(backend: str) -> None:
     drawn = scene(picture(20, 30), [(3, 4, 20, 20)], [blob(20, 30, 1), blob(20, 30, 2)])
     weights = reference.blur_weights(2.0)
-    mask = torch.from_numpy(blob(20, 30, 1))
-    torch.library.opcheck(views_module._focused_region, (drawn.image, mask, mask, 100.0, weights, False, backend))
+    image, mask = drawn.image.to(DEVICES[backend]), torch.from_numpy(blob(20, 30, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
+    torch.library.opcheck(views_module._focused_region, (image, mask, mask, 100.0, weights, False, backend))
     for channels_last in (False, True):
         arguments = (
-            [drawn.image],
+            [image],
             Views.of_scenes([drawn]).tensors,
             8,
             [0.5] * 3,

@@ -1,0 +1,273 @@
+// What the CUDA kernels are told about every view, mask and image: worked out on the host, sent in one copy.
+//
+// Views are rendered in waves, each of which may use the whole scratch again, so that scratch stays bounded however
+// many views there are. Scratch is named by offsets in bytes, because it is allocated once all waves are known.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "kernels/views/pixel.h"
+#include "kernels/views/views.h"
+
+namespace scf {
+
+// A wave ends between two images once it has more than the first, so that an image is blurred once, and with any view
+// once it has more than the second. What is written and read again should stay in L2 (50 MB on an H100), yet a wave
+// must fill the machine; where between those is best has not been measured.
+constexpr int64_t kWaveBytes = int64_t{64} << 20;
+constexpr int64_t kMostWaveBytes = int64_t{512} << 20;
+constexpr int64_t kWaveViews = 1 << 15;  // a grid's second and third dimension end at 65,535
+
+struct MaskJob {
+  int64_t first_run;  // in the table of runs
+  int64_t runs;
+  int64_t height;
+  int64_t width;
+  int64_t ends;  // scratch: int64 [runs], where each run ends
+  int64_t bits;  // scratch: uint32 [height, words_of(width)]
+  int64_t sums;  // scratch: MaskSums
+};
+
+struct BlurJob {
+  Picture image;
+  int64_t blurred;  // scratch: uint32 [height, width], RGBX
+};
+
+// The picture of a view before it is resized, pixel by pixel in the image's own coordinates.
+struct Composite {
+  const uint8_t* pixels;  // [height, width, 3]
+  int64_t width;
+  int32_t x1, y1, x2, y2;  // black outside
+  bool relation;
+  int64_t blurred;  // of a relation: see BlurJob and MaskJob
+  int64_t bits[2];
+  int64_t sums[2];
+};
+
+struct AxisJob {
+  Axis axis;
+  int32_t begin, end;  // the source pixels that the taps may touch
+  int32_t most_taps;
+  int64_t taps;     // scratch: int32 [size, 2], first pixel and count
+  int64_t weights;  // scratch: int32 [most_taps, size]
+};
+
+struct ViewJob {
+  Composite composite;
+  AxisJob across, down;
+  int32_t x1, y1;   // where in the image the source window begins
+  int64_t view;     // row of the output
+  int64_t between;  // scratch: uint32 [down.end - down.begin, size], resized across, RGBX
+  bool changed;     // by the augmentation, and then:
+  float change[kAugmentWidth];
+  int64_t bytes;  // scratch: uint32 [size, size], resized, RGBX
+  int64_t grey;   // scratch: float, the mean grey that contrast turns around
+};
+
+// The jobs of a wave are [begin, end) of each table; its changed views come first.
+struct Wave {
+  int64_t view_begin, view_end, changed_end;
+  int64_t mask_begin, mask_end;
+  int64_t blur_begin, blur_end;
+};
+
+SCF_HD int64_t words_of(int64_t width) { return (width + 31) / 32; }
+
+// Hands out scratch.
+class Bump {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t offset = used_;
+    used_ += (bytes + 255) / 256 * 256;
+    return offset;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  int64_t used_ = 0;
+};
+
+struct RenderJobs {
+  std::vector<ViewJob> views;
+  std::vector<MaskJob> masks;
+  std::vector<BlurJob> blurs;
+  std::vector<int32_t> runs;
+  std::vector<Wave> waves;
+  int64_t scratch_bytes = 0;
+
+  // One after another, each 16-byte aligned: views, masks, blurs, runs.
+  struct Offsets {
+    int64_t views, masks, blurs, runs, end;
+  };
+
+  Offsets offsets() const {
+    Bump bump;
+    Offsets at{};
+    at.views = bump.take(bytes_of(views));
+    at.masks = bump.take(bytes_of(masks));
+    at.blurs = bump.take(bytes_of(blurs));
+    at.runs = bump.take(bytes_of(runs));
+    at.end = bump.used();
+    return at;
+  }
+
+  int64_t table_bytes() const { return offsets().end; }
+
+  void write_tables(uint8_t* to /* [table_bytes()] */) const {
+    const Offsets at = offsets();
+    write(views, to + at.views);
+    write(masks, to + at.masks);
+    write(blurs, to + at.blurs);
+    write(runs, to + at.runs);
+  }
+
+ private:
+  template <class T>
+  static int64_t bytes_of(const std::vector<T>& table) {
+    return static_cast<int64_t>(table.size() * sizeof(T));
+  }
+
+  template <class T>
+  static void write(const std::vector<T>& table, uint8_t* to) {
+    if (!table.empty()) std::memcpy(to, table.data(), table.size() * sizeof(T));
+  }
+};
+
+class RenderPlanner {
+ public:
+  explicit RenderPlanner(const RenderProblem& problem)
+      : p_(problem), mask_job_(problem.mask_count, -1), blur_job_(problem.image_count, -1) {}
+
+  RenderJobs plan() {
+    // By image, so that a wave needs few of them.
+    std::vector<int64_t> order(p_.views);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row(a)[kImage] < row(b)[kImage]; });
+    int32_t image = -1;
+    for (const int64_t view : order) {
+      const bool next_image = row(view)[kImage] != image;
+      if (scratch_.used() > (next_image ? kWaveBytes : kMostWaveBytes) || view_count() == kWaveViews) close_wave();
+      image = row(view)[kImage];
+      add_view(view);
+    }
+    close_wave();
+    return std::move(jobs_);
+  }
+
+ private:
+  const int32_t* row(int64_t view) const { return p_.plan + view * kPlanWidth; }
+
+  template <class T>
+  static int64_t end(const std::vector<T>& table) {
+    return static_cast<int64_t>(table.size());
+  }
+
+  int64_t view_count() const { return end(jobs_.views) - wave_.view_begin; }
+
+  void add_view(int64_t view) {
+    const int32_t* plan = row(view);
+    const Picture& image = p_.images[plan[kImage]];
+    ViewJob job{};
+    job.view = view;
+    job.x1 = plan[kX1];
+    job.y1 = plan[kY1];
+    job.across = axis_job({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]});
+    job.down = axis_job({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]});
+    job.composite = composite(plan, image);
+    job.between = scratch_.take((job.down.end - job.down.begin) * p_.size * 4);
+    std::copy_n(p_.augment + view * kAugmentWidth, static_cast<int64_t>(kAugmentWidth), job.change);
+    job.changed = job.change[kBrightness] != 1 || job.change[kContrast] != 1 || job.change[kSaturation] != 1 ||
+                  job.change[kHue] != 0 || job.change[kSoften] > 0;
+    if (job.changed) {
+      job.bytes = scratch_.take(p_.size * p_.size * 4);
+      job.grey = scratch_.take(sizeof(float));
+    }
+    jobs_.views.push_back(job);
+  }
+
+  AxisJob axis_job(const Axis& axis) {
+    const Tap first = tap_of(axis, 0), last = tap_of(axis, p_.size - 1);
+    AxisJob job{};
+    job.axis = axis;
+    job.begin = first.low;
+    job.end = last.low + last.count;
+    job.most_taps = static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(4 * first.stretch) + 2, axis.source));
+    job.taps = scratch_.take(p_.size * 2 * 4);
+    job.weights = scratch_.take(p_.size * job.most_taps * 4);
+    return job;
+  }
+
+  Composite composite(const int32_t* plan, const Picture& image) {
+    Composite c{};
+    c.pixels = image.pixels;
+    c.width = image.width;
+    c.x2 = static_cast<int32_t>(image.width);
+    c.y2 = static_cast<int32_t>(image.height);
+    if (plan[kKind] == kMasked) {
+      c.x1 = std::max(plan[kBoxX1], 0);
+      c.y1 = std::max(plan[kBoxY1], 0);
+      c.x2 = std::min(plan[kBoxX2], c.x2);
+      c.y2 = std::min(plan[kBoxY2], c.y2);
+    }
+    c.relation = plan[kKind] == kRelation;
+    if (!c.relation) return c;
+    int64_t& blur = blur_job_[plan[kImage]];
+    if (blur < wave_.blur_begin) {
+      blur = end(jobs_.blurs);
+      jobs_.blurs.push_back({image, scratch_.take(image.height * image.width * 4)});
+    }
+    c.blurred = jobs_.blurs[blur].blurred;
+    for (int which = 0; which < 2; ++which) {
+      const MaskJob& mask = mask_job(plan[which == 0 ? kMask1 : kMask2], image);
+      c.bits[which] = mask.bits;
+      c.sums[which] = mask.sums;
+    }
+    return c;
+  }
+
+  const MaskJob& mask_job(int64_t mask, const Picture& image) {
+    if (mask_job_[mask] < wave_.mask_begin) {
+      mask_job_[mask] = end(jobs_.masks);
+      const int32_t* from = p_.mask_runs + p_.mask_start[mask];
+      MaskJob job{};
+      job.first_run = end(jobs_.runs);
+      job.runs = p_.mask_start[mask + 1] - p_.mask_start[mask];
+      job.height = image.height;
+      job.width = image.width;
+      job.ends = scratch_.take(job.runs * 8);
+      job.bits = scratch_.take(image.height * words_of(image.width) * 4);
+      job.sums = scratch_.take(sizeof(MaskSums));
+      jobs_.runs.insert(jobs_.runs.end(), from, from + job.runs);
+      jobs_.masks.push_back(job);
+    }
+    return jobs_.masks[mask_job_[mask]];
+  }
+
+  void close_wave() {
+    wave_.view_end = end(jobs_.views);
+    wave_.mask_end = end(jobs_.masks);
+    wave_.blur_end = end(jobs_.blurs);
+    if (wave_.view_end == wave_.view_begin) return;
+    const auto first = jobs_.views.begin() + wave_.view_begin;
+    const auto unchanged = std::stable_partition(first, jobs_.views.end(), [](const ViewJob& v) { return v.changed; });
+    wave_.changed_end = unchanged - jobs_.views.begin();
+    jobs_.waves.push_back(wave_);
+    jobs_.scratch_bytes = std::max(jobs_.scratch_bytes, scratch_.used());
+    scratch_ = Bump();
+    wave_.view_begin = wave_.view_end;
+    wave_.mask_begin = wave_.mask_end;
+    wave_.blur_begin = wave_.blur_end;
+  }
+
+  const RenderProblem& p_;
+  RenderJobs jobs_;
+  Wave wave_{};
+  Bump scratch_;
+  std::vector<int64_t> mask_job_, blur_job_;  // the latest job of each mask and image; an earlier wave's is no use
+};
+
+}  // namespace scf
