@@ -13,6 +13,7 @@ bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -280,14 +281,16 @@ def _log_sums(
             w = (columns < u).to(tl.float32)
             if HAS_WEIGHT:
                 w = tl.load(weight + column + columns, mask=columns < u, other=0.0)
-            logits = tl.where((w > 0)[None, :], acc * k2, float("-inf"))
+            # A text without weight leaves no trace, unless it is NaN.
+            logits = tl.where((w > 0)[None, :] | (acc != acc), acc * k2, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             terms = terms * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]) * w[None, :], 1)
             top = higher
         again = tl.log2(terms.to(tl.float64)) + top.to(tl.float64)
         log_sum = tl.where(fine, log_sum, again)
-    tl.store(out + row + rows, log_sum * LN2, mask=in_rows)
+    # Nobody on the host has looked at the scale: one that is not positive must not give a plausible number.
+    tl.store(out + row + rows, tl.where(k2 > 0, log_sum * LN2, float("nan")), mask=in_rows)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "rows_total", "columns_total", "row_count", "column_count", "row_blocks"])
@@ -451,7 +454,7 @@ def tile_gradients(
     # Whole tiles: what lies past the ends is never read, and a mask costs registers.
     base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM, BN)
     out = grad + base + (i * BM).to(tl.int64) * stride + j * BN
-    out = out + tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN // 2)[None, :]
+    out = out + tl.arange(0, BM).to(tl.int64)[:, None] * stride + tl.arange(0, BN // 2)[None, :]
     # Half the columns at a time: what each column brings along would not fit in registers beside a whole tile.
     left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
     first = _gradient(
@@ -623,7 +626,7 @@ class Plan:
             operand, precision, inner = torch.bfloat16, "tf32", 64
         else:
             # float16 has TF32's digits and not its range. The interpreter gets bfloat16 wrong, and knows no TF32.
-            exact = features.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+            exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
             operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
         tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
         return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
@@ -983,10 +986,26 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """out (+)= a b, low-precision operands and float32 sums."""
     if a.dtype == torch.float32:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
+    elif accumulate and _accumulates(a.dtype, a.device):
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    elif accumulate:
+        out.add_(torch.mm(a, b, out_dtype=torch.float32))
     else:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+
+
+@functools.cache
+def _accumulates(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether addmm takes float32 to add to beside operands of `dtype`: not every version of torch does.
+
+    Asked with empty matrices: the arguments are checked, and nothing is launched.
+    """
+    out, empty = torch.empty(0, 0, device=device), torch.empty(0, 0, dtype=dtype, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(out, empty, empty, torch.float32, out=out)
+    except (RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def _finish(

@@ -15,12 +15,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# Named *_single where the older names warn (from 2.13 on); torch 2.11 knows the older ones alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
     """Every rank's integers, rank by rank. The one host synchronisation: collectives need sizes on the host."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     out = mine.new_empty(group.size() * len(mine))
-    dist.all_gather_into_tensor(out, mine, group=group)
+    _all_gather(out, mine, group=group)
     return [[int(v) for v in row] for row in out.view(group.size(), -1).tolist()]
 
 
@@ -38,7 +42,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.sizes, ctx.group = sizes, group
         padded = _pad(x, max(sizes)).contiguous()
         out = x.new_empty((len(sizes) * max(sizes), *x.shape[1:]))
-        dist.all_gather_into_tensor(out, padded, group=group)
+        _all_gather(out, padded, group=group)
         blocks = out.split(max(sizes))
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
@@ -49,7 +53,7 @@ class _GatherRows(torch.autograd.Function):
         largest = max(ctx.sizes)
         padded = torch.cat([_pad(block, largest) for block in wide.split(list(ctx.sizes))])
         out = padded.new_empty((largest, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, padded, group=ctx.group)
+        _reduce_scatter(out, padded, group=ctx.group)
         return out[: ctx.sizes[ctx.group.rank()]].to(grad.dtype), None, None
 
 

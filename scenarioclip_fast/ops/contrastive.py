@@ -8,6 +8,7 @@ loss is plain torch on top, and collectives stay outside the ops.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DUPLICATES = ("negatives", "positives")
+# Set to 1: values on a GPU are looked at too, by assertions on the device that name what is wrong.
+CHECK = "SCENARIOCLIP_FAST_CHECK"
 _LOOPED = {"reference": reference, "cpu": contrastive_cpu}
 
 
@@ -67,7 +70,10 @@ def contrastive_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, before anything runs. The ranges of text_index
-            and logit_scale are checked on the CPU alone, as a look at a GPU's values would wait for it.
+            and logit_scale are checked at once on the CPU alone, as a look at a GPU's values would wait for it.
+            With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them itself: a device-side assertion that names the
+            argument, at the cost of a few launches. Without it an index still stops the device, with torch's own
+            assertion, and the Triton backend turns a scale that is not positive into NaN.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'none'")
@@ -249,16 +255,29 @@ def _check(level: _Level, where: str) -> None:
 
 
 def _check_values(level: _Level, where: str) -> None:
-    scale = level.scale
+    scale, index, texts = level.scale, level.index, len(level.text)
+    on_device = level.image.device.type != "cpu"
+    if on_device and os.environ.get(CHECK) == "1":
+        _assert_values(level, where)
     if isinstance(scale, Tensor):
         scale = scale.item() if scale.device.type == "cpu" else 1.0
     if scale <= 0:
         raise ValueError(f"{where}logit_scale: got {scale:g}, expected a positive factor (exp of the parameter)")
-    index, texts = level.index, len(level.text)
-    if index is not None and index.device.type == "cpu" and len(index):
+    if index is not None and not on_device and len(index):
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= texts:
             raise ValueError(f"{where}text_index: got values from {low} to {high}, expected 0 to {texts - 1}")
+
+
+def _assert_values(level: _Level, where: str) -> None:
+    """What `_check_values` asks, without waiting for the answer: a failure stops the device, with its name."""
+    if isinstance(level.scale, Tensor):
+        torch._assert_async((level.scale <= 0).logical_not(), f"{where}logit_scale: expected a positive factor")
+    if level.index is not None:
+        low, high = level.index >= 0, level.index < len(level.text)
+        torch._assert_async(
+            (low & high).all(), f"{where}text_index: got a value outside 0 to {len(level.text) - 1}, the texts given"
+        )
 
 
 def _kind(x: object) -> str:
@@ -524,3 +543,10 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 
 contrastive_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError("contrastive_loss has first derivatives only: got create_graph=True and a gradient through it")
+
+
+contrastive_backward.register_autograd(_refuse)

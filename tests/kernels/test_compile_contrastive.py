@@ -57,10 +57,17 @@ def compile_for(compiler: Compiler, kernel: Any, plan: kernels.Plan, constants: 
     compiler.triton(kernel, signature(kernel, operand, used, **special), used, **options).check()
 
 
-@pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+# Texts given or on the diagonal, through descriptors or (before sm_90) pointers. The diagonal is texts given less a few
+# registers, and pointers take most of them in bfloat16, so that neither is compiled with every precision.
+FORMS = [
+    *(pytest.param(plan, True, True, id=f"{name}-tma-texts given") for name, plan in PLANS.items()),
+    pytest.param(PLANS["bf16"], True, False, id="bf16-tma-diagonal"),
+    pytest.param(PLANS["bf16"], False, True, id="bf16-pointers-texts given"),
+]
+
+
+@pytest.mark.parametrize(("plan", "tma", "given"), FORMS)
 @pytest.mark.parametrize("kernel", [kernels.tile_sums, kernels.tile_gradients], ids=lambda k: k.__name__)
-@pytest.mark.parametrize("given", [True, False], ids=["texts given", "diagonal"])
 def test_tiles(compiler: Compiler, kernel: Any, plan: kernels.Plan, tma: bool, given: bool) -> None:
     block = kernels.BLOCK
     constants = {"WIDTH": WIDTH, "HAS_INDEX": given, "HAS_WEIGHT": given, "BM": block, "BN": block, "BK": plan.inner}
@@ -78,7 +85,7 @@ def test_log_sums_and_products(compiler: Compiler, plan: kernels.Plan) -> None:
 
 
 @pytest.mark.parametrize("plan", [PLANS["bf16"], PLANS["tf32x3"]], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("width", [512, 123, 1024])
+@pytest.mark.parametrize("width", [123, 1024])
 def test_rows(compiler: Compiler, plan: kernels.Plan, width: int) -> None:
     whole = -(-width // plan.inner) * plan.inner
     constants = {"D": width, "WIDTH": whole, "BLOCK_D": 1 << (whole - 1).bit_length(), "SMALLEST": 1e-12}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast import BackendError, requirements, use_backend
-from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops import contrastive, contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if requirements.triton_interprets() else "cuda"}
@@ -240,6 +241,14 @@ def test_nan_stays_nan(backend: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_nan_in_a_text_without_rows(backend: str, n: int = 70) -> None:
+    """It has no weight among "negatives", and still must not hide."""
+    image, text, scale, index = make(n, 12, 16, 20.0)
+    text = torch.cat([text, torch.full((1, 16), torch.nan)])
+    assert run(image, text, scale, text_index=index, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_no_rows(backend: str) -> None:
     for texts in (0, 5):
         image = torch.empty(0, 8, requires_grad=True)
@@ -321,6 +330,32 @@ def test_grad_scaler() -> None:
     wanted = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale))[1:]
     found = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale), upstream=2.0**16)[1:]
     torch.testing.assert_close([f / 2.0**16 for f in found], wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_grad_scaler_steps_and_skips(device: str) -> None:
+    """The scaled loss goes backward to unscaled gradients; an overflow skips the step and lowers the scale."""
+    image, text, scale, _ = (t.to(device) for t in make(40, 40, 16, 14.3))
+    weight = torch.eye(16, device=device).requires_grad_()
+    (wanted,) = torch.autograd.grad(contrastive_loss(image @ weight, text, scale), weight)
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler(device, init_scale=2.0**16)
+    scaler.scale(contrastive_loss(image @ weight, text, scale)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(torch.eye(16, device=device) - weight.detach(), wanted, rtol=1e-4, atol=1e-6)
+    optimizer.zero_grad()
+    before = weight.detach().clone()
+    scaler.scale(contrastive_loss(image @ weight, text, scale) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach(), before) and scaler.get_scale() == 2.0**15
+
+
+def test_second_derivatives_are_refused() -> None:
+    image = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(contrastive_loss(image, Y, 10.0, text_index=INDEX), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrastive_loss has first derivatives only"):
+        grad.sum().backward()
 
 
 def test_the_positive_never_exceeds_the_sum() -> None:
@@ -439,7 +474,7 @@ def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
     assert all(a <= 2 * b + torch.finfo(dtype).eps / 2 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
-def test_no_matrix_is_made_on_the_cpu() -> None:
+def test_no_matrix_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither pass makes a tensor larger than a tile, where the matrix would be nine tiles."""
 
     class Largest(TorchDispatchMode):
@@ -451,6 +486,8 @@ def test_no_matrix_is_made_on_the_cpu() -> None:
                 self.numel = max(self.numel, t.numel() if isinstance(t, Tensor) else 0)
             return out
 
+    monkeypatch.setattr(contrastive_cpu, "ROWS", 512)
+    monkeypatch.setattr(contrastive_cpu, "COLUMNS", 2048)
     image, text, scale, index = make(3000, 3000, 8, 14.3)
     for s in (scale, scale * 100):  # the second one goes through running maxima
         with Largest() as largest:
@@ -496,6 +533,75 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         contrastive_loss(**{**good, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_index": INDEX + 1}, "text_index: got a value outside 0 to 2, the texts given"),
+        ({"text_index": INDEX - 1}, "text_index: got a value outside 0 to 2, the texts given"),
+        ({"logit_scale": torch.tensor(0.0)}, "logit_scale: expected a positive factor"),
+    ],
+)
+def test_assertions_on_the_device_name_the_argument(change: dict[str, Any], message: str) -> None:
+    """What a GPU is asked under SCENARIOCLIP_FAST_CHECK=1; on a CPU the same assertions raise."""
+    good: dict[str, Any] = {"logit_scale": torch.tensor(10.0), "text_index": INDEX}
+    for given, expectation in ((good, nullcontext()), ({**good, **change}, pytest.raises(RuntimeError, match=message))):
+        with expectation:
+            contrastive._assert_values(contrastive._Level(X, Y, given["logit_scale"], given["text_index"], None), "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_index_out_of_range_on_a_gpu(check: str) -> None:
+    """In a process of its own, which the assertion ends; under the flag it names the argument."""
+    code = """
+import torch
+from scenarioclip_fast.ops import contrastive_loss
+x = torch.ones(4, 64, device="cuda")
+contrastive_loss(x, x, 10.0, text_index=torch.tensor([0, 1, 2, 4], device="cuda"))
+torch.cuda.synchronize()
+"""
+    environment = {**os.environ, contrastive.CHECK: check}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "device-side assert" in done.stderr
+    assert ("text_index: got a value outside 0 to 3" in done.stderr + done.stdout) == (check == "1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [(128, 700, 350), (5000,)])
+def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
+    """Both passes are captured, and a replay on other features gives what they give."""
+
+    def inputs(seed: int) -> list[Tensor]:
+        return [t.cuda() for n in rows for t in make(n, max(n // 2, 1), 512, 14.3 + seed, seed=seed)]
+
+    static = [t.requires_grad_() if t.is_floating_point() else t for t in inputs(0)]
+    leaves = [t for t in static if t.is_floating_point()]
+
+    def both(tensors: list[Tensor]) -> list[Tensor]:
+        images, texts, scales, indices = (tensors[k::4] for k in range(4))
+        losses = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend="triton")
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), [t for t in tensors if t.is_floating_point()])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(static)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both(static)
+    other = inputs(1)
+    with torch.no_grad():
+        for kept, new in zip(static, other, strict=True):
+            kept.copy_(new)
+    graph.replay()
+    wanted = both([t.requires_grad_() if t.is_floating_point() else t for t in other])
+    assert len(found) == 1 + len(leaves)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)  # the same kernels, sums in a fixed order
+
+
 def test_bad_levels() -> None:
     with pytest.raises(ValueError, match="texts: got 1 levels, expected 2"):
         multilevel_contrastive_loss([X, X], [X], [1.0, 1.0])
@@ -532,6 +638,8 @@ t.check_chunks()
 for dtype in (torch.bfloat16, torch.float16):
     t.test_low_precision_input("triton", dtype, n=40)
 t.check_features_as_they_come("triton")
+t.test_nan_in_a_text_without_rows("triton", n=20)
+t.check_scale_not_positive()
 print("checked")
 """
     done = subprocess.run(
@@ -571,6 +679,16 @@ def check_texts_without_weight(backend: str) -> None:
         lambda x, y, s: reference.naive_loss(x, y[index], s),
         (image, text, scale),
     )
+
+
+def check_scale_not_positive() -> None:
+    """On a GPU nobody has looked at its value before the kernels do."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    image, text, _, _ = make(5, 5, 16, 1.0)
+    for s in (-3.0, 0.0, torch.nan):
+        row, column, _ = contrastive_triton.forward([image], [text], torch.tensor([s]), [], [], True)
+        assert row.isnan().all() and column.isnan().all()
 
 
 def check_features_as_they_come(backend: str) -> None:
