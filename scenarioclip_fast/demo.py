@@ -181,7 +181,11 @@ def _write_report(
     )
     report.add_zeroshot(result.trained)
     curves = {name: read_metrics(run.run_dir / "metrics.jsonl") for name, run in runs.items()}
-    report.add_pictures(config.out, result.trained, samples, curves)
+    about = (
+        "The second phase has larger batches, so its losses start higher. The action's cannot reach 0: equal texts of "
+        "a batch are one class, and c views of one class cost at least log(c) / 2."
+    )
+    report.add_pictures(config.out, result.trained, samples, curves, about)
     stages = {"before": result.pretrained, "after": result.trained}
     report.sections.append(
         Section(

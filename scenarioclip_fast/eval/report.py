@@ -82,6 +82,7 @@ class Report:
         result: ZeroShotResult,
         samples: Sequence[SampleScene],
         runs: Mapping[str, Sequence[Mapping[str, Any]]],
+        about_runs: str = "",
     ) -> None:
         """Draws accuracies, sample scenes and the curves of `runs` (name -> rows of metrics.jsonl) into `directory`
         and shows them."""
@@ -102,7 +103,9 @@ class Report:
                 )
             )
         if runs:
-            self.sections.append(Section("Training", picture=loss_curves(runs, directory / "losses.png")))
+            note = f"Pale: every step. Strong: the mean around it, over a twentieth of the run. {about_runs}"
+            picture = loss_curves(runs, directory / "losses.png")
+            self.sections.append(Section("Training", picture=picture, note=note.strip()))
 
     def write(self, path: Path) -> Path:
         cards = "\n".join(map(_card, self.sections))
