@@ -117,7 +117,13 @@ SCF_HD float region_weight(float dx1, float dy1, float in1, float dx2, float dy2
   // Both centres on this pixel: 0/0, and each mask gets half. No branch, so that loops over this vectorise.
   const float both = d1 + d2;
   const float half = both > 0 ? 0.0f : 0.5f;
-  return (r1 * (d2 + half) + r2 * (d1 + half)) / (both + 2 * half);
+#ifdef __CUDA_ARCH__
+  // Not fused with the addition, so that it does not matter which mask comes first.
+  const float share1 = __fmul_rn(r1, d2 + half), share2 = __fmul_rn(r2, d1 + half);
+#else
+  const float share1 = r1 * (d2 + half), share2 = r2 * (d1 + half);
+#endif
+  return (share1 + share2) / (both + 2 * half);
 }
 
 // Keys' cubic with a = -0.5.
