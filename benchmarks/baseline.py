@@ -7,8 +7,7 @@ loop with one KLDivLoss call a pair; the teacher is averaged parameter by parame
 
 It is the yardstick of tests and benchmarks, so it is no straw man: attention is torch's fused one, as transformers
 calls it; AdamW and the clipping of gradients are torch's defaults; token ids are given, while the published step
-tokenises strings; distillation's temperature is a number, while the published one takes a gradient that nothing uses.
-Of the package it uses the config alone.
+tokenises strings. Of the package it uses the config alone.
 """
 
 from __future__ import annotations
@@ -174,11 +173,6 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # 
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def divergence(log_q: Tensor, p: Tensor) -> Tensor:  # [D], [D]
-    """KLDivLoss of one pair of rows; its mean over the "batch" of a 1-D input divides by D."""
-    return F.kl_div(log_q, p, reduction="batchmean") * TEMPERATURE**2
-
-
 def target(teacher: Tensor) -> Tensor:  # [D]
     return F.softmax(teacher / TEMPERATURE, dim=-1).clamp(1e-8, 1)
 
@@ -189,8 +183,13 @@ def distillation(
     teacher_image: Tensor,  # [B, D]
     teacher_text: dict[str, Tensor],  # level -> [N, D]
     counts: dict[str, list[int]],  # level -> items of each scene, whose rows follow one another
+    logit_scale: Tensor,  # [] ln(1 / T_s): takes a gradient, which the published optimiser is not given
 ) -> Tensor:
-    """The four terms, scene by scene and pair by pair. A scene without items adds 0 (published: divides by 0)."""
+    """The four terms, scene by scene and pair by pair. A scene without items adds 0 (published: divides by 0).
+
+    A pair is one KLDivLoss of 1-D rows, whose mean over the "batch" divides by D.
+    """
+    divergence = nn.KLDivLoss(reduction="batchmean")
     scenes = len(teacher_image)
     total = global_text.new_zeros((), dtype=torch.float32)
     for level in LEVELS[1:]:
@@ -199,12 +198,14 @@ def distillation(
                 continue
             first = sum(counts[level][:i])
             students, teachers = image[level][first : first + n], teacher_text[level][first : first + n]
+            temperature = 1 / logit_scale.exp().clamp(1, 100)
             p, vision = target(teacher_image[i]), 0
             for k in range(n):
-                vision = vision + divergence(F.log_softmax(students[k] / TEMPERATURE, dim=-1), p)
-            log_q, words = F.log_softmax(global_text[i] / TEMPERATURE, dim=-1), 0
+                log_q = F.log_softmax(students[k] / temperature, dim=-1)
+                vision = vision + divergence(log_q, p) * temperature**2
+            log_q, words = F.log_softmax(global_text[i] / temperature, dim=-1), 0
             for k in range(n):
-                words = words + divergence(log_q, target(teachers[k]))
+                words = words + divergence(log_q, target(teachers[k])) * temperature**2
             total = total + (vision + words) / n / scenes
     return total
 
@@ -227,6 +228,7 @@ class BaselineStep:
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.tokens, self.device, self.bf16, self.steps = tokens, torch.device(device), bf16, 0
         start = torch.tensor(1 / TEMPERATURE, device=device).log()
+        self.distillation_scale = nn.Parameter(start.clone())
         self.logit_scale = {level: nn.Parameter(start.clone()) for level in LEVELS}
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         plain = [p for n, p in trained if n.endswith(".bias") or "norm" in n]
@@ -257,7 +259,7 @@ class BaselineStep:
             level: torch.bincount(scene, minlength=scenes).tolist()
             for level, scene in zip(LEVELS[1:], (batch.object_scene, batch.relation_scene), strict=True)
         }
-        return total + distillation(image, text["global"], teacher_image, teacher_text, counts)
+        return total + distillation(image, text["global"], teacher_image, teacher_text, counts, self.distillation_scale)
 
     def step(self, batch: Any) -> Tensor:
         """Forward, backward, clipping, AdamW, teacher; the loss before the update."""
@@ -267,6 +269,7 @@ class BaselineStep:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.distillation_scale.grad = None
         self._average()
         return loss.detach()
 
