@@ -1,0 +1,93 @@
+"""Draws what bench_contrastive.py measured: time against rows, and the sizes at which launches are the cost.
+
+Run: python benchmarks/plot_contrastive.py OUT.json OUT.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LAUNCH_BOUND = 2048  # rows up to which a GPU waits for launches
+Series = dict[str, dict[int, float]]  # form -> rows -> milliseconds
+
+
+def series(runs: list[dict[str, Any]], phase: str, device: str, width: int) -> Series:
+    out: Series = defaultdict(dict)
+    for run in runs:
+        info = run["extra_info"]
+        if (info["phase"], info["device"], info["width"]) == (phase, device, width):
+            out[info["form"]][info["rows"]] = (
+                run["stats"]["min"] * 1e3
+            )  # what other work on the machine disturbed least
+    return out
+
+
+def style(form: str) -> dict[str, Any]:
+    """Ours stands out, and a form looks the same in every picture."""
+    if form == "four bare products":
+        return {"color": "black", "linestyle": "--"}
+    linestyle = ":" if form.endswith("compiled") else "-"
+    colours = {"ours: triton": "C3", "ours: cpu": "C3", "ours: reference": "C8", "open_clip": "C0", "logits.T": "C2"}
+    colours |= {"inf_cl": "C1", "memeff": "C4", "cut_cross_entropy": "C5"}
+    bold = 2.5 if form in ("ours: triton", "ours: cpu") else 1.5
+    return {"color": colours[form.removesuffix(" compiled")], "linestyle": linestyle, "linewidth": bold}
+
+
+def lines(axes: Axes, forms: Series, title: str, log: bool) -> None:
+    for form, times in forms.items():
+        rows = sorted(times)
+        axes.plot(rows, [times[n] for n in rows], marker="o", markersize=3, label=form, **style(form))
+    axes.set_xscale("log", base=2)
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(title=title, xlabel="rows", ylabel="milliseconds")
+    axes.grid(alpha=0.3)
+
+
+def bars(axes: Axes, forms: Series) -> None:
+    times = {form: next(iter(by_rows.values())) for form, by_rows in forms.items()}
+    axes.barh(list(times), list(times.values()), color=[style(form)["color"] for form in times])
+    axes.invert_yaxis()
+    axes.set(title="three levels of one batch of 128 scenes, both passes", xlabel="milliseconds")
+
+
+def draw(runs: list[dict[str, Any]], out: Path) -> None:
+    settings = sorted({(run["extra_info"]["device"], run["extra_info"]["width"]) for run in runs})
+    figure, axes = plt.subplots(len(settings), 5, figsize=(26, 5 * len(settings)), squeeze=False)
+    for row, (device, width) in zip(axes, settings, strict=True):
+        for place, phase in zip(row, ("forward", "backward", "forward + backward"), strict=False):
+            lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}", log=True)
+        both = series(runs, "forward + backward", device, width)
+        small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND} for form, times in both.items()}
+        lines(row[3], small, f"launch-bound sizes, both passes, D = {width}, {device}", log=False)
+        bars(row[4], series(runs, "levels", device, width))
+        row[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("out", type=Path, help="picture to write")
+    given = parser.parse_args()
+    runs = [run for run in json.loads(given.json.read_text())["benchmarks"] if "form" in run["extra_info"]]
+    if not runs:
+        parser.error(f"{given.json}: got no run of bench_contrastive.py")
+    draw(runs, given.out)
+
+
+if __name__ == "__main__":
+    main()
