@@ -43,15 +43,12 @@ def style(form: str) -> dict[str, Any]:
     return {"color": colours[form.removesuffix(" compiled")], "linestyle": linestyle, "linewidth": bold}
 
 
-def lines(axes: Axes, forms: Series, title: str, log: bool) -> None:
+def lines(axes: Axes, forms: Series, title: str) -> None:
     for form, times in forms.items():
         rows = sorted(times)
         axes.plot(rows, [times[n] for n in rows], marker="o", markersize=3, label=form, **style(form))
     axes.set_xscale("log", base=2)
-    if log:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.set(title=title, xlabel="rows", ylabel="milliseconds")
     axes.grid(alpha=0.3)
 
@@ -60,7 +57,7 @@ def bars(axes: Axes, forms: Series) -> None:
     times = {form: next(iter(by_rows.values())) for form, by_rows in forms.items()}
     axes.barh(list(times), list(times.values()), color=[style(form)["color"] for form in times])
     axes.invert_yaxis()
-    axes.set(title="three levels of one batch of 128 scenes, both passes", xlabel="milliseconds")
+    axes.set(title="three levels of one batch, both passes", xlabel="milliseconds")
 
 
 def draw(runs: list[dict[str, Any]], out: Path) -> None:
@@ -68,10 +65,10 @@ def draw(runs: list[dict[str, Any]], out: Path) -> None:
     figure, axes = plt.subplots(len(settings), 5, figsize=(26, 5 * len(settings)), squeeze=False)
     for row, (device, width) in zip(axes, settings, strict=True):
         for place, phase in zip(row, ("forward", "backward", "forward + backward"), strict=False):
-            lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}", log=True)
+            lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}")
         both = series(runs, "forward + backward", device, width)
         small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND} for form, times in both.items()}
-        lines(row[3], small, f"launch-bound sizes, both passes, D = {width}, {device}", log=False)
+        lines(row[3], small, f"launch-bound, both passes, D = {width}, {device}")
         bars(row[4], series(runs, "levels", device, width))
         row[2].legend(fontsize=8)
     figure.tight_layout()
