@@ -26,9 +26,8 @@ def series(runs: list[dict[str, Any]], phase: str, device: str, width: int) -> S
     for run in runs:
         info = run["extra_info"]
         if (info["phase"], info["device"], info["width"]) == (phase, device, width):
-            out[info["form"]][info["rows"]] = (
-                run["stats"]["min"] * 1e3
-            )  # what other work on the machine disturbed least
+            # The minimum: what other programs on the machine disturbed least.
+            out[info["form"]][info["rows"]] = run["stats"]["min"] * 1e3
     return out
 
 
