@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scenarioclip_fast.cli import main
 from scenarioclip_fast.cli.train import STOPPED
@@ -22,6 +23,15 @@ from scenarioclip_fast.train.metrics import read_metrics
 
 Make = Callable[..., TrainConfig]
 TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs in this process compute like those of `start`: the number of threads decides about the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def start(config: TrainConfig, *options: str, ranks: int = 1) -> subprocess.Popen[str]:
