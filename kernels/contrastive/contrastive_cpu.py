@@ -155,9 +155,10 @@ def backward(
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
-    # sum_iu G_iu S_iu / s, from whichever product is there.
+    # sum_iu G_iu S_iu / s, from whichever product is there. Its terms cancel, so their sum is taken in float64.
     product, rows = (d_y, y) if need_text else (d_x, x)
-    d_scale = torch.vdot(product.view(-1), rows.view(-1)) / s
+    parts = zip(product.split(ROWS), rows.split(ROWS), strict=True)
+    d_scale = torch.stack([(p * r).sum(dtype=torch.float64) for p, r in parts]).sum().to(s.dtype) / s
     return (
         _finish(image, d_x.mul_(s), normalize) if need_image else image.new_empty(0),
         _finish(text, d_y, normalize) if need_text else text.new_empty(0),
