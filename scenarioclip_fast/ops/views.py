@@ -238,7 +238,8 @@ def plan_views(
 
     kind, image = views.kind.numpy(), views.image.numpy()
     refuse((kind < 0) | (kind >= len(reference.KIND_NAMES)), lambda v: f"got kind {kind[v]}, expected 0 to 3")
-    refuse((image < 0) | (image >= len(images)), lambda v: f"got image {image[v]}, expected one of the {len(images)} given")
+    missing = (image < 0) | (image >= len(images))
+    refuse(missing, lambda v: f"got image {image[v]}, expected one of the {len(images)} given")
     wrong = np.array([not _is_picture(i) for i in images], bool)
     refuse(
         wrong[image],
