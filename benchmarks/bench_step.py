@@ -265,7 +265,5 @@ def test_tiny(benchmark: Any, way: str, works: Callable[[int, int], Work]) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", GPU_WAYS)
 def test_vit_b_32_on_a_gpu(benchmark: Any, way: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
     with matmul_precision("high"):
         run(benchmark, way, "vit-b-32", drawn(128, 224, "cuda"), "cuda", rounds=10)
