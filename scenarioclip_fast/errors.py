@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class MissingDependencyError(ImportError):
     """An optional package that is not here: the message names it, says why it is wanted and how to get it."""
+
+
+class TrainingFailed(RuntimeError):
+    """A run that cannot go on, and what to change: the command line prints it as one line and exits with 1."""

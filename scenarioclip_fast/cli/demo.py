@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo and prints its accuracies."""
     from scenarioclip_fast.demo import DemoConfig, run_demo
-    from scenarioclip_fast.train.trainer import TrainingFailed
+    from scenarioclip_fast.errors import TrainingFailed
 
     try:
         print(run_demo(DemoConfig(args.out, args.seed, args.scenes, args.views, args.device)))

@@ -31,13 +31,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints a summary."""
+    from scenarioclip_fast.errors import TrainingFailed
     from scenarioclip_fast.train.config import TrainConfig
 
     if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: no path, an override
         args.overrides.append(args.resume)
         args.resume = True
     config = TrainConfig.load(args.config, args.overrides) if args.config else TrainConfig.of({}, args.overrides)
-    from scenarioclip_fast.train.trainer import Trainer, TrainingFailed
+    from scenarioclip_fast.train.trainer import Trainer
 
     try:
         trainer = Trainer(config, resume=args.resume)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,24 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch, SceneLoader, scene_loader
 from scenarioclip_fast.dispatch import use_backend
-from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.train.checkpoint import (
-    BadCheckpoint,
-    Checkpoint,
-    Checkpoints,
-    load,
-    random_state,
-    set_random_state,
-)
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import join_world
 from scenarioclip_fast.train.metrics import MetricsLog, PendingSteps, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
-from scenarioclip_fast.train.weights import load_initial_weights, save_teacher
+from scenarioclip_fast.train.saving import FEW, Progress, RunState, Saver, prepare_run_dir
+from scenarioclip_fast.train.weights import load_initial_weights
 
-_FEW = 10  # losses in a mean, scene keys in a message
+_FEW_KEYS = 10  # in a message
 _SKIPPED = "skipped.jsonl"
 _ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
 
@@ -110,14 +101,14 @@ class Trainer:
         self.config = config
         self.resume = resume
         self.run_dir = Path(config.run.dir)
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.train.keep_checkpoints)
-        self.step = 0
-        self.scenes = self.views = self.skipped = self._skipped_in_row = 0
+        self.progress = Progress()
         self._timed_views, self._timed_seconds = 0, 0.0
-        self._first_losses: list[float] = []
-        self._last_losses: deque[float] = deque(maxlen=_FEW)
         self._stop: str | None = None
-        self._saved: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.progress.step
 
     def fit(self) -> FitResult:
         """Trains until the budget is spent, or until a signal or `stop`; the state is saved either way.
@@ -149,12 +140,12 @@ class Trainer:
         norm, skipped = guarded_step(self.optimizer, values[list(terms).index("loss")], self.config.optim.clip_norm)
         if self.teacher is not None:
             self.teacher.update(self.model)
-        self.step += 1
+        self.progress.step += 1
         self._pending.add(self.step, batch, rate, [*terms, "grad_norm", "skipped"], (*values, norm, skipped))
 
     def _build(self, stack: ExitStack) -> None:
         config, world = self.config, self.world
-        self._prepare_run_dir()
+        prepare_run_dir(config, world, self.resume)
         torch.manual_seed(config.run.seed)
         self.loader = stack.enter_context(self._make_loader())
         self.vocabulary = self.loader.vocabulary
@@ -185,7 +176,9 @@ class Trainer:
                 self.teacher.compile_blocks()
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
         self.total_steps = self._count_steps()
-        notes = self._restore()
+        state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
+        self.saver = Saver(config, world, state, self.total_steps, self._say)
+        notes = self.saver.restore(self.resume)
         self._log: MetricsLog | None = None
         if world.leads:
             config.save(self.run_dir / "config.yaml")
@@ -198,19 +191,6 @@ class Trainer:
         notes += filter(None, [self.model.tokens.describe_truncated()])
         for note in (self._describe(), *notes):
             self._say(note)
-
-    def _prepare_run_dir(self) -> None:
-        if not self.resume and self.checkpoints.paths():
-            raise UserError(
-                f"{self.run_dir} holds the checkpoints of an earlier run: go on with --resume, or set another run.dir"
-            )
-        if self.world.leads:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                self.checkpoints.sweep()
-            except OSError as error:
-                raise UserError(f"run.dir: cannot write to {self.run_dir}: {error.strerror}") from None
-        self.world.barrier()
 
     def _make_loader(self) -> SceneLoader:
         data, world = self.config.data, self.world
@@ -294,9 +274,7 @@ class Trainer:
         model_dir = None
         if completed:
             model_dir = self.run_dir / "model"
-            if self.world.leads:
-                self._export(model_dir)
-            self.world.barrier()
+            self.saver.export(model_dir, self.vocabulary)
         else:
             self._say(
                 f"stopped by {ended_by} after step {self.step} of {self.total_steps}; --resume goes on from there"
@@ -307,13 +285,13 @@ class Trainer:
             step=self.step,
             total_steps=self.total_steps,
             completed=completed,
-            first_loss=_mean(self._first_losses),
-            last_loss=_mean(list(self._last_losses)),
-            scenes=self.scenes,
-            views=self.views,
+            first_loss=_mean(self.progress.first_losses),
+            last_loss=_mean(list(self.progress.last_losses)),
+            scenes=self.progress.scenes,
+            views=self.progress.views,
             seconds=time.perf_counter() - started,
             views_per_s=self._timed_views / self._timed_seconds if self._timed_seconds else 0.0,
-            skipped=self.skipped,
+            skipped=self.progress.skipped,
             stopped_by=ended_by,
         )
 
@@ -338,160 +316,44 @@ class Trainer:
         self._timed_seconds += seconds
         rows: list[dict[str, Any]] = []
         for k, values in enumerate(table):
-            self.scenes += counted[k][0]
-            self.views += counted[k][1]
+            self.progress.scenes += counted[k][0]
+            self.progress.views += counted[k][1]
             row = dict(readable(name, v) for name, v in zip(pending.names, values, strict=True))
             row |= {"step": pending.steps[k], "skipped": int(row["skipped"]), "lr": pending.rates[k]}
-            rows.append({"step": row.pop("step"), **row, "views": self.views, **speed})
+            rows.append({"step": row.pop("step"), **row, "views": self.progress.views, **speed})
             if row["skipped"]:
                 self._note_skipped(row, rows[-1]["step"], pending.keys[k])
             else:
-                self._skipped_in_row = 0
-                self._last_losses.append(row["loss"])
-                if len(self._first_losses) < _FEW:
-                    self._first_losses.append(row["loss"])
+                self.progress.skipped_in_row = 0
+                self.progress.last_losses.append(row["loss"])
+                if len(self.progress.first_losses) < FEW:
+                    self.progress.first_losses.append(row["loss"])
         if self._log is not None:
             self._log.write(rows)
-        if self._skipped_in_row >= self.config.train.max_skipped:
+        if self.progress.skipped_in_row >= self.config.train.max_skipped:
             raise TrainingFailed(
-                f"{self._skipped_in_row} steps in a row had a loss or a gradient that is not finite (the last: step "
-                f"{self.step}); the weights are those before them. Their scenes are in {self.run_dir / _SKIPPED}. "
+                f"{self.progress.skipped_in_row} steps in a row had a loss or a gradient that is not finite (the last: "
+                f"step {self.step}); the weights are those before them. Their scenes are in {self.run_dir / _SKIPPED}. "
                 "Lower optim.lr, or set run.precision=float32; --resume starts from the last checkpoint"
             )
         return next(filter(None, self.world.gather(self._stop))) if stops else None
 
     def _note_skipped(self, row: dict[str, Any], step: int, keys: list[str]) -> None:
-        self.skipped += 1
-        self._skipped_in_row += 1
+        self.progress.skipped += 1
+        self.progress.skipped_in_row += 1
         keys = [key for share in self.world.gather(keys) for key in share]
         self._say(
             f"step {step} skipped: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}; "
-            f"scenes {', '.join(keys[:_FEW])}{' ...' if len(keys) > _FEW else ''}"
+            f"scenes {', '.join(keys[:_FEW_KEYS])}{' ...' if len(keys) > _FEW_KEYS else ''}"
         )
         if self.world.leads:
             with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "scenes": keys}) + "\n")
 
     def _save(self, last: bool = False) -> None:
-        """A checkpoint; a disk that refuses does not end the run, unless this is the last chance to save."""
-        if self._saved == self.step:
-            return
         began = time.perf_counter()
-        ranks = self.world.gather({"random": random_state(), "loader": self.loader.state_dict()})
-        if self.world.leads:
-            state = {
-                "model": self.model.state_dict(),
-                "loss": self.loss.state_dict(),
-                "teacher": None if self.teacher is None else self.teacher.state_dict(),
-                "optimizer": self.optimizer.state_dict()["state"],
-                "ranks": ranks,
-            }
-            meta = {"config": self.config.to_dict(), "total_steps": self.total_steps, "progress": self._progress()}
-            try:
-                self.checkpoints.save(self.step, state, meta)
-            except OSError as error:
-                message = f"checkpoint of step {self.step} not written: {error}"
-                if last:
-                    raise TrainingFailed(f"{message}; the newest one left is {self._newest()}") from error
-                self._say(f"{message}; the run goes on")
-        self._saved = self.step
+        self.saver.save(last)
         self._pending.started += time.perf_counter() - began
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "scenes": self.scenes,
-            "views": self.views,
-            "skipped": self.skipped,
-            "skipped_in_row": self._skipped_in_row,
-            "first_losses": self._first_losses,
-            "last_losses": list(self._last_losses),
-        }
-
-    def _newest(self) -> str:
-        paths = self.checkpoints.paths()
-        return str(paths[0]) if paths else "none"
-
-    def _restore(self) -> list[str]:
-        """Puts the state of the checkpoint to resume from in place; returns what to tell."""
-        if not self.resume:
-            return []
-        found, notes = self._find_checkpoint()
-        if found is None:
-            return [*notes, f"nothing to resume in {self.run_dir}: starting from step 0"]
-        notes += self._compare(found)
-        if found.meta["step"] > self.total_steps:
-            raise UserError(
-                f"{found.path} is at step {found.meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
-            )
-        state = found.state
-        self.model.load_state_dict(state["model"])
-        self.loss.load_state_dict(state["loss"])
-        if self.teacher is not None and state["teacher"] is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        # The moments only: rates, decay and the like are those of the config at hand.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]})
-        # On another number of ranks, the order of scenes goes on where the leading rank was.
-        same = len(state["ranks"]) == self.world.size
-        rank = state["ranks"][self.world.rank if same else 0]
-        self.loader.load_state_dict(rank["loader"])
-        if same:
-            set_random_state(rank["random"])
-        progress = found.meta["progress"]
-        self.step = self._saved = found.meta["step"]
-        self.scenes, self.views = progress["scenes"], progress["views"]
-        self.skipped, self._skipped_in_row = progress["skipped"], progress["skipped_in_row"]
-        self._first_losses = progress["first_losses"]
-        self._last_losses.extend(progress["last_losses"])
-        return [*notes, f"resumed from {found.path} at step {self.step}"]
-
-    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The leading rank chooses, so that all ranks resume from the same one."""
-        if not isinstance(self.resume, bool):
-            try:
-                return load(Path(self.resume)), []
-            except BadCheckpoint as error:
-                raise UserError(f"--resume: {error}") from None
-        notes: list[str] = []
-        choice: Path | None = None
-        found: Checkpoint | None = None
-        if self.world.leads:
-            for path in self.checkpoints.paths():
-                try:
-                    found = load(path)
-                    choice = path
-                    break
-                except BadCheckpoint as error:
-                    notes.append(f"passing over a damaged checkpoint: {error}")
-        choice = self.world.gather(choice)[0]
-        if choice is not None and found is None:
-            found = load(choice)
-        return found, notes
-
-    def _compare(self, found: Checkpoint) -> list[str]:
-        """UserError when the checkpoint holds another model; otherwise one line if the run's settings changed."""
-        before, now = _flat(found.meta["config"]), _flat(self.config.to_dict())
-        changed = {
-            key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in {**before, **now}
-            if before.get(key) != now.get(key) and not key.startswith("run.") and key != "model.init"
-        }
-        other = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
-        if other:
-            raise UserError(f"{found.path} holds another model: {'; '.join(other)}")
-        return [f"settings changed since the checkpoint: {'; '.join(changed.values())}"] if changed else []
-
-    def _export(self, directory: Path) -> None:
-        """All that an evaluation needs, in one directory that appears whole."""
-        temporary = directory.with_name(f".writing-{directory.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        self.model.save_pretrained(temporary)
-        self.vocabulary.save(temporary / "vocabulary.json")
-        self.config.save(temporary / "config.yaml")
-        if self.teacher is not None:
-            save_teacher(self.teacher, temporary / "teacher.safetensors")
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.run.precision == "bf16":
@@ -523,10 +385,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-class TrainingFailed(RuntimeError):
-    """A run that cannot go on, and what to change."""
-
-
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
     """TF32 for float32 products under "tf32", full float32 otherwise; the old settings come back at the end."""
@@ -546,13 +404,6 @@ def _data_parallel(module: nn.Module) -> DistributedDataParallel:
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
     return DistributedDataParallel(module, **options)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _mean(values: list[float]) -> float:

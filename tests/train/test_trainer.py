@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from scenarioclip_fast.data import Batch, Vocabulary, load_reference, pack
-from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
-from scenarioclip_fast.train.trainer import Trainer, TrainingFailed
+from scenarioclip_fast.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
 TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
