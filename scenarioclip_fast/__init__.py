@@ -5,8 +5,9 @@ Importing the package imports nothing heavy, torch included: each name below is 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast import data, env, eval, losses, model, ops, train
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from scenarioclip_fast.errors import MissingDependencyError, UserError
     from scenarioclip_fast.model import ScenarioCLIP
     from scenarioclip_fast.train import TrainConfig, Trainer
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "dispatch": ["BackendError", "use_backend"],
+            "errors": ["MissingDependencyError", "UserError"],
+            "model": ["ScenarioCLIP"],
+            "train": ["TrainConfig", "Trainer"],
+        },
+        modules=["data", "env", "eval", "losses", "model", "ops", "train"],
+    )
 
 __version__ = "0.1.0"
 
@@ -33,28 +45,3 @@ __all__ = [
     "train",
     "use_backend",
 ]
-
-_HOME = {
-    "BackendError": "dispatch",
-    "use_backend": "dispatch",
-    "MissingDependencyError": "errors",
-    "UserError": "errors",
-    "ScenarioCLIP": "model",
-    "TrainConfig": "train",
-    "Trainer": "train",
-}
-_MODULES = frozenset({"data", "env", "eval", "losses", "model", "ops", "train"})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.loader import Batch, SceneLoader, scene_loader
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.synthetic import generate_scenes, write_reference_layout
     from scenarioclip_fast.data.views import Views
     from scenarioclip_fast.data.vocabulary import Vocabulary
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "loader": ["Batch", "SceneLoader", "scene_loader"],
+            "packing": ["PackReport", "pack"],
+            "reference_layout": ["load_reference"],
+            "scene": ["Mask", "Relation", "Scene", "SceneObject"],
+            "shards": ["BadSample", "ShardSet"],
+            "synthetic": ["generate_scenes", "write_reference_layout"],
+            "views": ["Views"],
+            "vocabulary": ["Vocabulary"],
+        },
+    )
 
 __all__ = [
     "BadSample",
@@ -33,34 +48,3 @@ __all__ = [
     "scene_loader",
     "write_reference_layout",
 ]
-
-_HOMES = {
-    "BadSample": "shards",
-    "Batch": "loader",
-    "Mask": "scene",
-    "PackReport": "packing",
-    "Relation": "scene",
-    "Scene": "scene",
-    "SceneLoader": "loader",
-    "SceneObject": "scene",
-    "ShardSet": "shards",
-    "Views": "views",
-    "Vocabulary": "vocabulary",
-    "generate_scenes": "synthetic",
-    "load_reference": "reference_layout",
-    "pack": "packing",  # not "pack": importing a submodule would shadow the function of its name
-    "scene_loader": "loader",
-    "write_reference_layout": "synthetic",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

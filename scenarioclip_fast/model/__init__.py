@@ -5,8 +5,9 @@ Names load when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from scenarioclip_fast.model.teacher import EMATeacher
     from scenarioclip_fast.model.tokens import LEVELS, TokenTable
     from scenarioclip_fast.model.weights import export_hf
+else:
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "config": ["FreezeConfig", "ModelConfig", "TextConfig", "VisionConfig"],
+            "encoders": ["TextEncoder", "VisionEncoder"],
+            "scenarioclip": ["Embeddings", "ScenarioCLIP"],
+            "teacher": ["EMATeacher"],
+            "tokens": ["LEVELS", "TokenTable"],
+            "weights": ["export_hf"],
+        },
+    )
 
 __all__ = [
     "LEVELS",
@@ -30,26 +43,3 @@ __all__ = [
     "VisionEncoder",
     "export_hf",
 ]
-
-_HOME = {
-    "FreezeConfig": "config",
-    "ModelConfig": "config",
-    "TextConfig": "config",
-    "VisionConfig": "config",
-    "TextEncoder": "encoders",
-    "VisionEncoder": "encoders",
-    "LEVELS": "tokens",
-    "Embeddings": "scenarioclip",
-    "ScenarioCLIP": "scenarioclip",
-    "EMATeacher": "teacher",
-    "TokenTable": "tokens",
-    "export_hf": "weights",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
