@@ -26,14 +26,13 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
-from scenarioclip_fast.model import EMATeacher, ModelConfig, ScenarioCLIP
+from scenarioclip_fast.model import EMATeacher, ModelConfig, ScenarioCLIP, TokenTable
+from scenarioclip_fast.model.operations import batch_operations, peak_flops
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
 
 PHOTOS = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
 OBJECTS, RELATIONS = 6, 3  # of a scene
-# Dense bf16 and TF32 products, TFLOP/s, of the GPUs whose data sheet we have read.
-PEAKS = {"H100 80GB HBM3": (989.4, 494.7), "H100 SXM": (989.4, 494.7), "H200": (989.4, 494.7), "A100": (312.0, 156.0)}
 
 
 class Words:
@@ -140,41 +139,6 @@ def build(way: str, preset: str, words: Words, device: str) -> OurStep | Baselin
     return step
 
 
-def needed_operations(config: ModelConfig, work: Work) -> float:
-    """Floating-point operations of the matrix products that one step of the method cannot do without.
-
-    Frozen blocks once a view; trainable ones forward and twice that backward; the teacher's forward for whole images
-    and distinct object and relation texts; frozen text features are known. After the last block one token is read, so
-    that block makes keys and values for all tokens and everything else for one.
-    """
-
-    def block(width: int, tokens: float, length: float, read: float) -> float:
-        # qkv and out 8 W^2, MLP 16 W^2, scores and their product with the values 4 L W, per token.
-        return tokens * 4 * width**2 + read * (20 * width**2 + 4 * length * width)
-
-    def layers(part: Any, count: int, rows: float, tokens: float, length: float) -> float:
-        whole = block(part.width, tokens, length, tokens)
-        last = block(part.width, tokens, length, rows)
-        return (count - 1) * whole + last + rows * 2 * part.width * config.embed_dim
-
-    vision, text, freeze = config.vision, config.text, config.freeze
-    b = work.batch
-    views, scenes, per_view = len(b.pixels), b.num_scenes, vision.tokens
-    stem = views * (per_view - 1) * 2 * 3 * vision.patch_size**2 * vision.width
-    frozen = freeze.vision_blocks * block(vision.width, views * per_view, per_view, views * per_view)
-    total = stem + frozen
-    total += 3 * layers(vision, vision.layers - freeze.vision_blocks, views, views * per_view, per_view)
-    total += layers(vision, vision.layers - freeze.vision_blocks, scenes, scenes * per_view, per_view)
-    for level, ids in zip(LEVELS, (b.action_id, b.object_id, b.relation_id), strict=True):
-        distinct = ids.unique().tolist()
-        lengths = [len(work.words.by_level[level][i]) for i in distinct]
-        n = sum(lengths)
-        passes = 3 if level == "global" else 4
-        total += passes * layers(text, text.layers - freeze.text_blocks, len(distinct), n, n / len(distinct))
-        total += 3 * 2 * len(ids) * len(distinct) * config.embed_dim
-    return total
-
-
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
@@ -228,15 +192,16 @@ def run(benchmark: Any, way: str, preset: str, work: Work, device: str, rounds: 
     info["scenes_per_s"] = work.batch.num_scenes / seconds
     info["views"] = len(work.batch.pixels)
     info["threads"] = torch.get_num_threads()
-    if preset != "tiny":
-        needed = needed_operations(step.model.config, work)
-        info["needed_tflop"] = needed / 1e12
-        info["needed_tflop_per_s"] = needed / seconds / 1e12
+    config = step.model.config
+    table = TokenTable(work.words, config.text).to(device)  # type: ignore[arg-type]
+    needed = batch_operations(config, work.batch, table, teacher=True)
+    info["needed_tflop"] = needed / 1e12
+    info["needed_tflop_per_s"] = needed / seconds / 1e12
     if device == "cuda":
         info["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        peak = next((p for name, p in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+        peak = peak_flops(torch.cuda.get_device_name(), "bf16" if WAYS[way][1] else "tf32")
         if peak is not None:
-            info["mfu"] = needed / seconds / 1e12 / peak[0 if WAYS[way][1] else 1]
+            info["mfu"] = needed / seconds / peak
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,152 @@
+"""Floating-point operations that a training step cannot do without, and what a GPU can do at most: for MFU.
+
+Counted are the matrix products, two operations a multiply-add. Frozen stages run once a view and never for a text,
+whose frozen features are known; a backward pass through a product costs one more product for its input and one for
+its weight, each only where somebody needs it. Recomputation (checkpointing, fused attention) is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scenarioclip_fast.model.config import ModelConfig, TextConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.data import Batch
+    from scenarioclip_fast.model.tokens import TokenTable
+
+# Dense products, operations a second, from NVIDIA's data sheets; names as the driver gives them.
+_PEAKS = {
+    "H100 80GB HBM3": {"bf16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
+    "H200": {"bf16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
+    "A100": {"bf16": 312.0e12, "tf32": 156.0e12, "float32": 19.5e12},
+}
+PRECISIONS = ("bf16", "tf32", "float32")
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The peak rate of dense matrix products in operations a second; None for a device we have no data sheet of.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` gives it.
+        precision: "bf16", "tf32" or "float32", as in `run.precision`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    return next((peaks[precision] for name, peaks in _PEAKS.items() if name in device_name), None)
+
+
+def batch_operations(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
+    """`step_operations` of a batch whose ids speak of the strings in `table`. Waits for the device."""
+    ids = (batch.action_id, batch.object_id, batch.relation_id)
+    lengths = [
+        table.lengths[start + level_ids.unique()].tolist()
+        for start, level_ids in zip(table.level_start, ids, strict=True)
+    ]
+    return step_operations(config, [len(i) for i in ids], lengths, teacher=teacher)
+
+
+def step_operations(
+    config: ModelConfig, views: Sequence[int], text_lengths: Sequence[Sequence[int]], *, teacher: bool
+) -> float:
+    """Operations of one step: forward, backward and contrastive logits; optimiser and elementwise work are left out.
+
+    Args:
+        views: how many global, object and relation views; the teacher sees the global ones.
+        text_lengths: per level, the number of tokens of each distinct text.
+        teacher: whether an EMA teacher embeds whole images, object texts and relation texts.
+    """
+    freeze, width = config.freeze, config.embed_dim
+    stages = _vision_stages(config)
+    frozen = [freeze.embeddings, freeze.pre_layernorm, *_frozen_blocks(config.vision.layers, freeze.vision_blocks)]
+    total = sum(views) * _trained(stages, frozen)
+    if teacher:
+        total += views[0] * _forward(stages, frozen)
+    frozen = [freeze.embeddings, *_frozen_blocks(config.text.layers, freeze.text_blocks)]
+    for level, (rows, lengths) in enumerate(zip(views, text_lengths, strict=True)):
+        stages = _text_stages(config, lengths)
+        known = sum(stage.forward for stage in stages[: frozen.index(False)])
+        total += _trained(stages, frozen) - known
+        if teacher and level > 0:
+            total += _forward(stages, frozen)
+        total += 3 * 2 * rows * len(lengths) * width
+    return total
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Operations of one stage's forward pass."""
+
+    weights: float = 0.0  # products with weights
+    from_input: float = 0.0  # the part of them that multiplies pixels, which want no gradient
+    attention: float = 0.0  # products of activations with each other
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention
+
+
+def _trained(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
+    """Forward and backward."""
+    total, reached = 0.0, False
+    for stage, is_frozen in zip(stages, frozen, strict=True):
+        total += stage.forward
+        if not is_frozen:
+            # Norms and positions sit in front of a stage's products, so that a stage which trains needs both.
+            reached = True
+            total += stage.weights
+        if reached:
+            total += stage.weights - stage.from_input + 2 * stage.attention
+    return total
+
+
+def _forward(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
+    """The teacher's forward pass, from where it is no longer the student's."""
+    return sum(stage.forward for stage in stages[frozen.index(False) :])
+
+
+def _frozen_blocks(layers: int, blocks: int) -> list[bool]:
+    return [*(i < blocks for i in range(layers)), False]
+
+
+def _vision_stages(config: ModelConfig) -> list[_Stage]:
+    """Of one view: embedding, layernorm, blocks, head."""
+    part = config.vision
+    n = part.tokens
+    blocks = _blocks(part, rows=1, tokens=n, pairs=n * n, read=n)
+    return [_stem(part), _Stage(), *blocks, _Stage(2 * part.width * config.embed_dim)]
+
+
+def _text_stages(config: ModelConfig, lengths: Sequence[int]) -> list[_Stage]:
+    """Of all texts: embedding, blocks, head. A token sees itself and what comes before it."""
+    part = config.text
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    blocks = _blocks(part, rows=len(lengths), tokens=sum(lengths), pairs=pairs, read=sum(lengths))
+    return [_Stage(), *blocks, _Stage(len(lengths) * 2 * part.width * config.embed_dim)]
+
+
+def _blocks(part: VisionConfig | TextConfig, rows: int, tokens: int, pairs: int, read: int) -> list[_Stage]:
+    """`pairs` of tokens look at each other, `read` of them from the one token of each row that is read at the end.
+
+    The last block makes keys and values of all tokens, and everything else of the token that is read.
+    """
+    square = part.width**2
+    # Query, key, value and out 8 W^2, MLP 16 W^2; a score and its product with a value 4 W.
+    whole = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
+    last = _Stage(4 * square * tokens + 20 * square * rows, attention=4 * part.width * read)
+    return [whole] * (part.layers - 1) + [last]
+
+
+def _stem(part: VisionConfig) -> _Stage:
+    patches = part.tokens - 1
+    if part.stem == "linear":
+        weights = patches * 2 * 3 * part.patch_size**2 * part.width
+        return _Stage(weights, from_input=weights)
+    # 3 x 3 convolutions, each at half the side of the one before, channels doubling to the width; then 1 x 1.
+    halvings = part.patch_size.bit_length() - 1
+    channels = [3, *(part.width >> i for i in reversed(range(halvings)))]
+    sides = [part.image_size >> i for i in range(1, halvings + 1)]
+    convs = [2 * 9 * a * b * side**2 for a, b, side in zip(channels, channels[1:], sides, strict=False)]
+    return _Stage(sum(convs) + patches * 2 * part.width**2, from_input=convs[0])
