@@ -4,6 +4,7 @@ Each view's image embedding is compared by cosine with the embedding of every te
 with the global view, an object with its object view, a relation with its relation view. The published
 evaluation counts an object (or relation) as right when any of the top k is among all objects (relations) of
 its image: that is `match="any_in_image"`. The strict rule, `match="own"`, asks for the view's own text.
+A tie counts against the model: a text is found at rank r when r - 1 wrong ones score at least as much.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.train.distributed import World
 
 Match = Literal["own", "any_in_image"]
 MATCHES: tuple[Match, ...] = ("own", "any_in_image")
 TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}
+ALONE = World(0, 1, torch.device("cpu"), None)  # one process, on whatever device its tensors are
 
 
 class Encoder(Protocol):
@@ -92,14 +96,7 @@ class ZeroShotResult:
             + [f"{100 * row.top[k]:5.1f} % ({100 * row.chance[k]:4.1f})" for k in self.topk]
             for row in self.rows
         ]
-        widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-
-        def text(line: Sequence[str]) -> str:
-            left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
-            right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-            return "  ".join([*left, *right]).rstrip()
-
-        return "\n".join([text(head), "  ".join("-" * width for width in widths), *map(text, body)])
+        return text_table(head, body, names=3)
 
 
 def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS) -> dict[str, Tensor]:
@@ -161,8 +158,9 @@ def evaluation_loader(
     decoder: str = "auto",
     size: int = 224,
     object_view: str = "masked",
+    world: World = ALONE,
 ) -> SceneLoader:
-    """Every scene of a split once, in order, with the views of the evaluation."""
+    """Every scene of a split once, in order, with the views of the evaluation; of several ranks, this one's share."""
     return scene_loader(
         shards,
         batch_size,
@@ -175,30 +173,47 @@ def evaluation_loader(
         shuffle=False,
         drop_last=False,
         epochs=1,
+        rank=world.rank,
+        world_size=world.size,
     )
 
 
 @dataclass
 class _Tally:
-    """What accumulates for one level: each view's class, first hit under each rule, and how many would do."""
+    """What accumulates for one level: each view's class, how many classes would do, and what ranks above the best.
+
+    `ahead` counts, under each rule, the wrong classes that score at least as much as the best right one.
+    """
 
     classes: int
     ids: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
-    first_hit: dict[Match, list[Tensor]] = field(default_factory=lambda: {match: [] for match in MATCHES})
+    ahead: dict[Match, list[Tensor]] = field(default_factory=lambda: {match: [] for match in MATCHES})
 
-    def add(self, scores: Tensor, ids: Tensor, scene: Tensor, scenes: int, depth: int) -> None:
-        top = scores.topk(min(depth, self.classes)).indices
+    def add(
+        self,
+        scores: Tensor,  # [V, C]
+        ids: Tensor,  # [V]
+        scene: Tensor,  # [V]
+        scenes: int,
+    ) -> None:
         present = torch.zeros(scenes, self.classes, dtype=torch.bool, device=scores.device)
         present[scene, ids] = True
         present = present[scene]
-        hits = {"own": top == ids[:, None], "any_in_image": present.gather(1, top)}
-        for match in MATCHES:
-            # argmax finds the first hit; a view without one gets a rank beyond every k
-            first = torch.where(hits[match].any(1), hits[match].int().argmax(1), depth)
-            self.first_hit[match].append(first.cpu())
+        own = torch.zeros_like(present).scatter_(1, ids[:, None], True)
+        rights: dict[Match, Tensor] = {"own": own, "any_in_image": present}
+        for match, right in rights.items():
+            best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+            # "not below" instead of "at least": a score that is not a number never counts as a hit
+            self.ahead[match].append((~(scores < best) & ~right).sum(1).cpu())
         self.ids.append(ids.cpu())
         self.right.append(present.sum(1).cpu())
+
+    def merged(self, world: World) -> _Tally:
+        """That of all ranks, on every rank."""
+        tallies = world.gather(self)
+        ids, right = [part for t in tallies for part in t.ids], [part for t in tallies for part in t.right]
+        return _Tally(self.classes, ids, right, {m: [part for t in tallies for part in t.ahead[m]] for m in MATCHES})
 
     def rows(self, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
         ids, right = torch.cat(self.ids), torch.cat(self.right)
@@ -208,7 +223,7 @@ class _Tally:
             subsets |= {"seen": seen, "held_out": ~seen}
         rows = []
         for match in MATCHES:
-            first = torch.cat(self.first_hit[match])
+            ahead = torch.cat(self.ahead[match])
             enough = torch.ones_like(right) if match == "own" else right
             rows += [
                 Accuracy(
@@ -217,8 +232,9 @@ class _Tally:
                     name,
                     int(mask.sum()),
                     self.classes,
-                    {k: float((first[mask] < k).double().mean()) for k in topk},
-                    {k: random_hit_rate(k, self.classes, enough[mask]) for k in topk},
+                    {k: float((ahead[mask] < k).double().mean()) for k in topk},
+                    # sorted: the sum must not depend on how the views were dealt to ranks
+                    {k: random_hit_rate(k, self.classes, enough[mask].sort().values) for k in topk},
                 )
                 for name, mask in subsets.items()
                 if bool(mask.any())
@@ -235,6 +251,7 @@ def zeroshot(
     split: str = "test",
     levels: Sequence[str] = LEVELS,
     topk: Sequence[int] = (1, 5, 10),
+    world: World = ALONE,
     show_progress: bool = True,
 ) -> ZeroShotResult:
     """Zero-shot accuracy of `model` on one pass over `batches`.
@@ -246,36 +263,43 @@ def zeroshot(
         split: the name to put on the result.
         levels: of "global", "object" and "relation"; one without views in the split has no rows.
         topk: the numbers k.
+        world: the ranks that share the split, each with `batches` of its own; all return the whole result.
 
     Raises:
         UserError: there is no scene at all.
         ValueError: a k below 1.
     """
-    if not topk or min(topk) < 1:
-        raise ValueError(f"topk: got {tuple(topk)}, expected numbers >= 1")
-    topk = tuple(sorted(set(topk)))
+    topk = check_topk(topk)
     was_training = set_training(model, False)
     try:
         texts = class_embeddings(model, vocabulary, levels)
         tallies = {level: _Tally(len(texts[level])) for level in texts}
         scenes = 0
-        for batch in progress(batches, desc=f"zero-shot, {split}") if show_progress else batches:
+        for batch in progress(batches, desc=f"zero-shot, {split}") if show_progress and world.leads else batches:
             scenes += batch.num_scenes
             for level, (pixels, ids, scene) in level_views(batch).items():
                 if level in texts and len(ids):
                     scores = score_views(model, pixels, texts[level], level)
-                    tallies[level].add(scores, ids, scene, batch.num_scenes, topk[-1])
+                    tallies[level].add(scores, ids, scene, batch.num_scenes)
     finally:
         set_training(model, was_training)
+    scenes = sum(world.gather(scenes))
     if scenes == 0:
         raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
     rows = [
         row
-        for level, tally in tallies.items()
+        for level, tally in ((level, tally.merged(world)) for level, tally in tallies.items())
         if tally.ids
         for row in tally.rows(level, topk, vocabulary.train_counts(level))
     ]
     return ZeroShotResult(split, scenes, topk, rows)
+
+
+def check_topk(topk: Sequence[int]) -> tuple[int, ...]:
+    """The numbers k in ascending order, each once. ValueError for one below 1, or none."""
+    if not topk or min(topk) < 1:
+        raise ValueError(f"topk: got {tuple(topk)}, expected numbers >= 1")
+    return tuple(sorted(set(topk)))
 
 
 def set_training(model: object, mode: bool) -> bool:

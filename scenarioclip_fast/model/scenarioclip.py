@@ -168,19 +168,6 @@ class ScenarioCLIP(nn.Module):
             parts.append(encoder.run(tokens, packing))
         return torch.cat(parts)
 
-    def encode_vocabulary(self, level: str) -> Tensor:
-        """Embeds every string of `level`, in the order of ids, without gradients: [n, D]."""
-        if self.tokens is None:
-            raise ValueError("the model has no vocabulary yet: call set_vocabulary(vocabulary) first")
-        start, n = LEVELS.index(check_level(level)), self.tokens.sizes[level]
-        parts = []
-        with torch.no_grad():
-            for row in (self.tokens.level_start[start] + torch.arange(n, device=self.device)).split(2048):
-                lengths = self.tokens.lengths[row]
-                x, packing = self._text_inputs(row, int(lengths.sum()), int(lengths.max()) if n else 0)
-                parts.append(self._text(level).run(x, packing, start=self._text_shared))
-        return torch.cat(parts)
-
     def init_towers_from(self, other: ScenarioCLIP) -> None:
         """Starts every level from one pair of encoders: `other`'s only pair, or that of its global level."""
         problems = self.config.differences(other.config, "embed_dim", "vision", "text")

@@ -315,7 +315,6 @@ def test_encoding_alone_equals_encoding_in_a_batch() -> None:
             (model.encode_image(pixels, level), out[f"image {level}"]),
             (model.encode_text(texts, level), out[f"text {level}"]),
             (model.encode_text(padded, level), out[f"text {level}"]),
-            (model.encode_vocabulary(level)[ids], out[f"text {level}"]),
         ):
             # As above.
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,24 @@
+"""Results as aligned text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> str:
+    """Columns of equal width under a rule; the first `names` are words, read from the left, the rest numbers."""
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if column < names else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(head), "  ".join("-" * width for width in widths), *map(text, body)])
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as "12.3 %"."""
+    return f"{100 * share:.1f} %"
