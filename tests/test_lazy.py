@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_every_public_name_is_there(name: str) -> None:
         _ = package.no_such_name
 
 
-def test_a_function_wins_over_the_submodule_of_its_name(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_function_wins_over_the_submodule_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "area.py").write_text("def area(): return 4\n")
     (tmp_path / "shapes" / "__init__.py").write_text(

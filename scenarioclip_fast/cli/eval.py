@@ -34,6 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the trained ones (default), or their moving average, where loss.teacher_scope was all",
     )
     zeroshot.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
+    zeroshot.add_argument(
+        "--relation-view", choices=("focused", "box", "scene"), help="default: as the model was trained"
+    )
     zeroshot.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
     zeroshot.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     zeroshot.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
@@ -67,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         decoder=args.decoder,
         size=trained.model.config.vision.image_size,
         object_view=args.object_view or trained.object_view or "masked",
+        relation_view=args.relation_view or trained.relation_view or "focused",
     ) as loader:
         if cut := TokenTable(loader.vocabulary, trained.model.config.text).describe_truncated():
             print(cut, file=sys.stderr)

@@ -18,6 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--size", type=_positive, default=224, metavar="PX", help="side of a view (default 224)")
     parser.add_argument("--object-view", default="masked", choices=("masked", "crop"), help="default masked")
     parser.add_argument(
+        "--relation-view", default="focused", choices=("focused", "box", "scene"), help="default focused"
+    )
+    parser.add_argument(
         "--blur", default="rgb", choices=("rgb", "reference"), help="of the relation views (default rgb)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which scenes are shown (default 0)")
@@ -34,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         scenes=args.scenes,
         size=args.size,
         object_view=args.object_view,
+        relation_view=args.relation_view,
         blur=args.blur,
         seed=args.seed,
     )

@@ -138,6 +138,7 @@ def draw_sheet(
     *,
     size: int = 224,
     object_view: str = "masked",
+    relation_view: str = "focused",
     blur: str = "rgb",
     most: int = 4,
 ) -> None:
@@ -147,10 +148,11 @@ def draw_sheet(
     from matplotlib.figure import Figure
 
     images = [scene.image for scene in scenes if isinstance(scene.image, Tensor)]
-    views = Views.of_scenes(scenes, object_view=object_view)
+    views = Views.of_scenes(scenes, object_view=object_view, relation_view=relation_view)
     pixels = render_views(images, views, size=size, blur=blur, **_PLAIN).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     figure = Figure(figsize=(3 + 1.9 * (1 + most), 3.6 * len(scenes)), layout="constrained")
     rows = figure.subfigures(len(scenes), 1, squeeze=False)[:, 0]
+    object_at, relation_at = len(scenes), len(scenes) + sum(len(scene.objects) for scene in scenes)
     for i, (scene, image, row) in enumerate(zip(scenes, images, rows, strict=True)):
         left, right = row.subfigures(1, 2, width_ratios=[3, 1.9 * (1 + most)])
         overview = left.subplots()
@@ -158,14 +160,13 @@ def draw_sheet(
         grid = right.subplots(2, 1 + most, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
-        mine = views.image == i
-        _draw_view(grid[0, 0], pixels[(mine & (views.kind == 0)).nonzero()[0, 0]], "global view", GREY)
-        objects = (mine & ((views.kind == 1) | (views.kind == 2))).nonzero()[:, 0].tolist()
-        for k, v in enumerate(objects[:most]):
-            _draw_view(grid[0, 1 + k], pixels[v], scene.objects[k].name, COLOURS[k % len(COLOURS)])
-        relations = (mine & (views.kind == 3)).nonzero()[:, 0].tolist()
-        for k, v in enumerate(relations[: most + 1]):
-            _draw_view(grid[1, k], pixels[v], scene.relation_text(k), GREY)
+        _draw_view(grid[0, 0], pixels[i], "global view", GREY)
+        for k, entry in enumerate(scene.objects[:most]):
+            _draw_view(grid[0, 1 + k], pixels[object_at + k], entry.name, COLOURS[k % len(COLOURS)])
+        for k in range(len(scene.relations[: most + 1])):
+            _draw_view(grid[1, k], pixels[relation_at + k], scene.relation_text(k), GREY)
+        object_at += len(scene.objects)
+        relation_at += len(scene.relations)
     figure.savefig(out, dpi=110)
 
 
@@ -209,6 +210,7 @@ def inspect_shards(
     scenes: int = 6,
     size: int = 224,
     object_view: str = "masked",
+    relation_view: str = "focused",
     blur: str = "rgb",
     seed: int = 0,
 ) -> Census:
@@ -230,7 +232,7 @@ def inspect_shards(
         if isinstance(scene, BadSample) or not isinstance(scene.image, bytes):
             continue
         image = decoder.decode([scene.image])[0]
-        if isinstance(image, DecodeError) or not _drawable(scene):
+        if isinstance(image, DecodeError) or not _drawable(scene, relation_view):
             continue
         scene.image = image
         chosen.append(scene)
@@ -238,13 +240,14 @@ def inspect_shards(
             break
     decoder.close()
     if chosen:
-        draw_sheet(chosen, out / "scenes.png", size=size, object_view=object_view, blur=blur)
+        sheet = out / "scenes.png"
+        draw_sheet(chosen, sheet, size=size, object_view=object_view, relation_view=relation_view, blur=blur)
     return census
 
 
-def _drawable(scene: Scene) -> bool:
+def _drawable(scene: Scene, relation_view: str) -> bool:
     try:
-        Views.of_scenes([scene])
+        Views.of_scenes([scene], relation_view=relation_view)
     except ValueError:
         return False
     return True

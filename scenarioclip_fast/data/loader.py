@@ -107,7 +107,8 @@ class SceneLoader:
         seed: of the order and of the augmentation.
         rank, world_size: this rank's share of each global batch of batch_size * world_size scenes.
         size: of the views, in pixels.
-        object_view: "masked" or "crop" (method.md, section 3).
+        object_view: "masked" or "crop" (see `Views.of_scenes`).
+        relation_view: "focused", "box" or "scene" (see `Views.of_scenes`).
         blur: of what lies outside a relation's masks, "rgb" or "reference".
         train: augmented views; False renders those of the evaluation.
         shuffle, drop_last: as everywhere. Every rank gets the same number of batches either way; with
@@ -140,6 +141,7 @@ class SceneLoader:
         world_size: int = 1,
         size: int = 224,
         object_view: str = "masked",
+        relation_view: str = "focused",
         blur: str = "rgb",
         train: bool = True,
         shuffle: bool = True,
@@ -172,7 +174,9 @@ class SceneLoader:
         self.max_bad_fraction = max_bad_fraction
         self.bad: Counter[str] = Counter()
         self._bad_samples = None if bad_samples is None else Path(bad_samples)
-        self._make_views = partial(Views.of_scenes, object_view=object_view, train=train, seed=seed)
+        self._make_views = partial(
+            Views.of_scenes, object_view=object_view, relation_view=relation_view, train=train, seed=seed
+        )
         self._render = partial(render_views, size=size, blur=blur, dtype=dtype, memory_format=memory_format)
         self._threads = threads or min(16, os.cpu_count() or 1)
         self._decoder = make_decoder(decoder, self.device, threads=self._threads, max_pixels=max_pixels)

@@ -18,16 +18,18 @@ from scenarioclip_fast.data.scene import Mask, Scene
 from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, MASKED, RELATION
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
+# How each kind of view is drawn, by the names that configs give it.
+OBJECT_VIEWS = {"masked": MASKED, "crop": CROP}
+RELATION_VIEWS = {"focused": RELATION, "box": CROP, "scene": GLOBAL}
 
 # The augmentation of the published code.
 _AREA, _RATIO, _TRIES = (0.8, 1.0), (3 / 4, 4 / 3), 10
 _COLOUR_PROBABILITY = 0.2
-_COLOUR_RANGE = {  # brightness, contrast, saturation, hue
-    GLOBAL: (0.2, 0.2, 0.2, 0.05),
-    MASKED: (0.15, 0.15, 0.15, 0.03),
-    CROP: (0.15, 0.15, 0.15, 0.03),
-    RELATION: (0.1, 0.1, 0.1, 0.02),
-}
+_COLOUR_RANGE = (  # of each level: brightness, contrast, saturation, hue
+    (0.2, 0.2, 0.2, 0.05),
+    (0.15, 0.15, 0.15, 0.03),
+    (0.1, 0.1, 0.1, 0.02),
+)
 _BLUR_PROBABILITY, _BLUR_SIGMA = 0.1, (0.1, 1.5)  # global views only
 
 Array = NDArray[np.float64]
@@ -38,7 +40,7 @@ class Views:
     """V views of a batch of images, as a struct of CPU arrays.
 
     Attributes:
-        kind: int32 [V]; 0 global, 1 masked object, 2 cropped object, 3 relation.
+        kind: int32 [V]; 0 the window as it is, 1 black outside the box, 2 a crop, 3 a focused region.
         image: int64 [V], the image of each view.
         source: int32 [V, 4], x1, y1, x2, y2 of the source window in pixels; what lies beyond the image is black.
         stretch: bool [V]; True: the window becomes the whole view. False: its short side becomes the view's side,
@@ -79,6 +81,7 @@ class Views:
         scenes: Sequence[Scene],
         *,
         object_view: str = "masked",
+        relation_view: str = "focused",
         train: bool = False,
         generator: torch.Generator | None = None,
         seed: int = 0,
@@ -91,24 +94,32 @@ class Views:
             scenes: image i of the batch is the image of scenes[i].
             object_view: "masked": the image, black outside the box (the paper's); "crop": a square window around
                 the box, 10 % wider on each side, moved into the image where it fits and black beyond it elsewhere.
-            train: draws the reference's augmentation. A view's draws depend on (seed, epoch, scene key, kind of
-                view, position among those of its scene) and nothing else, so neither the batch nor the number of
-                workers changes them.
+            relation_view: "focused": the focused region of the relation's two masks (the paper's). The others are
+                for ablations and data without masks. "scene": the whole image, which is what a focused region
+                becomes without masks, weights and blur: nothing says which of the image's relations is meant.
+                "box": a crop, as for an object, around the boxes of subject and object: it says where the relation
+                is, but weights no pixel. Augmentation is the same for all three.
+            train: draws the reference's augmentation. A view's draws depend on (seed, epoch, scene key, level,
+                position among those of its scene) and nothing else, so neither the batch nor the number of workers
+                changes them.
             generator: with `train`, supplies the seed (one draw) in place of `seed`.
             sizes: (H, W) of each image; read from the images where None.
 
         Raises:
-            ValueError: a relation without a mask, a mask that does not fit its image, a box outside the image, an
-                unreadable image header; the scene and its object or relation are named.
+            ValueError: a focused relation without a mask, a mask that does not fit its image, a box outside the
+                image, an unreadable image header; the scene and its object or relation are named.
         """
-        if object_view not in ("masked", "crop"):
+        if object_view not in OBJECT_VIEWS:
             raise ValueError(f"object_view: got {object_view!r}, expected 'masked' or 'crop'")
+        if relation_view not in RELATION_VIEWS:
+            raise ValueError(f"relation_view: got {relation_view!r}, expected 'focused', 'box' or 'scene'")
         if sizes is None:
             sizes = [_image_size(scene) for scene in scenes]
         objects = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.objects))]
         relations = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.relations))]
         counts = (len(scenes), len(objects), len(relations))
-        kind = np.repeat(np.array([GLOBAL, MASKED if object_view == "masked" else CROP, RELATION], np.int32), counts)
+        level = np.repeat(np.arange(3), counts)
+        kind = np.array([GLOBAL, OBJECT_VIEWS[object_view], RELATION_VIEWS[relation_view]], np.int32)[level]
         members = np.array([(i, 0) for i in range(len(scenes))] + objects + relations, np.int64).reshape(-1, 2)
         image, position = members[:, 0], members[:, 1]
         height, width = np.array(sizes, np.int64).reshape(-1, 2)[image].T
@@ -116,6 +127,8 @@ class Views:
         source = np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1)
         box = np.zeros((len(kind), 4))
         objects_at = slice(len(scenes), len(scenes) + len(objects))
+        relations_at = slice(objects_at.stop, len(kind))
+        pixels = np.zeros((0, 4), np.int64)
         if objects:
             box[objects_at] = [scenes[i].objects[k].box for i, k in objects]
             pixels = pixel_box(box[objects_at], height[objects_at], width[objects_at])
@@ -128,10 +141,17 @@ class Views:
             if object_view == "crop":
                 source[objects_at] = _crop_window(pixels, height[objects_at], width[objects_at])
 
+        ends = np.array([_ends(scenes[i], k) for i, k in relations], np.int64).reshape(-1, 2)
+        if relation_view == "box":
+            first = np.cumsum([0, *(len(scene.objects) for scene in scenes)])
+            one, other = pixels[first[image[relations_at], None] + ends].swapaxes(0, 1)
+            both = np.concatenate([np.minimum(one[:, :2], other[:, :2]), np.maximum(one[:, 2:], other[:, 2:])], axis=1)
+            source[relations_at] = _crop_window(both, height[relations_at], width[relations_at])
         masks = _MaskTable(scenes, sizes)
         mask = np.full((len(kind), 2), -1, np.int64)
-        for v, (i, k) in enumerate(relations, len(scenes) + len(objects)):
-            mask[v] = masks.pair(i, k)
+        if relation_view == "focused":
+            for v, ((i, k), (subject, object_)) in enumerate(zip(relations, ends, strict=True), relations_at.start):
+                mask[v] = masks.row(i, k, subject), masks.row(i, k, object_)
 
         stretch = kind == CROP
         augment = np.tile(np.array([1, 1, 1, 0, 0], np.float32), (len(kind), 1))
@@ -139,12 +159,12 @@ class Views:
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
-            level = np.where(kind == RELATION, 2, np.where(kind == GLOBAL, 0, 1)).astype(np.uint64)
-            draws = _uniforms(keys[image] ^ _mix(level << np.uint64(32) | position.astype(np.uint64)), 3 * _TRIES + 8)
-            whole = kind == GLOBAL
+            place = level.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
+            draws = _uniforms(keys[image] ^ _mix(place), 3 * _TRIES + 8)
+            whole = level == 0
             source[whole] = _random_crop(draws[whole, 8:], height[whole], width[whole])
             stretch |= whole
-            augment = _random_augment(draws[:, :8], kind)
+            augment = _random_augment(draws[:, :8], level)
         runs, start, size = masks.arrays()
         arrays = (kind, image, source.astype(np.int32), stretch, box, mask, augment, runs, start, size)
         return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
@@ -165,17 +185,11 @@ class _MaskTable:
         self._runs: list[NDArray[np.int64]] = []
         self._size: list[tuple[int, int]] = []
 
-    def pair(self, scene: int, relation: int) -> tuple[int, int]:
-        """The rows of a relation's two masks."""
-        entry = self._scenes[scene].relations[relation]
-        return self._row(scene, relation, entry.subject), self._row(scene, relation, entry.object)
-
-    def _row(self, scene: int, relation: int, which: int) -> int:
+    def row(self, scene: int, relation: int, which: int) -> int:
+        """Where the mask of object `which` lies, which `relation` asks for."""
         if (scene, which) in self._index:
             return self._index[scene, which]
         name = _name(self._scenes[scene], "relation", relation)
-        if not 0 <= which < len(self._scenes[scene].objects):
-            raise ValueError(f"{name}: got object {which}, expected one of {len(self._scenes[scene].objects)}")
         mask = self._scenes[scene].objects[which].mask
         if mask is None:
             raise ValueError(f"{name}: object {which} has no mask, expected one: the relation's view is drawn from it")
@@ -225,6 +239,16 @@ def _image_size(scene: Scene) -> tuple[int, int]:
     if parsed is None:
         raise ValueError(f"scene {scene.key}: the image is neither JPEG nor PNG, expected those, a tensor, or `sizes`")
     return parsed.height, parsed.width
+
+
+def _ends(scene: Scene, relation: int) -> tuple[int, int]:
+    """Subject and object of a relation, as indices of objects that are there."""
+    entry = scene.relations[relation]
+    for which in (entry.subject, entry.object):
+        if not 0 <= which < len(scene.objects):
+            name = _name(scene, "relation", relation)
+            raise ValueError(f"{name}: got object {which}, expected one of {len(scene.objects)}")
+    return entry.subject, entry.object
 
 
 def _name(scene: Scene, what: str, k: int) -> str:
@@ -289,13 +313,13 @@ def _random_crop(
 
 def _random_augment(
     draws: Array,  # [n, 8] in [0, 1)
-    kind: NDArray[np.int32],  # [n]
+    level: NDArray[np.int64],  # [n]
 ) -> NDArray[np.float32]:  # [n, 5]
-    spread = np.array([_COLOUR_RANGE[k] for k in range(4)])[kind]
+    spread = np.array(_COLOUR_RANGE)[level]
     neutral = np.array([1.0, 1.0, 1.0, 0.0])
     change = neutral + spread * (2 * draws[:, 1:5] - 1)
     colour = np.where(draws[:, :1] < _COLOUR_PROBABILITY, change, neutral)
-    blurred = (kind == GLOBAL) & (draws[:, 5] < _BLUR_PROBABILITY)
+    blurred = (level == 0) & (draws[:, 5] < _BLUR_PROBABILITY)
     blur = np.where(blurred, _between(draws[:, 6], *_BLUR_SIGMA), 0.0)
     return np.concatenate([colour, blur[:, None]], axis=1).astype(np.float32)
 

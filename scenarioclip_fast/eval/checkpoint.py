@@ -14,11 +14,12 @@ from scenarioclip_fast.model import ScenarioCLIP
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and the kind of object view it was trained on (None: not known)."""
+    """A model in evaluation mode, and the kinds of views it was trained on (None: not known)."""
 
     model: ScenarioCLIP
     directory: Path
     object_view: str | None
+    relation_view: str | None
 
 
 def open_checkpoint(
@@ -34,17 +35,18 @@ def open_checkpoint(
         unfinished = (path / "checkpoints").is_dir()
         why = "is a run that has not finished: go on with `train --resume`" if unfinished else "holds no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
-    object_view = None
+    object_view = relation_view = None
     if (directory / "config.yaml").is_file():
         from scenarioclip_fast.train.config import TrainConfig
 
-        object_view = TrainConfig.load(directory / "config.yaml").data.object_view
+        data = TrainConfig.load(directory / "config.yaml").data
+        object_view, relation_view = data.object_view, data.relation_view
     model = ScenarioCLIP.from_pretrained(directory)
     if weights == "teacher":
         from scenarioclip_fast.train.weights import load_teacher
 
         load_teacher(model, directory / "teacher.safetensors")
-    return Trained(model.to(device).eval(), directory, object_view)
+    return Trained(model.to(device).eval(), directory, object_view, relation_view)
 
 
 def pick_device(name: str) -> torch.device:

@@ -158,6 +158,7 @@ def evaluation_loader(
     decoder: str = "auto",
     size: int = 224,
     object_view: str = "masked",
+    relation_view: str = "focused",
     world: World = ALONE,
 ) -> SceneLoader:
     """Every scene of a split once, in order, with the views of the evaluation; of several ranks, this one's share."""
@@ -169,6 +170,7 @@ def evaluation_loader(
         decoder=decoder,
         size=size,
         object_view=object_view,
+        relation_view=relation_view,
         train=False,
         shuffle=False,
         drop_last=False,

@@ -52,6 +52,7 @@ class DataSection:
     shards: str = ""  # the directory that `scenarioclip-fast pack` wrote
     batch_size: int = 128  # scenes per optimiser step, over all ranks together
     object_view: Literal["masked", "crop"] = "masked"
+    relation_view: Literal["focused", "box", "scene"] = "focused"  # "box", "scene": ablations without focused regions
     blur: Literal["rgb", "reference"] = "rgb"  # around a relation's masks; "reference" is the published quirk
     augment: bool = True  # random crops, colour jitter and blur; False: the views of the evaluation
     decoder: Literal["auto", "dali", "torch"] = "auto"

@@ -211,6 +211,7 @@ class Trainer:
             world_size=world.size,
             size=self.config.model.vision.image_size,
             object_view=data.object_view,
+            relation_view=data.relation_view,
             blur=data.blur,
             train=data.augment,
             epochs=_ENDLESS,

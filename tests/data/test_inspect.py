@@ -65,9 +65,9 @@ def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
 
 def test_sheet_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for object_view in ("masked", "crop"):
-        out = tmp_path / f"{object_view}.png"
-        draw_sheet([make_scene("a"), make_scene("b", (40, 85))], out, size=24, object_view=object_view, most=2)
+    for views in ({"object_view": "masked"}, {"object_view": "crop"}, {"relation_view": "scene"}):
+        out = tmp_path / f"{views}.png"
+        draw_sheet([make_scene("a"), make_scene("b", (40, 85))], out, size=24, most=2, **views)  # type: ignore[arg-type]
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.views import CROP_MARGIN, Views, pixel_box
+from scenarioclip_fast.ops.views import render_views
 
 HEIGHT, WIDTH = 40, 60
+SEED: Any = {"seed": 3, "epoch": 2}
 
 
 def make_scene(key: str = "a", objects: int = 3, relations: int = 2, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Scene:
@@ -218,6 +221,64 @@ def test_errors_name_scene_and_entry() -> None:
         Views.of_scenes([scene])
     with pytest.raises(ValueError, match="object_view: got 'boxed'"):
         Views.of_scenes([], object_view="boxed")
+    with pytest.raises(ValueError, match="relation_view: got 'boxed', expected 'focused', 'box' or 'scene'"):
+        Views.of_scenes([], relation_view="boxed")
+
+
+# relations without focused regions
+
+
+def without_masks(scene: Scene) -> Scene:
+    for entry in scene.objects:
+        entry.mask = None
+    return scene
+
+
+@pytest.mark.parametrize("relation_view", ["box", "scene"])
+def test_without_focused_regions_nothing_else_changes(relation_view: str) -> None:
+    for train in (False, True):
+        scenes = [make_scene("a", 3, 3), make_scene("b", 0, 0), make_scene("c", 2, 1, size=(50, 30))]
+        focused = Views.of_scenes(scenes, train=train, **SEED)
+        other = Views.of_scenes([without_masks(s) for s in scenes], relation_view=relation_view, train=train, **SEED)
+        relation = torch.arange(len(focused)) >= len(focused) - 4
+        for name in ("kind", "source", "stretch", "box"):
+            a, b = getattr(focused, name), getattr(other, name)
+            assert torch.equal(a[~relation], b[~relation])
+        # the same colours at the same views, and no blur or random crop of the global view's
+        assert torch.equal(focused.image, other.image) and torch.equal(focused.augment, other.augment)
+        assert other.kind[relation].tolist() == [2 if relation_view == "box" else 0] * 4
+        assert (other.mask == -1).all() and len(other.mask_size) == len(other.mask_runs) == 0
+        if relation_view == "scene":
+            assert torch.equal(other.source[relation], focused.source[relation])
+            assert not other.stretch[relation].any()
+
+
+def test_a_relation_seen_as_the_scene_is_its_global_view() -> None:
+    scene = make_scene()
+    scene.image = torch.randint(256, (HEIGHT, WIDTH, 3), generator=torch.manual_seed(0), dtype=torch.uint8)
+    views = Views.of_scenes([without_masks(scene)], relation_view="scene")
+    pixels = render_views([scene.image], views, size=24)
+    assert torch.equal(pixels[4:], pixels[:1].expand(2, -1, -1, -1))
+
+
+def test_a_relation_box_holds_subject_and_object() -> None:
+    scenes = [make_scene("a", 3, 2), make_scene("b", 4, 0), make_scene("c", 2, 1)]
+    scenes[0].objects[1].box = (30.0, 2.0, 41.5, 9.0)
+    scenes[2].objects[0].box, scenes[2].objects[1].box = (50.0, 30.0, 58.0, 39.0), (2.0, 1.0, 9.0, 4.0)
+    views = Views.of_scenes(scenes, relation_view="box")
+    union = {  # of each relation, as one object's box
+        (0, 0): (0.0, 0.0, 41.5, 9.0),
+        (0, 1): (4.0, 2.0, 41.5, 9.0),
+        (2, 0): (2.0, 1.0, 58.0, 39.0),
+    }
+    for v, ((i, _), box) in enumerate(union.items(), len(views) - 3):
+        whole = Scene("w", scenes[i].image, "resting", [SceneObject("both", box)])
+        assert torch.equal(views.source[v], Views.of_scenes([whole], object_view="crop").source[1])
+        assert views.stretch[v]
+    scenes[0].relations[1].object = -1
+    for relation_view in ("box", "scene", "focused"):
+        with pytest.raises(ValueError, match=r"scene a, relation 1: got object -1, expected one of 3"):
+            Views.of_scenes(scenes, relation_view=relation_view)
 
 
 # image sizes
