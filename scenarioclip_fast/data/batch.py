@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ class Batch:
     keys: B scene keys
     object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
     action_id [B], object_id [N_o], relation_id [N_r]: int64, positions in the vocabulary
+    host: the five index tensors on the CPU, in this order, so that nobody waits for the device to read them. Left out:
+        copied, which waits once
     """
 
     pixels: Tensor  # [V, 3, S, S]
@@ -25,11 +27,13 @@ class Batch:
     action_id: Tensor  # [B]
     object_id: Tensor  # [N_o]
     relation_id: Tensor  # [N_r]
+    host: tuple[Tensor, ...] = field(default=(), repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         rows = (len(self.keys), self.object_id.shape[0], self.relation_id.shape[0])
         if self.pixels.shape[0] != sum(rows):
             raise ValueError(f"pixels: got {self.pixels.shape[0]} views, expected {rows[0]} + {rows[1]} + {rows[2]}")
+        self.host = self.host or tuple(t.cpu() for t in self.tensors[1:])
 
     @property
     def num_scenes(self) -> int:
@@ -42,6 +46,11 @@ class Batch:
     @property
     def num_relations(self) -> int:
         return self.relation_id.shape[0]
+
+    @property
+    def host_ids(self) -> list[Tensor]:
+        """Vocabulary ids of the three levels, on the CPU: [B], [N_o], [N_r]."""
+        return list(self.host[2:])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -58,4 +67,26 @@ class Batch:
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         pixels, *index = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
-        return Batch(pixels, self.keys, *index)
+        return Batch(pixels, self.keys, *index, host=self.host)
+
+    def split(self, parts: int) -> list[Batch]:
+        """The scenes in `parts` runs of nearly equal length, some of them empty where there are fewer scenes.
+
+        Rows must come scene by scene, as a loader makes them. Does not wait for the device.
+        """
+        homes = [torch.arange(self.num_scenes), *self.host[:2]]
+        starts = [len(run[0]) for run in torch.arange(self.num_scenes).tensor_split(parts)]
+        ends = torch.tensor(starts).cumsum(0)
+        edges = [[0, *torch.searchsorted(home, ends).tolist()] for home in homes]
+        levels = self.pixels.split([len(home) for home in homes])
+        batches = []
+        for k in range(parts):
+            scenes, objects, relations = (slice(edge[k], edge[k + 1]) for edge in edges)
+            rows = (objects, relations, scenes, objects, relations)
+            index, host = (
+                [t[r] - scenes.start if i < 2 else t[r] for i, (t, r) in enumerate(zip(tensors, rows, strict=True))]
+                for tensors in (self.tensors[1:], self.host)
+            )
+            pixels = torch.cat([x[r] for x, r in zip(levels, (scenes, objects, relations), strict=True)])
+            batches.append(Batch(pixels, self.keys[scenes], *index, host=tuple(host)))
+        return batches

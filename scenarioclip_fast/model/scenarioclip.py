@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig, TextConfig
 from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder, VisionEncoder
-from scenarioclip_fast.model.tokens import LEVELS, TokenTable, check_level, pack, truncate
+from scenarioclip_fast.model.tokens import LEVELS, Distinct, TokenTable, check_level, pack, truncate
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Batch, Vocabulary
@@ -41,6 +41,21 @@ class Embeddings:
     teacher_image: Tensor | None = None
     teacher_object_text: Tensor | None = None
     teacher_relation_text: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Begun:
+    """A batch behind the frozen stages that the levels share: where gradients begin.
+
+    hidden [V, ...]: all views, or the pixels themselves where nothing is frozen;  views: how many of each level
+    distinct: the texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
+    """
+
+    hidden: Tensor
+    views: list[int]
+    distinct: Distinct
+    object_scene: Tensor
+    relation_scene: Tensor
 
 
 class ScenarioCLIP(nn.Module):
@@ -104,15 +119,23 @@ class ScenarioCLIP(nn.Module):
 
     def forward(self, batch: Batch, teacher: EMATeacher | None = None) -> Embeddings:
         """Embeds a batch's views and distinct texts and, with a teacher, what distillation needs of it."""
+        return self.finish(self.begin(batch), teacher)
+
+    def begin(self, batch: Batch, distinct: Distinct | None = None) -> Begun:
+        """Takes the views through the frozen stages that the levels share.
+
+        Args:
+            distinct: the texts to embed; None: those of the batch.
+        """
         if self.tokens is None:
             raise ValueError("the model has no vocabulary yet: call set_vocabulary(vocabulary) first")
-        ids = [batch.action_id, batch.object_id, batch.relation_id]
-        views = [i.shape[0] for i in ids]
-        if batch.pixels.shape[0] != sum(views):
-            raise ValueError(f"pixels: got {batch.pixels.shape[0]} views, expected {' + '.join(map(str, views))}")
-        distinct = self.tokens.distinct(ids)
+        distinct = distinct or self.tokens.distinct(batch.host_ids)
+        views = [batch.num_scenes, batch.num_objects, batch.num_relations]
+        return Begun(self._frozen_vision(batch.pixels), views, distinct, batch.object_scene, batch.relation_scene)
 
-        hidden = self._frozen_vision(batch.pixels)
+    def finish(self, begun: Begun, teacher: EMATeacher | None = None) -> Embeddings:
+        """The rest of `forward`."""
+        hidden, views, distinct = begun.hidden, begun.views, begun.distinct
         parts = list(hidden.split(views))
         if self.config.variant == "pyramidclip":
             image = list(self._vision("global").run(hidden, start=self._vision_shared).split(views))
@@ -125,19 +148,20 @@ class ScenarioCLIP(nn.Module):
             text=[],
             text_index=distinct.index,
             text_id=distinct.id,
-            object_scene=batch.object_scene,
-            relation_scene=batch.relation_scene,
+            object_scene=begun.object_scene,
+            relation_scene=begun.relation_scene,
         )
         if teacher is not None:
             out.teacher_image = teacher.encode_image(parts[0], start=self._vision_shared)
 
         if self.config.variant == "pyramidclip" and teacher is None:
-            together = self._text_inputs(distinct.row, sum(distinct.totals), max(distinct.longest))
-            out.text = list(self._text("global").run(*together, start=self._text_shared).split(distinct.counts))
+            together = self._text_inputs(*(torch.cat(x) for x in (distinct.row, distinct.host_row, distinct.lengths)))
+            counts = [len(row) for row in distinct.row]
+            out.text = list(self._text("global").run(*together, start=self._text_shared).split(counts))
             return out
-        rows = distinct.row.split(distinct.counts)
-        for level, row, total, longest in zip(LEVELS, rows, distinct.totals, distinct.longest, strict=True):
-            x, packing = self._text_inputs(row, total, longest)
+        texts = zip(LEVELS, distinct.row, distinct.host_row, distinct.lengths, strict=True)
+        for level, row, host_row, lengths in texts:
+            x, packing = self._text_inputs(row, host_row, lengths)
             out.text.append(self._text(level).run(x, packing, start=self._text_shared))
             if teacher is not None and level == "object":
                 out.teacher_object_text = teacher.encode_text(x, packing, level, start=self._text_shared)
@@ -218,13 +242,17 @@ class ScenarioCLIP(nn.Module):
         with torch.no_grad():
             return self._vision("global").run(pixels, stop=self._vision_shared)
 
-    def _text_inputs(self, row: Tensor, total: int, longest: int) -> tuple[Tensor, Any]:
-        """What the trainable stages start from for the table's strings `row`, and how these are packed."""
+    def _text_inputs(self, row: Tensor, host_row: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:  # 3 x [n]
+        """What the trainable stages start from for the table's strings `row`, and how these are packed.
+
+        `host_row` and `lengths`: on the CPU, the same rows and their strings' numbers of tokens.
+        """
         assert self.tokens is not None
-        packing, source = self.tokens.packing(row, total, longest)
+        longest = int(lengths.max()) if len(lengths) else 0
+        packing, source = self.tokens.packing(row, int(lengths.sum()), longest)
         if not self._text_shared:
             return self.tokens.tokens[source], packing
-        return self.tokens.frozen(self._text("global"), self._text_shared, row, packing, source), packing
+        return self.tokens.frozen(self._text("global"), self._text_shared, host_row, packing, source), packing
 
 
 def compile_blocks(module: nn.Module, **options: Any) -> None:

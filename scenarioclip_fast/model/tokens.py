@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,16 +63,20 @@ class Distinct:
     """The distinct texts of a batch: level after level, ids ascending.
 
     index: per level [N_l], where each item's text is among its level's;  id: per level [U_l], vocabulary ids
-    row [U]: rows of the table;  counts, totals, longest: per level, number of texts, of tokens, and longest
-    text
+    row: per level [U_l], rows of the table;  host_row, lengths: per level [U_l], on the CPU, the rows again and the
+    texts' numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
     id: list[Tensor]  # 3 x [U_l]
-    row: Tensor  # [U]
-    counts: list[int]
-    totals: list[int]
-    longest: list[int]
+    row: list[Tensor]  # 3 x [U_l]
+    host_row: list[Tensor]  # 3 x [U_l]
+    lengths: list[Tensor]  # 3 x [U_l]
+
+    def split(self, parts: int) -> list[Distinct]:
+        """The texts of each level in `parts` runs; `index` points into no single run and is left out."""
+        split = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row, self.host_row, self.lengths)]
+        return [Distinct([], *([runs[k] for runs in levels] for levels in split)) for k in range(parts)]
 
 
 class TokenTable(nn.Module):
@@ -87,8 +92,6 @@ class TokenTable(nn.Module):
     lengths: Tensor  # [strings]
     starts: Tensor  # [strings]
     level_start: Tensor  # [3]
-    level_size: Tensor  # [3]
-    filled: Tensor  # [strings] bool
 
     def __init__(self, vocabulary: Vocabulary, config: TextConfig, cache_bytes: int = 2 << 30) -> None:
         super().__init__()
@@ -111,14 +114,14 @@ class TokenTable(nn.Module):
             "lengths": lengths,
             "starts": lengths.cumsum(0) - lengths,
             "level_start": sizes.cumsum(0) - sizes,
-            "level_size": sizes,
-            "filled": torch.zeros(len(texts), dtype=torch.bool),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
+        # Stay on the host, where they are asked for without a wait for the device.
+        self._host_lengths = lengths
+        self._filled = torch.zeros(len(texts), dtype=torch.bool)
         self._hidden: Tensor | None = None
         self._key: tuple[Any, ...] = ()
-        self._missing = 0
 
     def describe_truncated(self) -> str | None:
         """One line on how many strings were cut, or None if none was."""
@@ -126,40 +129,37 @@ class TokenTable(nn.Module):
         return f"cut to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
 
     def distinct(self, ids: Sequence[Tensor]) -> Distinct:
-        """The distinct texts among `ids` (3 x [N_l]). Waits for the device twice, whatever the sizes."""
-        # One sort serves the three levels: the level sits above the bits of any id.
-        shift = 40
-        keys = torch.cat([i.long() + (level << shift) for level, i in enumerate(ids)])
-        keys, inverse = torch.unique(keys, return_inverse=True)
-        level = (keys >> shift).clamp(0, 2)
-        position = keys - (level << shift)
-        known = ((position >= 0) & (position < self.level_size[level])).all()
-        row = (self.level_start[level] + position).clamp(0, max(len(self.filled) - 1, 0))
-        lengths = self.lengths[row]
-        of_level = level == torch.arange(3, device=keys.device)[:, None]  # [3, U]
-        spread = lengths * of_level
-        longest = spread.amax(1) if len(keys) else spread.sum(1)
-        host = torch.cat([of_level.sum(1), spread.sum(1), longest, known[None].long()]).tolist()
-        if not host[9]:
-            bad = [name for name, i in zip(LEVELS, ids, strict=True) if len(i) and not self._covers(name, i)]
+        """The distinct texts among `ids` (3 x [N_l]). Ids on the CPU cost no wait for the device."""
+        ids = [i.cpu() for i in ids]
+        bad = [name for name, i in zip(LEVELS, ids, strict=True) if len(i) and not self._covers(name, i)]
+        if bad:
             raise ValueError(
                 f"ids of level {', '.join(bad)}: got some outside the vocabulary's {self.sizes}; "
                 "the batch must come from "
                 "the data set whose vocabulary the model was given"
             )
-        counts = host[:3]
-        index = list(inverse.split([i.shape[0] for i in ids]))
-        first = [0, counts[0], counts[0] + counts[1]]
-        index = [i - start for i, start in zip(index, first, strict=True)]
-        return Distinct(index, list(position.split(counts)), row, counts, host[3:6], host[6:9])
+        # On the host: a few thousand numbers, and nothing waits for the device to count them.
+        found = [torch.unique(i, return_inverse=True) for i in ids]
+        id, index = [list(x) for x in zip(*found, strict=True)]
+        start = itertools.accumulate(self.sizes.values(), initial=0)
+        row = [i + s for i, s in zip(id, start, strict=False)]
+        lengths = [self._host_lengths[r] for r in row]
+        return Distinct(self._upload(index), self._upload(id), self._upload(row), row, lengths)
+
+    def _upload(self, parts: list[Tensor]) -> list[Tensor]:  # 3 x [n_l]
+        """To the table's device in one copy that the host does not wait for."""
+        if not self.tokens.is_cuda:
+            return parts
+        whole = torch.cat(parts).pin_memory().to(self.tokens.device, non_blocking=True)
+        return list(whole.split([len(part) for part in parts]))
 
     def packing(self, row: Tensor, total: int, longest: int) -> tuple[Packing, Tensor]:
         """How the strings `row` [n] lie when packed, and where in the table their tokens are: [T]."""
         packing = Packing.of_lengths(self.lengths[row], total, longest)
         return packing, self.starts[row][packing.text] + packing.position
 
-    def frozen(self, encoder: TextEncoder, stop: int, row: Tensor, packing: Packing, source: Tensor) -> Tensor:
-        """What stages 0 to `stop` of `encoder`, all frozen, make of the strings `row`: [T, W], no gradient.
+    def frozen(self, encoder: TextEncoder, stop: int, host_row: Tensor, packing: Packing, source: Tensor) -> Tensor:
+        """What stages 0 to `stop` of `encoder`, all frozen, make of the strings `host_row` [n]: [T, W], no gradient.
 
         Computed once per string and kept, until the weights, the device or the precision change.
         """
@@ -170,19 +170,18 @@ class TokenTable(nn.Module):
                 return encoder.run(self.tokens[source], packing, stop=stop)
         self._forget_if_stale(encoder, stop)
         with torch.no_grad():
-            missing = row[~self.filled[row]] if self._missing else row[:0]
+            missing = host_row[~self._filled[host_row]]
             # Always in the same company: the bits of a product depend on its shape, and a resumed run, whose first
             # batch is another, must find the features of the first run.
             for first in (missing // _TOGETHER * _TOGETHER).unique().tolist():
-                some = torch.arange(first, min(first + _TOGETHER, len(self.filled)), device=row.device)
+                some = torch.arange(first, min(first + _TOGETHER, len(self._filled)), device=self.tokens.device)
                 some_packing = Packing.of_lengths(self.lengths[some])
                 some_source = self.starts[some][some_packing.text] + some_packing.position
                 hidden = encoder.run(self.tokens[some_source], some_packing, stop=stop)
                 if self._hidden is None:
                     self._hidden = hidden.new_empty(self.tokens.shape[0], hidden.shape[1])
                 self._hidden[some_source] = hidden
-                self.filled[some] = True
-                self._missing -= some.shape[0]
+                self._filled[first : first + _TOGETHER] = True
             if self._hidden is None:
                 return embedding.new_empty(0, embedding.shape[1])
             return self._hidden[source]
@@ -193,8 +192,8 @@ class TokenTable(nn.Module):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (self.tokens.device, weights[0].dtype, autocast, stop, sum(p._version for p in weights))
         if key != self._key:
-            self._key, self._hidden, self._missing = key, None, len(self.filled)
-            self.filled.zero_()
+            self._key, self._hidden = key, None
+            self._filled.zero_()
 
     def _covers(self, level: str, ids: Tensor) -> bool:
         return bool(((ids >= 0) & (ids < self.sizes[level])).all())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from scenarioclip_fast.data import Batch
 from scenarioclip_fast.model import (
     EMATeacher,
     FreezeConfig,
@@ -58,12 +59,13 @@ def make(freeze: FreezeConfig, variant: str = "scenarioclip1", stem: str = "line
     return model
 
 
-def batch(action: list[int], objects: list[int], relations: list[int]) -> Any:
+def batch(action: list[int], objects: list[int], relations: list[int]) -> Batch:
     generator = torch.Generator().manual_seed(1)
     views = len(action) + len(objects) + len(relations)
     scenes = max(len(action), 1)
-    return SimpleNamespace(
+    return Batch(
         pixels=torch.randn(views, 3, 16, 16, generator=generator, dtype=torch.float64),
+        keys=[f"scene {i}" for i in range(len(action))],
         action_id=torch.tensor(action, dtype=torch.long),
         object_id=torch.tensor(objects, dtype=torch.long),
         relation_id=torch.tensor(relations, dtype=torch.long),
@@ -266,7 +268,7 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
     after = fast(model, some, None)["text object"].detach()
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, naive(model, some, None)["text object"], rtol=1e-10, atol=1e-10)
-    some = SimpleNamespace(**{**vars(some), "pixels": some.pixels.float()})
+    some = replace(some, pixels=some.pixels.float())
     model.float()
     with torch.autocast("cpu", torch.bfloat16):
         low = fast(model, some, None)["text object"]
@@ -333,9 +335,7 @@ def test_bad_input_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match="ids of level global: got some outside the vocabulary"):
         model(batch([-1], [0], [0]))
     with pytest.raises(ValueError, match=r"pixels: got 3 views, expected 1 \+ 1 \+ 2"):
-        some = batch([0], [0], [0])
-        some.relation_id = torch.tensor([0, 0])
-        model(some)
+        replace(batch([0], [0], [0]), relation_id=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="call set_vocabulary"):
         ScenarioCLIP(model.config)(batch([0], [0], [0]))
     with pytest.raises(TypeError, match="expected a list of strings"):

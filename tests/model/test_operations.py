@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from scenarioclip_fast.data import Batch
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
 from scenarioclip_fast.model.operations import batch_operations, peak_flops, step_operations
 
@@ -77,8 +75,9 @@ def test_torch_counts_the_same(freeze: str, stem: str) -> None:
     model = ScenarioCLIP(some)
     teacher = EMATeacher(model)
     model.set_vocabulary(Words())  # type: ignore[arg-type]
-    batch: Any = SimpleNamespace(
+    batch = Batch(
         pixels=torch.randn(7, 3, 16, 16),
+        keys=["a", "b"],
         action_id=torch.tensor([2, 0]),
         object_id=torch.tensor([0, 1, 1, 3]),
         relation_id=torch.tensor([1]),
