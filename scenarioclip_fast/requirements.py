@@ -20,6 +20,9 @@ OPTIONAL = {
     "yaml": ("pyyaml", "train", "reading configs"),
     "tqdm": ("tqdm", "train", "progress bars"),
     "matplotlib": ("matplotlib", "train", "plots and reports"),
+    "fsspec": ("fsspec", "remote", "reading shards that are not on this machine"),
+    "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
+    "pytest": ("pytest", "test", "running tests and benchmarks"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
 }
 

@@ -1,0 +1,142 @@
+"""Pictures of a record: bars per group, and the roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.bench.record import Part, Record, Result
+from scenarioclip_fast.bench.report import Roof, ceilings, fastest_of_ours, roofs, seconds, times
+from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
+from scenarioclip_fast.requirements import require
+
+OURS, OTHERS = "#2f6db5", "#b9c1ca"
+_MARKERS = "osD^vP*Xp<>hd8"
+
+
+def draw(record: Record, out: Path) -> dict[str, Path]:
+    """Draws a picture a part and the roofline into `out`; the title of the table that each belongs to -> its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {part.name: bars(part, out / f"{part.name}.png") for part in record.parts if part.results}
+    drawn = [roof for roof in roofs(record) if roof.floor is not None]
+    if drawn:
+        pictures["Roofline"] = roofline(drawn, record, out / "roofline.png")
+    return pictures
+
+
+def bars(part: Part, out: Path) -> Path:
+    """Medians with the spread of their samples, a panel per group."""
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    groups = part.groups()
+    with rc_context(STYLE):
+        heights = [0.75 + 0.27 * len(results) for results in groups.values()]
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+        for axes, (group, results) in zip(panels, groups.items(), strict=True):
+            _panel(axes, sorted(results, key=lambda r: r.median))
+            axes.set_title(group, fontsize=9.5)
+        figure.savefig(out, dpi=110)
+    return out
+
+
+def _panel(axes: Any, results: Sequence[Result]) -> None:
+    longest = max(max(r.samples) for r in results)
+    # Times that lie far apart are told apart by their lengths on a logarithmic axis only.
+    shortest = min(min(r.samples) for r in results)
+    log = longest > 30 * shortest
+    ours = fastest_of_ours(results)
+    for y, r in enumerate(results):
+        axes.barh(y, r.median, 0.66, color=OURS if r.ours else OTHERS, left=0)
+        axes.plot([min(r.samples), max(r.samples)], [y, y], color=INK, linewidth=1.2)
+        label = seconds(r.median)
+        if ours is not None and r is not ours:
+            label += f"   {times(r.median / ours.median)}"
+        axes.annotate(
+            label, (max(r.samples), y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+        )
+    if log:
+        axes.set_xscale("log")
+        axes.set_xlim(shortest / 3, longest * (longest / shortest) ** 0.3)
+    else:
+        axes.set_xlim(0, longest * 1.3)
+    axes.set_yticks(range(len(results)), [r.form for r in results], fontsize=8)
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(lambda value, _: seconds(value) if value > 0 else "0")
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+
+
+def roofline(drawn: Sequence[Roof], record: Record, out: Path) -> Path:
+    """Operations a second against operations a byte, under the measured ceilings."""
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    def intensity(r: Result) -> float:
+        return float(r.extra["operations"] / r.extra["bytes"])
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.2), layout="constrained")
+        axes = figure.subplots()
+        xs = [intensity(roof.result) for roof in drawn]
+        low, high = min(xs) / 3, max(*xs, 30) * 6
+        measured = ceilings(record)
+        styles = {"float32": "-", "tf32": "-.", "bfloat16": "--"}
+        for (kind, precision, device, threads), peak in measured.items():
+            copy = measured.get(("copy", "", device, threads))
+            if kind != "product" or copy is None:
+                continue
+            points = [low, peak / copy, high]
+            axes.plot(points, [min(copy * x, peak) for x in points], styles[precision], color=MUTED, linewidth=1.1)
+            where = "GPU" if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
+            axes.annotate(
+                f"{precision}, {where}",
+                (high, peak),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7.5,
+            )
+        colours = [*COLOURS.values(), "#7a5ba8", "#b3402e", "#2b8c8c"]
+        kernels = list(dict.fromkeys(_kernel(roof.result) for roof in drawn))
+        for i, roof in enumerate(drawn):
+            r = roof.result
+            share = 100 * (roof.floor or 0) / r.median
+            label = f"{r.group}: {r.form} ({share:.0f} %)"
+            colour = colours[kernels.index(_kernel(r)) % len(colours)]
+            marker = _MARKERS[i % len(_MARKERS)]
+            face = colour if r.ours else "none"
+            y = r.extra["operations"] / r.median
+            axes.scatter(intensity(r), y, 46, marker=marker, edgecolors=colour, facecolors=face, label=label, zorder=3)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        bottom = min(roof.result.extra["operations"] / roof.result.median for roof in drawn)
+        axes.set_ylim(bottom / 4, max(v for (kind, *_), v in measured.items() if kind == "product") * 2)
+        axes.set_xlim(low, high)
+        axes.set_xlabel("operations per byte that must move")
+        axes.set_ylabel("operations a second")
+        axes.yaxis.set_major_formatter(lambda value, _: _si(value))
+        axes.grid(color=GRID)
+        columns = 1 if len(drawn) <= 12 else 2
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=7.5, title="share of the ceiling in brackets")
+        figure.set_size_inches(10, 5.4 + 0.19 * math.ceil(len(drawn) / columns))
+        figure.savefig(out, dpi=110)
+    return out
+
+
+def _kernel(r: Result) -> str:
+    return r.group.partition(",")[0]
+
+
+def _si(value: float) -> str:
+    for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"

@@ -1,0 +1,197 @@
+"""Runs benchmark files, each in a process of its own, and leaves a record after each."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import scenarioclip_fast
+from scenarioclip_fast.bench import machine
+from scenarioclip_fast.bench.record import FILE, Absent, Part, Record, Result, read_record
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.progress import progress
+
+KINDS = ("kernels", "data", "step")
+_PREFIX = "bench_"
+# A benchmark file is one of a kernel unless it is named here.
+_KIND_OF = {"data": "data", "step": "step", "trainer": "step", "end_to_end": "step"}
+_POLL_S = 0.2
+_END_S = 10.0  # between asking a process to end and ending it
+
+
+def benchmark_files() -> dict[str, Path]:
+    """Name -> file of every benchmark of the checkout, ceilings first. Raises UserError outside of a checkout."""
+    folder = Path(scenarioclip_fast.__file__).parents[1] / "benchmarks"
+    if not folder.is_dir():
+        folder = Path.cwd() / "benchmarks"
+    files = {path.stem.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*.py")}
+    if not files:
+        raise UserError(
+            "bench: the benchmarks are not part of the installed package: run it in a checkout of scenarioclip-fast, "
+            "whose folder benchmarks/ holds them"
+        )
+    return dict(sorted(files.items(), key=lambda item: (item[0] != "ceilings", _kind(item[0]) != "kernels", item[0])))
+
+
+def _kind(name: str) -> str:
+    return _KIND_OF.get(name, "kernels")
+
+
+def chosen(what: Sequence[str]) -> dict[str, Path]:
+    """The files of these kinds and names; of all where none is given."""
+    files = benchmark_files()
+    for word in what:
+        if word not in (*KINDS, *files):
+            raise UserError(f"bench: got {word!r}, expected {', '.join(KINDS)}, or one of {', '.join(sorted(files))}")
+    return {name: path for name, path in files.items() if not what or name in what or _kind(name) in what}
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda" from those or "auto"."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: no GPU is visible to torch (see `scenarioclip-fast doctor`)")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: float | None = None) -> tuple[Record, Path]:
+    """Runs benchmarks, and leaves OUT/record.json after each file; returns the record and where it is.
+
+    Args:
+        what: kinds or names of files; empty for all.
+        out: "{date}" and "{device}" in it are filled in. A record of the same machine that is there already keeps
+            its other parts.
+        device: "auto", "cpu" or "cuda".
+        limit: seconds that each file may take; what it has measured by then counts.
+    """
+    files = chosen(what)
+    device = pick_device(device)
+    here = machine.describe(device)
+    out = filled_in(out, here)
+    record = Record(here)
+    if (out / FILE).is_file():
+        record = read_record(out)
+        if record.machine != here:
+            differing = [key for key in here if record.machine.get(key) != here[key]]
+            raise UserError(
+                f"--out {out}: holds a record of another machine ({', '.join(differing)}): name another directory, or "
+                "remove it"
+            )
+    for name, path in files.items():
+        part = _run_file(name, path, device, limit)
+        record = record.with_part(part)
+        record.write(out)
+        for absent in part.failed:
+            print(f"failed: {absent.name}: {absent.reason.splitlines()[0]}", file=sys.stderr)
+        if part.note:
+            print(f"{name}: {part.note}", file=sys.stderr)
+    return Record(record.machine, record.parts, out.resolve().name), out
+
+
+def filled_in(out: Path, here: dict[str, Any]) -> Path:
+    """`out` with {date} and {device} replaced."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in here["device"].lower()).split())
+    return Path(str(out).replace("{date}", f"{datetime.date.today()}").replace("{device}", slug))
+
+
+def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
+    root = path.parents[1]
+    command = ["pytest", str(path.relative_to(root)), "-m", "gpu" if device == "cuda" else "not gpu"]
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("SCENARIOCLIP_FAST_BENCH")]
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        variables.append(f"OMP_NUM_THREADS={threads}")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    before = machine.state(device)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        lines, log = Path(folder) / "lines.jsonl", Path(folder) / "log.txt"
+        lines.touch()
+        plugin = ["-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines), "-p", "no:cacheprovider"]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command, *plugin], cwd=root, stdout=output, stderr=subprocess.STDOUT
+            )
+            try:
+                rows = list(_watched(process, lines, name, limit))
+            finally:
+                _end(process)
+        seconds = time.monotonic() - begin
+        late = limit is not None and seconds >= limit
+        note = f"stopped after {limit:.0f} s, its limit: the rest was not measured" if late else ""
+        if not late and process.returncode not in (0, 1) and not any(row["outcome"] == "failed" for row in rows):
+            note = f"pytest ended with code {process.returncode}: " + log.read_text(errors="replace").strip()[-1000:]
+            # Not one benchmark for this device in the file: nothing went wrong.
+            note = "nothing for this device" if process.returncode == 5 else note
+    failed = {row["name"] for row in rows if row["outcome"] == "failed"}  # in its teardown, after it was timed
+    rows = [row for row in rows if row["outcome"] != "measured" or row["name"] not in failed]
+    of = {kind: [row for row in rows if row["outcome"] == kind] for kind in ("measured", "left out", "failed")}
+    keys = ("name", "group", "form", "samples", "clock", "extra", "took")
+    return Part(
+        name=name,
+        command=" ".join([*variables, shlex.join(command)]),
+        commit=machine.commit(root),
+        started=started,
+        seconds=round(seconds, 1),
+        exit=None if late else 0 if process.returncode == 5 else process.returncode,
+        before=before,
+        after=machine.state(device),
+        results=[Result(**{key: row[key] for key in keys}) for row in of["measured"]],
+        left_out=[Absent(row["name"], row["reason"]) for row in of["left out"]],
+        failed=[Absent(row["name"], row["reason"]) for row in of["failed"]],
+        note=note,
+    )
+
+
+def _watched(process: subprocess.Popen[bytes], lines: Path, name: str, limit: float | None) -> Iterator[dict[str, Any]]:
+    """The plugin's lines until the process ends, with progress."""
+    total = 0
+
+    def follow() -> Iterator[dict[str, Any]]:
+        nonlocal total
+        stop = None if limit is None else time.monotonic() + limit
+        with lines.open(encoding="utf-8") as source:
+            rest = ""
+            while True:
+                ended = process.poll() is not None
+                rest += source.read()
+                *whole, rest = rest.split("\n")
+                for row in map(json.loads, whole):
+                    if "total" in row:
+                        total = row["total"]
+                        continue
+                    yield row
+                if ended or (stop is not None and time.monotonic() > stop):
+                    return
+                time.sleep(_POLL_S)
+
+    rows = follow()
+    first = next(rows, None)  # by then the number of benchmarks is known
+    if first is None:
+        return
+
+    def again() -> Iterator[dict[str, Any]]:
+        yield first
+        yield from rows
+
+    yield from progress(again(), total=total or None, desc=f"bench {name}", unit="benchmarks")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
