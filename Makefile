@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
-EXTRAS := train,triton,dali,tensorboard,test,lint
+EXTRAS := train,eval,triton,dali,remote,tensorboard,test,lint
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
     parser = subparsers.add_parser("inspect", help="counts, histograms and sample views of a packed data set")
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a directory that `pack` wrote")
+    parser.add_argument("shards", metavar="SHARDS", help="a directory that `pack` wrote, or its URL")
     parser.add_argument(
         "--out", type=Path, default=Path("inspect"), metavar="DIR", help="for the PNGs (default inspect)"
     )

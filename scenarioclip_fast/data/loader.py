@@ -26,6 +26,7 @@ from torch import Tensor
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, make_decoder
 from scenarioclip_fast.data.order import Order
+from scenarioclip_fast.data.remote import CACHE_GIB, Closed
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
@@ -37,8 +38,11 @@ __all__ = ["Batch", "SceneLoader", "scene_loader"]
 
 # Bad scenes come in clusters: their share is judged over at least so many.
 _JUDGED_OVER = 256
+_REMOTE_READS = 32  # at a time
 # No scene's fault: these end the run.
-_FATAL = (MemoryError, ImportError)
+_FATAL = (MemoryError, ImportError, Closed)
+# After so long, what a thread waits for is taken away from it.
+_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class SceneLoader:
     batches meet them.
 
     Args:
-        shards: directory that `pack` wrote.
+        shards: directory that `pack` wrote, or its URL (see `ShardSet`).
         batch_size: scenes per batch of this rank.
         split: "train", "val" or "test".
         device: where batches are made and delivered.
@@ -123,6 +127,7 @@ class SceneLoader:
             the run.
         bad_samples: file to which each bad scene is appended as a line of JSON.
         cache_bytes: how much memory (of `device`) decoded images may fill, for data sets that are seen often.
+        shard_cache_dir, shard_cache_gib: where shards from a URL are kept on disk, and how much of it they may fill.
 
     Raises:
         UserError: no packed data set, an empty split, or fewer scenes than one global batch with `drop_last`.
@@ -155,12 +160,14 @@ class SceneLoader:
         max_bad_fraction: float = 0.1,
         bad_samples: str | Path | None = None,
         cache_bytes: int = 0,
+        shard_cache_dir: str | Path | None = None,
+        shard_cache_gib: float = CACHE_GIB,
     ) -> None:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: got {epochs}, expected at least 1, or None")
         if prefetch < 0:
             raise ValueError(f"prefetch: got {prefetch}, expected at least 0")
-        self.shards = ShardSet(shards, split)
+        self.shards = ShardSet(shards, split, shard_cache_dir=shard_cache_dir, shard_cache_gib=shard_cache_gib)
         self.order = Order(len(self.shards), batch_size, seed, rank, world_size, shuffle, drop_last)
         if len(self.order) == 0:
             raise UserError(
@@ -180,12 +187,15 @@ class SceneLoader:
         self._render = partial(render_views, size=size, blur=blur, dtype=dtype, memory_format=memory_format)
         self._threads = threads or min(16, os.cpu_count() or 1)
         self._decoder = make_decoder(decoder, self.device, threads=self._threads, max_pixels=max_pixels)
-        self._readers = ThreadPoolExecutor(self._threads, "read")
+        # What comes from afar is waited for, and costs no core.
+        self._reading = max(_REMOTE_READS, self._threads) if self.shards.is_remote else self._threads
+        self._readers = ThreadPoolExecutor(self._reading, "read")
         self._cache: dict[int, Tensor] = {}
         self._cache_left = cache_bytes
         on_gpu = self.device.type == "cuda"
         self._decoding, self._rendering = (torch.cuda.Stream(self.device) if on_gpu else None for _ in range(2))
         self._state = _State()
+        self._closed = False
         # Weak, so that an iteration that is left early ends, threads and all.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
 
@@ -225,6 +235,8 @@ class SceneLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the consumer's position on. One iteration at a time: a new one ends the one before."""
+        if self._closed:
+            raise RuntimeError("this loader has been closed; make a new one")
         self._end_iteration()
         iteration = self._deliver()
         self._iteration = weakref.ref(iteration)
@@ -236,6 +248,7 @@ class SceneLoader:
 
     def close(self) -> None:
         """Stops the threads and releases the decoder and the files. The loader cannot be used again."""
+        self._closed = True
         self._end_iteration()
         self._readers.shutdown(cancel_futures=True)
         self._decoder.close()
@@ -250,7 +263,7 @@ class SceneLoader:
 
     def _deliver(self) -> Generator[Batch, None, None]:
         steps = self._plan(self._state)
-        with _Prefetcher(steps, self.prefetch) if self.prefetch else nullcontext(steps) as source:
+        with _Prefetcher(steps, self.prefetch, self.shards.close) if self.prefetch else nullcontext(steps) as source:
             for step in source:
                 self._report(step)
                 batch = step.batch()
@@ -317,7 +330,7 @@ class SceneLoader:
 
     def _load(self, indices: list[int]) -> tuple[list[_Sample], list[BadSample]]:
         """Reads and decodes scenes."""
-        each = -(-len(indices) // self._threads)  # one task a thread: a task a scene would cost more than the reads
+        each = -(-len(indices) // self._reading)  # one task a thread: a task a scene would cost more than the reads
         parts = [indices[i : i + each] for i in range(0, len(indices), each)]
         samples, bad = _split(chain.from_iterable(self._readers.map(self._read, parts)))
         missing = [sample for sample in samples if sample.index not in self._cache]
@@ -405,17 +418,22 @@ class SceneLoader:
         with _finished_on(self._rendering), torch.no_grad():
             images = cast(list[Tensor], [sample.scene.image for sample in samples])
             pixels = self._render(images, views).to(self.device)
-            tensors = [torch.as_tensor(x, dtype=torch.int64).to(self.device) for x in index]
-        return Batch(pixels, [sample.scene.key for sample in samples], *tensors)
+            host = tuple(torch.as_tensor(x, dtype=torch.int64) for x in index)
+            tensors = [t.to(self.device) for t in host]
+        return Batch(pixels, [sample.scene.key for sample in samples], *tensors, host=host)
 
 
 scene_loader = SceneLoader
 
 
 class _Prefetcher:
-    """Runs `steps` in a thread, and the batch of each in another, at most `depth` finished ones ahead."""
+    """Runs `steps` in a thread, and the batch of each in another, at most `depth` finished ones ahead.
 
-    def __init__(self, steps: Iterator[_Step], depth: int) -> None:
+    `interrupt` makes reads fail that still wait for a server when nobody wants them any more.
+    """
+
+    def __init__(self, steps: Iterator[_Step], depth: int, interrupt: Callable[[], None]) -> None:
+        self._interrupt = interrupt
         self._ready: queue.Queue[_Step | BaseException | None] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._renderer = ThreadPoolExecutor(1, "render")
@@ -460,7 +478,10 @@ class _Prefetcher:
         self._stopped.set()
         while not self._ready.empty():  # makes room for a thread that waits to put its last item
             self._ready.get_nowait()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
+        if self._thread.is_alive():
+            self._interrupt()
+            self._thread.join()
         self._renderer.shutdown(cancel_futures=True)
 
 

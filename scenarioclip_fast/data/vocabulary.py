@@ -122,9 +122,14 @@ class Vocabulary:
             raise UserError(f"{path}: no such file; `scenarioclip-fast pack` writes it") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable vocabulary ({error})") from None
+        return cls.from_json(record, str(path))
+
+    @classmethod
+    def from_json(cls, record: Any, where: str) -> Vocabulary:
+        """The inverse of `to_json`. UserError, which says `where`, for anything else."""
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
+            raise UserError(f"{where}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
         try:
             counts = {
                 level: dict(zip(record[level]["texts"], record[level]["train_counts"], strict=True)) for level in LEVELS
@@ -133,11 +138,11 @@ class Vocabulary:
             actions, objects, relations = (record[level]["texts"] for level in LEVELS)
             vocabulary = cls(actions, objects, relations, counts)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: malformed vocabulary ({type(error).__name__}: {error})") from None
+            raise UserError(f"{where}: malformed vocabulary ({type(error).__name__}: {error})") from None
         if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):
-            raise UserError(f"{path}: the texts are not sorted and distinct; pack the data set again")
+            raise UserError(f"{where}: the texts are not sorted and distinct; pack the data set again")
         if any(len(tokens[level]) != len(vocabulary._texts[level]) for level in LEVELS):
-            raise UserError(f"{path}: not one token list per text; pack the data set again")
+            raise UserError(f"{where}: not one token list per text; pack the data set again")
         vocabulary._tokens = tokens
         return vocabulary
 

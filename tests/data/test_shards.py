@@ -101,6 +101,11 @@ def test_unusable_directories(packed: Path, tmp_path: Path) -> None:
             ShardSet(directory, split)
 
 
+def manifest_of(name: str, sha256: str = "0" * 64, size: int = 2048) -> str:
+    shard = {"name": name, "sha256": sha256, "bytes": size}
+    return json.dumps({"schema": 1, "splits": {"train": {"shards": [shard]}}})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -108,16 +113,15 @@ def test_unusable_directories(packed: Path, tmp_path: Path) -> None:
         ("manifest.json", '{"schema": 2}', "got schema 2, expected 1"),
         ("manifest.json", '{"schema": 1}', "malformed index"),
         ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
-        (
-            "manifest.json",
-            '{"schema": 1, "splits": {"train": {"shards": [{"name": "../x.tar"}]}}}',
-            "leads out of the directory",
-        ),
+        ("manifest.json", manifest_of("../x.tar"), "leads out of the directory"),
+        ("manifest.json", manifest_of("x.tar", sha256="../x"), "x.tar has no SHA-256"),
+        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a lies outside of its shard"),
     ],
 )
 def test_malformed_files(packed: Path, name: str, content: str, message: str) -> None:
     (packed / name).write_text(content)
-    if "leads" in message:
-        (packed / "index.json").write_text('{"schema": 1, "shards": {"../x.tar": []}}')
+    if "x.tar" in content:
+        shards = {"x.tar": [["a", 512, 500, 1024, 1024]], "../x.tar": []}
+        (packed / "index.json").write_text(json.dumps({"schema": 1, "shards": shards}))
     with pytest.raises(UserError, match=message):
         ShardSet(packed)

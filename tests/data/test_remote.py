@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scenarioclip_fast.data import Scene, SceneLoader, SceneObject, ShardSet, pack, scene_loader
+from scenarioclip_fast.data import remote as remote_module
+from scenarioclip_fast.data.remote import ShardCache, Store
+from scenarioclip_fast.errors import MissingDependencyError, UserError
+
+pytest.importorskip("fsspec", reason="fsspec is not installed")
+
+SCENES, SHARD = 24, 4
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of four small scenes."""
+    folder = tmp_path_factory.mktemp("remote") / "pack"
+    pack([make_scene(i) for i in range(SCENES)], folder, shard_size=SHARD, val=0, test=0, progress=False)
+    return folder
+
+
+def make_scene(i: int) -> Scene:
+    pixels = torch.randint(0, 255, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+    return Scene(f"s{i:04d}", pixels, "resting", [SceneObject("box", (4.0, 4.0, 30.0, 24.0))])
+
+
+def shards_of(folder: Path) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = json.loads((folder / "manifest.json").read_text())["splits"]["train"]["shards"]
+    return shards
+
+
+class Server:
+    """Serves a directory over HTTP with byte ranges.
+
+    `fault(name, count)` says what becomes of the count-th request of a file: "" (served), "error", "cut" (in the middle
+    of the answer), "silent", "gone" or "all" (the range is ignored).
+    """
+
+    def __init__(self, folder: Path, fault: Callable[[str, int], str]) -> None:
+        self.requests: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()  # of them, those for whole files
+        self.silence = threading.Event()
+        counting = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(handler) -> None:
+                path = folder / handler.path.strip("/")
+                with counting:
+                    self.requests[path.name] += 1
+                    how = fault(path.name, self.requests[path.name])
+                if how == "silent":
+                    self.silence.wait(30)
+                if how == "error":
+                    return handler.send_error(503)
+                if how == "gone" or not path.is_file():
+                    return handler.send_error(404)
+                data = path.read_bytes()
+                start, end = 0, len(data)
+                if (asked := handler.headers.get("Range")) and how != "all":
+                    start, end = (int(x) for x in asked.removeprefix("bytes=").split("-"))
+                    if start >= len(data):
+                        return handler.send_error(416)
+                    end = min(end + 1, len(data))
+                    handler.send_response(206)
+                    handler.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+                else:
+                    handler.send_response(200)
+                self.whole[path.name] += end - start == len(data)
+                handler.send_header("Content-Length", str(end - start))
+                handler.end_headers()
+                handler.wfile.write(data[start : (start + end) // 2 if how == "cut" else end])
+                if how == "cut":
+                    handler.close_connection = True
+
+            def log_message(handler, *_: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.silence.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@contextmanager
+def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, count: "") -> Iterator[Server]:
+    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp to read from a server")
+    server = Server(folder, fault)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "pause", 0.02)
+    monkeypatch.setattr(remote_module, "_LOOK_AGAIN_S", 0.05)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def load(source: str | Path, cache: Path, batch_size: int = 5, **options: Any) -> SceneLoader:
+    options = {"size": 16, "seed": 1, "epochs": 1, "drop_last": False, "threads": 1, **options}
+    return scene_loader(source, batch_size, shard_cache_dir=cache, **options)
+
+
+def keys_of(loader: SceneLoader) -> list[str]:
+    with loader:
+        return [key for batch in loader for key in batch.keys]
+
+
+def cached(cache: Path, suffix: str = ".tar") -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.suffix == suffix)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
+    give_up = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < give_up, "has not come to pass"
+        time.sleep(0.01)
+
+
+@contextmanager
+def source(kind: str, packed: Path) -> Iterator[str]:
+    if kind == "memory":
+        import fsspec
+
+        fsspec.filesystem("memory").put(str(packed), "/bucket/scenes", recursive=True)
+        yield "memory://bucket/scenes"
+    elif kind == "file":
+        yield packed.as_uri()
+    else:
+        with serving(packed) as server:
+            yield server.url
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "http"])
+def test_batches_from_afar_are_those_from_here(packed: Path, cache: Path, kind: str) -> None:
+    with source(kind, packed) as url, load(packed, cache, epochs=2) as here, load(url, cache, epochs=2) as there:
+        for x, y in zip(here, there, strict=True):
+            assert x.keys == y.keys and torch.equal(x.pixels, y.pixels)
+            assert all(torch.equal(a, b) for a, b in zip(x.tensors, y.tensors, strict=True))
+        assert there.vocabulary == here.vocabulary
+        wait_for(lambda: len(cached(cache)) == SCENES // SHARD)
+    contents = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stem for path in cached(cache)}
+    assert contents == {shard["sha256"]: shard["sha256"] for shard in shards_of(packed)}
+    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".tar") == ["lock"]
+
+
+def test_what_is_cached_is_not_asked_for_again(packed: Path, cache: Path) -> None:
+    with serving(packed) as server:
+        with load(server.url, cache) as first:
+            next(iter(first))
+            wait_for(lambda: len(cached(cache)) == 6)
+        server.requests.clear()
+        assert len(set(keys_of(load(server.url, cache)))) == SCENES
+        assert set(server.requests) == {"manifest.json", "index.json", "vocabulary.json"}
+
+
+def failing_at_first(name: str, count: int) -> str:
+    return ("error", "cut", "")[min(count - 1, 2)]
+
+
+def test_passing_failures_and_cut_transfers_cost_nothing_but_time(packed: Path, cache: Path) -> None:
+    with serving(packed, failing_at_first) as server:
+        loader = load(server.url, cache)
+        assert sorted(keys_of(loader)) == sorted(ShardSet(packed).keys)
+        assert not loader.bad
+        assert all(server.requests[shard["name"]] >= 3 for shard in shards_of(packed))
+
+
+@pytest.mark.parametrize("room", [0.0, 0.5, 1.5])
+def test_a_cache_that_is_too_small_is_neither_overrun_nor_churned(packed: Path, cache: Path, room: float) -> None:
+    size = max(shard["bytes"] for shard in shards_of(packed))
+    with serving(packed) as server, load(server.url, cache, shard_cache_gib=room * size / 2**30, epochs=3) as loader:
+        keys, most = Counter[str](), 0
+        for batch in loader:
+            keys.update(batch.keys)
+            most = max(most, sum(path.stat().st_size for suffix in (".tar", ".part") for path in cached(cache, suffix)))
+        wait_for(lambda: len(cached(cache)) == int(room))
+        assert most <= room * size
+        assert sum(server.whole[shard["name"]] for shard in shards_of(packed)) == int(room)
+    assert set(keys.values()) == {3} and len(keys) == SCENES
+
+
+def test_two_processes_share_a_cache_and_fetch_each_shard_once(packed: Path, cache: Path) -> None:
+    code = (
+        "import sys, time; from scenarioclip_fast.data import scene_loader\n"
+        "loader = scene_loader(sys.argv[1], 2, size=16, threads=1, epochs=1, rank=int(sys.argv[3]), world_size=2,\n"
+        "                      drop_last=False, shard_cache_dir=sys.argv[2])\n"
+        "keys = [key for batch in loader for key in batch.keys]\n"
+        "from pathlib import Path\n"
+        "while len(list(Path(sys.argv[2]).glob('*.tar'))) < 6: time.sleep(0.05)\n"
+        "loader.close(); print(*keys)"
+    )
+    with serving(packed) as server:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, server.url, str(cache), rank], stdout=subprocess.PIPE, text=True
+            )
+            for rank in "01"
+        ]
+        out = [rank.communicate(timeout=120)[0].split() for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0]
+        assert [server.whole[shard["name"]] for shard in shards_of(packed)] == [1] * 6
+    assert sorted(out[0] + out[1]) == sorted(ShardSet(packed).keys)
+    assert not cached(cache, ".part") and not cached(cache, ".claims")
+
+
+@pytest.mark.parametrize("how", ["gone", "error", "silent"])
+def test_a_shard_that_cannot_be_had_costs_its_scenes_and_no_more(
+    packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(Store, "timeout", 0.3)
+    lost = shards_of(packed)[2]["name"]
+    with serving(packed, lambda name, count: how if name == lost else "") as server:
+        loader = load(server.url, cache, max_bad_fraction=0.5, bad_samples=tmp_path / "bad.jsonl")
+        seen = keys_of(loader)
+    assert sorted(seen) == sorted(set(ShardSet(packed).keys) - set(ShardSet(packed).keys[2 * SHARD : 3 * SHARD]))
+    assert loader.bad == {"unreadable_shard": SHARD}
+    details = {json.loads(line)["detail"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()}
+    assert all(lost in detail for detail in details)
+    if how != "gone":
+        assert any("not reachable" in detail for detail in details)
+
+
+def test_what_has_been_given_up_fails_at_once_until_it_is_asked_again(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = True
+    with serving(packed, lambda name, count: "error" if down else "") as server:
+        store = Store(server.url)
+        with pytest.raises(OSError, match=r"not reachable in 4 attempts: .*503"):
+            store.read("train-000000.tar", 0, 10)
+        with pytest.raises(OSError, match="the next attempt is at most 60 s away"):
+            store.read("train-000000.tar", 0, 10)
+        with pytest.raises(OSError, match="in 1 attempts"):  # the whole server seems to be down
+            store.read("train-000001.tar", 0, 10)
+        assert server.requests == {"train-000000.tar": 4, "train-000001.tar": 1}
+        down = False
+        assert len(store.read("train-000002.tar", 0, 10)) == 10
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 61)
+        assert len(store.read("train-000000.tar", 0, 10)) == 10
+
+
+def test_a_server_without_ranges_is_named(packed: Path) -> None:
+    with serving(packed, lambda name, count: "all") as server, pytest.raises(OSError, match="must support ranges"):
+        Store(server.url).read("train-000000.tar", 10, 20)
+
+
+def test_a_shard_with_a_wrong_checksum_is_not_kept_and_its_sound_scenes_are_used(
+    packed: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = shutil.copytree(packed, tmp_path / "damaged")
+    index = json.loads((damaged / "index.json").read_text())["shards"]
+    corrupt, short = (damaged / shard["name"] for shard in shards_of(packed)[:2])
+    content = bytearray(corrupt.read_bytes())
+    content[index[corrupt.name][1][1]] ^= 0xFF  # the first byte of a JPEG
+    corrupt.write_bytes(content)
+    os.truncate(short, index[short.name][3][1])  # before the last of its scenes
+    lost = {index[corrupt.name][1][0]: "not_an_image", index[short.name][3][0]: "short_shard"}
+    with serving(damaged) as server, caplog.at_level(logging.WARNING):
+        loader = load(server.url, cache, max_bad_fraction=0.5)
+        with loader:
+            keys = [key for batch in loader for key in batch.keys]
+            wait_for(lambda: caplog.text.count("its checksum is not the manifest's") == 2)
+            wait_for(lambda: len(cached(cache)) == 4)
+    assert sorted(keys) == sorted(set(ShardSet(packed).keys) - lost.keys())
+    assert loader.bad == Counter(lost.values())
+    assert not {path.stem for path in cached(cache)} & {shard["sha256"] for shard in shards_of(packed)[:2]}
+
+
+def test_closing_does_not_wait_for_a_silent_server(packed: Path, cache: Path) -> None:
+    scenes: list[str] = []
+
+    def silent_from_the_fourth_batch_on(name: str, count: int) -> str:
+        scenes.extend([name] * name.endswith("tar"))
+        return "silent" if len(scenes) > 6 else ""
+
+    with serving(packed, silent_from_the_fourth_batch_on) as server:
+        loader = load(server.url, cache, batch_size=2, shard_cache_gib=0, prefetch=1)
+        batches = iter(loader)
+        next(batches)
+        next(batches)
+        wait_for(lambda: len(scenes) > 6)
+        start = time.monotonic()
+        loader.close()
+        assert time.monotonic() - start < 5  # the time limit of an attempt is 30 s
+        loader.close()
+        with pytest.raises(RuntimeError, match="has been closed"):
+            iter(loader)
+
+
+def put(cache: ShardCache, content: bytes) -> str | None:
+    digest = hashlib.sha256(content).hexdigest()
+    descriptor = cache.reserve(digest, len(content))
+    if descriptor is None:
+        return None
+    os.pwrite(descriptor, content, 0)
+    cache.commit(digest, descriptor)
+    return digest
+
+
+def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> None:
+    first = ShardCache(cache, 300)
+    names = [put(first, bytes([i]) * 100) for i in range(3)]
+    assert put(first, b"x" * 100) is None, "all are in use"
+    first.close()
+    for age, i in ((30, 1), (20, 0), (10, 2)):
+        os.utime(cache / f"{names[i]}.tar", (time.time() - age,) * 2)
+    second, third = ShardCache(cache, 300), ShardCache(cache, 300)
+    assert second.claim([str(names[1]), "missing"]) == {names[1]}
+    newest = put(third, b"y" * 100)
+    assert {path.stem for path in cached(cache)} == {names[1], names[2], newest}
+    assert put(third, b"z" * 250) is None, "and nothing is evicted in vain"
+    assert len(cached(cache)) == 3
+    second.close()
+    third.close()
+    smaller = ShardCache(cache, 100)
+    assert smaller.claim([]) == set()
+    assert [path.stem for path in cached(cache)] == [newest]
+    smaller.close()
+    smaller.close()
+
+
+def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from scenarioclip_fast.data.remote import ShardCache\n"
+        "cache = ShardCache(Path(sys.argv[1]), 300)\n"
+        "fd = cache.reserve('a' * 64, 100); cache.commit('a' * 64, fd)\n"
+        "fd = cache.reserve('b' * 64, 200)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(cache)], check=False, timeout=60).returncode == -9
+    assert len(cached(cache, ".part")) == len(cached(cache, ".claims")) == 1
+    after = ShardCache(cache, 300)
+    assert put(after, b"c" * 200) is not None
+    assert [path.stem for path in cached(cache, ".tar") if path.stem == "a" * 64], "the part was enough"
+    assert put(after, b"d" * 100) is not None
+    assert not cached(cache, ".part") and len(cached(cache, ".claims")) == 1 and len(cached(cache)) == 2
+    again = ShardCache(cache, 300)
+    descriptor = again.reserve("e" * 64, 0)
+    assert descriptor is not None
+    with pytest.raises(BlockingIOError):
+        after.reserve("e" * 64, 0)
+    again.drop("e" * 64, descriptor)
+    again.close()
+    after.close()
+
+
+def test_copies_read_too(packed: Path, cache: Path) -> None:
+    shards = ShardSet(packed.as_uri(), shard_cache_dir=cache)
+    copy = pickle.loads(pickle.dumps(shards))
+    assert [copy.read(i).key for i in range(SCENES)] == shards.keys
+    copy.close()
+    assert copy.read(3).key == shards.keys[3], "a closed set starts again"
+    copy.close()
+    shards.close()
+
+
+def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="nope://x: not a URL that fsspec can open"):
+        ShardSet("nope://x")
+    with pytest.raises(UserError, match=r"memory://nothing/manifest.json: no such file; is this what"):
+        ShardSet("memory://nothing")
+    with serving(packed) as server:
+        gone = server.url
+    with pytest.raises(UserError, match=r"manifest.json: not readable \(not reachable in 4 attempts: .*onnect"):
+        ShardSet(gone)
+    with pytest.raises(UserError, match="shard_cache_gib: got -1, expected at least 0"):
+        ShardSet(packed.as_uri(), shard_cache_gib=-1)
+    changed = shutil.copytree(packed, tmp_path / "changed")
+    (changed / "vocabulary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"vocabulary.json: its checksum is not the manifest's"):
+        _ = ShardSet(changed.as_uri()).vocabulary
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot hold the cache of shards"):
+        ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage needs one more .*s3fs"):
+        ShardSet("s3://bucket/dir")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'scenarioclip-fast\[remote\]'"):
+        ShardSet("s3://bucket/dir")
