@@ -31,7 +31,8 @@ from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 SCALE = 1 / 0.07
 LEVELS = (128, 700, 350)  # global, object and relation rows of a batch of 128 scenes
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ROWS = {"cpu": (1024,), "cuda": (8192, 32768)}
+ROWS = {"cpu": (1024,), "cuda": (8192, 32768, 65536)}
+LARGEST = 262144
 ALL_ROWS = {
     "cpu": (128, 256, 512, 1024, 2048, 4096),
     "cuda": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144),
@@ -245,6 +246,27 @@ def test_four_products(benchmark: Any, device: str, rows: int, width: int) -> No
     benchmark.extra_info.update(form="four bare products", phase=phase, rows=rows, width=width, device=device)
     benchmark.group = f"contrastive, {phase}, {rows} x {rows} x {width}, {device}"
     benchmark.pedantic(synchronized(run, device), **rounds(device, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", WIDTHS)
+def test_largest(benchmark: Any, width: int) -> None:
+    """As many rows as a whole cluster's batch, for the memory. Ours alone: the others would take minutes."""
+    skip_without("ours: triton", "cuda", LARGEST)
+    leaves = features(LARGEST, width, "cuda")
+
+    def both() -> list[Tensor | None]:
+        return differentiated(contrastive_loss(*leaves, backend="triton"), leaves)
+
+    benchmark.extra_info.update(
+        form="ours: triton", phase="forward + backward", rows=LARGEST, width=width, device="cuda"
+    )
+    benchmark.extra_info.update(checked("ours: triton", both(), exact(LARGEST, width, "cuda"), leaves[0].dtype))
+    exact.cache_clear()
+    gradients = sum(t.nbytes for t in leaves) / 2**20
+    benchmark.extra_info["MiB above inputs and gradients"] = round((peak_memory(both, "cuda") or 0) - gradients, 1)
+    benchmark.group = f"contrastive, forward + backward, {LARGEST} x {LARGEST} x {width}, cuda"
+    benchmark.pedantic(synchronized(both, "cuda"), rounds=3, warmup_rounds=0)
 
 
 def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:

@@ -200,6 +200,8 @@ def test_clip_loss_is_open_clips() -> None:
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
         torch.testing.assert_close(ClipLoss()(*leaves, output_dict=True), {"contrastive_loss": wanted})
+        every_option = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)  # on one rank: no difference
+        torch.testing.assert_close(every_option(*leaves), wanted)
     with pytest.raises(RuntimeError, match="init_process_group"):
         ClipLoss(world_size=2)(*leaves)
 

@@ -2,7 +2,8 @@
 
 Two custom ops do the work for all levels at once: `contrastive_forward` gives row and column log-sums and the
 positive logits, `contrastive_backward` turns gradients of those three into gradients of features and scale. The
-loss is plain torch on top, and collectives stay outside the ops.
+loss is plain torch on top, and collectives stay outside the ops. Triton on one process has two small ops more,
+`contrastive_counts` and `contrastive_means`: plain torch launches some fifty kernels for what two can do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +64,7 @@ def contrastive_loss(
             so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
             process with all rows, logit_scale's included.
         deterministic: True asks for sums in a fixed order. Every backend keeps one at no cost, whatever is asked:
-            none uses atomics.
+            nothing but integers is added by atomics.
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -72,15 +74,15 @@ def contrastive_loss(
         ValueError, TypeError: arguments that do not fit together, before anything runs. The ranges of text_index
             and logit_scale are checked at once on the CPU alone, as a look at a GPU's values would wait for it.
             With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them itself: a device-side assertion that names the
-            argument, at the cost of a few launches. Without it an index still stops the device, with torch's own
-            assertion, and the Triton backend turns a scale that is not positive into NaN.
+            argument, at the cost of a few launches. Without it the Triton backend makes the loss NaN where a scale
+            is not positive or an index is out of range.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'none'")
     if reduction == "none" and duplicates != "negatives":
         raise ValueError(f"reduction='none' goes only with duplicates='negatives', got {duplicates!r}: use 'mean'")
     level = _Level(image, text, logit_scale, text_index, text_id)
-    return _losses([level], duplicates, reduction, group, backend)[0]
+    return _losses([level], duplicates, reduction, group, backend).squeeze(0)
 
 
 def log_sums(
@@ -127,7 +129,7 @@ def multilevel_contrastive_loss(
     indices = text_indices if text_indices is not None else [None] * count
     ids = text_ids if text_ids is not None else [None] * count
     levels = [_Level(*level) for level in zip(images, texts, logit_scales, indices, ids, strict=True)]
-    return torch.stack(_losses(levels, duplicates, "mean", group, backend))
+    return _losses(levels, duplicates, "mean", group, backend)
 
 
 def spread_dot_product_loss(
@@ -138,7 +140,7 @@ def spread_dot_product_loss(
 ) -> Tensor:  # []
     """`contrastive_loss` over a group with row i and text i belonging together, features taken as they come."""
     level = _Level(image, text, logit_scale, None, None)
-    return _losses([level], "negatives", "mean", group, "auto", normalize=False)[0]
+    return _losses([level], "negatives", "mean", group, "auto", normalize=False).squeeze(0)
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,13 @@ def _losses(
     group: ProcessGroup | None,
     backend: str,
     normalize: bool = True,
-) -> list[Tensor]:
+) -> Tensor:  # [levels], or [1, N] for reduction="none"
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
     name = _checked_backend(levels, backend)
     levels = _prepared(levels)
+    if group is None and reduction == "mean" and name == "triton":
+        return _fused_means(levels, duplicates, normalize)
     if group is None:
         levels = [_counted(level, duplicates) for level in levels]
     else:
@@ -177,7 +181,7 @@ def _losses(
         if group is not None:
             columns = [collectives.combine_columns(columns[0], columns[0].new_empty(0), group)[0]]
         own = columns[0] if levels[0].index is None else columns[0][levels[0].index]
-        return [((rows[0] + own) / 2 - positives[0]).to(dtype)]
+        return ((rows[0] + own) / 2 - positives[0]).to(dtype)[None]
     sums = [
         row.sum() / max(level.rows, 1) - (positive * beta).sum()
         for level, row, positive, beta in zip(levels, rows, positives, betas, strict=True)
@@ -185,11 +189,26 @@ def _losses(
     if group is not None:
         packed, totals = collectives.combine_columns(torch.cat(columns), torch.stack(sums), group)
         columns, sums = list(packed.split([len(c) for c in columns])), list(totals.unbind())
-    return [
+    losses = [
         # A text without rows has no weight, and its log-sum is -inf where there are no rows at all: 0 * -inf is not 0.
-        ((total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2).to(dtype)
+        (total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2
         for total, column, kappa in zip(sums, columns, kappas, strict=True)
     ]
+    return torch.stack(losses).to(dtype)
+
+
+def _fused_means(levels: list[_Level], duplicates: str, normalize: bool) -> Tensor:  # [levels]
+    """The mean losses of one process in few launches."""
+    positives = duplicates == "positives"
+    levels = [_merged(level) if positives else level for level in levels]
+    n, u = _lengths(levels)
+    index, weight, count = _joined_indices(levels), _joined_weights(levels), None
+    if index is not None:
+        count = contrastive_counts(index, n, u)
+        weight = weight if positives else count
+    sums = contrastive_forward(*_features(levels), index, weight, normalize, "triton")
+    losses, _ = contrastive_means(*sums, count, index, n, u, positives)
+    return losses
 
 
 def _checked_backend(levels: list[_Level], backend: str) -> str:
@@ -303,20 +322,23 @@ def _prepared(levels: list[_Level]) -> list[_Level]:
     ]
 
 
+def _merged(level: _Level) -> _Level:
+    """Texts of equal id as one: by renaming. Those after the first of an id stay, without rows and without weight, so
+    that no size depends on the data."""
+    if level.id is None:
+        return level
+    first = _first_of(level.id)
+    index = first if level.index is None else first[level.index]
+    return replace(level, index=index, weight=(first == _arange(level.text)).to(torch.float32))
+
+
 def _counted(level: _Level, duplicates: str) -> _Level:
-    level = replace(level, rows=len(level.image))
-    if duplicates == "positives" and level.id is not None:
-        # Merged by renaming: the texts after the first of an id stay, without rows and without weight, so that no size
-        # depends on the data.
-        own = _arange(level.text)
-        first = _first_of(level.id)
-        index = first if level.index is None else first[level.index]
-        weight = (first == own).to(torch.float32)
-        return replace(level, index=index, count=_count(index, level.text), weight=weight)
+    level = replace(_merged(level) if duplicates == "positives" else level, rows=len(level.image))
     if level.index is None:
         return level
     count = _count(level.index, level.text)
-    return replace(level, count=count, weight=count.to(torch.float32) if duplicates == "negatives" else None)
+    weight = count.to(torch.float32) if duplicates == "negatives" else level.weight
+    return replace(level, count=count, weight=weight)
 
 
 def _first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
@@ -372,23 +394,41 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
 
 def _log_sums(levels: list[_Level], backend: str, normalize: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Row log-sums, column log-sums and positive logits of each level."""
-    indices: list[Tensor] = []
-    if any(level.index is not None for level in levels):
-        indices = [_arange(level.image) if level.index is None else level.index for level in levels]
-    weights: list[Tensor] = []
-    if any(level.weight is not None for level in levels):
-        weights = [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
-    rows, columns, positives = contrastive_forward(
+    index, weight = _joined_indices(levels), _joined_weights(levels)
+    rows, columns, positives = contrastive_forward(*_features(levels), index, weight, normalize, backend)
+    n, u = _lengths(levels)
+    return list(rows.split(n)), list(columns.split(u)), list(positives.split(n))
+
+
+def _features(levels: list[_Level]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    return (
         [level.image for level in levels],
         [level.text for level in levels],
         torch.stack([level.scale for level in levels]),
-        indices,
-        weights,
-        normalize,
-        backend,
     )
-    n, u = [len(level.image) for level in levels], [len(level.text) for level in levels]
-    return list(rows.split(n)), list(columns.split(u)), list(positives.split(n))
+
+
+def _lengths(levels: list[_Level]) -> tuple[list[int], list[int]]:
+    return [level.image.shape[0] for level in levels], [level.text.shape[0] for level in levels]
+
+
+def _joined_indices(levels: list[_Level]) -> Tensor | None:  # [sum N]
+    if all(level.index is None for level in levels):
+        return None
+    return _joined([_arange(level.image) if level.index is None else level.index for level in levels])
+
+
+def _joined_weights(levels: list[_Level]) -> Tensor | None:  # [sum U]
+    if all(level.weight is None for level in levels):
+        return None
+    return _joined(
+        [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # A contiguous one: kernels step through it by ones.
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def _arange(x: Tensor) -> Tensor:
@@ -400,19 +440,18 @@ def contrastive_forward(
     image: Sequence[Tensor],  # levels x [N_l, D_l], one dtype
     text: Sequence[Tensor],  # levels x [U_l, D_l]
     scale: Tensor,  # [levels]
-    index: Sequence[Tensor],  # levels x [N_l] int64, or none: row i has text i
-    weight: Sequence[Tensor],  # levels x [U_l] float32, or none: ones
+    index: Tensor | None,  # [sum N_l] int64: the text of each row, counted in its level; None: row i has text i
+    weight: Tensor | None,  # [sum U_l] float32 or int32; None: ones
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], all float64
     with torch.autocast(scale.device.type, enabled=False):
         if backend == "triton":
-            from scenarioclip_fast.kernels.contrastive import contrastive_triton
-
-            return contrastive_triton.forward(image, text, scale, index, weight, normalize)
+            return _triton().forward(image, text, scale, index, weight, normalize)
+        n, u = [len(x) for x in image], [len(y) for y in text]
         parts = [
             _LOOPED[backend].forward(*level, normalize)
-            for level in zip(image, text, scale, *_per_level(len(image), index, weight), strict=True)
+            for level in zip(image, text, scale, _per_level(index, n), _per_level(weight, u), strict=True)
         ]
     rows, columns, positives = (torch.cat(part) for part in zip(*parts, strict=True))
     return rows, columns, positives
@@ -423,8 +462,8 @@ def _(
     image: Sequence[Tensor],
     text: Sequence[Tensor],
     scale: Tensor,
-    index: Sequence[Tensor],
-    weight: Sequence[Tensor],
+    index: Tensor | None,
+    weight: Tensor | None,
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -437,11 +476,10 @@ def contrastive_backward(
     image: Sequence[Tensor],  # levels x [N_l, D_l]
     text: Sequence[Tensor],  # levels x [U_l, D_l]
     scale: Tensor,  # [levels]
-    index: Sequence[Tensor],  # levels x [N_l], or none
-    weight: Sequence[Tensor],  # levels x [U_l], or none
+    index: Tensor | None,  # [sum N_l]
+    weight: Tensor | None,  # [sum U_l]
     row_lse: Tensor,  # [sum N_l]
     col_lse: Tensor,  # [sum U_l]
-    positive: Tensor,  # [sum N_l]
     grad_row: Tensor,  # [sum N_l]
     grad_col: Tensor,  # [sum U_l]
     grad_positive: Tensor,  # [sum N_l]
@@ -451,29 +489,15 @@ def contrastive_backward(
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # d_image, d_text (empty tensors where not needed), d_scale [levels]
     with torch.autocast(scale.device.type, enabled=False):
+        sums, grads = (row_lse, col_lse), (grad_row, grad_col, grad_positive)
         if backend == "triton":
-            from scenarioclip_fast.kernels.contrastive import contrastive_triton
-
-            return contrastive_triton.backward(
-                image,
-                text,
-                scale,
-                index,
-                weight,
-                (row_lse, col_lse, positive),
-                (grad_row, grad_col, grad_positive),
-                normalize,
-                need_image,
-                need_text,
-            )
+            return _triton().backward(image, text, scale, index, weight, sums, grads, normalize, need_image, need_text)
         n, u = [len(x) for x in image], [len(y) for y in text]
-        sums = zip(row_lse.split(n), col_lse.split(u), strict=True)
-        grads = zip(grad_row.split(n), grad_col.split(u), grad_positive.split(n), strict=True)
+        levels = zip(image, text, scale, _per_level(index, n), _per_level(weight, u), strict=True)
+        vectors = (v.split(size) for v, size in zip((*sums, *grads), (n, u, n, u, n), strict=True))
         parts = [
-            _LOOPED[backend].backward(*level, *s, *g, normalize, need_image, need_text)
-            for level, s, g in zip(
-                zip(image, text, scale, *_per_level(len(image), index, weight), strict=True), sums, grads, strict=True
-            )
+            _LOOPED[backend].backward(*level, *each, normalize, need_image, need_text)
+            for level, each in zip(levels, zip(*vectors, strict=True), strict=True)
         ]
     d_image, d_text, d_scale = zip(*parts, strict=True)
     return list(d_image), list(d_text), torch.stack(d_scale)
@@ -484,11 +508,10 @@ def _(
     image: Sequence[Tensor],
     text: Sequence[Tensor],
     scale: Tensor,
-    index: Sequence[Tensor],
-    weight: Sequence[Tensor],
+    index: Tensor | None,
+    weight: Tensor | None,
     row_lse: Tensor,
     col_lse: Tensor,
-    positive: Tensor,
     grad_row: Tensor,
     grad_col: Tensor,
     grad_positive: Tensor,
@@ -501,45 +524,38 @@ def _(
     return d_image, [y.new_empty(y.shape if need_text else 0) for y in text], torch.empty_like(scale)
 
 
-def _per_level(levels: int, *lists: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
-    return [given or [None] * levels for given in lists]
+def _triton() -> ModuleType:
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    return contrastive_triton
+
+
+def _per_level(joined: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if joined is None else joined.split(sizes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     image, text, scale, index, weight, ctx.normalize, ctx.backend = inputs
-    ctx.lengths = [len(part) for part in (image, text, index, weight)]
-    ctx.save_for_backward(*image, *text, *index, *weight, scale, *output)
+    ctx.levels = len(image)
+    ctx.save_for_backward(*image, *text, scale, index, weight, *output[:2])
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    image, text, index, weight = ([next(saved) for _ in range(length)] for length in ctx.lengths)
-    scale, row_lse, col_lse, positive = saved
+    levels = ctx.levels
+    image, text = ctx.saved_tensors[:levels], ctx.saved_tensors[levels : 2 * levels]
     need_image, need_text = (any(ctx.needs_input_grad[k]) for k in (0, 1))
     d_image, d_text, d_scale = contrastive_backward(
         image,
         text,
-        scale,
-        index,
-        weight,
-        row_lse,
-        col_lse,
-        positive,
+        *ctx.saved_tensors[2 * levels :],
         *(grad.contiguous() for grad in grads),
         ctx.normalize,
         need_image,
         need_text,
         ctx.backend,
     )
-    nothing = [[None] * ctx.lengths[k] for k in (2, 3)]
-    return (
-        d_image if need_image else [None] * len(image),
-        d_text if need_text else [None] * len(text),
-        d_scale,
-        *nothing,
-        None,
-        None,
-    )
+    nothing = [None] * levels
+    return d_image if need_image else nothing, d_text if need_text else nothing, d_scale, None, None, None, None
 
 
 contrastive_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -550,3 +566,88 @@ def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 
 contrastive_backward.register_autograd(_refuse)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_counts", mutates_args=())
+def contrastive_counts(
+    index: Tensor,  # [sum N_l] int64
+    rows: Sequence[int],
+    texts: Sequence[int],
+) -> Tensor:  # [sum U_l] int32: the rows of each text
+    counts: Tensor = _triton().counts(index, rows, texts)
+    return counts
+
+
+@contrastive_counts.register_fake
+def _(index: Tensor, rows: Sequence[int], texts: Sequence[int]) -> Tensor:
+    return index.new_empty(sum(texts), dtype=torch.int32)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_means", mutates_args=())
+def contrastive_means(
+    row_lse: Tensor,  # [sum N_l]
+    col_lse: Tensor,  # [sum U_l]
+    positive: Tensor,  # [sum N_l]
+    count: Tensor | None,  # [sum U_l] int32; None: one row each
+    index: Tensor | None,  # [sum N_l]
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+) -> tuple[Tensor, Tensor]:  # losses [levels] float32, texts that have rows [levels] float64
+    return tuple(_triton().means(row_lse, col_lse, positive, count, index, rows, texts, positives))
+
+
+@contrastive_means.register_fake
+def _(
+    row_lse: Tensor,
+    col_lse: Tensor,
+    positive: Tensor,
+    count: Tensor | None,
+    index: Tensor | None,
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+) -> tuple[Tensor, Tensor]:
+    return row_lse.new_empty(len(rows), dtype=torch.float32), row_lse.new_empty(len(rows))
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_means_backward", mutates_args=())
+def contrastive_means_backward(
+    grad: Tensor,  # [levels]
+    used: Tensor,  # [levels]
+    count: Tensor | None,  # [sum U_l]
+    index: Tensor | None,  # [sum N_l]
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # of row_lse, col_lse and positive
+    return tuple(_triton().means_backward(grad, used, count, index, rows, texts, positives))
+
+
+@contrastive_means_backward.register_fake
+def _(
+    grad: Tensor,
+    used: Tensor,
+    count: Tensor | None,
+    index: Tensor | None,
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_rows = used.new_empty(sum(rows))
+    return of_rows, used.new_empty(sum(texts)), torch.empty_like(of_rows)
+
+
+def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *_, count, index, ctx.rows, ctx.texts, ctx.positives = inputs
+    ctx.save_for_backward(output[1], count, index)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _means_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    used, count, index = ctx.saved_tensors
+    grads = contrastive_means_backward(grad, used, count, index, ctx.rows, ctx.texts, ctx.positives)
+    return *grads, None, None, None, None, None
+
+
+contrastive_means.register_autograd(_means_backward, setup_context=_setup_means)

@@ -415,9 +415,9 @@ def test_opcheck(backend: str) -> None:
     image, text, scale, index = (t.clone() for t in make(6, 4, 5, 3.0))
     leaves = [t.requires_grad_() for t in (image, text, scale)]
     weight = torch.rand(4) + 0.5
-    sample = ([leaves[0]], [leaves[1]], leaves[2][None], [index], [weight], True, backend)
+    sample = ([leaves[0]], [leaves[1]], leaves[2][None], index, weight, True, backend)
     torch.library.opcheck(contrastive_forward, sample)
-    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), [], [], True, backend)
+    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), None, None, True, backend)
     torch.library.opcheck(contrastive_forward, sample)
 
 
@@ -553,18 +553,21 @@ def test_assertions_on_the_device_name_the_argument(change: dict[str, Any], mess
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_index_out_of_range_on_a_gpu(check: str) -> None:
-    """In a process of its own, which the assertion ends; under the flag it names the argument."""
+    """In a process of its own, which under the flag ends by an assertion that names the argument; without, NaN."""
     code = """
 import torch
 from scenarioclip_fast.ops import contrastive_loss
 x = torch.ones(4, 64, device="cuda")
-contrastive_loss(x, x, 10.0, text_index=torch.tensor([0, 1, 2, 4], device="cuda"))
-torch.cuda.synchronize()
+loss = contrastive_loss(x, x, 10.0, text_index=torch.tensor([0, 1, 2, 4], device="cuda"))
+print(loss.item())
 """
     environment = {**os.environ, contrastive.CHECK: check}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "device-side assert" in done.stderr
-    assert ("text_index: got a value outside 0 to 3" in done.stderr + done.stdout) == (check == "1")
+    if check == "0":
+        assert done.returncode == 0 and done.stdout.strip() == "nan", done.stderr
+    else:
+        assert done.returncode != 0 and "device-side assert" in done.stderr
+        assert "text_index: got a value outside 0 to 3" in done.stderr + done.stdout
 
 
 @pytest.mark.gpu
@@ -600,6 +603,26 @@ def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
     wanted = both([t.requires_grad_() if t.is_floating_point() else t for t in other])
     assert len(found) == 1 + len(leaves)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)  # the same kernels, sums in a fixed order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_launches_of_three_levels() -> None:
+    """At a batch's sizes the launches are the cost. Ours: 18; beside them the sum over the levels and its gradient."""
+    cases = [[t.cuda() for t in make(n, u, 512, 14.3)] for n, u in ((128, 128), (700, 250), (350, 340))]
+    images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
+    leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
+
+    def both() -> None:
+        losses = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend="triton")
+        torch.autograd.grad(losses.sum(), leaves)
+
+    both()  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        both()
+        torch.cuda.synchronize()
+    launched = {event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0}
+    assert sum(launched.values()) <= 24, launched
 
 
 def test_bad_levels() -> None:
@@ -640,6 +663,9 @@ for dtype in (torch.bfloat16, torch.float16):
 t.check_features_as_they_come("triton")
 t.test_nan_in_a_text_without_rows("triton", n=20)
 t.check_scale_not_positive()
+t.check_index_out_of_range()
+t.check_five_levels()
+t.check_small_ops()
 print("checked")
 """
     done = subprocess.run(
@@ -656,10 +682,10 @@ def check_chunks() -> None:
     """A level too large for the grouped launches, forward and backward by chunks of its rows."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
-    before = {name: getattr(contrastive_triton, name) for name in ("GROUPED", "FORWARD_ROWS", "CHUNK_ROWS")}
-    for name, value in zip(before, (100, 128, 128), strict=True):
+    before = {name: getattr(contrastive_triton, name) for name in ("GROUPED", "FORWARD_ROWS", "BLOCK_BYTES")}
+    for name, value in zip(before, (100, 128, 128 * 128 * 4), strict=True):
         setattr(contrastive_triton, name, value)
-    for n, u in ((140, 20), (130, 130)):
+    for n, u in ((140, 20), (130, 130), (140, 135)):
         image, text, scale, index = make(n, u, 16, 20.0)
         given = {} if n == u else {"text_index": index}
         own = torch.arange(n) if n == u else index
@@ -668,8 +694,37 @@ def check_chunks() -> None:
             lambda x, y, s, own=own: reference.naive_loss(x, y[own], s),
             (image, text, scale),
         )
+        for frozen in (image, text):  # one product alone
+            leaves = [t.clone().requires_grad_(t is not frozen) for t in (image, text, scale)]
+            learning = [t for t in leaves if t.requires_grad]
+            found = torch.autograd.grad(run(*leaves, "triton", **given), learning)
+            torch.testing.assert_close(found, torch.autograd.grad(run(*leaves, "cpu", **given), learning))
     for name, value in before.items():
         setattr(contrastive_triton, name, value)
+
+
+def check_small_ops() -> None:
+    index, count = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([2, 1, 2], dtype=torch.int32)
+    torch.library.opcheck(contrastive.contrastive_counts, (index, [3, 2], [2, 1]))
+    sums = [torch.rand(n, dtype=torch.float64).requires_grad_() for n in (5, 3, 5)]
+    for given in ((count, index), (None, None)):
+        texts = [2, 1] if given[0] is not None else [3, 0]
+        torch.library.opcheck(contrastive.contrastive_means, (*sums, *given, [3, 2], texts, True))
+
+
+def check_five_levels() -> None:
+    """More than share a launch, some through chunks of levels of other sizes; duplicates of both kinds."""
+    cases = [make(n, u, 8, 10.0, seed=n) for n, u in ((3, 2), (5, 5), (0, 0), (7, 1), (9, 4))]
+    images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
+    leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
+    for duplicates in ("negatives", "positives"):
+        results = []
+        for backend in ("triton", "cpu"):
+            losses = multilevel_contrastive_loss(
+                images, texts, scales, text_indices=indices, duplicates=duplicates, backend=backend
+            )
+            results.append([losses, *torch.autograd.grad(losses @ torch.arange(1.0, 6.0), leaves)])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def check_texts_without_weight(backend: str) -> None:
@@ -681,13 +736,25 @@ def check_texts_without_weight(backend: str) -> None:
     )
 
 
+def check_index_out_of_range() -> None:
+    """The interpreter's device is the CPU, where the index is looked at before: hence the ops themselves."""
+    image, text, scale, _ = make(5, 5, 16, 10.0)
+    for bad in (5, -1):
+        index = torch.tensor([0, 1, 2, 3, bad])
+        count = contrastive.contrastive_counts(index, [5], [5])
+        assert count.tolist() == [1, 1, 1, 1, 0]
+        sums = contrastive_forward([image], [text], scale[None], index, count, True, "triton")
+        for positives in (False, True):
+            assert contrastive.contrastive_means(*sums, count, index, [5], [5], positives)[0].isnan().all()
+
+
 def check_scale_not_positive() -> None:
     """On a GPU nobody has looked at its value before the kernels do."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     image, text, _, _ = make(5, 5, 16, 1.0)
     for s in (-3.0, 0.0, torch.nan):
-        row, column, _ = contrastive_triton.forward([image], [text], torch.tensor([s]), [], [], True)
+        row, column, _ = contrastive_triton.forward([image], [text], torch.tensor([s]), None, None, True)
         assert row.isnan().all() and column.isnan().all()
 
 

@@ -1,0 +1,748 @@
+"""The contrastive softmax on the device: what contrastive_triton.py launches.
+
+Up to LEVELS levels share a launch; k-numbered arguments belong to level k, and buffers hold the levels one after the
+other. Logits are in base 2, k2 = scale * log2(e).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (a kernel's arguments have no Python types; comments give their shapes)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEVELS = 4  # in one launch; the kernels name the sizes of each
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp2 flushes below 2^-126. Where the largest possible logit, k2, is above 100 it is moved to 100: a row then loses
+# terms only below a cosine of -0.57 (at scale 100), and 2^27 terms are finite. Smaller scales need no offset, and
+# would lose digits to one. Sums outside [LOW, HIGH] are done again with a running maximum.
+HEADROOM = tl.constexpr(100.0)
+LOW = tl.constexpr(2.0**-100)
+HIGH = tl.constexpr(2.0**127)
+# Log-sums of one tile closer together than this share one exponential in the backward pass.
+SPREAD = tl.constexpr(60.0)
+
+_SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
+
+
+@triton.jit
+def _pick(level, a0, a1, a2, a3):
+    return tl.where(level == 0, a0, tl.where(level == 1, a1, tl.where(level == 2, a2, a3)))
+
+
+@triton.jit
+def _before(level, a0, a1, a2):
+    return tl.where(level > 0, a0, 0) + tl.where(level > 1, a1, 0) + tl.where(level > 2, a2, 0)
+
+
+@triton.jit
+def _locate(pid, b0, b1, b2, b3):
+    """The level that block pid belongs to when level k has b_k blocks, and its number there."""
+    level = (pid >= b0).to(tl.int32) + (pid >= b0 + b1).to(tl.int32) + (pid >= b0 + b1 + b2).to(tl.int32)
+    return level, pid - _before(level, b0, b1, b2)
+
+
+@triton.jit
+def _dot_tile(
+    x,  # [sum N, WIDTH] pointer, or a descriptor with TMA
+    y,  # [sum U, WIDTH]
+    row,
+    column,
+    row_end,
+    column_end,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x y^T of one tile. Entries past the ends are of other rows: finite where the features are, and to be masked."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    if TMA:
+        for k in range(0, WIDTH, BK):
+            acc = tl.dot(x.load([row, k]), y.load([column, k]).T, acc, input_precision=PRECISION)
+    else:
+        rows = tl.minimum(row + tl.arange(0, BM), row_end - 1).to(tl.int64)
+        columns = tl.minimum(column + tl.arange(0, BN), column_end - 1).to(tl.int64)
+        inner = tl.arange(0, BK)
+        a = x + rows[:, None] * WIDTH + inner[None, :]
+        b = y + columns[None, :] * WIDTH + inner[:, None]
+        for k in range(0, WIDTH, BK):
+            acc = tl.dot(tl.load(a + k), tl.load(b + k), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexpr):
+    """Which tile of which level: level, its sizes, where its rows and texts begin, block row and block column."""
+    level, tile = _locate(
+        pid,
+        tl.cdiv(n0, BM) * tl.cdiv(u0, BN),
+        tl.cdiv(n1, BM) * tl.cdiv(u1, BN),
+        tl.cdiv(n2, BM) * tl.cdiv(u2, BN),
+        tl.cdiv(n3, BM) * tl.cdiv(u3, BN),
+    )
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    # Eight block rows at a time, so that neighbours in time share operands in the L2 cache.
+    high, wide = tl.cdiv(n, BM), tl.cdiv(u, BN)
+    first = tile // (8 * wide) * 8
+    height = tl.minimum(high - first, 8)
+    inside = tile % (8 * wide)
+    return (
+        level,
+        n,
+        u,
+        _before(level, n0, n1, n2),
+        _before(level, u0, u1, u2),
+        first + inside % height,
+        inside // height,
+    )
+
+
+@triton.jit
+def _own_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constexpr):
+    """The column of each row's positive, counted from start. `shift`: what lies in front of the block at hand, of
+    texts if there is an index, of texts less rows if there is none."""
+    if HAS_INDEX:
+        return (tl.load(index + row + rows, mask=mask, other=-1) - shift - start).to(tl.int32)
+    else:
+        return rows - shift - start
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def unit_rows(
+    a0,  # [n_k, D] features of each level
+    a1,
+    a2,
+    a3,
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,  # row strides
+    u1,
+    u2,
+    u3,
+    unit,  # [sum N, WIDTH] out
+    inverse,  # [sum N] out: one over the length
+    positive,  # [sum N] out: NaN, which stays where an index is out of range
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    POSITIVE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    level, row = _locate(pid, n0, n1, n2, n3)
+    features = a0
+    if level == 1:
+        features = a1
+    if level == 2:
+        features = a2
+    if level == 3:
+        features = a3
+    d = tl.arange(0, BLOCK_D)
+    stride = _pick(level, u0, u1, u2, u3)
+    x = tl.load(features + row.to(tl.int64) * stride + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = 1.0
+    if NORMALIZE:
+        # By the largest entry first: squares of large or tiny float32 features leave the range.
+        largest = tl.max(tl.abs(x), 0)
+        shrunk = tl.where(largest > 0, x / largest, x)
+        length = largest * tl.sqrt(tl.sum(shrunk * shrunk, 0))
+        scale = 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
+    tl.store(unit + pid.to(tl.int64) * WIDTH + d, x * scale, mask=d < WIDTH)
+    tl.store(inverse + pid, scale)
+    if POSITIVE:
+        tl.store(positive + pid, float("nan"))
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, "shift", "rows_total", "columns_total"],
+    do_not_specialize_on_alignment=["index", "weight"],
+)
+def tile_sums(
+    x,  # [sum N, WIDTH]
+    y,  # [sum U, WIDTH]
+    scale,  # [levels]
+    index,  # [sum N] int64
+    weight,  # [sum U] numbers or counts
+    row_parts,  # [block columns, sum N] out
+    column_parts,  # [block rows, sum U] out
+    positive,  # [sum N] out: cosine of each row's own text
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    shift,
+    rows_total,
+    columns_total,
+    WIDTH: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    level, n, u, row, column, i, j = _tile(tl.program_id(0), n0, n1, n2, n3, u0, u1, u2, u3, BM, BN)
+    acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
+    rows, columns = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
+    in_rows, in_columns = rows < n, columns < u
+    # From this accumulator: from another one it may exceed the log-sum that it is part of.
+    own = _own_column(index, row, rows, j * BN, shift, in_rows, HAS_INDEX)
+    mine = in_rows & (own >= 0) & (own < tl.minimum(u - j * BN, BN))
+    if tl.max(mine.to(tl.int32), 0) > 0:
+        at = tl.arange(0, BN)[None, :] == own[:, None]
+        tl.store(positive + row + rows, tl.sum(tl.where(at, acc, 0.0), 1), mask=mine)
+    k2 = tl.load(scale + level) * LOG2E
+    e = tl.exp2(acc * k2 - tl.maximum(k2 - HEADROOM, 0.0))
+    w = in_columns.to(tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(weight + column + columns, mask=in_columns, other=0).to(tl.float32)
+    tl.store(row_parts + j.to(tl.int64) * rows_total + row + rows, tl.sum(e * w[None, :], 1), mask=in_rows)
+    if (i + 1) * BM > n:
+        e = tl.where(in_rows[:, None], e, 0.0)
+    tl.store(column_parts + i.to(tl.int64) * columns_total + column + columns, tl.sum(e, 0), mask=in_columns)
+
+
+@triton.jit
+def _log_sums(
+    pid,
+    parts,  # [count, total]
+    a,  # [sum N_a, WIDTH] rows to sum over
+    b,  # [sum N_b, WIDTH]
+    weight,  # [sum N_b]
+    scale,
+    cosine,  # [sum N_a] of the positives
+    positive,  # [sum N_a] float64
+    out,  # [sum N_a] float64
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    total,
+    count,
+    WIDTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    rows = i * BM + tl.arange(0, BM)
+    in_rows = rows < n
+    k2 = tl.load(scale + level) * LOG2E
+    total_sum = tl.zeros([BM], tl.float32)
+    at = parts + row + rows
+    for _ in range(0, tl.minimum(count, tl.cdiv(u, TILE))):
+        total_sum += tl.load(at, mask=in_rows, other=1.0)
+        at += total
+    log_sum = tl.log2(total_sum.to(tl.float64)) + tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
+    fine = (total_sum >= LOW) & (total_sum <= HIGH) | (rows >= n)
+    if tl.min(fine.to(tl.int32), 0) == 0:
+        top = tl.full([BM], float("-inf"), tl.float32)
+        terms = tl.zeros([BM], tl.float32)
+        for start in range(0, u, BM):
+            acc = _dot_tile(
+                a, b, row + i * BM, column + start, row + n, column + u, WIDTH, BM, BM, BK, False, PRECISION
+            )
+            columns = start + tl.arange(0, BM)
+            w = (columns < u).to(tl.float32)
+            if HAS_WEIGHT:
+                w = tl.load(weight + column + columns, mask=columns < u, other=0).to(tl.float32)
+            # A text without weight leaves no trace, unless it is NaN.
+            logits = tl.where((w > 0)[None, :] | (acc != acc), acc * k2, float("-inf"))
+            higher = tl.maximum(top, tl.max(logits, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            terms = terms * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]) * w[None, :], 1)
+            top = higher
+        again = tl.log2(terms.to(tl.float64)) + top.to(tl.float64)
+        log_sum = tl.where(fine, log_sum, again)
+    # Nobody on the host has looked at the scale: one that is not positive must not give a plausible number.
+    tl.store(out + row + rows, tl.where(k2 > 0, log_sum * LN2, float("nan")), mask=in_rows)
+    if POSITIVE:
+        own = tl.load(cosine + row + rows, mask=in_rows, other=0.0).to(tl.float64)
+        tl.store(positive + row + rows, own * (k2.to(tl.float64) * LN2), mask=in_rows)
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, "rows_total", "columns_total", "row_count", "column_count", "row_blocks"],
+    do_not_specialize_on_alignment=["weight"],
+)
+def log_sums(
+    x,  # [sum N, WIDTH]
+    y,  # [sum U, WIDTH]
+    scale,  # [levels]
+    weight,  # [sum U]
+    row_parts,  # [row_count, sum N]
+    column_parts,  # [column_count, sum U]
+    cosine,  # [sum N] of the positives
+    row_lse,  # [sum N] float64 out
+    column_lse,  # [sum U] float64 out
+    positive,  # [sum N] float64 out
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    rows_total,
+    columns_total,
+    row_count,
+    column_count,
+    row_blocks,  # programs that do rows; the rest do columns
+    WIDTH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the tiles' partial sums and takes logarithms; blocks whose sums left the range are summed again, slowly."""
+    pid = tl.program_id(0)
+    if pid < row_blocks:
+        _log_sums(
+            pid, row_parts, x, y, weight, scale, cosine, positive, row_lse,
+            n0, n1, n2, n3, u0, u1, u2, u3, rows_total, row_count,
+            WIDTH, HAS_WEIGHT, True, COLUMN_TILE, BM, BK, PRECISION,
+        )  # fmt: skip
+    else:
+        _log_sums(
+            pid - row_blocks, column_parts, y, x, weight, scale, cosine, positive, column_lse,
+            u0, u1, u2, u3, n0, n1, n2, n3, columns_total, column_count,
+            WIDTH, False, False, ROW_TILE, BM, BK, PRECISION,
+        )  # fmt: skip
+
+
+# Slices of whole buffers come in here: their alignment must not compile the kernel again.
+@triton.jit(
+    do_not_specialize=["n", "u"],
+    do_not_specialize_on_alignment=["row_lse", "column_lse", "grad_row", "grad_column"],
+)
+def factors(
+    row_lse,  # [N] float64
+    column_lse,  # [U] float64
+    grad_row,  # [N] float64
+    grad_column,  # [U] float64
+    row_log,  # [N] out: row_lse in base 2, rounded to float32
+    column_log,  # [U] out
+    row_factor,  # [N] out: grad_row, with what the rounding lost
+    column_factor,  # [U] out
+    n,
+    u,
+    BM: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(n, BM)
+    log_sum, grad, log_out, factor_out, size = row_lse, grad_row, row_log, row_factor, n
+    if pid >= blocks:
+        log_sum, grad, log_out, factor_out, size = column_lse, grad_column, column_log, column_factor, u
+        pid -= blocks
+    i = pid.to(tl.int64) * BM + tl.arange(0, BM)
+    exact = tl.load(log_sum + i, mask=i < size, other=0.0) * LOG2E
+    rounded = exact.to(tl.float32)
+    rest = tl.exp2((rounded.to(tl.float64) - exact).to(tl.float32))
+    tl.store(log_out + i, rounded, mask=i < size)
+    tl.store(factor_out + i, tl.load(grad + i, mask=i < size, other=0.0).to(tl.float32) * rest, mask=i < size)
+
+
+@triton.jit
+def _gradient(
+    cosine,  # [BM, BN]
+    k2,
+    r,  # [BM] log-sums of the rows
+    a,  # [BM] their factors
+    own,  # [BM] column of each row's positive, in this tile or not
+    column_log,  # [sum U]
+    weight,  # [sum U]
+    column_factor,  # [sum U]
+    grad_positive,  # [BM] pointers
+    column,
+    start,
+    u,
+    HAS_WEIGHT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dS of one tile: a_i w_u exp2(S - r_i) + b_u exp2(S - c_u), and the positives' own gradient."""
+    at = column + tl.minimum(start + tl.arange(0, BN), u - 1)
+    c, b = tl.load(column_log + at), tl.load(column_factor + at)
+    w = tl.full([BN], 1.0, tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(weight + at).to(tl.float32)
+    middle = tl.maximum(tl.max(r, 0), tl.max(c, 0))
+    lowest = tl.minimum(tl.min(r, 0), tl.min(c, 0))
+    if middle - lowest < SPREAD:
+        # One exponential for both softmaxes. No logit exceeds its column's log-sum, so that none overflows, and what
+        # underflows is below 2^(SPREAD - 126) of its sum.
+        a *= tl.exp2(middle - r)
+        b *= tl.exp2(middle - c)
+        out = tl.exp2(cosine * k2 - middle) * (a[:, None] * w[None, :] + b[None, :])
+    else:
+        logits = cosine * k2
+        # A text without weight may exceed the row's log-sum without bound.
+        by_row = tl.exp2(tl.where((w > 0)[None, :], logits - r[:, None], 0.0)) * a[:, None] * w[None, :]
+        out = by_row + tl.exp2(logits - c[None, :]) * b[None, :]
+    mine = (own >= 0) & (own < BN)
+    if tl.max(mine.to(tl.int32), 0) > 0:
+        positive = tl.load(grad_positive, mask=mine, other=0.0).to(tl.float32)
+        out += tl.where(tl.arange(0, BN)[None, :] == own[:, None], positive[:, None], 0.0)
+    return out
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, "shift"],
+    do_not_specialize_on_alignment=["index", "weight", "grad_positive"],
+)
+def tile_gradients(
+    x,  # [sum N, WIDTH]
+    y,  # [sum U, WIDTH]
+    scale,  # [levels]
+    index,  # [sum N] int64
+    weight,  # [sum U]
+    row_log,  # [sum N]
+    column_log,  # [sum U]
+    row_factor,  # [sum N]
+    column_factor,  # [sum U]
+    grad_positive,  # [sum N] float64
+    grad,  # levels x [n_l, u_l, both rounded up to tiles] out, one after the other
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    shift,
+    WIDTH: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    level, n, u, row, column, i, j = _tile(tl.program_id(0), n0, n1, n2, n3, u0, u1, u2, u3, BM, BN)
+    acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
+    rows = i * BM + tl.arange(0, BM)
+    at_rows = row + tl.minimum(rows, n - 1)
+    r, a = tl.load(row_log + at_rows), tl.load(row_factor + at_rows)
+    own = tl.where(rows < n, _own_column(index, row, rows, j * BN, shift, rows < n, HAS_INDEX), -1)
+    k2 = tl.load(scale + level) * LOG2E
+    # Whole tiles: what lies past the ends is never read, and a mask costs registers.
+    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM, BN)
+    out = grad + base + (i * BM).to(tl.int64) * stride + j * BN
+    out = out + tl.arange(0, BM).to(tl.int64)[:, None] * stride + tl.arange(0, BN // 2)[None, :]
+    # Half the columns at a time: what each column brings along would not fit in registers beside a whole tile.
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+    first = _gradient(
+        left, k2, r, a, own, column_log, weight, column_factor, grad_positive + row + rows,
+        column, j * BN, u, HAS_WEIGHT, BN // 2,
+    )  # fmt: skip
+    tl.store(out, first.to(grad.dtype.element_ty))
+    second = _gradient(
+        right, k2, r, a, own - BN // 2, column_log, weight, column_factor, grad_positive + row + rows,
+        column, j * BN + BN // 2, u, HAS_WEIGHT, BN // 2,
+    )  # fmt: skip
+    tl.store(out + BN // 2, second.to(grad.dtype.element_ty))
+
+
+@triton.jit
+def _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM: tl.constexpr, BN: tl.constexpr):
+    """Where dS of a level begins, and the distance of its rows."""
+    base = _before(
+        level,
+        (tl.cdiv(n0, BM) * BM).to(tl.int64) * (tl.cdiv(u0, BN) * BN),
+        (tl.cdiv(n1, BM) * BM).to(tl.int64) * (tl.cdiv(u1, BN) * BN),
+        (tl.cdiv(n2, BM) * BM).to(tl.int64) * (tl.cdiv(u2, BN) * BN),
+    )
+    return base, tl.cdiv(u, BN) * BN
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def products(
+    grad,  # levels x [n_l, u_l, both rounded up to tiles]
+    x,  # [sum N, WIDTH]
+    y,  # [sum U, WIDTH]
+    d_x,  # [sum N, WIDTH] out: dS y
+    d_y,  # [sum U, WIDTH] out: dS^T x
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    WIDTH: tl.constexpr,
+    FIRST_SIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both products of all levels; program ids are block of rows, block of columns, side."""
+    pid = tl.program_id(0)
+    side = tl.program_id(2) + FIRST_SIDE
+    by_row = side == 0
+    level, i = _locate(
+        pid,
+        tl.cdiv(tl.where(by_row, n0, u0), BM),
+        tl.cdiv(tl.where(by_row, n1, u1), BM),
+        tl.cdiv(tl.where(by_row, n2, u2), BM),
+        tl.cdiv(tl.where(by_row, n3, u3), BM),
+    )
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, TILE, TILE)
+    high, deep, step, inner_step = n, u, stride, 1
+    first, first_inner = row, column
+    other, out = y, d_x
+    if side == 1:
+        high, deep, step, inner_step = u, n, 1, stride
+        first, first_inner = column, row
+        other, out = x, d_y
+    rows, columns, inner = i * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    if i * BM < high:
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, deep, BK):
+            ks = k + inner
+            a = tl.load(
+                grad + base + rows.to(tl.int64)[:, None] * step + ks.to(tl.int64)[None, :] * inner_step,
+                mask=(rows < high)[:, None] & (ks < deep)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                other + (first_inner + ks).to(tl.int64)[:, None] * WIDTH + columns[None, :],
+                mask=(ks < deep)[:, None] & (columns < WIDTH)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        at = out + (first + rows).to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        tl.store(at, acc, mask=(rows < high)[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def finish_rows(
+    a0,  # [n_k, D] features of each level
+    a1,
+    a2,
+    a3,
+    o0,  # [n_k, D] out: gradients
+    o1,
+    o2,
+    o3,
+    inverse,  # [sum N]
+    d_unit,  # [sum N, WIDTH] gradient of the unit row, before the scale
+    scale,  # [levels]
+    along,  # [sum N] out: unit row . d_unit, whose sum is the gradient of the scale
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,  # row strides
+    u1,
+    u2,
+    u3,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    level, row = _locate(pid, n0, n1, n2, n3)
+    features, out = a0, o0
+    if level == 1:
+        features, out = a1, o1
+    if level == 2:
+        features, out = a2, o2
+    if level == 3:
+        features, out = a3, o3
+    d = tl.arange(0, BLOCK_D)
+    stride = _pick(level, u0, u1, u2, u3)
+    inv = tl.load(inverse + pid)
+    x = tl.load(features + row.to(tl.int64) * stride + d, mask=d < D, other=0.0).to(tl.float32) * inv
+    g = tl.load(d_unit + pid.to(tl.int64) * WIDTH + d, mask=d < D, other=0.0)
+    dot = tl.sum(x * g, 0)
+    tl.store(along + pid, dot)
+    if NORMALIZE:
+        g = (g - x * dot) * inv
+    g *= tl.load(scale + level)
+    tl.store(out + row.to(tl.int64) * D + d, g.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
+def sum_levels(along, out, n0, n1, n2, n3, BM: tl.constexpr):
+    """along [sum N] -> out [levels]: the sum of each level's rows."""
+    level = tl.program_id(0)
+    first, n = _before(level, n0, n1, n2), _pick(level, n0, n1, n2, n3)
+    total = tl.zeros([BM], tl.float32)
+    for i in range(0, n, BM):
+        at = i + tl.arange(0, BM)
+        total += tl.load(along + first + at, mask=at < n, other=0.0)
+    tl.store(out + level, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["index"])
+def count_rows(
+    index,  # [sum N] int64
+    count,  # [sum U] int32, zeros: out: rows of each text
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    BM: tl.constexpr,
+):
+    level, i = _locate(tl.program_id(0), tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    rows = i * BM + tl.arange(0, BM)
+    text = tl.load(index + _before(level, n0, n1, n2) + rows, mask=rows < n, other=-1)
+    # Integers: their sum does not depend on the order.
+    at = count + _before(level, u0, u1, u2) + text
+    tl.atomic_add(at, tl.full([BM], 1, tl.int32), mask=(text >= 0) & (text < u), sem="relaxed")
+
+
+@triton.jit
+def _counts_of(count, index, column, u, at, mask):
+    """How many rows share the text of each row; an index out of range, whose row is NaN anyway, reads nothing."""
+    text = tl.load(index + at, mask=mask, other=0)
+    return tl.load(count + column + text, mask=mask & (text >= 0) & (text < u), other=1).to(tl.float64)
+
+
+@triton.jit(
+    do_not_specialize=_SIZES,
+    do_not_specialize_on_alignment=["row_lse", "column_lse", "positive", "count", "index"],
+)
+def mean_losses(
+    row_lse,  # [sum N] float64
+    column_lse,  # [sum U] float64
+    positive,  # [sum N] float64
+    count,  # [sum U] int32
+    index,  # [sum N] int64
+    loss,  # [levels] float32 out
+    used,  # [levels] float64 out: texts that have rows
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    HAS_COUNT: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The loss of each level, one program a level: sums in a fixed order."""
+    level = tl.program_id(0)
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    by_row, by_column = tl.zeros([BM], tl.float64), tl.zeros([BM], tl.float64)
+    texts = tl.zeros([BM], tl.float64)
+    for start in range(0, n, BM):
+        at = row + start + tl.arange(0, BM)
+        mask = start + tl.arange(0, BM) < n
+        own = tl.load(positive + at, mask=mask, other=0.0)
+        by_row += tl.load(row_lse + at, mask=mask, other=0.0) - own
+        by_column -= own / _counts_of(count, index, column, u, at, mask) if POSITIVES else own
+    for start in range(0, u, BM):
+        at = column + start + tl.arange(0, BM)
+        mask = start + tl.arange(0, BM) < u
+        c = mask.to(tl.float64)
+        if HAS_COUNT:
+            c = tl.load(count + at, mask=mask, other=0).to(tl.float64)
+        has = (c > 0).to(tl.float64)
+        # A text without rows has no share, and its log-sum is -inf where there are no rows at all.
+        log_sum = tl.load(column_lse + at, mask=mask & (c > 0), other=0.0)
+        by_column += log_sum * has if POSITIVES else log_sum * c
+        texts += has
+    total = tl.sum(texts, 0)
+    over = tl.maximum(total, 1.0) if POSITIVES else tl.maximum(n, 1).to(tl.float64)
+    value = (tl.sum(by_row, 0) / tl.maximum(n, 1).to(tl.float64) + tl.sum(by_column, 0) / over) / 2
+    tl.store(loss + level, value.to(tl.float32))
+    tl.store(used + level, total)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "grad_stride", "row_blocks"], do_not_specialize_on_alignment=["count", "index"])
+def mean_gradients(
+    grad,  # [levels] float32 of the losses
+    used,  # [levels] float64
+    count,  # [sum U] int32
+    index,  # [sum N] int64
+    grad_row,  # [sum N] float64 out
+    grad_column,  # [sum U] float64 out
+    grad_positive,  # [sum N] float64 out
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    grad_stride,
+    row_blocks,  # programs that do rows; the rest do columns
+    HAS_COUNT: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """What `mean_losses` asks of each log-sum and of each positive."""
+    pid = tl.program_id(0)
+    if pid < row_blocks:
+        level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
+        n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+        mask = i * BM + tl.arange(0, BM) < n
+        at = _before(level, n0, n1, n2) + i * BM + tl.arange(0, BM)
+        half = tl.load(grad + level * grad_stride).to(tl.float64) / 2
+        share = tl.full([BM], 1.0, tl.float64) * (half / n)
+        tl.store(grad_row + at, share, mask=mask)
+        if POSITIVES:
+            shared = _counts_of(count, index, _before(level, u0, u1, u2), u, at, mask)
+            # In float32, as what it is added to will be: a vector of float64 quotients needs a stack.
+            tl.store(
+                grad_positive + at, -share - half / tl.load(used + level) * (1.0 / shared.to(tl.float32)), mask=mask
+            )
+        else:
+            tl.store(grad_positive + at, -2 * share, mask=mask)
+    else:
+        level, i = _locate(pid - row_blocks, tl.cdiv(u0, BM), tl.cdiv(u1, BM), tl.cdiv(u2, BM), tl.cdiv(u3, BM))
+        n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+        mask = i * BM + tl.arange(0, BM) < u
+        at = _before(level, u0, u1, u2) + i * BM + tl.arange(0, BM)
+        half = tl.load(grad + level * grad_stride).to(tl.float64) / 2
+        c = mask.to(tl.float64)
+        if HAS_COUNT:
+            c = tl.load(count + at, mask=mask, other=0).to(tl.float64)
+        if POSITIVES:
+            share = tl.where(c > 0, half / tl.maximum(tl.load(used + level), 1.0), 0.0)
+        else:
+            share = c * (half / tl.maximum(n, 1))
+        tl.store(grad_column + at, share, mask=mask)
