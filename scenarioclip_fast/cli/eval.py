@@ -4,89 +4,265 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.eval.report import Report
+    from scenarioclip_fast.eval.session import Session
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command and its kinds of evaluation."""
-    parser = subparsers.add_parser("eval", help="evaluate a trained model")
+    parser = subparsers.add_parser("eval", help="evaluate a trained model; under torchrun on many GPUs")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=type(parser))
+    common = _common()
+    topk = argparse.ArgumentParser(add_help=False)
+    topk.add_argument("--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
+    cached = argparse.ArgumentParser(add_help=False)
+    cached.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings here, and take them from here")
+
     zeroshot = kinds.add_parser(
         "zeroshot",
+        parents=[common, topk],
         help="recognise actions, objects and relations by their texts",
         description="Compares every view with all class texts of its level; prints accuracies beside chance.",
     )
-    zeroshot.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
-    zeroshot.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
-    zeroshot.add_argument("--split", default="test", help="train, val or test (default: test)")
     zeroshot.add_argument(
         "--match",
         choices=("own", "any_in_image", "both"),
         default="both",
         help="what counts as right: the view's own text, any text of its image, or report both (default)",
     )
-    zeroshot.add_argument("--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
-    zeroshot.add_argument(
+    kinds.add_parser(
+        "retrieval",
+        parents=[common, topk],
+        help="find texts by views, and views by texts",
+        description="Recall at K and median rank at each level, in both directions. A text is found with any view that "
+        "carries it.",
+    )
+    probe = kinds.add_parser(
+        "probe",
+        parents=[common, topk, cached],
+        help="train linear heads on the frozen embeddings",
+        description="Trains one linear layer per task on the train split, chooses its moment on the val split where "
+        "there is one, and reports on --split.",
+    )
+    probe.add_argument("--steps", type=int, default=1000, metavar="N", help="default: 1000")
+    probe.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
+    probe.add_argument("--lr", type=float, default=3e-3, help="default: 3e-3, falling to 0 along a cosine")
+    probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    tsne = kinds.add_parser(
+        "tsne",
+        parents=[common, cached],
+        help="draw a map of the embeddings, and views with their nearest texts",
+        description="Writes map.png, nearest.png and report.html to --report (default: CHECKPOINT/tsne).",
+    )
+    tsne.add_argument("--level", choices=("global", "object", "relation"), default="object", help="default: object")
+    tsne.add_argument("--classes", type=int, default=20, metavar="N", help="the most frequent ones (default: 20)")
+    tsne.add_argument("--views", type=int, default=2000, metavar="N", help="at most so many (default: 2000)")
+    tsne.add_argument("--seed", type=int, default=0, help="of the layout (default: 0)")
+    negatives = kinds.add_parser(
+        "negatives",
+        parents=[common],
+        help="tell relations from hard negatives",
+        description="How often a relation's view prefers its text to one with subject and object swapped, and to one "
+        "with another predicate. Guessing scores 50 %%.",
+    )
+    negatives.add_argument("--seed", type=int, default=0, help="of the predicates drawn (default: 0)")
+
+
+def _common() -> argparse.ArgumentParser:
+    """The arguments of every kind."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
+    parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
+    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
         default="student",
         help="the trained ones (default), or their moving average, where loss.teacher_scope was all",
     )
-    zeroshot.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
-    zeroshot.add_argument(
+    parser.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
+    parser.add_argument(
         "--relation-view", choices=("focused", "box", "scene"), help="default: as the model was trained"
     )
-    zeroshot.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
-    zeroshot.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    zeroshot.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
-    zeroshot.add_argument("--json", type=Path, metavar="FILE", help="also write the accuracies here")
-    zeroshot.add_argument(
-        "--report", type=Path, metavar="DIR", help="also write report.html with curves, bars and sample scenes here"
-    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its pictures here")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table and writes the JSON file that was asked for."""
+    """Evaluates, prints the table and writes the files that were asked for; of several ranks, the first one does."""
     from scenarioclip_fast.errors import UserError
-    from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
     from scenarioclip_fast.eval.report import Report
-    from scenarioclip_fast.eval.samples import answer_samples
-    from scenarioclip_fast.eval.zeroshot import evaluation_loader, zeroshot
-    from scenarioclip_fast.model import TokenTable
-    from scenarioclip_fast.train.metrics import read_metrics
+    from scenarioclip_fast.eval.session import open_session
 
-    if min(args.top) < 1:
+    if min(getattr(args, "top", [1])) < 1:
         raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers from 1 on")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
-    device = pick_device(args.device)
-    trained = open_checkpoint(args.checkpoint, device, args.weights)
-    with evaluation_loader(
+    if args.kind == "tsne" and args.report is None:
+        args.report = Path(args.checkpoint) / "tsne"
+    with open_session(
+        args.checkpoint,
         args.shards,
-        args.batch_size,
-        split=args.split,
-        device=device,
+        weights=args.weights,
+        device=args.device,
+        batch_size=args.batch_size,
         decoder=args.decoder,
-        size=trained.model.config.vision.image_size,
-        object_view=args.object_view or trained.object_view or "masked",
-        relation_view=args.relation_view or trained.relation_view or "focused",
-    ) as loader:
-        if cut := TokenTable(loader.vocabulary, trained.model.config.text).describe_truncated():
-            print(cut, file=sys.stderr)
-        result = zeroshot(trained.model, loader, loader.vocabulary, split=args.split, topk=args.top)
-        samples = answer_samples(trained.model, loader, loader.vocabulary) if args.report else []
-    if args.match != "both":
-        result = result.only(args.match)
-    print(result)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if args.report is not None:
+        object_view=args.object_view,
+        relation_view=args.relation_view,
+    ) as session:
         average = ", EMA teacher" if args.weights == "teacher" else ""
         report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
-        report.add_zeroshot(result)
-        metrics = trained.directory.parent / "metrics.jsonl"
-        report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
-        print(f"report: {report.write(args.report / 'report.html')}")
+        result = _KINDS[args.kind](args, session, report)
+        if not session.world.leads:
+            return 0
+        print(result)
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if args.report is not None:
+            print(f"report: {report.write(args.report / 'report.html')}")
     return 0
+
+
+def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> Any:
+    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.zeroshot import zeroshot
+    from scenarioclip_fast.train.metrics import read_metrics
+
+    with session.loader(args.split) as loader:
+        result = zeroshot(
+            session.model, loader, loader.vocabulary, split=args.split, topk=args.top, world=session.world
+        )
+    if args.match != "both":
+        result = result.only(args.match)
+    if args.report is not None and session.world.leads:
+        report.add_zeroshot(result)
+        with session.loader(args.split, whole=True) as loader:
+            samples = answer_samples(session.model, loader, loader.vocabulary)
+        metrics = session.trained.directory.parent / "metrics.jsonl"
+        report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
+    return result
+
+
+def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> Any:
+    from scenarioclip_fast.eval.figures_bars import recall_bars
+    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.eval.retrieval import retrieval
+
+    with session.loader(args.split) as loader:
+        result = retrieval(
+            session.model, loader, loader.vocabulary, split=args.split, topk=args.top, world=session.world
+        )
+    if args.report is not None and session.world.leads:
+        note = (
+            f"{result.scenes:,} scenes. The texts are the distinct ones of the split. A view asks for its own text; a "
+            "text, once however many views carry it, for any of these. Dark marks, and brackets: a random ranking."
+        )
+        picture = recall_bars(result, args.report / "retrieval.png")
+        report.sections.append(Section("Retrieval between views and texts", *result.table(), picture, note))
+    return result
+
+
+def _probe(args: argparse.Namespace, session: Session, report: Report) -> Any:
+    from scenarioclip_fast.errors import UserError
+    from scenarioclip_fast.eval.features import split_features
+    from scenarioclip_fast.eval.figures_bars import probe_bars
+    from scenarioclip_fast.eval.probe import ProbeSettings, linear_probe
+    from scenarioclip_fast.eval.report import Section
+
+    if args.split == "train":
+        raise UserError("--split: got 'train', which the probe is trained on; expected test or val")
+    settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(args.seeds))
+    splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
+    found = {split: split_features(session, split, cache=args.cache) for split in (*splits, args.split)}
+    if "train" not in found:
+        raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probe on")
+    if not session.world.leads:
+        return None
+    result = linear_probe(
+        found["train"],
+        found[args.split],
+        session.vocabulary,
+        val=found.get("val") if args.split != "val" else None,
+        split=args.split,
+        topk=args.top,
+        settings=settings,
+        device=session.world.device,
+    )
+    if args.report is not None:
+        note = (
+            f"One linear layer on frozen embeddings, {settings.steps} steps of AdamW; mean and standard deviation over "
+            f"{len(settings.seeds)} seeds. "
+            + ("The weights are those of the best moment on the val split. " if result.chosen_on_val else "")
+            + "Dark marks, and brackets: always naming the most frequent classes of the train split."
+        )
+        picture = probe_bars(result, args.report / "probe.png")
+        report.sections.append(Section("Linear probes", *result.table(), picture, note))
+    return result
+
+
+def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
+    from scenarioclip_fast.eval.features import split_features
+    from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
+    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.tsne import embedding_map
+    from scenarioclip_fast.requirements import require
+
+    require("sklearn.manifold")  # said before a large split is embedded
+    features = split_features(session, args.split, [args.level], cache=args.cache)
+    if not session.world.leads:
+        return None
+    found = embedding_map(
+        features,
+        session.vocabulary,
+        split=args.split,
+        level=args.level,
+        classes=args.classes,
+        views=args.views,
+        seed=args.seed,
+    )
+    with session.loader(args.split, whole=True) as loader:
+        samples = answer_samples(session.model, loader, loader.vocabulary, guesses=5)
+    note = (
+        "Each point is a view, coloured by its class. Neighbourhoods are what to look at: distances between groups and "
+        "their sizes mean nothing."
+    )
+    picture = map_picture(found, args.report / "map.png")
+    report.sections.append(Section(f"Map of the {args.level} embeddings", *found.table(), picture, note))
+    note = "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts."
+    report.sections.append(
+        Section("Nearest texts", picture=nearest_sheet(samples, args.report / "nearest.png"), note=note)
+    )
+    return found
+
+
+def _negatives(args: argparse.Namespace, session: Session, report: Report) -> Any:
+    from scenarioclip_fast.eval.figures_bars import preference_bars
+    from scenarioclip_fast.eval.negatives import hard_negatives
+    from scenarioclip_fast.eval.report import Section
+
+    with session.loader(args.split) as loader:
+        result = hard_negatives(
+            session.model, loader, loader.vocabulary, split=args.split, seed=args.seed, world=session.world
+        )
+    if args.report is not None and session.world.leads:
+        note = (
+            f"{result.relations:,} relations. No negative is a text that any relation of its image carries. A focused "
+            "region shows both objects alike and does not say which is the subject; of a symmetric predicate the "
+            "swapped text holds as well."
+        )
+        picture = preference_bars(result, args.report / "negatives.png")
+        report.sections.append(Section("Hard negatives", *result.table(), picture, note))
+    return result
+
+
+_KINDS = {"zeroshot": _zeroshot, "retrieval": _retrieval, "probe": _probe, "tsne": _tsne, "negatives": _negatives}

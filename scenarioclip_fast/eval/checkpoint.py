@@ -14,12 +14,13 @@ from scenarioclip_fast.model import ScenarioCLIP
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and the kinds of views it was trained on (None: not known)."""
+    """A model in evaluation mode, the kinds of views it was trained on (None: not known), and its files."""
 
     model: ScenarioCLIP
     directory: Path
     object_view: str | None
     relation_view: str | None
+    files: tuple[Path, ...]
 
 
 def open_checkpoint(
@@ -42,11 +43,13 @@ def open_checkpoint(
         data = TrainConfig.load(directory / "config.yaml").data
         object_view, relation_view = data.object_view, data.relation_view
     model = ScenarioCLIP.from_pretrained(directory)
+    files = [directory / "model.safetensors", directory / "config.json"]
     if weights == "teacher":
         from scenarioclip_fast.train.weights import load_teacher
 
-        load_teacher(model, directory / "teacher.safetensors")
-    return Trained(model.to(device).eval(), directory, object_view, relation_view)
+        files.append(directory / "teacher.safetensors")
+        load_teacher(model, files[-1])
+    return Trained(model.to(device).eval(), directory, object_view, relation_view, tuple(files))
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import Vocabulary
-from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, level_views, score_views, set_training
+from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, evaluating, level_views, score_views
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 _CHOICE = 10  # scenes looked at for one that is shown
@@ -19,12 +19,17 @@ _CHOICE = 10  # scenes looked at for one that is shown
 
 @dataclass(frozen=True)
 class Answer:
-    """One view as the model saw it, its true text, and the best guesses with their cosine, best first."""
+    """One view as the model saw it, its true text, and the best guesses with their cosine, best first.
+
+    `truth_score` is the true text's cosine, `truth_rank` counts from 1 where it stands among all texts.
+    """
 
     picture: Tensor  # uint8 [S, S, 3]
     truth: str
     guesses: list[tuple[str, float]]
     held_out: bool = False
+    truth_score: float = float("nan")
+    truth_rank: int = 0
 
     @property
     def right(self) -> bool:
@@ -55,16 +60,13 @@ def answer_samples(
 
     Scenes with relations come before those without, and first those whose action has not been shown yet.
     """
-    was_training = set_training(model, False)
-    try:
+    found: list[SampleScene] = []
+    with evaluating(model):
         texts = class_embeddings(model, vocabulary)
-        found: list[SampleScene] = []
         for batch in batches:
             found += _answer_batch(model, batch, vocabulary, texts, guesses)
             if len(found) >= _CHOICE * scenes:
                 break
-    finally:
-        set_training(model, was_training)
     shown: Counter[tuple[bool, str]] = Counter()
     rank = []
     for sample in found:
@@ -84,10 +86,15 @@ def _answer_batch(
         if len(ids) == 0:
             continue
         names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
-        best = score_views(model, pixels, texts[level], level).topk(min(guesses, len(names)))
-        rows = zip(pixels, ids.tolist(), scene.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-        for view, truth, home, top, scores in rows:
-            ranked = [(names[i], score) for i, score in zip(top, scores, strict=True)]
-            answers[level][home].append(Answer(to_picture(view), names[truth], ranked, counts[truth] == 0))
+        scores = score_views(model, pixels, texts[level], level)
+        best = scores.topk(min(guesses, len(names)))
+        own = scores.gather(1, ids[:, None])
+        rank = (scores > own).sum(1) + 1
+        columns = (ids, scene, best.indices, best.values, own[:, 0], rank)
+        rows = zip(pixels, *(column.tolist() for column in columns), strict=True)
+        for view, truth, home, top, cosines, score, place in rows:
+            ranked = [(names[i], cosine) for i, cosine in zip(top, cosines, strict=True)]
+            held_out = counts[truth] == 0
+            answers[level][home].append(Answer(to_picture(view), names[truth], ranked, held_out, score, place))
     per_scene = zip(batch.keys, answers["global"], answers["object"], answers["relation"], strict=True)
     return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]

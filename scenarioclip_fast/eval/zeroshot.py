@@ -9,7 +9,8 @@ A tie counts against the model: a text is found at rank r when r - 1 wrong ones 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -272,8 +273,7 @@ def zeroshot(
         ValueError: a k below 1.
     """
     topk = check_topk(topk)
-    was_training = set_training(model, False)
-    try:
+    with evaluating(model):
         texts = class_embeddings(model, vocabulary, levels)
         tallies = {level: _Tally(len(texts[level])) for level in texts}
         scenes = 0
@@ -283,8 +283,6 @@ def zeroshot(
                 if level in texts and len(ids):
                     scores = score_views(model, pixels, texts[level], level)
                     tallies[level].add(scores, ids, scene, batch.num_scenes)
-    finally:
-        set_training(model, was_training)
     scenes = sum(world.gather(scenes))
     if scenes == 0:
         raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
@@ -304,10 +302,15 @@ def check_topk(topk: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(topk)))
 
 
-def set_training(model: object, mode: bool) -> bool:
-    """Puts a module in training or evaluation mode; returns the mode it was in. Others are left alone."""
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """A module is in evaluation mode within, and then as it was. Others are left alone."""
     if not isinstance(model, torch.nn.Module):
-        return False
+        yield
+        return
     before = model.training
-    model.train(mode)
-    return before
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,181 @@
+"""Embeddings of a split's views, computed once: gathered from all ranks, kept on disk where asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.loader import SceneLoader
+from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.session import Session
+from scenarioclip_fast.eval.zeroshot import Encoder, evaluating, level_views
+from scenarioclip_fast.ops.collectives import exchange, gather_rows
+from scenarioclip_fast.progress import progress
+from scenarioclip_fast.requirements import require
+from scenarioclip_fast.train.distributed import World
+
+_CHUNK = 256  # views embedded at once
+_FIELDS = ("image", "text_id", "scene")
+
+
+@dataclass(frozen=True)
+class LevelFeatures:
+    """The views of one level.
+
+    image: float32 [n, D] as the encoder gives them, not of unit length
+    text_id: int64 [n], positions in the vocabulary
+    scene: int64 [n], positions among the `keys` of the split
+    """
+
+    image: Tensor  # [n, D]
+    text_id: Tensor  # [n]
+    scene: Tensor  # [n]
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The views of one split, or of a rank's share of it. A level without views is not among `levels`."""
+
+    keys: list[str]
+    levels: dict[str, LevelFeatures]
+
+
+@torch.no_grad()
+def embed_views(
+    model: Encoder,
+    batches: Iterable[Batch],
+    levels: Sequence[str] = LEVELS,
+    *,
+    desc: str = "embedding",
+    show_progress: bool = True,
+) -> Features:
+    """Embeds every view of `batches`, which lie on the model's device, where the result stays.
+
+    Raises:
+        UserError: embeddings that are not finite.
+    """
+    parts: dict[str, list[LevelFeatures]] = {level: [] for level in levels}
+    keys: list[str] = []
+    with evaluating(model):
+        for batch in progress(batches, desc=desc) if show_progress else batches:
+            for level, (pixels, ids, scene) in level_views(batch).items():
+                if level in parts and len(ids):
+                    image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])
+                    parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
+            keys += batch.keys
+    features = Features(keys, {level: _joined(own) for level, own in parts.items() if own})
+    for level, found in features.levels.items():
+        if bad := int((~found.image.isfinite().all(1)).sum()):
+            of = f"{bad} of {len(found)} {level} embeddings"
+            raise UserError(f"{of} are not finite: training diverged, or the weights are damaged")
+    return features
+
+
+def _joined(parts: Sequence[LevelFeatures]) -> LevelFeatures:
+    return LevelFeatures(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
+
+
+def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
+    """The shares of all ranks together, on the CPU of every rank, in the order of the keys.
+
+    That order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
+    """
+    every = world.gather(features.keys)
+    keys = [key for own in every for key in own]
+    first = sum(len(own) for own in every[: world.rank])
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    rank_of = torch.empty(len(keys), dtype=torch.int64)
+    rank_of[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(keys))
+    width = max(world.gather(max((f.image.shape[1] for f in features.levels.values()), default=0)))
+    out = {}
+    for level in levels:
+        own = features.levels.get(level)
+        if own is None:
+            none = torch.empty(0, dtype=torch.int64, device=world.device)
+            own = LevelFeatures(torch.empty(0, width, device=world.device), none, none)
+        tensors = [own.image, own.text_id, own.scene + first]
+        if world.group is not None:
+            sizes = [row[0] for row in exchange([len(own)], world.device, world.group)]
+            tensors = [torch.cat(gather_rows(t, sizes, world.group)) for t in tensors]
+        image, text_id, scene = (t.cpu() for t in tensors)
+        if len(image):
+            by_key = rank_of[scene].argsort(stable=True)  # views of a scene keep their order
+            out[level] = LevelFeatures(image[by_key], text_id[by_key], rank_of[scene][by_key])
+    return Features([keys[i] for i in order], out)
+
+
+def split_features(
+    session: Session, split: str, levels: Sequence[str] = LEVELS, cache: str | Path | None = None
+) -> Features:
+    """All features of a split, on the leading rank's CPU (elsewhere they may be missing).
+
+    Embedded here, or read from the directory `cache`. A file there is named by a hash of the weights, of the data
+    set and of how its views are rendered, so one that no longer fits is never found.
+    """
+    world = session.world
+    with session.loader(split) as loader:
+        path = None if cache is None else _cache_file(session, loader, split, levels, Path(cache))
+        kept = None if path is None or not world.leads else _load(path)
+        # the leading rank alone has looked, so that all do the same
+        if world.gather(kept is not None)[0]:
+            return kept or Features([], {})
+        own = embed_views(session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.leads)
+    features = gathered(own, world, levels)
+    if path is not None and world.leads:
+        _save(features, path)
+    return features
+
+
+def _cache_file(session: Session, loader: SceneLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
+    digest = hashlib.sha256()
+    # the manifest holds the SHA-256 of every shard
+    how = [session.model.config.vision.image_size, session.object_view, session.relation_view, *levels]
+    digest.update(json.dumps([how, loader.shards.manifest], sort_keys=True).encode())
+    for path in session.trained.files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return directory / f"{split}-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _save(features: Features, path: Path) -> None:
+    tensors = {
+        f"{level}.{name}": getattr(rows, name).contiguous()
+        for level, rows in features.levels.items()
+        for name in _FIELDS
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        require("safetensors.torch").save_file(tensors, partial, metadata={"keys": json.dumps(features.keys)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> Features | None:
+    """What `_save` wrote; None where it is not there or damaged, for it can be made again."""
+    if not path.is_file():
+        return None
+    try:
+        with require("safetensors").safe_open(path, "pt") as file:
+            keys = json.loads(file.metadata()["keys"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # whatever damaged bytes make the reader raise
+        print(f"{path}: not readable ({error}); embedding again", file=sys.stderr)
+        return None
+    print(f"features read from {path}", file=sys.stderr)
+    found = [level for level in LEVELS if f"{level}.image" in tensors]
+    return Features(keys, {level: LevelFeatures(*(tensors[f"{level}.{name}"] for name in _FIELDS)) for level in found})

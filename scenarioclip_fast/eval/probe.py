@@ -1,0 +1,222 @@
+"""Linear probes of the three tasks: what a linear layer on frozen embeddings learns to tell apart.
+
+As published: AdamW with weight decay 5e-4 on `Linear(D, classes)`, on the encoders' outputs as they are. The rate
+falls from `lr` to 0 along a cosine. Where there is a validation split, the weights are those of the best of
+`CHECKS` evenly spaced moments by its top-1 accuracy, which stops what would overfit; the test split is looked at
+once, at the end. Without one, the last weights count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.features import Features, LevelFeatures
+from scenarioclip_fast.eval.tables import text_table
+from scenarioclip_fast.eval.zeroshot import TASKS, check_topk
+from scenarioclip_fast.progress import progress
+
+WEIGHT_DECAY = 5e-4
+CHECKS = 20
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How probes are trained: `steps` of `batch_size` views (or all, where there are fewer), once per seed."""
+
+    steps: int = 1000
+    batch_size: int = 512
+    lr: float = 3e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', ' ')}: got {getattr(self, name)}, expected at least 1")
+        if not self.lr > 0:
+            raise UserError(f"lr: got {self.lr}, expected more than 0")
+        if not self.seeds:
+            raise UserError("seeds: got none, expected at least one")
+
+
+@dataclass(frozen=True)
+class ProbeAccuracy:
+    """Top-k accuracy of one level's probe on the test split.
+
+    `top` is the mean over seeds, `spread` their standard deviation (0 for a single one); `baseline` is what always
+    naming the k most frequent classes of the train split scores. All map k to a share in [0, 1]. `unseen` of the
+    `views` have a class that no train view has, so a probe cannot know it. `step` is that of each seed's weights.
+    """
+
+    level: str
+    views: int
+    unseen: int
+    classes: int
+    train_views: int
+    top: dict[int, float]
+    spread: dict[int, float]
+    baseline: dict[int, float]
+    step: list[int]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The accuracies of one evaluation. `to_dict()` is ready for JSON, `str()` is the table."""
+
+    split: str
+    topk: tuple[int, ...]
+    settings: ProbeSettings
+    chosen_on_val: bool
+    rows: list[ProbeAccuracy] = field(default_factory=list)
+
+    def get(self, level: str) -> ProbeAccuracy | None:
+        """The row of that level; None where a split has no view of it."""
+        return next((row for row in self.rows if row.level == level), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows, as text."""
+        several = len(self.settings.seeds) > 1
+        head = ["task", "train views", "views", "of unseen classes", "classes"]
+        head += [f"top-{k} (most frequent)" for k in self.topk]
+        body = [
+            [TASKS[row.level], f"{row.train_views}", f"{row.views}", f"{row.unseen}", f"{row.classes}"]
+            + [
+                f"{100 * row.top[k]:.1f}{f' ± {100 * row.spread[k]:.1f}' if several else ''} % "
+                f"({100 * row.baseline[k]:.1f})"
+                for k in self.topk
+            ]
+            for row in self.rows
+        ]
+        return head, body
+
+    def __str__(self) -> str:
+        return text_table(*self.table(), names=1)
+
+
+def linear_probe(
+    train: Features,
+    test: Features,
+    vocabulary: Vocabulary,
+    *,
+    val: Features | None = None,
+    split: str = "test",
+    topk: Sequence[int] = (1, 5, 10),
+    settings: ProbeSettings | None = None,
+    device: str | torch.device = "cpu",
+    show_progress: bool = True,
+) -> ProbeResult:
+    """Trains a probe per level on `train`, chooses its moment on `val`, measures it on `test`.
+
+    A level without views in `train` or `test` has no row; one without any in `val` keeps its last weights.
+
+    Raises:
+        UserError: no level has views in both `train` and `test`.
+        ValueError: a k below 1.
+    """
+    topk = check_topk(topk)
+    settings = settings or ProbeSettings()
+    levels = [level for level in LEVELS if level in train.levels and level in test.levels]
+    if not levels:
+        raise UserError("the train split and the one to test on have no level of views in common: nothing to probe")
+    jobs = [(level, seed) for level in levels for seed in settings.seeds]
+    scores: dict[str, dict[int, list[float]]] = {level: {k: [] for k in topk} for level in levels}
+    steps: dict[str, list[int]] = {level: [] for level in levels}
+    for level, seed in progress(jobs, desc="linear probes", unit="probes") if show_progress else jobs:
+        chooser = val.levels.get(level) if val else None
+        classes = len(vocabulary.texts(level))
+        head, step = _fit(_on(train.levels[level], device), chooser and _on(chooser, device), classes, settings, seed)
+        steps[level].append(step)
+        for k in topk:
+            scores[level][k].append(_accuracy(head, _on(test.levels[level], device), k))
+    rows = []
+    for level in levels:
+        seen, asked = train.levels[level].text_id, test.levels[level].text_id
+        counts = seen.bincount(minlength=len(vocabulary.texts(level)))
+        frequent = counts.sort(descending=True, stable=True).indices
+        rows.append(
+            ProbeAccuracy(
+                level,
+                len(asked),
+                int((counts[asked] == 0).sum()),
+                len(counts),
+                len(seen),
+                {k: fmean(own) for k, own in scores[level].items()},
+                {k: stdev(own) if len(own) > 1 else 0.0 for k, own in scores[level].items()},
+                {k: int(torch.isin(asked, frequent[:k]).sum()) / len(asked) for k in topk},
+                steps[level],
+            )
+        )
+    return ProbeResult(split, topk, settings, bool(val and val.levels), rows)
+
+
+def _on(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
+    return LevelFeatures(*(t.to(device) for t in (rows.image, rows.text_id, rows.scene)))
+
+
+def _fit(
+    train: LevelFeatures,
+    val: LevelFeatures | None,
+    classes: int,
+    settings: ProbeSettings,
+    seed: int,
+) -> tuple[nn.Linear, int]:
+    """A trained head, and the step its weights are of. The same bits for the same seed on one kind of machine."""
+    device, width = train.image.device, train.image.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(width, classes, device=device)
+    with torch.no_grad():
+        for p in head.parameters():  # as nn.Linear does it, from a generator of ours
+            p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) / math.sqrt(width))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    every = max(1, settings.steps // CHECKS)
+    best, best_step, kept = -1.0, settings.steps, None
+    for step, order in enumerate(_batches(len(train), settings, generator), start=1):
+        rows = order.to(device)
+        loss = F.cross_entropy(head(train.image[rows]), train.text_id[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if val is not None and (step % every == 0 or step == settings.steps):
+            accuracy = _accuracy(head, val, 1)
+            if accuracy > best:
+                best, best_step = accuracy, step
+                kept = {name: p.clone() for name, p in head.state_dict().items()}
+    if kept is not None:
+        head.load_state_dict(kept)
+    return head, best_step
+
+
+def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) -> list[Tensor]:
+    """The rows of each step: every view once, then all anew in another order."""
+    size = min(settings.batch_size, views)
+    per_epoch = views // size
+    out: list[Tensor] = []
+    while len(out) < settings.steps:
+        order = torch.randperm(views, generator=generator)
+        out += order[: per_epoch * size].split(size)
+    return out[: settings.steps]
+
+
+@torch.no_grad()
+def _accuracy(head: nn.Linear, rows: LevelFeatures, k: int) -> float:
+    """The share of views of which fewer than k other classes score at least as much as their own."""
+    hits = 0
+    for image, ids in zip(rows.image.split(4096), rows.text_id.split(4096), strict=True):
+        scores = head(image)
+        own = scores.gather(1, ids[:, None])
+        hits += int(((~(scores < own)).sum(1) - 1 < k).sum())
+    return hits / len(rows)
