@@ -647,7 +647,7 @@ def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import warnings; warnings.simplefilter("ignore", RuntimeWarning)  # logarithms of sums that are then summed again
-import test_contrastive as t, torch
+import test_contrastive as t, torch, torch._dynamo.testing
 for n, u, d, s in ((1, 1, 8, 1.0), (3, 2, 123, 100.0), (131, 40, 33, 14.3)):
     t.test_negatives("triton", n, u, d, s)
 t.test_positives("triton", 20, 15, 24, 80.0)
@@ -666,6 +666,8 @@ t.check_scale_not_positive()
 t.check_index_out_of_range()
 t.check_five_levels()
 t.check_small_ops()
+with t.use_backend("triton"):
+    t.test_compile_without_graph_break_for_all_sizes("negatives")
 print("checked")
 """
     done = subprocess.run(
