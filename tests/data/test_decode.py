@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gc
 import io
+import os
 import sys
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,6 +220,31 @@ def test_dali_runs_are_bounded() -> None:
     decoder.close()
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_dalis_memory_does_not_grow_and_is_given_back() -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from scenarioclip_fast.data.dali import DaliDecoder
+
+    images = [encoded(picture(450 + 20 * i, 600)) for i in range(4)]
+    pixels = 3 * sum((450 + 20 * i) * 600 for i in range(4))
+    warm, rounds = 20, 60
+    decoder = DaliDecoder(threads=2)
+    for k in range(warm + rounds):
+        if k == warm:  # by now the allocator has its pools, one a thread
+            before = resident_bytes()
+        decoder.decode(images[k % 4 :] + images[: k % 4])
+    # a run that is not freed would leave all its pixels; a third is left to what else this process does
+    assert resident_bytes() - before < rounds * pixels / 3
+    pipeline = weakref.ref(decoder._pipeline)
+    decoder.close()
+    decoder.close()
+    gc.collect()
+    assert pipeline() is None
+
+
 def test_named_decoders_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("nvidia.dali", "simplejpeg"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -247,3 +276,21 @@ def test_decoders_on_a_gpu(name: str) -> None:
         limit = 0 if name == "torch" else 3
         assert (image.cpu().int() - pillow(data).int()).abs().max() <= limit, kind
     assert all(isinstance(x, DecodeError) for x in decoded[len(GOOD) :])
+
+
+@pytest.mark.gpu
+def test_dali_gives_gpu_memory_back() -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+    def used_after(images: list[bytes]) -> int:
+        decoder = make_decoder("dali", "cuda")
+        assert all(isinstance(image, Tensor) for image in decoder.decode(images))
+        decoder.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    before = used_after([WHOLE])  # the libraries' own share
+    large = encoded(picture(3000, 4000))
+    assert used_after([large] * 24) - before < 12 * 3 * 3000 * 4000  # half of the pixels, to leave room for others

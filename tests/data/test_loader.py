@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from scenarioclip_fast.data import loader as loader_module
@@ -372,6 +374,69 @@ def test_bad_scenes_are_replaced_counted_and_written_down(
     assert sorted(bad) == sorted(REASONS.items())
 
 
+# What only the decoder sees: the header is whole.
+without_tables = damaged_image(lambda data: data.replace(b"\xff\xdb", b"\xff\xfe"))
+EVERY_DAMAGE = [
+    *DAMAGE.values(),
+    ("truncated", damaged_image(lambda data: data[:60])),
+    ("corrupt", damaged_image(lambda data: data[:20] + bytes(20) + data[40:])),
+    ("too_large", damaged_image(lambda data: b"\x89PNG\r\n\x1a\n" + bytes(8) + (20000).to_bytes(4, "big") * 2)),
+    ("not_an_image", damaged_image(lambda data: b"")),
+    ("undecodable", without_tables),
+    ("decoder_failed", lambda scene, record: None),
+]
+THOUSAND, DAMAGED = 1000, 50
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """1,000 scenes, 5 % of them lost in one of every way, and the reasons; harmless oddities among the others."""
+    scenes = [make_scene(i) for i in range(THOUSAND)]
+    damage: dict[int, Callable[[Scene, dict[str, Any]], Any]] = {}
+    reasons = dict.fromkeys((scenes[i].key for i in range(992, 1000)), "unreadable_shard")
+    reasons |= dict.fromkeys((scenes[i].key for i in (990, 991)), "short_shard")
+    odd = list(HARMLESS.values())
+    for n in range(DAMAGED - len(reasons)):
+        i = 6 + 24 * n  # two objects
+        reasons[scenes[i].key], damage[i] = EVERY_DAMAGE[n % len(EVERY_DAMAGE)]
+        damage[i + 9] = odd[n % len(odd)]
+    folder = write_shards(tmp_path_factory.mktemp("thousand") / "data", scenes, damage)
+    (folder / "train-000062.tar").unlink()
+    rows = json.loads((folder / "index.json").read_text())["shards"]["train-000061.tar"]
+    os.truncate(folder / "train-000061.tar", rows[14][1] + 100)
+    return folder, reasons
+
+
+@pytest.mark.parametrize("decoder", ["torch", "dali"])
+def test_an_epoch_of_a_thousand_scenes_survives_every_damage(
+    thousand: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+) -> None:
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    folder, reasons = thousand
+    assert len(reasons) == DAMAGED and set(reasons.values()) >= {reason for reason, _ in EVERY_DAMAGE}
+    if decoder == "torch":  # names libjpeg-turbo's complaint
+        reasons = {key: "corrupt" if reason == "undecodable" else reason for key, reason in reasons.items()}
+    poison = {make_scene(int(key[1:])).image for key, reason in reasons.items() if reason == "decoder_failed"}
+    with load(folder, 32, decoder=decoder, drop_last=False, epochs=1, bad_samples=tmp_path / "bad.jsonl") as loader:
+        decode = loader._decoder.decode
+
+        def failing(images: Any) -> Any:
+            if not poison.isdisjoint(images):
+                raise RuntimeError("lost the device")
+            return decode(images)
+
+        monkeypatch.setattr(loader._decoder, "decode", failing)
+        batches = list(loader)
+        assert len(batches) == len(loader) == 32
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == THOUSAND - DAMAGED
+    assert set(keys) == {f"s{i:04d}" for i in range(THOUSAND)} - reasons.keys()
+    records = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted((x["key"], x["reason"]) for x in records) == sorted(reasons.items())
+    assert loader.bad.total() == DAMAGED
+
+
 def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
     options = {"max_bad_fraction": 0.5, "rank": 1, "world_size": 2}
     with load(damaged, 3, **options) as whole:
@@ -455,6 +520,44 @@ def test_a_dead_thread_is_noticed(shards: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(loader_module._Prefetcher, "_run", lambda self, steps: None)
     with load(shards) as loader, pytest.raises(RuntimeError, match="has died"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_closing_twice_is_closing_once(shards: Path, prefetch: int) -> None:
+    loader = load(shards, prefetch=prefetch)
+    batches = iter(loader)
+    next(batches)
+    for _ in range(2):
+        loader.close()
+    assert next(batches, None) is None
+    with pytest.raises(RuntimeError, match="this loader has been closed; make a new one"):
+        iter(loader)
+
+
+@settings(max_examples=25, deadline=None)  # a few batches each, with everything real but the size of the pictures
+@given(data=st.data())
+def test_every_rank_gets_as_many_batches_and_resumes_exactly(shards: Path, damaged: Path, data: st.DataObject) -> None:
+    draw = data.draw
+    world, batch_size = draw(st.integers(1, 4), "ranks"), draw(st.integers(1, 6), "batch size")
+    options = {"drop_last": draw(st.booleans(), "drop_last"), "epochs": 2, "size": 8, "threads": 1}
+    options |= {"max_bad_fraction": 1.0, "seed": draw(st.integers(0, 9), "seed")}
+    folder = draw(st.sampled_from((shards, damaged)), "shards")
+    counts = set()
+    for rank in range(world):
+        options |= {"rank": rank, "world_size": world, "prefetch": draw(st.integers(0, 2), "prefetch")}
+        with load(folder, batch_size, **options) as whole:
+            expected = list(whole)
+        counts.add(len(expected))
+        assert len(expected) == 2 * len(whole)
+        stop = draw(st.integers(0, len(expected) - 1), "resumed at")
+        with load(folder, batch_size, **options) as first, load(folder, batch_size, **options) as second:
+            before = take(first, stop) if stop else []
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            after = list(second)
+            assert first.bad + second.bad == whole.bad
+        for x, y in zip(expected, before + after, strict=True):
+            assert_same(x, y)
+    assert len(counts) == 1
 
 
 def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from scenarioclip_fast.data import BadSample, Scene, ShardSet, generate_scenes, pack
+from scenarioclip_fast.data import shards as shards_module
 from scenarioclip_fast.data.rle import decode
 from scenarioclip_fast.errors import UserError
 
@@ -60,6 +62,26 @@ def test_threads_and_copies_may_read(packed: Path) -> None:
     assert [copy.read(i).image for i in range(len(copy))] == expected
     assert shards.read(0).image == expected[0], "a closed set opens its files again"
     assert copy.vocabulary == shards.vocabulary
+
+
+def test_open_files_are_few_whatever_the_number_of_shards(
+    drawn: dict[str, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_OPEN_FILES", 3)
+    pack(list(drawn.values()), tmp_path / "many", shard_size=2, val=0, test=0, progress=False)
+    shards = ShardSet(tmp_path / "many")
+
+    def open_now() -> int:
+        links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        return sum(link.startswith(str(tmp_path / "many")) for link in links)
+
+    expected = [shards.read(i).image for i in range(len(shards))]
+    assert open_now() == 3
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: shards.read(i % len(shards)).image, range(10 * len(shards)))) == expected * 10
+    assert open_now() == 3
+    shards.close()
+    assert open_now() == 0
 
 
 def test_a_shard_cut_short(packed: Path) -> None:
