@@ -75,18 +75,21 @@ class Batch:
         Rows must come scene by scene, as a loader makes them. Does not wait for the device.
         """
         homes = [torch.arange(self.num_scenes), *self.host[:2]]
-        starts = [len(run[0]) for run in torch.arange(self.num_scenes).tensor_split(parts)]
-        ends = torch.tensor(starts).cumsum(0)
+        ends = torch.tensor([len(run) for run in homes[0].tensor_split(parts)]).cumsum(0)
         edges = [[0, *torch.searchsorted(home, ends).tolist()] for home in homes]
         levels = self.pixels.split([len(home) for home in homes])
         batches = []
         for k in range(parts):
-            scenes, objects, relations = (slice(edge[k], edge[k + 1]) for edge in edges)
-            rows = (objects, relations, scenes, objects, relations)
+            runs = [slice(edge[k], edge[k + 1]) for edge in edges]
+            scenes, objects, relations = runs
+            pixels = torch.cat([x[run] for x, run in zip(levels, runs, strict=True)])
             index, host = (
-                [t[r] - scenes.start if i < 2 else t[r] for i, (t, r) in enumerate(zip(tensors, rows, strict=True))]
-                for tensors in (self.tensors[1:], self.host)
+                [
+                    o[objects] - scenes.start,
+                    r[relations] - scenes.start,
+                    *(x[run] for x, run in zip(ids, runs, strict=True)),
+                ]
+                for o, r, *ids in (self.tensors[1:], self.host)
             )
-            pixels = torch.cat([x[r] for x, r in zip(levels, (scenes, objects, relations), strict=True)])
             batches.append(Batch(pixels, self.keys[scenes], *index, host=tuple(host)))
         return batches

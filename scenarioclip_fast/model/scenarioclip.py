@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig, TextConfig
-from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder, VisionEncoder
+from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder, VisionBlock, VisionEncoder
 from scenarioclip_fast.model.tokens import LEVELS, Distinct, TokenTable, check_level, pack, truncate
 
 if TYPE_CHECKING:
@@ -108,18 +108,22 @@ class ScenarioCLIP(nn.Module):
         for encoder in self.encoders():
             encoder.checkpointing = enabled
 
-    def compile_blocks(self, **options: Any) -> None:
-        """`torch.compile`s every block in place; the number of rows may change from call to call."""
-        compile_blocks(self, **options)
+    def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
+        """`torch.compile`s every block in place; the number of rows may change from call to call.
+
+        With `cuda_graphs`, those of vision are replayed as CUDA graphs, and their views padded to one of a few numbers
+        (see `VisionEncoder.bucketed`): call `torch.compiler.cudagraph_mark_step_begin()` before each step.
+        """
+        compile_blocks(self, cuda_graphs, **options)
 
     def encoders(self) -> Iterator[Encoder]:
         """The distinct encoders: six, or two in the variant "pyramidclip"."""
         modules = dict.fromkeys([*self.vision.values(), *self.text.values()])
         yield from cast(Iterator[Encoder], iter(modules))
 
-    def forward(self, batch: Batch, teacher: EMATeacher | None = None) -> Embeddings:
-        """Embeds a batch's views and distinct texts and, with a teacher, what distillation needs of it."""
-        return self.finish(self.begin(batch), teacher)
+    def forward(self, batch: Batch, teacher: EMATeacher | None = None, distinct: Distinct | None = None) -> Embeddings:
+        """Embeds a batch's views and distinct texts (None: found here) and, with a teacher, what distillation needs."""
+        return self.finish(self.begin(batch, distinct), teacher)
 
     def begin(self, batch: Batch, distinct: Distinct | None = None) -> Begun:
         """Takes the views through the frozen stages that the levels share.
@@ -255,11 +259,14 @@ class ScenarioCLIP(nn.Module):
         return self.tokens.frozen(self._text("global"), self._text_shared, host_row, packing, source), packing
 
 
-def compile_blocks(module: nn.Module, **options: Any) -> None:
-    """`torch.compile`s every transformer block below `module`, in place."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compile(**{"dynamic": True, **options})
+def compile_blocks(module: nn.Module, cuda_graphs: bool = False, **options: Any) -> None:
+    """`torch.compile`s every transformer block below `module`, in place: see `ScenarioCLIP.compile_blocks`."""
+    for part in module.modules():
+        if isinstance(part, VisionEncoder):
+            part.bucketed = cuda_graphs
+        if isinstance(part, Block):
+            graphs = {"options": {"triton.cudagraphs": cuda_graphs and isinstance(part, VisionBlock)}}
+            part.compile(**{"dynamic": True, **(graphs if cuda_graphs else {}), **options})
 
 
 def _freeze(encoder: Encoder, before: list[bool], blocks: int) -> int:

@@ -97,9 +97,10 @@ class EMATeacher:
         finally:
             _swap(pairs)
 
-    def compile_blocks(self, **options: Any) -> None:
+    def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
         """`torch.compile`s the teacher's blocks, as ScenarioCLIP.compile_blocks does the student's."""
-        compile_blocks(nn.ModuleDict({k.replace(".", "_"): v for k, v in self.encoders.items()}), **options)
+        encoders = nn.ModuleDict({k.replace(".", "_"): v for k, v in self.encoders.items()})
+        compile_blocks(encoders, cuda_graphs, **options)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scenarioclip_fast.data import Batch
+
+
+def make(objects: list[int], relations: list[int]) -> Batch:
+    """Pixels and ids number the rows."""
+    scene = torch.arange(len(objects))
+    counts = (len(objects), sum(objects), sum(relations))
+    rows = torch.arange(sum(counts))
+    return Batch(
+        rows.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2),
+        [f"scene {i}" for i in scene],
+        scene.repeat_interleave(torch.tensor(objects)),
+        scene.repeat_interleave(torch.tensor(relations)),
+        *rows.split(counts),
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_parts_hold_every_row_of_their_scenes(parts: int) -> None:
+    whole = make([2, 0, 3, 1], [1, 4, 0, 2])
+    split = whole.split(parts)
+    assert len(split) == parts
+    assert [key for part in split for key in part.keys] == whole.keys
+    first = 0
+    for part in split:
+        ids = torch.cat([part.action_id, part.object_id, part.relation_id])
+        torch.testing.assert_close(part.pixels[:, 0, 0, 0], ids.float())
+        for name in ("object", "relation"):
+            home, wanted = getattr(part, f"{name}_scene"), getattr(whole, f"{name}_scene")
+            inside = (wanted >= first) & (wanted < first + part.num_scenes)
+            torch.testing.assert_close(home + first, wanted[inside])
+            torch.testing.assert_close(getattr(part, f"{name}_id"), getattr(whole, f"{name}_id")[inside])
+        assert all(torch.equal(a, b) for a, b in zip(part.host, part.tensors[1:], strict=True))
+        first += part.num_scenes
+    assert first == whole.num_scenes
+
+
+def test_a_batch_knows_its_index_on_the_host_wherever_it_goes() -> None:
+    batch = make([1, 1], [0, 1])
+    assert all(a is b for a, b in zip(batch.host, batch.tensors[1:], strict=True))
+    moved = batch.to("meta")
+    assert moved.object_id.is_meta and torch.equal(moved.host_ids[1], batch.object_id)
