@@ -136,7 +136,8 @@ class TrainSection:
     views: int | None = None  # turned into steps by the mean number of views of a scene
     log_every: int = 10  # steps; the only regular points where the host waits for the device
     checkpoint_every: int = 500  # steps
-    keep_checkpoints: int = 2
+    checkpoint_minutes: float | None = 30.0  # and at the first log interval after so long without one; null: never
+    keep_checkpoints: int = 2  # the newest; the one with the lowest mean loss over 100 steps stays beside them
     max_skipped: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
     tensorboard: bool = True  # where it is installed
     activation_checkpointing: bool = False  # keeps each block's input alone: less memory, one more forward pass
@@ -146,6 +147,8 @@ class TrainSection:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"got {' and '.join(f'train.{n}' for n in given)}, expected only one of them")
+        minutes = self.checkpoint_minutes
+        _check(minutes is None or minutes > 0, "train.checkpoint_minutes", minutes, "above 0, or null")
         for name in (*given, "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
             _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
 

@@ -17,12 +17,16 @@ from scenarioclip_fast.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One rank's place and device. `group` is None when the run is one process."""
+    """One rank's place and device. Both groups are None when the run is one process.
+
+    group: for tensors on the device;  host: for what lies in host memory, and for use by other threads
+    """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    host: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -71,8 +75,7 @@ def join_world(device: str) -> Iterator[World]:
         dist.init_process_group("nccl" if gpu else "gloo", device_id=chosen if gpu else None)
     try:
         # A group of its own: the loss's collectives must not interleave with those of the gradients' buckets.
-        group = dist.new_group()
-        yield World(dist.get_rank(), size, chosen, group)
+        yield World(dist.get_rank(), size, chosen, dist.new_group(), dist.new_group(backend="gloo"))
     finally:
         if ours:
             dist.destroy_process_group()

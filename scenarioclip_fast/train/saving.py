@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scenarioclip_fast.data import SceneLoader, Vocabulary
@@ -19,15 +22,24 @@ from scenarioclip_fast.train.checkpoint import (
     BadCheckpoint,
     Checkpoint,
     Checkpoints,
+    NotWritten,
+    PendingSave,
+    examine,
     load,
     random_state,
     set_random_state,
+    share,
 )
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import World
 from scenarioclip_fast.train.weights import save_teacher
 
-FEW = 10  # losses in a mean
+Resume = bool | str | Path  # True or "auto", "best", or a checkpoint's path
+
+FEW = 10  # losses in the means that people read
+# Losses in the mean that tells the best checkpoint: of one step they are noise, and as many for each compares like
+# with like, however far apart checkpoints are.
+_JUDGED_OVER = 100
 
 
 @dataclass
@@ -40,16 +52,20 @@ class Progress:
     skipped: int = 0  # steps without an update
     skipped_in_row: int = 0
     first_losses: list[float] = field(default_factory=list)
-    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=FEW))
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=_JUDGED_OVER))
+
+    @property
+    def last_losses(self) -> list[float]:
+        return list(self.recent_losses)[-FEW:]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {**asdict(self), "last_losses": list(self.last_losses)}
+        return {**asdict(self), "recent_losses": list(self.recent_losses)}
 
     def take(self, values: dict[str, Any]) -> None:
         """Takes over what `to_dict` gave."""
         for name, value in values.items():
-            setattr(self, name, deque(value, FEW) if name == "last_losses" else value)
+            setattr(self, name, deque(value, _JUDGED_OVER) if name == "recent_losses" else value)
 
 
 @dataclass
@@ -62,6 +78,27 @@ class RunState:
     optimizer: Optimizer
     loader: SceneLoader
     progress: Progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the ranks share, under names that neither optimiser groups nor wrappers change."""
+        found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        found |= {f"loss/{name}": t for name, t in self.loss.state_dict().items()}
+        if self.teacher is not None:
+            found |= {f"teacher/{name}": t for name, t in self.teacher.state_dict()["tensors"].items()}
+        for part, module in (("model", self.model), ("loss", self.loss)):
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    found |= {f"optimizer/{part}/{name}/{key}": t for key, t in self._moments(p).items()}
+        return found
+
+    def _moments(self, p: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of a parameter, made here as AdamW does in its first step."""
+        state = self.optimizer.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
 
 
 class Saver:
@@ -77,92 +114,137 @@ class Saver:
     ) -> None:
         self.config, self.world, self.state = config, world, state
         self.total_steps, self._say = total_steps, say
-        self.checkpoints = checkpoints_of(config)
+        self.checkpoints = checkpoints_of(config, world)
+        self._pending: PendingSave | None = None
         self._saved: int | None = None
+        self._saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether train.checkpoint_minutes have passed: the leading rank's clock, for it to tell the others."""
+        minutes = self.config.train.checkpoint_minutes
+        return self.world.leads and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, last: bool = False) -> None:
-        """A checkpoint; a disk that refuses does not end the run, unless this is the last chance to save."""
-        run, step = self.state, self.state.progress.step
+        """Begins a checkpoint, and with `last` waits for it.
+
+        A disk that refuses does not end the run, unless this is the last chance to save: TrainingFailed.
+        """
+        step, run = self.state.progress.step, self.state
+        self._finish()  # of an earlier step, or of this one
         if self._saved == step:
             return
-        ranks = self.world.gather({"random": random_state(), "loader": run.loader.state_dict()})
-        if self.world.leads:
-            state = {
-                "model": run.model.state_dict(),
-                "loss": run.loss.state_dict(),
-                "teacher": None if run.teacher is None else run.teacher.state_dict(),
-                "optimizer": run.optimizer.state_dict()["state"],
-                "ranks": ranks,
-            }
-            meta = {
-                "config": self.config.to_dict(),
-                "total_steps": self.total_steps,
-                "progress": run.progress.to_dict(),
-            }
-            try:
-                self.checkpoints.save(step, state, meta)
-            except OSError as error:
-                message = f"checkpoint of step {step} not written: {error}"
-                if last:
-                    raise TrainingFailed(f"{message}; the newest one left is {self._newest()}") from error
-                self._say(f"{message}; the run goes on")
-        self._saved = step
+        losses = run.progress.recent_losses
+        meta = {
+            "loss": sum(losses) / len(losses) if losses else None,
+            "ranks": self.world.size,
+            "total_steps": self.total_steps,
+            "teacher_step": None if run.teacher is None else run.teacher.step,
+            "progress": run.progress.to_dict(),
+            "config": self.config.to_dict(),
+        }
+        state: dict[str, Any] = {**share(run.tensors(), self.world.rank, self.world.size)}
+        mine = {"random": random_state(), "loader": run.loader.state_dict()}
+        state[_of_rank(self.world.rank)] = json.dumps(mine)
+        self._pending = self.checkpoints.save(step, state, meta)
+        self._saved, self._saved_at = step, time.monotonic()
+        if last:
+            self._finish(last=True)
 
-    def restore(self, resume: bool | str | Path) -> list[str]:
+    def poll(self) -> None:
+        """Says so if the checkpoint under way has failed; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._finish()
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way."""
+        self._finish()
+
+    def restore(self, resume: Resume) -> list[str]:
         """Puts the state of the checkpoint to resume from in place; returns what to tell."""
-        if not resume:
-            return []
-        found, notes = self._find(resume)
-        if found is None:
-            return [*notes, f"nothing to resume in {self.config.run.dir}: starting from step 0"]
-        notes += self._compare(found)
-        if found.meta["step"] > self.total_steps:
-            raise UserError(
-                f"{found.path} is at step {found.meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
-            )
-        run, state = self.state, found.state
-        run.model.load_state_dict(state["model"])
-        run.loss.load_state_dict(state["loss"])
-        if run.teacher is not None and state["teacher"] is not None:
-            run.teacher.load_state_dict(state["teacher"])
-        # The moments only: rates, decay and the like are those of the config at hand.
-        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
-        # On another number of ranks, the order of scenes goes on where the leading rank was.
-        same = len(state["ranks"]) == self.world.size
-        rank = state["ranks"][self.world.rank if same else 0]
-        run.loader.load_state_dict(rank["loader"])
-        if same:
-            set_random_state(rank["random"])
-        run.progress.take(found.meta["progress"])
-        self._saved = run.progress.step
-        return [*notes, f"resumed from {found.path} at step {run.progress.step}"]
-
-    def _newest(self) -> str:
-        paths = self.checkpoints.paths()
-        return str(paths[0]) if paths else "none"
-
-    def _find(self, resume: bool | str | Path) -> tuple[Checkpoint | None, list[str]]:
-        """The leading rank chooses, so that all ranks resume from the same one."""
-        if not isinstance(resume, bool):
-            try:
-                return load(Path(resume)), []
-            except BadCheckpoint as error:
-                raise UserError(f"--resume: {error}") from None
         notes: list[str] = []
-        choice: Path | None = None
-        found: Checkpoint | None = None
+        if not resume:
+            return notes
+        problems: list[str] = []
+        paths = self._candidates(resume)
+        for path in paths:
+            try:
+                found = self._examine(path)
+                notes = self._compare(found)
+                self._load(found)
+            except BadCheckpoint as error:
+                problems.append(str(error))
+                continue
+            notes += [f"passing over a damaged checkpoint: {problem}" for problem in problems]
+            return [*notes, f"resumed from {found.path} at step {self.state.progress.step}"]
+        if not paths:
+            return [f"nothing to resume in {self.config.run.dir}: starting from step 0"]
+        raise UserError(f"--resume: no checkpoint that can be read: {'; '.join(problems)}")
+
+    def _finish(self, last: bool = False) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.wait()
+        except NotWritten as error:
+            self._saved = None
+            if last:
+                newest = next(iter(self.checkpoints.paths()), "none")
+                raise TrainingFailed(f"{error}; the newest one left is {newest}") from error
+            self._say(f"{error}; the run goes on")
+
+    def _candidates(self, resume: Resume) -> list[Path]:
+        """What to try, in this order; the leading rank chooses, so that all ranks resume from the same one."""
+        if resume is True or resume == "auto":
+            paths = self.checkpoints.paths()
+        elif resume == "best":
+            best = self.checkpoints.best()
+            paths = [] if best is None else [best]
+        else:
+            paths = [Path(str(resume))]
+        return self.world.gather(paths)[0]
+
+    def _examine(self, path: Path) -> Checkpoint:
+        """The leading rank reads, and all hear what it found."""
+        found: Checkpoint | BadCheckpoint | None = None
         if self.world.leads:
-            for path in self.checkpoints.paths():
-                try:
-                    found = load(path)
-                    choice = path
-                    break
-                except BadCheckpoint as error:
-                    notes.append(f"passing over a damaged checkpoint: {error}")
-        choice = self.world.gather(choice)[0]
-        if choice is not None and found is None:
-            found = load(choice)
-        return found, notes
+            try:
+                found = examine(path)
+            except BadCheckpoint as error:
+                found = error
+        found = self.world.gather(found)[0]
+        if isinstance(found, BadCheckpoint):
+            raise found
+        assert found is not None
+        return found
+
+    def _load(self, found: Checkpoint) -> None:
+        run, meta = self.state, found.meta
+        if meta["step"] > self.total_steps:
+            raise UserError(
+                f"{found.path} is at step {meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
+            )
+        state: dict[str, Any] = {**run.tensors()}
+        if meta["teacher_step"] is None:  # of a run without one: it starts from the model that was loaded
+            state = {name: t for name, t in state.items() if not name.startswith("teacher/")}
+        if missing := sorted(state.keys() - found.names):
+            raise UserError(
+                f"{found.path} lacks {len(missing)} tensors of this run, such as {missing[0]}: resume with the "
+                "settings that it was written with"
+            )
+        # On another number of ranks, the order of scenes goes on where the leading rank was.
+        same = meta["ranks"] == self.world.size
+        mine = _of_rank(self.world.rank if same else 0)
+        state[mine] = ""
+        load(found, state, self.checkpoints.group)
+        saved = json.loads(state[mine])
+        run.loader.load_state_dict(saved["loader"])
+        if same:
+            set_random_state(saved["random"])
+        if run.teacher is not None and meta["teacher_step"] is not None:
+            run.teacher.step = meta["teacher_step"]
+        run.progress.take(meta["progress"])
+        self._saved = run.progress.step
 
     def _compare(self, found: Checkpoint) -> list[str]:
         """UserError when the checkpoint holds another model; otherwise one line if the run's settings changed."""
@@ -193,14 +275,14 @@ class Saver:
         self.world.barrier()
 
 
-def checkpoints_of(config: TrainConfig) -> Checkpoints:
+def checkpoints_of(config: TrainConfig, world: World) -> Checkpoints:
     """The folder of a run's checkpoints."""
-    return Checkpoints(Path(config.run.dir) / "checkpoints", config.train.keep_checkpoints)
+    return Checkpoints(Path(config.run.dir) / "checkpoints", config.train.keep_checkpoints, world.host)
 
 
-def prepare_run_dir(config: TrainConfig, world: World, resume: bool | str | Path) -> None:
+def prepare_run_dir(config: TrainConfig, world: World, resume: Resume) -> None:
     """Makes run.dir, and clears away what writers that died have left there."""
-    checkpoints = checkpoints_of(config)
+    checkpoints = checkpoints_of(config, world)
     if not resume and checkpoints.paths():
         raise UserError(
             f"{config.run.dir} holds the checkpoints of an earlier run: go on with --resume, or set another run.dir"
@@ -212,6 +294,10 @@ def prepare_run_dir(config: TrainConfig, world: World, resume: bool | str | Path
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {config.run.dir}: {error.strerror}") from None
     world.barrier()
+
+
+def _of_rank(rank: int) -> str:
+    return f"rank/{rank}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

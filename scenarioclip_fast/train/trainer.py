@@ -28,7 +28,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import join_world
 from scenarioclip_fast.train.metrics import MetricsLog, PendingSteps, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
-from scenarioclip_fast.train.saving import FEW, Progress, RunState, Saver, prepare_run_dir
+from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, prepare_run_dir
 from scenarioclip_fast.train.weights import load_initial_weights
 
 _FEW_KEYS = 10  # in a message
@@ -90,20 +90,21 @@ class Trainer:
 
     Args:
         config: a TrainConfig.
-        resume: True to go on from the newest good checkpoint of config.run.dir (or to start, when it has none), or the
-            path of one checkpoint.
+        resume: True or "auto" to go on from the newest good checkpoint of config.run.dir (or to start, when it has
+            none), "best" from the one with the lowest loss, or the path of one checkpoint.
 
     On several ranks, every rank makes the same Trainer and calls `fit`; batch sizes, losses and metrics are those of
     all ranks together.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool | str | Path = False) -> None:
+    def __init__(self, config: TrainConfig, resume: Resume = False) -> None:
         self.config = config
         self.resume = resume
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
         self._timed_views, self._timed_seconds = 0, 0.0
         self._stop: str | None = None
+        self._due = False  # a checkpoint, by the clock
 
     @property
     def step(self) -> int:
@@ -184,6 +185,7 @@ class Trainer:
             config.save(self.run_dir / "config.yaml")
             self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
             stack.callback(self._log.close)
+        stack.callback(self.saver.close)
         freeze = config.model.freeze
         if config.model.init is None and (freeze.vision_blocks or freeze.text_blocks):
             notes.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
@@ -268,7 +270,7 @@ class Trainer:
             alone = self.world.size == 1 and self._stop is not None
             if save or alone or self.step % train.log_every == 0 or self.step == self.total_steps:
                 ended_by = self._flush()
-            if save:
+            if save or self._due:
                 self._save()
         completed = self.step == self.total_steps
         self._save(last=True)
@@ -287,7 +289,7 @@ class Trainer:
             total_steps=self.total_steps,
             completed=completed,
             first_loss=_mean(self.progress.first_losses),
-            last_loss=_mean(list(self.progress.last_losses)),
+            last_loss=_mean(self.progress.last_losses),
             scenes=self.progress.scenes,
             views=self.progress.views,
             seconds=time.perf_counter() - started,
@@ -303,8 +305,8 @@ class Trainer:
             return self._stop if self.world.size == 1 else None
         table = torch.stack(pending.rows).tolist()  # here the host waits for the device
         seconds = time.perf_counter() - pending.started
-        counts = torch.tensor([*pending.counts, (self._stop is not None, 0)], device=self.world.device)
-        *counted, (stops, _) = self.world.sum_(counts).tolist()
+        counts = torch.tensor([*pending.counts, (self._stop is not None, self.saver.due())], device=self.world.device)
+        *counted, (stops, due) = self.world.sum_(counts).tolist()
         speed: dict[str, float] = {
             "scenes_per_s": sum(scenes for scenes, _ in counted) / seconds,
             "views_per_s": sum(views for _, views in counted) / seconds,
@@ -313,6 +315,8 @@ class Trainer:
         }
         if self.world.device.type == "cuda":
             speed["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        self._due = due > 0
+        self.saver.poll()
         self._timed_views += sum(views for _, views in counted)
         self._timed_seconds += seconds
         rows: list[dict[str, Any]] = []
@@ -326,7 +330,7 @@ class Trainer:
                 self._note_skipped(row, rows[-1]["step"], pending.keys[k])
             else:
                 self.progress.skipped_in_row = 0
-                self.progress.last_losses.append(row["loss"])
+                self.progress.recent_losses.append(row["loss"])
                 if len(self.progress.first_losses) < FEW:
                     self.progress.first_losses.append(row["loss"])
         if self._log is not None:
@@ -354,6 +358,7 @@ class Trainer:
     def _save(self, last: bool = False) -> None:
         began = time.perf_counter()
         self.saver.save(last)
+        self._due = False
         self._pending.started += time.perf_counter() - began
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -1,90 +1,183 @@
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.train import checkpoint
-from scenarioclip_fast.train.checkpoint import BadCheckpoint, Checkpoints, load, random_state, set_random_state
+from scenarioclip_fast.train.checkpoint import (
+    BadCheckpoint,
+    Checkpoints,
+    NotWritten,
+    examine,
+    load,
+    random_state,
+    set_random_state,
+    share,
+)
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((3,), float(step))}, "optimizer": {0: {"step": torch.tensor(step)}}}
+    return {"model/w": torch.full((3,), float(step)), "optimizer/w/step": torch.tensor(step), "rank/0": f"at {step}"}
+
+
+def save(checkpoints: Checkpoints, step: int, **meta: Any) -> Path:
+    checkpoints.save(step, state(step), meta).wait()
+    return checkpoints.directory / f"step-{step:08d}"
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    into = {"model/w": torch.zeros(3), "optimizer/w/step": torch.tensor(0), "rank/0": ""}
+    load(examine(path), into, None)
+    return into
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    path = checkpoints.save(7, state(7), {"config": {"a": 1}})
-    found = load(path)
+    path = save(Checkpoints(tmp_path / "checkpoints", keep=2), 7, config={"a": 1})
+    found = examine(path)
     assert (found.meta["step"], found.meta["config"]) == (7, {"a": 1})
-    assert torch.equal(found.state["model"]["w"], torch.full((3,), 7.0))
+    assert found.names == {"model/w", "optimizer/w/step", "rank/0"}
+    into = loaded(path)
+    assert torch.equal(into["model/w"], torch.full((3,), 7.0))
+    assert into["optimizer/w/step"].item() == 7
+    assert into["rank/0"] == "at 7"
 
 
-def test_the_last_few_are_kept_newest_first(tmp_path: Path) -> None:
+def test_the_state_is_that_of_the_call_not_of_the_write(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.paths() == []
-    for step in (5, 100_000_000, 10):
-        checkpoints.save(step, state(step), {})
-    assert [p.name for p in checkpoints.paths()] == ["step-100000000", "step-00000010"]
-    assert len(list(tmp_path.iterdir())) == 2
+    live = state(1)
+    pending = checkpoints.save(1, live, {})
+    live["model/w"].fill_(-1)
+    pending.wait()
+    live["model/w"].fill_(2)
+    checkpoints.save(2, live, {}).wait()  # the buffers of the first copies serve again
+    first, second = (loaded(path) for path in reversed(checkpoints.paths()))
+    assert torch.equal(first["model/w"], torch.ones(3))
+    assert torch.equal(second["model/w"], torch.full((3,), 2.0))
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("archive writer")])
+def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.paths() == [] and checkpoints.best() is None
+    for step, loss in ((5, 3.0), (7, 2.0), (8, 2.5), (10, 2.5), (100_000_000, None)):
+        save(checkpoints, step, loss=loss)
+    assert [p.name for p in checkpoints.paths()] == ["step-100000000", "step-00000010", "step-00000007"]
+    assert checkpoints.best() == tmp_path / "step-00000007"
+    assert len(names(tmp_path)) == 3
+
+
+def test_an_abandoned_branch_goes_with_the_first_new_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    for step in (2, 4, 6):
+        save(checkpoints, step, loss=1.0)
+    save(checkpoints, 4, loss=2.0)  # taken up again at step 2
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    assert examine(tmp_path / "step-00000004").meta["loss"] == 2.0
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("archive writer\nstack")])
 def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state(1), {})
+    save(checkpoints, 1)
 
-    def fail(value: object, file: Any) -> None:
+    def fail(value: Tensor, file: Any, *args: Any) -> None:
         file.write(b"half")
         raise failure
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
-        checkpoints.save(2, state(2), {})
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert load(checkpoints.paths()[0]).meta["step"] == 1
-
-
-def test_a_writer_that_died_leaves_no_checkpoint_and_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoint.os, "rename", lambda a, b: (_ for _ in ()).throw(SystemExit))
-    # The process is gone before any clean-up.
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)
-    with pytest.raises(SystemExit):
-        checkpoints.save(1, state(1), {})
+    with pytest.raises(NotWritten, match=r"step 2 not written: (\[Errno 28\] No space left on device|archive writer)$"):
+        save(checkpoints, 2)
     monkeypatch.undo()
-    assert checkpoints.paths() == []
-    assert len(list(tmp_path.iterdir())) == 1
+    assert names(tmp_path) == ["step-00000001"]
+    assert examine(checkpoints.paths()[0]).meta["step"] == 1
+    save(checkpoints, 2)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("moment", ["before the index", "before the name", "while an old one goes"])
+def test_a_writer_that_dies_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise SystemExit
+
+    if moment == "before the index":
+        monkeypatch.setattr(FileSystemWriter, "finish", die)
+    elif moment == "before the name":
+        monkeypatch.setattr(checkpoint.os, "rename", die)
+    # The process is gone before any clean-up.
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+    with pytest.raises((SystemExit, NotWritten)):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    newest = 2 if moment == "while an old one goes" else 1
+    assert len(names(tmp_path)) == 2
+    assert [examine(path).meta["step"] for path in checkpoints.paths()] == [newest]
     checkpoints.sweep()
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == [f"step-{newest:08d}"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "no meta", "schema"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage", "no index", "garbage index", "no meta", "schema"])
 def test_a_damaged_checkpoint_says_so(tmp_path: Path, damage: str) -> None:
-    path = Checkpoints(tmp_path, keep=1).save(1, state(1), {})
-    file = path / "state.pt"
-    size = file.stat().st_size
+    path = save(Checkpoints(tmp_path, keep=1), 1)
+    files = {"no index": ".metadata", "garbage index": ".metadata", "no meta": "meta.json", "schema": "meta.json"}
+    file = path / files.get(damage, "__0_0.distcp")
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-10])
-    elif damage == "garbage":
-        file.write_bytes(b"\0" * size)
-    elif damage == "no meta":
-        (path / "meta.json").unlink()
+    elif "garbage" in damage:
+        file.write_bytes(b"\0" * file.stat().st_size)
+    elif damage == "schema":
+        file.write_text(file.read_text().replace('"schema": 2', '"schema": 9'))
     else:
-        meta = (path / "meta.json").read_text()
-        (path / "meta.json").write_text(meta.replace('"schema": 1', '"schema": 9'))
-    with pytest.raises(BadCheckpoint, match="step-00000001"):
-        load(path)
+        file.unlink()
+    with pytest.raises(BadCheckpoint, match="step-00000001") as caught:
+        loaded(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_this_host_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.os, "listdir", lambda path: [])
+    with pytest.raises(NotWritten, match=r"__0_0\.distcp of other ranks are not in .*that all hosts share"):
+        save(Checkpoints(tmp_path, keep=1), 1)
+
+
+def test_ranks_share_the_writing(tmp_path: Path) -> None:
+    tensors = {f"w{i}": torch.zeros(i % 7 + 1) for i in range(100)}
+    shares = [share(tensors, rank, 3) for rank in range(3)]
+    assert sorted(name for part in shares for name in part) == sorted(tensors)
+    sizes = [sum(t.nbytes for t in part.values()) for part in shares]
+    assert max(sizes) - min(sizes) <= 4 * 7  # at most one tensor apart
+    assert share(tensors, 0, 1) == tensors
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
-    saved = Checkpoints(tmp_path, keep=1).save(1, {"random": random_state()}, {})
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"rank/0": json.dumps(random_state())}, {}).wait()
     expected = random.random(), torch.rand(3)
-    set_random_state(load(saved).state["random"])
+    into = {"rank/0": ""}
+    load(examine(checkpoints.paths()[0]), into, None)
+    set_random_state(json.loads(into["rank/0"]))
     assert random.random() == expected[0]
     assert torch.equal(torch.rand(3), expected[1])
+
+
+def test_the_meta_file_is_plain_json(tmp_path: Path) -> None:
+    path = save(Checkpoints(tmp_path, keep=1), 3, progress={"scenes": 24})
+    meta = json.loads((path / "meta.json").read_text())
+    assert (meta["schema"], meta["step"], meta["progress"]) == (2, 3, {"scenes": 24})
+    assert set(meta["files"]) == {"__0_0.distcp", ".metadata"}

@@ -77,7 +77,9 @@ def test_killed_and_resumed(small: Make, tmp_path: Path) -> None:
     assert "stopped by SIGTERM" in finish(process, STOPPED)
     assert main.main(["train", "-c", str(saved(parts)), "--resume"]) == 0
     assert rows(parts) == rows(whole)
-    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000038", "step-00000040"]
+    left = {p.name for p in checkpoints.iterdir()}
+    assert left >= {"step-00000038", "step-00000040"} and len(left) <= 3  # the last two and the best
+    assert all(name.startswith("step-") for name in left)
 
 
 def saved(config: TrainConfig) -> Path:

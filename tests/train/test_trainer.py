@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.data import Batch, Vocabulary, load_reference, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
@@ -91,7 +92,7 @@ def test_a_run_that_dies_goes_on_from_its_last_good_checkpoint(small: Make) -> N
         hooked(parts, die).fit()
     newest, older = Checkpoints(Path(parts.run.dir) / "checkpoints", keep=2).paths()
     assert (newest.name, older.name) == ("step-00000004", "step-00000002")
-    (newest / "state.pt").write_bytes(b"")  # and the newest is damaged
+    (newest / "__0_0.distcp").write_bytes(b"")  # and the newest is damaged
     Trainer(parts, resume=True).fit()
     assert rows(parts) == rows(whole)
     assert_same(weights(parts), weights(whole))
@@ -190,19 +191,21 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
     small: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small("train.steps=4", "train.checkpoint_every=2")
-    save, tried = Checkpoints.save, []
+    finish, tried = FileSystemWriter.finish, []
 
-    def full(self: Checkpoints, step: int, *args: Any) -> Path:
+    def full(self: FileSystemWriter, *args: Any) -> None:
+        step = int(Path(self.path).name.split("-")[2])
         tried.append(step)
         if step in refused:
             raise OSError(28, "No space left on device")
-        return save(self, step, *args)
+        finish(self, *args)
 
-    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr(FileSystemWriter, "finish", full)
     refused = {2}
     assert Trainer(config).fit().completed
     assert tried == [2, 4]
-    assert "checkpoint of step 2 not written" in capsys.readouterr().err
+    assert "checkpoint of step 2 not written: [Errno 28] No space left on device; the run" in capsys.readouterr().err
+    assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000004"]
     refused = {3}
     with pytest.raises(TrainingFailed, match=r"step 3 not written: .*No space left"):
         hooked(small("train.steps=9", run="other"), stop_at(3)).fit()
