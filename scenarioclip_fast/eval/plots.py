@@ -7,7 +7,8 @@ drawing needs no display and leaves the caller's matplotlib alone.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from scenarioclip_fast.eval.zeroshot import TASKS, Accuracy, ZeroShotResult
 from scenarioclip_fast.requirements import require
 
 COLOURS = {"global": "#3b6ea8", "object": "#cf7a30", "relation": "#3f8f63"}
+_RUN_COLOURS = ("#3b6ea8", "#cf7a30", "#3f8f63", "#b3402e", "#7a5ba8", "#4aa3a3", "#c2578f", "#8a6d3b", "#6b7480")
+MATCH_TITLES = {"own": "strict", "any_in_image": "any text of the image"}
 TICK, CROSS = "\u2713", "\u2717"
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e3e7ec"
 RIGHT, AMBER, WRONG = "#2b7a4b", "#d9a036", "#b3402e"
@@ -77,18 +80,129 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> P
         return _save(figure, out)
 
 
-def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> bool:
+def run_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
+    """Draws the metrics of several runs over each other, a panel each: losses and temperatures per level,
+    distillation, gradient norm, learning rate, speed, waiting for data and GPU memory.
+
+    `runs` maps a name to the rows of its metrics.jsonl. Panels without data are left out. Runs whose steps see
+    different numbers of views are drawn over the views seen.
+    """
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    panels = {
+        **{f"contrastive/{level}": f"contrastive loss, {TASKS[level]}" for level in LEVELS},
+        **{f"temperature/{level}": f"temperature, {TASKS[level]}" for level in LEVELS},
+        "distillation": "distillation loss",
+        "grad_norm": "gradient norm",
+        "lr": "learning rate",
+        "views_per_s": "views per second",
+        "data_wait": "time spent waiting for data",
+        "mfu": "model FLOP/s utilisation",
+        "memory_gib": "GPU memory, GiB",
+    }
+    logged = {key for rows in runs.values() for row in rows for key in row if row[key]}
+    shown = {key: title for key, title in panels.items() if key in logged}
+    if not shown:
+        raise ValueError("runs: got no logged step, expected at least one")
+    sizes = [rows[-1]["views"] / rows[-1]["step"] for rows in runs.values() if rows and rows[-1].get("views")]
+    over = "views" if sizes and max(sizes) > 1.1 * min(sizes) else "step"
+    colours = run_colours(runs)
+    lines, columns = -(-len(shown) // 3), min(3, len(shown))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * columns, 2.6 * lines + 0.4 * (len(runs) > 1)))
+        figure.set_layout_engine("constrained", h_pad=0.1)
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes, (key, title) in zip(grid.flat, shown.items(), strict=False):
+            level = COLOURS.get(key.partition("/")[2], INK)
+            for name, rows in runs.items():
+                _curve(axes, rows, key, name, colours[name] if len(runs) > 1 else level, over)
+            axes.set_title(title, fontsize=9.5, fontweight="normal")
+            axes.set_xlabel(over if over == "step" else "views seen")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.margins(x=0.01)
+            axes.grid(axis="y", color=GRID)
+            if key in ("views_per_s", "data_wait", "mfu", "memory_gib", "lr"):
+                axes.set_ylim(bottom=0)
+            if key in ("data_wait", "mfu"):
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        if len(runs) > 1:
+            handles = [Line2D([], [], color=colours[name], linewidth=2.5, label=name) for name in runs]
+            figure.legend(handles=handles, loc="outside upper left", ncols=min(len(runs), 6), fontsize=9.5)
+        return _save(figure, out)
+
+
+def run_colours(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each run, the same in every picture of a page."""
+    return {name: _RUN_COLOURS[k % len(_RUN_COLOURS)] for k, name in enumerate(names)}
+
+
+def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str, over: str = "step") -> bool:
     """One metric as logged (pale) and smoothed over a twentieth of the run; False where it is 0 throughout."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    points = [(row[over], row[key]) for row in rows if row.get(key) is not None]
     if not any(value for _, value in points):
         return False
     steps, values = map(np.asarray, zip(*points, strict=True))
-    window = np.ones(min(len(values), 2 * (len(values) // 40) + 1))
     # a window that hangs over an end averages what is there
-    smooth = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    half, at = len(values) // 40, np.arange(len(values))
+    low, high = (at - half).clip(0), (at + half + 1).clip(max=len(values))
+    total = np.concatenate([[0.0], np.cumsum(values)])
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, (total[high] - total[low]) / (high - low), color=colour, linewidth=1.8, label=label)
     return True
+
+
+def accuracy_comparison(results: Mapping[str, ZeroShotResult], out: Path) -> Path:
+    """Draws the accuracies of several runs side by side, a panel per matching rule and task, chance as dark marks.
+
+    `results` maps a run's name to its result. The rows of all texts are drawn.
+    """
+    require("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    rows = {(name, row.match, row.level): row for name, r in results.items() for row in r.rows if row.subset == "all"}
+    matches = [match for match in MATCH_TITLES if any(key[1] == match for key in rows)]
+    levels = [level for level in LEVELS if any(key[2] == level for key in rows)]
+    colours, width = run_colours(results), 0.84 / len(results)
+    small: Any = {"fontsize": 6.5, "color": MUTED}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * len(levels), 2.5 * len(matches) + 0.4))
+        figure.set_layout_engine("constrained", h_pad=0.1)
+        grid = figure.subplots(len(matches), len(levels), squeeze=False)
+        for (i, match), (j, level) in product(enumerate(matches), enumerate(levels)):
+            axes = grid[i, j]
+            topk = sorted({k for name in results if (row := rows.get((name, match, level))) for k in row.top})
+            for slot, name in enumerate(results):
+                row = rows.get((name, match, level))
+                for group, k in enumerate(topk):
+                    if row is None or k not in row.top:
+                        continue
+                    x, value, chance = group - 0.42 + (slot + 0.5) * width, 100 * row.top[k], 100 * row.chance[k]
+                    axes.bar(x, value, width * 0.92, color=colours[name])
+                    axes.plot([x - 0.46 * width, x + 0.46 * width], [chance, chance], color=INK, linewidth=1.6)
+                    top = (0, 2)  # points
+                    axes.annotate(
+                        f"{value:.0f}", (x, max(value, chance)), top, textcoords="offset points", ha="center", **small
+                    )
+            axes.set_title(f"{TASKS[level]}, {MATCH_TITLES[match]}", fontsize=9.5, fontweight="normal")
+            axes.set_xticks(range(len(topk)), [f"top-{k}" for k in topk])
+            axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+            axes.tick_params(axis="x", length=0)
+            axes.grid(axis="y", color=GRID)
+            axes.set_axisbelow(True)
+        handles = [Patch(color=colours[name], label=name) for name in results]
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(results), 6), fontsize=9.5)
+        return _save(figure, out)
 
 
 def accuracy_bars(result: ZeroShotResult, out: Path) -> Path:
@@ -167,7 +281,7 @@ def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3,
         heads = {
             "global": "action: global view",
             "object": "object views",
-            "relation": "relation views: focused regions",
+            "relation": "relation views",
         }
         for level, words in heads.items():
             if column_of[level] < columns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -23,24 +23,31 @@ p.lead { color: #55606c; margin: 0 0 1.4rem; }
 section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; padding: 1.2rem 1.4rem;
           margin: 0 0 1.2rem; }
 img { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; min-width: 55%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
-th, td { padding: .32rem .7rem .32rem 0; border-bottom: 1px solid #edf0f3; white-space: nowrap; }
+th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; white-space: nowrap; }
 td.n, th.n { text-align: right; } td small { color: #8a939e; }
 p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
 .scroll { overflow-x: auto; }
+summary { cursor: pointer; } summary h2 { display: inline; }
+details[open] summary { margin-bottom: .6rem; }
 """
 
 
 @dataclass(frozen=True)
 class Section:
-    """One card of the report: a heading, then any of a table (head and rows), a picture and a note."""
+    """One card of the report: a heading, then any of a table (head and rows), a picture and a note.
+
+    strong: the cells (row, column) of the table that stand out. folded: shown when its heading is clicked.
+    """
 
     title: str
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     picture: Path | None = None
     note: str = ""
+    strong: Set[tuple[int, int]] = frozenset()
+    folded: bool = False
 
 
 @dataclass
@@ -122,23 +129,36 @@ class Report:
 
 
 def _card(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
+    heading = f"<h2>{escape(section.title)}</h2>"
+    parts = [f"<details><summary>{heading}</summary>" if section.folded else heading]
     if section.rows:
+        columns = len(section.rows[0])
         # names are read from the left, numbers compared at the right edge
-        numeric = [all(row[i][:1].isdigit() for row in section.rows) for i in range(len(section.rows[0]))]
+        numeric = [2 * sum(_is_number(row[i]) for row in section.rows) > len(section.rows) for i in range(columns)]
         parts.append('<div class="scroll"><table>')
         if section.head:
             parts.append(_row("th", section.head, numeric))
-        parts += [_row("td", row, numeric) for row in section.rows]
+        for i, row in enumerate(section.rows):
+            parts.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
         parts.append("</table></div>")
     if section.picture is not None:
         data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
     if section.note:
         parts.append(f'<p class="note">{escape(section.note)}</p>')
+    if section.folded:
+        parts.append("</details>")
     return "<section>" + "\n".join(parts) + "</section>"
 
 
-def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
-    marks = (' class="n"' if right else "" for right in numeric)
-    return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+def _is_number(cell: str) -> bool:
+    return cell.removeprefix("-")[:1].isdigit()
+
+
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:
+    marked = []
+    for column, (cell, right) in enumerate(zip(cells, numeric, strict=True)):
+        text = f"<b>{escape(cell)}</b>" if column in strong else escape(cell)
+        edge = ' class="n"' if right else ""
+        marked.append(f"<{tag}{edge}>{text}</{tag}>")
+    return f"<tr>{''.join(marked)}</tr>"

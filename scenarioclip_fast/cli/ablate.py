@@ -1,0 +1,70 @@
+"""`scenarioclip-fast ablate`: the method with and without its parts, trained alike and compared."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "ablate",
+        help="train the method with and without its parts, and compare",
+        description="Trains every variant with the same seed, data and budget in RUN/VARIANT (RUN: run.dir), evaluates "
+        "each zero-shot, prints one table, and writes RUN/ablation.json and RUN/report.html. Run it again after an "
+        "interruption: what is done is kept, what was begun goes on.",
+        epilog="Variants: full (the method); no-distillation or scenarioclip0 (six encoders, contrastive alone); "
+        "no-focused-regions (a relation is seen as the whole scene); relation-boxes (as a crop around its two boxes); "
+        "pyramidclip (one pair of encoders for all levels). Exit code 75: ended early by a signal, state saved.",
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; left out: the defaults")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="SHARDS|key=value",
+        help="the data, unless FILE has them, and changes for all variants",
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help="default: full no-distillation no-focused-regions pyramidclip",
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "key=value"),
+        help="one of your own: what makes it differ from full; may be given several times",
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="to evaluate on (default test)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the evaluation (default 64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, evaluates, and prints the table."""
+    from scenarioclip_fast.cli.train import STOPPED
+    from scenarioclip_fast.errors import UserError
+    from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, plan_ablation, run_ablation
+
+    # argparse gives `--variants a b key=value` the override as well
+    names = [text for text in args.variants or DEFAULT_VARIANTS if "=" not in text]
+    overrides = [text for text in [*args.what, *(args.variants or ())] if "=" in text]
+    paths = [text for text in args.what if "=" not in text]
+    if len(paths) > 1:
+        raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; changes are given as key=value")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
+    overrides += [f"data.shards={path}" for path in paths]
+    own = {name: changes for name, *changes in args.variant}
+    variants = plan_ablation(args.config, overrides, names, own)
+    ablation = run_ablation(variants, args.split, args.batch_size)
+    print(ablation)
+    print(f"report: {ablation.report}")
+    if ablation.stopped_by:
+        print(f"stopped by {ablation.stopped_by}: run the same command again to go on")
+        return STOPPED
+    return 1 if ablation.failures else 0
