@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from scenarioclip_fast.data.decode import DecodeError
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 
 # reason -> what it says about an entry. Reasons of one scene are listed before those of its objects and relations,
 # which cost the scene no more than that object, mask or relation.
 REASONS = {
-    "malformed_entry": "the entry is not of the published form",
+    "malformed_entry": "the entry is not of the published form, or the record not of our schema",
     "unsafe_id": "the id is empty, too long, or holds a path separator or a control character",
     "duplicate_id": "the id has been used before",
     "unsafe_path": "the image path is absolute or leads out of the directory",
+    "unsafe_member": "the tar's member is a link or a device, or its name is absolute or leads out",
+    "damaged_tar": "the tar is none, or ends too early: what stands behind is lost",
     "missing_image": "there is no such image file",
+    "missing_record": "the tar has an image of this key, and no .json",
+    "other_size": "the image is not of the size that its record names",
     "image_truncated": "the image ends too early",
     "image_corrupt": "the image is damaged",
-    "image_too_large": "the image has more pixels than the limit",
+    "image_too_large": "the image has more pixels or bytes than the limit",
     "image_not_an_image": "the file is not an image",
     "image_undecodable": "the image cannot be decoded",
     "unknown_action": "the action is not in classes.json",
@@ -41,6 +48,10 @@ REASONS = {
 
 # A box may leave the image by this much, in pixels: annotations are often rounded outwards. It is clipped.
 BOX_SLACK = 1.0
+
+MAX_ITEMS = 1024  # objects, and relations, of one scene
+MAX_KEY = 90  # a tar header holds 100 bytes of name
+MAX_IMAGE_BYTES = 1 << 28  # of an encoded image: more than MAX_PIXELS take without compression
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,49 @@ class BadEntry(ValueError):
         self.reason, self.detail = reason, detail
 
 
+def normalise(text: str) -> str:
+    """Lower case, single spaces: the form of every text of a vocabulary."""
+    # JSON can spell half of a surrogate pair, which is no character and no UTF-8.
+    return " ".join(text.encode("utf-8", "ignore").decode().lower().split())
+
+
+def safe_key(name: str) -> str:
+    """A file name's stem for an id. A dot would end a WebDataset key, so that it and other signs become "_".
+
+    Raises:
+        BadEntry: empty, too long, or with a path separator or a control character.
+    """
+    if not name or len(name) > MAX_KEY or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise BadEntry("unsafe_id", f"{short(name)}: expected 1 to {MAX_KEY} characters, no path separators")
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def normalised(scene: Scene) -> Scene:
+    """The scene with its texts in the form of a vocabulary."""
+    objects = [replace(item, name=normalise(item.name)) for item in scene.objects]
+    relations = [replace(relation, predicate=normalise(relation.predicate)) for relation in scene.relations]
+    return replace(scene, action=normalise(scene.action), objects=objects, relations=relations)
+
+
+def image_reason(error: DecodeError) -> str:
+    """The rejection that a decoder's error stands for."""
+    known = ("truncated", "corrupt", "too_large", "not_an_image")
+    return f"image_{error.reason}" if error.reason in known else "image_undecodable"
+
+
+def short(value: object) -> str:
+    """A value's repr, cut to what fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def clean_scene(
-    scene: Scene, size: tuple[int, int], entry: str, *, encode: bool = False
+    scene: Scene,
+    size: tuple[int, int],
+    entry: str,
+    *,
+    encode: bool = False,
+    classes: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Scene, list[Rejection]]:
     """Keeps what is sound of a scene whose image is `size` = (H, W).
 
@@ -74,13 +126,17 @@ def clean_scene(
 
     Args:
         entry: how to name the scene in a rejection.
-        encode: turn masks into RLE; otherwise they stay as they are.
+        encode: turn masks into RLE, of COCO's compressed form; otherwise they stay as they are.
+        classes: the "objects" and "relations" that are known; None: whatever occurs.
     """
     bad: list[Rejection] = []
     kept: dict[int, int] = {}  # position before -> position after
     objects: list[SceneObject] = []
     for i, item in enumerate(scene.objects):
         here = f"{entry}: object {i} ({item.name})"
+        if classes is not None and item.name not in classes["objects"]:
+            bad.append(Rejection(here, "unknown_object", "the name is not among the objects of the vocabulary"))
+            continue
         box = _clip_box(item.box, size)
         if box is None:
             coordinates = ", ".join(f"{v:g}" for v in item.box)
@@ -95,6 +151,8 @@ def clean_scene(
     for k, relation in enumerate(scene.relations):
         ends = (relation.subject, relation.object)
         reason, detail = _relation_problem(ends, kept, objects, len(scene.objects))
+        if not reason and classes is not None and (text := scene.relation_text(k)) not in classes["relations"]:
+            reason, detail = "unknown_relation", f"{text!r} is not among the relations of the vocabulary"
         if reason:
             bad.append(Rejection(f"{entry}: relation {k}", reason, detail))
         else:
@@ -128,9 +186,19 @@ def _usable_mask(mask: Mask | None, size: tuple[int, int], encode: bool) -> tupl
         empty = not bool(mask.any()) if isinstance(mask, Tensor) else rle.area(mask) == 0
         if empty:
             return None, "empty_mask", "the mask has no pixel; the object's box is kept"
-        return (rle.encode(mask) if encode and isinstance(mask, Tensor) else mask), "", ""
+        return (_compressed(mask) if encode else mask), "", ""
     except (KeyError, TypeError, ValueError) as error:
         return None, "bad_mask", str(error)
+
+
+def _compressed(mask: Mask) -> dict[str, Any]:
+    from scenarioclip_fast.data import rle
+
+    if isinstance(mask, Tensor):
+        return rle.encode(mask)
+    height, width, runs = rle.read_runs(mask)
+    counts = mask["counts"]
+    return {"size": [height, width], "counts": counts if isinstance(counts, str) else rle.compress(runs)}
 
 
 def _relation_problem(

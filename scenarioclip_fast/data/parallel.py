@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,24 +20,26 @@ _CHUNK = 8
 _AHEAD = 4  # chunks per worker whose results may wait
 
 
-def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
-    """`map(job, items)` in `workers` processes; in this one if it is a single worker.
+def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: int = _CHUNK) -> Iterator[B]:
+    """`map(job, items)` in `workers` processes, `chunk` items at a time; in this one if it is a single worker.
+
+    The processes end with this one, however it ends.
 
     Raises:
         RuntimeError: a process died without saying why.
     """
-    if workers == 1:
+    if workers <= 1:
         yield from map(job, items)
         return
     source = iter(items)
-    chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
+    chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
     # spawn: a fork of a process that has used torch's threads can hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     waiting: deque[Future[list[B]]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(partial(_run, job), chunk))
+        for some in chunks:
+            waiting.append(pool.submit(partial(_run, job), some))
             if len(waiting) > _AHEAD * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -51,6 +54,16 @@ def _run(job: Callable[[A], B], chunk: Sequence[A]) -> list[B]:
     return [job(item) for item in chunk]
 
 
-def _one_thread() -> None:
+def _begin() -> None:
     # Runs before the job, and with it torch, is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A pool's process holds both ends of the pipe that it reads from, so that it would wait for ever for a parent that
+    # was killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
+import os
 import re
+import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -18,21 +21,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene
+from scenarioclip_fast.data.check import (
+    MAX_IMAGE_BYTES,
+    MAX_ITEMS,
+    BadEntry,
+    Rejection,
+    clean_scene,
+    image_reason,
+    normalise,
+    safe_key,
+    short,
+)
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
+from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.errors import UserError
 
 MAX_MASK_BYTES = 1 << 30  # all candidate masks of one scene
-MAX_ITEMS = 1024  # objects, and relations, of one scene
-MAX_KEY = 90  # a tar header holds 100 bytes of name
+MAX_NPZ_LISTING = 1 << 20  # the table of contents of one npz, which has three members or so
+_MANY = 2000  # entries from which starting more processes pays
 
 _log = logging.getLogger(__name__)
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces: the form of every text of a vocabulary."""
-    return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,53 @@ class ReferenceLayout:
         files = sorted(self.directory.glob("metadata*.json"), key=lambda path: (_split_of(path) is None, path.name))
         if not files:
             raise UserError(f"{directory}: no metadata*.json in it; expected a data set in the published layout")
-        self.entries = [
-            Entry(path.name, i, record, _split_of(path)) for path in files for i, record in enumerate(_load_data(path))
-        ]
+        self._files: dict[str, str] = {}  # metadata file -> SHA-256
+        self.entries = [entry for path in files for entry in self._load(path)]
         if not self.entries:
             raise UserError(f"{directory}: the data set is empty: no entry in {', '.join(p.name for p in files)}")
-        self.classes = _load_classes(self.directory / "classes.json")
+        self.classes = load_classes(self.directory / "classes.json")
+
+    def _load(self, path: Path) -> Iterator[Entry]:
+        content, data = _load_data(path)
+        self._files[path.name] = hashlib.sha256(content).hexdigest()
+        split = _split_of(path)
+        return (Entry(path.name, i, record, split) for i, record in enumerate(data))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def large(self) -> bool:
+        """Whether several processes pay."""
+        return len(self) >= _MANY
+
+    def scan(self, workers: int, progress: bool) -> tuple[list[Rejection], dict[str, int]]:
+        """What is known to be bad, and what is passed over, before any entry is read: nothing."""
+        return [], {}
+
+    def items(self, split_of: Callable[[str, str | None], str]) -> Iterable[Entry]:
+        """The entries split by split, mixed within each; `split_of` maps a key, and the split given, to a split."""
+        entries: dict[str, list[tuple[bytes, int]]] = {split: [] for split in SPLITS}
+        for i, entry in enumerate(self.entries):
+            # Neighbours in a metadata file are often alike (one video, one photographer): a reader that goes through
+            # a shard from front to back should not see them together.
+            raw = str(entry.record.get("id") if isinstance(entry.record, dict) else None)
+            mixed = hashlib.sha256(raw.encode("utf-8", "backslashreplace")).digest()
+            entries[split_of(_key_or_empty(raw), entry.split)].append((mixed, i))
+        return [self.entries[i] for split in SPLITS for _, i in sorted(entries[split])]
+
+    def fingerprint(self) -> str:
+        """Changes with the metadata, the classes, and the size or time of any image or file of masks."""
+        digest = hashlib.sha256(json.dumps([self._files, self.classes]).encode())
+        for entry in self.entries:
+            record = entry.record if isinstance(entry.record, dict) else {}
+            for path in (str(record.get("image_path")), f"sam_results/{record.get('id')}_grounding_sam.npz"):
+                try:
+                    status = os.stat(os.path.join(self.directory, path))
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+                except (OSError, ValueError):  # ValueError: a name that no file can have
+                    digest.update(b"none\n")
+        return digest.hexdigest()
 
     def reader(self) -> EntryReader:
         return EntryReader(self.directory, self.classes, self._max_pixels)
@@ -121,9 +171,16 @@ class EntryReader:
 
     def _image(self, path: PurePosixPath) -> tuple[bytes, tuple[int, int]]:
         try:
+            status = (self._directory / path).stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise BadEntry("missing_image", f"{path}: not a regular file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                raise BadEntry("image_too_large", f"{path}: {status.st_size} bytes, the limit is {MAX_IMAGE_BYTES}")
             data = (self._directory / path).read_bytes()
         except OSError as error:
             raise BadEntry("missing_image", f"{path}: {error.strerror}") from None
+        except UnicodeEncodeError as error:
+            raise BadEntry("unsafe_path", f"{path}: {error.reason}") from None
         if self._decoder is None:
             self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
         (pixels,) = self._decoder.decode([data])
@@ -137,7 +194,7 @@ class EntryReader:
             here = f"{entry}: object {i}"
             item = _parse_object(record)
             if item is None:
-                bad.append(Rejection(here, "malformed_object", f"got {_short(record)}"))
+                bad.append(Rejection(here, "malformed_object", f"got {short(record)}"))
             elif self._unknown("objects", item.name):
                 bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not among the objects of classes.json"))
                 item = None
@@ -167,7 +224,7 @@ class EntryReader:
             here = f"{entry}: relation {k}"
             triple = _parse_triple(record)
             if triple is None:
-                bad.append(Rejection(here, "malformed_relation", f"got {_short(record)}"))
+                bad.append(Rejection(here, "malformed_relation", f"got {short(record)}"))
                 continue
             text = " ".join(triple)
             missing = [name for name in (triple[0], triple[2]) if name not in written]
@@ -234,18 +291,19 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
         FileNotFoundError: no such file.
         ValueError: not such a file, or not one mask per object.
     """
-    n, (height, width) = len(names), size
+    n = len(names)
     try:
+        _check_archive(path)
         with zipfile.ZipFile(path) as archive:
             labels = _read_labels(archive, n)
             scores = _read_scores(archive, n)
-            mask = _read_array(archive, "mask", "b", MAX_MASK_BYTES)
+            mask = _read_array(archive, "mask", "b", MAX_MASK_BYTES, (n, None, *size))
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"not a readable npz ({type(error).__name__}: {error})") from None
-    if mask.ndim != 4 or mask.shape[0] != n or mask.shape[2:] != (height, width) or mask.shape[1] == 0:
-        raise ValueError(f"got mask {list(mask.shape)}, expected [{n}, k, {height}, {width}]")
+    if mask.shape[1] == 0:
+        raise ValueError(f"got mask {list(mask.shape)}, without a candidate")
     if scores is None and mask.shape[1] > 1:
         raise ValueError(f"got {mask.shape[1]} candidates per object and no score to choose by")
     if scores is not None and scores.shape != mask.shape[:2]:
@@ -255,12 +313,34 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
     return (torch.from_numpy(mask[row, best[row]].copy()) for row in rows)
 
 
+def _check_archive(path: Path) -> None:
+    """Refuses what zipfile would take too much memory for: it reads the whole table of contents at once."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > MAX_MASK_BYTES:
+        raise ValueError(f"got {status.st_size} bytes, expected at most {MAX_MASK_BYTES}")
+    with path.open("rb") as file:
+        file.seek(max(0, status.st_size - _ZIP_TAIL))
+        tail = file.read()
+    # Whatever may be taken for an end record counts: readers differ in which one they find.
+    ends = [match.start() for match in re.finditer(b"(?=PK\5\6)", tail)]
+    listing = max((int.from_bytes(tail[end + 12 : end + 16], "little") for end in ends), default=0)
+    if listing > MAX_NPZ_LISTING:
+        raise ValueError(f"got a table of contents of {listing} bytes, expected at most {MAX_NPZ_LISTING}")
+    if b"PK\6\7" in tail:
+        raise ValueError("got an archive in zip64 form, which no file of masks needs")
+
+
+_ZIP_TAIL = 22 + 0xFFFF  # the end record, and the longest comment behind it
+
+
 def _rows_of(names: list[str | None], labels: list[str] | None) -> list[int]:
     """The row of each object: its own, unless the labels say that rows are in another order."""
     if labels is None or all(name in (None, label) for name, label in zip(names, labels, strict=True)):
         return list(range(len(names)))
     if None in names or sorted(labels) != sorted(str(name) for name in names):
-        raise ValueError(f"the labels {_short(labels)} are not those of the objects")
+        raise ValueError(f"the labels {short(labels)} are not those of the objects")
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
@@ -271,12 +351,10 @@ def _read_labels(archive: zipfile.ZipFile, n: int) -> list[str] | None:
     """None where there are none that can be read without unpickling: rows are then in the order of the objects."""
     if "labels.npy" not in archive.namelist():
         return None
-    with archive.open("labels.npy") as file:
+    with _open(archive, "labels") as file:
         if _header(file, "labels")[2].hasobject:
             return None
-    labels = _read_array(archive, "labels", "U", 1 << 24)
-    if labels.shape != (n,):
-        raise ValueError(f"got labels {list(labels.shape)}, expected [{n}]")
+    labels = _read_array(archive, "labels", "U", 1 << 24, (n,))
     return [normalise(str(label)) for label in labels]
 
 
@@ -287,9 +365,11 @@ def _read_scores(archive: zipfile.ZipFile, n: int) -> NDArray[np.float64] | None
     return scores[:, None] if scores.ndim == 1 else scores
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, kind: str, limit: int) -> NDArray[Any]:
-    """An array of dtype `kind` and at most `limit` bytes; both are checked on its header."""
-    with archive.open(f"{name}.npy") as file:
+def _read_array(
+    archive: zipfile.ZipFile, name: str, kind: str, limit: int, expected: tuple[int | None, ...] | None = None
+) -> NDArray[Any]:
+    """An array of dtype `kind`, at most `limit` bytes and the shape `expected` (None: any); its header tells all."""
+    with _open(archive, name) as file:
         shape, fortran, dtype = _header(file, name)
         if dtype.kind != kind or dtype.hasobject:
             raise ValueError(f"got {name} of type {dtype}, expected {_KINDS[kind]}")
@@ -298,6 +378,11 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str, limit: int) -> N
         size = math.prod(shape) * dtype.itemsize
         if size > limit:
             raise ValueError(f"got {name} of {size} bytes, expected at most {limit}")
+        if expected is not None and (
+            len(shape) != len(expected) or any(e not in (None, s) for s, e in zip(shape, expected, strict=True))
+        ):
+            wanted = ", ".join("k" if extent is None else str(extent) for extent in expected)
+            raise ValueError(f"got {name} {list(shape)}, expected [{wanted}]")
         data = file.read(size)
     if len(data) != size:
         raise ValueError(f"{name} ends after {len(data)} of {size} bytes")
@@ -307,28 +392,29 @@ def _read_array(archive: zipfile.ZipFile, name: str, kind: str, limit: int) -> N
 _KINDS = {"b": "bool", "U": "text", "f": "float"}
 
 
+def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    info = archive.getinfo(f"{name}.npy")
+    # What NumPy writes; zipfile unpacks the other methods without a bound.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"got {name} in zip compression {info.compress_type}, expected none or deflate")
+    return archive.open(info)
+
+
 def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"got {name} in npy version {version}, expected 1.0 or 2.0")
-
-
-def image_reason(error: DecodeError) -> str:
-    """The rejection that a decoder's error stands for."""
-    known = ("truncated", "corrupt", "too_large", "not_an_image")
-    return f"image_{error.reason}" if error.reason in known else "image_undecodable"
+    # Later versions differ in the length of the header alone, which they let grow to 4 GiB.
+    if version != (1, 0):
+        raise ValueError(f"got {name} in npy version {version}, expected 1.0")
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _identity(record: Any) -> tuple[str, PurePosixPath, str]:
     """Key, image path and action of an entry, whose lists are then known to be lists."""
     if not isinstance(record, dict):
-        raise BadEntry("malformed_entry", f"got {_short(record)}, expected an object")
+        raise BadEntry("malformed_entry", f"got {short(record)}, expected an object")
     for name, kinds in _FIELDS.items():
         if not isinstance(record.get(name), kinds) or isinstance(record[name], bool):
-            got = _short(record[name]) if name in record else "nothing"
+            got = short(record[name]) if name in record else "nothing"
             raise BadEntry("malformed_entry", f"got {got} as {name!r}, expected {kinds[0].__name__}")
     action = normalise(record["action"])
     if not action:
@@ -348,21 +434,17 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def safe_key(name: str) -> str:
-    """A file name's stem for an id. A dot would end a WebDataset key, so that it and other signs become "_".
-
-    Raises:
-        BadEntry: empty, too long, or with a path separator or a control character.
-    """
-    if not name or len(name) > MAX_KEY or re.search(r"[/\\\x00-\x1f\x7f]", name):
-        raise BadEntry("unsafe_id", f"{_short(name)}: expected 1 to {MAX_KEY} characters, no path separators")
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+def _key_or_empty(raw: str) -> str:
+    try:
+        return safe_key(raw)
+    except BadEntry:
+        return ""
 
 
 def _safe_path(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00]", name):
-        raise BadEntry("unsafe_path", f"{_short(name)}: expected a path inside the data set's directory")
+        raise BadEntry("unsafe_path", f"{short(name)}: expected a path inside the data set's directory")
     return path
 
 
@@ -413,33 +495,30 @@ def _split_of(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def _load_json(path: Path) -> Any:
+def _load_json(path: Path) -> tuple[bytes, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = path.read_bytes()
+        return content, json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 
-def _load_data(path: Path) -> list[Any]:
-    record = _load_json(path)
+def _load_data(path: Path) -> tuple[bytes, list[Any]]:
+    content, record = _load_json(path)
     data = record.get("data") if isinstance(record, dict) else None
     if not isinstance(data, list):
-        raise UserError(f'{path}: got {_short(record)}, expected {{"data": [entries]}}')
-    return data
+        raise UserError(f'{path}: got {short(record)}, expected {{"data": [entries]}}')
+    return content, data
 
 
-def _load_classes(path: Path) -> dict[str, list[str]] | None:
+def load_classes(path: Path) -> dict[str, list[str]] | None:
+    """The texts of a classes.json by "actions", "objects" and "relations"; None where there is no such file."""
     if not path.exists():
         return None
-    record = _load_json(path)
+    _, record = _load_json(path)
     levels = ("actions", "objects", "relations")
     if not isinstance(record, dict) or not all(
         isinstance(record.get(level), list) and all(isinstance(text, str) for text in record[level]) for level in levels
     ):
         raise UserError(f"{path}: expected {{{', '.join(f'{level!r}: [texts]' for level in levels)}}}")
     return {level: sorted({normalise(text) for text in record[level]}) for level in levels}
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -72,9 +72,9 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     try:
         height, width = (int(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in record["objects"]]
-        relations = [Relation(int(r["subject"]), str(r["predicate"]), int(r["object"])) for r in record["relations"]]
-        action = str(record["action"])
-    except (KeyError, TypeError, ValueError) as error:
+        relations = [Relation(int(r["subject"]), _text(r["predicate"]), int(r["object"])) for r in record["relations"]]
+        action = _text(record["action"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
         raise ValueError(f"scene {key}: a relation names an object that is not among its {len(objects)} objects")
@@ -86,4 +86,10 @@ def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> Sce
     mask = record["mask"]
     if mask is not None and list(mask["size"]) != [height, width]:
         raise ValueError(f"mask size {mask['size']} differs from the image's {[height, width]}")
-    return SceneObject(str(record["name"]), (x1, y1, x2, y2), None if mask is None else dict(mask))
+    return SceneObject(_text(record["name"]), (x1, y1, x2, y2), None if mask is None else dict(mask))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"got a {type(value).__name__} for a text")
+    return value

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Scene, load_reference
-from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection
-from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks, safe_key
+from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection, safe_key
+from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60

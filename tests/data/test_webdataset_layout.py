@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
+from scenarioclip_fast.data.check import REASONS
+from scenarioclip_fast.data.packing import PackReport
+from scenarioclip_fast.data.webdataset_layout import MAX_RECORD_BYTES, WebDatasetLayout
+from scenarioclip_fast.errors import UserError
+
+HEIGHT, WIDTH = 40, 60
+Member = tuple[str, bytes] | tarfile.TarInfo
+
+
+def jpeg(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> bytes:
+    import simplejpeg
+
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    return bytes(simplejpeg.encode_jpeg(pixels))
+
+
+def record(**change: Any) -> dict[str, Any]:
+    """A cat (left half) on a mat (all but the first column); COCO's run lengths as a list."""
+    half = [0, HEIGHT * WIDTH // 2, HEIGHT * WIDTH // 2]
+    rest = [HEIGHT, HEIGHT * (WIDTH - 1)]
+    size = [HEIGHT, WIDTH]
+    return {
+        "schema": 1,
+        "size": size,
+        "action": "Sleeping  in",
+        "objects": [
+            {"name": "Cat", "box": [0, 0, 30, 40], "mask": {"size": size, "counts": half}},
+            {"name": "mat", "box": [1, 0, 60, 40], "mask": {"size": size, "counts": rest}},
+        ],
+        "relations": [{"subject": 0, "predicate": "on", "object": 1}],
+    } | change
+
+
+def sample(key: str, seed: int = 0, **change: Any) -> list[Member]:
+    return [(f"{key}.jpg", jpeg(seed=seed)), (f"{key}.json", json.dumps(record(**change)).encode())]
+
+
+def write(path: Path, members: Iterable[Member], format: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                header = tarfile.TarInfo(member[0])
+                header.size = len(member[1])
+                tar.addfile(header, io.BytesIO(member[1]))
+    return path
+
+
+def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
+    header = tarfile.TarInfo(name)
+    header.type, header.linkname = kind, link
+    return header
+
+
+def packed(source: Any, out: Path, **options: Any) -> tuple[PackReport, list[dict[str, str]]]:
+    report = pack(source, out, progress=False, **{"val": 0.0, "test": 0.0} | options)
+    return report, [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def scenes(out: Path, split: str = "train") -> list[Scene]:
+    shards = ShardSet(out, split)
+    return [shards.read(i) for i in range(len(shards))]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_tar_of_other_writers(tmp_path: Path) -> None:
+    image = jpeg(seed=1)
+    members: list[Member] = [
+        special("./", tarfile.DIRTYPE),
+        ("./first.cls", b"7"),
+        ("./first.json", json.dumps(record()).encode()),
+        ("./first.jpg", image),
+        ("more/deep/2nd.JPEG", jpeg(seed=2)),
+        ("more/deep/2nd.seg.jpg", b"not for us"),
+        ("more/deep/2nd.json", json.dumps(record()).encode()),
+        ("README", b"hello"),
+    ]
+    report, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
+    assert not rejected and report.ignored == {".*.jpg": 1, ".cls": 1, "no suffix": 1}
+    assert "passed over: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
+    first, second = scenes(tmp_path / "out")
+    assert (first.key, second.key) == ("first", "more_deep_2nd")
+    assert first.image == image and first.action == "sleeping in" and first.relation_text(0) == "cat on mat"
+    assert all(isinstance(o.mask["counts"], str) for o in first.objects)  # type: ignore[index]
+    from scenarioclip_fast.data.rle import decode
+
+    cat, mat = (decode(o.mask).numpy() for o in first.objects)  # type: ignore[arg-type]
+    assert cat[:, :30].all() and not cat[:, 30:].any() and mat[:, 1:].all() and not mat[:, 0].any()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_every_tar_format(tmp_path: Path, format: int) -> None:
+    key = "-".join(["directory"] * 6) + "/" + "k" * 28
+    write(tmp_path / "a.tar", sample(key), format)
+    packed(tmp_path, tmp_path / "out")
+    assert [scene.key for scene in scenes(tmp_path / "out")] == [key.replace("/", "_")]
+
+
+def test_what_webdataset_writes(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="WebDataset is not installed")
+    (tmp_path / "tars").mkdir()
+    with webdataset.ShardWriter(str(tmp_path / "tars" / "val-%03d.tar"), maxcount=2, verbose=0) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"scene{i}", "jpg": jpeg(seed=i), "json": record(), "__url__": "x"})
+    report, rejected = packed(tmp_path / "tars", tmp_path / "out")
+    assert not rejected and report.splits["val"]["scenes"] == 5
+    assert [scene.image for scene in scenes(tmp_path / "out", "val")] == [jpeg(seed=i) for i in range(5)]
+    # And what we write, WebDataset reads.
+    (shard,) = (tmp_path / "out").glob("val-*.tar")
+    read = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert [row["__key__"] for row in read] == [f"scene{i}" for i in range(5)]
+    assert json.loads(read[0]["json"])["action"] == "sleeping in"
+
+
+def test_packing_a_pack_gives_the_same_pack(tmp_path: Path) -> None:
+    drawn = list(generate_scenes(30, seed=4))
+    pack(drawn, tmp_path / "a", shard_size=8, progress=False)
+    packed(tmp_path / "a", tmp_path / "b", shard_size=8)
+    one, two = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert two.pop("source.json")
+    assert one.keys() == two.keys()
+    # Shards are listed in the order in which they were finished, which for scenes from memory is another.
+    assert {name for name in one if one[name] != two[name]} <= {"index.json", "manifest.json"}
+    assert json.loads(one["index.json"]) == json.loads(two["index.json"])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("many")
+    for t, name in enumerate(("train-0.tar", "test-0.tar", "other.tar")):
+        write(directory / name, [m for i in range(12) for m in sample(f"{t}-{i}", seed=i)])
+    return directory
+
+
+def test_splits(many: Path, tmp_path: Path) -> None:
+    packed(many, tmp_path / "given", val=0.3, test=0.3)
+    keys = {split: ShardSet(tmp_path / "given", split).keys for split in ("train", "val", "test")}
+    assert [k for k in keys["train"] if k[0] == "0"] == [f"0-{i}" for i in range(12)], "as they lie in the tar"
+    assert {k for k in keys["test"] if k[0] != "2"} == {f"1-{i}" for i in range(12)}
+    assert all(any(k[0] == "2" for k in keys[split]) for split in keys), "no prefix: by the hash"
+    assert main(["pack", str(many), "--out", str(tmp_path / "hash"), "--split", "hash", "--val", "0.3"]) == 0
+    by_hash = {k: split for split in keys for k in ShardSet(tmp_path / "hash", split).keys}
+    assert {by_hash[f"0-{i}"] for i in range(12)} > {"train"}
+
+
+def test_the_number_of_processes_changes_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(many, tmp_path / "1", shard_size=5, workers=1)
+    monkeypatch.setattr(WebDatasetLayout, "large", True)  # so that headers are read by several too
+    packed(many, tmp_path / "2", shard_size=5, workers=2)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_ways_to_name_tars(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed(many / "train-0.tar", tmp_path / "file")
+    packed(str(many / "t*.tar"), tmp_path / "pattern")
+    packed([many / "train-0.tar", str(many / "test-0.tar")], tmp_path / "list")
+    assert len(ShardSet(tmp_path / "file")) == 12
+    assert contents(tmp_path / "pattern") == contents(tmp_path / "list")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    write(tmp_path / "x" / "0.tar", sample("a"))
+    write(tmp_path / "y" / "0.tar", [*sample("b"), ("c.jpg", b"")])
+    tars = [str(tmp_path / name / "0.tar") for name in ("x", "y")]
+    assert main(["pack", *tars, "--out", str(tmp_path / "two"), "--val=0", "--test=0"]) == 0
+    assert ShardSet(tmp_path / "two").keys == ["a", "b"]
+    assert "rejected: y/0.tar: c: missing_record" in capsys.readouterr().err
+
+
+def test_the_classes_of_a_directory(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [*sample("a"), *sample("b", action="jumping")])
+    classes = {"actions": ["sleeping in", "flying"], "objects": ["Cat"], "relations": ["cat on mat"]}
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    report, rejected = packed(tmp_path, tmp_path / "out")
+    assert [row["reason"] for row in rejected] == ["unknown_object", "relation_without_object", "unknown_action"]
+    assert report.vocabulary == {"global": 2, "object": 1, "relation": 1}
+
+
+def test_every_image_is_decoded_once(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scenarioclip_fast.data.decode import TorchDecoder
+
+    decode, images = TorchDecoder.decode, []
+    monkeypatch.setattr(TorchDecoder, "decode", lambda self, data: images.extend(data) or decode(self, data))
+    packed(many, tmp_path / "out")
+    assert len(images) == 36
+
+
+BIG = tarfile.TarInfo("big.json")
+BIG.size = MAX_RECORD_BYTES + 1
+SPARSE = special("s.jpg", tarfile.GNUTYPE_SPARSE)
+
+REFUSED: dict[str, tuple[str, list[Member]]] = {
+    "absolute path": ("unsafe_member", sample("/etc/a")),
+    "path that leads out": ("unsafe_member", sample("../../a")),
+    "path that leads out from inside": ("unsafe_member", sample("a/../../b")),
+    "something else with such a path": ("unsafe_member", [("../../.bashrc", b"rm")]),
+    "symbolic link": ("unsafe_member", [special("a.jpg", tarfile.SYMTYPE, "/etc/passwd")]),
+    "hard link": ("unsafe_member", [special("a.json", tarfile.LNKTYPE, "good.json")]),
+    "device": ("unsafe_member", [special("a.jpg", tarfile.CHRTYPE)]),
+    "pipe": ("unsafe_member", [special("a.jpg", tarfile.FIFOTYPE)]),
+    "sparse file": ("unsafe_member", [SPARSE]),
+    "control character": ("unsafe_id", sample("a\x07b")),
+    "long key": ("unsafe_id", sample("a" * 95)),
+    "key of nothing": ("unsafe_id", [(".jpg", b"")]),
+    "same key again": ("duplicate_id", sample("good")),
+    "two images": ("duplicate_id", [("good.jpeg", jpeg())]),
+    "image alone": ("missing_record", sample("a")[:1]),
+    "record alone": ("missing_image", sample("a")[1:]),
+    "truncated image": ("image_truncated", [("a.jpg", jpeg()[:-400]), sample("a")[1]]),
+    "text for an image": ("image_not_an_image", [("a.jpg", b"hello"), sample("a")[1]]),
+    "image of another size": ("other_size", [("a.jpg", jpeg(20, 30)), sample("a")[1]]),
+    "no JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"{")]),
+    "no UTF-8": ("malformed_entry", [sample("a")[0], ("a.json", b'"\xff"')]),
+    "nested JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"[" * 200_000)]),
+    "a list": ("malformed_entry", [sample("a")[0], ("a.json", b"[]")]),
+    "JSON of others": ("malformed_entry", [sample("a")[0], ("a.json", b'{"caption": "a dog"}')]),
+    "another schema": ("malformed_entry", sample("a", schema=2)),
+    "endless size": ("malformed_entry", sample("a", size=[float("inf"), WIDTH])),
+    "huge number": ("malformed_entry", sample("a", size=[10**400, WIDTH])),
+    "no action": ("malformed_entry", sample("a", action=None)),
+    "empty action": ("malformed_entry", sample("a", action=" ")),
+    "half a character": ("malformed_entry", sample("a", action="\ud800")),
+    "objects that are text": ("malformed_entry", sample("a", objects="cat")),
+    "name that is none": ("malformed_entry", sample("a", objects=[{"name": 3, "box": [0, 0, 9, 9], "mask": None}])),
+    "endless objects": (
+        "malformed_entry",
+        sample("a", objects=[{"name": "cat", "box": [0, 0, 9, 9], "mask": None}] * 2000, relations=[]),
+    ),
+    "relation of no object": (
+        "malformed_entry",
+        sample("a", relations=[{"subject": 0, "predicate": "on", "object": 9}]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    reason, members = REFUSED[case]
+    write(tmp_path / "a.tar", [*sample("good"), *members, *sample("last")])
+    report, rejected = packed(tmp_path, tmp_path / "out")
+    assert [scene.key for scene in scenes(tmp_path / "out")] == ["good", "last"], "the others are not harmed"
+    assert {row["reason"] for row in rejected} - {"missing_image", "missing_record"} <= {reason}
+    assert reason in report.rejected and reason in REASONS
+    for row in rejected:
+        assert (
+            row["entry"].startswith("a.tar: ") and row["detail"] and len(str(row)) < 600 and row["entry"].isprintable()
+        )
+
+
+MASK = {"size": [HEIGHT, WIDTH], "counts": [0, 1200, 1200]}
+PARTLY: dict[str, tuple[list[str], Any]] = {
+    "box outside": (["box_outside", "relation_without_object"], {"box": [0, 0, 600, 40]}),
+    "box that is not a number": (["box_outside", "relation_without_object"], {"box": [float("nan"), 0, 30, 40]}),
+    "no mask": (["relation_without_mask"], {"mask": None}),
+    "empty mask": (["empty_mask", "relation_without_mask"], {"mask": MASK | {"counts": [2400]}}),
+    "mask too short": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 3]}}),
+    "mask of nonsense": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": "~~~~"}}),
+    "mask of a huge run": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 1 << 60]}}),
+}
+
+
+@pytest.mark.parametrize("case", PARTLY)
+def test_what_is_sound_of_a_sample_is_kept(tmp_path: Path, case: str) -> None:
+    reasons, change = PARTLY[case]
+    objects = record()["objects"]
+    objects[0] |= change
+    write(tmp_path / "a.tar", sample("a", objects=objects))
+    _, rejected = packed(tmp_path, tmp_path / "out")
+    assert [row["reason"] for row in rejected] == reasons
+    (scene,) = scenes(tmp_path / "out")
+    assert scene.relations == [] and scene.objects[-1].name == "mat"
+
+
+def test_sizes_are_checked_on_headers(tmp_path: Path) -> None:
+    """What a header promises is asked of neither the disk nor the memory."""
+    members = sample("good")
+    with tarfile.open(write(tmp_path / "a.tar", members), "a") as tar:
+        header = tarfile.TarInfo("big.json")
+        header.size = MAX_RECORD_BYTES + 1
+        tar.addfile(header, io.BytesIO(b" " * header.size))
+    report, _ = packed(tmp_path, tmp_path / "out")
+    assert report.rejected == {"malformed_entry": 1} and len(ShardSet(tmp_path / "out")) == 1
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.size = abs(size)
+    data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        data[124:136] = (256**12 + size).to_bytes(12, "big")
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "cut in a member": ("unexpected end of data|ends behind the end", lambda good: good[:-1500]),
+    "cut in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
+    "rubbish behind": ("no header at byte", lambda good: good + b"rubbish" * 200),
+    "member longer than the file": ("behind the end", lambda good: good + header("b.jpg", 1 << 20)),
+    "negative size": ("negative size", lambda good: good + header("b.jpg", -4096)),
+    "attributes of 4 GiB": ("header of 4294967296 bytes", lambda good: good + header("x", 1 << 32, tarfile.XHDTYPE)),
+    "name of 4 GiB": (
+        "header of 4294967296 bytes",
+        lambda good: good + header("x", 1 << 32, tarfile.GNUTYPE_LONGNAME),
+    ),
+    "attributes of negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
+    "attributes of attributes": (
+        "recursion",
+        lambda good: good + (header("x", 12, tarfile.XHDTYPE) + b"12 path=ab\n\n".ljust(512, b"\0")) * 5000,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_tars(tmp_path: Path, case: str) -> None:
+    message, damage = DAMAGED[case]
+    good = write(tmp_path / "a.tar", [*sample("good"), *sample("last")]).read_bytes()
+    body = good[: len(good.rstrip(b"\0")) // 512 * 512 + 512]
+    (tmp_path / "a.tar").write_bytes(damage(body))
+    _, rejected = packed(tmp_path, tmp_path / "out")
+    (row,) = (row for row in rejected if row["reason"] == "damaged_tar")
+    assert row["entry"] == "a.tar: the tar" and re.search(message, row["detail"]), row
+    assert "good" in ShardSet(tmp_path / "out").keys
+
+
+def test_a_tar_without_an_end_marker_is_whole(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.tar", sample("good")).read_bytes()
+    (tmp_path / "a.tar").write_bytes(good[: len(good.rstrip(b"\0")) // 512 * 512 + 512])
+    _, rejected = packed(tmp_path, tmp_path / "out")
+    assert not rejected
+
+
+def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*args: str) -> str:
+        assert main(["pack", *args, "--out", str(tmp_path / "out")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+        return lines[-1]
+
+    source = tmp_path / "set"
+    assert "no such directory or tar" in error(str(source))
+    assert "no such directory or tar" in error(str(source / "*.tar"))
+    source.mkdir()
+    assert "no metadata*.json and no .tar in it" in error(str(source))
+    assert "no .tar there" in error(str(source), "--format", "webdataset")
+    good = write(source / "a.tar", sample("a"))
+    assert "no metadata*.json in it" in error(str(source), "--format", "published")
+    (source / "b.tar.gz").write_bytes(b"\x1f\x8b")
+    assert "b.tar.gz: compressed" in error(str(source))
+    (source / "b.tar.gz").rename(source / "b.tar")
+    assert "b.tar: compressed (gzip)" in error(str(source))
+    (source / "b.tar").unlink()
+    (source / "metadata.json").write_text("{}")
+    assert "holds metadata*.json and tars; say which" in error(str(source))
+    assert "only tars can be packed together" in error(str(good), str(good), "--format", "published")
+    (source / "metadata.json").unlink()
+    assert "gone.tar: No such file" in error(str(good), str(source / "gone.tar"))
+    (source / "d.tar").mkdir()
+    assert "d.tar: not a regular file" in error(str(source))
+    (source / "d.tar").rmdir()
+    good.write_bytes(b"")
+    assert "no scene is left to pack: 1 damaged_tar" in error(str(source))
+    write(good, [("a.png", b""), ("a.txt", b"")])
+    assert "no scene is left to pack: 1 .png passed over, 1 .txt passed over" in error(str(source))
+
+
+def test_a_tar_that_changes_meanwhile(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", sample("a"))
+    layout = WebDatasetLayout(path)
+    layout.scan(1, False)
+    (item,) = layout.items(lambda key, given: "train")
+    os.truncate(path, 600)
+    with pytest.raises(UserError, match="the file has changed meanwhile"):
+        layout.reader().read(item)
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        layout.reader().read(item)
