@@ -16,10 +16,11 @@ import torch
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.eval.plots import MATCH_TITLES
-from scenarioclip_fast.eval.runs import RESULT, Run, accuracy_table, compare_runs, flat, read_run, summary_table
+from scenarioclip_fast.eval.runs import RESULT, Run, accuracy_table, compare_runs, read_run, summary_table
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
+from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import World, join_world
 from scenarioclip_fast.train.trainer import Trainer

@@ -21,6 +21,7 @@ from scenarioclip_fast.eval.plots import MATCH_TITLES, accuracy_comparison, run_
 from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.tables import percent
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
+from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.metrics import read_metrics
 
@@ -100,7 +101,10 @@ def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = ""
     report.sections.append(Section("Where they stand" if len(runs) > 1 else "Where it stands", *summary_table(runs)))
     for stem in dict.fromkeys(stem for run in runs for stem in run.results):
         results = {run.name: run.results[stem] for run in runs if stem in run.results}
-        _add_results(report, results, pictures / f"{stem}.png")
+        if len(runs) == 1:
+            report.add_zeroshot(results[runs[0].name])
+        else:
+            _compare_results(report, results, pictures / f"{stem}.png")
     logged = {run.name: run.rows for run in runs if run.rows}
     if logged:
         picture = run_curves(logged, pictures / "curves.png")
@@ -161,18 +165,7 @@ def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[list[st
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
-def _add_results(report: Report, results: Mapping[str, ZeroShotResult], picture: Path) -> None:
-    if len(results) == 1:
-        report.add_zeroshot(next(iter(results.values())))
-        return
+def _compare_results(report: Report, results: Mapping[str, ZeroShotResult], picture: Path) -> None:
     about = {f"{result.scenes:,} scenes of the {result.split} split" for result in results.values()}
     title = "Zero-shot accuracies" if picture.stem == Path(RESULT).stem else f"Zero-shot accuracies, {picture.stem}"
     note = f"{'; '.join(sorted(about))}. Dark marks: what a random ranking scores on the same views."
@@ -189,9 +182,9 @@ def _add_results(report: Report, results: Mapping[str, ZeroShotResult], picture:
 
 
 def _best(cells: Sequence[str]) -> list[int]:
-    """The columns with the highest percentage; none where all are equal."""
+    """The columns with the highest percentage; none where all have it."""
     values = [-1.0 if cell == _NONE else float(cell.removesuffix(" %")) for cell in cells]
-    return [j for j, value in enumerate(values) if value == max(values)] if len(set(values)) > 1 else []
+    return [j for j, value in enumerate(values) if min(values) < value == max(values)]
 
 
 def _config_section(runs: Sequence[Run]) -> Section:

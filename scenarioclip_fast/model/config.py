@@ -183,7 +183,7 @@ class ModelConfig:
 
     def differences(self, other: ModelConfig, *fields: str) -> list[str]:
         """Lines such as "vision.width: 768 and 1024", one a field; `fields` limits them to these sections."""
-        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, theirs = flat(self.to_dict()), flat(other.to_dict())
         wanted = [key for key in mine if not fields or key.split(".")[0] in fields]
         return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in wanted if mine[key] != theirs[key]]
 
@@ -202,8 +202,9 @@ def _from_mapping(cls: Any, record: object, prefix: str) -> Any:
     return cls(**record)
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in record.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

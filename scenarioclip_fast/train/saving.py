@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from scenarioclip_fast.data import SceneLoader, Vocabulary
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.train.checkpoint import (
     BadCheckpoint,
     Checkpoint,
@@ -248,7 +249,7 @@ class Saver:
 
     def _compare(self, found: Checkpoint) -> list[str]:
         """UserError when the checkpoint holds another model; otherwise one line if the run's settings changed."""
-        before, now = _flat(found.meta["config"]), _flat(self.config.to_dict())
+        before, now = flat(found.meta["config"]), flat(self.config.to_dict())
         changed = {
             key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in {**before, **now}
@@ -298,10 +299,3 @@ def prepare_run_dir(config: TrainConfig, world: World, resume: Resume) -> None:
 
 def _of_rank(rank: int) -> str:
     return f"rank/{rank}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
