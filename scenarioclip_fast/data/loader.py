@@ -8,13 +8,13 @@ import os
 import queue
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +58,15 @@ class _State:
     ahead: int = 0
 
 
+@dataclass(frozen=True)
+class _Sample:
+    index: int
+    scene: Scene
+    action_id: int
+    object_id: list[int]
+    relation_id: list[int]
+
+
 @dataclass
 class _Walk:
     """Through this rank's share of an epoch."""
@@ -67,20 +76,12 @@ class _Walk:
     at: int
     before: int  # scenes of this rank's that lie in front of the share
     bad: int
+    scenes: Iterator[_Sample | BadSample]  # of the share from `at` on
 
-    def take(self, n: int) -> list[int]:
-        taken: list[int] = self.share[self.at : self.at + n].tolist()
+    def take(self, n: int) -> list[_Sample | BadSample]:
+        taken = list(islice(self.scenes, n))
         self.at += len(taken)
         return taken
-
-
-@dataclass(frozen=True)
-class _Sample:
-    index: int
-    scene: Scene
-    action_id: int
-    object_id: list[int]
-    relation_id: list[int]
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,11 @@ class SceneLoader:
         """Stops the threads and releases the decoder and the files. The loader cannot be used again."""
         self._closed = True
         self._end_iteration()
-        self._readers.shutdown(cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self.shards.close()  # before its readers have ended: they may wait for a server that is silent
+        self._readers.shutdown()
         self._decoder.close()
         self._cache.clear()
-        self.shards.close()
 
     def __enter__(self) -> SceneLoader:
         return self
@@ -290,7 +292,8 @@ class SceneLoader:
         while state.epoch < end:
             share = order.share(state.epoch, state.position)
             before = len(range(order.rank, state.position, order.world_size))
-            walk = _Walk(state.epoch, share, min(state.ahead, len(share)), before, state.ahead)
+            at = min(state.ahead, len(share))
+            walk = _Walk(state.epoch, share, at, before, state.ahead, self._read_ahead(share[at:]))
             for left in reversed(range(order.batches(state.position))):
                 samples, views, bad = self._gather(walk)
                 position = min(state.position + order.global_batch, order.scenes)
@@ -307,9 +310,9 @@ class SceneLoader:
         bad: list[BadSample] = []
         views = None
         while views is None:
-            while not self._too_many(walk) and (indices := walk.take(self.order.batch_size - len(samples))):
-                loaded, failed = self._load(indices)
-                samples += loaded
+            while not self._too_many(walk) and (read := walk.take(self.order.batch_size - len(samples))):
+                decoded, failed = self._decode_all(read)
+                samples += decoded
                 bad += failed
                 walk.bad += len(failed)
             samples, views, failed = self._plan_views(samples, walk.epoch)
@@ -328,11 +331,21 @@ class SceneLoader:
             f"more than max_bad_fraction = {self.max_bad_fraction:g}{last}"
         )
 
-    def _load(self, indices: list[int]) -> tuple[list[_Sample], list[BadSample]]:
-        """Reads and decodes scenes."""
-        each = -(-len(indices) // self._reading)  # one task a thread: a task a scene would cost more than the reads
-        parts = [indices[i : i + each] for i in range(0, len(indices), each)]
-        samples, bad = _split(chain.from_iterable(self._readers.map(self._read, parts)))
+    def _read_ahead(self, share: npt.NDArray[np.int64]) -> Iterator[_Sample | BadSample]:
+        """The scenes of `share`, read a batch ahead of the one that is being decoded."""
+        batch = self.order.batch_size
+        each = -(-batch // self._reading)  # one task a thread: a task a scene would cost more than the reads
+        reads: deque[Future[list[_Sample | BadSample]]] = deque()
+        for start in range(0, len(share), each):
+            reads.append(self._readers.submit(self._read, share[start : start + each].tolist()))
+            if len(reads) * each >= 2 * batch:
+                yield from reads.popleft().result()
+        for read in reads:
+            yield from read.result()
+
+    def _decode_all(self, read: list[_Sample | BadSample]) -> tuple[list[_Sample], list[BadSample]]:
+        """Gives samples their images."""
+        samples, bad = _split(read)
         missing = [sample for sample in samples if sample.index not in self._cache]
         with _finished_on(self._decoding):
             images = self._decode([sample.scene.image for sample in missing])
