@@ -85,6 +85,8 @@ def read_run(directory: Path, name: str) -> Run:
     path = directory / METRICS
     try:
         rows = read_metrics(path)
+        if not all(isinstance(row, dict) and {"step", "views"} <= row.keys() for row in rows):
+            raise ValueError("a row without step and views")
         idle = time.time() - path.stat().st_mtime
     except ValueError as error:
         raise UserError(f"{path}: not the metrics of a run: {error}") from None
