@@ -265,8 +265,8 @@ def compile_blocks(module: nn.Module, cuda_graphs: bool = False, **options: Any)
         if isinstance(part, VisionEncoder):
             part.bucketed = cuda_graphs
         if isinstance(part, Block):
-            graphs = {"options": {"triton.cudagraphs": cuda_graphs and isinstance(part, VisionBlock)}}
-            part.compile(**{"dynamic": True, **(graphs if cuda_graphs else {}), **options})
+            graphs = {"options": {"triton.cudagraphs": True}} if cuda_graphs and isinstance(part, VisionBlock) else {}
+            part.compile(**{"dynamic": True, **graphs, **options})
 
 
 def _freeze(encoder: Encoder, before: list[bool], blocks: int) -> int:

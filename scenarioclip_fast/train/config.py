@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from scenarioclip_fast.data.remote import CACHE_GIB
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, FreezeConfig, ModelConfig, TextConfig, VisionConfig
 from scenarioclip_fast.requirements import require
@@ -27,6 +28,9 @@ _ELSEWHERE = {
     "max_steps": "train.steps",
     "max_epochs": "train.epochs",
     "output_dir": "run.dir",
+    "gradient_accumulation_steps": "train.accumulate",
+    "accumulate_grad_batches": "train.accumulate",
+    "accum_freq": "train.accumulate",
 }
 
 
@@ -39,9 +43,11 @@ class RunSection:
     device: str = "auto"  # auto | cpu | cuda | cuda:1; under torchrun each rank takes its own GPU
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the ops
+    timeout_s: float = 600.0  # a rank that is silent, or in one collective, for so long ends the others
 
     def __post_init__(self) -> None:
         _check(bool(self.dir), "run.dir", self.dir, "a directory")
+        _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "above 0")
         _check(0 <= self.seed < 2**63, "run.seed", self.seed, "at least 0")
 
 
@@ -49,7 +55,7 @@ class RunSection:
 class DataSection:
     """What is read."""
 
-    shards: str = ""  # the directory that `scenarioclip-fast pack` wrote
+    shards: str = ""  # the directory that `scenarioclip-fast pack` wrote, or its URL (s3://, gs://, hf://, https://)
     batch_size: int = 128  # scenes per optimiser step, over all ranks together
     object_view: Literal["masked", "crop"] = "masked"
     relation_view: Literal["focused", "box", "scene"] = "focused"  # "box", "scene": ablations without focused regions
@@ -59,6 +65,8 @@ class DataSection:
     prefetch: int = 2  # batches that are made ready ahead of the step
     threads: int | None = None  # that read and decode; null: one per core, at most 16
     cache_gib: float = 0.0  # decoded images kept in memory, for a data set that is seen often
+    shard_cache_dir: str | None = None  # of shards from a URL, on a local disk; null: ~/.cache/scenarioclip-fast/shards
+    shard_cache_gib: float = CACHE_GIB  # of that disk; what does not fit is read scene by scene
     max_bad_fraction: float = 0.1  # a larger share of unreadable scenes ends the run
 
     def __post_init__(self) -> None:
@@ -67,6 +75,7 @@ class DataSection:
         _check(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "data.threads", self.threads, "at least 1, or null")
         _check(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "at least 0")
+        _check(self.shard_cache_gib >= 0, "data.shard_cache_gib", self.shard_cache_gib, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +149,16 @@ class TrainSection:
     keep_checkpoints: int = 2  # the newest; the one with the lowest mean loss over 100 steps stays beside them
     max_skipped: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
     tensorboard: bool = True  # where it is installed
+    # The step in so many pieces, the loss over the whole batch all the same: the activations of one piece in memory,
+    # for one more forward pass of the trained blocks. Divides the scenes that each rank has of a batch.
+    accumulate: int = 1
     activation_checkpointing: bool = False  # keeps each block's input alone: less memory, one more forward pass
     compile: bool = False  # torch.compile of the transformer blocks; the first steps take a minute or more
+    # CUDA graphs of the compiled vision blocks, rows padded to few sizes: for small batches, where a GPU waits for
+    # launches. Wants compile. Not yet measured.
+    cuda_graphs: bool = False
+    # First and last step (from 1) of a torch.profiler trace in RUN/profile, by the leading rank; null: none
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
@@ -149,8 +166,16 @@ class TrainSection:
             raise UserError(f"got {' and '.join(f'train.{n}' for n in given)}, expected only one of them")
         minutes = self.checkpoint_minutes
         _check(minutes is None or minutes > 0, "train.checkpoint_minutes", minutes, "above 0, or null")
-        for name in (*given, "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped"):
+        for name in (*given, "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "accumulate"):
             _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        first, last = self.profile or (1, 1)
+        _check(1 <= first <= last, "train.profile", self.profile, "the first and the last step, counted from 1")
+        if self.cuda_graphs and not self.compile:
+            raise UserError(
+                "train.cuda_graphs: got true, expected train.compile=true with it: compiled blocks have them"
+            )
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise UserError("got train.cuda_graphs and train.activation_checkpointing, expected only one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +228,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for YAML and JSON."""
-        values = asdict(self)
-        values["optim"]["betas"] = list(self.optim.betas)
-        return values
+        return _lists(asdict(self))
 
     def save(self, path: str | Path) -> None:
         """As YAML."""
@@ -242,6 +265,12 @@ def _plain(prefix: str, values: Mapping[Any, Any]) -> dict[str, Any]:
             value = {}
         copy[key] = _plain(f"{prefix}{key}.", value) if isinstance(value, Mapping) else value
     return copy
+
+
+def _lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, which is what YAML and JSON make of them."""
+    kinds = ((name, value, type(value)) for name, value in values.items())
+    return {name: _lists(v) if kind is dict else list(v) if kind is tuple else v for name, v, kind in kinds}
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -17,7 +17,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Batch
 
+# The columns that the clock and the machine decide about; all others are the same whenever a run is repeated.
+TIMINGS = ("scenes_per_s", "views_per_s", "tflop_per_s", "mfu", "data_wait", "memory_gib")
 _LINE_EVERY_S = 5.0
+_VERDICT_EVERY_S = 300.0
+_BOUND_BY_DATA = 0.03  # share of the time from which on waiting for data is worth a user's attention
 
 
 class MetricsLog:
@@ -79,7 +83,8 @@ class MetricsLog:
 
     def _show(self, row: Mapping[str, Any], steps: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['views_per_s']:.0f} views/s", refresh=False)
+            pace = f"{row['views_per_s']:.0f} views/s, {_rate(row)}"
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {pace}", refresh=False)
             self._bar.update(steps)
             return
         now = time.monotonic()
@@ -90,10 +95,108 @@ class MetricsLog:
         print(
             f"step {row['step']}/{self._total}: loss {row['loss']:.4f} ({levels}), lr {row['lr']:.2e}, "
             f"grad norm {row['grad_norm']:.2f}, {row['scenes_per_s']:.1f} scenes/s, {row['views_per_s']:.0f} views/s, "
-            f"waiting for data {row['data_wait']:.0%}",
+            f"{_rate(row)}, waiting for data {row['data_wait']:.0%}"
+            + (f", {row['memory_gib']:.1f} GiB" if "memory_gib" in row else "")
+            + (f", {row['bad_samples']} bad samples" if row["bad_samples"] else ""),
             file=self._out,
             flush=True,
         )
+
+
+class DataWait:
+    """How long the device had nothing to do because a batch was not there.
+
+    On a GPU the host runs ahead, and its wait for a batch costs nothing as long as earlier steps keep the GPU busy.
+    There, what counts of a wait is at most the gap on the GPU between two steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event if device.type == "cuda" else None
+        self._host: list[float] = []
+        self._gaps: list[tuple[Any, Any]] = []  # events: the end of a step, the start of the next
+        self._end: Any = None
+
+    def step_begins(self, waited: float) -> None:
+        """`waited`: seconds that the host waited for the step's batch."""
+        self._host.append(waited)
+        if self._event is not None:
+            start = self._recorded()
+            self._gaps.append((self._end or start, start))
+
+    def step_ends(self) -> None:
+        """Everything of the step is on its way to the device."""
+        if self._event is not None:
+            self._end = self._recorded()
+
+    def take(self) -> float:
+        """Seconds since the last call. The device must be done with the steps."""
+        host, gaps, self._host, self._gaps = self._host, self._gaps, [], []
+        if self._event is None:
+            return sum(host)
+        return sum(min(wait, end.elapsed_time(start) / 1e3) for wait, (end, start) in zip(host, gaps, strict=True))
+
+    def _recorded(self) -> Any:
+        assert self._event is not None
+        event = self._event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Verdict:
+    """Who sets the pace: the data, or the step."""
+
+    def __init__(self) -> None:
+        self.seconds = self.waited = 0.0
+        self._next = _VERDICT_EVERY_S
+
+    def add(self, seconds: float, waited: float) -> bool:
+        """Whether it is time to tell."""
+        self.seconds += seconds
+        self.waited += waited
+        if self.seconds < self._next:
+            return False
+        self._next = self.seconds + _VERDICT_EVERY_S
+        return True
+
+    def __str__(self) -> str:
+        share = self.waited / self.seconds if self.seconds else 0.0
+        if share < _BOUND_BY_DATA:
+            return f"bound by the step: it waited {share:.1%} of the time for data"
+        return (
+            f"bound by data: the step waited {share:.1%} of the time; raise data.threads, keep decoded images in "
+            "memory with data.cache_gib, or decode with data.decoder=dali"
+        )
+
+
+class StepProfile:
+    """A torch.profiler trace of the steps `first` to `last`, both counted from 1, for chrome://tracing or Perfetto."""
+
+    def __init__(self, directory: Path, first: int, last: int) -> None:
+        self.path = directory / f"steps-{first}-{last}.json.gz"
+        self._first, self._last = first, last
+        self._profiler: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+
+    def after(self, step: int) -> str | None:
+        """Writes the trace behind its last step; what to tell then."""
+        return self.close() if step >= self._last else None
+
+    def close(self) -> str | None:
+        """Writes what there is of the trace, if there is any; what to tell then."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return None
+        profiler.stop()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.path))
+        except OSError as error:
+            return f"profile not written: {error}"
+        return f"profile of steps {self._first} to {self._last}: {self.path} (open it at https://ui.perfetto.dev)"
 
 
 class PendingSteps:
@@ -104,18 +207,23 @@ class PendingSteps:
         self.rows: list[Tensor] = []
         self.steps: list[int] = []
         self.rates: list[float] = []
-        self.counts: list[tuple[int, int]] = []  # scenes, views
+        self.counts: list[tuple[int, int, int]] = []  # scenes, views, operations
         self.keys: list[list[str]] = []
-        self.waited = 0.0
         self.started = time.perf_counter()
 
-    def add(self, step: int, batch: Batch, rate: float, names: list[str], values: tuple[Tensor, ...]) -> None:
+    def add(
+        self, step: int, batch: Batch, operations: float, rate: float, names: list[str], values: tuple[Tensor, ...]
+    ) -> None:
         self.names = names
         self.rows.append(torch.stack([v.float() for v in values]))
         self.steps.append(step)
         self.rates.append(rate)
-        self.counts.append((batch.num_scenes, batch.pixels.shape[0]))
+        self.counts.append((batch.num_scenes, batch.pixels.shape[0], round(operations)))
         self.keys.append(batch.keys)
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    return f"MFU {row['mfu']:.1%}" if "mfu" in row else f"{row['tflop_per_s']:.3g} TFLOP/s"
 
 
 def readable(name: str, value: float) -> tuple[str, float]:

@@ -24,9 +24,12 @@ from scenarioclip_fast.dispatch import use_backend
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model.operations import peak_flops, step_operations
+from scenarioclip_fast.model.tokens import Distinct
+from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import join_world
-from scenarioclip_fast.train.metrics import MetricsLog, PendingSteps, readable
+from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
 from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, prepare_run_dir
 from scenarioclip_fast.train.weights import load_initial_weights
@@ -71,18 +74,6 @@ class FitResult:
         else:
             lines.append("run the same command with --resume to go on")
         return "\n".join(lines)
-
-
-class StepModule(nn.Module):
-    """Model and loss as one module: the data-parallel wrapper wants every trained parameter in one forward pass."""
-
-    def __init__(self, model: ScenarioCLIP, loss: ScenarioLoss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Batch, teacher: EMATeacher | None) -> dict[str, Tensor]:
-        return self.loss(self.model(batch, teacher=teacher))
 
 
 class Trainer:
@@ -134,18 +125,38 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._autocast():
-            terms = self.parallel(batch, self.teacher)
-        terms["loss"].backward()
+        assert self.model.tokens is not None
+        distinct = self.model.tokens.distinct(batch.host_ids)
+        terms = self._backward(batch, distinct)
         values = self.world.mean_(torch.stack([term.detach().float() for term in terms.values()]))
         norm, skipped = guarded_step(self.optimizer, values[list(terms).index("loss")], self.config.optim.clip_norm)
         if self.teacher is not None:
             self.teacher.update(self.model)
         self.progress.step += 1
-        self._pending.add(self.step, batch, rate, [*terms, "grad_norm", "skipped"], (*values, norm, skipped))
+        views = [batch.num_scenes, batch.num_objects, batch.num_relations]
+        lengths = [of_texts.tolist() for of_texts in distinct.lengths]
+        operations = step_operations(self.model.config, views, lengths, teacher=self.teacher is not None)
+        names = [*terms, "grad_norm", "skipped"]
+        self._pending.add(self.step, batch, operations, rate, names, (*values, norm, skipped))
+
+    def _backward(self, batch: Batch, distinct: Distinct) -> dict[str, Tensor]:
+        """Leaves the gradients of the batch's loss in the parameters; returns its terms."""
+        if self.config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs' memory of the step before is free again
+        pieces = self.config.train.accumulate
+        if pieces > 1:
+            return backward_in_pieces(self.module, self.parallel, batch, distinct, self.teacher, pieces, self._autocast)
+        with self._autocast():
+            terms = self.parallel(lambda step: step.loss(step.model(batch, self.teacher, distinct)))
+        terms["loss"].backward()
+        return terms
 
     def _build(self, stack: ExitStack) -> None:
         config, world = self.config, self.world
+        if config.train.cuda_graphs and world.device.type != "cuda":
+            raise UserError(
+                f"train.cuda_graphs: got true on {world.device}, expected a GPU: set train.cuda_graphs=false"
+            )
         prepare_run_dir(config, world, self.resume)
         torch.manual_seed(config.run.seed)
         self.loader = stack.enter_context(self._make_loader())
@@ -158,10 +169,10 @@ class Trainer:
             distillation_scale=config.loss.distillation_scale,
             group=world.group,
         ).to(world.device)
-        module = StepModule(self.model, self.loss).train()
-        self.parallel: nn.Module = module
+        self.module = StepModule(self.model, self.loss).train()
+        self.parallel: nn.Module = self.module
         if world.size > 1:
-            self.parallel = _data_parallel(module)
+            self.parallel = _data_parallel(self.module)
         self.teacher: EMATeacher | None = None
         if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
             self.teacher = EMATeacher(
@@ -172,11 +183,15 @@ class Trainer:
             )
         self.model.set_checkpointing(config.train.activation_checkpointing)
         if config.train.compile:
-            self.model.compile_blocks()
+            self.model.compile_blocks(config.train.cuda_graphs)
             if self.teacher is not None:
-                self.teacher.compile_blocks()
+                self.teacher.compile_blocks(config.train.cuda_graphs)
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
         self.total_steps = self._count_steps()
+        self._peak: float | None = None
+        if world.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(world.device), config.run.precision)
+            self._peak = peak and peak * world.size
         state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
         self.saver = Saver(config, world, state, self.total_steps, self._say)
         notes = self.saver.restore(self.resume)
@@ -202,9 +217,15 @@ class Trainer:
             raise UserError(
                 f"data.batch_size: got {data.batch_size}, expected a multiple of the {world.size} ranks, which share it"
             )
+        share, pieces = data.batch_size // world.size, self.config.train.accumulate
+        if share % pieces:
+            raise UserError(
+                f"train.accumulate: got {pieces}, expected a divisor of the {share} scenes that a rank has of a batch "
+                "(data.batch_size over the ranks)"
+            )
         return scene_loader(
             data.shards,
-            data.batch_size // world.size,
+            share,
             split="train",
             device=world.device,
             decoder=data.decoder,
@@ -221,6 +242,8 @@ class Trainer:
             dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
             threads=data.threads,
             cache_bytes=int(data.cache_gib * 2**30),
+            shard_cache_dir=data.shard_cache_dir,
+            shard_cache_gib=data.shard_cache_gib,
             max_bad_fraction=data.max_bad_fraction,
             bad_samples=self.run_dir / "bad_samples.jsonl",
         )
@@ -259,13 +282,24 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         batches = iter(self.loader)
+        profile = StepProfile(self.run_dir / "profile", *train.profile) if train.profile and self.world.leads else None
+        self._wait, self._pace = DataWait(self.world.device), Verdict()
         self._pending = PendingSteps()
+        first = self.step
         ended_by: str | None = None
         while self.step < self.total_steps and ended_by is None:
             asked = time.perf_counter()
             batch = next(batches)
-            self._pending.waited += time.perf_counter() - asked
+            waited = time.perf_counter() - asked
+            if self.step == first:  # the start of the loader says nothing about the pace
+                self._pending.started, waited = time.perf_counter(), 0.0
+            if profile is not None:
+                profile.before(self.step + 1)
+            self._wait.step_begins(waited)
             self.train_step(batch)
+            self._wait.step_ends()
+            if profile is not None and (written := profile.after(self.step)):
+                self._say(written)
             save = self.step % train.checkpoint_every == 0
             alone = self.world.size == 1 and self._stop is not None
             if save or alone or self.step % train.log_every == 0 or self.step == self.total_steps:
@@ -273,6 +307,10 @@ class Trainer:
             if save or self._due:
                 self._save()
         completed = self.step == self.total_steps
+        if profile is not None and (written := profile.close()):
+            self._say(written)
+        if self._pace.seconds:
+            self._say(str(self._pace))
         self._save(last=True)
         model_dir = None
         if completed:
@@ -305,20 +343,31 @@ class Trainer:
             return self._stop if self.world.size == 1 else None
         table = torch.stack(pending.rows).tolist()  # here the host waits for the device
         seconds = time.perf_counter() - pending.started
-        counts = torch.tensor([*pending.counts, (self._stop is not None, self.saver.due())], device=self.world.device)
-        *counted, (stops, due) = self.world.sum_(counts).tolist()
+        waits = [(0, 0, 0)] * self.world.size
+        waits[self.world.rank] = (round(1e6 * self._wait.take()), 0, 0)
+        told = (self._stop is not None, self.saver.due(), sum(self.loader.bad.values()))
+        counts = torch.tensor([*pending.counts, *waits, told], device=self.world.device)
+        *counted, (stops, due, bad) = self.world.sum_(counts).tolist()
+        counted, waits = counted[: len(table)], counted[len(table) :]
+        waited = max(micros for micros, *_ in waits) / 1e6  # ranks wait for the slowest
+        scenes, views, operations = (sum(column) / seconds for column in zip(*counted, strict=True))
         speed: dict[str, float] = {
-            "scenes_per_s": sum(scenes for scenes, _ in counted) / seconds,
-            "views_per_s": sum(views for _, views in counted) / seconds,
-            "data_wait": pending.waited / seconds,
-            "bad_samples": sum(self.loader.bad.values()),
+            "scenes_per_s": scenes,
+            "views_per_s": views,
+            "tflop_per_s": operations / 1e12,
+            "data_wait": waited / seconds,
+            "bad_samples": bad,
         }
+        if self._peak is not None:
+            speed["mfu"] = operations / self._peak
         if self.world.device.type == "cuda":
             speed["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
         self._due = due > 0
         self.saver.poll()
-        self._timed_views += sum(views for _, views in counted)
+        self._timed_views += sum(views for _, views, _ in counted)
         self._timed_seconds += seconds
+        if self._pace.add(seconds, waited):
+            self._say(str(self._pace))
         rows: list[dict[str, Any]] = []
         for k, values in enumerate(table):
             self.progress.scenes += counted[k][0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def test_a_budget_on_the_command_line_replaces_the_files() -> None:
 
 
 def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
-    config = TrainConfig.of({"model": {"preset": "tiny"}}, ["optim.lr=3e-4", "train.views=1000", "data.shards=x"])
+    overrides = ["optim.lr=3e-4", "train.views=1000", "train.profile=[3, 5]", "data.shards=x"]
+    config = TrainConfig.of({"model": {"preset": "tiny"}}, overrides)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     config.save(tmp_path / "config.yaml")
     assert TrainConfig.load(tmp_path / "config.yaml") == config
 
@@ -85,6 +88,12 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("optim.lr", r"got 'optim\.lr', expected key=value"),
         ("optim.lr=[", r"optim\.lr: got '\[', which is not a YAML value"),
         ("train.steps=0", r"train\.steps: got 0, expected above 0"),
+        ("train.accumulate=0", r"train\.accumulate: got 0, expected above 0"),
+        ("train.accum_freq=2", r"did you mean train\.accumulate\?"),
+        ("train.profile=[5, 4]", r"train\.profile: got \(5, 4\), expected the first and the last step"),
+        ("train.profile=[0, 4]", r"train\.profile: got \(0, 4\), expected the first and the last step"),
+        ("train.profile=5", r"train\.profile: got 5 \(int\), expected a list of 2 numbers"),
+        ("train.cuda_graphs=true", r"train\.cuda_graphs: got true, expected train\.compile=true with it"),
     ],
 )
 def test_a_mistake_names_the_key(override: str, message: str) -> None:

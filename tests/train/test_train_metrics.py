@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -7,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scenarioclip_fast.train import metrics
-from scenarioclip_fast.train.metrics import MetricsLog, read_metrics
+from scenarioclip_fast.train.metrics import DataWait, MetricsLog, StepProfile, Verdict, read_metrics
 
 
-def row(step: int, loss: float = 1.0) -> dict[str, Any]:
-    speed = {"scenes_per_s": 1.0, "views_per_s": 9.0, "data_wait": 0.25}
-    return {"step": step, "loss": loss, "contrastive/global": 0.5, "lr": 1e-3, "grad_norm": 2.0, **speed}
+def row(step: int, loss: float = 1.0, **more: float) -> dict[str, Any]:
+    speed = {"scenes_per_s": 1.0, "views_per_s": 9.0, "tflop_per_s": 0.125, "data_wait": 0.25, "bad_samples": 0}
+    return {"step": step, "loss": loss, "contrastive/global": 0.5, "lr": 1e-3, "grad_norm": 2.0, **speed, **more}
 
 
 def test_rows_are_json_lines_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -53,7 +55,16 @@ def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
     log.close()
     lines = out.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 1/10", "step 6/10", "step 10/10", "a note"]
-    assert "loss 1.0000 (global 0.500)" in lines[0] and "waiting for data 25%" in lines[0]
+    assert "loss 1.0000 (global 0.500)" in lines[0]
+    assert lines[0].endswith("0.125 TFLOP/s, waiting for data 25%")
+
+
+def test_a_gpus_line_has_its_share_of_the_peak_and_its_memory(tmp_path: Path) -> None:
+    out = io.StringIO()
+    log = MetricsLog(tmp_path, 0, 10, tensorboard=False, file=out)
+    log.write([row(1, mfu=0.4567, memory_gib=12.34, bad_samples=3)])
+    log.close()
+    assert "MFU 45.7%, waiting for data 25%, 12.3 GiB, 3 bad samples\n" in out.getvalue()
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
@@ -79,3 +90,83 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 4.0), (2, 3.0)]
+
+
+def test_waiting_on_a_cpu_is_the_hosts() -> None:
+    wait = DataWait(torch.device("cpu"))
+    for seconds in (0.5, 0.25):
+        wait.step_begins(seconds)
+        wait.step_ends()
+    assert wait.take() == 0.75
+    assert wait.take() == 0
+
+
+def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0  # ms, of the GPU
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    wait = DataWait(torch.device("cuda"))
+
+    def step(begins: float, ends: float, host: float) -> None:
+        nonlocal now
+        now = begins
+        wait.step_begins(host)
+        now = ends
+        wait.step_ends()
+
+    step(0, 1000, host=5.0)  # the first: nothing ran before it
+    step(1000, 2000, host=0.8)  # the host waited while the GPU was at work
+    step(2300, 3000, host=0.8)  # for 300 ms, the GPU had nothing to do
+    assert wait.take() == pytest.approx(0.3)
+    step(4000, 5000, host=0.1)  # something else kept the host, a checkpoint for example
+    assert wait.take() == pytest.approx(0.1)
+
+
+def test_the_verdict() -> None:
+    verdict = Verdict()
+    assert not verdict.add(100.0, 2.9)
+    assert str(verdict) == "bound by the step: it waited 2.9% of the time for data"
+    assert not verdict.add(100.0, 4.0)
+    assert str(verdict).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
+    assert verdict.add(150.0, 0.0)  # every five minutes
+    assert not verdict.add(1.0, 0.0)
+
+
+def test_a_profile_holds_its_steps(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path / "profile", 2, 3)
+    told = []
+    for step in range(1, 6):
+        profile.before(step)
+        torch.ones(step).cumsum(0)
+        told.append(profile.after(step))
+    assert [text is not None for text in told] == [False, False, True, False, False]
+    assert str(profile.path) in str(told[2])
+    events = json.loads(gzip.decompress(profile.path.read_bytes()))["traceEvents"]
+    assert sum(event.get("name") == "aten::cumsum" for event in events) == 2
+
+
+def test_a_profile_that_the_run_did_not_finish_is_written(tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path, 2, 30)
+    assert profile.close() is None
+    assert not profile.path.exists()
+    profile.before(2)
+    assert profile.close() is not None
+    assert gzip.decompress(profile.path.read_bytes())
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    profile = StepProfile(tmp_path / "file", 1, 1)
+    profile.before(1)
+    told = profile.after(1)
+    assert told is not None and told.startswith("profile not written: ")

@@ -19,10 +19,9 @@ import torch
 from scenarioclip_fast.cli import main
 from scenarioclip_fast.cli.train import STOPPED
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
 Make = Callable[..., TrainConfig]
-TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from scenarioclip_fast.data import Batch, Vocabulary, load_reference, pack
+from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_reference, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
-TIMINGS = ("scenes_per_s", "views_per_s", "data_wait")
 
 
 class Hooked(Trainer):
@@ -301,6 +303,49 @@ def test_initial_weights_that_the_freezing_cannot_hold(small: Make, tmp_path: Pa
     init = f"model.init={tmp_path / 'source' / 'model'}"
     with pytest.raises(UserError, match=r"freeze as that model did"):
         Trainer(small("train.steps=1", init, "model.freeze.text_blocks=1", run="frozen")).fit()
+
+
+def test_the_log_tells_the_pace(
+    small: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = small("train.steps=4", "data.cache_gib=0.1", run="fast")
+    Trainer(fast).fit()
+    found = read_metrics(Path(fast.run.dir) / "metrics.jsonl")
+    assert all(row["tflop_per_s"] > 0 and "mfu" not in row for row in found)  # a CPU has no known peak
+    assert capsys.readouterr().err.count("bound by") == 1
+
+    iterate = SceneLoader.__iter__
+
+    def slowly(loader: SceneLoader) -> Iterator[Batch]:
+        for batch in iterate(loader):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(SceneLoader, "__iter__", slowly)
+    Trainer(small("train.steps=4", run="slow")).fit()
+    assert "bound by data: the step waited" in capsys.readouterr().err
+
+
+def test_a_profile_of_some_steps(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small("train.steps=4", "train.profile=[2, 3]")
+    Trainer(config).fit()
+    path = Path(config.run.dir) / "profile" / "steps-2-3.json.gz"
+    assert f"profile of steps 2 to 3: {path}" in capsys.readouterr().err
+    names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 2
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_device(small: Make) -> None:
+    def watch(trainer: Trainer, _: Batch) -> None:
+        # The first steps fill caches, and the last one ends a log interval.
+        torch.cuda.set_sync_debug_mode("error" if 3 <= trainer.step < 8 else "default")
+
+    config = small("train.steps=10", "train.log_every=100", "run.device=cuda", "run.precision=bf16")
+    try:
+        assert hooked(config, watch).fit().completed
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"

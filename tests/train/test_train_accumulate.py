@@ -1,0 +1,218 @@
+"""A step in pieces against the step in one piece: loss, terms and every gradient; on one process and on two ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scenarioclip_fast.data import Batch
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.losses import ScenarioLoss
+from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.trainer import Trainer
+
+Make = Callable[..., TrainConfig]
+END = 30
+
+
+class Words:
+    """Twelve texts a level, of two to five tokens."""
+
+    def tokens(self, level: str) -> list[list[int]]:
+        return [[29, *range(1, 1 + i % 4), END] for i in range(12)]
+
+
+def make_step(variant: str, freeze: FreezeConfig, duplicates: str, group: Any = None) -> StepModule:
+    """In float64, so that only rounding in the 16th digit can differ."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        variant=variant,  # type: ignore[arg-type]
+        embed_dim=12,
+        vision=VisionConfig(image_size=16, patch_size=8, width=24, layers=2, heads=3),
+        text=TextConfig(context_length=8, vocab_size=END + 1, width=16, layers=2, heads=2),
+        freeze=freeze,
+    )
+    model = ScenarioCLIP(config)
+    model.set_vocabulary(Words())  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # levels differ, and so do student and teacher below
+    loss = ScenarioLoss(duplicates=duplicates, distillation_scale=12.0, group=group)
+    return StepModule(model, loss).double()
+
+
+def make_teacher(step: StepModule) -> EMATeacher | None:
+    if step.model.config.variant != "scenarioclip1":
+        return None
+    teacher = EMATeacher(step.model)
+    with torch.no_grad():
+        for p in step.model.parameters():
+            if p.requires_grad:
+                p.mul_(1.1)
+    return teacher
+
+
+def make_batch(objects: list[int], relations: list[int], seed: int = 1) -> Batch:
+    """So many objects and relations in each scene."""
+    g = torch.Generator().manual_seed(seed)
+    scene = torch.arange(len(objects))
+    counts = (len(objects), sum(objects), sum(relations))
+    return Batch(
+        torch.randn(sum(counts), 3, 16, 16, generator=g, dtype=torch.float64),
+        [f"scene {i}" for i in range(len(objects))],
+        scene.repeat_interleave(torch.tensor(objects)),
+        scene.repeat_interleave(torch.tensor(relations)),
+        *(torch.randint(12, (n,), generator=g) for n in counts),
+    )
+
+
+def gradients(step: StepModule) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+    step.zero_grad()
+    return found
+
+
+def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeacher | None, pieces: int) -> None:
+    """The step in `pieces` against the step in one."""
+    assert step.model.tokens is not None
+    wanted = wrapped(lambda s: s.loss(s.model(batch, teacher)))
+    wanted["loss"].backward()
+    wanted_gradients = gradients(step)
+    distinct = step.model.tokens.distinct(batch.host_ids)
+    terms = backward_in_pieces(step, wrapped, batch, distinct, teacher, pieces, nullcontext)
+    found = gradients(step)
+    assert terms.keys() == wanted.keys()
+    for name, term in wanted.items():
+        torch.testing.assert_close(terms[name], term.detach(), rtol=1e-12, atol=1e-12)
+    trained = {name for name, p in step.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted_gradients.keys() == trained
+    assert wanted_gradients["loss.contrastive.logit_scale.object"].any() or batch.num_objects < 3
+    for name in trained:
+        torch.testing.assert_close(found[name], wanted_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+BATCHES = {
+    "ragged": ([3, 0, 2, 5, 1], [2, 1, 0, 4, 1]),
+    "no relations": ([1, 2, 0], [0, 0, 0]),
+    "one scene": ([2], [3]),
+}
+
+
+@pytest.mark.parametrize("sizes", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(
+    ("variant", "freeze", "duplicates"),
+    [
+        ("scenarioclip1", FreezeConfig(1, 1), "negatives"),
+        ("scenarioclip1", FreezeConfig.nothing(), "positives"),
+        ("pyramidclip", FreezeConfig(1, 1, pre_layernorm=False), "negatives"),
+    ],
+)
+def test_pieces_change_no_number(
+    variant: str, freeze: FreezeConfig, duplicates: str, sizes: tuple[list[int], list[int]]
+) -> None:
+    step = make_step(variant, freeze, duplicates)
+    teacher = make_teacher(step)
+    for pieces in (1, 2, 3, 7):  # more pieces than scenes among them: empty ones
+        compare(step, step, make_batch(*sizes), teacher, pieces)
+
+
+def on_a_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        step = make_step("scenarioclip1", FreezeConfig(1, 1), "negatives", dist.new_group())
+        teacher = make_teacher(step)
+        wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)
+        for objects, relations in [([3, 0, 2], [2, 1, 0]), ([5, 1], [4, 1])][:: 1 - 2 * rank]:  # ranks differ
+            for pieces in (2, 3):
+                compare(step, wrapped, make_batch(objects, relations, seed=rank), teacher, pieces)
+        # Every rank has the same gradient in the end: it took the average.
+        assert step.model.tokens is not None
+        batch = make_batch([2, 1], [1, 1], seed=rank)
+        distinct = step.model.tokens.distinct(batch.host_ids)
+        backward_in_pieces(step, wrapped, batch, distinct, teacher, 2, nullcontext)
+        mine = torch.cat([g.flatten() for g in gradients(step).values()])
+        theirs = mine.clone()
+        dist.broadcast(theirs, 0)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_pieces_change_no_number_on_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(on_a_rank, (str(tmp_path / "store"),), nprocs=2)
+
+
+class Kept:
+    """What autograd keeps for the backward pass: bytes at the moment, and at most."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.now = self.peak = 0
+
+    def pack(self, x: Tensor) -> Any:
+        kept = self
+
+        class Held:
+            def __init__(self) -> None:
+                self.bytes = 0 if x.untyped_storage().data_ptr() in kept.weights else x.nbytes
+                kept.now += self.bytes
+                kept.peak = max(kept.peak, kept.now)
+                self.x = x
+
+            def __del__(self) -> None:
+                kept.now -= self.bytes
+
+        return Held()
+
+
+def test_the_memory_is_that_of_a_piece() -> None:
+    step = make_step("scenarioclip0", FreezeConfig.nothing(), "negatives")
+    batch = make_batch([3] * 16, [2] * 16)
+    assert step.model.tokens is not None
+    distinct = step.model.tokens.distinct(batch.host_ids)
+    peaks = []
+    for pieces in (1, 8):
+        kept = Kept(step)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.x):
+            backward_in_pieces(step, step, batch, distinct, None, pieces, nullcontext)
+        peaks.append(kept.peak)
+    # An eighth, the loss's own share aside.
+    assert peaks[1] < 0.2 * peaks[0]
+
+
+def test_a_run_in_pieces_is_the_run_in_one(small: Make) -> None:
+    curves = []
+    for pieces in (1, 4):
+        config = small("train.steps=4", f"train.accumulate={pieces}", run=f"in {pieces}")
+        Trainer(config).fit()
+        rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+        curves.append(torch.tensor([[row[name] for name in ("loss", "grad_norm", "distillation")] for row in rows]))
+    # float32: sums of 24 bits in another order; AdamW, whose first steps divide gradients by their own size, magnifies
+    # what differs from step to step.
+    torch.testing.assert_close(curves[1][0], curves[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
+
+
+def test_bf16_in_pieces(small: Make) -> None:
+    config = small("train.steps=2", "train.accumulate=2", "run.precision=bf16")
+    result = Trainer(config).fit()
+    assert result.completed and result.skipped == 0
+
+
+@pytest.mark.parametrize("pieces", [3, 16])
+def test_pieces_that_do_not_divide_the_batch(small: Make, pieces: int) -> None:
+    with pytest.raises(UserError, match=rf"train\.accumulate: got {pieces}, expected a divisor of the 8 scenes"):
+        Trainer(small("train.steps=1", f"train.accumulate={pieces}")).fit()
