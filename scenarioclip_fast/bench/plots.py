@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.bench.record import Part, Record, Result
+from scenarioclip_fast.bench.record import Part, Record, Result, unit_of
 from scenarioclip_fast.bench.report import Roof, ceilings, fastest_of_ours, roofs, seconds, times
 from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
@@ -38,27 +38,26 @@ def bars(part: Part, out: Path) -> Path:
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         panels = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for axes, (group, results) in zip(panels, groups.items(), strict=True):
-            _panel(axes, sorted(results, key=lambda r: r.median))
-            axes.set_title(group, fontsize=9.5)
+            unit = unit_of(results)
+            _panel(axes, sorted(results, key=lambda r: r.per(unit)), unit)
+            axes.set_title(f"{group}, a {unit}", fontsize=9.5)
         figure.savefig(out, dpi=110)
     return out
 
 
-def _panel(axes: Any, results: Sequence[Result]) -> None:
-    longest = max(max(r.samples) for r in results)
-    # Times that lie far apart are told apart by their lengths on a logarithmic axis only.
-    shortest = min(min(r.samples) for r in results)
-    log = longest > 30 * shortest
+def _panel(axes: Any, results: Sequence[Result], unit: str) -> None:
+    amounts = [r.median / r.per(unit) for r in results]
+    ends = [(min(r.samples) / n, max(r.samples) / n) for r, n in zip(results, amounts, strict=True)]
+    shortest, longest = min(low for low, _ in ends), max(high for _, high in ends)
+    log = longest > 30 * shortest  # else the short bars could not be told apart
     ours = fastest_of_ours(results)
-    for y, r in enumerate(results):
-        axes.barh(y, r.median, 0.66, color=OURS if r.ours else OTHERS, left=0)
-        axes.plot([min(r.samples), max(r.samples)], [y, y], color=INK, linewidth=1.2)
-        label = seconds(r.median)
+    for y, (r, (low, high)) in enumerate(zip(results, ends, strict=True)):
+        axes.barh(y, r.per(unit), 0.66, color=OURS if r.ours else OTHERS)
+        axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
+        label = seconds(r.per(unit))
         if ours is not None and r is not ours:
-            label += f"   {times(r.median / ours.median)}"
-        axes.annotate(
-            label, (max(r.samples), y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-        )
+            label += f"   {times(r.per(unit) / ours.per(unit))}"
+        axes.annotate(label, (high, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
     if log:
         axes.set_xscale("log")
         axes.set_xlim(shortest / 3, longest * (longest / shortest) ** 0.3)

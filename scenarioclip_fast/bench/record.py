@@ -5,8 +5,8 @@ What reports read of a benchmark's `extra_info` (all optional; anything else is 
 | field | meaning |
 |---|---|
 | form | the way that was measured; left out: the parameter `way`, else the test's name. Ours begin with "ours" |
-| scenes | scenes of one sample: shown as scenes/s |
-| views | image views of one sample: shown as views/s |
+| scenes | scenes of one sample; where all forms of a group say so, times are per scene, and scenes/s are shown |
+| views | image views of one sample, likewise |
 | bytes, operations | what one sample must move, and compute: with both it stands in the roofline |
 | precision | of its products: float32, tf32 or bfloat16; left out: float32 |
 | threads | CPU threads that it ran on; a roofline takes the ceilings measured on as many |
@@ -23,7 +23,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ class Result:
     @property
     def ours(self) -> bool:
         return self.form.startswith("ours")
+
+    def per(self, unit: str) -> float:
+        """Median seconds for one `unit` ("call", "scene" or "view")."""
+        return self.median / float(self.extra.get(f"{unit}s", 1))
+
+
+def unit_of(results: Sequence[Result]) -> str:
+    """What the times of a group are given for: forms may differ in how much they do in a sample."""
+    return next((unit for unit in ("scene", "view") if all(f"{unit}s" in r.extra for r in results)), "call")
 
 
 @dataclass(frozen=True)

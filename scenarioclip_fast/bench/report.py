@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.bench.record import NOT_MEASURED, Part, Record, Result
+from scenarioclip_fast.bench.record import NOT_MEASURED, Part, Record, Result, unit_of
 
 # Fields of `extra` with columns of their own, or that are in the group's name already.
 _SHOWN = {"scenes", "views", "bytes", "operations", "precision", "threads", "device", "ceiling"}
@@ -60,22 +60,24 @@ def times(value: float) -> str:
 
 def fastest_of_ours(results: Sequence[Result]) -> Result | None:
     """The yardstick of a group; None where none of ours was measured."""
-    return min((r for r in results if r.ours), key=lambda r: r.median, default=None)
+    unit = unit_of(results)
+    return min((r for r in results if r.ours), key=lambda r: r.per(unit), default=None)
 
 
 def part_table(part: Part) -> Table:
     """Every form of every group, compared with the fastest of ours."""
     rows = []
     for group, results in part.groups().items():
-        ours = fastest_of_ours(results)
-        for i, r in enumerate(sorted(results, key=lambda r: r.median)):
-            ratio = "" if ours is None or r is ours else times(r.median / ours.median)
-            spread = f"{seconds(min(r.samples))} to {seconds(max(r.samples))}"
+        ours, unit = fastest_of_ours(results), unit_of(results)
+        for i, r in enumerate(sorted(results, key=lambda r: r.per(unit))):
+            ratio = "" if ours is None or r is ours else times(r.per(unit) / ours.per(unit))
+            low, high = (seconds(r.per(unit) * end / r.median) for end in (min(r.samples), max(r.samples)))
             rates = [f"{digits(r.extra[n] / r.median)} {n}/s" for n in ("scenes", "views") if n in r.extra]
             if kind := r.extra.get("ceiling"):
                 rates.append(_rate(kind, r.extra["bytes" if kind == "copy" else "operations"] / r.median))
             rest = [f"{k.replace('_', ' ')} {_value(v)}" for k, v in r.extra.items() if k not in _SHOWN]
-            row = [group if i == 0 else "", r.form, seconds(r.median), spread, str(len(r.samples)), ratio]
+            place = f"{group} (a {unit})" if i == 0 else ""
+            row = [place, r.form, seconds(r.per(unit)), f"{low} to {high}", str(len(r.samples)), ratio]
             rows.append([*row, "; ".join(rates + rest)])
     head = ["inputs", "form", "median", "spread", "samples", "against ours", "also"]
     return Table(part.name, head, rows, _about(part))

@@ -1,0 +1,222 @@
+"""Training from end to end: the published way (baseline_data.py, baseline.py) against this package.
+
+Both sides see the same scenes in the same order, begin with the same weights and make the same steps; their losses are
+compared at every step, updates included, before anything is timed. Then the loader alone, the step alone on a batch in
+memory, and the whole loop: an epoch with loading and steps, which is what a run is made of.
+
+On a CPU both sides have all cores: two worker processes of torch's DataLoader there, as many loader threads here, and
+torch's threads for the step. Images are decoded anew in every epoch. Evaluation's views (see baseline_data.py).
+
+Run: make bench, or: pytest benchmarks/bench_end_to_end.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import baseline_data
+import numpy as np
+import pytest
+import torch
+from baseline import LEVELS
+from bench_step import OBJECTS, PHOTOS, RELATIONS, Words, build, matmul_precision
+from PIL import Image
+
+from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
+from scenarioclip_fast.data import pack as pack_scenes
+from scenarioclip_fast.data.loader import scene_loader
+
+
+@dataclass(frozen=True)
+class Setting:
+    preset: str
+    size: int  # of a view
+    batch: int  # scenes
+    batches: int  # of the loop
+    distinct: int  # scenes; they come again until the loop is full
+    workers: int
+    device: str
+
+
+SETTINGS = {
+    "tiny": Setting("tiny", 64, 32, 3, 32, 2, "cpu"),
+    "vit-b-32": Setting("vit-b-32", 224, 4, 2, 8, 2, "cpu"),
+    "vit-b-32 on a GPU": Setting("vit-b-32", 224, 128, 4, 32, 8, "cuda"),
+}
+WAYS = ("baseline, float32", "ours, float32", "baseline, bf16", "ours, bf16")
+CASES = [
+    pytest.param((setting, way), id=f"{setting}-{way}", marks=[pytest.mark.gpu] if s.device == "cuda" else [])
+    for setting, s in SETTINGS.items()
+    for way in WAYS
+    if setting != "tiny" or "float32" in way  # the tiny preset is trained in float32
+]
+
+
+def usual_scenes(count: int, size: tuple[int, int] = (640, 480)) -> list[Scene]:
+    """Photos with about as many objects and relations as scenes have; where there are none, drawings as large."""
+    if PHOTOS.is_dir():
+        found = [s for s in load_reference(PHOTOS) if isinstance(s, Scene) and s.relations]
+        found.sort(key=lambda s: abs(len(s.objects) - OBJECTS) + abs(len(s.relations) - RELATIONS))
+        return found[:count]
+    return [enlarged(scene, size) for scene in generate_scenes(count, seed=0)]
+
+
+def enlarged(scene: Scene, size: tuple[int, int]) -> Scene:
+    pixels = np.asarray(scene.image)
+    scale = np.array(size * 2) / np.array([pixels.shape[1], pixels.shape[0]] * 2)
+    objects = []
+    for o in scene.objects:
+        mask = Image.fromarray(baseline_data.as_array(o.mask)).resize(size, Image.Resampling.NEAREST)
+        x1, y1, x2, y2 = (np.array(o.box) * scale).tolist()
+        objects.append(SceneObject(o.name, (x1, y1, x2, y2), torch.from_numpy(np.array(mask))))
+    image = torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)))
+    return Scene(scene.key, baseline_data.encoded(image), scene.action, objects, scene.relations)
+
+
+class World:
+    """A setting's scenes in both layouts, and each side's batches."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        distinct = usual_scenes(setting.distinct)
+        count = setting.batch * setting.batches
+        self.scenes = [
+            dataclasses.replace(distinct[i % len(distinct)], key=f"scene {i:05d}", split="train") for i in range(count)
+        ]
+        self.shards = folder / "shards"
+        pack_scenes(self.scenes, self.shards, progress=False)
+        entries = baseline_data.write_published(distinct, folder / "published")
+        self.entries = [entries[i % len(entries)] for i in range(count)]
+        self.vocabulary = Vocabulary.load(self.shards / "vocabulary.json")
+        self.words = Words({level: self.vocabulary.tokens(level) for level in LEVELS})
+
+    def published(self) -> Iterator[Batch]:
+        s = self.setting
+        pixels = baseline_data.published(self.entries, s.size, s.batch, s.workers, s.device)
+        for i, views in enumerate(pixels):
+            yield self.with_texts(views, self.scenes[i * s.batch : (i + 1) * s.batch])
+
+    def with_texts(self, pixels: torch.Tensor, scenes: list[Scene]) -> Batch:
+        def ids(level: str, texts: list[str]) -> torch.Tensor:
+            return torch.tensor([self.vocabulary.id(level, text) for text in texts], device=pixels.device)
+
+        rows = torch.arange(len(scenes))
+        objects, relations = (torch.tensor([len(part(s)) for s in scenes]) for part in (_objects, _relations))
+        return Batch(
+            pixels,
+            [scene.key for scene in scenes],
+            rows.repeat_interleave(objects).to(pixels.device),
+            rows.repeat_interleave(relations).to(pixels.device),
+            ids("global", [s.action for s in scenes]),
+            ids("object", [o.name for s in scenes for o in s.objects]),
+            ids("relation", [s.relation_text(k) for s in scenes for k in range(len(s.relations))]),
+        )
+
+    def ours(self) -> Iterator[Batch]:
+        s = self.setting
+        options: dict[str, Any] = {"train": False, "shuffle": False, "epochs": 1, "blur": "reference"}
+        with scene_loader(self.shards, s.batch, size=s.size, device=s.device, **options) as loader:
+            yield from loader
+
+
+def _objects(scene: Scene) -> list[Any]:
+    return scene.objects
+
+
+def _relations(scene: Scene) -> list[Any]:
+    return scene.relations
+
+
+class Side:
+    """One way to train: its batches and its step, checked against the baseline in float32."""
+
+    def __init__(self, world: World, way: str) -> None:
+        self.world, self.way, self.device = world, way, world.setting.device
+        gc.collect()
+        self.step = build(way, world.setting.preset, world.words, self.device)
+        self.batches: Callable[[], Iterator[Batch]] = world.ours if way.startswith("ours") else world.published
+
+    def precision(self) -> Any:
+        return matmul_precision("high") if self.device == "cuda" else nullcontext()
+
+    def loop(self) -> list[float]:
+        """An epoch; the loss of every step."""
+        with self.precision():
+            losses = [self.step.step(batch) for batch in self.batches()]
+            return torch.stack(losses).tolist()  # waits for the device
+
+    def load(self) -> None:
+        for batch in self.batches():
+            batch.pixels[-1, -1, -1, -1].item()
+
+    def one_step(self, batch: Batch) -> None:
+        with self.precision():
+            self.step.step(batch).item()
+
+
+EXPECTED: dict[str, list[float]] = {}
+
+
+def check(setting: str, side: Side) -> None:
+    """The first epoch's losses, which also warms up."""
+    losses = side.loop()
+    baseline = WAYS[0]
+    if setting not in EXPECTED:
+        EXPECTED[setting] = losses if side.way == baseline else Side(side.world, baseline).loop()
+    # Pixels may be a byte apart, sums run in another order, and AdamW's first steps depend on gradients' signs: in
+    # float32 that moves a loss by 1e-4 of itself. bf16 keeps 8 bits, magnified 14-fold by the temperature.
+    tolerance = 5e-2 if "bf16" in side.way else 2e-2 if side.device == "cuda" else 2e-3
+    for i, (got, expected) in enumerate(zip(losses, EXPECTED[setting], strict=True)):
+        assert abs(got - expected) < tolerance * expected, f"{side.way}, step {i}: {got}, the baseline's is {expected}"
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    made: dict[str, World] = {}
+
+    def make(setting: str) -> World:
+        if setting not in made:
+            made[setting] = World(SETTINGS[setting], tmp_path_factory.mktemp("worlds"))
+        return made[setting]
+
+    return make
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, worlds: Callable[[str], World]) -> tuple[str, Side]:
+    """A side at a time, for all three measurements."""
+    setting, way = request.param
+    side = Side(worlds(setting), way)
+    check(setting, side)
+    return setting, side
+
+
+def name(benchmark: Any, what: str, setting: str, side: Side, scenes: int) -> None:
+    source = "photos" if PHOTOS.is_dir() else "drawn scenes"
+    benchmark.group = f"end to end, {what}, {side.world.setting.preset}, {source}, {side.device}"
+    benchmark.extra_info.update(form=side.way, scenes=scenes, threads=torch.get_num_threads())
+
+
+def test_loader(benchmark: Any, case: tuple[str, Side]) -> None:
+    setting, side = case
+    name(benchmark, "loader", setting, side, len(side.world.scenes))
+    benchmark.pedantic(side.load, rounds=3)
+
+
+def test_step(benchmark: Any, case: tuple[str, Side]) -> None:
+    setting, side = case
+    batch = next(iter(side.batches()))
+    name(benchmark, "step", setting, side, batch.num_scenes)
+    benchmark.pedantic(lambda: side.one_step(batch), rounds=2 if setting == "vit-b-32" else 3)
+
+
+def test_whole_loop(benchmark: Any, case: tuple[str, Side]) -> None:
+    setting, side = case
+    name(benchmark, "whole loop", setting, side, len(side.world.scenes))
+    benchmark.pedantic(side.loop, rounds=2 if setting == "vit-b-32" else 3)

@@ -1,0 +1,267 @@
+"""Writes the benchmark tables of README.md, and the asked-and-measured table of each record's README, from the records.
+
+Run: python benchmarks/readme.py    (make record does it after measuring)
+
+A row is a claim: two forms of one group in one record, the newest that has both. What no record has is "not yet
+measured". The tables stand between markers; everything around them is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from scenarioclip_fast.bench.record import FILE, NOT_MEASURED, Record, Result, read_record, unit_of
+from scenarioclip_fast.bench.report import digits, markdown_table, seconds, times
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "records"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row: `ours` against `rival` in the group that the pattern `group` names."""
+
+    what: str
+    group: str
+    rival: str
+    about: str  # the rival in words
+    ours: str
+    asked: float | None = None  # ratio
+
+
+_ENCODERS = "six separate encoders and teacher, as published"
+_LOADER = "Pillow, regions from PNGs, worker processes, as published"
+_LOOP = "end to end, whole loop, {preset}, *, {device}"
+_STEP = "training step, {preset}, *, {device}"
+_VIEWS = "{kind} views, 640 x 480 to 224, one core"
+_SCIPY, _PILLOW = "NumPy + SciPy + Pillow", "Pillow"
+_ROWS = "contrastive, forward + backward, {n} x {n} x 512, {device}"
+_KL = "one KLDivLoss call a pair, as published"
+
+
+def _contrastive(device: str, n: int, ours: str, dtype: str) -> list[Claim]:
+    group = _ROWS.format(n=n, device=device)
+    what = f"contrastive loss, N = U = {n:,}, D = 512, {dtype}"
+    rivals = {"logits.T": "eager logits / logits.T (keeps N x N)", "open_clip": "eager open_clip (keeps N x N)"}
+    rivals |= {f"{name} compiled": f"compiled {about.removeprefix('eager ')}" for name, about in rivals.items()}
+    # Asked on a CPU: no slower than eager.
+    asked = {"logits.T": 1.0, "open_clip": 1.0} if device == "cpu" else {}
+    return [Claim(what, group, rival, about, ours, asked.get(rival)) for rival, about in rivals.items()]
+
+
+CPU = [
+    *_contrastive("cpu", 4096, "ours: cpu", "float32"),
+    Claim(
+        "distillation, 1,006 pairs, D = 512",
+        "distillation forward + backward, 128 scenes, cpu",
+        "python loop",
+        _KL,
+        "ours: cpu",
+        200,
+    ),
+    Claim(
+        "the four distillation terms through `DistillationLoss`",
+        "all four distillation terms, forward + backward, 128 scenes, cpu",
+        "baseline",
+        _KL,
+        "ours: cpu",
+        200,
+    ),
+    Claim("relation view, one core", _VIEWS.format(kind="relation"), "step by step", _SCIPY, "ours: cpu", 15),
+    Claim("global view, one core", _VIEWS.format(kind="global"), "step by step", _PILLOW, "ours: cpu", 4),
+    Claim("masked object view, one core", _VIEWS.format(kind="object"), "step by step", _PILLOW, "ours: cpu", 4),
+    Claim("cropped object view, one core", _VIEWS.format(kind="crop"), "step by step", _PILLOW, "ours: cpu", 4),
+    Claim("whole batches, 224 px", "whole batches, cpu", "published", _LOADER, "ours, torch", 6),
+    Claim(
+        "the same, rival without PNGs",
+        "whole batches, cpu",
+        "published, regions drawn",
+        "Pillow, regions drawn with SciPy",
+        "ours, torch",
+    ),
+    Claim(
+        "training step, ViT-B/32, 4 scenes, float32",
+        _STEP.format(preset="vit-b-32", device="cpu"),
+        "baseline, float32",
+        _ENCODERS,
+        "ours, float32",
+        1.25,
+    ),
+    Claim(
+        "the same, bf16",
+        _STEP.format(preset="vit-b-32", device="cpu"),
+        "baseline, bf16",
+        _ENCODERS,
+        "ours, bf16",
+    ),
+    Claim(
+        "the same, bf16 against float32",
+        _STEP.format(preset="vit-b-32", device="cpu"),
+        "baseline, float32",
+        _ENCODERS,
+        "ours, bf16",
+        2,
+    ),
+    Claim(
+        "end to end, ViT-B/32, float32",
+        _LOOP.format(preset="vit-b-32", device="cpu"),
+        "baseline, float32",
+        "published loader and step",
+        "ours, float32",
+        1.3,
+    ),
+    Claim(
+        "the same, bf16",
+        _LOOP.format(preset="vit-b-32", device="cpu"),
+        "baseline, bf16",
+        "published loader and step",
+        "ours, bf16",
+        2,
+    ),
+    Claim(
+        "end to end, preset tiny, float32",
+        _LOOP.format(preset="tiny", device="cpu"),
+        "baseline, float32",
+        "published loader and step",
+        "ours, float32",
+        5,
+    ),
+]
+GPU = [
+    *_contrastive("cuda", 32768, "ours: triton", "bf16"),
+    Claim(
+        "distillation, 1,006 pairs, D = 512",
+        "distillation forward + backward, 128 scenes, cuda",
+        "python loop",
+        _KL,
+        "ours: cuda",
+    ),
+    Claim("whole batches, 224 px", "whole batches, cuda", "published", _LOADER, "ours, dali"),
+    Claim(
+        "training step, ViT-B/32, 128 scenes",
+        _STEP.format(preset="vit-b-32", device="cuda"),
+        "baseline, float32",
+        f"{_ENCODERS}, TF32",
+        "ours, bf16, compiled",
+    ),
+    Claim(
+        "end to end, ViT-B/32, 128 scenes",
+        _LOOP.format(preset="vit-b-32", device="cuda"),
+        "baseline, float32",
+        "published loader and step, TF32",
+        "ours, bf16",
+        10,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Both sides of a claim, in one record."""
+
+    record: Record
+    rival: Result
+    ours: Result
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        return self.rival.per(self.unit) / self.ours.per(self.unit)
+
+    def speed(self, result: Result) -> str:
+        if self.unit == "scene":
+            return f"{digits(1 / result.per('scene'))} scenes/s"
+        return seconds(result.per(self.unit))
+
+
+def find(claim: Claim, records: Sequence[Record]) -> Found | None:
+    """In the newest of `records` that has both sides in one part."""
+    for record in sorted(records, key=lambda r: (r.date, r.name), reverse=True):
+        for part in record.parts:
+            for group, results in part.groups().items():
+                forms = {r.form: r for r in results}
+                if fnmatchcase(group, claim.group) and {claim.rival, claim.ours} <= set(forms):
+                    return Found(record, forms[claim.rival], forms[claim.ours], unit_of(results))
+    return None
+
+
+def rows(claims: Sequence[Claim], records: Sequence[Record]) -> list[str]:
+    """Lines of the README's table, one claim each."""
+    cells = []
+    for claim in claims:
+        found = find(claim, records)
+        if found is None:
+            cells.append([claim.what, claim.about, NOT_MEASURED, NOT_MEASURED, ""])
+        else:
+            speeds = [found.speed(found.rival), found.speed(found.ours)]
+            cells.append([claim.what, claim.about, *speeds, f"**{times(found.ratio)}**"])
+    return markdown_table(["what", "against", "theirs", "ours", ""], cells)
+
+
+def benchmarks(records: Sequence[Record]) -> str:
+    """The README's tables."""
+    lines = []
+    for title, claims, kind in (("CPU", CPU, "cpu"), ("GPU", GPU, "cuda")):
+        own = [r for r in records if r.kind == kind]
+        used = list(dict.fromkeys(f.record.name for c in claims if (f := find(c, own)) is not None))
+        devices = dict.fromkeys(r.machine["device"] for r in own if r.name in used)
+        links = ", ".join(f"[{name}](benchmarks/records/{name})" for name in used)
+        caption = f"{', '.join(devices)}; medians ({links})." if used else f"{NOT_MEASURED.capitalize()}."
+        lines += [f"**{title}**: {caption}", "", *rows(claims, own), ""]
+    return "\n".join(lines).rstrip()
+
+
+def asked_and_measured(record: Record) -> str:
+    """A record's table: every claim of its device."""
+    cells = []
+    for claim in CPU if record.kind == "cpu" else GPU:
+        found = find(claim, [record])
+        asked = "" if claim.asked is None else f"at least {claim.asked:g} x"
+        if found is None:
+            cells.append([claim.what, claim.about, asked, NOT_MEASURED, ""])
+            continue
+        verdict = "" if claim.asked is None else "met" if found.ratio >= claim.asked else "**missed**"
+        speeds = f"{times(found.ratio)} ({found.speed(found.rival)}, ours {found.speed(found.ours)})"
+        cells.append([claim.what, claim.about, asked, speeds, verdict])
+    return "\n".join(markdown_table(["what", "against", "asked", "measured", ""], cells))
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of `name` replaced."""
+    begin, end = f"<!-- generated: {name} -->", f"<!-- end of generated: {name} -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"error: no markers {begin} ... {end} to write between")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def read_records() -> list[Record]:
+    return [read_record(path.parent) for path in sorted(RECORDS.glob(f"*/{FILE}"))]
+
+
+def rendered(records: Sequence[Record]) -> dict[Path, str]:
+    """Every generated file as it should be."""
+    readme = ROOT / "README.md"
+    out = {readme: replaced(readme.read_text(encoding="utf-8"), "benchmarks", benchmarks(records))}
+    for record in records:
+        path = RECORDS / record.name / "README.md"
+        start = f"# {record.date}, {record.machine['device']}\n\n" + "\n".join(
+            f"<!-- {end}generated: asked and measured -->" for end in ("", "end of ")
+        )
+        text = path.read_text(encoding="utf-8") if path.exists() else f"{start}\n"
+        out[path] = replaced(text, "asked and measured", asked_and_measured(record))
+    return out
+
+
+def main() -> None:
+    for path, text in rendered(read_records()).items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
