@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; left out: the defaults")
     parser.add_argument(
-        "what",
+        "overrides",
         nargs="*",
         metavar="SHARDS|key=value",
         help="the data, unless FILE has them, and changes for all variants",
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     # argparse gives `--variants a b key=value` the override as well
     names = [text for text in args.variants or DEFAULT_VARIANTS if "=" not in text]
-    overrides = [text for text in [*args.what, *(args.variants or ())] if "=" in text]
-    paths = [text for text in args.what if "=" not in text]
+    overrides = [text for text in [*args.overrides, *(args.variants or ())] if "=" in text]
+    paths = [text for text in args.overrides if "=" not in text]
     if len(paths) > 1:
         raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; changes are given as key=value")
     if args.batch_size < 1:

@@ -36,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # `train a=1 -c FILE b=2`: argparse takes the first stretch of positional arguments alone
+        args.overrides += rest
     command = importlib.import_module(f"scenarioclip_fast.cli.{args.command}")
     try:
         code: int = command.run(args)

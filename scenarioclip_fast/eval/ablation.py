@@ -104,9 +104,12 @@ class Ablation:
         }
 
     def write(self) -> None:
-        """ablation.json, and report.html with pictures; both may be read while the ablation goes on."""
+        """Writes ablation.json."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         (self.directory / "ablation.json").write_text(text, encoding="utf-8")
+
+    def write_report(self) -> None:
+        """Writes report.html, and its pictures beside it."""
         if runs := self.runs():
             lead = (
                 f"{len(self.results)} of {len(self.variants)} variants trained and evaluated; one seed, data, budget."
@@ -216,6 +219,8 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
                 _say(world, f"{where}: failed: {error}")
             if world.leads:
                 ablation.write()
+        if world.leads:
+            ablation.write_report()
     return ablation
 
 
