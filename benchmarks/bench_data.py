@@ -3,7 +3,8 @@ set that reads with Pillow, in two worker processes of torch's DataLoader; its f
 beforehand, as published, or drawn with SciPy each time.
 
 The scenes are the real photos where they are present (SCENARIOCLIP_FAST_PHOTOS), else drawn ones. The evaluation's
-views, because the published augmentation draws from other random numbers; those of ours cost the same.
+views, because the published augmentation draws from other random numbers; those of ours cost the same. One section
+has scenes of one kind, 640 x 480 with 6 objects and 3 relations, for figures that are comparable between machines.
 
 Run: make bench, or: pytest benchmarks/bench_data.py
 """
@@ -11,19 +12,23 @@ Run: make bench, or: pytest benchmarks/bench_data.py
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import baseline_data
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from scenarioclip_fast.data import ShardSet, Views, generate_scenes, pack, scene_loader
 from scenarioclip_fast.data.decode import decode_with_pillow, make_decoder
-from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.ops import render_views
 from scenarioclip_fast.ops.views import CLIP_STD
 
@@ -65,6 +70,11 @@ WHOLE: dict[str, Callable[[Path, str], Iterator[Tensor]]] = {
 }
 
 
+@functools.cache
+def first_published(shards: Path) -> Tensor:
+    return next(published(shards, "cpu", "read"))
+
+
 def check(pixels: Tensor, expected: Tensor) -> None:
     """The renderer's promise: in bytes, one apart at most for 99.9 % of the values, never more than three."""
     std = torch.tensor(CLIP_STD)[:, None, None]
@@ -91,7 +101,7 @@ def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> N
 
     # No time is reported for a wrong result. (nvJPEG rounds differently from libjpeg, so it has tests of its own.)
     if "ours" in way and not (device == "cuda" and "dali" in way):
-        check(next(WHOLE[way](shards, device)), next(WHOLE["published"](shards, "cpu")))
+        check(next(WHOLE[way](shards, device)), first_published(shards))
     benchmark.group = f"whole batches, {device}"
     if "published" in way:
         layout(shards, "drawn" if "drawn" in way else "read")  # published as a step before training: not timed
@@ -138,13 +148,65 @@ def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
     report(benchmark, BATCH, len(run()))
 
 
+def even_scenes(pictures: Iterable[bytes], n: int) -> Iterator[Scene]:
+    """`n` scenes of 640 x 480 with 6 objects and 3 relations: what `pictures` show, scaled, under elliptic masks."""
+    y, x = np.mgrid[:480, :640]
+    for i, data in zip(range(n), itertools.cycle(pictures), strict=False):
+        rng = np.random.default_rng(i)
+        out = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").resize((640, 480)).save(out, "JPEG", quality=90)
+        objects = []
+        for cx, cy, rx, ry in rng.uniform((130, 130, 40, 40), (510, 350, 120, 120), (6, 4)):
+            mask = torch.from_numpy(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+            objects.append(SceneObject("disc", (cx - rx, cy - ry, cx + rx, cy + ry), mask))
+        yield Scene(f"{i:06d}", out.getvalue(), "lying", objects, [Relation(k, "near", k + 1) for k in range(3)])
+
+
+@pytest.fixture(scope="session")
+def even_shards(shards: Path) -> Path:
+    folder = shards.with_name("even shards")
+    pack(even_scenes([s.image for s in scenes_of(shards)], 256), folder, val=0, test=0, progress=False)  # type: ignore[misc]
+    return folder
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["ours, torch", "ours, dali"])
+def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) -> None:
+    """Training's batches, shards in the page cache, nobody waits but us. The figure of a GPU's data plane."""
+    needs(way)
+    batch_size = 128 if device == "cuda" else BATCH
+    epochs = 8 if device == "cuda" else 1
+    options = {"device": device, "size": SIZE, "decoder": way.removeprefix("ours, "), "shuffle": False}
+    if device == "cpu" or "torch" in way:
+        scenes = scenes_of(even_shards)[:batch_size]
+        images = [decode_with_pillow(scene.image) for scene in scenes]  # type: ignore[arg-type]
+        with scene_loader(even_shards, batch_size, **options, epochs=1) as loader:
+            check(next(iter(loader)).pixels, render_views(images, Views.of_scenes(scenes, train=True), size=SIZE))
+    with scene_loader(even_shards, batch_size, **options, epochs=epochs) as loader:
+        assert not loader.bad
+
+        def run() -> None:
+            for _ in loader:
+                pass
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.group = f"640 x 480, 6 objects, 3 relations, {device}"
+        benchmark.pedantic(run, rounds=5 if device == "cuda" else 2, warmup_rounds=1)
+    report(benchmark, 256 * epochs, 256 * epochs * 10)
+    if benchmark.stats is not None:
+        size = sum(len(scene.image) for scene in scenes_of(even_shards)) * epochs
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info |= {"JPEG MB/s": round(size / seconds / 1e6, 1), "KB a JPEG": round(size / 256e3 / epochs)}
+
+
 def scenes_of(shards: Path) -> list[Scene]:
     data = ShardSet(shards)
     return [data.read(i) for i in range(len(data))]
 
 
 def report(benchmark: Any, scenes: int, views: int) -> None:
+    benchmark.extra_info |= {"scenes": scenes, "views": views}
     if benchmark.stats is not None:  # None with --benchmark-disable
         seconds = benchmark.stats.stats.median
-        benchmark.extra_info |= {"scenes/s": round(scenes / seconds, 1), "views/s": round(views / seconds)}
         print(f"\n{benchmark.name}: {scenes / seconds:.1f} scenes/s, {views / seconds:.0f} views/s")
