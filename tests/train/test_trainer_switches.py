@@ -12,7 +12,8 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint
-from scenarioclip_fast.model.encoders import Block
+from scenarioclip_fast.model import EMATeacher, ModelConfig, ScenarioCLIP
+from scenarioclip_fast.model.encoders import Block, VisionBlock, VisionEncoder, bucket
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
@@ -78,6 +79,69 @@ def test_compiled_blocks_change_no_number(small: Make, monkeypatch: pytest.Monke
         assert torch.isfinite(trainer.model.encode_image(pixels, "relation")).all()
     # The same operations, some of them in a decomposed form: a rounding each.
     torch.testing.assert_close(losses(fast), losses(plain), rtol=1e-5, atol=0)
+
+
+def test_cuda_graphs_of_the_vision_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: dict[torch.nn.Module, dict[str, Any]] = {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.update({module: options}))
+    model = ScenarioCLIP(ModelConfig.preset("tiny"))
+    teacher = EMATeacher(model)
+    model.compile_blocks(cuda_graphs=True)
+    teacher.compile_blocks(cuda_graphs=True)
+    graphs = {"dynamic": True, "options": {"triton.cudagraphs": True}}
+    encoders = [*model.encoders(), *teacher.encoders.values()]
+    assert len(compiled) == sum(len(encoder.blocks) for encoder in encoders)
+    for encoder in encoders:
+        seen = isinstance(encoder, VisionEncoder)  # texts come in too many sizes
+        assert all(compiled[block] == (graphs if seen else {"dynamic": True}) for block in encoder.blocks)
+        assert getattr(encoder, "bucketed", False) is seen
+
+
+def test_rows_in_buckets_change_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [bucket(n) for n in range(1, 1025)]
+    assert all(n <= size <= 1.25 * n for n, size in enumerate(sizes, 1))
+    assert len(set(sizes[127:])) == 4 * 3 + 1  # four a doubling: few graphs
+    rows: list[int] = []
+    forward = VisionBlock.forward
+
+    def watch(block: VisionBlock, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return forward(block, x, *rest)
+
+    monkeypatch.setattr(VisionBlock, "forward", watch)
+    curves = []
+    for bucketed in (False, True):
+        monkeypatch.setattr(VisionEncoder, "bucketed", bucketed)
+        config = small("train.steps=3", *FROZEN, run=str(bucketed))
+        Trainer(config).fit()
+        curves.append(losses(config))
+    assert any(n != bucket(n) for n in rows[: len(rows) // 2])
+    assert all(n == bucket(n) for n in rows[len(rows) // 2 :])
+    # Products of more rows may sum in another order: a rounding each.
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
+
+
+def test_cuda_graphs_want_a_gpu(small: Make) -> None:
+    with pytest.raises(UserError, match=r"train\.cuda_graphs: got true on cpu, expected a GPU"):
+        Trainer(small("train.steps=1", "train.cuda_graphs=true", "train.compile=true")).fit()
+    both = ("train.compile=true", "train.cuda_graphs=true", "train.activation_checkpointing=true")
+    with pytest.raises(UserError, match=r"train\.cuda_graphs and train\.activation_checkpointing, expected only one"):
+        small(*both)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_cuda_graphs_change_no_number(small: Make, pieces: int) -> None:
+    common = ("train.steps=8", "run.device=cuda", "train.compile=true", f"train.accumulate={pieces}", *FROZEN)
+    torch._dynamo.reset()
+    curves = []
+    for graphs in ("false", "true"):
+        config = small(*common, f"train.cuda_graphs={graphs}", run=graphs)
+        Trainer(config).fit()
+        curves.append(losses(config))
+    # Products of more rows may sum in another order, which AdamW's first steps magnify; memory that a graph overwrote
+    # too early would show in the first digit.
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
 
 
 def test_the_teacher_is_evaluated_where_it_is_whole(

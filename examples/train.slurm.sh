@@ -1,0 +1,37 @@
+#!/bin/bash
+# Trains on two nodes of eight GPUs each, across as many jobs as it takes. From the checkout:
+#
+#   sbatch examples/train.slurm.sh data.shards=/scratch/psg model.init=/scratch/clip-vit-base-patch32 run.dir=/scratch/run
+#
+# Arguments replace keys of configs/fast.yaml. Five minutes before the time limit, Slurm signals every rank; they save and
+# exit with 75, and the job goes back into the queue, where it resumes from that checkpoint. Any other exit code ends it.
+# One task is one rank: torchrun between Slurm and the ranks would keep both the signal and the exit code to itself.
+
+#SBATCH --job-name=scenarioclip
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=scenarioclip-%j.log
+
+set -u
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export WORLD_SIZE=$SLURM_NTASKS
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+
+# A rank that dies ends the others within run.timeout_s. One that has saved and left must not: the others still write.
+# shellcheck disable=SC2016 # each task expands its own numbers
+srun --kill-on-bad-exit=0 bash -c \
+    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec scenarioclip-fast train -c configs/fast.yaml --resume "$@"' \
+    rank "data.threads=$SLURM_CPUS_PER_TASK" "$@"
+code=$?
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
