@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
+from timing import counted
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
@@ -31,7 +32,7 @@ from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 SCALE = 1 / 0.07
 LEVELS = (128, 700, 350)  # global, object and relation rows of a batch of 128 scenes
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ROWS = {"cpu": (1024,), "cuda": (8192, 32768, 65536)}
+ROWS = {"cpu": (4096,), "cuda": (8192, 32768, 65536)}
 LARGEST = 262144
 ALL_ROWS = {
     "cpu": (128, 256, 512, 1024, 2048, 4096),
@@ -199,6 +200,16 @@ def differentiated(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None
     return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
 
+def needed(phase: str) -> tuple[int, int]:
+    """Without N x U storage: how often N D numbers are read or written, and products of 2 N U D operations.
+
+    Forward reads both sides and takes one product, backward reads them, writes both gradients and takes three.
+    """
+    forward, backward = (2, 1), (4, 3)
+    both = (forward[0] + backward[0], forward[1] + backward[1])
+    return {"forward": forward, "backward": backward, "forward + backward": both}[phase]
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward + backward"])
 @pytest.mark.parametrize(("device", "rows", "width"), CASES)
 @pytest.mark.parametrize("way", WAYS)
@@ -215,6 +226,10 @@ def test_rows(benchmark: Any, way: str, device: str, rows: int, width: int, phas
     benchmark.extra_info.update(form=way, phase=phase, rows=rows, width=width, device=device)
     benchmark.extra_info.update(checked(way, both(), exact(rows, width, device), leaves[0].dtype))
     benchmark.group = f"contrastive, {phase}, {rows} x {rows} x {width}, {device}"
+    numbers, products = needed(phase)
+    precision = str(leaves[0].dtype).removeprefix("torch.")
+    count = {"bytes": numbers * leaves[0].nbytes, "operations": products * 2 * rows * rows * width}
+    counted(benchmark, device, **count, precision=precision)
     if phase == "backward":
 
         def graph() -> tuple[tuple[Tensor, Sequence[Tensor]], dict[str, Any]]:

@@ -15,6 +15,7 @@ import baseline
 import pytest
 import torch
 from scenarioclip_fast.kernels.distillation import reference
+from timing import counted, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
@@ -91,7 +92,21 @@ def test_forward_backward(benchmark: Any, way: str, device: str) -> None:
     assert error < 2e-5, f"{way}: the gradient is off by {error:.1e}"
 
     benchmark.group = f"distillation forward + backward, {SCENES} scenes, {device}"
-    benchmark.pedantic(run, rounds=3 if way == "python loop" else 30, warmup_rounds=1)
+    counted(benchmark, device, bytes=bytes_to_move(b), operations=operations(b))
+    timed(benchmark, run, device, rounds=3 if way == "python loop" else 30)
+
+
+def bytes_to_move(b: dict[str, Tensor]) -> int:
+    """Student, teacher, indices and weights once, the gradient of the student once: (2 S + T) D numbers and 3 P."""
+    return b["student"].nbytes + sum(t.nbytes for t in b.values())
+
+
+def operations(b: dict[str, Tensor]) -> int:
+    """A coordinate of a row takes 5 for its softmax (scale, exponential counted as one, sum, division, clamp), and of a
+    pair 6 (entropy, product with the student's, and two terms of the gradient, a multiplication and an addition each).
+    """
+    rows, pairs = len(b["student"]) + len(b["teacher"]), len(b["student_index"])
+    return WIDTH * (5 * rows + 6 * pairs)
 
 
 TEXTS = (100, 130, 300)  # distinct ones of a batch: captions, object names, relations

@@ -132,12 +132,12 @@ def _key(record: Record, r: Result, kind: str) -> tuple[str, str, str, int]:
 
 
 def roofs(record: Record) -> list[Roof]:
-    """Every benchmark that counts its bytes and operations."""
+    """Every form of ours that counts its bytes and operations."""
     found = ceilings(record)
     return [
         Roof(r, found.get(_key(record, r, "copy")), found.get(_key(record, r, "product")))
         for r in record.results()
-        if "bytes" in r.extra and "operations" in r.extra and "ceiling" not in r.extra
+        if r.ours and "bytes" in r.extra and "operations" in r.extra
     ]
 
 
