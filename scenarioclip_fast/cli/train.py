@@ -24,8 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="?",
         const=True,
         default=False,
-        metavar="CHECKPOINT",
-        help="go on from the newest good checkpoint of run.dir, if it has one; or from CHECKPOINT",
+        metavar="auto|best|PATH",
+        help="go on from the newest good checkpoint of run.dir, if it has one (auto, as without a value), from the one "
+        "with the lowest loss (best), or from PATH, a checkpoint or another run's directory",
     )
 
 

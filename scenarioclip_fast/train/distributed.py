@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.errors import TrainingFailed, UserError
+
+_START_S = 300.0  # for ranks to appear, which start and import at their own pace
+_GRACE_S = 10.0  # for a rank to end by itself once another is lost
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,12 @@ class World:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """The world that torchrun's variables or an initialised process group describe, left again at the end."""
+def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
+    """The world that torchrun's variables or an initialised process group describe, left again at the end.
+
+    A rank that dies, or is silent for `timeout_s`, ends the others: with TrainingFailed, which says what happened, or,
+    where it waits for the dead rank and cannot be told, with one line and exit code 1.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, local, several=size > 1)
@@ -69,16 +82,140 @@ def join_world(device: str) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    ours = not dist.is_initialized()
-    if ours:
-        gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=chosen if gpu else None)
+    if dist.is_initialized():  # by someone who looks after the ranks
+        yield _world(chosen, timeout_s)
+        return
+    store, rank = _meet(size, timeout_s)
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=PrefixStore("collectives", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    watch = RankWatch(store, rank, size, timeout_s)
     try:
-        # A group of its own: the loss's collectives must not interleave with those of the gradients' buckets.
-        yield World(dist.get_rank(), size, chosen, dist.new_group(), dist.new_group(backend="gloo"))
+        world = _world(chosen, timeout_s)
+        yield world
+        watch.stop()
+        world.barrier()  # nobody leaves while another still listens for its heart
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_of_collectives(error):
+            raise TrainingFailed(f"rank {rank} cannot go on: {watch.diagnose(error)}") from error
+        watch.announce(f"rank {rank} ended with {type(error).__name__}: {_first_line(error)}")
+        raise
     finally:
-        if ours:
-            dist.destroy_process_group()
+        watch.stop()
+        dist.destroy_process_group()
+
+
+def _world(device: torch.device, timeout_s: float) -> World:
+    # Groups of their own: the loss's collectives must not interleave with those of the gradients' buckets, nor
+    # those of the thread that writes checkpoints with either.
+    timeout = timedelta(seconds=timeout_s)
+    groups = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout, backend="gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device, *groups)
+
+
+def _meet(size: int, timeout_s: float) -> tuple[Store, int]:
+    """The store where the ranks find one another, and this process's rank."""
+    patience = timedelta(seconds=max(timeout_s, _START_S))
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=patience))
+    except ValueError as error:  # a variable is missing
+        raise UserError(f"WORLD_SIZE is {size}, but {_first_line(error)}: start the ranks with torchrun") from None
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the {size} ranks did not meet at {address}: {_first_line(error)}") from None
+    return store, rank
+
+
+class RankWatch:
+    """Notices ranks that have died or hang, in a thread, by counters in the store that every rank keeps counting up.
+
+    Each rank watches the next one; who finds one silent for `timeout_s`, or has a collective fail, writes down what
+    happened, and all others read it. A rank whose main thread does not end on that account is ended by the thread.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
+        self._store: Store = store.clone()  # type: ignore[attr-defined]  # not in the stub
+        self._rank, self._size, self._timeout_s = rank, size, timeout_s
+        self._every = min(2.0, timeout_s / 4)
+        self._stopped = threading.Event()
+        self._told = False
+        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def announce(self, news: str) -> str:
+        """Tells the other ranks why this one ends; returns what was told first."""
+        try:
+            return str(self._store.compare_set("news", "", news).decode())
+        except RuntimeError:  # the store has gone first
+            return news
+
+    def diagnose(self, error: BaseException) -> str:
+        """Why a collective has failed, as far as the ranks' hearts tell."""
+        self._told = True
+        try:
+            if (news := self._news()) is None:
+                before = self._beats()
+                time.sleep(3 * self._every)
+                news = self._news()
+            if news is None:
+                after = self._beats()
+                silent = [str(r) for r in range(self._size) if before[r] == after[r] and r != self._rank]
+                what = (
+                    f"rank {', '.join(silent)} is gone" if silent else "all ranks live, but one is stuck or far behind"
+                )
+                news = self.announce(f"{what} ({_first_line(error)})")
+        except RuntimeError:
+            return self._lost_store()
+        return news
+
+    def _beats(self) -> list[int]:
+        return [self._store.add(f"beat/{rank}", 0) for rank in range(self._size)]
+
+    def _news(self) -> str | None:
+        return str(self._store.get("news").decode()) if self._store.check(["news"]) else None
+
+    def _lost_store(self) -> str:
+        return "rank 0, which holds the rendezvous, is gone"
+
+    def _run(self) -> None:
+        watched = (self._rank + 1) % self._size
+        seen, since = 0, time.monotonic()
+        news: str | None = None
+        while news is None and not self._stopped.wait(self._every):
+            try:
+                self._store.add(f"beat/{self._rank}", 1)
+                beat, now = self._store.add(f"beat/{watched}", 0), time.monotonic()
+                if beat != seen:
+                    seen, since = beat, now
+                elif now - since > self._timeout_s:
+                    self.announce(f"rank {watched} has not been heard of for {now - since:.0f} s")
+                news = self._news()
+            except RuntimeError:
+                news = self._lost_store()
+        # The main thread most likely waits for the lost rank: its collective fails by itself, or never.
+        if news is None or self._stopped.wait(_GRACE_S):
+            return
+        if not self._told:
+            print(f"error: rank {self._rank} cannot go on: {news}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _is_of_collectives(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _device(name: str, local: int, several: bool) -> torch.device:

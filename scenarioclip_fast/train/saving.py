@@ -158,7 +158,7 @@ class Saver:
 
     def close(self) -> None:
         """Waits for the checkpoint under way."""
-        self._finish()
+        self._finish("")
 
     def restore(self, resume: Resume) -> list[str]:
         """Puts the state of the checkpoint to resume from in place; returns what to tell."""
@@ -181,7 +181,7 @@ class Saver:
             return [f"nothing to resume in {self.config.run.dir}: starting from step 0"]
         raise UserError(f"--resume: no checkpoint that can be read: {'; '.join(problems)}")
 
-    def _finish(self, last: bool = False) -> None:
+    def _finish(self, then: str = "; the run goes on", last: bool = False) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -192,7 +192,7 @@ class Saver:
             if last:
                 newest = next(iter(self.checkpoints.paths()), "none")
                 raise TrainingFailed(f"{error}; the newest one left is {newest}") from error
-            self._say(f"{error}; the run goes on")
+            self._say(f"{error}{then}")
 
     def _candidates(self, resume: Resume) -> list[Path]:
         """What to try, in this order; the leading rank chooses, so that all ranks resume from the same one."""
@@ -202,7 +202,8 @@ class Saver:
             best = self.checkpoints.best()
             paths = [] if best is None else [best]
         else:
-            paths = [Path(str(resume))]
+            path = Path(str(resume))
+            paths = Checkpoints(path / "checkpoints", 1).paths() or [path]
         return self.world.gather(paths)[0]
 
     def _examine(self, path: Path) -> Checkpoint:

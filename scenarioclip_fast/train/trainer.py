@@ -109,7 +109,7 @@ class Trainer:
         train.max_skipped steps in a row had a loss or a gradient that is not finite.
         """
         with ExitStack() as stack:
-            self.world = stack.enter_context(join_world(self.config.run.device))
+            self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(_matmul_precision(self.config.run.precision))
             stack.enter_context(self._signals())

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +55,86 @@ def small(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig.of({}, [*SMALL, f"data.shards={shards}", f"run.dir={tmp_path / run}", *overrides])
 
     return make
+
+
+@dataclass
+class Running:
+    """A started run: one process a rank."""
+
+    server: ForkServer
+    pids: list[int]
+    log: Path
+
+    def send(self, number: signal.Signals, rank: int | None = None) -> None:
+        """To one rank, or to all."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            os.kill(pid, number)
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """Each rank's exit code, negative for the signal that ended it, None if it has not ended."""
+        return [self.server.ask({"wait": pid, "seconds": seconds}) for pid in self.pids]
+
+    def finish(self, code: int = 0) -> str:
+        """Waits for all ranks to exit with `code`; returns what they wrote."""
+        codes = self.wait()
+        assert codes == [code] * len(self.pids), (codes, self.text())
+        return self.text()
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+class ForkServer:
+    """Starts `scenarioclip-fast train` on one or several ranks, without torchrun: see fork_server.py."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        config: TrainConfig,
+        *options: str,
+        ranks: int = 1,
+        last_rank: Sequence[str] = (),
+        keys: Path | None = None,
+    ) -> Running:
+        """last_rank: options for that one alone; keys: a file that gets the scenes of each step and rank."""
+        run = Path(config.run.dir)
+        run.parent.mkdir(parents=True, exist_ok=True)
+        path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
+        config.save(path)
+        log.write_text("")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}} if ranks > 1 else {}
+            arguments = ["train", "-c", str(path), *options, *(last_rank if rank == ranks - 1 else ())]
+            pids.append(self.ask({"args": arguments, "env": environment, "log": str(log), "keys": keys and str(keys)}))
+        return Running(self, pids, log)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs in processes of their own that start at once."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -1,0 +1,69 @@
+"""Runs `scenarioclip-fast` in forks of one process that has imported everything: a run starts in no time.
+
+A line of JSON asks for a run or waits for one: {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null} is
+answered with its process id, {"wait": PID, "seconds": S} with its exit code (negative: the signal), or null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+from scenarioclip_fast.cli import main
+from scenarioclip_fast.train import trainer
+
+
+def run(request: dict[str, Any]) -> NoReturn:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["env"])
+    if request["keys"]:
+        write_keys(request["keys"])
+    code = 1
+    try:
+        code = main.main(request["args"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def write_keys(path: str) -> None:
+    """Appends each step and the scenes that this rank sees in it."""
+    train_step = trainer.Trainer.train_step
+
+    def noted(self: trainer.Trainer, batch: Any) -> None:
+        train_step(self, batch)
+        with open(path, "a") as file:
+            file.write(json.dumps([self.step, batch.keys]) + "\n")
+
+    trainer.Trainer.train_step = noted  # type: ignore[method-assign]
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    end = time.monotonic() + seconds
+    while pid not in ended:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > end:
+            return None
+        else:
+            time.sleep(0.01)
+    return ended[pid]
+
+
+ended: dict[int, int] = {}
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        answer = wait(asked["wait"], asked["seconds"])
+    else:
+        answer = os.fork()
+        if answer == 0:
+            run(asked)
+    print(json.dumps(answer), flush=True)

@@ -1,0 +1,163 @@
+"""Runs that are killed, stopped and resumed, on one and two ranks, without torchrun's help."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scenarioclip_fast.cli.train import STOPPED
+from scenarioclip_fast.train.checkpoint import Checkpoints, examine
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
+
+Make = Callable[..., TrainConfig]
+KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "6"))
+
+
+def rows(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
+    """Bit for bit: every number of every step, and the weights."""
+    assert rows(a) == rows(b)
+    for file in ("model.safetensors", "teacher.safetensors"):
+        mine, theirs = (load_file(Path(config.run.dir) / "model" / file) for config in (a, b))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def wait_until(what: Callable[[], bool], running: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, running.text()
+        time.sleep(0.005)
+
+
+def leftovers(run: Path) -> list[Path]:
+    return [path for path in run.rglob(".*") if path.name.startswith((".writing", ".removing"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_forty_steps_are_twenty_a_kill_and_twenty(small: Make, fork_server: Any, ranks: int) -> None:
+    whole, parts = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("whole", "parts"))
+    fork_server.start(whole, ranks=ranks).finish()
+    checkpoint = Path(parts.run.dir) / "checkpoints" / "step-00000020"
+    running = fork_server.start(parts, ranks=ranks)
+    wait_until(checkpoint.exists, running)
+    running.send(signal.SIGKILL)
+    assert running.wait() == [-signal.SIGKILL] * ranks
+    assert "at step 20" in fork_server.start(parts, "--resume", "auto", ranks=ranks).finish()
+    assert_same_run(parts, whole)
+
+
+def test_two_ranks_then_one_keep_the_order_of_scenes(small: Make, fork_server: Any, tmp_path: Path) -> None:
+    def scenes(file: Path) -> dict[int, list[str]]:
+        steps: dict[int, list[str]] = defaultdict(list)
+        for line in file.read_text().splitlines():
+            step, keys = json.loads(line)
+            steps[step] += keys
+        return {step: sorted(keys) for step, keys in steps.items()}
+
+    whole, parts = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("whole", "parts"))
+    fork_server.start(whole, keys=tmp_path / "whole.keys").finish()
+    running = fork_server.start(parts, ranks=2, keys=tmp_path / "parts.keys")
+    wait_until((Path(parts.run.dir) / "checkpoints" / "step-00000010").exists, running)
+    running.send(signal.SIGTERM, rank=1)
+    out = running.finish(STOPPED)
+    assert out.count("stopped by SIGTERM after step") == 1
+    fork_server.start(parts, "--resume", keys=tmp_path / "parts.keys").finish()
+    assert scenes(tmp_path / "parts.keys") == scenes(tmp_path / "whole.keys")
+    assert [row["step"] for row in rows(parts)] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_other_with_one_line(small: Make, fork_server: Any, victim: int) -> None:
+    config = small("train.steps=100000", "run.timeout_s=8")
+    running = fork_server.start(config, ranks=2)
+    wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
+    began = time.monotonic()
+    running.send(signal.SIGKILL, rank=victim)
+    codes = running.wait(seconds=60)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    assert time.monotonic() - began < 40  # seconds of a loaded machine; the watch's own bound is 8 + 10
+    out = running.text()
+    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ has words of its own
+    assert len(errors) == 1, out
+    assert re.match(rf"error: rank {1 - victim} cannot go on: rank {victim}\b.* is gone", errors[0]), out
+    assert "Traceback" not in out
+
+
+def test_a_rank_that_hangs_ends_the_other_in_bounded_time(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=100000", "run.timeout_s=4")
+    running = fork_server.start(config, ranks=2)
+    wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
+    running.send(signal.SIGSTOP, rank=1)
+    try:
+        assert fork_server.ask({"wait": running.pids[0], "seconds": 60}) == 1
+    finally:
+        running.send(signal.SIGKILL, rank=1)
+    assert re.search(r"error: rank 0 cannot go on: rank 1\b.*(is gone|not been heard of)", running.text())
+    assert running.wait()[1] == -signal.SIGKILL
+
+
+def test_a_rank_that_fails_tells_the_others_why(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=5", "run.timeout_s=8")
+    running = fork_server.start(config, ranks=2, last_rank=["data.shards=absent"])
+    assert running.wait() == [1, 2]
+    lines = sorted(line for line in running.text().splitlines() if line.startswith("error"))
+    assert len(lines) == 2 and lines[0].startswith("error: absent")
+    assert lines[1].startswith("error: rank 0 cannot go on: rank 1 ended with UserError: absent"), lines
+
+
+def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:
+    chance = random.Random(KILLS)
+    budget = ("train.steps=60", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=20")
+    reference = {}
+    for ranks in (1, 2):
+        reference[ranks] = small(*budget, run=f"whole-{ranks}")
+        fork_server.start(reference[ranks], ranks=ranks).finish()
+    killed, runs = 0, 0
+    while killed < KILLS:
+        runs += 1
+        ranks = 1 + runs % 2
+        config = small(*budget, run=f"run-{runs}")
+        checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=2)
+        codes: list[int | None] = []
+        while codes != [0] * ranks:
+            before = [examine(path).meta["step"] for path in checkpoints.paths()]  # each of them is whole
+            running = fork_server.start(config, "--resume", "auto", ranks=ranks)
+            if killed < KILLS:
+                number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+                in_the_start = chance.random() < 0.2
+                if not in_the_start:
+                    wait_until(lambda running=running: "parameters train" in running.text(), running)
+                time.sleep(chance.random() * 1.5)
+                running.send(number, rank=chance.choice([None, *range(ranks)]))
+                killed += 1
+            codes = running.wait()
+            out = running.text()
+            assert None not in codes and "Traceback" not in out, out
+            if resumed := re.search(r"resumed from \S+ at step (\d+)", out):
+                assert int(resumed[1]) == before[0]
+            assert bool(before) == bool(resumed) or "parameters train" not in out
+            if STOPPED in codes:
+                stopped = re.search(r"stopped by (SIGTERM|SIGUSR1) after step (\d+)", out)
+                assert codes == [STOPPED] * ranks and stopped, out
+                assert examine(checkpoints.paths()[0]).meta["step"] == int(stopped[2])
+                assert leftovers(Path(config.run.dir)) == []
+        assert leftovers(Path(config.run.dir)) == []
+        assert_same_run(config, reference[ranks])
