@@ -1,21 +1,33 @@
 // Checks and allocation for kernels/distillation; compiled once for the CPU library, once more for the CUDA one.
 #include "kernels/distillation/distillation.h"
 
+#include <optional>
 #include <tuple>
 
 #include "check.h"
 #include "parallel.h"
 
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 namespace scf {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> distillation_forward(const Tensor& student,              // [S, D]
-                                                        const Tensor& teacher,              // [T, D]
-                                                        const Tensor& student_index,        // [P]
-                                                        const Tensor& teacher_index,        // [P]
-                                                        const Tensor& weight,               // [P]
-                                                        const Tensor& student_temperature,  // []
-                                                        double teacher_temperature, bool with_gradient) {
+#ifdef USE_CUDA
+using torch::stable::accelerator::DeviceGuard;
+#endif
+
+// The loss [], and the derivatives in one tensor, so that one product scales them all: by the student [students *
+// width] where that is wanted, and by the temperature [1] at the end.
+std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student,                             // [S, D]
+                                                const Tensor& teacher,                             // [T, D]
+                                                const Tensor& student_index,                       // [P]
+                                                const Tensor& teacher_index,                       // [P]
+                                                const Tensor& weight,                              // [P]
+                                                const std::optional<Tensor>& student_temperature,  // []
+                                                double student_temperature_value, double teacher_temperature,
+                                                bool with_gradient, const std::optional<Tensor>& finished) {
   check_tensor(student, "student", 2, ScalarType::Float);
   check_tensor(teacher, "teacher", 2, ScalarType::Float);
   check_size(teacher, "teacher", 1, student.size(1));
@@ -24,12 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> distillation_forward(const Tensor& student,  
   check_tensor(weight, "weight", 1, ScalarType::Float);
   check_size(teacher_index, "teacher_index", 0, student_index.size(0));
   check_size(weight, "weight", 0, student_index.size(0));
-  check_tensor(student_temperature, "student_temperature", 0, ScalarType::Float);
+  if (student_temperature) check_tensor(*student_temperature, "student_temperature", 0, ScalarType::Float);
 
-  const int64_t rows = student.size(0);
-  Tensor loss = empty_like_device(student, {rows}, ScalarType::Float);
-  Tensor d_student = empty_like_device(student, {with_gradient ? rows : 0, student.size(1)}, ScalarType::Float);
-  Tensor d_temperature = empty_like_device(student, {rows}, ScalarType::Float);
+  const int64_t rows = student.size(0), derivatives_of_rows = with_gradient ? rows * student.size(1) : 0;
+  Tensor loss = empty_like_device(student, {}, ScalarType::Float);
+  Tensor derivatives = empty_like_device(student, {derivatives_of_rows + 1}, ScalarType::Float);
 
   DistillationProblem problem{
       .student = student.const_data_ptr<float>(),
@@ -37,28 +48,34 @@ std::tuple<Tensor, Tensor, Tensor> distillation_forward(const Tensor& student,  
       .student_index = student_index.const_data_ptr<int64_t>(),
       .teacher_index = teacher_index.const_data_ptr<int64_t>(),
       .weight = weight.const_data_ptr<float>(),
-      .student_temperature = student_temperature.const_data_ptr<float>(),
+      .student_temperature = student_temperature ? student_temperature->const_data_ptr<float>() : nullptr,
+      .student_temperature_value = static_cast<float>(student_temperature_value),
       .teacher_temperature = static_cast<float>(teacher_temperature),
       .students = rows,
       .teachers = teacher.size(0),
       .pairs = student_index.size(0),
       .width = student.size(1),
       .loss = loss.mutable_data_ptr<float>(),
-      .d_student = with_gradient ? d_student.mutable_data_ptr<float>() : nullptr,
-      .d_temperature = d_temperature.mutable_data_ptr<float>(),
+      .d_student = with_gradient ? derivatives.mutable_data_ptr<float>() : nullptr,
+      .d_temperature = derivatives.mutable_data_ptr<float>() + derivatives_of_rows,
+      .scratch = nullptr,
   };
+  Tensor scratch = empty_like_device(student, {distillation_scratch(problem, kCuda)}, ScalarType::Float);
+  problem.scratch = scratch.mutable_data_ptr<float>();
 #ifdef USE_CUDA
+  STD_TORCH_CHECK(finished.has_value(), "finished: got none, expected a counter at 0 on the device");
+  check_tensor(*finished, "finished", 0, ScalarType::Int);
+  problem.finished = finished->mutable_data_ptr<int>();
+  const DeviceGuard guard(student.get_device_index());
   const char* error = distillation_forward_cuda(problem, current_stream(student));
   STD_TORCH_CHECK(error == nullptr, "distillation_forward: ", error);
 #else
-  // Scratch: each teacher row's clamped softmax, computed once however many pairs it is in.
-  Tensor scratch = empty_like_device(student, {distillation_scratch(problem)}, ScalarType::Float);
+  STD_TORCH_CHECK(!finished.has_value(), "finished: got a tensor, expected none on the CPU");
   Tensor order = empty_like_device(student, {rows + 1 + problem.pairs}, ScalarType::Long);
-  problem.scratch = scratch.mutable_data_ptr<float>();
   problem.order = order.mutable_data_ptr<int64_t>();
   distillation_forward_cpu(problem, torch_threads());
 #endif
-  return {loss, d_student, d_temperature};
+  return {loss, derivatives};
 }
 
 }  // namespace

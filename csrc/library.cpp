@@ -5,7 +5,8 @@
 STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
   m.def(
       "distillation_forward(Tensor student, Tensor teacher, Tensor student_index, Tensor teacher_index, Tensor weight, "
-      "Tensor student_temperature, float teacher_temperature, bool with_gradient) -> (Tensor, Tensor, Tensor)");
+      "Tensor? student_temperature, float student_temperature_value, float teacher_temperature, bool with_gradient, "
+      "Tensor(a!)? finished) -> (Tensor, Tensor)");
   m.def(
       "focused_region(Tensor image, Tensor subject_mask, Tensor object_mask, float sigma, int[] weights, bool colours) "
       "-> Tensor");

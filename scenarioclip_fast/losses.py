@@ -175,46 +175,32 @@ class DistillationLoss(nn.Module):
         scenes = len(e.image[0])
         if scenes == 0:
             return (sum(x.sum() for x in e.image) + e.text[0].sum()) * 0.0
-        weights = [_share(scene, scenes) for scene in (e.object_scene, e.relation_scene)]
-        caption = e.text_index[0]
-        # All four terms in one call: rows of students and of teachers side by side, pairs pointing into them.
-        students = _Rows([e.image[1], e.image[2], e.text[0]])
-        teachers = _Rows([e.teacher_image, e.teacher_object_text, e.teacher_relation_text])
-        objects, relations = (torch.arange(len(x), device=x.device) for x in (e.image[1], e.image[2]))
-        student_index = [objects, students.at(1, relations)]
-        student_index += [students.at(2, caption[scene]) for scene in (e.object_scene, e.relation_scene)]
-        teacher_index = [e.object_scene, e.relation_scene]
-        teacher_index += [teachers.at(k, e.text_index[k]) for k in (1, 2)]
+        scene = torch.cat([e.object_scene, e.relation_scene])
+        items = len(scene)
+        # An item's share: 1 / (B * the scene's items of its level).
+        group = torch.cat([e.object_scene, e.relation_scene + scenes])
+        counts = torch.zeros(2 * scenes, device=scene.device).index_add_(
+            0, group, torch.ones(items, device=scene.device)
+        )
+        weight = (scenes * counts).reciprocal()[group]
+        # All four terms in one call: rows of students and of teachers under each other, pairs pointing into them.
+        students = [e.image[1], e.image[2], e.text[0]]
+        teachers = [e.teacher_image, e.teacher_object_text, e.teacher_relation_text]
+        captions = (e.text_index[0] + items)[scene]
+        texts = [e.text_index[1] + scenes, e.text_index[2] + (scenes + len(e.teacher_object_text))]
         temperature: Tensor | float = self.student_temperature
         if self.logit_scale is not None:
-            temperature = 1 / self.logit_scale.exp().clamp(1, 100)
+            temperature = (-self.logit_scale).exp().clamp(0.01, 1)
         return distillation_loss(
-            students.rows,
-            teachers.rows,
-            torch.cat(student_index),
-            torch.cat(teacher_index),
-            torch.cat(weights * 2),
+            torch.cat(students),
+            torch.cat(teachers),
+            torch.cat([torch.arange(items, device=scene.device), captions]),
+            torch.cat([scene, *texts]),
+            weight.repeat(2),
             student_temperature=temperature,
             teacher_temperature=self.teacher_temperature,
             backend=self.backend,
         )
-
-
-class _Rows:
-    """Blocks of rows under each other; `at` moves indices into a block to where it lies."""
-
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
-        self.rows = torch.cat(list(blocks))
-        self.starts = [sum(len(block) for block in blocks[:k]) for k in range(len(blocks))]
-
-    def at(self, block: int, index: Tensor) -> Tensor:
-        return index + self.starts[block]
-
-
-def _share(scene: Tensor, scenes: int) -> Tensor:  # [N] -> [N] 1 / (B * items of the row's scene)
-    ones = torch.ones(len(scene), device=scene.device)
-    items = torch.zeros(scenes, device=scene.device).index_add_(0, scene, ones)
-    return 1 / (scenes * items[scene])
 
 
 class ScenarioLoss(nn.Module):

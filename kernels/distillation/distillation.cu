@@ -1,6 +1,6 @@
-// One block per student row: it finds its own pairs, so that nothing is sorted, no atomics are used and the sums come
-// out the same every time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2
-// MB).
+// One block per student row: it finds its own pairs, so that nothing is sorted and no sum depends on who comes first.
+// Each of its warps takes a pair at a time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of
+// 512 floats are 2 MB). The block that finishes last adds up the rows' shares, in the order of rows.
 #include <cstdint>
 
 #include "kernels/distillation/distillation.h"
@@ -11,20 +11,33 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+constexpr int kBlocks = 8;  // of a multiprocessor, in 64 registers: 1,056 rows at once on an H100
+// Shared memory: the row, and each warp's sums over its pairs.
+constexpr int kRows = 1 + kWarps;
 constexpr int kStaticShared = 48 * 1024;  // what a block may have without asking
 
 struct Sum {
-  __device__ float operator()(float a, float b) const { return a + b; }
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   // NaN wins, so that it reaches the loss.
   __device__ float operator()(float a, float b) const { return (a > b || a != a) ? a : b; }
 };
 
-// The same value in every thread.
-template <class Op>
-__device__ float block_reduce(float value, Op op, float* shared /* [kWarps] */) {
+// The same value in every thread of the warp.
+template <class T, class Op>
+__device__ T warp_reduce(T value, Op op) {
   for (int offset = 16; offset > 0; offset >>= 1) value = op(value, __shfl_xor_sync(~0u, value, offset));
+  return value;
+}
+
+// The same value in every thread of the block.
+template <class T, class Op>
+__device__ T block_reduce(T value, Op op, T* shared /* [kWarps] */) {
+  value = warp_reduce(value, op);
   __syncthreads();  // the last reduction's readers are done
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
@@ -33,98 +46,133 @@ __device__ float block_reduce(float value, Op op, float* shared /* [kWarps] */) 
   return value;
 }
 
-struct RowSoftmax {
-  float largest;
-  float inverse_sum;
-  float log_sum;
-};
-
-__device__ RowSoftmax row_softmax(const float* row, int width, float temperature, float* shared) {
+// Adds the pair's sums to those of its warp, and scale * p to targets [width]; the row is in shared memory.
+__device__ void add_pair(const DistillationProblem& p, int64_t pair, const float* row,
+                         float inverse_student_temperature, float* targets, PairSums& sums) {
+  const int width = static_cast<int>(p.width), lane = threadIdx.x % 32;
+  const float* teacher = p.teacher + p.teacher_index[pair] * p.width;
+  const float inverse_temperature = 1 / p.teacher_temperature;
   float largest = -INFINITY;
-  for (int j = threadIdx.x; j < width; j += kThreads) largest = Max()(row[j], largest);
-  largest = block_reduce(largest, Max(), shared);
+  for (int j = lane; j < width; j += 32) largest = Max()(teacher[j], largest);
+  largest = warp_reduce(largest, Max());
   float sum = 0;
-  for (int j = threadIdx.x; j < width; j += kThreads) sum += expf((row[j] - largest) / temperature);
-  sum = block_reduce(sum, Sum(), shared);
-  return {largest, 1 / sum, largest / temperature + logf(sum)};
+  for (int j = lane; j < width; j += 32) sum += expf((teacher[j] - largest) * inverse_temperature);
+  sum = warp_reduce(sum, Sum());
+  const float inverse_sum = 1 / sum, log_sum = largest * inverse_temperature + logf(sum);
+  const float scale = p.weight[pair] / static_cast<float>(width);
+  PairSums own;
+  for (int j = lane; j < width; j += 32) {
+    const float target = clamped_target(expf((teacher[j] - largest) * inverse_temperature), inverse_sum);
+    own.mass += target;
+    own.entropy += target * clamped_log_target(teacher[j] * inverse_temperature - log_sum);
+    own.cross += target * row[j];
+    targets[j] += scale * target;
+  }
+  sums.mass += scale * warp_reduce(own.mass, Sum());
+  sums.entropy += scale * warp_reduce(own.entropy, Sum());
+  sums.cross += scale * warp_reduce(own.cross, Sum()) * inverse_student_temperature;
 }
 
-__global__ void __launch_bounds__(kThreads) distillation_rows(DistillationProblem p) {
-  extern __shared__ float dynamic[];
+__global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_constant__ DistillationProblem p) {
+  extern __shared__ float dynamic[];  // [kRows, width]
   __shared__ float reduction[kWarps];
+  __shared__ double reduction_64[kWarps];
   __shared__ unsigned matches[kWarps];
-  const int width = static_cast<int>(p.width);
-  float* row = dynamic;                   // [width]
-  float* probability = row + width;       // [width]
-  float* gradient = probability + width;  // [width]
+  __shared__ bool last;
+  const int width = static_cast<int>(p.width), warp = threadIdx.x / 32;
   const int64_t s = blockIdx.x;
-  const float temperature = *p.student_temperature;
-
-  for (int j = threadIdx.x; j < width; j += kThreads) {
-    row[j] = p.student[s * p.width + j];
-    gradient[j] = 0;
-  }
-  // Each thread reads back only what it wrote itself, but for the reductions, which synchronise.
-  const RowSoftmax student = row_softmax(row, width, temperature, reduction);
-  float mean = 0;
-  for (int j = threadIdx.x; j < width; j += kThreads) {
-    probability[j] = expf((row[j] - student.largest) / temperature) * student.inverse_sum;
-    mean += probability[j] * row[j];
-  }
-  mean = block_reduce(mean, Sum(), reduction) / temperature;
-
-  const float inverse_width = 1.0f / static_cast<float>(width);
+  const float temperature = p.student_temperature ? *p.student_temperature : p.student_temperature_value;
+  const float inverse_temperature = 1 / temperature;
   float loss = 0, d_temperature = 0;
-  for (int64_t first = 0; first < p.pairs; first += kThreads) {
-    const int64_t own = first + threadIdx.x;
-    const unsigned ballot = __ballot_sync(~0u, own < p.pairs && p.student_index[own] == s);
-    __syncthreads();  // everybody has read the last round's matches
-    if (threadIdx.x % 32 == 0) matches[threadIdx.x / 32] = ballot;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) {
-      for (unsigned left = matches[w]; left != 0; left &= left - 1) {
-        const int64_t pair = first + w * 32 + __ffs(left) - 1;
-        const float* target_row = p.teacher + p.teacher_index[pair] * p.width;
-        const RowSoftmax teacher = row_softmax(target_row, width, p.teacher_temperature, reduction);
-        const auto target = [&](int j) {
-          return clamped_target(expf((target_row[j] - teacher.largest) / p.teacher_temperature), teacher.inverse_sum);
-        };
-        TargetSums sums;
-        float cross = 0;
-        for (int j = threadIdx.x; j < width; j += kThreads) {
-          const float probability_j = target(j);
-          sums.mass += probability_j;
-          sums.entropy += probability_j * clamped_log_target(target_row[j] / p.teacher_temperature - teacher.log_sum);
-          cross += probability_j * row[j];
-        }
-        sums.mass = block_reduce(sums.mass, Sum(), reduction);
-        sums.entropy = block_reduce(sums.entropy, Sum(), reduction);
-        cross = block_reduce(cross, Sum(), reduction) / temperature;
-        const float scale = p.weight[pair] * inverse_width;
-        loss += scale * pair_loss(sums, cross, student.log_sum, temperature);
-        d_temperature += scale * pair_d_temperature(sums, cross, student.log_sum, mean, temperature);
-        for (int j = threadIdx.x; j < width; j += kThreads) {
-          gradient[j] += scale * pair_d_student(sums.mass, probability[j], target(j), temperature);
+
+  // The grid has one block even where there are no rows, since somebody must write zeros.
+  if (s < p.students) {
+    float* row = dynamic;
+    float* targets = row + width;  // [kWarps, width]
+    for (int j = threadIdx.x; j < width; j += kThreads) {
+      row[j] = p.student[s * p.width + j];
+      for (int w = 0; w < kWarps; ++w) targets[w * width + j] = 0;
+    }
+    PairSums sums;
+    int found = 0;
+    for (int64_t first = 0; first < p.pairs; first += kThreads) {
+      const int64_t own = first + threadIdx.x;
+      const unsigned ballot = __ballot_sync(~0u, own < p.pairs && p.student_index[own] == s);
+      __syncthreads();  // the row is there, and everybody has read the last round's matches
+      if (threadIdx.x % 32 == 0) matches[warp] = ballot;
+      __syncthreads();
+      for (int w = 0; w < kWarps; ++w) {
+        for (unsigned left = matches[w]; left != 0; left &= left - 1, ++found) {
+          if (found % kWarps == warp) {
+            add_pair(p, first + w * 32 + __ffs(left) - 1, row, inverse_temperature, targets + warp * width, sums);
+          }
         }
       }
     }
+    // The same in every lane of a warp: one of them counts.
+    const bool counts = threadIdx.x % 32 == 0;
+    sums.mass = block_reduce(counts ? sums.mass : 0, Sum(), reduction);
+    sums.entropy = block_reduce(counts ? sums.entropy : 0, Sum(), reduction);
+    sums.cross = block_reduce(counts ? sums.cross : 0, Sum(), reduction);
+
+    float largest = -INFINITY;
+    for (int j = threadIdx.x; j < width; j += kThreads) largest = Max()(row[j], largest);
+    largest = block_reduce(largest, Max(), reduction);
+    float sum = 0;
+    for (int j = threadIdx.x; j < width; j += kThreads) sum += expf((row[j] - largest) * inverse_temperature);
+    sum = block_reduce(sum, Sum(), reduction);
+    const float inverse_sum = 1 / sum, log_sum = largest * inverse_temperature + logf(sum);
+    float mean = 0;
+    for (int j = threadIdx.x; j < width; j += kThreads) {
+      const float probability = expf((row[j] - largest) * inverse_temperature) * inverse_sum;
+      mean += probability * row[j];
+      float target = 0;
+      for (int w = 0; w < kWarps; ++w) target += targets[w * width + j];
+      // A row without pairs may hold anything, infinities too.
+      const float gradient = found == 0 ? 0 : row_d_student(sums.mass, probability, target, temperature);
+      if (p.d_student != nullptr) p.d_student[s * p.width + j] = gradient;
+    }
+    mean = block_reduce(mean, Sum(), reduction) * inverse_temperature;
+    if (found > 0) {
+      loss = row_loss(sums, log_sum, temperature);
+      d_temperature = row_d_temperature(sums, log_sum, mean, temperature);
+    }
   }
+
+  float* losses = p.scratch;
+  float* d_temperatures = losses + p.students;
   if (threadIdx.x == 0) {
-    p.loss[s] = loss;
-    p.d_temperature[s] = d_temperature;
+    if (s < p.students) {
+      losses[s] = loss;
+      d_temperatures[s] = d_temperature;
+    }
+    __threadfence();
+    // Wraps back to 0 at the last block, ready for the next launch.
+    last = atomicInc(reinterpret_cast<unsigned*>(p.finished), gridDim.x - 1) == gridDim.x - 1;
   }
-  if (p.d_student != nullptr) {
-    for (int j = threadIdx.x; j < width; j += kThreads) p.d_student[s * p.width + j] = gradient[j];
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double total = 0, d_total = 0;
+  for (int64_t i = threadIdx.x; i < p.students; i += kThreads) {
+    total += __ldcg(losses + i);  // from L2, where the other blocks' values are
+    d_total += __ldcg(d_temperatures + i);
+  }
+  total = block_reduce(total, Sum(), reduction_64);
+  d_total = block_reduce(d_total, Sum(), reduction_64);
+  if (threadIdx.x == 0) {
+    *p.loss = static_cast<float>(total);
+    *p.d_temperature = static_cast<float>(d_total);
   }
 }
 
 }  // namespace
 
 const char* distillation_forward_cuda(const DistillationProblem& problem, cudaStream_t stream) {
-  if (problem.students == 0) return nullptr;
-  const int64_t shared = 3 * problem.width * static_cast<int64_t>(sizeof(float));
-  if (shared > kStaticShared - 1024) return "a row must have at most 4010 coordinates: use backend=\"reference\"";
-  distillation_rows<<<static_cast<unsigned>(problem.students), kThreads, shared, stream>>>(problem);
+  const int64_t shared = kRows * problem.width * static_cast<int64_t>(sizeof(float));
+  if (shared > kStaticShared - 1024) return "a row must have at most 2406 coordinates: use backend=\"reference\"";
+  const auto blocks = static_cast<unsigned>(problem.students > 0 ? problem.students : 1);
+  distillation<<<blocks, kThreads, shared, stream>>>(problem);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

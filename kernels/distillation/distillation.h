@@ -19,20 +19,25 @@ struct DistillationProblem {
   const int64_t* student_index;      // [pairs]
   const int64_t* teacher_index;      // [pairs]
   const float* weight;               // [pairs]
-  const float* student_temperature;  // []
+  const float* student_temperature;  // [], or null: then student_temperature_value is it
+  float student_temperature_value;
   float teacher_temperature;
   int64_t students;
   int64_t teachers;
   int64_t pairs;
   int64_t width;
-  float* loss;               // [students]: the sum over a student row's pairs
+  float* loss;               // []
   float* d_student;          // [students, width], or null where no gradient is wanted
-  float* d_temperature;      // [students]
-  float* scratch = nullptr;  // CPU: [distillation_scratch(problem)]
+  float* d_temperature;      // []
+  float* scratch;            // [distillation_scratch(problem)]
   int64_t* order = nullptr;  // CPU: [students + 1 + pairs]
+  int* finished = nullptr;   // CUDA: [] 0, and 0 again when the kernel ends: how many blocks are through
 };
 
-int64_t distillation_scratch(const DistillationProblem& problem);
+// Floats: each student row's share of the loss and of d_temperature and, on the CPU, the teacher's targets.
+inline int64_t distillation_scratch(const DistillationProblem& p, bool cuda) {
+  return 2 * p.students + (cuda ? 0 : p.teachers * (p.width + 2));
+}
 
 void distillation_forward_cpu(const DistillationProblem& problem, Parallel parallel);
 

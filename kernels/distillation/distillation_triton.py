@@ -10,11 +10,13 @@ from torch import Tensor
 
 # Pair indices looked through at once.
 SCAN = 1024
+# Left to itself the assembler stops at a round number of registers and spills one.
+OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
 @triton.jit
-def _softmax(row, temperature, inside):
-    z = row / temperature
+def _softmax(row, inverse_temperature, inside):
+    z = row * inverse_temperature
     # Infinities in a row would leave NaN in the softmax here as in torch; NaN itself passes through the sum.
     largest = tl.max(tl.where(inside, z, -float("inf")), 0)
     e = tl.where(inside, tl.exp(z - largest), 0.0)
@@ -22,18 +24,21 @@ def _softmax(row, temperature, inside):
     return e / total, largest + tl.log(total)
 
 
-@triton.jit
-def distillation_rows(
+@triton.jit(do_not_specialize=["students", "pairs"])
+def distillation(
     student,  # [S, D]
     teacher,  # [T, D]
     student_index,  # [P]
     teacher_index,  # [P]
     weight,  # [P]
-    student_temperature,  # []
-    loss_out,  # [S]
-    gradient_out,  # [S, D]
-    d_temperature_out,  # [S]
+    student_temperature,  # [], or None: then student_temperature_value is it
+    loss_out,  # []
+    derivatives_out,  # [S * D + 1], or [1] without the gradient
+    shares,  # [2, S] scratch: each row's share of the loss and of its derivative by the temperature
+    finished,  # [] 0, and 0 again at the end: how many programs are through
+    student_temperature_value,
     teacher_temperature,
+    students,
     pairs,
     width,
     smallest: tl.constexpr,
@@ -44,18 +49,26 @@ def distillation_rows(
     s = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < width
-    temperature = tl.load(student_temperature).to(tl.float32)
+    temperature = student_temperature_value
+    if student_temperature is not None:
+        temperature = tl.load(student_temperature).to(tl.float32)
+    inverse_temperature = 1 / temperature
+    inverse_teacher_temperature = 1 / teacher_temperature
+    # One program runs even where there are no rows, since somebody must write zeros.
+    inside = inside & (s < students)
     row = tl.load(student + s * width + columns, mask=inside, other=0.0).to(tl.float32)
-    q, log_sum = _softmax(row, temperature, inside)
-    mean = tl.sum(tl.where(inside, q * row, 0.0), 0) / temperature
 
-    loss = temperature * 0.0
-    d_temperature = temperature * 0.0
-    gradient = tl.zeros([WIDTH], tl.float32)
+    # Sums over the row's pairs, each with its share w / D; what belongs to the row alone is multiplied in at the end.
+    mass = temperature * 0.0
+    entropy = temperature * 0.0
+    cross = temperature * 0.0
+    targets = tl.zeros([WIDTH], tl.float32)
+    found = 0
     for first in range(0, pairs, SCAN):
         own = first + tl.arange(0, SCAN)
         mine = tl.load(student_index + own, mask=own < pairs, other=-1) == s
         count = tl.sum(mine.to(tl.int32), 0)
+        found += count
         last = first - 1
         for _ in range(count):
             pair = tl.min(tl.where(mine & (own > last), own, pairs), 0)
@@ -63,55 +76,80 @@ def distillation_rows(
             t = tl.load(teacher_index + pair)
             scale = tl.load(weight + pair).to(tl.float32) / width
             target = tl.load(teacher + t * width + columns, mask=inside, other=0.0).to(tl.float32)
-            p, _ignored = _softmax(target, teacher_temperature, inside)
+            p, _ignored = _softmax(target, inverse_teacher_temperature, inside)
             # A comparison, not a maximum: NaN has to stay NaN.
             p = tl.where(inside, tl.where(p < smallest, smallest, p), 0.0)
-            mass = tl.sum(p, 0)
-            entropy = tl.sum(tl.where(inside, p * tl.log(tl.where(inside, p, 1.0)), 0.0), 0)
-            cross = tl.sum(tl.where(inside, p * row, 0.0), 0) / temperature
-            kl = entropy - cross + mass * log_sum
-            loss += scale * temperature * temperature * kl
-            d_temperature += scale * temperature * (2 * kl + cross - mass * mean)
-            gradient += scale * temperature * (mass * q - p)
-    tl.store(loss_out + s, loss)
-    tl.store(d_temperature_out + s, d_temperature)
+            mass += scale * tl.sum(p, 0)
+            entropy += scale * tl.sum(tl.where(inside, p * tl.log(tl.where(inside, p, 1.0)), 0.0), 0)
+            cross += scale * tl.sum(tl.where(inside, p * row, 0.0), 0) * inverse_temperature
+            targets += scale * p
+    q, log_sum = _softmax(row, inverse_temperature, inside)
+    mean = tl.sum(tl.where(inside, q * row, 0.0), 0) * inverse_temperature
+    divergence = entropy - cross + mass * log_sum
+    # A row without pairs may hold anything, infinities too.
     if with_gradient:
-        tl.store(gradient_out + s * width + columns, gradient, mask=inside)
+        gradient = tl.where(found > 0, temperature * (mass * q - targets), 0.0)
+        tl.store(derivatives_out + s * width + columns, gradient, mask=inside)
+    loss = tl.where(found > 0, temperature * temperature * divergence, 0.0)
+    d_temperature = tl.where(found > 0, temperature * (2 * divergence + cross - mass * mean), 0.0)
+    tl.store(shares + s, loss, mask=s < students)
+    tl.store(shares + students + s, d_temperature, mask=s < students)
+
+    # The program that finishes last adds up the shares, in the order of rows.
+    tl.debug_barrier()  # the atomic publishes what the whole program has written
+    programs = tl.num_programs(0)
+    if tl.atomic_add(finished, 1) == programs - 1:
+        total = tl.zeros([SCAN], tl.float64)
+        d_total = tl.zeros([SCAN], tl.float64)
+        for first in range(0, students, SCAN):
+            rows = first + tl.arange(0, SCAN)
+            # From L2, where the other programs' values are.
+            total += tl.load(shares + rows, mask=rows < students, other=0.0, cache_modifier=".cg")
+            d_total += tl.load(shares + students + rows, mask=rows < students, other=0.0, cache_modifier=".cg")
+        last_derivative = derivatives_out
+        if with_gradient:
+            last_derivative += students.to(tl.int64) * width
+        tl.store(loss_out, tl.sum(total, 0).to(tl.float32))
+        tl.store(last_derivative, tl.sum(d_total, 0).to(tl.float32))
+        tl.store(finished, 0)
 
 
-def forward_rows(
+def forward(
     student: Tensor,  # [S, D]
     teacher: Tensor,  # [T, D]
     student_index: Tensor,  # [P] int64
     teacher_index: Tensor,  # [P] int64
     weight: Tensor,  # [P]
-    student_temperature: Tensor,  # []
+    student_temperature: Tensor | None,  # []
+    student_temperature_value: float,
     teacher_temperature: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As in reference.py; contiguous inputs."""
+    finished: Tensor,  # [] int32
+) -> tuple[Tensor, Tensor]:
+    """As in reference.py, for contiguous inputs; `finished` is 0 before and after."""
     rows, width = student.shape
-    loss = torch.empty(rows, dtype=torch.float32, device=student.device)
-    d_temperature = torch.empty_like(loss)
-    d_student = torch.empty(rows if with_gradient else 0, width, dtype=torch.float32, device=student.device)
-    if rows:
-        distillation_rows[(rows,)](
-            student,
-            teacher,
-            student_index,
-            teacher_index,
-            weight,
-            student_temperature,
-            loss,
-            d_student,
-            d_temperature,
-            teacher_temperature,
-            student_index.shape[0],
-            width,
-            smallest=SMALLEST_TARGET,
-            with_gradient=with_gradient,
-            WIDTH=triton.next_power_of_2(width),
-            SCAN=SCAN,
-            num_warps=4,
-        )
-    return loss, d_student, d_temperature
+    loss = torch.empty((), dtype=torch.float32, device=student.device)
+    derivatives = loss.new_empty(rows * width + 1 if with_gradient else 1)
+    distillation[(max(rows, 1),)](
+        student,
+        teacher,
+        student_index,
+        teacher_index,
+        weight,
+        student_temperature,
+        loss,
+        derivatives,
+        loss.new_empty(2 * rows),
+        finished,
+        student_temperature_value,
+        teacher_temperature,
+        rows,
+        student_index.shape[0],
+        width,
+        smallest=SMALLEST_TARGET,
+        with_gradient=with_gradient,
+        WIDTH=triton.next_power_of_2(width),
+        SCAN=SCAN,
+        **OPTIONS,
+    )
+    return loss, derivatives

@@ -1,5 +1,4 @@
-// The arithmetic of one (student, teacher) pair, shared by the CPU and CUDA kernels. Notation of README.md: z = s /
-// T_s.
+// The arithmetic of (student, teacher) pairs, shared by the CPU and CUDA kernels. Notation of README.md: z = s / T_s.
 #pragma once
 
 #include <cmath>
@@ -22,25 +21,29 @@ SCF_HD float clamped_log_target(float log_probability) {
   return log_probability < smallest ? smallest : log_probability;
 }
 
-// What the coordinates of one teacher row sum to.
-struct TargetSums {
-  float mass = 0;     // A = sum p, which the clamp lifts a little above 1
-  float entropy = 0;  // sum p ln p
+// Sums over the pairs of one student row, each pair with its share w / D. Everything is linear in them, so that what
+// belongs to the row alone (L, q, E) is multiplied in once, however many pairs it has.
+struct PairSums {
+  float mass = 0;     // of A = sum p, which the clamp lifts a little above 1
+  float entropy = 0;  // of H = sum p ln p
+  float cross = 0;    // of C = sum p z
 };
 
-// D T_s^2 KL, from the cross term C = sum p z and the student's L = log sum exp z.
-SCF_HD float pair_loss(TargetSums target, float cross, float log_sum, float temperature) {
-  return temperature * temperature * (target.entropy - cross + target.mass * log_sum);
+// L = log sum exp z.
+SCF_HD float row_divergence(PairSums sums, float log_sum) { return sums.entropy - sums.cross + sums.mass * log_sum; }
+
+SCF_HD float row_loss(PairSums sums, float log_sum, float temperature) {
+  return temperature * temperature * row_divergence(sums, log_sum);
 }
 
-// d (D T_s^2 KL) / d T_s, with the student's own mean E = sum q z.
-SCF_HD float pair_d_temperature(TargetSums target, float cross, float log_sum, float mean, float temperature) {
-  return temperature * (2 * (target.entropy - cross + target.mass * log_sum) + cross - target.mass * mean);
+// d loss / d T_s, with the row's own mean E = sum q z.
+SCF_HD float row_d_temperature(PairSums sums, float log_sum, float mean, float temperature) {
+  return temperature * (2 * row_divergence(sums, log_sum) + sums.cross - sums.mass * mean);
 }
 
-// d (D T_s^2 KL) / d s_j.
-SCF_HD float pair_d_student(float mass, float student_probability, float target, float temperature) {
-  return temperature * (mass * student_probability - target);
+// d loss / d s_j, with the row's q_j and its pairs' sum of p_j.
+SCF_HD float row_d_student(float mass, float student_probability, float targets, float temperature) {
+  return temperature * (mass * student_probability - targets);
 }
 
 }  // namespace scf

@@ -27,20 +27,28 @@ def distillation_loss(
     return (weight.to(wide) * kl).sum() * student_temperature.to(wide) ** 2
 
 
-def forward_rows(
+def forward(
     student: Tensor,  # [S, D]
     teacher: Tensor,  # [T, D]
     student_index: Tensor,  # [P] int64
     teacher_index: Tensor,  # [P] int64
     weight: Tensor,  # [P]
-    student_temperature: Tensor,  # []
+    student_temperature: Tensor | None,  # []
+    student_temperature_value: float,
     teacher_temperature: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each student row's loss [S], its gradient [S, D] (or [0, D]) and its derivative by the temperature [S]."""
+) -> tuple[Tensor, Tensor]:
+    """The loss [] and its derivatives in one tensor: by the student [S * D], where wanted, and by T_s [1] at the end.
+
+    T_s is `student_temperature` or, where that is None, `student_temperature_value`.
+    """
     wide = _wide(student)
     rows, width = student.shape
-    s, temperature = student.to(wide), student_temperature.to(wide)
+    s = student.to(wide)
+    if student_temperature is None:
+        temperature = s.new_tensor(student_temperature_value)
+    else:
+        temperature = student_temperature.to(wide)
     target = _targets(teacher.to(wide), teacher_temperature)
     z = s / temperature
     log_q = z.log_softmax(-1)
@@ -52,17 +60,17 @@ def forward_rows(
     log_sum = z.logsumexp(-1)[student_index]
     mean = (log_q.exp() * z).sum(-1)[student_index]
     kl = entropy[teacher_index] - cross + mass[teacher_index] * log_sum
-    # Written as sums over pairs grouped by student row; a row without pairs gets zero.
-    loss = s.new_zeros(rows).index_add(0, student_index, weight * kl * temperature**2)
-    by_temperature = weight * temperature * (2 * kl + cross - mass[teacher_index] * mean)
-    d_temperature = s.new_zeros(rows).index_add(0, student_index, by_temperature)
+    loss = (weight * kl).sum() * temperature**2
+    d_temperature = (weight * temperature * (2 * kl + cross - mass[teacher_index] * mean)).sum()
     if not with_gradient:
-        return loss, s.new_empty(0, width), d_temperature
+        return loss, d_temperature[None]
+    # Written as sums over pairs grouped by student row; a row without pairs gets zero.
     pull = s.new_zeros(rows, width).index_add(0, student_index, weight[:, None] * p)
     push = s.new_zeros(rows).index_add(0, student_index, weight * mass[teacher_index])
     # A row without pairs may hold anything, infinities too: it must not turn 0 x NaN into a gradient.
     q = torch.where(push[:, None] == 0, 0, log_q.exp())
-    return loss, temperature * (push[:, None] * q - pull), d_temperature
+    d_student = temperature * (push[:, None] * q - pull)
+    return loss, torch.cat([d_student.flatten(), d_temperature[None]])
 
 
 def _targets(teacher: Tensor, temperature: float) -> Tensor:

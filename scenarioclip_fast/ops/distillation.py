@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scenarioclip_fast.dispatch import resolve
 from scenarioclip_fast.kernels.distillation import reference
+from scenarioclip_fast.kernels.distillation.counter import counter
 
 _NO_FLOAT64 = dict.fromkeys(("cpu", "triton", "cuda"), "it computes in float32, and float64 came")
 
@@ -48,21 +49,24 @@ def distillation_loss(
     _check(student, teacher, student_index, teacher_index, weight, student_temperature, teacher_temperature)
     float64 = student.dtype == torch.float64
     backend = resolve("distillation_loss", backend, student.device.type, cannot=_NO_FLOAT64 if float64 else {})
-    wide = torch.float64 if float64 else torch.float32
-    if not isinstance(student_temperature, Tensor):
-        student_temperature = torch.full((), student_temperature, dtype=wide, device=student.device)
-    rows: Tensor = _forward(
+    temperature, value = None, 0.0
+    if isinstance(student_temperature, Tensor):
+        temperature = student_temperature.to(torch.float64 if float64 else torch.float32)
+    else:
+        value = student_temperature
+    loss: Tensor = _forward(
         student,
         teacher.detach(),
         student_index,
         teacher_index,
         weight.detach(),
-        student_temperature.to(wide),
+        temperature,
+        value,
         teacher_temperature,
         student.requires_grad and torch.is_grad_enabled(),
         backend,
     )[0]
-    return rows.sum()
+    return loss
 
 
 @torch.library.custom_op("scenarioclip_fast::distillation_forward", mutates_args=())
@@ -72,35 +76,41 @@ def _forward(
     student_index: Tensor,  # [P]
     teacher_index: Tensor,  # [P]
     weight: Tensor,  # [P]
-    student_temperature: Tensor,  # []
+    student_temperature: Tensor | None,  # []
+    student_temperature_value: float,
     teacher_temperature: float,
     with_gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if student.device.type == "cpu":
+) -> tuple[Tensor, Tensor]:
+    on_cpu = student.device.type == "cpu"
+    if on_cpu:
         # On CUDA the same check would wait for the device.
         _check_range("student_index", student_index, student.shape[0])
         _check_range("teacher_index", teacher_index, teacher.shape[0])
-    if backend == "reference":
-        forward = reference.forward_rows
-    elif backend == "triton":
-        from scenarioclip_fast.kernels.distillation import distillation_triton
-
-        forward = distillation_triton.forward_rows
-    else:
+    if backend in ("cpu", "cuda"):
         # The native form knows float32 alone; the rows are few, so a cast costs next to nothing.
         student, teacher, weight = student.float(), teacher.float(), weight.float()
-        forward = torch.ops.scenarioclip_fast_C.distillation_forward
-    return forward(
+    arguments = (
         student.contiguous(),
         teacher.contiguous(),
         student_index.contiguous(),
         teacher_index.contiguous(),
         weight.contiguous(),
         student_temperature,
+        student_temperature_value,
         teacher_temperature,
         with_gradient,
     )
+    if backend == "reference":
+        return reference.forward(*arguments)
+    finished = torch.zeros((), dtype=torch.int32) if on_cpu else counter(student.device)
+    if backend == "triton":
+        from scenarioclip_fast.kernels.distillation import distillation_triton
+
+        with torch.cuda.device_of(student):
+            return distillation_triton.forward(*arguments, finished)
+    loss, derivatives = torch.ops.scenarioclip_fast_C.distillation_forward(*arguments, None if on_cpu else finished)
+    return loss, derivatives
 
 
 @_forward.register_fake
@@ -110,36 +120,42 @@ def _(
     student_index: Tensor,
     teacher_index: Tensor,
     weight: Tensor,
-    student_temperature: Tensor,
+    student_temperature: Tensor | None,
+    student_temperature_value: float,
     teacher_temperature: float,
     with_gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     rows, width = student.shape
-    wide = student_temperature.dtype
-    row = student.new_empty(rows, dtype=wide)
-    return row, student.new_empty(rows if with_gradient else 0, width, dtype=wide), torch.empty_like(row)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty((), dtype=wide), student.new_empty(rows * width + 1 if with_gradient else 1, dtype=wide)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1], output[2])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # nobody differentiates the derivatives: no zeros are made for them
 
 
-def _backward(ctx: Any, d_loss: Tensor, _d_gradient: Tensor, _d_temperature: Tensor) -> tuple[Tensor | None, ...]:
-    # The forward pass has left both derivatives: here they are only scaled by what comes from above.
-    gradient, by_temperature = ctx.saved_tensors
-    student = (d_loss[:, None] * gradient).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-    temperature = (d_loss * by_temperature).sum() if ctx.needs_input_grad[5] else None
-    return student, None, None, None, None, temperature, None, None, None
+def _backward(ctx: Any, d_loss: Tensor | None, _d_derivatives: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 10
+    # The forward pass has left all derivatives: here they are only scaled by what comes from above, in one product.
+    (derivatives,) = ctx.saved_tensors
+    scaled = d_loss * derivatives
+    student = scaled[:-1].view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    temperature = scaled[-1] if ctx.needs_input_grad[5] else None
+    return student, None, None, None, None, temperature, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check_range(name: str, index: Tensor, rows: int) -> None:
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise ValueError(f"{name}: got indices from {int(index.min())} to {int(index.max())}, expected 0 to {rows - 1}")
+    if index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name}: got indices from {low} to {high}, expected 0 to {rows - 1}")
 
 
 def _check(

@@ -23,11 +23,13 @@ def test_cuda(compiler: Compiler, source: Path) -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("width", [512, 1024])
-def test_triton_distillation(compiler: Compiler, dtype: str, width: int) -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_triton_distillation(compiler: Compiler, dtype: str, width: int, learned: bool) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from scenarioclip_fast.kernels.distillation.distillation_triton import SCAN, distillation_rows
+    from scenarioclip_fast.kernels.distillation.distillation_triton import OPTIONS, SCAN, distillation
 
     constants = {"smallest": 1e-8, "with_gradient": True, "WIDTH": width, "SCAN": SCAN}
+    constants |= {} if learned else {"student_temperature": None}
     signature = {
         "student": f"*{dtype}",
         "teacher": f"*{dtype}",
@@ -36,11 +38,14 @@ def test_triton_distillation(compiler: Compiler, dtype: str, width: int) -> None
         "weight": "*fp32",
         "student_temperature": "*fp32",
         "loss_out": "*fp32",
-        "gradient_out": "*fp32",
-        "d_temperature_out": "*fp32",
+        "derivatives_out": "*fp32",
+        "shares": "*fp32",
+        "finished": "*i32",
+        "student_temperature_value": "fp32",
         "teacher_temperature": "fp32",
+        "students": "i32",
         "pairs": "i32",
         "width": "i32",
         **dict.fromkeys(constants, "constexpr"),
     }
-    compiler.triton(distillation_rows, signature, constants, num_warps=4).check()
+    compiler.triton(distillation, signature, constants, **OPTIONS).check()

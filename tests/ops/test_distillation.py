@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from scenarioclip_fast.kernels.distillation import reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scenarioclip_fast as scf
 from scenarioclip_fast import dispatch, requirements
@@ -42,7 +44,7 @@ def problem(
     return {
         "student": torch.randn(students, width, generator=g).to(dtype),
         "teacher": torch.randn(teachers, width, generator=g).to(dtype),
-        "student_index": torch.randint(students, (pairs,), generator=g),
+        "student_index": torch.randint(max(students, 1), (pairs,), generator=g),
         "teacher_index": torch.randint(teachers, (pairs,), generator=g),
         "weight": torch.rand(pairs, generator=g),
     }
@@ -87,17 +89,24 @@ def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher
         law(p, temperature, teacher_temperature),
         strict=True,
     ):
-        scale = theirs.abs().max().clamp_min(1e-12)
+        scale = theirs.abs().amax().clamp_min(1e-12) if theirs.numel() else 1
         torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("students", "teachers", "pairs", "width"),
-    [(1, 1, 1, 1), (3, 2, 7, 5), (17, 33, 64, 123), (70, 9, 300, 512), (5, 4, 0, 8), (2, 3, 40, 1025)],
+    [(3, 2, 7, 5), (17, 33, 64, 123), (70, 9, 300, 512), (5, 4, 0, 8), (0, 4, 0, 8), (2, 3, 40, 1025)],
 )
 def test_sizes(backend: str, students: int, teachers: int, pairs: int, width: int) -> None:
     check(problem(students, teachers, pairs, width), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_coordinate_has_nothing_to_teach(backend: str) -> None:
+    # The terms, some w s / T = 14, cancel up to their rounding.
+    for result in ours(problem(1, 1, 1, 1), 0.07, 0.07, backend):
+        assert result.abs() < 14 * 2**-22
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,7 +173,10 @@ def test_opcheck(backend: str) -> None:
     p = on(backend, problem(4, 3, 9, 11))
     p["student"].requires_grad_()
     t = torch.tensor(0.07, device=p["student"].device, requires_grad=True)
-    torch.library.opcheck(torch.ops.scenarioclip_fast.distillation_forward, (*p.values(), t, 0.07, True, backend))
+    op = torch.ops.scenarioclip_fast.distillation_forward
+    torch.library.opcheck(op, (*p.values(), t, 0.0, 0.07, True, backend))
+    p["student"].requires_grad_(False)
+    torch.library.opcheck(op, (*p.values(), None, 0.07, 0.07, False, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,6 +202,88 @@ def test_inputs_with_gaps(backend: str) -> None:
     p["student"] = wide[:, ::2]
     p["weight"] = torch.rand(24)[::2]
     check(p, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temperature_is_a_number_or_a_tensor(backend: str) -> None:
+    p = on(backend, problem(6, 5, 12, 40))
+    t = torch.tensor(0.05, device=p["student"].device)
+    number, tensor = (distillation_loss(**p, student_temperature=x, backend=backend) for x in (0.05, t))
+    # 0.05 reaches the kernels in float32 either way; the reference computes with float64 numbers beside float32 rows.
+    torch.testing.assert_close(number, tensor, rtol=1e-6, atol=0)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operators that torch is asked for, views and detaching left out: those launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not op.is_view and op is not torch.ops.aten.detach.default:
+            self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_operator_forward_and_one_product_backward(learned: bool) -> None:
+    p = problem(6, 5, 12, 40)
+    student = p.pop("student").requires_grad_()
+    t = torch.tensor(0.07, requires_grad=True) if learned else 0.07
+    upstream = torch.tensor(2.0)
+    with Dispatched() as forward:
+        loss = distillation_loss(student, **p, student_temperature=t)
+    with Dispatched() as backward:
+        torch.autograd.grad(loss, [student, t] if learned else student, upstream)
+    assert forward.names == ["scenarioclip_fast::distillation_forward"]
+    assert backward.names == ["aten::mul.Tensor"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] in ("triton", "cuda")])
+def test_one_launch_forward_and_one_backward(backend: str, learned: bool) -> None:
+    p = on(backend, problem(70, 9, 300, 512))
+    student = p.pop("student").requires_grad_()
+    t = torch.tensor(0.07, device="cuda", requires_grad=True) if learned else 0.07
+    upstream = torch.tensor(2.0, device="cuda")
+
+    def launches(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            result = run()
+            torch.cuda.synchronize()
+        return result, [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def forward() -> Tensor:
+        return distillation_loss(student, **p, student_temperature=t, backend=backend)
+
+    forward()  # compiles, and makes the stream's counter
+    loss, names = launches(forward)
+    assert len(names) == 1, names
+    _, names = launches(lambda: torch.autograd.grad(loss, [student, t] if learned else student, upstream))
+    assert len(names) == 1, names
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] in ("triton", "cuda")])
+def test_graphs_and_streams(backend: str) -> None:
+    """A graph replays beside other launches, and each stream counts its own blocks."""
+    p = on(backend, problem(70, 9, 300, 512))
+    expected = distillation_loss(**p, backend=backend)
+    graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
+    with torch.cuda.graph(graph):
+        captured = distillation_loss(**p, backend=backend)
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(distillation_loss(**p, backend=backend))
+        graph.replay()
+        results.append(captured.clone())
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.skipif(dispatch.why_not("distillation_loss", "cpu", "cpu") is not None, reason="not built")
@@ -247,8 +341,15 @@ def test_triton_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import torch, test_distillation as t
-for sizes in ((1, 1, 1, 1), (3, 2, 7, 5), (4, 5, 1030, 33), (5, 4, 0, 8)):
+from scenarioclip_fast.kernels.distillation import distillation_triton
+for sizes in ((3, 2, 7, 5), (4, 5, 1030, 33), (5, 4, 0, 8), (0, 4, 0, 8)):
     t.check(t.problem(*sizes), "triton")
+t.test_a_temperature_is_a_number_or_a_tensor("triton")
+t.test_rows_without_pairs_do_not_matter("triton")
+# The counter is ready for the next launch.
+p, finished = t.problem(6, 5, 12, 33), torch.zeros((), dtype=torch.int32)
+first, second = (distillation_triton.forward(*p.values(), None, 0.07, 0.07, True, finished) for _ in range(2))
+assert finished == 0 and torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 p = t.problem(4, 4, 12, 32); p["teacher"] *= 30
 t.check(p, "triton", 0.05, 0.1)
 p["student"][p["student_index"][0], 3] = float("nan")
