@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     own = {name: changes for name, *changes in args.variant}
     variants = plan_ablation(args.config, overrides, names, own)
     ablation = run_ablation(variants, args.split, args.batch_size)
-    print(ablation)
-    print(f"report: {ablation.report}")
-    if ablation.stopped_by:
-        print(f"stopped by {ablation.stopped_by}: run the same command again to go on")
-        return STOPPED
-    return 1 if ablation.failures else 0
+    if ablation.leads:
+        print(ablation)
+        print(f"report: {ablation.report}")
+        if ablation.stopped_by:
+            print(f"stopped by {ablation.stopped_by}: run the same command again to go on")
+    return STOPPED if ablation.stopped_by else 1 if ablation.failures else 0

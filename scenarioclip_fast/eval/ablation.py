@@ -21,7 +21,7 @@ from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
 from scenarioclip_fast.model.config import flat
-from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.config import DataSection, TrainConfig
 from scenarioclip_fast.train.distributed import World, join_world
 from scenarioclip_fast.train.trainer import Trainer
 
@@ -41,7 +41,7 @@ DEFAULT_VARIANTS = ("full", "no-distillation", "no-focused-regions", "pyramidcli
 _HARMLESS = {
     "run.dir",
     "run.device",
-    "data.shards",
+    "run.timeout_s",
     "data.prefetch",
     "data.threads",
     "data.cache_gib",
@@ -49,18 +49,24 @@ _HARMLESS = {
     "data.shard_cache_gib",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.tensorboard",
+    "train.profile",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of the ablation; its run.dir is a directory of its name in the ablation's."""
+    """One run of the ablation; its run.dir is a directory of its name in the ablation's.
+
+    `also`: other names that were asked for and mean the same training.
+    """
 
     name: str
     config: TrainConfig
+    also: list[str] = field(default_factory=list)
 
     @property
     def directory(self) -> Path:
@@ -69,7 +75,8 @@ class Variant:
 
 @dataclass
 class Ablation:
-    """What has been done so far. `stopped_by` names the signal that ended it before its end."""
+    """What has been done so far. `stopped_by` names the signal that ended it before its end, and among several ranks
+    one `leads`, which writes and prints."""
 
     directory: Path
     split: str
@@ -77,6 +84,7 @@ class Ablation:
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: str | None = None
+    leads: bool = True
 
     @property
     def report(self) -> Path:
@@ -147,7 +155,7 @@ def plan_ablation(
         own: further variants: name -> `key=value` strings that make it differ from the full method.
 
     Names that ask for one and the same training ("no-distillation" and "scenarioclip0") become one run, of the first
-    name, and a line says so.
+    name.
 
     Raises:
         UserError: an unknown variant or key, a name that is no directory's, none or one variant only.
@@ -178,7 +186,7 @@ def plan_ablation(
         if same is None:
             variants.append(Variant(name, config))
         else:
-            print(f"{name} is {same.name} by another name: trained once", file=sys.stderr)
+            same.also.append(name)
     if len(variants) < 2:
         raise UserError(f"got {len(variants)} variant, expected at least 2 to compare")
     return variants
@@ -199,14 +207,17 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
         UserError: no such data or split, or a variant's directory holds a run of another config.
     """
     first = variants[0]
-    root, shards = first.directory.parent, first.config.data.shards
-    if not shards:
+    if not first.config.data.shards:
         raise UserError("no data: give SHARDS, the directory that `scenarioclip-fast pack` wrote, or set data.shards")
     for variant in variants:
-        _check_data(variant.config.data.shards, split)
+        _check_data(variant.config.data, split)
         _check_directory(variant)
-    ablation = Ablation(root, split, variants)
+    ablation = Ablation(first.directory.parent, split, variants)
     with join_world(first.config.run.device) as world:
+        ablation.leads = world.leads
+        for variant in variants:
+            for name in variant.also:
+                _say(world, f"{name} is {variant.name} by another name: trained once")
         for number, variant in enumerate(variants, 1):
             where = f"[{number}/{len(variants)}] {variant.name}"
             try:
@@ -273,12 +284,12 @@ def _finished(variant: Variant) -> bool:
     return (variant.directory / "model" / "model.safetensors").is_file()
 
 
-def _check_data(shards: str, split: str) -> None:
-    opened = ShardSet(shards, split)
-    scenes = len(opened)
-    opened.close()
+def _check_data(data: DataSection, split: str) -> None:
+    shards = ShardSet(data.shards, split, shard_cache_dir=data.shard_cache_dir, shard_cache_gib=data.shard_cache_gib)
+    scenes = len(shards)
+    shards.close()
     if scenes == 0:
-        raise UserError(f"{shards}: the {split} split holds no scenes to evaluate on; choose another with --split")
+        raise UserError(f"{data.shards}: the {split} split holds no scenes to evaluate on; choose another with --split")
 
 
 def _check_directory(variant: Variant) -> None:

@@ -172,7 +172,9 @@ def accuracy_comparison(results: Mapping[str, ZeroShotResult], out: Path) -> Pat
     matches = [match for match in MATCH_TITLES if any(key[1] == match for key in rows)]
     levels = [level for level in LEVELS if any(key[2] == level for key in rows)]
     colours, width = run_colours(results), 0.84 / len(results)
-    small: Any = {"fontsize": 6.5, "color": MUTED}
+    # above its bar, and readable where it meets the mark of chance
+    small: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": MUTED}
+    small["bbox"] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.4}
     with rc_context(STYLE):
         figure = Figure(figsize=(3.7 * len(levels), 2.5 * len(matches) + 0.4))
         figure.set_layout_engine("constrained", h_pad=0.1)
@@ -188,10 +190,7 @@ def accuracy_comparison(results: Mapping[str, ZeroShotResult], out: Path) -> Pat
                     x, value, chance = group - 0.42 + (slot + 0.5) * width, 100 * row.top[k], 100 * row.chance[k]
                     axes.bar(x, value, width * 0.92, color=colours[name])
                     axes.plot([x - 0.46 * width, x + 0.46 * width], [chance, chance], color=INK, linewidth=1.6)
-                    top = (0, 2)  # points
-                    axes.annotate(
-                        f"{value:.0f}", (x, max(value, chance)), top, textcoords="offset points", ha="center", **small
-                    )
+                    axes.annotate(f"{value:.0f}", (x, value), (0, 2), **small)
             axes.set_title(f"{TASKS[level]}, {MATCH_TITLES[match]}", fontsize=9.5, fontweight="normal")
             axes.set_xticks(range(len(topk)), [f"top-{k}" for k in topk])
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))

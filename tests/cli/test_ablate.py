@@ -226,7 +226,7 @@ def test_plans() -> None:
         (["{shards}", "--variant", "a/b", "optim.lr=1"], "can be no directory's name"),
         (["{shards}", "--variant", "a", "optim.lr"], "expected key=value"),
         (["{shards}", "--batch-size", "0"], "--batch-size: got 0"),
-        (["{shards}", "--split", "val"], "val"),
+        (["{shards}", "--split", "val"], "the val split holds no scenes"),
         (["-c", "nowhere.yaml", "{shards}"], "nowhere.yaml"),
         (["nowhere"], "nowhere"),
         ([], "give SHARDS"),
