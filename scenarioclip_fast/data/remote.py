@@ -33,8 +33,6 @@ from scenarioclip_fast.requirements import require
 
 CACHE_GIB = 32.0
 
-# What no second attempt changes.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MemoryError, ImportError)
 _ASK_AGAIN_S = 60.0  # after a file has used up its attempts
 _CHUNK = 8 << 20  # of a shard, per request: what a cut connection costs
 _FETCHERS = 4  # shards at a time
@@ -55,6 +53,23 @@ def default_cache_dir() -> Path:
 
 class Closed(RuntimeError):
     """The store has been closed while somebody waited for it."""
+
+
+class NoRanges(OSError):
+    """The server sends whole files, whatever is asked for."""
+
+
+# What no second attempt changes.
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NoRanges,
+    MemoryError,
+    ImportError,
+    Closed,
+)
 
 
 class Store:
@@ -107,7 +122,7 @@ class Store:
                 break
             try:
                 data = self._within_time(lambda: self._fs.cat_file(f"{self._root.rstrip('/')}/{name}", start, end))
-            except (*_FINAL, Closed):
+            except _FINAL:
                 raise
             except Exception as error:  # each kind of storage has its own
                 if getattr(error, "status", None) != 416:  # the range lies behind the end of the file
@@ -116,7 +131,7 @@ class Store:
                 data = b""
             if start is not None and end is not None and len(data) != end - start:
                 if len(data) > end - start:
-                    raise OSError(f"got {len(data)} bytes for a range of {end - start}: the server must support ranges")
+                    raise NoRanges(f"got {len(data)} bytes for a range of {end - start}")
                 if len(data) != (-1 if short is None else len(short)):  # the file's end, if it happens again
                     failure, short = OSError(f"got {len(data)} of {end - start} bytes"), data
                     continue

@@ -9,7 +9,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.remote import CACHE_GIB, RemoteShard, RemoteShards, Store, default_cache_dir, is_url
+from scenarioclip_fast.data.remote import (
+    CACHE_GIB,
+    NoRanges,
+    RemoteShard,
+    RemoteShards,
+    Store,
+    default_cache_dir,
+    is_url,
+)
 from scenarioclip_fast.data.scene import SCHEMA, Scene, scene_from_json
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
@@ -95,7 +103,8 @@ class ShardSet:
         self._files: dict[int, _File] = {}
         self._fetching: RemoteShards | None = None
         self._lock = threading.Lock()
-        if self.is_remote:
+        if store is not None:
+            self._check_ranges(store)
             self._remote()
 
     def __len__(self) -> int:
@@ -158,9 +167,22 @@ class ShardSet:
                 return None
             raise
         with self._lock:
-            if len(self._files) == _OPEN_FILES:
-                del self._files[next(iter(self._files))]
-            return self._files.setdefault(shard, file)
+            if shard not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    del self._files[next(iter(self._files))]
+                self._files[shard] = file
+            return self._files[shard]
+
+    def _check_ranges(self, store: Store) -> None:
+        try:
+            store.read("manifest.json", 0, 1)
+        except NoRanges as error:
+            raise UserError(
+                f"{self.source}: this server ignores byte ranges ({error}), without which single scenes cannot be "
+                "read; use another server, or copy the shards to a disk"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.source}: not readable ({error})") from None
 
     def _remote(self) -> RemoteShards:
         with self._lock:
