@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.negatives import CHANCE, KINDS
 from scenarioclip_fast.eval.plots import MATCH_TITLES, accuracy_comparison, run_curves
 from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.tables import percent
@@ -27,6 +27,7 @@ from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
 _NONE = "\u2013"
+Shares = dict[str, tuple[float, float]]  # what is measured -> its share in [0, 1], and that of chance
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Run:
         rows: of metrics.jsonl.
         config: dotted key -> value, as in config.yaml.
         results: zero-shot results among the JSON files of the directory, by the stem of their file.
+        others: results of the other evaluations among them, by the name of the evaluation.
         finished: it has trained to the end of its budget.
         idle: seconds since it logged its last step.
     """
@@ -47,6 +49,7 @@ class Run:
     rows: list[dict[str, Any]]
     config: dict[str, Any]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
+    others: dict[str, Shares] = field(default_factory=dict)
     finished: bool = False
     idle: float = 0.0
 
@@ -91,7 +94,7 @@ def read_run(directory: Path, name: str) -> Run:
     except ValueError as error:
         raise UserError(f"{path}: not the metrics of a run: {error}") from None
     finished = (directory / "model" / "model.safetensors").is_file()
-    return Run(name, directory, rows, _read_config(directory / CONFIG), _read_results(directory), finished, idle)
+    return Run(name, directory, rows, _read_config(directory / CONFIG), *_read_results(directory), finished, idle)
 
 
 def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = "") -> Report:
@@ -107,6 +110,9 @@ def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = ""
             report.add_zeroshot(results[runs[0].name])
         else:
             _compare_results(report, results, pictures / f"{stem}.png")
+    for title in dict.fromkeys(title for run in runs for title in run.others):
+        head, rows = share_table({run.name: run.others[title] for run in runs if title in run.others})
+        report.sections.append(Section(title, head, rows, strong=_strong(rows)))
     logged = {run.name: run.rows for run in runs if run.rows}
     if logged:
         picture = run_curves(logged, pictures / "curves.png")
@@ -149,15 +155,29 @@ def accuracy_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row per task and k, a column per run; no rows where no run has any."""
     words = {"all": "", "seen": ", seen in training", "held_out": ", held out of training"}
+    return share_table(
+        {
+            name: {
+                f"{TASKS[row.level]}{words[row.subset]}, top-{k}": (row.top[k], row.chance[k])
+                for row in result.only(match).rows
+                if row.subset in subsets
+                for k in row.top
+            }
+            for name, result in results.items()
+        }
+    )
+
+
+def share_table(runs: Mapping[str, Shares]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row per label, a column per run."""
     rows = []
-    for level, subset in product(LEVELS, subsets):
-        found = {name: row for name, result in results.items() if (row := result.get(level, match, subset))}
-        for k in sorted({k for row in found.values() for k in row.top}):
-            # runs that were evaluated on different views have different chances
-            chances = sorted({round(100 * row.chance[k], 1) for row in found.values() if k in row.chance})
-            cells = [percent(row.top[k]) if (row := found.get(name)) and k in row.top else _NONE for name in results]
-            rows.append([f"{TASKS[level]}{words[subset]}, top-{k}", f"{' to '.join(map(str, chances))} %", *cells])
-    return ["", "chance", *results], rows
+    for label in dict.fromkeys(label for shares in runs.values() for label in shares):
+        found = {name: shares[label] for name, shares in runs.items() if label in shares}
+        # runs that were evaluated on different views have different chances
+        chances = sorted({round(100 * chance, 1) for _, chance in found.values()})
+        cells = [percent(found[name][0]) if name in found else _NONE for name in runs]
+        rows.append([label, f"{' to '.join(map(str, chances))} %", *cells])
+    return ["", "chance", *runs], rows
 
 
 def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -176,17 +196,19 @@ def _compare_results(report: Report, results: Mapping[str, ZeroShotResult], pict
         for match, rule in MATCH_TITLES.items():
             head, rows = accuracy_table(results, match, subsets)
             if rows:
-                strong = {(i, 2 + j) for i, row in enumerate(rows) for j in _best(row[2:])}
                 kind = f"{title}, {rule}" if "all" in subsets else f"{title}, {rule}: texts seen and held out"
                 report.sections.append(
-                    Section(kind, head, rows, note="Bold: the best.", strong=strong, folded="all" not in subsets)
+                    Section(kind, head, rows, note="Bold: the best.", strong=_strong(rows), folded="all" not in subsets)
                 )
 
 
-def _best(cells: Sequence[str]) -> list[int]:
-    """The columns with the highest percentage; none where all have it."""
-    values = [-1.0 if cell == _NONE else float(cell.removesuffix(" %")) for cell in cells]
-    return [j for j, value in enumerate(values) if min(values) < value == max(values)]
+def _strong(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """The cells of a `share_table` with the highest share of their row, but for rows where all have it."""
+    cells = set()
+    for i, row in enumerate(rows):
+        values = [-1.0 if cell == _NONE else float(cell.removesuffix(" %")) for cell in row[2:]]
+        cells |= {(i, 2 + j) for j, value in enumerate(values) if min(values) < value == max(values)}
+    return cells
 
 
 def _config_section(runs: Sequence[Run]) -> Section:
@@ -225,15 +247,39 @@ def _read_config(path: Path) -> dict[str, Any]:
     return flat(values) if isinstance(values, Mapping) else {}
 
 
-def _read_results(directory: Path) -> dict[str, ZeroShotResult]:
+def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares]]:
     results: dict[str, ZeroShotResult] = {}
+    others: dict[str, Shares] = {}
     for path in sorted(directory.glob("*.json")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            results[path.stem] = ZeroShotResult.from_dict(data)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if "match" in data["rows"][0]:
+                results[path.stem] = ZeroShotResult.from_dict(data)
+            elif shares := _shares(data):
+                others[f"{shares[0]}, {data['split']} split"] = shares[1]
+        except (ValueError, LookupError, TypeError, AttributeError):
             continue  # JSON of another kind
-    return results
+    return results, others
+
+
+def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:
+    """Title and shares of what an evaluation other than zero-shot has left as JSON."""
+    rows = data["rows"]
+    if "recall" in rows[0]:
+        found = {
+            f"{TASKS[row['level']]}, {row['direction'].replace('_', ' ')}, R@{k}": (share, row["chance"][k])
+            for row in rows
+            for k, share in row["recall"].items()
+        }
+        return "Retrieval", found
+    if "baseline" in rows[0]:  # it stands for chance: what naming the most frequent classes scores
+        found = {
+            f"{TASKS[row['level']]}, top-{k}": (row["top"][k], row["baseline"][k]) for row in rows for k in row["top"]
+        }
+        return "Linear probe", found
+    if "questions" in rows[0]:
+        return "Hard negatives", {KINDS[row["kind"]]: (row["accuracy"], CHANCE) for row in rows}
+    return None
 
 
 def _values(run: Run, key: str) -> list[float]:

@@ -13,8 +13,18 @@ import pytest
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.negatives import NegativesResult, Preference
 from scenarioclip_fast.eval.plots import accuracy_comparison, run_curves
-from scenarioclip_fast.eval.runs import accuracy_table, config_differences, find_runs, summary_table
+from scenarioclip_fast.eval.probe import ProbeAccuracy, ProbeResult, ProbeSettings
+from scenarioclip_fast.eval.retrieval import Recall, RetrievalResult
+from scenarioclip_fast.eval.runs import (
+    accuracy_table,
+    compare_runs,
+    config_differences,
+    find_runs,
+    share_table,
+    summary_table,
+)
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
 from scenarioclip_fast.train.config import TrainConfig
 
@@ -143,6 +153,40 @@ def test_page(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "<h1>Two &amp; two</h1>" in page and "second&lt;b&gt;" in page and "<b>50.0 %</b>" in page
     assert page.count("<details>") == 2  # texts seen and held out, one table a rule
     assert "optim.lr" in page and "loss.max_scale" not in page
+
+
+def test_other_evaluations_beside_each_other(make_run: MakeRun, tmp_path: Path) -> None:
+    recall = Recall("object", "text_to_image", 8, 8, {1: 0.25}, {1: 0.125}, 3.0)
+    accuracy = ProbeAccuracy("global", 8, 0, 4, 20, {1: 0.5}, {1: 0.0}, {1: 0.25}, [100])
+    made = {
+        "retrieval": RetrievalResult("test", 8, (1,), [recall]),
+        "probe": ProbeResult("test", (1,), ProbeSettings(), True, [accuracy]),
+        "negatives": NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]),
+    }
+    paths = [make_run("a"), make_run("b")]
+    for name, of_a in made.items():
+        (paths[0] / f"{name}.json").write_text(json.dumps(of_a.to_dict()))
+    (paths[1] / "negatives.json").write_text(
+        json.dumps(
+            NegativesResult("test", 8, [Preference("swapped", 0.25, 8), Preference("predicate", 1, 8)]).to_dict()
+        )
+    )
+    runs = find_runs(paths)
+    tables = {
+        title: share_table({run.name: run.others[title] for run in runs if title in run.others})
+        for title in ("Retrieval, test split", "Linear probe, test split", "Hard negatives, test split")
+    }
+    assert tables["Retrieval, test split"] == (
+        ["", "chance", "a"],
+        [["object, text to image, R@1", "12.5 %", "25.0 %"]],
+    )
+    assert tables["Linear probe, test split"][1] == [["action, top-1", "25.0 %", "50.0 %"]]
+    assert tables["Hard negatives, test split"][1] == [
+        ["subject and object swapped", "50.0 %", "75.0 %", "25.0 %"],
+        ["predicate replaced", "50.0 %", "–", "100.0 %"],
+    ]
+    page = compare_runs(runs, tmp_path / "pictures", "Both").write(tmp_path / "report.html").read_text()
+    assert all(title in page for title in tables) and "<b>75.0 %</b>" in page
 
 
 def test_page_of_one_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
