@@ -142,7 +142,8 @@ class Store:
             raise Closed(self.url)
         self._failing = True
         self._given_up[name] = time.monotonic() + _ASK_AGAIN_S
-        raise OSError(f"not reachable in {attempts} attempts: {type(failure).__name__}: {failure}") from failure
+        tried = f"{attempts} attempts" if attempts > 1 else "one attempt"
+        raise OSError(f"not reachable in {tried}: {type(failure).__name__}: {failure}") from failure
 
     def _within_time(self, call: Callable[[], bytes]) -> bytes:
         """Runs `call` in a thread that is left behind if it does not answer: not every library has time limits."""
@@ -208,11 +209,14 @@ class ShardCache:
         return self.directory / f"{digest}.tar"
 
     def claim(self, digests: Iterable[str]) -> set[str]:
-        """Which of the files are here. These stay until `close`; others may go, if there are more than `limit`."""
+        """Which of the files are here. These stay until `close`."""
         with self._locked():
-            here = {digest for digest in digests if self._claim(digest)}
+            return {digest for digest in digests if self._claim(digest)}
+
+    def trim(self) -> None:
+        """Evicts what is beyond `limit`: an earlier one may have been larger."""
+        with self._locked():
             self._make_room(0)
-        return here
 
     def reserve(self, digest: str, size: int) -> int | None:
         """A descriptor of an empty file of `size` bytes for `fill`; None: no room.
@@ -355,6 +359,7 @@ class RemoteShards:
         self._cache = ShardCache(directory, limit)
         self._stop = threading.Event()
         here = self._cache.claim(shard.sha256 for shard in shards)
+        self._cache.trim()
         self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 not in here and shard.size <= limit)
         self._fetchers = [
             threading.Thread(target=self._fetch_all, name="shards", daemon=True)
