@@ -13,7 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="curves, speed, accuracies and configs of runs, side by side",
         description="Writes report.html, a page with its pictures inside, from what runs have logged so far: losses, "
         "temperatures, speed, waiting for data, differences of their configs. Accuracies are shown where "
-        "`eval zeroshot ... --json RUN/zeroshot.json` has left them.",
+        "`eval zeroshot ... --json RUN/zeroshot.json` has left them; so are those of retrieval, probe and negatives.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's directory, going on or finished, or a directory of runs"

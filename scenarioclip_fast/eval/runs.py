@@ -110,9 +110,9 @@ def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = ""
             report.add_zeroshot(results[runs[0].name])
         else:
             _compare_results(report, results, pictures / f"{stem}.png")
-    for title in dict.fromkeys(title for run in runs for title in run.others):
-        head, rows = share_table({run.name: run.others[title] for run in runs if title in run.others})
-        report.sections.append(Section(title, head, rows, strong=_strong(rows)))
+    for kind in dict.fromkeys(kind for run in runs for kind in run.others):
+        head, rows = share_table({run.name: run.others[kind] for run in runs if kind in run.others})
+        report.sections.append(Section(kind, head, rows, strong=_strong(rows)))
     logged = {run.name: run.rows for run in runs if run.rows}
     if logged:
         picture = run_curves(logged, pictures / "curves.png")
