@@ -170,7 +170,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
 
 const char* distillation_forward_cuda(const DistillationProblem& problem, cudaStream_t stream) {
   const int64_t shared = kRows * problem.width * static_cast<int64_t>(sizeof(float));
-  if (shared > kStaticShared - 1024) return "a row must have at most 2406 coordinates: use backend=\"reference\"";
+  if (shared > kStaticShared - 1024 && cudaFuncSetAttribute(distillation, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                            static_cast<int>(shared)) != cudaSuccess) {
+    cudaGetLastError();  // reported here, not by whoever asks next
+    return "a row and four sums of its size do not fit a block's shared memory: use backend=\"reference\"";
+  }
   const auto blocks = static_cast<unsigned>(problem.students > 0 ? problem.students : 1);
   distillation<<<blocks, kThreads, shared, stream>>>(problem);
   const cudaError_t error = cudaGetLastError();
