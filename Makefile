@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
+RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,remote,tensorboard,test,lint
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: install demo test lint format bench gpu clean
+.PHONY: install demo test lint format bench record gpu clean
 
 install: $(VENV)/native
 
@@ -41,7 +42,11 @@ format: install
 	$(BIN)/clang-format -i $(NATIVE)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name
+	$(BIN)/scenarioclip-fast bench --out runs/bench
+
+# A record to commit, and the tables of README.md from it. The machine should have nothing else to do.
+record: install
+	$(BIN)/scenarioclip-fast bench --out '$(RECORD)'; status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
 
 # For a machine with a GPU, nvcc and torch, but possibly no registry: takes the Python and the packages that are there.
 gpu:

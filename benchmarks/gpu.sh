@@ -1,47 +1,83 @@
 #!/usr/bin/env bash
-# `make gpu`: on a machine with a GPU, nvcc and torch, with or without a registry. Builds in place, runs the GPU tests, then the
-# benchmarks, and leaves one record in $OUT. Each section has a time budget, so that a cut run still leaves what came before.
+# `make gpu`: on a machine with a GPU, nvcc and torch, with or without a registry. Builds in place, runs the GPU tests and the
+# sanitizer, measures, runs the demo, and leaves one record in $OUT. Each section has a time budget and leaves its output in
+# $OUT/NAME.txt, so that a cut run still leaves what came before; all of them together end within $TOTAL seconds.
+# Wheels in wheels/ are installed first: what such a machine lacks (pytest, pytest-benchmark, ...) can be carried there.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-runs/gpu}
-mkdir -p "$OUT"
+TOTAL=${TOTAL:-470}
 failed=0
 
-section() { # NAME SECONDS COMMAND...
+command -v "$PYTHON" >/dev/null || { echo "error: $PYTHON is not on PATH: make gpu PYTHON=..." >&2; exit 2; }
+"$PYTHON" -c 'import torch' 2>/dev/null ||
+  { echo "error: $PYTHON has no torch: make gpu takes the torch that is there (PYTHON=... names another Python)" >&2; exit 2; }
+"$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+  { echo "error: $PYTHON sees no GPU through torch: make gpu needs a machine with one" >&2; exit 2; }
+mkdir -p "$OUT" || exit 2
+
+note() { # NAME EXIT SECONDS
+  echo "$1,$2,$3" >>"$OUT/sections.csv"
+}
+
+section() { # NAME BUDGET COMMAND...
   local name=$1 budget=$2 start=$SECONDS code
   shift 2
+  ((budget > TOTAL - SECONDS)) && budget=$((TOTAL - SECONDS))
+  if ((budget < 5)); then
+    echo "== $name: left out, no time is left"
+    note "$name" "left out: no time was left" 0
+    failed=1
+    return 1
+  fi
   echo "== $name (at most $budget s)"
-  timeout "$budget" "$@" >"$OUT/$name.txt" 2>&1
+  timeout --kill-after=10 "$budget" "$@" >"$OUT/$name.txt" 2>&1
   code=$?
   tail -n 15 "$OUT/$name.txt"
   echo "== $name: exit $code after $((SECONDS - start)) s"
-  echo "$name,$code,$((SECONDS - start))" >>"$OUT/sections.csv"
-  [ $code -eq 0 ] || failed=1
+  ((code == 0)) || failed=1
+  local said=$code
+  ((code == 124 || code == 137)) && said="stopped at its budget of $budget s"
+  note "$name" "$said" $((SECONDS - start))
   return $code
 }
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-"$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
-  { echo "error: $PYTHON sees no GPU through torch: make gpu needs a machine with one"; exit 2; }
-
 echo "section,exit,seconds" >"$OUT/sections.csv"
-section build 90 env SCENARIOCLIP_FAST_BUILD=cuda "$PYTHON" -m pip install --no-build-isolation --no-deps --editable . || exit 1
-section doctor 30 "$PYTHON" -m scenarioclip_fast.cli.main doctor
-section machine 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv
-git rev-parse HEAD >"$OUT/commit.txt" 2>/dev/null || echo "unknown" >"$OUT/commit.txt"
-# A test file whose own needs are missing here must not keep the others from running.
-section tests 120 "$PYTHON" -m pytest tests -m gpu --continue-on-collection-errors
-if has pytest_benchmark; then
-  for entry in contrastive:60 views:40 distillation:20 step:60 data:40; do # a section each: a slow one costs only itself
-    name=${entry%:*}
-    section "bench_$name" "${entry#*:}" "$PYTHON" -m pytest "benchmarks/bench_$name.py" -m gpu --benchmark-only \
-      --benchmark-json="$OUT/bench_$name.json"
+if compgen -G "wheels/*.whl" >/dev/null; then
+  section wheels 60 "$PYTHON" -m pip install --no-index --find-links wheels wheels/*.whl
+fi
+section build 120 env SCENARIOCLIP_FAST_BUILD=cuda \
+  "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --editable . || exit 1
+scf() { section "$1" "$2" "$PYTHON" -m scenarioclip_fast.cli.main "${@:3}"; }
+scf doctor 30 doctor
+if has pytest; then
+  # A test file whose own needs are missing here must not keep the others from running.
+  section tests 100 "$PYTHON" -m pytest tests -m gpu --continue-on-collection-errors
+  # A section each: a slow one costs only itself. A limit below the budget lets the record be written.
+  for entry in ceilings:15 contrastive:45 distillation:15 views:25 step:45 end_to_end:50 data:35 ema:10 trainer:25; do
+    name=${entry%:*} limit=${entry#*:}
+    [ -e "benchmarks/bench_$name.py" ] || continue
+    ((limit > TOTAL - SECONDS - 12)) && limit=$((TOTAL - SECONDS - 12))
+    ((limit < 5)) && limit=5
+    scf "bench_$name" $((limit + 12)) bench "$name" --device cuda --limit "$limit" --out "$OUT"
   done
 else
-  echo "== benchmarks: left out, pytest-benchmark is not installed"
-  echo "benchmarks,left out: pytest-benchmark is not installed,0" >>"$OUT/sections.csv"
+  echo "== tests and benchmarks: left out, pytest is not installed (carry its wheels in wheels/)"
+  note "tests and benchmarks" "left out: pytest is not installed" 0
+  failed=1
 fi
+scf demo 60 demo --device cuda --out "$OUT/demo"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    section "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" benchmarks/sanitize.py
+  done
+else
+  echo "== sanitizer: left out, compute-sanitizer is not on PATH"
+  note sanitizer "left out: compute-sanitizer is not on PATH" 0
+fi
+[ -e "$OUT/record.json" ] && "$PYTHON" benchmarks/readme.py "$OUT"
 cat "$OUT/sections.csv"
 exit $failed

@@ -1,6 +1,7 @@
 """Writes the benchmark tables of README.md, and the asked-and-measured table of each record's README, from the records.
 
-Run: python benchmarks/readme.py    (make record does it after measuring)
+Run: python benchmarks/readme.py             README.md and all committed records; make record does it after measuring
+     python benchmarks/readme.py RECORD...   the README.md of these records alone
 
 A row is a claim: two forms of one group in one record, the newest that has both. What no record has is "not yet
 measured". The tables stand between markers; everything around them is left alone.
@@ -9,6 +10,7 @@ measured". The tables stand between markers; everything around them is left alon
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -180,7 +182,7 @@ class Found:
 
 def find(claim: Claim, records: Sequence[Record]) -> Found | None:
     """In the newest of `records` that has both sides in one part."""
-    for record in sorted(records, key=lambda r: (r.date, r.name), reverse=True):
+    for record in sorted(records, key=lambda r: r.latest, reverse=True):
         for part in record.parts:
             for group, results in part.groups().items():
                 forms = {r.form: r for r in results}
@@ -239,28 +241,36 @@ def replaced(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-def read_records() -> list[Record]:
-    return [read_record(path.parent) for path in sorted(RECORDS.glob(f"*/{FILE}"))]
+def record_readme(folder: Path) -> str:
+    """A record's README with its table as it should be; a first one where there is none."""
+    record = read_record(folder)
+    path = folder / "README.md"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+    else:
+        markers = "\n".join(f"<!-- {end}generated: asked and measured -->" for end in ("", "end of "))
+        text = f"# {record.date}, {record.machine['device']}\n\n{markers}\n"
+        if (sections := folder / "sections.csv").exists():  # of `make gpu`
+            head, *lines = [line.split(",") for line in sections.read_text().splitlines()]
+            text += "\n" + "\n".join(markdown_table(head, lines)) + "\n"
+    return replaced(text, "asked and measured", asked_and_measured(record))
 
 
-def rendered(records: Sequence[Record]) -> dict[Path, str]:
-    """Every generated file as it should be."""
+def rendered() -> dict[Path, str]:
+    """README.md and those of the committed records, as they should be."""
+    folders = sorted(path.parent for path in RECORDS.glob(f"*/{FILE}"))
     readme = ROOT / "README.md"
-    out = {readme: replaced(readme.read_text(encoding="utf-8"), "benchmarks", benchmarks(records))}
-    for record in records:
-        path = RECORDS / record.name / "README.md"
-        start = f"# {record.date}, {record.machine['device']}\n\n" + "\n".join(
-            f"<!-- {end}generated: asked and measured -->" for end in ("", "end of ")
-        )
-        text = path.read_text(encoding="utf-8") if path.exists() else f"{start}\n"
-        out[path] = replaced(text, "asked and measured", asked_and_measured(record))
-    return out
+    tables = benchmarks([read_record(folder) for folder in folders])
+    out = {readme: replaced(readme.read_text(encoding="utf-8"), "benchmarks", tables)}
+    return out | {folder / "README.md": record_readme(folder) for folder in folders}
 
 
 def main() -> None:
-    for path, text in rendered(read_records()).items():
+    folders = [Path(word) for word in sys.argv[1:]]
+    files = {folder / "README.md": record_readme(folder) for folder in folders} if folders else rendered()
+    for path, text in files.items():
         path.write_text(text, encoding="utf-8")
-        print(f"wrote {path.relative_to(ROOT)}")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.bench.record import Part, Record, Result, unit_of
-from scenarioclip_fast.bench.report import Roof, ceilings, fastest_of_ours, roofs, seconds, times
+from scenarioclip_fast.bench.report import Roof, ceilings, fastest_of_ours, roofs, seconds, si, times
 from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
 
-OURS, OTHERS = "#2f6db5", "#b9c1ca"
+OURS, LAW, OTHERS = "#2f6db5", "#9dbde3", "#b9c1ca"
 _MARKERS = "osD^vP*Xp<>hd8"
 
 
@@ -52,7 +52,8 @@ def _panel(axes: Any, results: Sequence[Result], unit: str) -> None:
     log = longest > 30 * shortest  # else the short bars could not be told apart
     ours = fastest_of_ours(results)
     for y, (r, (low, high)) in enumerate(zip(results, ends, strict=True)):
-        axes.barh(y, r.per(unit), 0.66, color=OURS if r.ours else OTHERS)
+        colour = OTHERS if not r.ours else LAW if "reference" in r.form else OURS
+        axes.barh(y, r.per(unit), 0.66, color=colour)
         axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
         label = seconds(r.per(unit))
         if ours is not None and r is not ours:
@@ -65,7 +66,7 @@ def _panel(axes: Any, results: Sequence[Result], unit: str) -> None:
         axes.set_xlim(0, longest * 1.3)
     axes.set_yticks(range(len(results)), [r.form for r in results], fontsize=8)
     axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(lambda value, _: seconds(value) if value > 0 else "0")
+    axes.xaxis.set_major_formatter(lambda value, _: seconds(value).replace(".0 ", " ") if value > 0 else "0")
     axes.tick_params(axis="x", labelsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=GRID)
@@ -121,7 +122,7 @@ def roofline(drawn: Sequence[Roof], record: Record, out: Path) -> Path:
         axes.set_xlim(low, high)
         axes.set_xlabel("operations per byte that must move")
         axes.set_ylabel("operations a second")
-        axes.yaxis.set_major_formatter(lambda value, _: _si(value))
+        axes.yaxis.set_major_formatter(lambda value, _: si(value))
         axes.grid(color=GRID)
         columns = 1 if len(drawn) <= 12 else 2
         figure.legend(loc="outside lower center", ncols=columns, fontsize=7.5, title="share of the ceiling in brackets")
@@ -132,10 +133,3 @@ def roofline(drawn: Sequence[Roof], record: Record, out: Path) -> Path:
 
 def _kernel(r: Result) -> str:
     return r.group.partition(",")[0]
-
-
-def _si(value: float) -> str:
-    for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= size:
-            return f"{value / size:g} {letter}"
-    return f"{value:g}"

@@ -114,8 +114,13 @@ class Record:
         return str(self.machine["kind"])
 
     @property
+    def latest(self) -> str:
+        """When its newest part was started, ISO 8601."""
+        return max((part.started for part in self.parts), default="")
+
+    @property
     def date(self) -> str:
-        return max((part.started for part in self.parts), default="")[:10]
+        return self.latest[:10]
 
     def results(self) -> Iterator[Result]:
         for part in self.parts:

@@ -53,6 +53,14 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
+def si(value: float) -> str:
+    """Three digits with a prefix: 4.4 M."""
+    for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{digits(value / size)} {letter}"
+    return f"{digits(value)} "
+
+
 def times(value: float) -> str:
     """A ratio: two digits, three from 100 on."""
     return f"{value:.0f} x" if value >= 10 else f"{value:.2f} x"
@@ -89,7 +97,9 @@ def _value(value: Any) -> str:
 
 def _about(part: Part) -> str:
     busy = f"load {part.before.get('load', '?')} before, {part.after.get('load', '?')} after"
-    lines = [f"`{part.command}`, commit {part.commit[:12]}, {part.started}, {part.seconds:.0f} s, {busy}."]
+    lines = [
+        f"`{part.command}`, commit {part.commit[:12]}{part.commit[40:]}, {part.started}, {part.seconds:.0f} s, {busy}."
+    ]
     if any(result.clock == "device" for result in part.results):
         lines.append("Times by device events, with a cold L2.")
     lines += [f"Failed, so not reported: {a.name}: {a.reason.splitlines()[0] if a.reason else ''}" for a in part.failed]
@@ -154,8 +164,8 @@ def roofline_table(record: Record) -> Table:
             [
                 r.group,
                 r.form,
-                f"{digits(moved / 1e6)} MB",
-                f"{digits(computed / 1e9)} G",
+                f"{si(moved)}B",
+                si(computed),
                 NOT_MEASURED if floor is None else f"{seconds(floor)} ({bound})",
                 seconds(r.median),
                 NOT_MEASURED if floor is None else f"{100 * floor / r.median:.0f} %",
@@ -227,10 +237,12 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def write_report(records: Sequence[Record], out: Path) -> Path:
-    """Writes OUT/report.html and OUT/report.md; the page's path."""
+    """Writes OUT/report.md, then pictures and OUT/report.html, which need matplotlib; returns the page's path."""
     from scenarioclip_fast.bench.plots import draw
     from scenarioclip_fast.eval.report import Report, Section
 
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(markdown(records), encoding="utf-8")
     names = ", ".join(record.name for record in records)
     page = Report(f"Benchmarks: {names}", lead="Forms of one group had the same inputs in the same run.")
     if (table := across(records)) is not None:
@@ -242,6 +254,4 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
         for table in tables(record):
             title = prefix + table.title
             page.sections.append(Section(title, table.head, table.rows, pictures.get(table.title), table.note))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(markdown(records), encoding="utf-8")
     return page.write(out / "report.html")

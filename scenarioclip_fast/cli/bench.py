@@ -40,17 +40,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, or only reports; 1 where a benchmark failed."""
-    from scenarioclip_fast.bench.record import read_record
+    from scenarioclip_fast.bench.record import FILE, read_record
     from scenarioclip_fast.bench.report import markdown, write_report
     from scenarioclip_fast.bench.runner import measure
-    from scenarioclip_fast.errors import UserError
+    from scenarioclip_fast.errors import MissingDependencyError, UserError
     from scenarioclip_fast.requirements import require
 
     if args.report and args.what:
         raise UserError(f"bench: got {' '.join(args.what)} and --report: either measure or report")
     if args.limit is not None and args.limit <= 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
-    require("matplotlib")
     if args.report:
         records = [read_record(path) for path in args.report]
         print(f"report: {write_report(records, args.out)}")
@@ -58,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
     require("pytest")
     record, out = measure(args.what, args.out, device=args.device, limit=args.limit)
     print(markdown([record]))
-    print(f"record: {out}, report: {write_report([record], out)}")
+    print(f"record: {out / FILE}")
+    try:
+        print(f"report: {write_report([record], out)}")
+    except MissingDependencyError as error:  # what was measured is safe
+        print(f"no pictures: {error}", file=sys.stderr)
     bad = [part.name for part in record.parts if not part.ok]
     if bad:
         print(f"error: not everything was measured: {', '.join(bad)} (the record says why)", file=sys.stderr)
