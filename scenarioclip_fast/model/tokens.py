@@ -175,7 +175,8 @@ class TokenTable(nn.Module):
             # batch is another, must find the features of the first run.
             for first in (missing // _TOGETHER * _TOGETHER).unique().tolist():
                 some = torch.arange(first, min(first + _TOGETHER, len(self._filled)), device=self.tokens.device)
-                some_packing = Packing.of_lengths(self.lengths[some])
+                lengths = self._host_lengths[first : first + _TOGETHER]
+                some_packing = Packing.of_lengths(self.lengths[some], int(lengths.sum()), int(lengths.max()))
                 some_source = self.starts[some][some_packing.text] + some_packing.position
                 hidden = encoder.run(self.tokens[some_source], some_packing, stop=stop)
                 if self._hidden is None:
