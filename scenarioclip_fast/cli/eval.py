@@ -51,7 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     probe.add_argument("--steps", type=int, default=1000, metavar="N", help="default: 1000")
     probe.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
     probe.add_argument("--lr", type=float, default=3e-3, help="default: 3e-3, falling to 0 along a cosine")
-    probe.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    probe.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="probes per task, whose mean counts (default: 3)"
+    )
     tsne = kinds.add_parser(
         "tsne",
         parents=[common, cached],
@@ -139,14 +141,14 @@ def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> Any
 
     with session.loader(args.split) as loader:
         result = zeroshot(
-            session.model, loader, loader.vocabulary, split=args.split, topk=args.top, world=session.world
+            session.model, loader, session.vocabulary, split=args.split, topk=args.top, world=session.world
         )
     if args.match != "both":
         result = result.only(args.match)
     if args.report is not None and session.world.leads:
         report.add_zeroshot(result)
         with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, loader.vocabulary)
+            samples = answer_samples(session.model, loader, session.vocabulary)
         metrics = session.trained.directory.parent / "metrics.jsonl"
         report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
     return result
@@ -159,7 +161,7 @@ def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> An
 
     with session.loader(args.split) as loader:
         result = retrieval(
-            session.model, loader, loader.vocabulary, split=args.split, topk=args.top, world=session.world
+            session.model, loader, session.vocabulary, split=args.split, topk=args.top, world=session.world
         )
     if args.report is not None and session.world.leads:
         note = (
@@ -180,7 +182,7 @@ def _probe(args: argparse.Namespace, session: Session, report: Report) -> Any:
 
     if args.split == "train":
         raise UserError("--split: got 'train', which the probe is trained on; expected test or val")
-    settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(args.seeds))
+    settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(range(args.seeds)))
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
     found = {split: split_features(session, split, cache=args.cache) for split in (*splits, args.split)}
     if "train" not in found:
@@ -214,10 +216,12 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
     from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
     from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.samples import answer_samples
-    from scenarioclip_fast.eval.tsne import embedding_map
+    from scenarioclip_fast.eval.tsne import check_sizes, embedding_map
     from scenarioclip_fast.requirements import require
 
-    require("sklearn.manifold")  # said before a large split is embedded
+    # before a large split is embedded
+    require("sklearn.manifold")
+    check_sizes(args.classes, args.views)
     features = split_features(session, args.split, [args.level], cache=args.cache)
     if not session.world.leads:
         return None
@@ -231,7 +235,7 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
         seed=args.seed,
     )
     with session.loader(args.split, whole=True) as loader:
-        samples = answer_samples(session.model, loader, loader.vocabulary, guesses=5)
+        samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
     note = (
         "Each point is a view, coloured by its class. Neighbourhoods are what to look at: distances between groups and "
         "their sizes mean nothing."
@@ -252,7 +256,7 @@ def _negatives(args: argparse.Namespace, session: Session, report: Report) -> An
 
     with session.loader(args.split) as loader:
         result = hard_negatives(
-            session.model, loader, loader.vocabulary, split=args.split, seed=args.seed, world=session.world
+            session.model, loader, session.vocabulary, split=args.split, seed=args.seed, world=session.world
         )
     if args.report is not None and session.world.leads:
         note = (

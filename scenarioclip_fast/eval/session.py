@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -31,14 +30,11 @@ class Session:
     decoder: str
     object_view: str
     relation_view: str
+    vocabulary: Vocabulary
 
     @property
     def model(self) -> ScenarioCLIP:
         return self.trained.model
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        return ShardSet(self.shards).vocabulary
 
     def scenes(self, split: str) -> int:
         """How many scenes a split has."""
@@ -47,10 +43,9 @@ class Session:
     def loader(self, split: str, *, whole: bool = False) -> SceneLoader:
         """This rank's share of a split, in order; or the whole of it.
 
-        Raises UserError where the data set has no such split or no scene in it; says so where texts of its
-        vocabulary are too long for the model.
+        UserError where the data set has no such split or no scene in it.
         """
-        loader = evaluation_loader(
+        return evaluation_loader(
             self.shards,
             self.batch_size,
             split=split,
@@ -61,14 +56,6 @@ class Session:
             relation_view=self.relation_view,
             world=ALONE if whole else self.world,
         )
-        try:
-            cut = TokenTable(loader.vocabulary, self.model.config.text).describe_truncated()
-        except UserError:
-            loader.close()
-            raise
-        if cut and self.world.leads:
-            print(cut, file=sys.stderr)
-        return loader
 
 
 @contextmanager
@@ -83,7 +70,9 @@ def open_session(
     object_view: str | None = None,
     relation_view: str | None = None,
 ) -> Iterator[Session]:
-    """Opens `checkpoint` on every rank that torchrun started, one process without it.
+    """Opens `checkpoint` on every rank that torchrun started, or in this process alone.
+
+    Says so where texts of the data set are too long for the model.
 
     Args:
         checkpoint, weights: as `open_checkpoint` takes them.
@@ -94,7 +83,7 @@ def open_session(
         object_view, relation_view: as `scene_loader` takes them; None: as the model was trained.
 
     Raises:
-        UserError: no such checkpoint or device.
+        UserError: no such checkpoint, data set or device, or texts that do not fit the model.
     """
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
@@ -102,4 +91,8 @@ def open_session(
     with join_world(device) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
         views = (object_view or trained.object_view or "masked", relation_view or trained.relation_view or "focused")
-        yield Session(trained, shards, world, batch_size, decoder, *views)
+        vocabulary = ShardSet(shards).vocabulary
+        cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
+        if cut and world.leads:
+            print(cut, file=sys.stderr)
+        yield Session(trained, shards, world, batch_size, decoder, *views, vocabulary)

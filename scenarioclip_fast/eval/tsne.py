@@ -76,10 +76,7 @@ def embedding_map(
         MissingDependencyError: scikit-learn is not installed.
     """
     manifold = require("sklearn.manifold")
-    if classes < 2:
-        raise UserError(f"classes: got {classes}, expected at least 2")
-    if views < MIN_VIEWS:
-        raise UserError(f"views: got {views}, expected at least {MIN_VIEWS}")
+    check_sizes(classes, views)
     rows = features.levels.get(level)
     texts = vocabulary.texts(level)
     counts = torch.zeros(len(texts), dtype=torch.int64) if rows is None else rows.text_id.bincount(minlength=len(texts))
@@ -108,6 +105,14 @@ def embedding_map(
         float((label[_nearest(image)] == label).float().mean()),
         sum(n * (n - 1) for n in same) / (total * (total - 1)),
     )
+
+
+def check_sizes(classes: int, views: int) -> None:
+    """UserError where a map of so few classes or views would show nothing."""
+    if classes < 2:
+        raise UserError(f"classes: got {classes}, expected at least 2")
+    if views < MIN_VIEWS:
+        raise UserError(f"views: got {views}, expected at least {MIN_VIEWS}")
 
 
 def _spread(rows: torch.Tensor, limit: int) -> torch.Tensor:

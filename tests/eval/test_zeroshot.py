@@ -4,90 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, random_hit_rate, zeroshot
 
-DIM = 24
-
-
-class Memory(nn.Module):
-    """A model whose embeddings are given: a view's first pixel is its row of a table, a text's is found by its ids."""
-
-    def __init__(self, vocabulary: Vocabulary, images: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.vocabulary, self.images = vocabulary, images
-        generator = torch.Generator().manual_seed(7)
-        self.texts = {level: torch.randn(len(vocabulary.texts(level)), DIM, generator=generator) for level in LEVELS}
-        self.modes: set[bool] = set()
-
-    def encode_image(self, pixels: Tensor, level: str) -> Tensor:
-        self.modes.add(self.training)
-        return self.images[level][pixels[:, 0, 0, 0].long()]
-
-    def encode_text(self, texts: list[list[int]], level: str) -> Tensor:
-        known = self.vocabulary.tokens(level)
-        return 3.0 * self.texts[level][[known.index(tokens) for tokens in texts]]
-
-
-def make_vocabulary() -> Vocabulary:
-    relations = [f"{a} {p} {b}" for a in ("cat", "dog") for p in ("on", "under") for b in ("box", "tree", "car")]
-    counts = {
-        "global": {f"action {i}": 5 for i in range(6)},
-        "object": {f"thing {i}": 2 for i in range(15)},
-        "relation": {text: 1 for text in sorted(relations)[::2]},
-    }
-    return Vocabulary(counts["global"], counts["object"], relations, counts)
-
-
-def make_batches(vocabulary: Vocabulary, scenes: int, seed: int) -> tuple[list[Batch], dict[str, Tensor]]:
-    """Ragged scenes (some without relations), and for each level a table of image embeddings near their texts."""
-    rng = random.Random(seed)
-    rows: dict[str, list[int]] = {level: [] for level in LEVELS}
-    batches = []
-    for start in range(0, scenes, 4):
-        count = min(4, scenes - start)
-        homes: dict[str, list[int]] = {"global": list(range(count)), "object": [], "relation": []}
-        for scene in range(count):
-            homes["object"] += [scene] * rng.randint(1, 5)
-            homes["relation"] += [scene] * rng.choice((0, 0, 1, 3))
-        ids, pixels = {}, []
-        for level in LEVELS:
-            ids[level] = torch.tensor(
-                [rng.randrange(len(vocabulary.texts(level))) for _ in homes[level]], dtype=torch.int64
-            )
-            first = len(rows[level])
-            rows[level] += ids[level].tolist()
-            numbers = torch.arange(first, first + len(ids[level]), dtype=torch.float32)
-            pixels.append(numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2))
-        batches.append(
-            Batch(
-                torch.cat(pixels),
-                [f"scene {start + i}" for i in range(count)],
-                torch.tensor(homes["object"], dtype=torch.int64),
-                torch.tensor(homes["relation"], dtype=torch.int64),
-                *(ids[level] for level in LEVELS),
-            )
-        )
-    generator = torch.Generator().manual_seed(seed)
-    texts = Memory(vocabulary, {}).texts
-    images = {
-        level: texts[level][rows[level]] + 1.2 * torch.randn(len(rows[level]), DIM, generator=generator)
-        for level in LEVELS
-    }
-    return batches, images
+Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
 
 def by_hand(
-    model: Memory, batches: list[Batch], level: str, match: str, k: int, train_counts: list[int], subset: str
+    model: Any, batches: list[Batch], level: str, match: str, k: int, train_counts: list[int], subset: str
 ) -> tuple[int, float, float]:
     """Views, accuracy and chance, view by view."""
     hits, chances = [], []
@@ -112,10 +45,9 @@ def by_hand(
     return len(hits), sum(hits) / len(hits), sum(chances) / len(chances)
 
 
-def test_equals_a_count_by_hand() -> None:
-    vocabulary = make_vocabulary()
-    batches, images = make_batches(vocabulary, 30, seed=0)
-    model = Memory(vocabulary, images).train()
+def test_equals_a_count_by_hand(drawn: Drawn) -> None:
+    model, batches, vocabulary = drawn(30, seed=0, noise=2.0)
+    model.train()
     result = zeroshot(model, batches, vocabulary, topk=(5, 1, 3), show_progress=False)
     assert (result.scenes, result.topk) == (30, (1, 3, 5))
     assert model.modes == {False}
@@ -148,13 +80,13 @@ def test_chance_is_what_random_rankings_score(k: int, classes: int) -> None:
     assert random_hit_rate(k, classes, right) == pytest.approx(float(measured), abs=0.014)
 
 
-def test_more_guesses_than_classes() -> None:
+def test_more_guesses_than_classes(memory: type[Any]) -> None:
     vocabulary = Vocabulary(["a", "b"], ["c"], [], {})
     pixels = torch.zeros(2, 3, 2, 2)
     none = torch.zeros(0, dtype=torch.int64)
     zero = torch.zeros(1, dtype=torch.int64)
     batch = Batch(pixels, ["scene"], zero, none, zero, zero, none)
-    model = Memory(vocabulary, {level: torch.ones(1, DIM) for level in LEVELS})
+    model = memory(vocabulary, {level: torch.ones(1, 24) for level in LEVELS})
     result = zeroshot(model, [batch], vocabulary, topk=(1, 10), show_progress=False)
     action = result.get("global", subset="all")
     assert action is not None
@@ -166,18 +98,27 @@ def test_more_guesses_than_classes() -> None:
     assert held_out is not None and held_out.views == 1
 
 
-def test_nothing_to_evaluate() -> None:
-    vocabulary = make_vocabulary()
-    model = Memory(vocabulary, {})
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
+def test_a_model_without_an_opinion_is_never_right(drawn: Drawn, value: float) -> None:
+    model, batches, vocabulary = drawn(10, seed=2)
+    for table in model.images.values():
+        table.fill_(value)
+    model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
+    for row in zeroshot(model, batches, vocabulary, topk=(1,), show_progress=False).rows:
+        assert row.top[1] == 0
+
+
+def test_nothing_to_evaluate(drawn: Drawn) -> None:
+    model, _, vocabulary = drawn(4, seed=0)
     with pytest.raises(UserError, match="no scenes"):
         zeroshot(model, [], vocabulary, show_progress=False)
     with pytest.raises(ValueError, match="topk"):
         zeroshot(model, [], vocabulary, topk=(0,), show_progress=False)
 
 
-def test_a_failing_loader_leaves_the_model_as_it_was() -> None:
-    vocabulary = make_vocabulary()
-    model = Memory(vocabulary, {}).train()
+def test_a_failing_loader_leaves_the_model_as_it_was(drawn: Drawn) -> None:
+    model, _, vocabulary = drawn(4, seed=0)
+    model.train()
 
     def broken() -> Iterator[Batch]:
         raise RuntimeError("disk")
@@ -188,10 +129,9 @@ def test_a_failing_loader_leaves_the_model_as_it_was() -> None:
     assert model.training
 
 
-def test_result_survives_json_and_prints_a_table() -> None:
-    vocabulary = make_vocabulary()
-    batches, images = make_batches(vocabulary, 12, seed=1)
-    result = zeroshot(Memory(vocabulary, images), batches, vocabulary, show_progress=False)
+def test_result_survives_json_and_prints_a_table(drawn: Drawn) -> None:
+    model, batches, vocabulary = drawn(12, seed=1)
+    result = zeroshot(model, batches, vocabulary, show_progress=False)
     assert ZeroShotResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     only = result.only("own")
     assert {row.match for row in only.rows} == {"own"}

@@ -1,0 +1,110 @@
+"""Hard negatives: never true of their image, drawn alike however the views come, and scored as by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scenarioclip_fast.data import Batch, Vocabulary
+from scenarioclip_fast.data.vocabulary import tokenize
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.negatives import Triple, draw, hard_negatives, parse_relations
+
+Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
+
+
+def test_relations_are_parsed_by_the_longest_names() -> None:
+    objects = ["light", "traffic light", "pole", "telephone pole", "man"]
+    relations = ["man next to telephone pole", "traffic light on pole", "man pole", "dog on man", "man on dog"]
+    found = dict(zip(sorted(relations), parse_relations(Vocabulary([], objects, relations)), strict=True))
+    assert found == {
+        "man next to telephone pole": Triple("man", "next to", "telephone pole"),
+        "traffic light on pole": Triple("traffic light", "on", "pole"),
+        "man pole": None,  # no predicate
+        "dog on man": None,
+        "man on dog": None,
+    }
+
+
+def test_a_negative_is_never_true_of_the_image() -> None:
+    triple, predicates = Triple("cat", "on", "box"), ["beside", "in", "on", "under"]
+    true = {"cat on box", "box on cat", "cat in box"}
+    for number in range(20):
+        found = draw(triple, true, predicates, number)
+        assert set(found) == {"predicate"}
+        assert found["predicate"] in {"cat beside box", "cat under box"}
+    assert draw(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
+    assert draw(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
+
+
+def test_every_predicate_is_drawn() -> None:
+    predicates = ["beside", "in", "on", "under"]
+    drawn = Counter(draw(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600))
+    assert set(drawn) == {"a beside b", "a in b", "a under b"}
+    # "on" passes its share on to "under"; six standard deviations below a quarter
+    assert min(drawn.values()) > 150 - 6 * 10.6
+
+
+def test_scores_as_by_hand(drawn: Drawn) -> None:
+    model, batches, vocabulary = drawn(40, seed=0, noise=3.0)
+    result = hard_negatives(model, batches, vocabulary, seed=5, show_progress=False)
+    triples = dict(zip(vocabulary.relations, parse_relations(vocabulary), strict=True))
+    points: dict[str, list[bool]] = {"swapped": [], "predicate": []}
+    row = 0
+    for batch in batches:
+        for i, home in zip(batch.relation_id.tolist(), batch.relation_scene.tolist(), strict=True):
+            triple = triples[vocabulary.relations[i]]
+            true = {vocabulary.relations[j] for j in batch.relation_id[batch.relation_scene == home].tolist()}
+            other = "under" if triple.predicate == "on" else "on"
+            negatives = {
+                "swapped": f"{triple.object} {triple.predicate} {triple.subject}",
+                "predicate": f"{triple.subject} {other} {triple.object}",
+            }
+            image = F.normalize(model.images["relation"][row], dim=-1)
+            row += 1
+            for kind, negative in negatives.items():
+                if negative not in true:
+                    texts = [tokenize(text) for text in (vocabulary.relations[i], negative)]
+                    right, wrong = F.normalize(model.encode_text(texts, "relation"), dim=-1) @ image
+                    points[kind].append(bool(right > wrong))
+    assert result.relations == row
+    for kind, own in points.items():
+        found = result.get(kind)
+        assert (found.questions, result.without[kind]) == (len(own), row - len(own))
+        assert found.accuracy == sum(own) / len(own)
+        assert 0.5 < found.accuracy < 1
+        named = [r for r in result.predicates if r.kind == kind]
+        assert {r.predicate for r in named} == {"on", "under"}
+        assert sum(r.questions for r in named) == found.questions
+        assert sum(r.questions * r.accuracy for r in named) == pytest.approx(sum(own))
+    # images that show both predicates leave no other one
+    assert result.without["predicate"] > 0 == result.without["swapped"]
+
+
+def test_neither_batches_nor_their_order_change_the_questions(drawn: Drawn) -> None:
+    model, batches, _ = drawn(40, seed=1)
+    # with eight predicates the choice has room to differ
+    words = ("cat on box", "dog under box", *(f"dog {i} car" for i in "abcdef"))
+    texts = [f"{a} {w.split()[1]} {b}" for w in words for a in ("cat", "dog") for b in ("box", "car", "tree")]
+    vocabulary = Vocabulary([], ["cat", "dog", "box", "car", "tree"], texts)
+    first = hard_negatives(model, batches, vocabulary, show_progress=False)
+    assert hard_negatives(model, batches[::-1], vocabulary, show_progress=False) == first
+    assert hard_negatives(model, batches, vocabulary, seed=1, show_progress=False) != first
+
+
+def test_guessing_is_one_half(drawn: Drawn) -> None:
+    model, batches, vocabulary = drawn(20, seed=0)
+    model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
+    for row in hard_negatives(model, batches, vocabulary, show_progress=False).rows:
+        assert row.accuracy == 0.5
+
+
+def test_no_relations(drawn: Drawn) -> None:
+    model, _, vocabulary = drawn(4, seed=0)
+    with pytest.raises(UserError, match="no relations"):
+        hard_negatives(model, [], vocabulary, show_progress=False)
