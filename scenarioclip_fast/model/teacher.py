@@ -63,6 +63,11 @@ class EMATeacher:
                     seen.add(id(p))
                     self._tensors[f"{prefix}.{name}"] = p.requires_grad_(False)
 
+    def refresh(self) -> None:
+        """Looks the averaged tensors up again, after FSDP2 has put sharded ones in their place."""
+        now = {f"{prefix}.{name}": p for prefix, e in self.encoders.items() for name, p in e.named_parameters()}
+        self._tensors = {name: now[name] for name in self._tensors}
+
     def decay_at(self, step: int) -> float:
         """The decay of update number `step`, counted from 0."""
         ramp = min(step / self.warmup, 1.0) if self.warmup else 1.0

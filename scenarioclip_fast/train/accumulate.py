@@ -35,7 +35,7 @@ class StepModule(nn.Module):
     def __init__(self, model: ScenarioCLIP, loss: ScenarioLoss) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.loss: nn.Module = loss
 
     def forward(self, run: Callable[[StepModule], T]) -> T:
         return run(self)

@@ -152,6 +152,8 @@ class TrainSection:
     # The step in so many pieces, the loss over the whole batch all the same: the activations of one piece in memory,
     # for one more forward pass of the trained blocks. Divides the scenes that each rank has of a batch.
     accumulate: int = 1
+    # On several ranks: "ddp" keeps everything on each of them, "fsdp" spreads what trains over them, for large towers
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False  # keeps each block's input alone: less memory, one more forward pass
     compile: bool = False  # torch.compile of the transformer blocks; the first steps take a minute or more
     # CUDA graphs of the compiled vision blocks, rows padded to few sizes: for small batches, where a GPU waits for
@@ -174,6 +176,8 @@ class TrainSection:
             raise UserError(
                 "train.cuda_graphs: got true, expected train.compile=true with it: compiled blocks have them"
             )
+        if self.cuda_graphs and self.parallel == "fsdp":
+            raise UserError("got train.cuda_graphs and train.parallel=fsdp, expected only one of them")
         if self.cuda_graphs and self.activation_checkpointing:
             raise UserError("got train.cuda_graphs and train.activation_checkpointing, expected only one of them")
 

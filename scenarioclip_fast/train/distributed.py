@@ -95,11 +95,13 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
         device_id=chosen if chosen.type == "cuda" else None,
     )
     watch = RankWatch(store, rank, size, timeout_s)
+    failed = True
     try:
         world = _world(chosen, timeout_s)
         yield world
         watch.stop()
         world.barrier()  # nobody leaves while another still listens for its heart
+        failed = False
     except BaseException as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_of_collectives(error):
             raise TrainingFailed(f"rank {rank} cannot go on: {watch.diagnose(error)}") from error
@@ -108,6 +110,8 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     finally:
         watch.stop()
         dist.destroy_process_group()
+        if failed:
+            watch.linger()
 
 
 def _world(device: torch.device, timeout_s: float) -> World:
@@ -157,6 +161,16 @@ class RankWatch:
             return str(self._store.compare_set("news", "", news).decode())
         except RuntimeError:  # the store has gone first
             return news
+
+    def linger(self) -> None:
+        """Leaves the store, which rank 0 may hold, to the others for a while: they end for the same reason."""
+        try:
+            self._store.add("left", 1)
+            end = time.monotonic() + 4 * self._every
+            while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < end:
+                time.sleep(0.05)
+        except RuntimeError:
+            return
 
     def diagnose(self, error: BaseException) -> str:
         """Why a collective has failed, as far as the ranks' hearts tell."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from scenarioclip_fast.train.config import OptimSection
 
@@ -21,10 +21,11 @@ def build_optimizer(model: nn.Module, loss: nn.Module, config: OptimSection) -> 
     scales = [p for p in loss.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2]
     plain = [p for p in trainable if p.ndim < 2]
-    (decayed if config.decay_logit_scale else plain).extend(scales)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
+        # A group of their own: one fused update does not take whole tensors together with sharded ones (FSDP2).
+        {"params": scales, "weight_decay": config.weight_decay if config.decay_logit_scale else 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -47,7 +48,7 @@ def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, clip_norm: float) -
 
     Returns the gradients' norm before clipping and whether the step was skipped (bool), both 0-d on the device.
     """
-    norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
+    norm = _total_norm(_gradients(optimizer))
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
     optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]  # as clip_grad_norm_
     optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -56,5 +57,16 @@ def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, clip_norm: float) -
     return norm, skipped
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all of them together, over all ranks where they are sharded; [] on the device."""
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    if not sharded:
+        return norm
+    of_all = torch.nn.utils.get_total_norm(sharded)
+    assert isinstance(of_all, DTensor)
+    return torch.hypot(norm, of_all.full_tensor())
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scenarioclip_fast.data import SceneLoader, Vocabulary
@@ -33,6 +34,7 @@ from scenarioclip_fast.train.checkpoint import (
 )
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import World
+from scenarioclip_fast.train.sharding import whole_tensor
 from scenarioclip_fast.train.weights import save_teacher
 
 Resume = bool | str | Path  # True or "auto", "best", or a checkpoint's path
@@ -263,18 +265,37 @@ class Saver:
 
     def export(self, directory: Path, vocabulary: Vocabulary) -> None:
         """All that an evaluation needs, in one directory that appears whole."""
+        model, teacher = self._whole_model(), self.state.teacher
+        averages = teacher.state_dict() if teacher is not None else None
+        if averages is not None:
+            averages["tensors"] = {name: whole_tensor(t) for name, t in averages["tensors"].items()}
         if self.world.leads:
             temporary = directory.with_name(f".writing-{directory.name}")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            self.state.model.save_pretrained(temporary)
+            model.save_pretrained(temporary)
             vocabulary.save(temporary / "vocabulary.json")
             self.config.save(temporary / "config.yaml")
-            if self.state.teacher is not None:
-                save_teacher(self.state.teacher, temporary / "teacher.safetensors")
+            if averages is not None:
+                save_teacher(averages, temporary / "teacher.safetensors")
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         self.world.barrier()
+
+    def _whole_model(self) -> ScenarioCLIP:
+        """The model; where its weights are spread over the ranks, on the leading one a copy in host memory."""
+        model, whole = self.state.model, {}
+        state = model.state_dict()
+        if not any(isinstance(t, DTensor) for t in state.values()):
+            return model
+        for name, t in state.items():
+            gathered = whole_tensor(t)
+            if self.world.leads:
+                whole[name] = gathered.cpu()
+        if self.world.leads:
+            model = ScenarioCLIP(model.config)
+            model.load_state_dict(whole)
+        return model
 
 
 def checkpoints_of(config: TrainConfig, world: World) -> Checkpoints:

@@ -32,6 +32,7 @@ from scenarioclip_fast.train.distributed import join_world
 from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
 from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, prepare_run_dir
+from scenarioclip_fast.train.sharding import shard
 from scenarioclip_fast.train.weights import load_initial_weights
 
 _FEW_KEYS = 10  # in a message
@@ -171,7 +172,7 @@ class Trainer:
         ).to(world.device)
         self.module = StepModule(self.model, self.loss).train()
         self.parallel: nn.Module = self.module
-        if world.size > 1:
+        if world.size > 1 and config.train.parallel == "ddp":
             self.parallel = _data_parallel(self.module)
         self.teacher: EMATeacher | None = None
         if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
@@ -186,6 +187,8 @@ class Trainer:
             self.model.compile_blocks(config.train.cuda_graphs)
             if self.teacher is not None:
                 self.teacher.compile_blocks(config.train.cuda_graphs)
+        if world.size > 1 and config.train.parallel == "fsdp":
+            self.parallel = shard(self.module, self.teacher, world)
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
         self.total_steps = self._count_steps()
         self._peak: float | None = None
@@ -269,8 +272,9 @@ class Trainer:
         raise UserError("no budget: set one of train.steps, train.epochs and train.views")
 
     def _describe(self) -> str:
-        trained = sum(p.numel() for p in self.parallel.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parallel.parameters())
+        parameters = [*self.model.parameters(), *self.loss.parameters()]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() for p in parameters)
         ranks = f" x {self.world.size} ranks" if self.world.size > 1 else ""
         return (
             f"{self.config.model.variant}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters train, "

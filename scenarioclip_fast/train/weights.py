@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.requirements import require
 
 
@@ -46,9 +47,8 @@ def _copy_levels(model: ScenarioCLIP, other: ScenarioCLIP, path: str | Path) -> 
             )
 
 
-def save_teacher(teacher: EMATeacher, path: Path) -> None:
-    """The averaged tensors as safetensors; step, decay, warm-up and scope in its metadata."""
-    state = teacher.state_dict()
+def save_teacher(state: dict[str, Any], path: Path) -> None:
+    """EMATeacher's state: the averaged tensors as safetensors; step, decay, warm-up and scope in its metadata."""
     tensors = {name: t.contiguous() for name, t in state.pop("tensors").items()}
     require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
 

@@ -108,9 +108,11 @@ class ForkServer:
         *options: str,
         ranks: int = 1,
         last_rank: Sequence[str] = (),
+        poisoned: Sequence[int] = (),
         keys: Path | None = None,
     ) -> Running:
-        """last_rank: options for that one alone; keys: a file that gets the scenes of each step and rank."""
+        """last_rank, poisoned: options, and steps (from 1) with pixels that are not finite, for that rank alone; keys:
+        a file that gets the scenes of each step and rank."""
         run = Path(config.run.dir)
         run.parent.mkdir(parents=True, exist_ok=True)
         path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
@@ -122,8 +124,15 @@ class ForkServer:
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             environment = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}} if ranks > 1 else {}
-            arguments = ["train", "-c", str(path), *options, *(last_rank if rank == ranks - 1 else ())]
-            pids.append(self.ask({"args": arguments, "env": environment, "log": str(log), "keys": keys and str(keys)}))
+            last = rank == ranks - 1
+            request = {
+                "args": ["train", "-c", str(path), *options, *(last_rank if last else ())],
+                "env": environment,
+                "log": str(log),
+                "keys": None if keys is None else str(keys),
+                "poisoned": list(poisoned) if last else [],
+            }
+            pids.append(self.ask(request))
         return Running(self, pids, log)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Runs `scenarioclip-fast` in forks of one process that has imported everything: a run starts in no time.
 
-A line of JSON asks for a run or waits for one: {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null} is
-answered with its process id, {"wait": PID, "seconds": S} with its exit code (negative: the signal), or null.
+A line of JSON asks for a run or waits for one: {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
+"poisoned": [STEP, ...]} is answered with its process id, {"wait": PID, "seconds": S} with its exit code (negative: the
+signal), or null.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from typing import Any, NoReturn
 
 from scenarioclip_fast.cli import main
@@ -21,27 +23,31 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["env"])
-    if request["keys"]:
-        write_keys(request["keys"])
+    meddle(request["keys"], request["poisoned"])
     code = 1
     try:
         code = main.main(request["args"])
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def write_keys(path: str) -> None:
-    """Appends each step and the scenes that this rank sees in it."""
+def meddle(keys: str | None, poisoned: list[int]) -> None:
+    """Appends each step and the scenes that this rank sees in it to a file; spoils the pixels of some steps."""
     train_step = trainer.Trainer.train_step
 
-    def noted(self: trainer.Trainer, batch: Any) -> None:
+    def meddled(self: trainer.Trainer, batch: Any) -> None:
+        if self.step + 1 in poisoned:
+            batch.pixels.fill_(float("nan"))
         train_step(self, batch)
-        with open(path, "a") as file:
-            file.write(json.dumps([self.step, batch.keys]) + "\n")
+        if keys is not None:
+            with open(keys, "a") as file:
+                file.write(json.dumps([self.step, batch.keys]) + "\n")
 
-    trainer.Trainer.train_step = noted  # type: ignore[method-assign]
+    trainer.Trainer.train_step = meddled  # type: ignore[method-assign]
 
 
 def wait(pid: int, seconds: float) -> int | None:

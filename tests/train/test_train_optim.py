@@ -28,10 +28,11 @@ def make_model() -> nn.Module:
 def test_decay_reaches_matrices_only(decay_scale: bool) -> None:
     model, loss = make_model(), Scales()
     optimizer = build_optimizer(model, loss, OptimSection(decay_logit_scale=decay_scale))
-    decayed, plain = optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
-    expected = [model[0].weight] + ([loss.logit_scale] if decay_scale else [])
-    assert [id(p) for p in decayed["params"]] == [id(p) for p in expected]
+    decayed, plain, scales = optimizer.param_groups
+    rates = [group["weight_decay"] for group in (decayed, plain, scales)]
+    assert rates == [0.2, 0.0, 0.2 if decay_scale else 0.0]
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert [id(p) for p in scales["params"]] == [id(loss.logit_scale)]
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad}
 

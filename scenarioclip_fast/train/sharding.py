@@ -1,0 +1,56 @@
+"""FSDP2: trained weights, their gradients, moments and averages spread over the ranks, for towers that are too large.
+
+A stage of an encoder (embedding, norm, block, head) is gathered when it runs and let go again. Frozen weights stay
+whole on every rank: they have no gradients, moments or averages, and so take 4 bytes each where a trained weight takes
+16 to 20. The loss's temperatures are scalars, which cannot be cut: DistributedDataParallel averages their gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from scenarioclip_fast.model import EMATeacher
+from scenarioclip_fast.train.accumulate import StepModule
+from scenarioclip_fast.train.distributed import World
+
+# The terms of the loss are views, and nobody changes them in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Module:
+    """Spreads what trains in `step`, and its averages in `teacher`, over all ranks, in place; before the optimiser.
+
+    The gradients are averaged over the ranks, as the losses of this package expect.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    with torch.no_grad():
+        for p in step.parameters():
+            dist.broadcast(p, 0, group=world.group)
+    whole = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
+    step.loss = DistributedDataParallel(step.loss, gradient_as_bucket_view=True)
+    encoders = list(step.model.encoders())
+    if teacher is not None:  # below the same root, which gathers one stage while another runs
+        averaged = list(dict.fromkeys(teacher.encoders.values()))
+        step.teacher = nn.ModuleList(averaged)
+        encoders += averaged
+    for encoder in encoders:
+        for stage in encoder.stages:
+            if any(p not in whole for p in stage.parameters()):
+                fully_shard(stage, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    fully_shard(step, mesh=mesh, ignored_params=whole)
+    if teacher is not None:
+        teacher.refresh()
+    return step
+
+
+def whole_tensor(t: Tensor) -> Tensor:
+    """A tensor that may be spread over the ranks, gathered; then all ranks call it together."""
+    return t.full_tensor() if isinstance(t, DTensor) else t

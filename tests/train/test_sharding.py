@@ -1,0 +1,98 @@
+"""FSDP2 on two CPU ranks against DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
+
+Make = Callable[..., TrainConfig]
+# Two blocks, the first frozen and run once for all levels: sharded and whole weights side by side.
+TOWERS = (
+    "model.text.layers=2",
+    "model.freeze.text_blocks=1",
+    "model.vision.layers=2",
+    "model.freeze.vision_blocks=1",
+)
+
+
+def rows(config: TrainConfig) -> list[dict[str, Any]]:
+    found = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
+
+
+def weights(config: TrainConfig, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run.dir) / "model" / file)
+
+
+def checkpoint(config: TrainConfig, step: int) -> Path:
+    return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def assert_close(a: TrainConfig, b: TrainConfig, start: int = 0) -> None:
+    """`a`, begun at step `start`, trained as `b` did."""
+    for mine, theirs in zip(rows(a), rows(b)[start:], strict=True):
+        # float32 sums in another order, magnified step by step
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    for file in ("model.safetensors", "teacher.safetensors"):
+        assert weights(a, file).keys() == weights(b, file).keys()
+        for name, w in weights(a, file).items():
+            # Adam turns a gradient near 0 into a step of the size of the rate, either way
+            torch.testing.assert_close(w, weights(b, file)[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [TOWERS, (*TOWERS, "train.activation_checkpointing=true", "loss.teacher_scope=all"), ("train.accumulate=2",)],
+    ids=["frozen blocks", "checkpointing", "in pieces"],
+)
+def test_the_same_training_as_without_sharding(small: Make, fork_server: Any, overrides: tuple[str, ...]) -> None:
+    ddp, fsdp = (
+        small("train.steps=6", f"train.parallel={kind}", "optim.lr=1e-4", *overrides, run=kind)
+        for kind in ("ddp", "fsdp")
+    )
+    fork_server.start(ddp, ranks=2).finish()
+    fork_server.start(fsdp, ranks=2).finish()
+    assert_close(fsdp, ddp)
+    saved = FileSystemReader(checkpoint(fsdp, 6)).read_metadata().state_dict_metadata
+    chunks = {name: len(entry.chunks) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+    block = "vision.global.blocks.1.expand.weight" if TOWERS[0] in overrides else "vision.global.blocks.0.expand.weight"
+    for part in ("model", "teacher", "optimizer/model"):
+        name = f"run.{part}/{block}" + ("/exp_avg" if part.startswith("optimizer") else "")
+        assert chunks[name] == 2, name  # half of it on each rank
+
+
+def test_checkpoints_go_from_any_number_of_ranks_to_any(small: Make, fork_server: Any) -> None:
+    def run(name: str, ranks: int, *options: str) -> TrainConfig:
+        config = small("train.steps=6", "train.checkpoint_every=3", "train.parallel=fsdp", "optim.lr=1e-4", run=name)
+        fork_server.start(config, *options, ranks=ranks).finish()
+        return config
+
+    one, two = run("one", 1), run("two", 2)
+    assert_close(two, one)
+    again = run("again", 2, "--resume", str(checkpoint(two, 3)))
+    assert rows(again) == rows(two)[3:]
+    for file in ("model.safetensors", "teacher.safetensors"):
+        assert all(torch.equal(w, weights(two, file)[name]) for name, w in weights(again, file).items())
+    assert_close(run("from one to two", 2, "--resume", str(checkpoint(one, 3))), one, start=3)
+    assert_close(run("from two to one", 1, "--resume", str(checkpoint(two, 3))), two, start=3)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_steps_that_are_not_finite_are_skipped_on_every_rank(small: Make, fork_server: Any, parallel: str) -> None:
+    config = small("train.steps=6", f"train.parallel={parallel}")
+    out = fork_server.start(config, ranks=2, poisoned=[3]).finish()  # one rank's pixels
+    assert [row["skipped"] for row in rows(config)] == [0, 0, 1, 0, 0, 0]
+    assert out.count("step 3 skipped: loss nan, gradient norm nan; scenes") == 1
+    assert all(row["loss"] is not None for row in rows(config)[3:])
+    assert all(torch.isfinite(w).all() for w in weights(config).values())
