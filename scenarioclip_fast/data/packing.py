@@ -358,7 +358,7 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._finisher.shutdown(cancel_futures=True)
+        self._finisher.shutdown()  # what is being finished is worth waiting for
         for shard in self._open.values():
             with suppress(OSError):  # of a disk without room, which has been reported
                 shard.tar.close()

@@ -110,6 +110,8 @@ class Stage:
             record = json.loads(line) if line.endswith(b"\n") else {}
         except ValueError:
             return None
+        if not isinstance(record, dict):
+            return None
         if first:
             return _JOURNAL if record.get("fingerprint") == fingerprint else None
         path = self.path / str(record.get("name"))

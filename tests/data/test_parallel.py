@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +52,26 @@ def test_an_error_comes_through() -> None:
 def test_a_process_that_dies_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="a worker process died"):
         list(ordered_map(die_at_seven, range(20), 2))
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    code = (
+        "import time\n"
+        "from scenarioclip_fast.data.parallel import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    results = ordered_map(abs, range(1000), 2)\n"
+        "    next(results)\n"
+        "    print('running', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None and parent.stdout.readline() == "running\n"
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        finally:
+            parent.kill()
+    assert len(children) >= 2
+    limit = time.monotonic() + 60
+    while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not left, "a process waits for a parent that is gone"

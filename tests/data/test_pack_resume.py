@@ -1,0 +1,377 @@
+"""Packing that is killed and started again. Run as a script, this file is the process whose children are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import Scene, generate_scenes, pack
+from scenarioclip_fast.data.decode import TorchDecoder
+from scenarioclip_fast.data.synthetic import write_reference_layout
+
+# How often each kind of run is killed at a random moment; 20 takes minutes.
+KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "3"))
+SHARD = 7
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())} if directory.exists() else {}
+
+
+def quiet(source: Any, out: Path, **options: Any) -> Any:
+    return pack(source, out, progress=False, **{"shard_size": SHARD} | options)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Scene]:
+    return [replace(scene, split=None) for scene in generate_scenes(60, seed=2)]
+
+
+@pytest.fixture(scope="module")
+def published(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some scenes are bad, in whole or in part, so that what is rejected must come out the same too."""
+    directory = tmp_path_factory.mktemp("published") / "set"
+    write_reference_layout(drawn, directory)
+    images = sorted((directory / "images").iterdir())
+    for path in images[::9]:
+        path.write_bytes(path.read_bytes()[:500])
+    for path in sorted((directory / "sam_results").iterdir())[4::9]:
+        path.unlink()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tars(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tars")
+    pack(drawn, directory / "pack", shard_size=20, progress=False)
+    (directory / "set").mkdir()
+    for i, path in enumerate(sorted((directory / "pack").glob("*.tar"))):
+        damaged = bytearray(path.read_bytes())
+        damaged[3000:3100] = b"?" * 100
+        (directory / "set" / f"{i}.tar").write_bytes(damaged)
+    return directory / "set"
+
+
+class Interrupted:
+    """Counts what is decoded and, after `n` images, interrupts as Ctrl-C does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+        self.left, self.decoded = n, 0
+        decode = TorchDecoder.decode
+
+        def counted(decoder: TorchDecoder, images: Any) -> Any:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left, self.decoded = self.left - 1, self.decoded + 1
+            return decode(decoder, images)
+
+        monkeypatch.setattr(TorchDecoder, "decode", counted)
+
+
+@pytest.mark.parametrize("kind", ["published", "tars"])
+def test_it_goes_on_after_the_last_finished_shard(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source, out = request.getfixturevalue(kind), tmp_path / "out"
+    quiet(source, tmp_path / "undisturbed")
+    command = ["pack", str(source), "--out", str(out), "--shard-size", str(SHARD)]
+    images = Interrupted(monkeypatch, 40)
+    assert main(command) == 130
+    said = re.search(r"\.out\.partial keeps (\d) finished shards: the same command goes on", capsys.readouterr().err)
+    assert said is not None and not out.exists()
+    kept = int(said[1])
+    assert kept >= 3 and len(list((tmp_path / ".out.partial").glob("*.tar"))) - kept in (0, 1)
+    images.left, images.decoded = 1000, 0
+    assert main(command) == 0
+    assert f"going on after the {kept} shards that the run before has finished" in capsys.readouterr().err
+    assert images.decoded <= 60 - (kept - 1) * SHARD, "what was finished is not read again"
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int = 40) -> Path:
+    with monkeypatch.context() as patch:
+        Interrupted(patch, n)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(source, out)
+    return out.parent / f".{out.name}.partial"
+
+
+def test_another_source_or_other_options_start_anew(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(published, source)
+    stage = interrupted(source, out, monkeypatch)
+    mended = sorted((source / "images").iterdir())[0]
+    mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
+    assert len(list(stage.glob("*.tar"))) >= 3
+    pack(source, out, shard_size=SHARD)
+    assert "nothing of it can be used: packing from the start" in capsys.readouterr().err
+    quiet(source, tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):
+        shutil.rmtree(out)
+        interrupted(source, out, monkeypatch)
+        pack(source, out, **{"shard_size": SHARD} | options)
+        assert "packing from the start" in capsys.readouterr().err
+        quiet(source, tmp_path / str(options), **options)
+        assert contents(out) == contents(tmp_path / str(options))
+
+
+def _tear(stage: Path) -> None:
+    journal = stage / "journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 30)
+
+
+def _zeros(stage: Path) -> None:
+    journal = stage / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + bytes(4096))
+
+
+def _cut(stage: Path) -> None:
+    os.truncate(sorted(stage.glob("train-*.tar"))[1], 1024)
+
+
+# What is left: so many shards, or (from 0 down) so many less than were there, or none
+SPOILED: dict[str, tuple[Callable[[Path], Any], int | None]] = {
+    "torn line": (_tear, -1),
+    "zeros behind": (_zeros, 0),
+    "shard lost": (lambda stage: sorted(stage.glob("train-*.tar"))[2].unlink(), 2),
+    "shard cut": (_cut, 1),
+    "journal lost": (lambda stage: (stage / "journal.jsonl").unlink(), None),
+    "journal of nonsense": (lambda stage: (stage / "journal.jsonl").write_bytes(b"[]\n\n"), None),
+    "something else there": (lambda stage: (stage / "index.json").write_bytes(b"{"), 0),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_a_journal_says_is_checked(
+    case: str, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    spoil, kept = SPOILED[case]
+    stage = interrupted(tars, tmp_path / "out", monkeypatch)
+    if kept is not None and kept <= 0:
+        kept += len((stage / "journal.jsonl").read_bytes().splitlines()) - 1
+    spoil(stage)
+    pack(tars, tmp_path / "out", shard_size=SHARD)
+    said = capsys.readouterr().err
+    assert kept is None or f"going on after the {kept} shards" in said
+    assert kept is not None or "going on" not in said
+    quiet(tars, tmp_path / "undisturbed")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kind", ["published", "tars"])
+def test_a_pack_that_is_up_to_date_is_left_alone(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(request.getfixturevalue(kind), source)
+    command = ["pack", str(source), "--out", str(out)]
+    images = Interrupted(monkeypatch, 1000)
+    assert main(command) == 0
+    first, before = images.decoded, contents(out)
+    table = capsys.readouterr().out
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "nothing to do" in printed.err and printed.out == table and images.decoded == first
+    assert quiet(source, out, shard_size=1000).up_to_date and not (tmp_path / ".out.partial").exists()
+    assert main([*command, "--force"]) == 0
+    assert images.decoded == 2 * first and contents(out) == before, "packing again gives the same bytes"
+    for spoil in (
+        lambda: os.truncate(out / "train-000000.tar", 512),
+        lambda: (out / "index.json").write_text("{}"),
+        lambda: (out / "source.json").unlink(),
+        lambda: os.utime(next(path for path in sorted(source.rglob("*.[jt][pa][gr]"))), (1, 1)),
+    ):
+        spoil()
+        assert not quiet(source, out, shard_size=1000).up_to_date
+        assert contents(out).keys() == before.keys()
+        assert all(data == before[name] for name, data in contents(out).items() if name != "source.json")
+
+
+def test_scenes_from_memory_are_packed_from_the_start(
+    drawn: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 40)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(drawn, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "nothing is kept that cannot be gone on with"
+    quiet(drawn, tmp_path / "out")
+    assert not quiet(drawn, tmp_path / "out").up_to_date
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing past `size` bytes fails, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("room", [20_000, 130_000])
+def test_no_room(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
+    quiet(tars, tmp_path / "undisturbed")
+    largest = max(path.stat().st_size for path in (tmp_path / "undisturbed").iterdir())
+    assert largest > room
+    command = ["pack", str(tars), "--out", str(tmp_path / "out"), "--shard-size", str(SHARD)]
+    with file_size_limit(room):
+        assert main(command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and "File too large" in lines[-1] and ".out.partial" in lines[-1]
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def run_children(*arguments: object) -> dict[str, Any]:
+    """This file as a script: it loads the package once, and packs in children of it, which are killed."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# Starting processes takes seconds: one kill of that kind will do where many are not asked for.
+RUNS = [("published", 1, KILLS), ("tars", 1, KILLS), ("tars", 2, KILLS if KILLS > 3 else 1)]
+
+
+@pytest.mark.parametrize(("kind", "workers", "kills"), [*RUNS, ("published", 2, KILLS)] if KILLS > 3 else RUNS)
+def test_killed_at_random_moments(
+    kind: str, workers: int, kills: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    result = run_children("random", request.getfixturevalue(kind), tmp_path, kills, workers)
+    print(kind, workers, result)
+    assert sum(result["killed"].values()) == kills and result["orphans"] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed") != {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"], "no temporary files are left"
+
+
+def test_killed_at_every_step_that_touches_the_disk(tars: Path, tmp_path: Path) -> None:
+    steps = run_children("steps", tars, tmp_path, 1 if KILLS > 3 else 5)["steps"]
+    assert steps >= 50, "shards, journal, the other files, moving, clearing up"
+
+
+def _forked(source: str, out: Path, **options: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            quiet(source, out, **options)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def _end(pid: int) -> bool:
+    """Waits. Whether the child was killed; False if it came to its end."""
+    status = os.waitpid(pid, 0)[1]
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "packing failed"
+    return os.WIFSIGNALED(status)
+
+
+def _phase(out: Path) -> str:
+    stage = out.parent / f".{out.name}.partial"
+    if (out / "source.json").exists() or (stage / "manifest.json").exists():
+        return "moving"
+    return "packing" if list(stage.glob("*.tar")) else "starting"
+
+
+def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dict[str, Any]:
+    undisturbed, out = directory / "undisturbed", directory / "out"
+    start = time.monotonic()
+    assert not _end(_forked(source, undisturbed, workers=workers))
+    whole = time.monotonic() - start
+    killed: Counter[str] = Counter()
+    orphans: set[int] = set()
+    rng = random.Random(kills + workers)
+    while killed.total() < kills:
+        pid = _forked(source, out, workers=workers)
+        time.sleep(rng.triangular(0, 1.1 * whole, whole))  # more often late, when there is more to lose
+        with suppress(FileNotFoundError):
+            orphans |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        os.kill(pid, signal.SIGKILL)
+        if _end(pid):
+            killed[_phase(out)] += 1
+        else:
+            assert contents(out) == contents(undisturbed)
+            shutil.rmtree(out)
+    assert not _end(_forked(source, out, workers=workers))
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and (orphans := {pid for pid in orphans if Path(f"/proc/{pid}").exists()}):
+        time.sleep(0.1)
+    return {"killed": dict(killed), "orphans": len(orphans)}
+
+
+def _kill_at(n: int) -> None:
+    """From now on this process is killed right before its `n`-th step that touches the disk."""
+    count = 0
+
+    def counted(step: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def _kill_at_every_step(source: str, directory: Path, stride: int) -> dict[str, Any]:
+    old, new, out = directory / "old", directory / "new", directory / "out"
+    quiet(source, old, shard_size=4)
+    quiet(source, new, shard_size=20)
+    whole = [contents(old), contents(new)]
+    n = 1
+    while True:
+        shutil.copytree(old, out)
+        pid = os.fork()
+        if pid == 0:
+            _kill_at(n)
+            quiet(source, out, shard_size=20)
+            os._exit(0)
+        killed = _end(pid)
+        assert not (out / "manifest.json").exists() or contents(out) in whole, f"step {n}: half a pack with a manifest"
+        assert not _end(_forked(source, out, shard_size=20))
+        assert contents(out) == whole[1], f"step {n}"
+        assert sorted(path.name for path in directory.iterdir()) == ["new", "old", "out"], f"step {n}"
+        shutil.rmtree(out)
+        if not killed:
+            return {"steps": n}
+        n += stride
+
+
+if __name__ == "__main__":
+    mode, source_, directory_, *numbers = sys.argv[1:]
+    job = {"random": _random_kills, "steps": _kill_at_every_step}[mode]
+    print(json.dumps(job(source_, Path(directory_), *map(int, numbers))))
