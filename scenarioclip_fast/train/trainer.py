@@ -191,6 +191,11 @@ class Trainer:
             self.parallel = shard(self.module, self.teacher, world)
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
         self.total_steps = self._count_steps()
+        traced = config.train.profile
+        if traced is not None and traced[0] > self.total_steps:
+            raise UserError(
+                f"train.profile: got {list(traced)}, expected steps of the run, which has {self.total_steps}"
+            )
         self._peak: float | None = None
         if world.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(world.device), config.run.precision)
@@ -302,8 +307,10 @@ class Trainer:
             self._wait.step_begins(waited)
             self.train_step(batch)
             self._wait.step_ends()
+            ended = time.perf_counter()
             if profile is not None and (written := profile.after(self.step)):
                 self._say(written)
+                self._pending.started += time.perf_counter() - ended
             save = self.step % train.checkpoint_every == 0
             alone = self.world.size == 1 and self._stop is not None
             if save or alone or self.step % train.log_every == 0 or self.step == self.total_steps:

@@ -223,6 +223,7 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
         (("run.device=abacus",), r"run\.device: got 'abacus'"),
         (("model.init=/nowhere",), r"model\.init: /nowhere does not exist"),
         (("run.dir=/proc/nowhere",), r"run\.dir: cannot write"),
+        (("train.profile=[3, 4]",), r"train\.profile: got \[3, 4\], expected steps of the run, which has 2"),
         ((), r"no budget: set one of train\.steps"),
     ],
 )
