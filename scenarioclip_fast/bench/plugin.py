@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class _Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._timed: dict[str, Any] | None = None  # until its teardown has passed too
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as out:
@@ -56,9 +57,13 @@ class _Lines:
             self._write({"name": name, "outcome": "left out", "reason": reason.removeprefix("Skipped: ")})
         elif report.failed:
             # Whatever was timed before the failure is not reported.
+            self._timed = None
             self._write({"name": name, "outcome": "failed", "reason": _reason(report.longreprtext)})
         elif call.when == "call":
-            self._write(_measured(item, name, report.duration))
+            self._timed = _measured(item, name, report.duration)
+        if call.when == "teardown" and self._timed is not None:
+            self._write(self._timed)
+            self._timed = None
         return report
 
 

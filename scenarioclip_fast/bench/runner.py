@@ -133,8 +133,6 @@ def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
             note = f"pytest ended with code {process.returncode}: " + log.read_text(errors="replace").strip()[-1000:]
             # Not one benchmark for this device in the file: nothing went wrong.
             note = "nothing for this device" if process.returncode == 5 else note
-    failed = {row["name"] for row in rows if row["outcome"] == "failed"}  # in its teardown, after it was timed
-    rows = [row for row in rows if row["outcome"] != "measured" or row["name"] not in failed]
     of = {kind: [row for row in rows if row["outcome"] == kind] for kind in ("measured", "left out", "failed")}
     keys = ("name", "group", "form", "samples", "clock", "extra", "took")
     return Part(

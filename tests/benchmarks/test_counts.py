@@ -1,0 +1,58 @@
+"""Bytes and operations of the roofline, against small cases counted by hand."""
+
+from __future__ import annotations
+
+import bench_contrastive
+import bench_distillation
+import bench_views
+import pytest
+import torch
+
+from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
+
+
+def scene() -> Scene:
+    mask = torch.zeros(80, 120, dtype=torch.bool)
+    mask[10:30, 20:60] = True
+    objects = [
+        SceneObject("a", (20, 10, 60, 30), rle.encode(mask)),
+        SceneObject("b", (20, 10, 60, 30), rle.encode(mask)),
+    ]
+    return Scene("x", torch.zeros(80, 120, 3, dtype=torch.uint8), "none", objects, [Relation(0, "on", 1)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "operations"),
+    [
+        # 80 x 80 is shown of 120 x 80, at 40 pixels: f = 2, so 8 taps.
+        ("global", 3 * 80 * 80, 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
+        # Two boxes of 40 x 20; what is around them is black whatever it was.
+        ("object", 3 * 2 * 40 * 20, 2 * 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
+        # Two masks of 1,200 bytes; the blur is two passes of 17 taps over the three colours.
+        (
+            "relation",
+            3 * 80 * 80 + 2 * 80 * 120 // 8,
+            3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40) + 20 * 80 * 80 + 3 * 2 * 2 * 17 * 80 * 80,
+        ),
+    ],
+)
+def test_views(kind: str, read: int, operations: int) -> None:
+    views = Views.of_scenes([scene()])
+    views = views.select(views.kind == bench_views.KINDS[kind])
+    pixels = 40 * 40 * len(views)
+    assert bench_views.bytes_to_move([scene()], views, pixels, 4) == read + pixels * 3 * 4
+    assert bench_views.operations(views, 40) == operations
+
+
+def test_distillation() -> None:
+    batch = bench_distillation.batch("cpu")
+    s, t, p, d = 1006, 128, 1006, 512
+    assert bench_distillation.bytes_to_move(batch) == 4 * (2 * s + t) * d + (8 + 8 + 4) * p
+    assert bench_distillation.operations(batch) == 5 * (s + t) * d + 6 * p * d
+
+
+def test_contrastive() -> None:
+    phases = {phase: bench_contrastive.needed(phase) for phase in ("forward", "backward", "forward + backward")}
+    # The floor of kernels/contrastive/README.md: four products, one forward and three backward.
+    assert [products for _, products in phases.values()] == [1, 3, 4]
+    assert [numbers for numbers, _ in phases.values()] == [2, 4, 6]

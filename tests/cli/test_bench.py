@@ -1,0 +1,238 @@
+"""`bench`: what is run becomes a record, what is wrong or late does not, and records become reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scenarioclip_fast
+from scenarioclip_fast.bench import plugin, runner
+from scenarioclip_fast.bench.record import FILE, Absent, Part, Record, Result, read_record, unit_of
+from scenarioclip_fast.bench.report import markdown, part_table, roofline_table, roofs, write_report
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.errors import UserError
+
+SOURCE = """
+import time
+import pytest
+
+@pytest.mark.parametrize("way", ["theirs", "ours: quick", "ours: wrong", "ours: absent", "ours: late"])
+def test_it(benchmark, way):
+    if way == "ours: absent":
+        pytest.skip("no such device")
+    made = []
+    benchmark.group = "sums"
+    benchmark.pedantic(lambda n: made.append(n), setup=lambda: ((3,), {}), rounds=4, warmup_rounds=2)
+    benchmark.extra_info.update(scenes=2, odd=object())
+    assert benchmark.stats.stats.median > 0
+    assert made == [3] * 6
+    assert way != "ours: wrong", "off by one"
+
+def test_device(benchmark):
+    benchmark.group = "sums"
+    benchmark.extra_info.update(form="ours: device", device_seconds=[0.5, 0.25])
+    benchmark.pedantic(time.time, rounds=2)
+
+@pytest.fixture
+def breaks():
+    yield
+    raise RuntimeError("in the end")
+
+def test_teardown(benchmark, breaks):
+    benchmark.pedantic(time.time, rounds=2)
+
+@pytest.mark.gpu
+def test_elsewhere(benchmark):
+    raise AssertionError("chosen on a CPU")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
+    """Puts benchmark files in the place of the checkout's."""
+
+    def make(files: dict[str, str]) -> Path:
+        folder = tmp_path / "benchmarks"
+        folder.mkdir()
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+        for name, source in files.items():
+            (folder / f"bench_{name}.py").write_text(source)
+        monkeypatch.setattr(scenarioclip_fast, "__file__", str(tmp_path / "scenarioclip_fast" / "__init__.py"))
+        root = str(Path(runner.__file__).parents[2])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+        return tmp_path / "record"
+
+    return make
+
+
+@pytest.mark.parametrize("library", ["pytest-benchmark", "none"])
+def test_what_is_measured_and_what_is_not(
+    library: str, checkout: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if library == "none":
+        monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:benchmark")
+    else:
+        pytest.importorskip("pytest_benchmark")
+    out = checkout({"sums": SOURCE})
+    assert main(["bench", "--out", str(out), "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "bench sums: 7/7" in printed.err and "error: not everything was measured: sums" in printed.err
+    (part,) = read_record(out).parts
+    assert [r.form for r in part.results] == ["theirs", "ours: quick", "ours: late", "ours: device"]
+    assert [len(r.samples) for r in part.results] == [4, 4, 4, 2]
+    assert [r.clock for r in part.results] == ["host"] * 3 + ["device"]
+    assert part.results[3].samples == [0.5, 0.25]
+    assert part.results[0].extra["scenes"] == 2 and "object" in part.results[0].extra["odd"]
+    assert part.left_out == [Absent("test_it[ours: absent]", "no such device")]
+    assert [(a.name, a.reason.splitlines()[0]) for a in part.failed] == [
+        ("test_it[ours: wrong]", "AssertionError: off by one"),
+        ("test_teardown", "RuntimeError: in the end"),
+    ]
+    assert part.command == "pytest benchmarks/bench_sums.py -m 'not gpu'" or part.command.startswith("OMP_NUM_THREADS")
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "off by one" in (out / "report.md").read_text()
+
+
+def test_a_late_file_leaves_what_it_measured(checkout: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = "import time\ndef test_a(benchmark): benchmark.pedantic(time.time)\ndef test_b(benchmark): time.sleep(60)\n"
+    out = checkout({"slow": slow, "broken": "import nothing_of_this_name\n"})
+    record, _ = runner.measure([], out, device="cpu", limit=6)
+    parts = {part.name: part for part in record.parts}
+    assert [r.name for r in parts["slow"].results] == ["test_a"]
+    assert parts["slow"].exit is None and "stopped after 6 s" in parts["slow"].note and not parts["slow"].ok
+    assert "No module named 'nothing_of_this_name'" in parts["broken"].failed[0].reason
+    assert "failed: benchmarks/bench_broken.py: ModuleNotFoundError" in capsys.readouterr().err
+    # Measured again: its part is replaced, the other one stays.
+    (out.parent / "benchmarks" / "bench_broken.py").write_text("def test_c(benchmark): benchmark.pedantic(int)\n")
+    again, _ = runner.measure(["broken"], out, device="cpu")
+    assert [part.name for part in again.parts] == ["broken", "slow"] and again.parts[0].ok
+    assert read_record(out).parts == again.parts
+
+
+def test_choice() -> None:
+    files = runner.benchmark_files()
+    assert next(iter(files)) == "ceilings"
+    assert {"contrastive", "views", "distillation", "ceilings"} <= set(runner.chosen(["kernels"]))
+    assert {"step", "end_to_end"} <= set(runner.chosen(["step"])) and "views" not in runner.chosen(["step"])
+    assert set(runner.chosen(["data"])) == {"data"} and set(runner.chosen([])) == set(files)
+    assert set(runner.chosen(["views", "data"])) == {"views", "data"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["kernel"], "bench: got 'kernel', expected kernels, data, step, or one of "),
+        (["--report", "nowhere"], "nowhere: no record here, expected a directory that holds record.json, or that file"),
+        (["views", "--report", "nowhere"], "bench: got views and --report: either measure or report"),
+        (["--limit", "0"], "--limit: got 0, expected seconds above 0"),
+        (["--device", "cuda"], "--device cuda: no GPU is visible to torch"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["bench", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenarioclip_fast, "__file__", str(tmp_path / "site" / "scenarioclip_fast" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not part of the installed package: run it in a checkout"):
+        runner.benchmark_files()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a record"),
+        ('{"format": 99}', "got format 99, expected 1"),
+        ("[]", "not a record"),
+        ('{"format": 1}', "not a record"),
+        ('{"format": 1, "machine": {}, "parts": [{"name": "x"}]}', "not a record"),
+    ],
+)
+def test_unreadable_records(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_record(tmp_path)
+
+
+def result(form: str, samples: list[float], group: str = "g", **extra: Any) -> Result:
+    return Result(f"test[{form}]", group, form, samples, extra=extra)
+
+
+def record_of(*results: Result, name: str = "here", device: str = "a processor") -> Record:
+    part = Part("part", "pytest x", "c" * 40, "2026-01-02T03:04:05+00:00", 1.0, 0, {}, {}, list(results))
+    machine = {"device": device, "kind": "cpu", "versions": {"python": "3"}}
+    return Record(machine, [part], name)
+
+
+def test_another_machines_record_is_not_mixed_in(tmp_path: Path) -> None:
+    record_of(result("ours", [1.0])).write(tmp_path)
+    with pytest.raises(UserError, match="holds a record of another machine"):
+        runner.measure(["ceilings"], tmp_path, device="cpu")
+
+
+def test_samples_survive(tmp_path: Path) -> None:
+    record = record_of(result("ours", [0.1, 1e-7, 3.0], scenes=3, odd="[1, 2]"), name=tmp_path.name)
+    record.write(tmp_path)
+    assert read_record(tmp_path) == record
+    assert "[0.1, 1e-07, 3.0]" in (tmp_path / FILE).read_text()
+
+
+def test_forms_are_compared_by_what_they_did() -> None:
+    """Two scenes in 1 s are as fast as four in 2 s."""
+    results = [result("theirs", [6.0], scenes=2), result("ours", [1.0, 2.0, 9.0], scenes=4)]
+    assert unit_of(results) == "scene" and unit_of([results[0], result("x", [1.0])]) == "call"
+    table = part_table(record_of(*results).parts[0])
+    assert [row[1:6] for row in table.rows] == [
+        ["ours", "500 ms", "250 ms to 2.25 s", "3", ""],
+        ["theirs", "3 s", "3 s to 3 s", "1", "6.00 x"],
+    ]
+
+
+def test_no_ratio_without_ours() -> None:
+    assert [row[5] for row in part_table(record_of(result("a", [1.0]), result("b", [2.0])).parts[0]).rows] == ["", ""]
+
+
+def test_roofline() -> None:
+    ceilings = [
+        result("copy", [2.0, 1.0, 3.0], "ceilings", bytes=100.0, operations=0, threads=2, ceiling="copy"),
+        result("product", [0.5], "ceilings", bytes=1.0, operations=500.0, threads=2, ceiling="product"),
+    ]
+    kernel = result("ours", [4.0], bytes=200.0, operations=1500.0, threads=2)
+    (roof,) = roofs(record_of(*ceilings, kernel, result("theirs", [5.0], bytes=1, operations=1, threads=2)))
+    assert (roof.copy, roof.product, roof.floor) == (100.0, 1000.0, 2.0)  # 200 / 100 outweighs 1500 / 1000
+    row = roofline_table(record_of(*ceilings, kernel)).rows[0]
+    assert row[4:] == ["2 s (copy)", "4 s", "50 %"]
+    # Ceilings of another number of threads say nothing.
+    other = result("ours", [4.0], bytes=200.0, operations=1500.0, threads=1)
+    assert roofline_table(record_of(*ceilings, other)).rows[0][4:] == ["not yet measured", "4 s", "not yet measured"]
+
+
+def test_report_of_several_records(tmp_path: Path) -> None:
+    both = result("ours", [1.0], bytes=2.0, operations=3.0)
+    records = [
+        record_of(both, result("a|b", [4.0]), name="first"),
+        record_of(both, name="second", device="<another>"),
+    ]
+    page = write_report(records, tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 2 and "&lt;another&gt;" in page
+    text = (tmp_path / "report.md").read_text()
+    assert text == markdown(records) and "| g | ours | 1 s | 1 s |" in text and "a\\|b" in text
+
+
+def test_the_stand_in() -> None:
+    timer = plugin.Timer("name")
+    assert timer.pedantic(lambda a, b=0: a + b, args=(1,), kwargs={"b": 2}, rounds=3) == 3
+    stats = timer.stats.stats
+    assert len(stats.data) == 3 and min(stats.data) == stats.min <= stats.median <= stats.max
