@@ -189,7 +189,7 @@ def run(benchmark: Any, way: str, preset: str, work: Work, device: str, rounds: 
     benchmark.pedantic(once, rounds=rounds, warmup_rounds=1 if device == "cpu" else 3)
     seconds = benchmark.stats.stats.median
     info = benchmark.extra_info
-    info["scenes_per_s"] = work.batch.num_scenes / seconds
+    info["scenes"] = work.batch.num_scenes
     info["views"] = len(work.batch.pixels)
     info["threads"] = torch.get_num_threads()
     config = step.model.config
