@@ -264,6 +264,19 @@ def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> Non
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--shard-size", "0"]) == 2
 
 
+def test_texts_that_are_no_unicode(own_source: Path, tmp_path: Path) -> None:
+    metadata = json.loads((own_source / "metadata.json").read_text())
+    metadata["data"][0]["action"] = "half a \ud800 character"
+    metadata["data"][1]["id"] = "\ud800"
+    metadata["data"][2]["objects"][0][0] = "\udfff"
+    (own_source / "metadata.json").write_text(json.dumps(metadata))
+    (own_source / "classes.json").unlink()
+    quiet(own_source, tmp_path / "out", val=0, test=0)
+    assert "half a character" in Vocabulary.load(tmp_path / "out" / "vocabulary.json").actions
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
+    assert "\ud800" in "".join(row["entry"] for row in rows)
+
+
 def test_real_photos(photos: Path, tmp_path: Path) -> None:
     report = quiet(photos, tmp_path / "out")
     assert report.rejected == {}

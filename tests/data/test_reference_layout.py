@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -456,6 +457,85 @@ def test_memory_is_not_asked_for_before_the_header_is_checked(
     path = _npz(tmp_path / "a.npz", mask=_npy_header(shape, "|b1"))
     with pytest.raises(ValueError, match=message):
         read_masks(path, ["cat"], (4, 4))
+
+
+def test_the_shape_is_checked_before_the_data_are_read(tmp_path: Path) -> None:
+    # A gigabyte of zeros takes a megabyte in the file: nothing of it may be unpacked for an image of 4 x 4.
+    path = _npz(tmp_path / "a.npz", mask=_npy_header((1, 1, 1 << 15, 1 << 14), "|b1") + bytes(1 << 20))
+    read = zipfile.ZipExtFile.read
+    sizes: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile.ZipExtFile, "read", lambda file, n=-1: (sizes.append(n), read(file, n))[1])
+        with pytest.raises(ValueError, match=r"got mask \[1, 1, 32768, 16384\], expected \[1, k, 4, 4\]"):
+            read_masks(path, ["cat"], (4, 4))
+    assert sizes and min(sizes) >= 0 and max(sizes) < 1000
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_unpacks_without_a_bound_is_refused(tmp_path: Path, method: int) -> None:
+    good = _npy(np.ones((1, 1, 4, 4), bool))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        archive.writestr("mask.npy", good)
+    with pytest.raises(ValueError, match=f"got mask in zip compression {method}"):
+        read_masks(tmp_path / "a.npz", ["cat"], (4, 4))
+
+
+def test_a_long_header_is_refused(tmp_path: Path) -> None:
+    bomb = b"\x93NUMPY\x02\x00" + (1 << 31).to_bytes(4, "little") + b" " * (1 << 16)
+    with pytest.raises(ValueError, match=r"npy version \(2, 0\)"):
+        read_masks(_npz(tmp_path / "a.npz", mask=bomb), ["cat"], (4, 4))
+
+
+def test_a_long_table_of_contents_is_refused(tmp_path: Path) -> None:
+    good = _npy(np.ones((1, 1, 4, 4), bool))
+    path = _npz(tmp_path / "a.npz", mask=good)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(12_000):
+            archive.writestr(f"a-member-with-quite-a-long-name-{i:030}", b"")
+    with pytest.raises(ValueError, match=r"got a table of contents of \d{7} bytes, expected at most"):
+        read_masks(path, ["cat"], (4, 4))
+    whole = _npz(tmp_path / "b.npz", mask=good).read_bytes()
+    for name, end in {"huge": whole[-22:-10] + b"\xff" * 4 + whole[-6:], "other end": whole[-22:]}.items():
+        path.write_bytes(whole[:-22] + end + (b"PK\5\6" + b"\xff" * 18) * (name == "other end"))
+        with pytest.raises(ValueError, match=r"got a table of contents of 4294967295 bytes"):
+            read_masks(path, ["cat"], (4, 4))
+    path.write_bytes(whole[:-22] + b"PK\6\7" + bytes(16) + whole[-22:])
+    with pytest.raises(ValueError, match="zip64"):
+        read_masks(path, ["cat"], (4, 4))
+
+
+def test_large_files_are_not_read(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(data.npz, **data.arrays)
+    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
+    scenes, (rejection,) = data.load()
+    assert not scenes and rejection.reason == "image_too_large" and "bytes, the limit is" in rejection.detail
+    monkeypatch.undo()
+    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
+    _, rejected = data.load()
+    assert rejected[0].reason == "bad_masks" and "bytes, expected at most" in rejected[0].detail
+
+
+def test_pipes_are_not_waited_for(data: DataSet) -> None:
+    data.image.unlink()
+    os.mkfifo(data.image)
+    _, (rejection,) = data.load()
+    assert rejection.reason == "missing_image" and "not a regular file" in rejection.detail
+    data.image.unlink()
+    data.image.write_bytes(jpeg())
+    data.npz.unlink()
+    os.mkfifo(data.npz)
+    _, rejected = data.load()
+    assert rejected[0].reason == "bad_masks" and "not a regular file" in rejected[0].detail
+
+
+def test_half_characters_are_dropped(data: DataSet) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+    data.entry["action"] = "sit\ud800ting"
+    (scene,), rejected = data.load()
+    assert scene.action == "sitting" and not rejected
+    data.entry["image_path"] = "images/\ud800.jpg"
+    _, (rejection,) = data.load()
+    assert rejection.reason == "unsafe_path"
 
 
 def test_damaged_npz_files(tmp_path: Path) -> None:
