@@ -128,6 +128,8 @@ def test_cuda_graphs_want_a_gpu(small: Make) -> None:
     both = ("train.compile=true", "train.cuda_graphs=true", "train.activation_checkpointing=true")
     with pytest.raises(UserError, match=r"train\.cuda_graphs and train\.activation_checkpointing, expected only one"):
         small(*both)
+    with pytest.raises(UserError, match=r"train\.cuda_graphs and train\.parallel=fsdp, expected only one"):
+        small("train.compile=true", "train.cuda_graphs=true", "train.parallel=fsdp")
 
 
 @pytest.mark.gpu
