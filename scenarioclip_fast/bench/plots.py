@@ -35,7 +35,8 @@ def bars(part: Part, out: Path) -> Path:
     groups = part.groups()
     with rc_context(STYLE):
         heights = [0.75 + 0.27 * len(results) for results in groups.values()]
-        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        figure = Figure(figsize=(10, sum(heights)))
+        figure.set_layout_engine("constrained", h_pad=0.09)
         panels = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for axes, (group, results) in zip(panels, groups.items(), strict=True):
             unit = unit_of(results)
