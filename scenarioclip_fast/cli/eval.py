@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         object_view=args.object_view,
         relation_view=args.relation_view,
     ) as session:
+        if session.world.leads:
+            _make_places(args)
         average = ", EMA teacher" if args.weights == "teacher" else ""
         report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
         result = _KINDS[args.kind](args, session, report)
@@ -127,11 +129,26 @@ def run(args: argparse.Namespace) -> int:
             return 0
         print(result)
         if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         if args.report is not None:
             print(f"report: {report.write(args.report / 'report.html')}")
     return 0
+
+
+def _make_places(args: argparse.Namespace) -> None:
+    """Directories for what will be written: what is wrong with them is said before the work."""
+    from scenarioclip_fast.errors import UserError
+
+    for option in ("report", "cache"):
+        directory = getattr(args, option, None)
+        if directory is not None:
+            if directory.exists() and not directory.is_dir():
+                raise UserError(f"--{option}: {directory} is a file; name a directory")
+            directory.mkdir(parents=True, exist_ok=True)
+    if args.json is not None:
+        if args.json.is_dir():
+            raise UserError(f"--json: {args.json} is a directory; name a file")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> Any:
@@ -242,7 +259,10 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
     )
     picture = map_picture(found, args.report / "map.png")
     report.sections.append(Section(f"Map of the {args.level} embeddings", *found.table(), picture, note))
-    note = "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts."
+    note = (
+        "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts. A "
+        "frame is green where the nearest text is the true one, amber where a later one is."
+    )
     report.sections.append(
         Section("Nearest texts", picture=nearest_sheet(samples, args.report / "nearest.png"), note=note)
     )

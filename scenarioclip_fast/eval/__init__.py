@@ -1,4 +1,4 @@
-"""Evaluation: zero-shot accuracies with their chance levels, pictures of a run, and its report."""
+"""Evaluation: five kinds of questions to a model, each answer with its level of chance; pictures and reports."""
 
 from __future__ import annotations
 
@@ -7,17 +7,43 @@ from typing import TYPE_CHECKING
 from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
+    from scenarioclip_fast.eval.negatives import NegativesResult, hard_negatives
+    from scenarioclip_fast.eval.probe import ProbeResult, ProbeSettings, linear_probe
     from scenarioclip_fast.eval.report import Report
+    from scenarioclip_fast.eval.retrieval import RetrievalResult
     from scenarioclip_fast.eval.samples import SampleScene, answer_samples
+    from scenarioclip_fast.eval.session import Session, open_session
+    from scenarioclip_fast.eval.tsne import EmbeddingMap, embedding_map
     from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
 else:
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "negatives": ["NegativesResult", "hard_negatives"],
+            "probe": ["ProbeResult", "ProbeSettings", "linear_probe"],
             "report": ["Report"],
+            "retrieval": ["RetrievalResult"],
             "samples": ["SampleScene", "answer_samples"],
+            "session": ["Session", "open_session"],
+            "tsne": ["EmbeddingMap", "embedding_map"],
             "zeroshot": ["Accuracy", "ZeroShotResult"],
         },
     )
 
-__all__ = ["Accuracy", "Report", "SampleScene", "ZeroShotResult", "answer_samples"]
+__all__ = [
+    "Accuracy",
+    "EmbeddingMap",
+    "NegativesResult",
+    "ProbeResult",
+    "ProbeSettings",
+    "Report",
+    "RetrievalResult",
+    "SampleScene",
+    "Session",
+    "ZeroShotResult",
+    "answer_samples",
+    "embedding_map",
+    "hard_negatives",
+    "linear_probe",
+    "open_session",
+]

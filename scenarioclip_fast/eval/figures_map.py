@@ -34,7 +34,7 @@ def map_picture(found: EmbeddingMap, out: Path) -> Path:
             axes.scatter(
                 x[own],
                 y[own],
-                s=22,
+                s=min(40, max(10, 12_000 / len(x))),
                 color=colours[i % 10],
                 marker=_MARKERS[i // 10 % len(_MARKERS)],
                 edgecolor="white",
@@ -111,7 +111,7 @@ def _texts(axes: Any, answer: Answer, colour: str) -> None:
     for y, (text, score, rank) in enumerate(lines):
         true = text == answer.truth
         axes.barh(y, max(score, 0.0), 0.8, color=RIGHT if true else colour, alpha=0.45 if true else 0.18)
-        name = textwrap.shorten(f"{rank}. {text}", 38, placeholder="…")
+        name = textwrap.shorten(f"{rank}. {text}", 36, placeholder="…")
         mark = TICK if true and rank == 1 else CROSS if rank == 1 else ""
         weight = "bold" if true else "normal"
         axes.text(0.01, y, f"{mark} {name}".strip(), va="center", fontsize=7, fontweight=weight)

@@ -152,6 +152,9 @@ def test_two_ranks_say_what_one_process_says(place: Path, tmp_path: Path, capsys
         ("tsne", ["--classes", "1"], "classes: got 1, expected at least 2"),
         ("tsne", ["--views", "1"], "views: got 1, expected at least 10"),
         ("negatives", ["--batch-size", "0"], "--batch-size: got 0"),
+        ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file; name a directory"),
+        ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file; name a directory"),
+        ("retrieval", ["--json", "{place}/model"], "model is a directory; name a file"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -159,7 +162,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     if kind == "tsne":
         pytest.importorskip("sklearn")
-    assert main(command(place, kind, *options)) == 2
+    assert main(command(place, kind, *(option.format(place=place) for option in options))) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("error: ") and message in errors[0]
