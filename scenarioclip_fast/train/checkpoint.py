@@ -124,7 +124,8 @@ class Checkpoints:
         temporary = self.directory / f"{_WRITING}{final.name}-{self._attempts}"
         publish = partial(self._publish, temporary, final, {"schema": _SCHEMA, "step": step, **meta})
         if self._stager is None:
-            gpu = torch.cuda.is_available()  # pinned buffers, and copies that do not wait for one another
+            # Pinned buffers, and copies that do not wait for one another.
+            gpu = any(isinstance(value, Tensor) and value.is_cuda for value in state.values())
             self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
         future = async_save(
             {_ROOT: dict(state)},
@@ -179,6 +180,10 @@ class _Writer(FileSystemWriter):
 
 def examine(path: Path) -> Checkpoint:
     """Reads what a checkpoint says about itself; BadCheckpoint when it is not whole."""
+    if not (path / _META).is_file():
+        raise BadCheckpoint(
+            f"{path}: no checkpoint, for there is no {_META}" if path.exists() else f"{path}: not there"
+        )
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         if meta["schema"] != _SCHEMA:

@@ -128,7 +128,8 @@ def _meet(size: int, timeout_s: float) -> tuple[Store, int]:
     try:
         store, rank, _ = next(rendezvous("env://", timeout=patience))
     except ValueError as error:  # a variable is missing
-        raise UserError(f"WORLD_SIZE is {size}, but {_first_line(error)}: start the ranks with torchrun") from None
+        what = _first_line(error).rpartition("rendezvous: ")[2]
+        raise UserError(f"WORLD_SIZE is {size}, but {what}: start the ranks with torchrun") from None
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"the {size} ranks did not meet at {address}: {_first_line(error)}") from None

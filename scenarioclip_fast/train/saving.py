@@ -181,7 +181,10 @@ class Saver:
             return [*notes, f"resumed from {found.path} at step {self.state.progress.step}"]
         if not paths:
             return [f"nothing to resume in {self.config.run.dir}: starting from step 0"]
-        raise UserError(f"--resume: no checkpoint that can be read: {'; '.join(problems)}")
+        way_out = (
+            "set another run.dir to start anew" if _is_auto(resume) else "expected auto, best, or a checkpoint's path"
+        )
+        raise UserError(f"--resume: nothing that can be read: {'; '.join(problems)}; {way_out}")
 
     def _finish(self, then: str = "; the run goes on", last: bool = False) -> None:
         pending, self._pending = self._pending, None
@@ -198,7 +201,7 @@ class Saver:
 
     def _candidates(self, resume: Resume) -> list[Path]:
         """What to try, in this order; the leading rank chooses, so that all ranks resume from the same one."""
-        if resume is True or resume == "auto":
+        if _is_auto(resume):
             paths = self.checkpoints.paths()
         elif resume == "best":
             best = self.checkpoints.best()
@@ -317,6 +320,10 @@ def prepare_run_dir(config: TrainConfig, world: World, resume: Resume) -> None:
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {config.run.dir}: {error.strerror}") from None
     world.barrier()
+
+
+def _is_auto(resume: Resume) -> bool:
+    return resume is True or resume == "auto"
 
 
 def _of_rank(rank: int) -> str:

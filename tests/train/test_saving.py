@@ -1,0 +1,77 @@
+"""When a run saves, and what it can be taken up from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.trainer import Trainer
+
+Make = Callable[..., TrainConfig]
+
+
+def steps(config: TrainConfig) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in (Path(config.run.dir) / "checkpoints").iterdir())
+
+
+def meta_file(config: TrainConfig, step: int) -> Path:
+    return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}" / "meta.json"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_by_the_clock_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
+    # 6 ms, which two steps take: every log interval, on the leading rank's word, and no step in between
+    config = small("train.steps=8", "train.checkpoint_minutes=1e-4", "train.keep_checkpoints=9")
+    fork_server.start(config, ranks=ranks).finish()
+    assert steps(config) == [3, 6, 8]
+
+
+def test_the_mean_loss_is_that_of_the_steps_before(small: Make) -> None:
+    config = small("train.steps=4", "train.checkpoint_every=2")
+    Trainer(config).fit()
+    losses = [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
+    for step in (2, 4):
+        assert json.loads(meta_file(config, step).read_text())["loss"] == pytest.approx(sum(losses[:step]) / step)
+
+
+def test_resume_from_the_best(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=3")
+    Trainer(config).fit()
+    file = meta_file(config, 2)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "loss": 0.0}))
+    assert Trainer(config, resume="best").fit().completed
+    assert "step-00000002 at step 2" in capsys.readouterr().err
+    assert steps(config) == [2, 4, 6]
+
+
+def test_resume_from_another_run(small: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(small("train.steps=2")).fit()
+    result = Trainer(small("train.steps=3", run="other"), resume=tmp_path / "run").fit()
+    assert result.step == 3
+    assert "run/checkpoints/step-00000002 at step 2" in capsys.readouterr().err
+
+
+def test_a_run_with_nothing_but_damage_does_not_start_anew(small: Make) -> None:
+    config = small("train.steps=4", "train.checkpoint_every=2")
+    Trainer(config).fit()
+    for step in (2, 4):
+        meta_file(config, step).unlink()
+    with pytest.raises(UserError, match=r"step-00000004: no checkpoint.*step-00000002: no.*set another run\.dir"):
+        Trainer(config, resume="auto").fit()
+    assert steps(config) == [2, 4]
+
+
+def test_teachers_come_and_go(small: Make) -> None:
+    config = small("train.steps=2", "loss.distillation_scale=0")
+    Trainer(config).fit()
+    assert Trainer(small("train.steps=3"), resume=True).fit().completed  # with one from now on
+    with pytest.raises(UserError, match=r"lacks \d+ tensors of this run, such as teacher/"):
+        Trainer(small("train.steps=4", "loss.teacher_scope=all"), resume=True).fit()
+    assert Trainer(small("train.steps=4", "loss.distillation_scale=0"), resume=True).fit().completed
