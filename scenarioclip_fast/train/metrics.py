@@ -111,7 +111,7 @@ class DataWait:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event if device.type == "cuda" else None
+        self._device = device
         self._host: list[float] = []
         self._gaps: list[tuple[Any, Any]] = []  # events: the end of a step, the start of the next
         self._end: Any = None
@@ -119,26 +119,25 @@ class DataWait:
     def step_begins(self, waited: float) -> None:
         """`waited`: seconds that the host waited for the step's batch."""
         self._host.append(waited)
-        if self._event is not None:
+        if self._device.type == "cuda":
             start = self._recorded()
             self._gaps.append((self._end or start, start))
 
     def step_ends(self) -> None:
         """Everything of the step is on its way to the device."""
-        if self._event is not None:
+        if self._device.type == "cuda":
             self._end = self._recorded()
 
     def take(self) -> float:
         """Seconds since the last call. The device must be done with the steps."""
         host, gaps, self._host, self._gaps = self._host, self._gaps, [], []
-        if self._event is None:
+        if self._device.type != "cuda":
             return sum(host)
         return sum(min(wait, end.elapsed_time(start) / 1e3) for wait, (end, start) in zip(host, gaps, strict=True))
 
     def _recorded(self) -> Any:
-        assert self._event is not None
-        event = self._event(enable_timing=True)
-        event.record()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

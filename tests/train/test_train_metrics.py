@@ -108,14 +108,16 @@ def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatc
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "of cuda:1"
             self.at = now
 
         def elapsed_time(self, end: Event) -> float:
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    wait = DataWait(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    wait = DataWait(torch.device("cuda:1"))
 
     def step(begins: float, ends: float, host: float) -> None:
         nonlocal now
