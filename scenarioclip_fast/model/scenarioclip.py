@@ -67,6 +67,9 @@ class ScenarioCLIP(nn.Module):
 
     `vision[level]` and `text[level]` are whole encoders; `tokens` is the TokenTable of `set_vocabulary`, or
     None.
+
+    `torch.compile` takes an encoder whole. Around the whole model it gives the same numbers, but its graph breaks where
+    the host counts the distinct texts of a batch and looks up their frozen features: prefer `compile_blocks`.
     """
 
     def __init__(self, config: ModelConfig) -> None:

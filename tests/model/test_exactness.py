@@ -21,7 +21,7 @@ from scenarioclip_fast.model import (
     VisionConfig,
     VisionEncoder,
 )
-from scenarioclip_fast.model.encoders import Encoder
+from scenarioclip_fast.model.encoders import Encoder, Packing
 
 LEVELS = ("global", "object", "relation")
 END = 30  # the last id of the small vocabulary
@@ -300,6 +300,28 @@ def test_checkpointing_and_compiling_change_nothing(variant: str) -> None:
     for i in range(2, 6):
         # The same operations in the same order up to fusion.
         torch.testing.assert_close(results[i], results[i % 2], rtol=1e-10, atol=1e-10)
+
+
+def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
+    torch._dynamo.reset()
+    model = make(FREEZES["reference"])
+    for kind in ("vision", "text"):
+        encoder = getattr(model, kind)["object"]
+        compiled = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=True)
+        for n in (3, 5):
+            lengths = torch.arange(2, 2 + n)
+            total = int(lengths.sum())
+            tokens = torch.randint(END, (total,))
+            texts = (tokens, Packing.of_lengths(lengths, total, n + 1))
+            inputs = (torch.randn(n, 3, 16, 16, dtype=torch.float64),) if kind == "vision" else texts
+            results = []
+            for form in (encoder, compiled):
+                model.zero_grad()
+                out = form(*inputs)
+                out.sin().sum().backward()
+                results.append((out.detach(), {k: p.grad for k, p in encoder.named_parameters() if p.requires_grad}))
+            # As above.
+            torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
 def test_encoding_alone_equals_encoding_in_a_batch() -> None:
