@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,19 +49,20 @@ def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, and prints the table."""
     from scenarioclip_fast.cli.train import STOPPED
     from scenarioclip_fast.errors import UserError
-    from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, plan_ablation, run_ablation
+    from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation, run_ablation
 
-    # argparse gives `--variants a b key=value` the override as well
-    names = [text for text in args.variants or DEFAULT_VARIANTS if "=" not in text]
-    overrides = [text for text in [*args.overrides, *(args.variants or ())] if "=" in text]
-    paths = [text for text in args.overrides if "=" not in text]
+    # argparse counts what follows `--variants a b` among the variants, a path and changes too
+    asked = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]
+    names = [text for text in asked if text in VARIANTS or not ("=" in text or Path(text).is_dir())]
+    overrides = [text for text in [*args.overrides, *asked] if "=" in text]
+    paths = [text for text in [*args.overrides, *asked] if "=" not in text and text not in names]
     if len(paths) > 1:
         raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; changes are given as key=value")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     overrides += [f"data.shards={path}" for path in paths]
     own = {name: changes for name, *changes in args.variant}
-    variants = plan_ablation(args.config, overrides, names, own)
+    variants = plan_ablation(args.config, overrides, names or DEFAULT_VARIANTS, own)
     ablation = run_ablation(variants, args.split, args.batch_size)
     if ablation.leads:
         print(ablation)

@@ -178,6 +178,8 @@ def plan_ablation(
         if name in VARIANTS or not _NAME.fullmatch(name):
             problem = "is a built-in one" if name in VARIANTS else "can be no directory's name"
             raise UserError(f"variant {name!r} {problem}; expected a new name of letters, digits, '.', '_' and '-'")
+        if not changes:
+            raise UserError(f"variant {name!r}: got no changes, expected key=value after its name")
         wanted[name] = [*(f"{key}={value}" for key, value in METHOD.items()), *changes]
     variants: list[Variant] = []
     for name, changes in wanted.items():

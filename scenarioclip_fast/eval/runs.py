@@ -60,9 +60,10 @@ class Run:
             return "finished"
         if not self.rows:
             return "no step yet"
-        total = self.config.get("train.steps")
+        total = self.config.get("train.steps")  # a budget of epochs or views does not say
+        of = f" of {total:,}" if total else ""
         unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if self.idle >= s or s == 1)
-        return f"step {self.rows[-1]['step']:,}{f' of {total:,}' * bool(total)}, {self.idle / seconds:.0f} {unit} ago"
+        return f"step {self.rows[-1]['step']:,}{of}, {self.idle / seconds:.0f} {unit} ago"
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:

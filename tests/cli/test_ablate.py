@@ -186,8 +186,8 @@ def test_a_variant_that_fails_is_reported_and_the_rest_goes_on(
     monkeypatch.setattr(Trainer, "fit", fail)
     shutil.copytree(ablation / "full", tmp_path / "full")
     own = ["--variant", "hot", "optim.lr=5", "--variant", "warm", "optim.lr=2e-3", "train.steps=2"]
-    # overrides after --variants count as overrides
-    command = ["ablate", str(shards), "--variants", "full", *SMALL, f"run.dir={tmp_path}"]
+    # what follows --variants and is no variant counts as usual
+    command = ["ablate", "--variants", "full", str(shards), *SMALL, f"run.dir={tmp_path}"]
     assert main([*command, *own]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["chance", "full", "warm"]
@@ -225,6 +225,8 @@ def test_plans() -> None:
         (["{shards}", "--variant", "full", "optim.lr=1"], "is a built-in one"),
         (["{shards}", "--variant", "a/b", "optim.lr=1"], "can be no directory's name"),
         (["{shards}", "--variant", "a", "optim.lr"], "expected key=value"),
+        (["{shards}", "--variant", "a"], "variant 'a': got no changes"),
+        (["{shards}", "--variants", "full,nothing"], "variant 'nothing': expected one of"),
         (["{shards}", "--batch-size", "0"], "--batch-size: got 0"),
         (["{shards}", "--split", "val"], "the val split holds no scenes"),
         (["-c", "nowhere.yaml", "{shards}"], "nowhere.yaml"),

@@ -97,6 +97,8 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     table = summary_table(find_runs([done, going, fresh]))
     assert table[0] == ["", "a", "b", "c"]
     assert cells(table, "state") == ["finished", "step 10 of 2,000, 2 h ago", "no step yet"]
+    endless = make_run("d", 4, "train.steps=null", "train.views=1000")
+    assert find_runs([endless])[0].state == "step 4, 0 s ago"
     assert cells(table, "views seen") == ["1,000", "500", "–"]
     assert cells(table, "loss") == ["0.200", "0.400", "–"]
     assert cells(table, "temperature, object") == ["0.0700", "0.0700", "–"]
