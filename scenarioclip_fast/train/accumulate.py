@@ -1,11 +1,11 @@
 """A step's backward pass in pieces, with the loss still over the whole batch: cached representations.
 
 As in GradCache (arXiv 2101.06983): every piece is embedded without a graph; the loss over all embeddings gives their
-gradients; each piece is embedded again, now with a graph, and takes its share of them back to the weights. A piece is a
-run of the batch's scenes with all their views, and a run of each level's distinct texts. Only the order of sums differs
-from the step in one piece. The activations in memory are those of one piece; of the whole batch there are the pixels,
-the embeddings, and what the frozen stages make of the views (in float32 half the size of their pixels at ViT-B/32),
-which is computed once and serves both passes.
+gradients; each piece is embedded again, now with a graph, and takes its share of them back to the weights. The last
+piece has its graph from the start and is embedded once. A piece is a run of the batch's scenes with all their views,
+and a run of each level's distinct texts. Only the order of sums differs from the step in one piece. The activations in
+memory are those of one piece; of the whole batch there are the pixels, the embeddings, and what the frozen stages make
+of the views (in float32 half the size of their pixels at ViT-B/32), which is computed once and serves both passes.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def backward_in_pieces(
     """
     begun: list[Begun] = []
     parts: list[Embeddings] = []
-    for some, texts in zip(batch.split(pieces), distinct.split(pieces), strict=True):
-        with torch.no_grad(), autocast():
+    for k, (some, texts) in enumerate(zip(batch.split(pieces), distinct.split(pieces), strict=True)):
+        # The last piece keeps its graph; its backward pass comes first, so that another one's averages.
+        with torch.set_grad_enabled(k == pieces - 1), _averaging(wrapped, pieces == 1), autocast():
             start, part = wrapped(partial(_embed, batch=some, distinct=texts, teacher=teacher))
         begun.append(start)
         parts.append(part)
@@ -74,17 +75,19 @@ def backward_in_pieces(
     with autocast():
         terms = step.loss(whole)
     gradients = torch.autograd.grad(terms["loss"], [*leaves, *temperatures], allow_unused=True, materialize_grads=True)
-    shares = [
-        gradient.split([len([*part.image, *part.text][i]) for part in parts])
-        for i, gradient in enumerate(gradients[: len(leaves)])
-    ]
+    rows = [[len(x) for x in (*part.image, *part.text)] for part in parts]
+    shares = [gradient.split(sizes) for gradient, *sizes in zip(gradients[: len(leaves)], *rows, strict=True)]
 
-    for k, start in enumerate(begun):
-        last = k == pieces - 1
-        with nullcontext() if last else _without_averaging(wrapped):
-            with autocast():
-                outputs = wrapped(partial(_embed_again, begun=start))
-            # The temperatures' gradients are known; with the last piece the wrapper averages them, too.
+    order = [pieces - 1, *range(pieces - 1)]
+    for k in order:
+        last = k == order[-1]
+        with _averaging(wrapped, last):
+            if k == pieces - 1:
+                outputs = [*parts[k].image, *parts[k].text]
+            else:
+                with autocast():
+                    outputs = wrapped(partial(_embed_again, begun=begun[k]))
+            # The temperatures' gradients are known; with the last backward pass the wrapper averages them, too.
             torch.autograd.backward(
                 [*outputs, *(temperatures if last else [])],
                 [*(share[k] for share in shares), *(gradients[len(leaves) :] if last else [])],
@@ -102,6 +105,7 @@ def _embed_again(step: StepModule, begun: Begun) -> list[Tensor]:
     return [*embeddings.image, *embeddings.text]
 
 
+@torch.no_grad()
 def _joined(parts: list[Embeddings], batch: Batch, distinct: Distinct) -> Embeddings:
     def teachers(rows: list[Tensor | None]) -> Tensor | None:
         return None if rows[0] is None else torch.cat([x for x in rows if x is not None])
@@ -119,5 +123,5 @@ def _joined(parts: list[Embeddings], batch: Batch, distinct: Distinct) -> Embedd
     )
 
 
-def _without_averaging(wrapped: nn.Module) -> AbstractContextManager[Any]:
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+def _averaging(wrapped: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not wanted else nullcontext()

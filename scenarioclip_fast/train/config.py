@@ -150,7 +150,7 @@ class TrainSection:
     max_skipped: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
     tensorboard: bool = True  # where it is installed
     # The step in so many pieces, the loss over the whole batch all the same: the activations of one piece in memory,
-    # for one more forward pass of the trained blocks. Divides the scenes that each rank has of a batch.
+    # for one more forward pass of the trained blocks over all but one. Divides the scenes that a rank has of a batch.
     accumulate: int = 1
     # On several ranks: "ddp" keeps everything on each of them, "fsdp" spreads what trains over them, for large towers
     parallel: Literal["ddp", "fsdp"] = "ddp"
