@@ -68,7 +68,8 @@ class Server:
                 path = folder / handler.path.strip("/")
                 with counting:
                     self.requests[path.name] += 1
-                    how = fault(path.name, self.requests[path.name])
+                    count = self.requests[path.name]
+                how = fault(path.name, count)
                 if how == "silent":
                     self.silence.wait(30)
                 if how == "error":
@@ -214,17 +215,25 @@ def test_a_cache_that_is_too_small_is_neither_overrun_nor_churned(packed: Path, 
 
 def test_two_processes_share_a_cache_and_fetch_each_shard_once(packed: Path, cache: Path) -> None:
     code = (  # without torch, which takes longer to import than all this
-        "import hashlib, json, sys, time; from pathlib import Path\n"
+        "import hashlib, json, sys; from pathlib import Path\n"
         "from scenarioclip_fast.data.remote import RemoteShard, RemoteShards, Store\n"
         "url, cache, shards = sys.argv[1], Path(sys.argv[2]), [RemoteShard(*x) for x in json.loads(sys.argv[3])]\n"
         "remote = RemoteShards(Store(url), shards, cache, 1 << 30)\n"
+        "remote.store.read('manifest.json')\n"
         "afar = [hashlib.sha256(remote.read(i, 1, shard.size)).hexdigest() for i, shard in enumerate(shards)]\n"
-        "while not all(remote.path(i).exists() for i in range(len(shards))): time.sleep(0.01)\n"
+        "for thread in remote._fetchers: thread.join(60); assert not thread.is_alive()\n"
         "here = [hashlib.sha256(remote.path(i).read_bytes()[1:]).hexdigest() for i in range(len(shards))]\n"
         "remote.close(); print('same' if afar == here else 'different')"
     )
     shards = [(shard["name"], shard["sha256"], shard["bytes"]) for shard in shards_of(packed)]
-    with serving(packed) as server:
+    both_are_here = threading.Event()
+
+    def hold_shards_back(name: str, count: int) -> str:
+        if name == "manifest.json" and count == 2:
+            both_are_here.set()
+        return "" if name == "manifest.json" or both_are_here.wait(60) else "gone"
+
+    with serving(packed, hold_shards_back) as server:
         command = [sys.executable, "-c", code, server.url, str(cache), json.dumps(shards)]
         both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert [process.communicate(timeout=120)[0] for process in both] == ["same\n", "same\n"]
@@ -371,8 +380,9 @@ def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
     again = ShardCache(cache, 300)
     descriptor = again.reserve("e" * 64, 0)
     assert descriptor is not None
-    with pytest.raises(BlockingIOError):
-        after.reserve("e" * 64, 0)
+    for busy in ("e" * 64, cached(cache)[0].stem):  # on its way, and here
+        with pytest.raises(BlockingIOError):
+            after.reserve(busy, 0)
     again.drop("e" * 64, descriptor)
     again.close()
     after.close()
