@@ -11,6 +11,7 @@ the steadier figure: OMP_NUM_THREADS=1 pytest benchmarks/bench_step.py --benchma
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Work:
     source: str
 
 
+@functools.cache
 def drawn(scenes: int, size: int, device: str = "cpu") -> Work:
     """Random pixels; names follow a power law over as many texts and tokens as scene graphs have."""
     g = torch.Generator().manual_seed(0)
@@ -128,9 +130,10 @@ def build(way: str, preset: str, words: Words, device: str) -> OurStep | Baselin
     if preset != "tiny":
         config = replace(config, freeze=replace(config.freeze, pre_layernorm=pre_layernorm))
     torch.manual_seed(0)
-    model = ScenarioCLIP(config)
-    if not ours:
-        return BaselineStep(config, model, words.by_level, device, bf16)
+    with torch.device(device):  # a GPU draws a billion initial weights at once, a CPU takes seconds
+        model = ScenarioCLIP(config)
+        if not ours:
+            return BaselineStep(config, model, words.by_level, device, bf16)
     model.set_vocabulary(words)  # type: ignore[arg-type]
     step = OurStep(model, device, bf16)
     if compiled:

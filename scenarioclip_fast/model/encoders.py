@@ -102,9 +102,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
         q, k, v = grid.view(n, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        # A cell of padding lies after its text's tokens: none of them sees it. The products with weights have none, and
-        # here are 0.2 % of a block's operations: texts of 3 to 9 tokens make 1.1 to 1.6 cells a token. torch's attention
-        # for lengths that vary knows no float32, and would save some 70 small launches a step.
+        # A cell of padding lies after its text's tokens: none of them sees it. Products with weights have no padding;
+        # these two are 0.2 % of a block's operations: texts of 3 to 9 tokens make 1.1 to 1.6 cells a token. torch's
+        # attention for lengths that vary knows no float32, and would save some 70 small launches a step.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n * longest, width)
         return self.out(y.index_select(0, packing.slot[packing.last] if pooled else packing.slot))
 
