@@ -219,7 +219,7 @@ class ShardCache:
             self._make_room(0)
 
     def reserve(self, digest: str, size: int) -> int | None:
-        """A descriptor of an empty file of `size` bytes for `fill`; None: no room.
+        """A descriptor of a file of `size` zeros, to be filled and given to `commit` or `drop`; None: no room.
 
         Raises:
             BlockingIOError: another process is fetching this file, or has just done so.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -360,6 +361,18 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> N
     assert [path.stem for path in cached(cache)] == [newest]
     smaller.close()
     smaller.close()
+
+
+def test_a_full_disk_is_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    shards = ShardCache(cache, 1000)
+    assert put(shards, b"x") is None
+    assert "no room for a shard: No space left on device" in caplog.text
+    shards.close()
+    assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
 def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
