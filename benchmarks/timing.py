@@ -11,42 +11,29 @@ from typing import Any
 import torch
 
 
-def timed(
-    benchmark: Any,
-    run: Callable[..., Any],
-    device: str,
-    *,
-    rounds: int,
-    warmup_rounds: int = 1,
-    fresh: Callable[[], Any] | None = None,
-) -> None:
-    """Samples `run`. `fresh` makes its argument before each call, outside the time.
-
-    On a GPU the samples are taken by events around the call, after writing twice the L2's size, so that nothing of the
+def timed(benchmark: Any, run: Callable[[], Any], device: str, *, rounds: int, warmup_rounds: int = 1) -> None:
+    """Samples `run`. On a GPU by events around each call, after writing twice the L2's size, so that nothing of the
     inputs is in it; the host's clock around the synchronised call stands in the usual place.
     """
     if device == "cpu":
-        setup = None if fresh is None else lambda: ((fresh(),), {})
-        benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds)
         return
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=device)
     seconds: list[float] = []
 
-    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = () if fresh is None else (fresh(),)
+    def cold() -> None:
         flush.zero_()
         torch.cuda.synchronize()
-        return given, {}
 
-    def once(*given: Any) -> None:
+    def once() -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run(*given)
+        run()
         end.record()
         end.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
 
-    benchmark.pedantic(once, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
+    benchmark.pedantic(once, setup=cold, rounds=rounds, warmup_rounds=warmup_rounds)
     benchmark.extra_info["device_seconds"] = seconds[-rounds:]
 
 

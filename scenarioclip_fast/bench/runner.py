@@ -70,8 +70,8 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
 
     Args:
         what: kinds or names of files; empty for all.
-        out: "{date}" and "{device}" in it are filled in. A record of the same machine that is there already keeps
-            its other parts.
+        out: "{date}" and "{device}" in it are filled in. Where only some files are chosen, a record that is there
+            already keeps its other parts; it must be of the same machine and versions.
         device: "auto", "cpu" or "cuda".
         limit: seconds that each file may take; what it has measured by then counts.
     """
@@ -80,13 +80,13 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
     here = machine.describe(device)
     out = filled_in(out, here)
     record = Record(here)
-    if (out / FILE).is_file():
+    if what and (out / FILE).is_file():
         record = read_record(out)
         if record.machine != here:
             differing = [key for key in here if record.machine.get(key) != here[key]]
             raise UserError(
-                f"--out {out}: holds a record of another machine ({', '.join(differing)}): name another directory, or "
-                "remove it"
+                f"--out {out}: holds a record of another machine or of other versions ({', '.join(differing)}): name "
+                "another directory, or remove it"
             )
     for name, path in files.items():
         part = _run_file(name, path, device, limit)
@@ -112,7 +112,7 @@ def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
     if threads := os.environ.get("OMP_NUM_THREADS"):
         variables.append(f"OMP_NUM_THREADS={threads}")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = machine.state(device)
+    commit, before = machine.commit(root), machine.state(device)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines.jsonl", Path(folder) / "log.txt"
@@ -138,7 +138,7 @@ def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
     return Part(
         name=name,
         command=" ".join([*variables, shlex.join(command)]),
-        commit=machine.commit(root),
+        commit=commit,
         started=started,
         seconds=round(seconds, 1),
         exit=None if late else 0 if process.returncode == 5 else process.returncode,
