@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import Session
+
+_Finish = Callable[[], Any]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -124,14 +127,15 @@ def run(args: argparse.Namespace) -> int:
             _make_places(args)
         average = ", EMA teacher" if args.weights == "teacher" else ""
         report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
-        result = _KINDS[args.kind](args, session, report)
-        if not session.world.leads:
-            return 0
-        print(result)
-        if args.json is not None:
-            args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if args.report is not None:
-            print(f"report: {report.write(args.report / 'report.html')}")
+        finish = _KINDS[args.kind](args, session, report)
+    if not session.world.leads:
+        return 0
+    result = finish()
+    print(result)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if args.report is not None:
+        print(f"report: {report.write(args.report / 'report.html')}")
     return 0
 
 
@@ -151,27 +155,34 @@ def _make_places(args: argparse.Namespace) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> Any:
+# Each kind does what all ranks share, and returns what the leading one does when the others have left: the result,
+# which has to_dict() and prints as a table, and its part of the report.
+
+
+def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.zeroshot import zeroshot
     from scenarioclip_fast.train.metrics import read_metrics
 
     with session.loader(args.split) as loader:
-        result = zeroshot(
+        found = zeroshot(
             session.model, loader, session.vocabulary, split=args.split, topk=args.top, world=session.world
         )
-    if args.match != "both":
-        result = result.only(args.match)
-    if args.report is not None and session.world.leads:
-        report.add_zeroshot(result)
-        with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, session.vocabulary)
-        metrics = session.trained.directory.parent / "metrics.jsonl"
-        report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
-    return result
+    result = found if args.match == "both" else found.only(args.match)
+
+    def finish() -> Any:
+        if args.report is not None:
+            report.add_zeroshot(result)
+            with session.loader(args.split, whole=True) as loader:
+                samples = answer_samples(session.model, loader, session.vocabulary)
+            metrics = session.trained.directory.parent / "metrics.jsonl"
+            report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
+        return result
+
+    return finish
 
 
-def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> Any:
+def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.eval.figures_bars import recall_bars
     from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.retrieval import retrieval
@@ -180,17 +191,22 @@ def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> An
         result = retrieval(
             session.model, loader, session.vocabulary, split=args.split, topk=args.top, world=session.world
         )
-    if args.report is not None and session.world.leads:
-        note = (
-            f"{result.scenes:,} scenes. The texts are the distinct ones of the split. A view asks for its own text; a "
-            "text, once however many views carry it, for any of these. Dark marks, and brackets: a random ranking."
-        )
-        picture = recall_bars(result, args.report / "retrieval.png")
-        report.sections.append(Section("Retrieval between views and texts", *result.table(), picture, note))
-    return result
+
+    def finish() -> Any:
+        if args.report is not None:
+            note = (
+                f"{result.scenes:,} scenes. The texts are the distinct ones of the split. A view asks for its own "
+                "text; a text, once however many views carry it, for any of these. Dark marks, and brackets: a random "
+                "ranking."
+            )
+            picture = recall_bars(result, args.report / "retrieval.png")
+            report.sections.append(Section("Retrieval between views and texts", *result.table(), picture, note))
+        return result
+
+    return finish
 
 
-def _probe(args: argparse.Namespace, session: Session, report: Report) -> Any:
+def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.features import split_features
     from scenarioclip_fast.eval.figures_bars import probe_bars
@@ -201,34 +217,36 @@ def _probe(args: argparse.Namespace, session: Session, report: Report) -> Any:
         raise UserError("--split: got 'train', which the probe is trained on; expected test or val")
     settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(range(args.seeds)))
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
-    found = {split: split_features(session, split, cache=args.cache) for split in (*splits, args.split)}
-    if "train" not in found:
+    if "train" not in splits:
         raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probe on")
-    if not session.world.leads:
-        return None
-    result = linear_probe(
-        found["train"],
-        found[args.split],
-        session.vocabulary,
-        val=found.get("val") if args.split != "val" else None,
-        split=args.split,
-        topk=args.top,
-        settings=settings,
-        device=session.world.device,
-    )
-    if args.report is not None:
-        note = (
-            f"One linear layer on frozen embeddings, {settings.steps} steps of AdamW; mean and standard deviation over "
-            f"{len(settings.seeds)} seeds. "
-            + ("The weights are those of the best moment on the val split. " if result.chosen_on_val else "")
-            + "Dark marks, and brackets: always naming the most frequent classes of the train split."
+    found = {split: split_features(session, split, cache=args.cache) for split in (*splits, args.split)}
+
+    def finish() -> Any:
+        result = linear_probe(
+            found["train"],
+            found[args.split],
+            session.vocabulary,
+            val=found["val"] if "val" in splits else None,
+            split=args.split,
+            topk=args.top,
+            settings=settings,
+            device=session.world.device,
         )
-        picture = probe_bars(result, args.report / "probe.png")
-        report.sections.append(Section("Linear probes", *result.table(), picture, note))
-    return result
+        if args.report is not None:
+            note = (
+                f"One linear layer on frozen embeddings, {settings.steps} steps of AdamW; mean and standard deviation "
+                f"over {len(settings.seeds)} seeds. "
+                + ("The weights are those of the best moment on the val split. " if result.chosen_on_val else "")
+                + "Dark marks, and brackets: always naming the most frequent classes of the train split."
+            )
+            picture = probe_bars(result, args.report / "probe.png")
+            report.sections.append(Section("Linear probes", *result.table(), picture, note))
+        return result
+
+    return finish
 
 
-def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
+def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.eval.features import split_features
     from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
     from scenarioclip_fast.eval.report import Section
@@ -240,36 +258,37 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> Any:
     require("sklearn.manifold")
     check_sizes(args.classes, args.views)
     features = split_features(session, args.split, [args.level], cache=args.cache)
-    if not session.world.leads:
-        return None
-    found = embedding_map(
-        features,
-        session.vocabulary,
-        split=args.split,
-        level=args.level,
-        classes=args.classes,
-        views=args.views,
-        seed=args.seed,
-    )
-    with session.loader(args.split, whole=True) as loader:
-        samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
-    note = (
-        "Each point is a view, coloured by its class. Neighbourhoods are what to look at: distances between groups and "
-        "their sizes mean nothing."
-    )
-    picture = map_picture(found, args.report / "map.png")
-    report.sections.append(Section(f"Map of the {args.level} embeddings", *found.table(), picture, note))
-    note = (
-        "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts. A "
-        "frame is green where the nearest text is the true one, amber where a later one is."
-    )
-    report.sections.append(
-        Section("Nearest texts", picture=nearest_sheet(samples, args.report / "nearest.png"), note=note)
-    )
-    return found
+
+    def finish() -> Any:
+        found = embedding_map(
+            features,
+            session.vocabulary,
+            split=args.split,
+            level=args.level,
+            classes=args.classes,
+            views=args.views,
+            seed=args.seed,
+        )
+        with session.loader(args.split, whole=True) as loader:
+            samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
+        note = (
+            "Each point is a view, coloured by its class. Neighbourhoods are what to look at: distances between groups "
+            "and their sizes mean nothing."
+        )
+        picture = map_picture(found, args.report / "map.png")
+        report.sections.append(Section(f"Map of the {args.level} embeddings", *found.table(), picture, note))
+        note = (
+            "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts. A "
+            "frame is green where the nearest text is the true one, amber where a later one is."
+        )
+        picture = nearest_sheet(samples, args.report / "nearest.png")
+        report.sections.append(Section("Nearest texts", picture=picture, note=note))
+        return found
+
+    return finish
 
 
-def _negatives(args: argparse.Namespace, session: Session, report: Report) -> Any:
+def _negatives(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.eval.figures_bars import preference_bars
     from scenarioclip_fast.eval.negatives import hard_negatives
     from scenarioclip_fast.eval.report import Section
@@ -278,15 +297,19 @@ def _negatives(args: argparse.Namespace, session: Session, report: Report) -> An
         result = hard_negatives(
             session.model, loader, session.vocabulary, split=args.split, seed=args.seed, world=session.world
         )
-    if args.report is not None and session.world.leads:
-        note = (
-            f"{result.relations:,} relations. No negative is a text that any relation of its image carries. A focused "
-            "region shows both objects alike and does not say which is the subject; of a symmetric predicate the "
-            "swapped text holds as well."
-        )
-        picture = preference_bars(result, args.report / "negatives.png")
-        report.sections.append(Section("Hard negatives", *result.table(), picture, note))
-    return result
+
+    def finish() -> Any:
+        if args.report is not None:
+            note = (
+                f"{result.relations:,} relations. No negative is a text that any relation of its image carries. A "
+                "focused region shows both objects alike and does not say which is the subject; of a symmetric "
+                "predicate the swapped text holds as well."
+            )
+            picture = preference_bars(result, args.report / "negatives.png")
+            report.sections.append(Section("Hard negatives", *result.table(), picture, note))
+        return result
+
+    return finish
 
 
 _KINDS = {"zeroshot": _zeroshot, "retrieval": _retrieval, "probe": _probe, "tsne": _tsne, "negatives": _negatives}

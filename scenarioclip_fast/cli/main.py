@@ -12,7 +12,7 @@ import sys
 from typing import NoReturn
 
 from scenarioclip_fast import __version__
-from scenarioclip_fast.errors import MissingDependencyError, UserError
+from scenarioclip_fast.errors import MissingDependencyError, TrainingFailed, UserError
 
 # Each module has add_parser(subparsers) and run(args) -> exit code, and imports what is heavy inside run.
 COMMANDS = ("demo", "scenes", "pack", "inspect", "train", "eval", "ablate", "report", "bench", "export", "doctor")
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except (UserError, MissingDependencyError) as error:
         return _fail(str(error))
+    except TrainingFailed as error:
+        return _fail(str(error), 1)
     except (
         FileNotFoundError,
         NotADirectoryError,
@@ -65,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 # EX_TEMPFAIL: ended by a signal with everything saved, so a batch system may queue it again with --resume.
 STOPPED = 75
@@ -32,7 +31,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints a summary."""
-    from scenarioclip_fast.errors import TrainingFailed
     from scenarioclip_fast.train.config import TrainConfig
 
     if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: no path, an override
@@ -41,12 +39,8 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.load(args.config, args.overrides) if args.config else TrainConfig.of({}, args.overrides)
     from scenarioclip_fast.train.trainer import Trainer
 
-    try:
-        trainer = Trainer(config, resume=args.resume)
-        result = trainer.fit()
-    except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    trainer = Trainer(config, resume=args.resume)
+    result = trainer.fit()
     if trainer.world.leads:
         print(result.summary())
     return 0 if result.completed else STOPPED

@@ -18,6 +18,9 @@ from scenarioclip_fast.eval.zeroshot import ALONE, evaluation_loader
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.train.distributed import World, join_world
 
+# Ranks meet at the end of their shares, to which some come late.
+_PATIENCE_S = 3600.0
+
 
 @dataclass(frozen=True)
 class Session:
@@ -88,7 +91,7 @@ def open_session(
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
     pick_device(device)
-    with join_world(device) as world:
+    with join_world(device, _PATIENCE_S) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
         views = (object_view or trained.object_view or "masked", relation_view or trained.relation_view or "focused")
         vocabulary = ShardSet(shards).vocabulary
