@@ -88,6 +88,8 @@ class _Source(Protocol):
     @property
     def classes(self) -> dict[str, list[str]] | None: ...
     @property
+    def directories(self) -> set[Path]: ...
+    @property
     def large(self) -> bool: ...
     def __len__(self) -> int: ...
     def fingerprint(self) -> str: ...
@@ -167,6 +169,8 @@ def pack(
     _check_target(out, force)
     split_of = _SplitRule(val, test, split == "hash")
     layout = _open(source, format, max_pixels)
+    if layout is not None and out.resolve() in layout.directories:
+        raise UserError(f"{out}: the source lies there; name another directory for the pack")
     options = [SCHEMA, __version__, shard_size, val, test, split, max_pixels]
     fingerprint = None
     if layout is not None:
@@ -233,7 +237,7 @@ def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: s
         if tars and metadata:
             raise UserError(f"{source}: holds metadata*.json and tars; say which with --format published or webdataset")
         if not tars and not metadata:
-            what = "no metadata*.json and no .tar in it" if Path(source).exists() else "no such directory or tar"
+            what = "no metadata*.json and no .tar in it" if Path(source).is_dir() else "no such directory or tar"
             raise UserError(f"{source}: {what}; expected a data set in the published layout, or WebDataset tars")
         format = "webdataset" if tars else "published"
     return WebDatasetLayout(source, max_pixels) if format == "webdataset" else ReferenceLayout(source, max_pixels)
@@ -485,8 +489,16 @@ def _check_target(out: Path, force: bool) -> None:
         raise UserError(
             f"{out}: holds something that is not a pack ({foreign[0]}); name another directory or use --force"
         )
+    if force:
+        return
     manifest = out / "manifest.json"
-    if manifest.exists() and not force:
+    if not manifest.exists():
+        tars = sorted(out.glob("*.tar"))
+        if tars and not Stage.waits_for(out):
+            raise UserError(
+                f"{out}: holds tars that are no whole pack ({tars[0].name}); name another directory or use --force"
+            )
+    else:
         try:
             schema = json.loads(manifest.read_bytes()).get("schema")
         except (ValueError, AttributeError):

@@ -88,6 +88,11 @@ class ReferenceLayout:
         return len(self.entries)
 
     @property
+    def directories(self) -> set[Path]:
+        """Where the source lies, and no pack may be written."""
+        return {self.directory.resolve()}
+
+    @property
     def large(self) -> bool:
         """Whether several processes pay."""
         return len(self) >= _MANY

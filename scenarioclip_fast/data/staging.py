@@ -36,11 +36,20 @@ class Stage:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out.absolute()
-        self.path = self.out.parent / f".{out.name}.partial"  # of a fixed name, so that it is found again
+        self.out, self.path = out.absolute(), self.beside(out)
         self.finished = 0  # shards in the journal
         self._fingerprint: str | None = None
         self._lock = self._locked()
+
+    @staticmethod
+    def beside(out: Path) -> Path:
+        """The directory for the pack `out`: of a fixed name, so that it is found again."""
+        return out.absolute().parent / f".{out.absolute().name}.partial"
+
+    @classmethod
+    def waits_for(cls, out: Path) -> bool:
+        """Whether a run was killed while it moved a pack to `out`."""
+        return (cls.beside(out) / "manifest.json").exists()
 
     def _locked(self) -> int:
         while True:
@@ -70,11 +79,11 @@ class Stage:
     @property
     def worth_keeping(self) -> bool:
         """Whether another run could go on from here."""
-        return (self._fingerprint is not None and self.finished > 0) or (self.path / "manifest.json").exists()
+        return (self._fingerprint is not None and self.finished > 0) or self.waits_for(self.out)
 
     def complete_installation(self) -> None:
         """Goes on where a run was killed while it moved a whole pack to its place."""
-        if (self.path / "manifest.json").exists():
+        if self.waits_for(self.out):
             self.install()
 
     def resume(self, fingerprint: str | None) -> bool:

@@ -133,6 +133,11 @@ class WebDatasetLayout:
         return sum(len(listing.places) for listing in self._listings)
 
     @property
+    def directories(self) -> set[Path]:
+        """Where the source lies, and no pack may be written."""
+        return {tar.path.resolve().parent for tar in self._tars}
+
+    @property
     def large(self) -> bool:
         """Whether several processes pay."""
         return sum(tar.size for tar in self._tars) >= _LARGE

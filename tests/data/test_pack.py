@@ -235,6 +235,20 @@ def test_other_peoples_files_are_safe(source: Path, tmp_path: Path) -> None:
         quiet(source, out / "thesis.tex")
 
 
+def test_the_source_is_safe(source: Path, tmp_path: Path) -> None:
+    quiet(source, tmp_path / "out")
+    for directory, found in ((source, "not a pack"), (tmp_path / "out", "the source lies there")):
+        with pytest.raises(UserError, match=found):
+            quiet(directory, directory)
+        with pytest.raises(UserError, match="the source lies there"):
+            quiet(directory, directory / ".." / directory.name, force=True)
+    (tmp_path / "out" / "manifest.json").unlink()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds tars that are no whole pack \(test-000000\.tar\)"):
+        quiet(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_pack_of_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
     quiet(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')

@@ -303,17 +303,35 @@ def _phase(out: Path) -> str:
     return "packing" if list(stage.glob("*.tar")) else "starting"
 
 
+def _wait_for_a_shard(pid: int, out: Path) -> None:
+    """Until a shard is being written that was not there, or the process has ended."""
+    stage = out.parent / f".{out.name}.partial"
+    before = len(list(stage.glob("*.tar")))
+    while (
+        len(list(stage.glob("*.tar"))) <= before
+        and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.001)
+
+
 def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dict[str, Any]:
     undisturbed, out = directory / "undisturbed", directory / "out"
     start = time.monotonic()
-    assert not _end(_forked(source, undisturbed, workers=workers))
-    whole = time.monotonic() - start
+    pid = _forked(source, undisturbed, workers=workers)
+    _wait_for_a_shard(pid, undisturbed)
+    begun = time.monotonic()
+    assert not _end(pid)
+    starting, writing = begun - start, time.monotonic() - begun
     killed: Counter[str] = Counter()
     orphans: set[int] = set()
     rng = random.Random(kills + workers)
     while killed.total() < kills:
         pid = _forked(source, out, workers=workers)
-        time.sleep(rng.triangular(0, 1.1 * whole, whole))  # more often late, when there is more to lose
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, starting))
+        else:
+            _wait_for_a_shard(pid, out)
+            time.sleep(rng.uniform(0, writing))
         with suppress(FileNotFoundError):
             orphans |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
         os.kill(pid, signal.SIGKILL)
