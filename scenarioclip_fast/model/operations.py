@@ -39,13 +39,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def batch_operations(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
-    """`step_operations` of a batch whose ids speak of the strings in `table`. Waits for the device."""
-    ids = (batch.action_id, batch.object_id, batch.relation_id)
-    lengths = [
-        table.lengths[start + level_ids.unique()].tolist()
-        for start, level_ids in zip(table.level_start, ids, strict=True)
-    ]
-    return step_operations(config, [len(i) for i in ids], lengths, teacher=teacher)
+    """`step_operations` of a batch whose ids speak of the strings in `table`."""
+    lengths = [of_level.tolist() for of_level in table.distinct(batch.host_ids).lengths]
+    return step_operations(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
 
 
 def step_operations(

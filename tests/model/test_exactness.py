@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch
+from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import (
     EMATeacher,
     FreezeConfig,
@@ -322,6 +323,46 @@ def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
                 results.append((out.detach(), {k: p.grad for k, p in encoder.named_parameters() if p.requires_grad}))
             # As above.
             torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_float32_and_bf16_follow_the_literal_form(bf16: bool, device: str) -> None:
+    """With a linear loss: a loss that bends would magnify the rounding."""
+
+    def linear(out: dict[str, Tensor]) -> Tensor:
+        weighted = (v * torch.arange(v.numel(), device=v.device).sin().view_as(v) for v in out.values())
+        return torch.stack([v.sum() for v in weighted]).sum()
+
+    some, model, low = BATCHES["repeats"], make(FREEZES["reference"]), make(FREEZES["reference"]).float().to(device)
+    low.set_vocabulary(SmallVocabulary())  # type: ignore[arg-type]
+    expected = naive(model, some, EMATeacher(model))
+    linear(expected).backward()
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        got = fast(low, replace(some, pixels=some.pixels.float()).to(device), EMATeacher(low))
+    linear(got).backward()
+    # Roundings of 2^-24 or, of every factor, 2^-9, through three blocks whose layernorms keep values near 1.
+    tolerance = 3e-2 if bf16 else 1e-5
+    for key, value in expected.items():
+        error = (got[key].double().cpu() - value).norm() / value.norm()
+        assert error < tolerance, f"{key}: off by {error:.1e}"
+    theirs = dict(gradients(model))
+    for name, gradient in gradients(low):
+        error = (gradient.double().cpu() - theirs[name]).norm() / theirs[name].norm()
+        assert error < 2 * tolerance, f"{name}: its gradient is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["no relations", "no objects"])
+def test_a_batch_without_a_level_has_a_loss_and_gradients(name: str) -> None:
+    model, criterion = make(FREEZES["part"]), ScenarioLoss(distillation_scale=512).double()
+    terms = criterion(model(BATCHES[name], teacher=EMATeacher(model)))
+    terms["loss"].backward()
+    assert terms["loss"].isfinite()
+    assert terms["contrastive/relation"] == 0
+    for parameter, gradient in gradients(model):
+        assert gradient.isfinite().all(), parameter
+        if ".relation." in parameter:
+            assert (gradient == 0).all(), parameter
 
 
 def test_encoding_alone_equals_encoding_in_a_batch() -> None:
