@@ -43,7 +43,7 @@ class RunSection:
     device: str = "auto"  # auto | cpu | cuda | cuda:1; under torchrun each rank takes its own GPU
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"  # of the ops
-    timeout_s: float = 600.0  # a rank that is silent, or in one collective, for so long ends the others
+    timeout_s: float = 600.0  # a rank that does not appear, is silent, or in one collective for so long ends the others
 
     def __post_init__(self) -> None:
         _check(bool(self.dir), "run.dir", self.dir, "a directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from scenarioclip_fast.errors import TrainingFailed, UserError
 
-_START_S = 300.0  # for ranks to appear, which start and import at their own pace
+_worlds = itertools.count()
 _GRACE_S = 10.0  # for a rank to end by itself once another is lost
 
 
@@ -71,8 +72,8 @@ class World:
 def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     """The world that torchrun's variables or an initialised process group describe, left again at the end.
 
-    A rank that dies, or is silent for `timeout_s`, ends the others: with TrainingFailed, which says what happened, or,
-    where it waits for the dead rank and cannot be told, with one line and exit code 1.
+    A rank that dies, does not appear, or is silent for `timeout_s`, ends the others: with TrainingFailed, which says
+    what happened, or, where one waits for the dead rank and cannot be told, with one line and exit code 1.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,17 +87,17 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
         yield _world(chosen, timeout_s)
         return
     store, rank = _meet(size, timeout_s)
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=PrefixStore("collectives", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
     watch = RankWatch(store, rank, size, timeout_s)
     failed = True
     try:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
         world = _world(chosen, timeout_s)
         yield world
         watch.stop()
@@ -109,7 +110,8 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
         raise
     finally:
         watch.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if failed:
             watch.linger()
 
@@ -124,16 +126,16 @@ def _world(device: torch.device, timeout_s: float) -> World:
 
 def _meet(size: int, timeout_s: float) -> tuple[Store, int]:
     """The store where the ranks find one another, and this process's rank."""
-    patience = timedelta(seconds=max(timeout_s, _START_S))
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=patience))
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except ValueError as error:  # a variable is missing
         what = _first_line(error).rpartition("rendezvous: ")[2]
         raise UserError(f"WORLD_SIZE is {size}, but {what}: start the ranks with torchrun") from None
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"the {size} ranks did not meet at {address}: {_first_line(error)}") from None
-    return store, rank
+        raise TrainingFailed(f"the {size} ranks did not meet at {address}: {_first_line(error)}") from None
+    # The store may outlive a world: under torchrun it is that of the whole job.
+    return PrefixStore(f"world-{next(_worlds)}", store), rank
 
 
 class RankWatch:
