@@ -222,10 +222,10 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Work
 
 @pytest.mark.parametrize("way", CPU_WAYS)
 def test_vit_b_32(benchmark: Any, way: str, works: Callable[[int, int], Work]) -> None:
-    run(benchmark, way, "vit-b-32", works(4, 224), "cpu", rounds=3)
+    run(benchmark, way, "vit-b-32", works(4, 224), "cpu", rounds=2)
 
 
-@pytest.mark.parametrize("way", [way for way in CPU_WAYS if "published" not in way])
+@pytest.mark.parametrize("way", [way for way in CPU_WAYS if way.endswith("float32") and "published" not in way])
 def test_tiny(benchmark: Any, way: str, works: Callable[[int, int], Work]) -> None:
     run(benchmark, way, "tiny", works(16, 64), "cpu", rounds=7)
 
@@ -234,4 +234,5 @@ def test_tiny(benchmark: Any, way: str, works: Callable[[int, int], Work]) -> No
 @pytest.mark.parametrize("way", GPU_WAYS)
 def test_vit_b_32_on_a_gpu(benchmark: Any, way: str) -> None:
     with matmul_precision("high"):
-        run(benchmark, way, "vit-b-32", drawn(128, 224, "cuda"), "cuda", rounds=10)
+        rounds = 5 if way.startswith("baseline") else 10  # its loop over pairs takes most of a second
+        run(benchmark, way, "vit-b-32", drawn(128, 224, "cuda"), "cuda", rounds)
