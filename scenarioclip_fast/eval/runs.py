@@ -22,6 +22,7 @@ from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.tables import percent
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
 from scenarioclip_fast.model.config import flat
+from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.metrics import read_metrics
 
@@ -81,7 +82,8 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
             raise UserError(f"{path} holds no run: expected {METRICS} in it, or in directories in it")
         directories += found
     directories = list(dict.fromkeys(d.resolve() for d in directories))
-    return [read_run(d, name) for d, name in zip(directories, _names(directories), strict=True)]
+    named = list(zip(directories, _names(directories), strict=True))
+    return [read_run(d, name) for d, name in progress(named, desc="reading", unit="runs")]
 
 
 def read_run(directory: Path, name: str) -> Run:
