@@ -275,6 +275,7 @@ def test_graphs_and_streams(backend: str) -> None:
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
     with torch.cuda.graph(graph):
         captured = distillation_loss(**p, backend=backend)
+    torch.cuda.synchronize()
     results = []
     for _ in range(20):
         for stream in streams:
