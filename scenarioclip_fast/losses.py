@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LEVELS = ("global", "object", "relation")
+_SMALLEST_SCALE = 1e-6  # no loss falls so far by learning; a parameter thrown off must not underflow to zero, an error
 
 
 class ContrastiveLoss(nn.Module):
@@ -54,7 +55,7 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def scale(self) -> Tensor:  # []
-        return self.logit_scale.exp().clamp(max=self.max_scale)
+        return self.logit_scale.exp().clamp(_SMALLEST_SCALE, self.max_scale)
 
     def forward(
         self,
@@ -101,7 +102,7 @@ class MultiLevelContrastiveLoss(nn.Module):
     @property
     def scales(self) -> list[Tensor]:  # levels x []
         logs = torch.stack([self.logit_scale[level] for level in self.levels])
-        return list(logs.exp().clamp(max=self.max_scale).unbind())
+        return list(logs.exp().clamp(_SMALLEST_SCALE, self.max_scale).unbind())
 
     def forward(
         self,

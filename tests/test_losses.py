@@ -177,6 +177,15 @@ def test_temperatures() -> None:
     }
 
 
+def test_a_temperature_thrown_off_is_no_error() -> None:
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    for module in (ContrastiveLoss(), MultiLevelContrastiveLoss(["global"])):
+        with torch.no_grad():
+            next(module.parameters()).fill_(-1e30)
+        loss = module(x, x) if isinstance(module, ContrastiveLoss) else module([x], [x])
+        torch.testing.assert_close(loss.squeeze(), torch.tensor(5.0).log())
+
+
 def test_duplicates_reach_the_op() -> None:
     e = batch([4, 4], [2, 2], teacher=False)
     found = ScenarioLoss(duplicates="positives").double()(e)["contrastive/object"]
