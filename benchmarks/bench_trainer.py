@@ -31,7 +31,7 @@ from scenarioclip_fast.train.trainer import Trainer
 STEPS = 10  # a sample, and a log interval
 SETTINGS = {
     "cpu": ["model.preset=tiny", "data.batch_size=16", "optim.lr=1e-5"],
-    "cuda": ["model.preset=vit-b-32", "data.batch_size=128", "run.precision=bf16", "run.device=cuda"],
+    "cuda": ["model.preset=vit-b-32", "data.batch_size=64", "run.precision=bf16", "run.device=cuda"],
 }
 
 
@@ -132,4 +132,4 @@ def test_tiny(benchmark: Any, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_vit_b_32_on_a_gpu(benchmark: Any, tmp_path: Path) -> None:
-    run(benchmark, "cuda", 5, tmp_path)
+    run(benchmark, "cuda", 3, tmp_path)
