@@ -51,14 +51,15 @@ def command(place: Path, kind: str, *options: str) -> list[str]:
     return ["eval", kind, str(place / "model"), str(place / "shards"), "--device", "cpu", *quick, *options]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_writes_what_it_says(
-    place: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, kind: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "tsne":
         pytest.importorskip("sklearn")
     report, file = tmp_path / "deep" / "report", tmp_path / "other" / "result.json"
-    assert main(command(place, kind, "--report", str(report), "--json", str(file))) == 0
+    assert main([*command(place, kind, "--report", str(report), "--json", str(file)), "--device", device]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == f"report: {report / 'report.html'}"
     assert set(out[1]) == {"-", " "}
