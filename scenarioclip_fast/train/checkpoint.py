@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -166,6 +167,15 @@ class _Writer(FileSystemWriter):
     def __init__(self, path: Path, publish: Callable[[], None]) -> None:
         super().__init__(path)
         self._publish = publish
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            behind = error.__context__  # torch's archive writer speaks of positions; this is the system's own word
+            if isinstance(behind, OSError):
+                raise OSError(behind.errno, behind.strerror) from error
+            raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         missing = {r.storage_data.relative_path for rank in results for r in rank} - set(os.listdir(self.path))

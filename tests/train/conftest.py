@@ -109,10 +109,11 @@ class ForkServer:
         ranks: int = 1,
         last_rank: Sequence[str] = (),
         poisoned: Sequence[int] = (),
+        file_limit: int | None = None,
         keys: Path | None = None,
     ) -> Running:
-        """last_rank, poisoned: options, and steps (from 1) with pixels that are not finite, for that rank alone; keys:
-        a file that gets the scenes of each step and rank."""
+        """last_rank, poisoned, file_limit: options, steps (from 1) with pixels that are not finite, and the largest
+        file that can be written, for that rank alone; keys: a file that gets the scenes of each step and rank."""
         run = Path(config.run.dir)
         run.parent.mkdir(parents=True, exist_ok=True)
         path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
@@ -131,6 +132,7 @@ class ForkServer:
                 "log": str(log),
                 "keys": None if keys is None else str(keys),
                 "poisoned": list(poisoned) if last else [],
+                "file_limit": file_limit if last else None,
             }
             pids.append(self.ask(request))
         return Running(self, pids, log)

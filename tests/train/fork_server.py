@@ -1,14 +1,15 @@
 """Runs `scenarioclip-fast` in forks of one process that has imported everything: a run starts in no time.
 
 A line of JSON asks for a run or waits for one: {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
-"poisoned": [STEP, ...]} is answered with its process id, {"wait": PID, "seconds": S} with its exit code (negative: the
-signal), or null.
+"poisoned": [STEP, ...], "file_limit": BYTES or null} is answered with its process id, {"wait": PID, "seconds": S} with
+its exit code (negative: the signal), or null.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -23,6 +24,8 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["env"])
+    if request["file_limit"] is not None:  # a larger file cannot be written, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
     meddle(request["keys"], request["poisoned"])
     code = 1
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
@@ -31,6 +34,36 @@ def test_by_the_clock_at_log_intervals(small: Make, fork_server: Any, ranks: int
     config = small("train.steps=8", "train.checkpoint_minutes=1e-4", "train.keep_checkpoints=9")
     fork_server.start(config, ranks=ranks).finish()
     assert steps(config) == [3, 6, 8]
+    assert len(list(meta_file(config, 8).parent.glob("*.distcp"))) == ranks  # each has written its share
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, two_steps_on = FileSystemWriter.finish, threading.Event()
+
+    def slow(self: FileSystemWriter, *args: Any) -> None:
+        assert two_steps_on.wait(timeout=60)
+        finish(self, *args)
+
+    class Told(Trainer):
+        def train_step(self, batch: Batch) -> None:
+            super().train_step(batch)
+            if self.step == 5:
+                two_steps_on.set()
+
+    monkeypatch.setattr(FileSystemWriter, "finish", slow)
+    config = small("train.steps=6", "train.checkpoint_every=3")
+    assert Told(config).fit().completed
+    assert steps(config) == [3, 6]
+
+
+def test_a_disk_that_is_full_for_one_rank(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=4", "train.checkpoint_every=2")
+    running = fork_server.start(config, ranks=2, file_limit=100_000)
+    assert running.wait() == [1, 1]
+    out = running.text()
+    assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); the run goes on") == 1
+    assert out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest one left is none") == 2
+    assert list((Path(config.run.dir) / "checkpoints").iterdir()) == []
 
 
 def test_the_mean_loss_is_that_of_the_steps_before(small: Make) -> None:
