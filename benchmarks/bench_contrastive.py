@@ -193,7 +193,7 @@ def synchronized(run: Callable[..., Any], device: str) -> Callable[..., Any]:
 def rounds(device: str, rows: int) -> dict[str, int]:
     if device == "cuda":
         return {"rounds": 20 if rows <= 65536 else 5, "warmup_rounds": 2}
-    return {"rounds": 5, "warmup_rounds": 1}
+    return {"rounds": 5 if rows < 4096 else 3, "warmup_rounds": 1}
 
 
 def differentiated(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:

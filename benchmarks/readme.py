@@ -132,6 +132,13 @@ CPU = [
         "ours, float32",
         5,
     ),
+    Claim(
+        "the same, rival without PNGs",
+        _LOOP.format(preset="tiny", device="cpu"),
+        "baseline, regions drawn, float32",
+        "published step, regions drawn with SciPy",
+        "ours, float32",
+    ),
 ]
 GPU = [
     *_contrastive("cuda", 32768, "ours: triton", "bf16"),
