@@ -148,7 +148,7 @@ class RankWatch:
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
         self._store: Store = store.clone()  # type: ignore[attr-defined]  # not in the stub
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
-        self._every = min(2.0, timeout_s / 4)
+        self._every = min(2.0, timeout_s / 8)
         self._stopped = threading.Event()
         self._told = False
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)

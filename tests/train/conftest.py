@@ -143,7 +143,7 @@ class ForkServer:
         self._process.wait(timeout=60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Runs in processes of their own that start at once."""
     server = ForkServer()

@@ -15,6 +15,12 @@ import time
 import traceback
 from typing import Any, NoReturn
 
+import instant_clip_tokenizer  # noqa: F401  # like the next ones, what runs import later on
+import safetensors.torch  # noqa: F401
+import simplejpeg  # noqa: F401
+import torch._dynamo  # noqa: F401  # by the first optimiser: a second
+import yaml  # noqa: F401
+
 from scenarioclip_fast.cli import main
 from scenarioclip_fast.train import trainer
 
