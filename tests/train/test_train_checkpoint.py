@@ -53,9 +53,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert into["rank/0"] == "at 7"
 
 
-def test_the_state_is_that_of_the_call_not_of_the_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_state_is_that_of_the_call_not_of_the_write(tmp_path: Path, device: str) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    live = state(1)
+    live = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state(1).items()}
     pending = checkpoints.save(1, live, {})
     live["model/w"].fill_(-1)
     pending.wait()
