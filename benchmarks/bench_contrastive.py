@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
-from timing import counted
+from timing import counted, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
@@ -86,26 +86,31 @@ def cut_cross_entropy(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
     return (linear_cross_entropy(s * x, y, target) + linear_cross_entropy(s * y, x, target)) / 2
 
 
+# In the order of a run: one that is cut off has lost what takes long to compile.
 WAYS: dict[str, Loss] = {
-    "open_clip": open_clip,
-    "open_clip compiled": torch.compile(open_clip, dynamic=False),
+    **{f"ours: {backend}": ours(backend) for backend in ("triton", "cpu", "reference")},
     "logits.T": transposed,
-    "logits.T compiled": torch.compile(transposed, dynamic=False),
-    **{f"ours: {backend}": ours(backend) for backend in ("reference", "cpu", "triton")},
+    "open_clip": open_clip,
     "inf_cl": inf_cl,
     "memeff": memeff,
     "cut_cross_entropy": cut_cross_entropy,
+    "logits.T compiled": torch.compile(transposed, dynamic=False),
+    "open_clip compiled": torch.compile(open_clip, dynamic=False),
 }
 RIVALS = ("inf_cl", "memeff", "cut_cross_entropy")
 # Bytes per logit that a form holds at its highest point, about: rows beyond memory are left out.
 HELD = {"open_clip": 12, "open_clip compiled": 12, "logits.T": 12, "logits.T compiled": 12, "ours: reference": 40}
 
 
+ASKED = os.environ.get("SCENARIOCLIP_FAST_BENCH_ROWS")
+# Without sizes asked for, a GPU does here alone what takes long: the passes apart, and the compiled forms.
+THOROUGH = 32768
+
+
 def sizes(device: str) -> Sequence[int]:
-    asked = os.environ.get("SCENARIOCLIP_FAST_BENCH_ROWS")
-    if asked == "all":
+    if ASKED == "all":
         return ALL_ROWS[device]
-    return [int(n) for n in asked.split(",")] if asked else ROWS[device]
+    return [int(n) for n in ASKED.split(",")] if ASKED else ROWS[device]
 
 
 CASES = [
@@ -118,11 +123,11 @@ CASES = [
 
 def features(rows: int, width: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Matching pairs with noise, as in training; bfloat16 on a GPU."""
-    g = torch.Generator().manual_seed(seed)
-    text = torch.randn(rows, width, generator=g)
-    image = text + 2 * torch.randn(rows, width, generator=g)
+    g = torch.Generator(device).manual_seed(seed)
+    text = torch.randn(rows, width, generator=g, device=device)
+    image = text + 2 * torch.randn(rows, width, generator=g, device=device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    leaves = (image.to(device, dtype), text.to(device, dtype), torch.tensor(SCALE, device=device))
+    leaves = (image.to(dtype), text.to(dtype), torch.tensor(SCALE, device=device))
     return tuple(t.requires_grad_() for t in leaves)  # type: ignore[return-value]
 
 
@@ -174,6 +179,8 @@ def skip_without(way: str, device: str, rows: int) -> None:
         pytest.skip(f"{way} runs on GPUs alone")
     if way in RIVALS and importlib.util.find_spec(way) is None:
         pytest.skip(f"{way} is not installed: pip install 'scenarioclip-fast[bench]'")
+    if device == "cuda" and way.endswith("compiled") and ASKED is None and rows not in (THOROUGH, max(LEVELS)):
+        pytest.skip("compiled forms at this size: ask for it with SCENARIOCLIP_FAST_BENCH_ROWS")
     pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else pages
     if (needed := HELD.get(way, 0) * rows * rows) > 0.8 * free:
@@ -210,11 +217,74 @@ def needed(phase: str) -> tuple[int, int]:
     return {"forward": forward, "backward": backward, "forward + backward": both}[phase]
 
 
+@pytest.mark.parametrize(("device", "rows", "width"), CASES)
+def test_four_products(benchmark: Any, device: str, rows: int, width: int) -> None:
+    """The floor without N x N storage: one product forward, three backward."""
+    x, y, _ = (t.detach() for t in features(rows, width, device))
+    out = x.new_empty(rows, min(rows, 16384))
+
+    def run() -> None:
+        for part in y.split(out.shape[1]):
+            for _ in range(4):
+                torch.mm(x, part.T, out=out[:, : len(part)])
+
+    phase = "forward + backward"
+    benchmark.extra_info.update(form="four bare products", phase=phase, rows=rows, width=width, device=device)
+    benchmark.group = f"contrastive, {phase}, {rows} x {rows} x {width}, {device}"
+    timed(benchmark, run, device, **rounds(device, rows))
+
+
+def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
+    """Time that the GPU's own work takes, without the gaps between launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / calls
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("way", WAYS)
+def test_levels(benchmark: Any, way: str, width: int, device: str) -> None:
+    """The three levels of one batch: where the launches are the cost."""
+    skip_without(way, device, max(LEVELS))
+    if device == "cuda" and way == "open_clip compiled" and ASKED is None:
+        pytest.skip("half a minute of compiling: ask for it with SCENARIOCLIP_FAST_BENCH_ROWS")
+    levels = [features(rows, width, device, seed) for seed, rows in enumerate(LEVELS)]
+    leaves = [leaf for level in zip(*levels, strict=True) for leaf in level]
+
+    def loss() -> Tensor:
+        if not way.startswith("ours"):
+            return torch.stack([WAYS[way](*level) for level in levels])
+        images, texts, scales = ([level[k] for level in levels] for k in range(3))
+        return multilevel_contrastive_loss(images, texts, scales, backend=way.removeprefix("ours: "))
+
+    def both() -> list[Tensor | None]:
+        value = loss()
+        return [value.detach(), *torch.autograd.grad(value.sum(), leaves, allow_unused=True)]
+
+    benchmark.extra_info.update(form=way, phase="levels", rows=sum(LEVELS), width=width, device=device)
+    losses, *grads = both()
+    assert losses is not None
+    for seed, (rows, value) in enumerate(zip(LEVELS, losses, strict=True)):
+        errors = checked(
+            way, [value, *grads[seed :: len(LEVELS)]], exact(rows, width, device, seed), levels[0][0].dtype
+        )
+        benchmark.extra_info.update({f"{name}, {rows} rows": error for name, error in errors.items()})
+    if device == "cuda":
+        benchmark.extra_info["GPU microseconds"] = gpu_microseconds(both)
+    benchmark.group = f"contrastive, forward + backward, levels of {LEVELS} rows, width {width}, {device}"
+    timed(benchmark, both, device, **rounds(device, max(LEVELS)))
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward + backward"])
 @pytest.mark.parametrize(("device", "rows", "width"), CASES)
 @pytest.mark.parametrize("way", WAYS)
 def test_rows(benchmark: Any, way: str, device: str, rows: int, width: int, phase: str) -> None:
     skip_without(way, device, rows)
+    if device == "cuda" and ASKED is None and phase != "forward + backward" and rows != THOROUGH:
+        pytest.skip("the passes apart at this size: ask for it with SCENARIOCLIP_FAST_BENCH_ROWS")
     leaves = features(rows, width, device)
 
     def forward() -> Tensor:
@@ -243,24 +313,7 @@ def test_rows(benchmark: Any, way: str, device: str, rows: int, width: int, phas
     if peak is not None:
         gradients = sum(t.nbytes for t in leaves) / 2**20 if phase != "forward" else 0.0
         benchmark.extra_info["MiB above inputs and gradients"] = round(peak - gradients, 1)
-    benchmark.pedantic(synchronized(run, device), **rounds(device, rows))
-
-
-@pytest.mark.parametrize(("device", "rows", "width"), CASES)
-def test_four_products(benchmark: Any, device: str, rows: int, width: int) -> None:
-    """The floor without N x N storage: one product forward, three backward."""
-    x, y, _ = (t.detach() for t in features(rows, width, device))
-    out = x.new_empty(rows, min(rows, 16384))
-
-    def run() -> None:
-        for part in y.split(out.shape[1]):
-            for _ in range(4):
-                torch.mm(x, part.T, out=out[:, : len(part)])
-
-    phase = "forward + backward"
-    benchmark.extra_info.update(form="four bare products", phase=phase, rows=rows, width=width, device=device)
-    benchmark.group = f"contrastive, {phase}, {rows} x {rows} x {width}, {device}"
-    benchmark.pedantic(synchronized(run, device), **rounds(device, rows))
+    timed(benchmark, run, device, **rounds(device, rows))
 
 
 @pytest.mark.gpu
@@ -281,46 +334,4 @@ def test_largest(benchmark: Any, width: int) -> None:
     gradients = sum(t.nbytes for t in leaves) / 2**20
     benchmark.extra_info["MiB above inputs and gradients"] = round((peak_memory(both, "cuda") or 0) - gradients, 1)
     benchmark.group = f"contrastive, forward + backward, {LARGEST} x {LARGEST} x {width}, cuda"
-    benchmark.pedantic(synchronized(both, "cuda"), rounds=3, warmup_rounds=0)
-
-
-def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
-    """Time that the GPU's own work takes, without the gaps between launches."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / calls
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("way", WAYS)
-def test_levels(benchmark: Any, way: str, width: int, device: str) -> None:
-    """The three levels of one batch: where the launches are the cost."""
-    skip_without(way, device, max(LEVELS))
-    levels = [features(rows, width, device, seed) for seed, rows in enumerate(LEVELS)]
-    leaves = [leaf for level in zip(*levels, strict=True) for leaf in level]
-
-    def loss() -> Tensor:
-        if not way.startswith("ours"):
-            return torch.stack([WAYS[way](*level) for level in levels])
-        images, texts, scales = ([level[k] for level in levels] for k in range(3))
-        return multilevel_contrastive_loss(images, texts, scales, backend=way.removeprefix("ours: "))
-
-    def both() -> list[Tensor | None]:
-        value = loss()
-        return [value.detach(), *torch.autograd.grad(value.sum(), leaves, allow_unused=True)]
-
-    benchmark.extra_info.update(form=way, phase="levels", rows=sum(LEVELS), width=width, device=device)
-    losses, *grads = both()
-    assert losses is not None
-    for seed, (rows, value) in enumerate(zip(LEVELS, losses, strict=True)):
-        errors = checked(
-            way, [value, *grads[seed :: len(LEVELS)]], exact(rows, width, device, seed), levels[0][0].dtype
-        )
-        benchmark.extra_info.update({f"{name}, {rows} rows": error for name, error in errors.items()})
-    if device == "cuda":
-        benchmark.extra_info["GPU microseconds"] = gpu_microseconds(both)
-    benchmark.group = f"contrastive, forward + backward, levels of {LEVELS} rows, width {width}, {device}"
-    benchmark.pedantic(synchronized(both, device), **rounds(device, max(LEVELS)))
+    timed(benchmark, both, "cuda", rounds=3, warmup_rounds=0)
