@@ -89,11 +89,9 @@ def test_a_rank_that_dies_ends_the_other_with_one_line(small: Make, fork_server:
     config = small("train.steps=100000", "run.timeout_s=8")
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
-    began = time.monotonic()
     running.send(signal.SIGKILL, rank=victim)
-    codes = running.wait(seconds=60)
+    codes = running.wait(seconds=40)  # the bound is that of the watch, 8 + 10, if the collective does not fail before
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
-    assert time.monotonic() - began < 40  # seconds of a loaded machine; the watch's own bound is 8 + 10
     out = running.text()
     errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ has words of its own
     assert len(errors) == 1, out
