@@ -151,6 +151,7 @@ class RankWatch:
         self._every = min(2.0, timeout_s / 8)
         self._stopped = threading.Event()
         self._told = False
+        self._gone = 0
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
         self._thread.start()
 
@@ -170,7 +171,9 @@ class RankWatch:
         try:
             self._store.add("left", 1)
             end = time.monotonic() + 4 * self._every
-            while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < end:
+            others_are_there = self._rank == 0
+            while others_are_there and time.monotonic() < end:
+                others_are_there = self._store.add("left", 0) < self._size - self._gone
                 time.sleep(0.05)
         except RuntimeError:
             return
@@ -186,6 +189,7 @@ class RankWatch:
             if news is None:
                 after = self._beats()
                 silent = [str(r) for r in range(self._size) if before[r] == after[r] and r != self._rank]
+                self._gone = len(silent)
                 what = (
                     f"rank {', '.join(silent)} is gone" if silent else "all ranks live, but one is stuck or far behind"
                 )

@@ -100,7 +100,7 @@ def test_a_rank_that_dies_ends_the_other_with_one_line(small: Make, fork_server:
 
 
 def test_a_rank_that_hangs_ends_the_other_in_bounded_time(small: Make, fork_server: Any) -> None:
-    config = small("train.steps=100000", "run.timeout_s=6")
+    config = small("train.steps=100000", "run.timeout_s=5")
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
     running.send(signal.SIGSTOP, rank=1)
@@ -123,7 +123,7 @@ def test_a_rank_that_fails_tells_the_others_why(small: Make, fork_server: Any) -
 
 def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:
     chance = random.Random(KILLS)
-    budget = ("train.steps=50", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=12")
+    budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
         reference[ranks] = small(*budget, run=f"whole-{ranks}")
