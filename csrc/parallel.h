@@ -9,7 +9,7 @@ namespace scf {
 
 inline Parallel torch_threads() {
   return Parallel([](int64_t count, int64_t grain, Parallel::Body body, void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
   });
 }
 
