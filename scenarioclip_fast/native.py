@@ -52,7 +52,9 @@ def why_not(part: str) -> str | None:
                 return f"the schemas of the ops come with the cpu library: {problem}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
-        return f"the {part} library does not load ({str(error).splitlines()[0]}): {REBUILD}"
+        # torch names the file alone; what the loader said is behind it.
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return f"the {part} library does not load ({reason}): {REBUILD}"
     return None
 
 

@@ -1,0 +1,29 @@
+"""The compiled parts: what a library that does not load says, and that on a GPU every backend serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scenarioclip_fast import dispatch, native
+
+
+def test_a_library_that_does_not_load_says_what_the_loader_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libscenarioclip_fast_cpu.so").write_text("not a library")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": ""})
+    reason = native.why_not.__wrapped__("cpu")
+    assert reason is not None and "file too short" in reason and "reinstall" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, name) for op, backends in dispatch.BACKENDS.items() for name in backends if name in ("cuda", "triton")],
+)
+def test_every_backend_serves_on_a_gpu(op: str, backend: str) -> None:
+    """The tests of a backend that cannot serve are left out: this one is not."""
+    assert dispatch.why_not(op, backend, "cuda") is None
