@@ -17,6 +17,9 @@ from scenarioclip_fast.errors import MissingDependencyError
 from scenarioclip_fast.requirements import require
 
 MAX_PIXELS = 1 << 26  # 201 MB of RGB: above any camera, far below a decompression bomb
+# What a data set's images may be (an MPO opens as the JPEG that it begins with). Pillow knows many more, and hands EPS
+# to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -115,25 +118,24 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:  # uint8 [H, W, 3]
-    """Decodes anything that Pillow reads. Raises DecodeError."""
+    """Decodes an image of one of FORMATS. Raises DecodeError."""
     require("PIL")
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
             # A copy, because Pillow's buffer is read-only.
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (DecodeError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its message holds an address, which is another in every run
+        raise DecodeError("not_an_image", f"none of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too_large", str(error)) from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them raise
-        raise DecodeError(_pillow_reason(error), f"{type(error).__name__}: {error}") from error
-
-
-def _pillow_reason(error: Exception) -> str:
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not_an_image"
-    return "truncated" if "truncated" in str(error).lower() else "undecodable"
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
 
 def each(decode: Callable[[bytes], Tensor], images: Sequence[bytes]) -> list[Tensor | DecodeError]:

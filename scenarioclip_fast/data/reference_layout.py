@@ -10,7 +10,6 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -303,10 +302,10 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
             labels = _read_labels(archive, n)
             scores = _read_scores(archive, n)
             mask = _read_array(archive, "mask", "b", MAX_MASK_BYTES, (n, None, *size))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, MemoryError):
         raise
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"not a readable npz ({type(error).__name__}: {error})") from None
+    except Exception as error:  # zipfile raises whatever a damaged file makes it raise
+        raise ValueError(f"not a readable npz ({type(error).__name__}: {str(error)[:100]})") from None
     if mask.shape[1] == 0:
         raise ValueError(f"got mask {list(mask.shape)}, without a candidate")
     if scores is None and mask.shape[1] > 1:
@@ -410,7 +409,11 @@ def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype
     # Later versions differ in the length of the header alone, which they let grow to 4 GiB.
     if version != (1, 0):
         raise ValueError(f"got {name} in npy version {version}, expected 1.0")
-    return np.lib.format.read_array_header_1_0(file)
+    try:
+        return np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # NumPy parses it as Python: SyntaxError, TokenError, RecursionError, MemoryError, ...
+        detail = " ".join(str(error)[:100].split())
+        raise ValueError(f"damaged header of {name} ({type(error).__name__}: {detail})") from None
 
 
 def _identity(record: Any) -> tuple[str, PurePosixPath, str]:

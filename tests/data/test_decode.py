@@ -188,6 +188,27 @@ def test_a_bomb_is_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(error, DecodeError)
 
 
+def test_only_image_formats_of_data_sets_are_opened(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the file is called: Pillow would hand EPS to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    eps = encoded(picture(20, 30), "EPS")
+    others = [encoded(picture(20, 30), kind) for kind in ("PPM", "PCX", "ICO")]
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was run"))
+    for error in decoder.decode([eps, *others]):
+        assert isinstance(error, DecodeError)
+        assert str(error) == "not_an_image: none of JPEG, PNG, WEBP, BMP, GIF, TIFF"
+    kinds = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+    assert all(isinstance(image, Tensor) for image in decoder.decode([encoded(picture(20, 30), k) for k in kinds]))
+
+
+def test_a_bomb_that_pillow_refuses_is_too_large() -> None:
+    bomb = bytearray(encoded(picture(4, 4), "BMP"))
+    bomb[18:26] = (20000).to_bytes(4, "little") * 2
+    with pytest.raises(DecodeError, match=r"too_large: .*400000000 pixels"):
+        decode_with_pillow(bytes(bomb))
+
+
 def test_probe_passes_over_thumbnails_and_fill_bytes() -> None:
     thumbnail = encoded(picture(16, 16))
     comment = b"\xff\xfe" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail

@@ -209,6 +209,10 @@ WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
         _file(lambda data: (data.image, data.image.read_bytes()[:-1500] + b"\xff\xd9")),
     ),
     "text for an image": ("image_not_an_image", _file(lambda data: (data.image, b"hello, I am a picture"))),
+    "EPS for an image": (
+        "image_not_an_image",
+        _file(lambda data: (data.image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")),
+    ),
     "empty image": ("image_not_an_image", _file(lambda data: (data.image, b""))),
     "unknown action": ("unknown_action", lambda data: _classes(data, actions="sitting")),
 }
@@ -439,6 +443,51 @@ def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
     # Labels are of use only where rows are out of order: pickled ones are passed over, unread.
     (mask,) = read_masks(_npz(tmp_path / "c.npz", mask=good, labels=pickled), ["cat"], (4, 4))
     assert mask.all()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': (",
+        b"{'descr': '|b1'}",
+        b"[" * 5000,
+        b"(" * 150 + b")" * 150,
+        b"-" * 9000 + b"1",
+        b"  {\n {\n",
+        b"{'descr': ['a'], 'fortran_order': False, 'shape': ()}",
+        b"{'descr': {1: 2}, 'fortran_order': False, 'shape': ()}",
+        b"'unterminated",
+        b"\0",
+    ],
+)
+def test_a_damaged_header_is_a_reason(tmp_path: Path, header: bytes) -> None:
+    npy = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+    for path in (_npz(tmp_path / "a.npz", mask=npy), _npz(tmp_path / "b.npz", labels=npy, mask=_npy(np.ones(1)))):
+        with pytest.raises(ValueError, match=r"damaged header of (mask|labels)") as error:
+            read_masks(path, ["cat"], (4, 4))
+        assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_anywhere_in_an_npz_is_a_reason(save: Callable[..., None], tmp_path: Path) -> None:
+    masks = np.stack([box_mask(box) for box in BOXES.values()])[:, None, :8, :8]
+    path = tmp_path / "a.npz"
+    save(path, mask=masks, score=np.ones((3, 1), np.float32), labels=np.array(list(BOXES)))
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = np.frombuffer(good, np.uint8).copy()
+        at = rng.integers(0, len(damaged), rng.integers(1, 6))
+        damaged[at] ^= (1 << rng.integers(0, 8, len(at))).astype(np.uint8)
+        path.write_bytes(damaged.tobytes()[: None if rng.random() < 0.8 else rng.integers(len(good))])
+        try:
+            read_masks(path, list(BOXES), (8, 8))
+        except ValueError as error:
+            refused += 1
+            assert len(str(error)) < 300 and "\n" not in str(error)
+    assert refused > 100
 
 
 @pytest.mark.parametrize(
