@@ -373,7 +373,7 @@ class SceneLoader:
             scene = self.shards.read(index)
         except BadSample as bad:
             return bad
-        except _FATAL:
+        except (UserError, *_FATAL):  # a UserError is about the cache of remote shards
             raise
         except Exception as error:  # whatever damaged bytes make a parser raise
             return BadSample(key, "unreadable", f"{type(error).__name__}: {error}")

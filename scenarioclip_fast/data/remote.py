@@ -242,10 +242,20 @@ class ShardCache:
         return descriptor
 
     def commit(self, digest: str, descriptor: int) -> None:
-        """The reserved file is whole: it appears, claimed."""
+        """The reserved file is whole: it appears, claimed, and whole it is even after the machine has lost power.
+
+        Raises:
+            OSError: the disk does not take it; it is to be given to `drop`.
+        """
+        os.fsync(descriptor)
         with self._locked():
             os.replace(self._part(digest), self.path(digest))
             self._claim(digest)
+        directory = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
         os.close(descriptor)
 
     def drop(self, digest: str, descriptor: int) -> None:
@@ -403,13 +413,12 @@ class RemoteShards:
             if descriptor is None:
                 return
             try:
-                digest = self._copy(shard, descriptor)
+                if self._copy(shard, descriptor) == shard.sha256:
+                    self._cache.commit(shard.sha256, descriptor)
+                    return
             except BaseException:
                 self._cache.drop(shard.sha256, descriptor)
                 raise
-            if digest == shard.sha256:
-                self._cache.commit(shard.sha256, descriptor)
-                return
             self._cache.drop(shard.sha256, descriptor)
         _log.warning("%s: not kept: its checksum is not the manifest's", self.store.where(shard.name))
 

@@ -41,7 +41,8 @@ class ShardSet:
     """The scenes of one split, in the order of the index.
 
     Reads are positioned (`pread`), so threads may share one ShardSet; a copy sent to another process opens
-    its own files. Remote shards come by byte ranges and, as many as fit, into a cache on disk (see `remote`).
+    its own files. Remote shards come by byte ranges and, as many as fit, into a cache on disk (see `remote`), which the
+    first read sets going: whoever looks at the keys or the vocabulary alone fetches no shard.
 
     Args:
         source: what `scenarioclip-fast pack` wrote: a directory, or the URL of one ("s3://...", "https://...",
@@ -52,7 +53,8 @@ class ShardSet:
         shard_cache_gib: how much of that disk they may fill; 0 caches nothing.
 
     Raises:
-        UserError: no packed data set, one that cannot be reached, or no such split.
+        UserError: no packed data set, one that cannot be reached, or no such split; at the first read, a cache
+            directory that cannot be written.
         MissingDependencyError: fsspec, or its package for this kind of storage, is not installed.
     """
 
@@ -105,7 +107,6 @@ class ShardSet:
         self._lock = threading.Lock()
         if store is not None:
             self._check_ranges(store)
-            self._remote()
 
     def __len__(self) -> int:
         return len(self._entries)

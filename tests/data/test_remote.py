@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -355,6 +355,7 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> N
     assert put(third, b"z" * 250) is None, "and nothing is evicted in vain"
     assert len(cached(cache)) == 3
     second.close()
+    time.sleep(0.02)  # times of files count in ticks of the kernel
     third.close()
     smaller = ShardCache(cache, 100)
     smaller.trim()
@@ -401,6 +402,63 @@ def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
     after.close()
 
 
+def test_nothing_is_fetched_or_evicted_before_the_first_read(packed: Path, cache: Path) -> None:
+    filled = ShardCache(cache, 1 << 20)
+    put(filled, b"of another data set")
+    filled.close()
+    before = cached(cache)
+    with serving(packed) as server:
+        shards = ShardSet(server.url, shard_cache_dir=cache, shard_cache_gib=1e-9)  # there is room for nothing
+        assert len(shards) == SCENES and shards.vocabulary.actions == ["resting"]
+        loader = load(server.url, cache)
+        assert len(loader) == 5
+        loader.close()
+        assert set(server.requests) == {"manifest.json", "index.json", "vocabulary.json"}
+        assert cached(cache) == before
+        shards.read(0)
+        assert not cached(cache)
+        shards.close()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_fetched_shard_is_on_the_disk_before_it_has_its_name(
+    packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append("directory" if path == cache else path.suffix)
+        if broken and path != cache:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(remote_module, "_FETCHERS", 1)
+    shards = shards_of(packed)
+    each = 1 if broken else 3
+    with closing(ShardSet(packed.as_uri(), shard_cache_dir=cache)) as source:
+        source.read(0)
+        wait_for(lambda: len(done) == each * len(shards) and not cached(cache, ".part"))
+        expected = [".part"] if broken else [".part", "renamed", "directory"]
+        assert done == expected * len(shards), "once each"
+        assert len(cached(cache)) == (0 if broken else len(shards))
+    assert not [name for name in os.listdir("/proc/self/fd") if ".part" in _target(name)]
+
+
+def _target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:
+        return ""
+
+
 def test_copies_read_too(packed: Path, cache: Path) -> None:
     shards = ShardSet(packed.as_uri(), shard_cache_dir=cache)
     copy = pickle.loads(pickle.dumps(shards))
@@ -428,7 +486,13 @@ def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypat
         _ = ShardSet(changed.as_uri()).vocabulary
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot hold the cache of shards"):
-        ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file")
+        ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file").read(0)
+    # no scene's fault
+    with (
+        pytest.raises(UserError, match="file: cannot hold the cache of shards"),
+        load(packed.as_uri(), tmp_path / "file", max_bad_fraction=1.0) as loader,
+    ):
+        next(iter(loader))
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage needs one more .*s3fs"):
         ShardSet("s3://bucket/dir")
