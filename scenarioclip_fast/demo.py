@@ -28,9 +28,10 @@ from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
+from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import SampleScene, answer_samples
-from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult, evaluation_loader, zeroshot
+from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult, zeroshot
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
@@ -158,8 +159,8 @@ def _evaluate(
     config: DemoConfig, device: torch.device, run: FitResult, samples: int
 ) -> tuple[ZeroShotResult, list[SampleScene]]:
     trained = open_checkpoint(run.run_dir, device)
-    size, view = trained.model.config.vision.image_size, trained.object_view or "crop"
-    with evaluation_loader(config.out / "shards", 64, device=device, size=size, object_view=view) as loader:
+    size, view = trained.model.config.vision.image_size, trained.data.object_view
+    with EvaluationLoader(config.out / "shards", 64, device=device, size=size, object_view=view) as loader:
         result = zeroshot(trained.model, loader, loader.vocabulary)
         answers = answer_samples(trained.model, loader, loader.vocabulary, scenes=samples) if samples else []
     return result, answers

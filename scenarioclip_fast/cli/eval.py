@@ -93,9 +93,18 @@ def _common() -> argparse.ArgumentParser:
     parser.add_argument(
         "--relation-view", choices=("focused", "box", "scene"), help="default: as the model was trained"
     )
+    parser.add_argument(
+        "--blur", choices=("rgb", "reference"), help="of the relation views; default: as the model was trained"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), default="auto")
+    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as the model was trained")
+    parser.add_argument(
+        "--shard-cache-dir", metavar="DIR", help="for shards from a URL; default: that of the model's run"
+    )
+    parser.add_argument(
+        "--shard-cache-gib", type=float, metavar="GIB", help="of that disk; default: as much as the model's run took"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its pictures here")
     return parser
@@ -104,6 +113,7 @@ def _common() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and writes the files that were asked for; of several ranks, the first one does."""
     from scenarioclip_fast.errors import UserError
+    from scenarioclip_fast.eval.loading import left_out_record
     from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import open_session
 
@@ -122,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
         decoder=args.decoder,
         object_view=args.object_view,
         relation_view=args.relation_view,
+        blur=args.blur,
+        shard_cache_dir=args.shard_cache_dir,
+        shard_cache_gib=args.shard_cache_gib,
     ) as session:
         if session.world.leads:
             _make_places(args)
@@ -133,8 +146,11 @@ def run(args: argparse.Namespace) -> int:
     result = finish()
     print(result)
     if args.json is not None:
-        args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        record = {**result.to_dict(), "left_out": left_out_record(session.left_out)}
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if args.report is not None:
+        if session.left_out:
+            report.lead += f" Scenes that could not be used and are left out: {len(session.left_out)}."
         print(f"report: {report.write(args.report / 'report.html')}")
     return 0
 

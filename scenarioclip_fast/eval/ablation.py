@@ -15,6 +15,7 @@ import torch
 
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.eval.loading import LeftOut, left_out_record
 from scenarioclip_fast.eval.plots import MATCH_TITLES
 from scenarioclip_fast.eval.runs import RESULT, Run, accuracy_table, compare_runs, read_run, summary_table
 from scenarioclip_fast.eval.session import open_session
@@ -75,13 +76,14 @@ class Variant:
 
 @dataclass
 class Ablation:
-    """What has been done so far. `stopped_by` names the signal that ended it before its end, and among several ranks
-    one `leads`, which writes and prints."""
+    """What has been done so far. `left_out` has the scenes that could not be used in an evaluation, `stopped_by` names
+    the signal that ended it before its end, and among several ranks one `leads`, which writes and prints."""
 
     directory: Path
     split: str
     variants: Sequence[Variant]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
+    left_out: dict[str, list[LeftOut]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: str | None = None
     leads: bool = True
@@ -105,7 +107,7 @@ class Ablation:
                     "run": str(v.directory),
                     "config": v.config.to_dict(),
                     "state": self.failures.get(v.name) or states.get(v.name, "not begun"),
-                    "zeroshot": self.results[v.name].to_dict() if v.name in self.results else None,
+                    "zeroshot": _record(found, self.left_out[v.name]) if (found := self.results.get(v.name)) else None,
                 }
                 for v in self.variants
             },
@@ -226,7 +228,8 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
                 ablation.stopped_by = _train(variant, world, where)
                 if ablation.stopped_by is not None:
                     break
-                ablation.results[variant.name] = _evaluate(variant, split, batch_size, world, where)
+                found = _evaluate(variant, split, batch_size, world, where)
+                ablation.results[variant.name], ablation.left_out[variant.name] = found
             except TrainingFailed as error:
                 ablation.failures[variant.name] = str(error)
                 _say(world, f"{where}: failed: {error}")
@@ -253,33 +256,50 @@ def _train(variant: Variant, world: World, where: str) -> str | None:
     return None if result.completed else result.stopped_by or "a call of stop()"
 
 
-def _evaluate(variant: Variant, split: str, batch_size: int, world: World, where: str) -> ZeroShotResult:
+def _evaluate(
+    variant: Variant, split: str, batch_size: int, world: World, where: str
+) -> tuple[ZeroShotResult, list[LeftOut]]:
     path = variant.directory / RESULT
     known: ZeroShotResult | None = world.gather(_known_result(path, variant, split) if world.leads else None)[0]
     if known is not None:
         _say(world, f"{where}: evaluated already")
-        return known
+        return known, []
     _say(world, f"{where}: evaluating on the {split} split")
-    shards, device = variant.config.data.shards, str(world.device)
+    data = variant.config.data
     with (
-        open_session(variant.directory, shards, device=device, batch_size=batch_size) as session,
+        open_session(
+            variant.directory,
+            data.shards,
+            device=str(world.device),
+            batch_size=batch_size,
+            # a run that was trained by an earlier call may have had it elsewhere
+            shard_cache_dir=data.shard_cache_dir,
+            shard_cache_gib=data.shard_cache_gib,
+        ) as session,
         session.loader(split) as loader,
     ):
         result = zeroshot(session.model, loader, loader.vocabulary, split=split, world=session.world)
     if world.leads:
-        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return result
+        text = json.dumps(_record(result, session.left_out), indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+    return result, session.left_out
 
 
 def _known_result(path: Path, variant: Variant, split: str) -> ZeroShotResult | None:
-    """That of an earlier call, of this model and this split."""
+    """That of an earlier call, of this model and all scenes of this split."""
     try:
         if path.stat().st_mtime < (variant.directory / "model" / "model.safetensors").stat().st_mtime:
             return None
-        result = ZeroShotResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        result, left_out = ZeroShotResult.from_dict(data), data["left_out"]["count"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return result if result.split == split else None
+    return result if result.split == split and not left_out else None
+
+
+def _record(result: ZeroShotResult, left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """What `eval zeroshot --json` writes."""
+    return {**result.to_dict(), "left_out": left_out_record(left_out)}
 
 
 def _finished(variant: Variant) -> bool:

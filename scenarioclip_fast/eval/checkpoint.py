@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +10,17 @@ import torch
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, the kinds of views it was trained on (None: not known), and its files."""
+    """A model in evaluation mode, its files, and how it saw data (where that is not known, as by default)."""
 
     model: ScenarioCLIP
     directory: Path
-    object_view: str | None
-    relation_view: str | None
     files: tuple[Path, ...]
+    data: DataSection = field(default_factory=DataSection)
 
 
 def open_checkpoint(
@@ -36,12 +36,8 @@ def open_checkpoint(
         unfinished = (path / "checkpoints").is_dir()
         why = "is a run that has not finished: go on with `train --resume`" if unfinished else "holds no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
-    object_view = relation_view = None
-    if (directory / "config.yaml").is_file():
-        from scenarioclip_fast.train.config import TrainConfig
-
-        data = TrainConfig.load(directory / "config.yaml").data
-        object_view, relation_view = data.object_view, data.relation_view
+    config = directory / "config.yaml"
+    data = TrainConfig.load(config).data if config.is_file() else DataSection()
     model = ScenarioCLIP.from_pretrained(directory)
     files = [directory / "model.safetensors", directory / "config.json"]
     if weights == "teacher":
@@ -49,7 +45,7 @@ def open_checkpoint(
 
         files.append(directory / "teacher.safetensors")
         load_teacher(model, files[-1])
-    return Trained(model.to(device).eval(), directory, object_view, relation_view, tuple(files))
+    return Trained(model.to(device).eval(), directory, tuple(files), data)
 
 
 def pick_device(name: str) -> torch.device:

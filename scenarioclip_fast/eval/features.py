@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.loader import SceneLoader
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
 from scenarioclip_fast.eval.zeroshot import Encoder, evaluating, level_views
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
@@ -123,7 +123,8 @@ def split_features(
     """All features of a split, on the leading rank's CPU (elsewhere they may be missing).
 
     Embedded here, or read from the directory `cache`. A file there is named by a hash of the weights, of the data
-    set and of how its views are rendered, so one that no longer fits is never found.
+    set and of how its views are rendered, so one that no longer fits is never found. Where scenes had to be left out,
+    nothing is kept: another time they may be there.
     """
     world = session.world
     with session.loader(split) as loader:
@@ -134,15 +135,17 @@ def split_features(
             return kept or Features([], {})
         own = embed_views(session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.leads)
     features = gathered(own, world, levels)
-    if path is not None and world.leads:
+    if path is not None and world.leads and not any(scene.split == split for scene in session.left_out):
         _save(features, path)
     return features
 
 
-def _cache_file(session: Session, loader: SceneLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
+def _cache_file(session: Session, loader: EvaluationLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
     digest = hashlib.sha256()
+    data = session.data
+    how = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur, loader.decoder]
+    how += levels
     # the manifest holds the SHA-256 of every shard
-    how = [session.model.config.vision.image_size, session.object_view, session.relation_view, *levels]
     digest.update(json.dumps([how, loader.shards.manifest], sort_keys=True).encode())
     for path in session.trained.files:
         with path.open("rb") as file:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.tables import text_table
@@ -150,37 +148,6 @@ def random_hit_rate(
     return float((1 - missed.prod(dim=1)).mean())
 
 
-def evaluation_loader(
-    shards: str | Path,
-    batch_size: int,
-    *,
-    split: str = "test",
-    device: str | torch.device = "cpu",
-    decoder: str = "auto",
-    size: int = 224,
-    object_view: str = "masked",
-    relation_view: str = "focused",
-    world: World = ALONE,
-) -> SceneLoader:
-    """Every scene of a split once, in order, with the views of the evaluation; of several ranks, this one's share."""
-    return scene_loader(
-        shards,
-        batch_size,
-        split=split,
-        device=device,
-        decoder=decoder,
-        size=size,
-        object_view=object_view,
-        relation_view=relation_view,
-        train=False,
-        shuffle=False,
-        drop_last=False,
-        epochs=1,
-        rank=world.rank,
-        world_size=world.size,
-    )
-
-
 @dataclass
 class _Tally:
     """What accumulates for one level: each view's class, how many classes would do, and what ranks above the best.
@@ -261,7 +228,7 @@ def zeroshot(
 
     Args:
         model: a ScenarioCLIP; an EMA teacher lends it its weights by `teacher.averaged(model)`.
-        batches: an `evaluation_loader(...)` or any iterable of `Batch` on the model's device.
+        batches: an `EvaluationLoader(...)` or any iterable of `Batch` on the model's device.
         vocabulary: gives the class texts, and which of them the train split contains.
         split: the name to put on the result.
         levels: of "global", "object" and "relation"; one without views in the split has no rows.

@@ -75,7 +75,9 @@ def test_everything_is_written(ablation: Path) -> None:
     for name, entry in record["variants"].items():
         assert entry["state"] == "finished"
         stored = json.loads((ablation / name / "zeroshot.json").read_text())
-        assert entry["zeroshot"] == json.loads(json.dumps(ZeroShotResult.from_dict(stored).to_dict()))
+        assert entry["zeroshot"] == stored
+        left_out = {"left_out": {"count": 0, "scenes": []}}
+        assert stored == json.loads(json.dumps(ZeroShotResult.from_dict(stored).to_dict())) | left_out
         assert {row["match"] for row in stored["rows"]} == {"own", "any_in_image"}
     page = (ablation / "report.html").read_text()
     assert "3 of 3 variants" in page and page.count("data:image/png;base64,") == 2
@@ -98,7 +100,7 @@ def test_variants_differ_in_one_thing_alone(ablation: Path) -> None:
 def test_evaluation_sees_what_training_saw(ablation: Path, shards: Path) -> None:
     for name, view in {"full": "focused", "no-focused-regions": "scene"}.items():
         with open_session(ablation / name, shards, device="cpu") as session, session.loader("test") as loader:
-            assert session.relation_view == view
+            assert session.data.relation_view == view
             (batch,) = loader
         scene_views = batch.pixels[batch.relation_scene]
         assert torch.equal(batch.pixels[-batch.num_relations :], scene_views) == (view == "scene")
@@ -119,6 +121,22 @@ def test_again_does_nothing_again(
     assert head == ["chance", "full", "no-distillation", "no-focused-regions"]
     for line in ("action, top-1, strict", "relation, top-5, any text of the image", "contrastive loss, object"):
         assert sum(row.startswith(line) for row in out.splitlines()) == 1
+
+
+def test_what_was_evaluated_without_some_scenes_is_evaluated_again(
+    ablation: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["full", "no-distillation"]
+    for name in names:
+        shutil.copytree(ablation / name, tmp_path / name)
+    file = tmp_path / "full" / "zeroshot.json"
+    whole = json.loads(file.read_text())
+    lost = [{"split": "test", "scene": "a", "reason": "unreadable_shard", "detail": "not reachable"}]
+    file.write_text(json.dumps(whole | {"left_out": {"count": 1, "scenes": lost}}))
+    assert main(["ablate", str(shards), *SMALL, f"run.dir={tmp_path}", "--variants", *names]) == 0
+    said = capsys.readouterr().err
+    assert "[1/2] full: evaluating on" in said and "[2/2] no-distillation: evaluated already" in said
+    assert json.loads(file.read_text()) == whole
 
 
 def test_other_settings_are_refused(ablation: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,13 @@ import pytest
 import torch
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import generate_scenes, pack
+from scenarioclip_fast.data import ShardSet, generate_scenes, pack
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
+from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.distributed import World
 
 KINDS = ["zeroshot", "retrieval", "probe", "tsne", "negatives"]
 PICTURES = {
@@ -46,9 +52,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def command(place: Path, kind: str, *options: str) -> list[str]:
+@pytest.fixture(scope="module")
+def damaged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shards with one image of the test split and one of the train split spoilt: their second scenes."""
+    folder = shutil.copytree(place / "shards", tmp_path_factory.mktemp("damaged") / "shards")
+    for name, rows in json.loads((folder / "index.json").read_text())["shards"].items():
+        if not name.startswith("val"):
+            with (folder / name).open("r+b") as file:
+                file.seek(rows[1][1])
+                file.write(b"no JPEG")
+    return folder
+
+
+def second(shards: Path, split: str) -> str:
+    return ShardSet(shards, split).keys[1]
+
+
+def command(place: Path, kind: str, *options: str, shards: Path | str | None = None) -> list[str]:
     quick = ["--steps", "20", "--seeds", "2"] if kind == "probe" else []
-    return ["eval", kind, str(place / "model"), str(place / "shards"), "--device", "cpu", *quick, *options]
+    return ["eval", kind, str(place / "model"), str(shards or place / "shards"), "--device", "cpu", *quick, *options]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -115,19 +137,22 @@ def test_other_weights_are_other_features(place: Path, tmp_path: Path, capsys: p
         assert "read from" not in capsys.readouterr().err
 
 
-def test_two_ranks_say_what_one_process_says(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_say_what_one_process_says(
+    place: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for kind in ("zeroshot", "retrieval"):
+    for kind, shards in {"zeroshot": damaged, "retrieval": place / "shards"}.items():
         one, two = tmp_path / f"{kind}-1.json", tmp_path / f"{kind}-2.json"
         # batches that neither share out evenly nor end together
-        assert main(command(place, kind, "--json", str(one), "--batch-size", "3")) == 0
+        assert main(command(place, kind, "--json", str(one), "--batch-size", "3", shards=shards)) == 0
+        alone = capsys.readouterr()
         done = subprocess.run(
             [
                 *torchrun,
                 "-m",
                 "scenarioclip_fast.cli.main",
-                *command(place, kind, "--json", str(two), "--batch-size", "4"),
+                *command(place, kind, "--json", str(two), "--batch-size", "4", shards=shards),
             ],
             env=environment,
             capture_output=True,
@@ -136,8 +161,109 @@ def test_two_ranks_say_what_one_process_says(place: Path, tmp_path: Path, capsys
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout == capsys.readouterr().out
+        assert done.stdout == alone.out
+        warnings = [[line for line in text.splitlines() if "warning: " in line] for text in (alone.err, done.stderr)]
+        assert warnings[0] == warnings[1] and len(warnings[0]) == (kind == "zeroshot")
         assert json.loads(two.read_text()) == json.loads(one.read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scenes_left_out_are_named_and_features_without_them_not_kept(
+    place: Path, damaged: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "tsne":
+        pytest.importorskip("sklearn")
+    cached = ["--cache", str(tmp_path / "cache")] if kind in ("probe", "tsne") else []
+    file, report = tmp_path / "result.json", tmp_path / "report"
+    options = ["--json", str(file), "--report", str(report), *cached]
+    assert main(command(place, kind, *options, shards=damaged)) == 0
+    splits = ["train", "test"] if kind == "probe" else ["test"]
+    names = {split: second(damaged, split) for split in splits}
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    for split, line in zip(splits, warnings, strict=True):  # the report's samples do not say it again
+        number = len(ShardSet(damaged, split))
+        about = f"1 of the {number} scenes of the {split} split cannot be used and are left out: {names[split]}"
+        assert line.startswith(f"warning: {about} (not_an_image: ")
+    left_out = json.loads(file.read_text())["left_out"]
+    assert left_out["count"] == len(splits)
+    assert [(scene["split"], scene["scene"], scene["reason"]) for scene in left_out["scenes"]] == [
+        (split, names[split], "not_an_image") for split in splits
+    ]
+    page = (report / "report.html").read_text()
+    assert f"left out: {len(splits)}." in page
+    if cached:
+        kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
+        assert kept == (["val"] if kind == "probe" else [])
+
+
+def test_too_many_bad_scenes_are_judged_over_all_ranks(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes = len(ShardSet(damaged, "test"))
+    found: list[LeftOut] = []
+    for rank in range(5):  # the one bad scene is more than a tenth of its rank's share
+        world = World(rank, 5, torch.device("cpu"), None)
+        with EvaluationLoader(damaged, 2, world=world, left_out=found, size=16) as loader:
+            seen = [key for batch in loader for key in batch.keys]
+            assert len(seen) + (rank == 1) == len(range(rank, scenes, 5)) < 10
+    assert [scene.scene for scene in found] == [second(damaged, "test")]
+    few = rf"^1 of the {scenes} scenes of the test split cannot be used, more than max_bad_fraction = 0.05: \w+ \(not"
+    with EvaluationLoader(damaged, 8, max_bad_fraction=0.05, size=16) as loader, pytest.raises(UserError, match=few):
+        list(loader)
+
+
+def test_data_are_seen_as_the_run_saw_them(
+    place: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "model", run / "model")
+    data = {"blur": "reference", "relation_view": "focused", "object_view": "crop", "decoder": "torch"}
+    data |= {"shard_cache_dir": str(tmp_path / "near"), "shard_cache_gib": 1.0, "max_bad_fraction": 0.02}
+    TrainConfig.of({"data": data}).save(run / "model" / "config.yaml")
+    pixels = {}
+    for blur in (None, "reference", "rgb"):
+        with open_session(run, place / "shards", device="cpu", blur=blur) as session:
+            assert {key: getattr(session.data, key) for key in data} == data | {"blur": blur or "reference"}
+            with session.loader("test") as loader:
+                pixels[blur] = next(iter(loader)).pixels
+    assert torch.equal(pixels[None], pixels["reference"]) and not torch.equal(pixels[None], pixels["rgb"])
+
+    # what is kept of one is not taken for the other
+    cache = ["--steps", "1", "--seeds", "1", "--cache", str(tmp_path / "cache")]
+    probe = ["eval", "probe", str(run), str(place / "shards"), "--device", "cpu", *cache]
+    for options, files in (([], 3), (["--blur", "rgb"], 6), (["--blur", "reference"], 6)):
+        assert main([*probe, *options]) == 0
+        assert len(list((tmp_path / "cache").iterdir())) == files
+    assert capsys.readouterr().err.count("features read from") == 3
+
+    # and a run that would have ended with so many bad scenes is not evaluated on them
+    assert main(["eval", "zeroshot", str(run), str(damaged), "--device", "cpu"]) == 2
+    assert "max_bad_fraction = 0.02" in capsys.readouterr().err
+
+
+def test_shards_from_afar_go_where_they_are_told_to(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    run, near, nearer = (tmp_path / name for name in ("run", "near", "nearer"))
+    shutil.copytree(place / "model", run / "model")
+    TrainConfig.of({"data": {"shard_cache_dir": str(near)}}).save(run / "model" / "config.yaml")
+    features = tmp_path / "features"
+    probe = ["eval", "probe", str(run), (place / "shards").as_uri(), "--device", "cpu", "--cache", str(features)]
+    assert main([*probe, "--steps", "1"]) == 0
+    assert near.is_dir() and not (tmp_path / "home").exists()
+    # with features at hand no shard is wanted
+    assert main([*probe, "--steps", "1", "--shard-cache-dir", str(nearer)]) == 0
+    assert not nearer.exists()
+    assert main(["eval", "retrieval", *probe[2:6], "--shard-cache-dir", str(nearer), "--shard-cache-gib", "0"]) == 0
+    assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of no size"
+    capsys.readouterr()
+    for option, value, message in (
+        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the cache of shards"),
+        ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
+    ):
+        assert main(["eval", "retrieval", *probe[2:6], option, value]) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert message in error
 
 
 @pytest.mark.parametrize(
