@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data.decode import DecodeError
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
+from scenarioclip_fast.data.shards import SPLITS
 
 # reason -> what it says about an entry. Reasons of one scene are listed before those of its objects and relations,
 # which cost the scene no more than that object, mask or relation.
@@ -19,6 +21,7 @@ REASONS = {
     "malformed_entry": "the entry is not of the published form, or the record not of our schema",
     "unsafe_id": "the id is empty, too long, or holds a path separator or a control character",
     "duplicate_id": "the id has been used before",
+    "split_conflict": "the id is in several splits, and this is not the one that is held out most: test, then val",
     "unsafe_path": "the image path is absolute or leads out of the directory",
     "unsafe_member": "the tar's member is a link or a device, or its name is absolute or leads out",
     "damaged_tar": "the tar is none, or ends too early: what stands behind is lost",
@@ -81,15 +84,36 @@ def normalise(text: str) -> str:
     return " ".join(text.encode("utf-8", "ignore").decode().lower().split())
 
 
-def safe_key(name: str) -> str:
+def safe_key(name: str, raw: str | None = None) -> str:
     """A file name's stem for an id. A dot would end a WebDataset key, so that it and other signs become "_".
+
+    A hash of `raw`, what the name was made from, follows where it is not the same: names that differ have keys that
+    differ. A key is its own key.
 
     Raises:
         BadEntry: empty, too long, or with a path separator or a control character.
     """
     if not name or len(name) > MAX_KEY or re.search(r"[/\\\x00-\x1f\x7f]", name):
         raise BadEntry("unsafe_id", f"{short(name)}: expected 1 to {MAX_KEY} characters, no path separators")
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    if safe == (raw := name if raw is None else raw):
+        return safe
+    mark = f"-{hashlib.sha256(raw.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return safe[: MAX_KEY - len(mark)] + mark
+
+
+def given_splits(named: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """The split of each id that is given one. Of several it is the one held out most: test, then val."""
+    given: dict[str, str] = {}
+    for name, split in named:
+        if split is not None:
+            given[name] = max(split, given.get(name, split), key=SPLITS.index)
+    return given
+
+
+def split_conflict(entry: str, keeps: str) -> Rejection:
+    """What becomes of an entry of another split than the one, `keeps`, that `given_splits` says."""
+    return Rejection(entry, "split_conflict", f"the {keeps} split has this id too, and keeps it")
 
 
 def normalised(scene: Scene) -> Scene:

@@ -11,7 +11,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -26,10 +26,12 @@ from scenarioclip_fast.data.check import (
     BadEntry,
     Rejection,
     clean_scene,
+    given_splits,
     image_reason,
     normalise,
     safe_key,
     short,
+    split_conflict,
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
@@ -52,9 +54,28 @@ class Entry:
     record: Any
     split: str | None
 
-    def __str__(self) -> str:
+    @property
+    def id(self) -> str:
+        """As it is written; empty for one that cannot be an id."""
         name = self.record.get("id") if isinstance(self.record, dict) else None
-        return f"{self.file}: entry {self.position}" + (f" ({name})" if isinstance(name, (str, int)) else "")
+        return str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: entry {self.position}" + (f" ({short(self.id)[1:-1]})" if self.id else "")
+
+
+def _settle_splits(entries: list[Entry]) -> tuple[list[Entry], list[Rejection]]:
+    """Gives an entry without a split the one that another file gives its id, and takes out those of two splits."""
+    given = given_splits((entry.id, entry.split) for entry in entries if entry.id)
+    settled: list[Entry] = []
+    conflicts: list[Rejection] = []
+    for entry in entries:
+        split = given.get(entry.id)
+        if entry.split not in (None, split) and split is not None:
+            conflicts.append(split_conflict(str(entry), split))
+        else:
+            settled.append(replace(entry, split=split) if entry.split != split and split is not None else entry)
+    return settled, conflicts
 
 
 class ReferenceLayout:
@@ -72,9 +93,10 @@ class ReferenceLayout:
         if not files:
             raise UserError(f"{directory}: no metadata*.json in it; expected a data set in the published layout")
         self._files: dict[str, str] = {}  # metadata file -> SHA-256
-        self.entries = [entry for path in files for entry in self._load(path)]
-        if not self.entries:
+        entries = [entry for path in files for entry in self._load(path)]
+        if not entries:
             raise UserError(f"{directory}: the data set is empty: no entry in {', '.join(p.name for p in files)}")
+        self.entries, self.conflicts = _settle_splits(entries)
         self.classes = load_classes(self.directory / "classes.json")
 
     def _load(self, path: Path) -> Iterator[Entry]:
@@ -97,8 +119,8 @@ class ReferenceLayout:
         return len(self) >= _MANY
 
     def scan(self, workers: int, progress: bool) -> tuple[list[Rejection], dict[str, int]]:
-        """What is known to be bad, and what is passed over, before any entry is read: nothing."""
-        return [], {}
+        """What is known to be bad, and what is passed over, before any entry is read."""
+        return self.conflicts, {}
 
     def items(self, split_of: Callable[[str, str | None], str]) -> Iterable[Entry]:
         """The entries split by split, mixed within each; `split_of` maps a key, and the split given, to a split."""
@@ -106,9 +128,8 @@ class ReferenceLayout:
         for i, entry in enumerate(self.entries):
             # Neighbours in a metadata file are often alike (one video, one photographer): a reader that goes through
             # a shard from front to back should not see them together.
-            raw = str(entry.record.get("id") if isinstance(entry.record, dict) else None)
-            mixed = hashlib.sha256(raw.encode("utf-8", "backslashreplace")).digest()
-            entries[split_of(_key_or_empty(raw), entry.split)].append((mixed, i))
+            mixed = hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
+            entries[split_of(_key_or_empty(entry.id), entry.split)].append((mixed, i))
         return [self.entries[i] for split in SPLITS for _, i in sorted(entries[split])]
 
     def fingerprint(self) -> str:
@@ -247,7 +268,8 @@ class EntryReader:
 def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None] | None = None) -> Iterator[Scene]:
     """Reads every scene of a directory in the published layout.
 
-    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` name a split, other `metadata*.json` do not.
+    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` name a split, other `metadata*.json` do not; an
+    id of several splits stays in the one that is held out most (test, then val).
     Texts are lower-cased. Where a relation's label occurs more than once, the two objects with the nearest box
     centres are taken.
 
@@ -270,6 +292,8 @@ def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None]
 def _scenes(layout: ReferenceLayout, report: Callable[[Rejection], None]) -> Iterator[Scene]:
     reader = layout.reader()
     seen: set[str] = set()
+    for rejection in layout.conflicts:
+        report(rejection)
     for entry in layout.entries:
         try:
             scene, _, bad = reader.read(entry)

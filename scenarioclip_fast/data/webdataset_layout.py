@@ -6,8 +6,9 @@ KEY.json is what `scene.scene_to_json` gives:
      "objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": {"size": [H, W], "counts": "..."} or null}, ...],
      "relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}
 
-Members of one key may come in any order; a tar's directories become part of the key, and everything else in it is
-passed over and counted. Nothing is ever extracted: headers say where a sample lies, and its bytes are read from there.
+Members of one key may come in any order; a tar's directories become part of the key, what no key may have is replaced
+(see `check.safe_key`), and everything else in it is passed over and counted. Nothing is ever extracted: headers say
+where a sample lies, and its bytes are read from there.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ from scenarioclip_fast.data.check import (
     BadEntry,
     Rejection,
     clean_scene,
+    given_splits,
     image_reason,
     normalised,
     safe_key,
     short,
+    split_conflict,
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.parallel import ordered_map
@@ -105,6 +108,8 @@ def find_tars(source: str | Path) -> list[Path]:
 class WebDatasetLayout:
     """WebDataset tars as a source to pack. A tar's name gives the split where it begins with train-, val- or test-.
 
+    A key of several splits stays in the one that is held out most (test, then val).
+
     Args:
         source: a directory, a tar, a glob pattern, or several paths of tars. A directory's classes.json, or the
             vocabulary of a pack, says which texts are known; without one whatever occurs is.
@@ -125,6 +130,7 @@ class WebDatasetLayout:
         above = os.path.commonpath([path.absolute().parent for path in paths])
         self._tars = [_stat(path, os.path.relpath(path, above)) for path in paths]
         self._listings: list[_Listing] = []
+        self._given: dict[str, str] = {}  # key -> split, where names of tars leave it open
         self.classes: dict[str, list[str]] | None = None
         if single is not None and Path(single).is_dir():
             self.classes = load_classes(Path(single) / "classes.json") or _classes_of_pack(Path(single))
@@ -153,20 +159,35 @@ class WebDatasetLayout:
         if progress:
             listings = show_progress(listings, len(self._tars), "reading headers", "tars")
         self._listings = list(listings)
+        self._settle_splits()
         ignored: Counter[str] = Counter()
         for listing in self._listings:
             ignored.update(listing.ignored)
         rejected = [rejection for listing in self._listings for rejection in listing.rejected]
         return rejected, dict(sorted(ignored.items()))
 
+    def _settle_splits(self) -> None:
+        """A key of a tar without a split has the one that another tar gives it; samples of two splits are taken out."""
+        if len({tar.split for tar in self._tars}) == 1:
+            return
+        listings = list(zip(self._tars, self._listings, strict=True))
+        self._given = given_splits((key, tar.split) for tar, some in listings for key in some.keys.splitlines())
+        for tar, listing in listings:
+            keys = listing.keys.splitlines()
+            kept = [i for i, key in enumerate(keys) if tar.split in (None, self._given.get(key))]
+            for i in sorted(set(range(len(keys))) - set(kept)):
+                listing.rejected.append(split_conflict(f"{tar.name}: {keys[i]}", self._given[keys[i]]))
+            listing.keys, listing.places = "\n".join(keys[i] for i in kept), listing.places[kept]
+
     def items(self, split_of: Callable[[str, str | None], str]) -> Iterable[Sample]:
         """The samples split by split, as they lie: writers of WebDataset tars mix, and reading in order is fast."""
         for split in SPLITS:
             for i, (tar, listing) in enumerate(zip(self._tars, self._listings, strict=True)):
                 for key, place in zip(listing.keys.splitlines(), listing.places, strict=True):
-                    if split_of(key, tar.split) == split:
+                    given = self._given.get(key, tar.split)
+                    if split_of(key, given) == split:
                         a, b, c, d = place.tolist()
-                        yield Sample(i, tar.name, key, tar.split, (a, b), (c, d))
+                        yield Sample(i, tar.name, key, given, (a, b), (c, d))
 
     def reader(self) -> SampleReader:
         return SampleReader([tar.path for tar in self._tars], self.classes, self._max_pixels)
@@ -281,11 +302,11 @@ def _classes_of_pack(directory: Path) -> dict[str, list[str]] | None:
 def _list(tar: _Tar) -> _Listing:
     """Every sample of a tar by its headers alone."""
     listing = _Listing()
-    # key -> the place of its image and of its record
+    # name without the suffix -> the place of its image and of its record
     found: dict[str, list[tuple[int, int] | None]] = {}
 
     def reject(name: str, reason: str, detail: str) -> None:
-        listing.rejected.append(Rejection(f"{tar.name}: {name}", reason, detail))
+        listing.rejected.append(Rejection(f"{tar.name}: {ascii(name)[1:-1][:200]}", reason, detail))
 
     try:
         with tar.path.open("rb") as file:
@@ -295,35 +316,41 @@ def _list(tar: _Tar) -> _Listing:
                 if member.offset_data + member.size > tar.size:
                     raise tarfile.ReadError(f"{member.name} ends behind the end of the file")
                 try:
-                    kind, key = _key(member)
+                    kind, name = _kind(member)
                     if kind is None:
-                        listing.ignored[key] += 1
+                        listing.ignored[name] += 1
                         continue
+                    _key(name)
                 except BadEntry as error:
-                    reject(ascii(member.name)[1:-1][:200], error.reason, error.detail)
+                    reject(member.name, error.reason, error.detail)
                     continue
-                places = found.setdefault(key, [None, None])
+                places = found.setdefault(name, [None, None])
                 if places[kind] is None:
                     places[kind] = (member.offset_data, member.size)
                 else:
-                    reject(key, "duplicate_id", f"{'a record' if kind else 'an image'} of this key came before")
+                    reject(name, "duplicate_id", f"{'a record' if kind else 'an image'} of this name came before")
     except (tarfile.TarError, ValueError, RecursionError) as error:
         reject("the tar", "damaged_tar", f"{error}; {len(found)} samples were found before")
     except OSError as error:
         raise UserError(f"{tar.path}: {error.strerror}") from None
-    for key, (image, record) in found.items():
+    for name, (image, record) in found.items():
         if image is None:
-            reject(key, "missing_image", "there is a .json, and no .jpg or .jpeg")
+            reject(name, "missing_image", "there is a .json, and no .jpg or .jpeg")
         elif record is None:
-            reject(key, "missing_record", "there is an image, and no .json")
-    whole = [(key, *image, *record) for key, (image, record) in found.items() if image and record]
+            reject(name, "missing_record", "there is an image, and no .json")
+    whole = [(_key(name), *image, *record) for name, (image, record) in found.items() if image and record]
     listing.keys = "\n".join(row[0] for row in whole)
     listing.places = np.array([row[1:] for row in whole], np.int64).reshape(-1, 4)
     return listing
 
 
-def _key(member: tarfile.TarInfo) -> tuple[int | None, str]:
-    """(0 for an image or 1 for a record, its key), or (None, the suffix) of something else.
+def _key(name: str) -> str:
+    """The key of a member's name without its suffix, in which directories count. BadEntry if it can have none."""
+    return safe_key(name.replace("/", "_"), name)
+
+
+def _kind(member: tarfile.TarInfo) -> tuple[int | None, str]:
+    """(0 for an image or 1 for a record, its name without the suffix), or (None, the suffix) of something else.
 
     Raises:
         BadEntry: nothing to be read.
@@ -342,7 +369,7 @@ def _key(member: tarfile.TarInfo) -> tuple[int | None, str]:
     if member.size > limit:
         reason = "malformed_entry" if suffix == "json" else "image_too_large"
         raise BadEntry(reason, f"{member.size} bytes, the limit is {limit}")
-    return int(suffix == "json"), safe_key("_".join((*path.parts[:-1], stem)))
+    return int(suffix == "json"), "/".join((*path.parts[:-1], stem))
 
 
 _KINDS = {

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data import Scene, load_reference
+from scenarioclip_fast.data import Scene, load_reference, pack
 from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection, safe_key
 from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks
 from scenarioclip_fast.errors import UserError
@@ -196,6 +198,7 @@ WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
     "id is a bool": ("malformed_entry", _entry(id=True)),
     "endless objects": ("malformed_entry", _entry(objects=[["cat", BOXES["cat"]]] * 2000)),
     "id with a path": ("unsafe_id", _entry(id="../../a")),
+    "id of several lines": ("unsafe_id", _entry(id="a\nb" * 20_000)),
     "empty id": ("unsafe_id", _entry(id="")),
     "long id": ("unsafe_id", _entry(id="a" * 91)),
     "absolute image path": ("unsafe_path", _entry(image_path="/etc/passwd")),
@@ -368,6 +371,39 @@ def test_duplicate_ids(data: DataSet) -> None:
     assert [(r.entry, r.reason) for r in rejected] == [("metadata.json: entry 1 (a)", "duplicate_id")]
 
 
+def write_split(data: DataSet, **entries: list[dict[str, Any]]) -> None:
+    data.load()
+    (data.directory / "metadata.json").unlink()
+    for name, rows in entries.items():
+        (data.directory / f"metadata{name}.json").write_text(json.dumps({"data": rows}))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_that_a_file_gives_beats_the_hash(data: DataSet, tmp_path: Path, split: str) -> None:
+    # Without a split the scene would be hashed into another one.
+    shares = {"val": 0.0, "test": 0.0} if split != "train" else {"val": 0.0, "test": 1.0}
+    for k, entry in enumerate([data.entry, data.entry | {"image_path": "images/gone.jpg"}]):
+        write_split(data, **{"": [data.entry], f"_{split}": [entry]})
+        report = pack(data.directory, tmp_path / f"out{k}", progress=False, **shares)  # type: ignore[arg-type]
+        assert {name: n["scenes"] for name, n in report.splits.items() if n["scenes"]} == {split: 1}
+        assert report.rejected == ({"missing_image": 1} if k else {"duplicate_id": 1})
+        assert [scene.split for scene in load_reference(data.directory, lambda _: None)] == [split]
+
+
+def test_an_id_of_two_splits_is_held_out(data: DataSet, tmp_path: Path) -> None:
+    other = data.entry | {"id": "b"}
+    write_split(data, _train=[data.entry, other, {}], _val=[data.entry], _test=[{}, data.entry])
+    rejected: list[Rejection] = []
+    assert {s.key: s.split for s in load_reference(data.directory, rejected.append)} == {"a": "test", "b": "train"}
+    assert [(r.entry, r.detail) for r in rejected if r.reason == "split_conflict"] == [
+        (f"metadata_{name}.json: entry 0 (a)", "the test split has this id too, and keeps it")
+        for name in ("train", "val")
+    ]
+    report = pack(data.directory, tmp_path / "out", progress=False)
+    assert [n["scenes"] for n in report.splits.values()] == [1, 0, 1]
+    assert report.rejected == dict(sorted(Counter(r.reason for r in rejected).items()))
+
+
 def test_rejections_are_logged_where_nobody_asks(data: DataSet, caplog: pytest.LogCaptureFixture) -> None:
     data.load()
     data.image.unlink()
@@ -402,8 +438,13 @@ def test_unusable_directories(tmp_path: Path) -> None:
 
 
 def test_ids_become_safe_file_names() -> None:
-    assert safe_key("COCO_train2014_000000001.jpg") == "COCO_train2014_000000001_jpg"
-    assert safe_key("a b..é") == "a_b___"
+    assert safe_key("COCO_train2014-000000001") == "COCO_train2014-000000001"
+    # What is lost is told by a hash, so that ids that differ still do, and a key stays as it is when packed again.
+    changed = {raw: safe_key(raw) for raw in ("a.jpg", "a_jpg", "a b..é", "a b..è", "é" * 90, "è" * 90, "\udce9")}
+    assert changed["a.jpg"] == "a_jpg-509b0d46" and changed["a_jpg"] == "a_jpg"
+    assert len(set(changed.values())) == len(changed)
+    for key in changed.values():
+        assert re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key) and safe_key(key) == key
     for bad in ("a/b", "a\\b", "", "a\nb", "a\0b"):
         with pytest.raises(BadEntry):
             safe_key(bad)

@@ -14,7 +14,7 @@ import pytest
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
-from scenarioclip_fast.data.check import REASONS
+from scenarioclip_fast.data.check import REASONS, safe_key
 from scenarioclip_fast.data.packing import PackReport
 from scenarioclip_fast.data.webdataset_layout import MAX_RECORD_BYTES, WebDatasetLayout
 from scenarioclip_fast.errors import UserError
@@ -99,7 +99,7 @@ def test_a_tar_of_other_writers(tmp_path: Path) -> None:
     assert not rejected and report.ignored == {".*.jpg": 1, ".cls": 1, "no suffix": 1}
     assert "passed over: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
     first, second = scenes(tmp_path / "out")
-    assert (first.key, second.key) == ("first", "more_deep_2nd")
+    assert (first.key, second.key) == ("first", safe_key("more_deep_2nd", raw="more/deep/2nd"))
     assert first.image == image and first.action == "sleeping in" and first.relation_text(0) == "cat on mat"
     assert all(isinstance(o.mask["counts"], str) for o in first.objects)  # type: ignore[index]
     from scenarioclip_fast.data.rle import decode
@@ -113,7 +113,8 @@ def test_long_names_in_every_tar_format(tmp_path: Path, format: int) -> None:
     key = "-".join(["directory"] * 6) + "/" + "k" * 28
     write(tmp_path / "a.tar", sample(key), format)
     packed(tmp_path, tmp_path / "out")
-    assert [scene.key for scene in scenes(tmp_path / "out")] == [key.replace("/", "_")]
+    (scene,) = scenes(tmp_path / "out")
+    assert scene.key.startswith(key.replace("/", "_")[:80]) and len(scene.key) <= 90
 
 
 def test_what_webdataset_writes(tmp_path: Path) -> None:
@@ -168,6 +169,40 @@ def test_the_number_of_processes_changes_nothing(many: Path, tmp_path: Path, mon
     monkeypatch.setattr(WebDatasetLayout, "large", True)  # so that headers are read by several too
     packed(many, tmp_path / "2", shard_size=5, workers=2)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_an_image_is_never_joined_with_the_record_of_another(tmp_path: Path) -> None:
+    names = ["a/b_c", "a_b/c", "a_b_c", "a b_c", "a-b", "é", "è", "ü/é", "caf\udce9"]
+    images = {name: jpeg(seed=i) for i, name in enumerate(names)}
+    members = [(f"{name}.jpg", image) for name, image in images.items()]
+    # In another order, and one record has no image of its own.
+    members += [(f"{n}.json", json.dumps(record(action=f"scene {i}")).encode()) for i, n in enumerate(names)][::-1]
+    del members[1]
+    _, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
+    assert [(row["entry"], row["reason"]) for row in rejected] == [("a.tar: a_b/c", "missing_image")]
+    found = {scene.action: scene for scene in scenes(tmp_path / "out")}
+    assert len(found) == len(names) - 1
+    for i, name in enumerate(names):
+        assert i == 1 or found[f"scene {i}"].image == images[name]
+    assert found["scene 2"].key == "a_b_c" and found["scene 4"].key == "a-b", "what needs no change has none"
+    _, again = packed(tmp_path / "out", tmp_path / "again")
+    assert not again and ShardSet(tmp_path / "again").keys == ShardSet(tmp_path / "out").keys
+
+
+def test_a_scene_of_two_splits_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name, keys in {"train-0": "ab", "val-0": "bc", "test-0": "cd", "other": "abcde"}.items():
+        write(tmp_path / "set" / f"{name}.tar", [m for key in keys for m in sample(key)])
+    packs = [packed(tmp_path / "set", tmp_path / f"{test}", test=test) for test in (0.0, 1.0)]
+    for test, (report, rejected) in enumerate(packs):
+        keys = {split: ShardSet(tmp_path / f"{test:.1f}", split).keys for split in ("train", "val", "test")}
+        assert keys == {"train": ["a"] + ["e"] * (1 - test), "val": ["b"], "test": ["c", "d"] + ["e"] * test}
+        assert report.rejected == {"duplicate_id": 4, "split_conflict": 2}
+        conflicts = {row["entry"]: row["detail"] for row in rejected if row["reason"] == "split_conflict"}
+        assert conflicts == {
+            "train-0.tar: b": "the val split has this id too, and keeps it",
+            "val-0.tar: c": "the test split has this id too, and keeps it",
+        }
 
 
 def test_ways_to_name_tars(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
