@@ -27,13 +27,15 @@ from PIL import Image
 from torch import Tensor
 
 from scenarioclip_fast.data import ShardSet, Views, generate_scenes, pack, scene_loader
-from scenarioclip_fast.data.decode import decode_with_pillow, make_decoder
+from scenarioclip_fast.data.decode import TorchDecoder, decode_with_pillow, make_decoder
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.ops import render_views
 from scenarioclip_fast.ops.views import CLIP_STD
 
 PHOTOS = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
-SIZE, BATCH, WORKERS = 224, 32, 2
+SIZE, BATCH = 224, 32
+WORKERS = {"cpu": 2, "cuda": 8}  # of the published way; eight is what its jobs had beside a GPU
+EPOCHS = {"cpu": 1, "cuda": 4}  # through 128 scenes in a sample: two batches for each worker
 EVEN = 128  # scenes of one kind
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -46,8 +48,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def published(shards: Path, device: str, regions: Literal["read", "drawn"]) -> Iterator[Tensor]:
-    yield from baseline_data.published(layout(shards, regions), SIZE, BATCH, WORKERS, device)
+@functools.lru_cache(maxsize=1)  # its workers wait while it is not used
+def published(shards: Path, device: str, regions: Literal["read", "drawn"]) -> baseline_data.Published:
+    entries = layout(shards, regions) * EPOCHS[device]
+    return baseline_data.Published(entries, SIZE, BATCH, WORKERS[device], device)
 
 
 @functools.cache
@@ -57,30 +61,47 @@ def layout(shards: Path, regions: Literal["read", "drawn"]) -> list[baseline_dat
 
 def ours(shards: Path, device: str, **options: Any) -> Iterator[Tensor]:
     options = {"blur": "reference", "train": False, "shuffle": False, "drop_last": False, **options}
+    options.setdefault("epochs", EPOCHS[device])
     with scene_loader(shards, BATCH, device=device, size=SIZE, **options) as loader:
         for batch in loader:
             yield batch.pixels
+        assert not loader.bad, loader.bad
 
 
-WHOLE: dict[str, Callable[[Path, str], Iterator[Tensor]]] = {
+CACHED = 4  # epochs, of which the first one decodes
+WHOLE: dict[str, Callable[[Path, str], Iterable[Tensor]]] = {
     "published": lambda shards, device: published(shards, device, "read"),
     "ours, torch": lambda shards, device: ours(shards, device, decoder="torch"),
     "ours, dali": lambda shards, device: ours(shards, device, decoder="dali"),
-    "ours, torch, cached": lambda shards, device: ours(shards, device, decoder="torch", cache_bytes=1 << 30, epochs=4),
+    "ours, torch, cached": lambda shards, device: ours(
+        shards, device, decoder="torch", cache_bytes=1 << 30, epochs=CACHED
+    ),
     "published, regions drawn": lambda shards, device: published(shards, device, "drawn"),  # the slowest: last
 }
 
 
 @functools.cache
-def first_published(shards: Path) -> Tensor:
-    return next(published(shards, "cpu", "read"))
+def expected_batches(shards: Path) -> list[Tensor]:
+    """An epoch of the published way."""
+    return list(published(shards, "cpu", "read"))
 
 
-def check(pixels: Tensor, expected: Tensor) -> None:
-    """The renderer's promise: in bytes, one apart at most for 99.9 % of the values, never more than three."""
+def check(pixels: Tensor, expected: Tensor, nvjpeg: bool = False) -> None:
+    """The renderer's promise: in bytes, one apart at most for 99.9 % of the values, never more than three.
+
+    nvJPEG's inverse transform and upsampling round differently from libjpeg's, which moves a decoded pixel by a few
+    levels; a wrong colour order, size or crop moves the mean by tens.
+    """
     std = torch.tensor(CLIP_STD)[:, None, None]
     apart = ((pixels.cpu() - expected) * std * 255).abs()
-    assert apart.max() < 3.01 and (apart > 1.01).float().mean() < 1e-3, f"off by {apart.max():.2f} bytes"
+    if nvjpeg:
+        assert apart.mean() < 1.5, f"off by {apart.mean():.2f} bytes in the mean"
+    else:
+        assert apart.max() < 3.01 and (apart > 1.01).float().mean() < 1e-3, f"off by {apart.max():.2f} bytes"
+
+
+def by_nvjpeg(way: str, device: str) -> bool:
+    return device == "cuda" and "dali" in way  # a decoder on the CPU gives libjpeg-turbo's pixels
 
 
 def needs(way: str) -> None:
@@ -117,13 +138,12 @@ def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) 
     batch_size = 128 if device == "cuda" else BATCH
     epochs = 16 if device == "cuda" else 1
     options = {"device": device, "size": SIZE, "decoder": way.removeprefix("ours, "), "shuffle": False}
-    if device == "cpu" or "torch" in way:
-        scenes = scenes_of(even_shards)[:batch_size]
-        images = [decode_with_pillow(scene.image) for scene in scenes]  # type: ignore[arg-type]
-        with scene_loader(even_shards, batch_size, **options, epochs=1) as loader:
-            check(next(iter(loader)).pixels, render_views(images, Views.of_scenes(scenes, train=True), size=SIZE))
+    scenes = scenes_of(even_shards)[:batch_size]
+    images = [decode_with_pillow(scene.image) for scene in scenes]  # type: ignore[arg-type]
+    with scene_loader(even_shards, batch_size, **options, epochs=1) as loader:
+        views = render_views(images, Views.of_scenes(scenes, train=True), size=SIZE)
+        check(next(iter(loader)).pixels, views, by_nvjpeg(way, device))
     with scene_loader(even_shards, batch_size, **options, epochs=epochs) as loader:
-        assert not loader.bad
 
         def run() -> None:
             for _ in loader:
@@ -132,7 +152,8 @@ def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) 
                 torch.cuda.synchronize()
 
         benchmark.group = f"640 x 480, 6 objects, 3 relations, {device}"
-        benchmark.pedantic(run, rounds=5 if device == "cuda" else 2, warmup_rounds=1)
+        benchmark.pedantic(run, rounds=5 if device == "cuda" else 3, warmup_rounds=1)
+        assert not loader.bad, loader.bad
     report(benchmark, EVEN * epochs, EVEN * epochs * 10)
     if benchmark.stats is not None:
         size = sum(len(scene.image) for scene in scenes_of(even_shards)) * epochs
@@ -155,14 +176,12 @@ def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> N
         if device == "cuda":
             torch.cuda.synchronize()
 
-    # No time is reported for a wrong result. (nvJPEG rounds differently from libjpeg, so it has tests of its own.)
-    if "ours" in way and not (device == "cuda" and "dali" in way):
-        check(next(WHOLE[way](shards, device)), first_published(shards))
+    # The whole epoch; drawing regions and publishing them as PNGs comes before training and is not timed.
+    for pixels, expected in zip(WHOLE[way](shards, device), itertools.cycle(expected_batches(shards)), strict=False):
+        check(pixels, expected, by_nvjpeg(way, device))
     benchmark.group = f"whole batches, {device}"
-    if "published" in way:
-        layout(shards, "drawn" if "drawn" in way else "read")  # published as a step before training: not timed
-    benchmark.pedantic(epoch, rounds=3 if "ours" in way else 1, warmup_rounds=int("ours" in way))
-    epochs = 4 if "cached" in way else 1
+    benchmark.pedantic(epoch, rounds=5 if "ours" in way else 2)  # that epoch has warmed up
+    epochs = CACHED if "cached" in way else EPOCHS[device]
     report(benchmark, len(ShardSet(shards)) * epochs, views)
 
 
@@ -170,18 +189,25 @@ def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> N
 @pytest.mark.parametrize("way", ["Pillow", "torch", "torch, one thread", "dali", "dali, one thread"])
 def test_decoding(benchmark: Any, shards: Path, way: str, device: str) -> None:
     needs(way)
-    images = [scene.image for scene in scenes_of(shards)]
-    if way == "Pillow":
+    images: list[bytes] = [scene.image for scene in scenes_of(shards)]  # type: ignore[misc]
+    if way == "Pillow" and device == "cuda":
+        pytest.skip("Pillow decodes on the CPU")
+    name, _, one = way.partition(",")
+    decoder = None if way == "Pillow" else make_decoder(name, device, threads=1 if one else None)
+
+    def run() -> list[Any]:
+        if decoder is None:
+            return [decode_with_pillow(data) for data in images]
+        decoded: list[Any] = []
+        for i in range(0, len(images), BATCH):
+            decoded += decoder.decode(images[i : i + BATCH])
         if device == "cuda":
-            pytest.skip("Pillow decodes on the CPU")
-        run: Callable[[], Any] = lambda: [decode_with_pillow(data) for data in images]  # type: ignore[arg-type] # noqa: E731
-    else:
-        name, _, one = way.partition(",")
-        decoder = make_decoder(name, device, threads=1 if one else None)
+            torch.cuda.synchronize()
+        return decoded
 
-        def run() -> Any:
-            return [decoder.decode(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]  # type: ignore[misc]
-
+    for data, found in zip(images, run(), strict=True):
+        apart = (found.cpu().int() - decode_with_pillow(data).int()).abs().max()
+        assert apart <= (3 if by_nvjpeg(way, device) else 0), f"off by {apart}"
     benchmark.group = f"decoding, {device}"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     report(benchmark, len(images), len(images))
@@ -199,6 +225,9 @@ def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
         sizes = [tuple(image.shape[:2]) for image in images]  # type: ignore[union-attr]
         return render_views(images, Views.of_scenes(scenes, train=True, sizes=sizes), size=SIZE)  # type: ignore[arg-type]
 
+    images = [decode_with_pillow(data) for data in encoded]  # type: ignore[arg-type]
+    expected = render_views(images, Views.of_scenes(scenes, train=True), size=SIZE)
+    check(run(), expected, device == "cuda" and not isinstance(decoder, TorchDecoder))
     benchmark.group = f"decoding and views, {device}"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     report(benchmark, BATCH, len(run()))

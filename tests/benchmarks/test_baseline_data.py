@@ -25,7 +25,7 @@ def test_same_views_as_the_package(tmp_path: Path, regions: str) -> None:
     options = {"size": 48, "train": False, "shuffle": False, "epochs": 1, "blur": "reference", "decoder": "torch"}
     with scene_loader(tmp_path / "shards", 5, **options) as loader:  # type: ignore[arg-type]
         ours = next(iter(loader)).pixels
-    (theirs,) = baseline_data.published(entries, 48, 5, workers=0)
+    (theirs,) = baseline_data.Published(entries, 48, 5, workers=0)
     apart = ((ours - theirs) * torch.tensor(CLIP_STD)[:, None, None] * 255).abs()
     # The renderer's promise: one byte apart at most on 99.9 % of the values, never more than three.
     assert apart.max() <= 3.01 and (apart <= 1.01).double().mean() >= 0.999
