@@ -54,7 +54,8 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # [*]
         ctx.save_for_backward(x)
-        return (1.702 * x).sigmoid_().mul_(x)
+        # Nothing in place: torch.compile of torch 2.11 then differentiates another function.
+        return (1.702 * x).sigmoid() * x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # [*]
