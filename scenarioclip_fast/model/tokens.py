@@ -168,8 +168,9 @@ class TokenTable(nn.Module):
         if stop == 1 or size > self.cache_bytes:
             with torch.no_grad():
                 return encoder.run(self.tokens[source], packing, stop=stop)
-        self._forget_if_stale(encoder, stop)
-        with torch.no_grad():
+        # What an evaluation in inference mode leaves here must serve, and grow in, a training step.
+        with torch.inference_mode(False), torch.no_grad():
+            self._forget_if_stale(encoder, stop)
             missing = host_row[~self._filled[host_row]]
             # Always in the same company: the bits of a product depend on its shape, and a resumed run, whose first
             # batch is another, must find the features of the first run.
@@ -191,10 +192,12 @@ class TokenTable(nn.Module):
         weights = [p for stage in encoder.stages[:stop] for p in stage.parameters()]
         kind = self.tokens.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (self.tokens.device, weights[0].dtype, autocast, stop, sum(p._version for p in weights))
+        # Which tensors, and how often they were written; those made in inference mode do not count that.
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights)
+        key = (self.tokens.device, weights[0].dtype, autocast, stop, state)
         if key != self._key:
             self._key, self._hidden = key, None
-            self._filled.zero_()
+            self._filled = torch.zeros(len(self._filled), dtype=torch.bool)
 
     def _covers(self, level: str, ids: Tensor) -> bool:
         return bool(((ids >= 0) & (ids < self.sizes[level])).all())

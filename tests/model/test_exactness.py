@@ -21,6 +21,7 @@ from scenarioclip_fast.model import (
     TextEncoder,
     VisionConfig,
     VisionEncoder,
+    tokens,
 )
 from scenarioclip_fast.model.encoders import Encoder, Packing
 
@@ -280,6 +281,29 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
     model.tokens.cache_bytes = 0
     # Float32 with other orders of summation; features left over from bfloat16 would be 1e-3 away.
     torch.testing.assert_close(fast(model, some, None)["text object"], full, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_text_features_outlive_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_TOGETHER", 2)  # a batch leaves most strings to the next one
+    model = make(FREEZES["part"])
+    with torch.inference_mode():
+        model(BATCHES["one of each"])
+    some = BATCHES["repeats"]
+    out = fast(model, some, None)
+    loss(out).backward()
+    torch.testing.assert_close(out["text object"], naive(model, some, None)["text object"], rtol=1e-10, atol=1e-10)
+    with torch.inference_mode():
+        made_there = make(FREEZES["part"])
+        torch.testing.assert_close(fast(made_there, some, None)["text object"], out["text object"], rtol=0, atol=0)
+
+
+def test_cached_text_features_follow_weights_that_take_the_place_of_others() -> None:
+    model = make(FREEZES["part"])
+    states = [{k: v * factor for k, v in model.state_dict().items()} for factor in (1.0, 1.5)]
+    for state in states:  # each tensor as new as the one before it
+        model.load_state_dict(state, assign=True)
+        got, expected = (form(model, BATCHES["repeats"], None)["text object"] for form in (fast, naive))
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", ["scenarioclip0", "pyramidclip"])
