@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -79,7 +79,9 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, local, several=size > 1)
     if size == 1:
-        yield World(0, 1, chosen, None)
+        # What names no device means this one: its random numbers, the wait for a checkpoint's copies.
+        with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
+            yield World(0, 1, chosen, None)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -109,9 +111,9 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
         watch.announce(f"rank {rank} ended with {type(error).__name__}: {_first_line(error)}")
         raise
     finally:
-        watch.stop()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # NCCL's may wait for lost ranks: under the watch, which bounds it
+        watch.stop()
         if failed:
             watch.linger()
 

@@ -1,0 +1,60 @@
+"""A rank's place, and how it leaves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from scenarioclip_fast.train.distributed import join_world
+
+# NCCL may wait for lost ranks when a rank that failed leaves its groups. Here that takes forever.
+STUCK = """
+import os, time
+import torch.distributed as dist
+from scenarioclip_fast.train import distributed
+distributed._GRACE_S = 0.5
+dist.destroy_process_group = lambda: time.sleep(3600)
+os.environ["RANK"] = "0" if os.fork() else "1"
+with distributed.join_world("cpu", timeout_s=8):
+    raise ValueError("a mistake")
+"""
+
+
+def test_one_process_on_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["cuda:0"]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], str(device)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world("cuda:1") as world:
+        # Else torch.accelerator.synchronize() would not wait for a checkpoint's copies from this GPU.
+        assert current == ["cuda:1"] == [str(world.device)]
+    assert current == ["cuda:0"]
+
+
+def test_a_rank_that_fails_ends_even_if_it_cannot_leave() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK],
+        env={**os.environ, **place, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "cannot go on: rank" in done.stderr and "ValueError: a mistake" in done.stderr
