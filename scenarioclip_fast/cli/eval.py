@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,15 +161,27 @@ def _make_places(args: argparse.Namespace) -> None:
     from scenarioclip_fast.errors import UserError
 
     for option in ("report", "cache"):
-        directory = getattr(args, option, None)
-        if directory is not None:
-            if directory.exists() and not directory.is_dir():
-                raise UserError(f"--{option}: {directory} is a file; name a directory")
-            directory.mkdir(parents=True, exist_ok=True)
+        if (directory := getattr(args, option, None)) is not None:
+            _make_place(option, directory, directory)
     if args.json is not None:
         if args.json.is_dir():
             raise UserError(f"--json: {args.json} is a directory; name a file")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        _make_place("json", args.json, args.json.parent)
+
+
+def _make_place(option: str, asked: Path, directory: Path) -> None:
+    from scenarioclip_fast.errors import UserError
+
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--{option}: {directory} is a file, expected a directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        if asked.is_file():
+            asked.open("a").close()
+    except OSError as error:
+        raise UserError(f"--{option}: {asked} cannot be written ({error.strerror})") from None
 
 
 # Each kind does what all ranks share, and returns what the leading one does when the others have left: the result,
@@ -235,7 +248,8 @@ def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finis
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
     if "train" not in splits:
         raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probe on")
-    found = {split: split_features(session, split, cache=args.cache) for split in (*splits, args.split)}
+    # the one that may be mistyped comes first, and mostly is the smallest
+    found = {split: split_features(session, split, cache=args.cache) for split in (args.split, *splits)}
 
     def finish() -> Any:
         result = linear_probe(
@@ -267,12 +281,12 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish
     from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
     from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.samples import answer_samples
-    from scenarioclip_fast.eval.tsne import check_sizes, embedding_map
+    from scenarioclip_fast.eval.tsne import check_settings, embedding_map
     from scenarioclip_fast.requirements import require
 
     # before a large split is embedded
     require("sklearn.manifold")
-    check_sizes(args.classes, args.views)
+    check_settings(args.classes, args.views, args.seed)
     features = split_features(session, args.split, [args.level], cache=args.cache)
 
     def finish() -> Any:

@@ -25,6 +25,7 @@ from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.distributed import World
 
 _CHUNK = 256  # views embedded at once
+_ROWS = 1 << 16  # of each rank, exchanged at once
 _FIELDS = ("image", "text_id", "scene")
 
 
@@ -76,7 +77,8 @@ def embed_views(
                     image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])
                     parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
             keys += batch.keys
-    features = Features(keys, {level: _joined(own) for level, own in parts.items() if own})
+    # each list goes as its tensor comes: there are not two of everything
+    features = Features(keys, {level: _joined(parts.pop(level)) for level in levels if parts[level]})
     for level, found in features.levels.items():
         if bad := int((~found.image.isfinite().all(1)).sum()):
             of = f"{bad} of {len(found)} {level} embeddings"
@@ -89,7 +91,7 @@ def _joined(parts: Sequence[LevelFeatures]) -> LevelFeatures:
 
 
 def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
-    """The shares of all ranks together, on the CPU of every rank, in the order of the keys.
+    """The shares of all ranks together, on the leading rank's CPU, in the order of the keys; elsewhere the keys alone.
 
     That order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
     """
@@ -106,15 +108,28 @@ def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -
         if own is None:
             none = torch.empty(0, dtype=torch.int64, device=world.device)
             own = LevelFeatures(torch.empty(0, width, device=world.device), none, none)
-        tensors = [own.image, own.text_id, own.scene + first]
-        if world.group is not None:
-            sizes = [row[0] for row in exchange([len(own)], world.device, world.group)]
-            tensors = [torch.cat(gather_rows(t, sizes, world.group)) for t in tensors]
-        image, text_id, scene = (t.cpu() for t in tensors)
+        image, text_id, scene = (_led(t, world) for t in (own.image, own.text_id, own.scene + first))
         if len(image):
             by_key = rank_of[scene].argsort(stable=True)  # views of a scene keep their order
             out[level] = LevelFeatures(image[by_key], text_id[by_key], rank_of[scene][by_key])
     return Features([keys[i] for i in order], out)
+
+
+def _led(
+    rows: Tensor,  # [n, ...], n differs among ranks
+    world: World,
+) -> Tensor:
+    """Those of all ranks on the leading one's CPU, in whatever order of the ranks; elsewhere none."""
+    if world.group is None:
+        return rows.cpu()
+    sizes = [size for (size,) in exchange([len(rows)], world.device, world.group)]
+    found = [rows[:0].cpu()]
+    for start in range(0, max(sizes), _ROWS):  # a device holds its own share and a little of the others'
+        now = [min(max(size - start, 0), _ROWS) for size in sizes]
+        blocks = gather_rows(rows[start : start + _ROWS], now, world.group)
+        if world.leads:
+            found += [block.cpu() for block in blocks]
+    return torch.cat(found)
 
 
 def split_features(
@@ -159,11 +174,13 @@ def _save(features: Features, path: Path) -> None:
         for level, rows in features.levels.items()
         for name in _FIELDS
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         require("safetensors.torch").save_file(tensors, partial, metadata={"keys": json.dumps(features.keys)})
         os.replace(partial, path)
+    except (OSError, require("safetensors").SafetensorError) as error:  # it costs time alone, some other time
+        print(f"warning: {path}: features not kept: {error}", file=sys.stderr)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -33,6 +33,7 @@ from scenarioclip_fast.train.distributed import World
 Kind = Literal["swapped", "predicate"]
 KINDS: dict[Kind, str] = {"swapped": "subject and object swapped", "predicate": "predicate replaced"}
 CHANCE = 0.5
+_CHUNK = 1 << 14  # pairs compared at once
 
 
 class Triple(NamedTuple):
@@ -130,7 +131,8 @@ def draw(
     if swapped not in true:
         found["swapped"] = swapped
     first = mix(*numbers) % max(len(predicates), 1)
-    for predicate in (*predicates[first:], *predicates[:first]):
+    for i in range(len(predicates)):
+        predicate = predicates[(first + i) % len(predicates)]
         if (text := str(triple._replace(predicate=predicate))) not in true:
             found["predicate"] = text
             break
@@ -203,13 +205,24 @@ def _ask(model: Encoder, features: Features, vocabulary: Vocabulary, seed: int) 
     text = F.normalize(model.encode_text([tokenize(t, None) for t in texts], "relation").float(), dim=-1)
     image = F.normalize(own.image, dim=-1)
     own_rows = [row_of[vocabulary.relations[i]] for i in ids]
-    truth = (image * text[own_rows]).sum(-1)
+    truth = _cosines(image, text, range(len(ids)), own_rows)
     answers: list[dict[Kind, float]] = [{} for _ in ids]
     for kind in KINDS:
         views = [view for view, negatives in enumerate(drawn) if kind in negatives]
-        false = (image[views] * text[[row_of[drawn[view][kind]] for view in views]]).sum(-1)
-        point = (torch.sign(truth[views] - false) + 1) / 2
-        for view, value in zip(views, point.tolist(), strict=True):
-            answers[view][kind] = value
+        false = _cosines(image, text, views, [row_of[drawn[view][kind]] for view in views])
+        for view, own_score, other in zip(views, truth[views].tolist(), false.tolist(), strict=True):
+            answers[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
     names = [triple.predicate if (triple := triples[i]) else "" for i in ids]
     return list(zip(names, answers, strict=True))
+
+
+def _cosines(
+    image: torch.Tensor,  # [N, D], unit length
+    text: torch.Tensor,  # [U, D], unit length
+    views: Sequence[int],
+    rows: Sequence[int],
+) -> torch.Tensor:  # [len(views)], on the CPU
+    """Of each of `views` with its row of `text`."""
+    pairs = torch.tensor([views, rows], dtype=torch.int64, device=image.device)
+    found = [(image[a] * text[b]).sum(-1).cpu() for a, b in (pair for pair in pairs.split(_CHUNK, 1))]
+    return torch.cat([torch.zeros(0), *found])

@@ -27,6 +27,7 @@ from scenarioclip_fast.progress import progress
 
 WEIGHT_DECAY = 5e-4
 CHECKS = 20
+_BLOCK = 1 << 24  # scores at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,9 @@ def linear_probe(
         classes = len(vocabulary.texts(level))
         head, step = _fit(_on(train.levels[level], device), chooser and _on(chooser, device), classes, settings, seed)
         steps[level].append(step)
+        ahead = _ahead(head, _on(test.levels[level], device))
         for k in topk:
-            scores[level][k].append(_accuracy(head, _on(test.levels[level], device), k))
+            scores[level][k].append(_share_below(ahead, k))
     rows = []
     for level in levels:
         seen, asked = train.levels[level].text_id, test.levels[level].text_id
@@ -191,7 +193,7 @@ def _fit(
         optimizer.step()
         schedule.step()
         if val is not None and (step % every == 0 or step == settings.steps):
-            accuracy = _accuracy(head, val, 1)
+            accuracy = _share_below(_ahead(head, val), 1)
             if accuracy > best:
                 best, best_step = accuracy, step
                 kept = {name: p.clone() for name, p in head.state_dict().items()}
@@ -212,11 +214,15 @@ def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def _accuracy(head: nn.Linear, rows: LevelFeatures, k: int) -> float:
-    """The share of views of which fewer than k other classes score at least as much as their own."""
-    hits = 0
-    for image, ids in zip(rows.image.split(4096), rows.text_id.split(4096), strict=True):
+def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
+    """How many other classes score at least as much as each view's own."""
+    found = []
+    step = max(1, _BLOCK // head.out_features)
+    for image, ids in zip(rows.image.split(step), rows.text_id.split(step), strict=True):
         scores = head(image)
-        own = scores.gather(1, ids[:, None])
-        hits += int(((~(scores < own)).sum(1) - 1 < k).sum())
-    return hits / len(rows)
+        found.append((~(scores < scores.gather(1, ids[:, None]))).sum(1) - 1)
+    return torch.cat(found)
+
+
+def _share_below(values: Tensor, k: int) -> float:
+    return int((values < k).sum()) / len(values)

@@ -116,16 +116,18 @@ def retrieval(
         found = {"image_to_text": (to_text, len(present)), "text_to_image": (to_image.bincount(), views)}
         right = {"image_to_text": torch.ones(1), "text_to_image": count[present].cpu()}
         for direction, (histogram, gallery) in found.items():
-            passed = histogram.cumsum(0).tolist()
+            passed = histogram.cumsum(0).cpu()
+            queries = int(passed[-1])
+            middle = torch.tensor([(queries + 1) // 2, queries // 2 + 1])
             rows.append(
                 Recall(
                     level,
                     direction,
-                    passed[-1],
+                    queries,
                     gallery,
-                    {k: passed[min(k, len(passed)) - 1] / passed[-1] for k in topk},
+                    {k: int(passed[min(k, len(passed)) - 1]) / queries for k in topk},
                     {k: random_hit_rate(k, gallery, right[direction]) for k in topk},
-                    _median(histogram.tolist()),
+                    float((torch.searchsorted(passed, middle) + 1).double().mean()),
                 )
             )
     return RetrievalResult(split, scenes, topk, rows)
@@ -164,17 +166,3 @@ def _blocks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, image.shape[0], step):
         rows = slice(start, start + step)
         yield rows, image[rows] @ text.T
-
-
-def _median(histogram: Sequence[int]) -> float:
-    """The median of ranks from 1, of which `histogram[r]` are r + 1."""
-    total = sum(histogram)
-    middle = []
-    for wanted in ((total + 1) // 2, total // 2 + 1):
-        passed = 0
-        for rank, count in enumerate(histogram, start=1):
-            passed += count
-            if passed >= wanted:
-                middle.append(rank)
-                break
-    return sum(middle) / 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import Vocabulary
-from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, evaluating, level_views, score_views
+from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, evaluating, level_views, score_blocks
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 _CHOICE = 10  # scenes looked at for one that is shown
@@ -21,7 +21,8 @@ _CHOICE = 10  # scenes looked at for one that is shown
 class Answer:
     """One view as the model saw it, its true text, and the best guesses with their cosine, best first.
 
-    `truth_score` is the true text's cosine, `truth_rank` counts from 1 where it stands among all texts.
+    `truth_score` is the true text's cosine, `truth_rank` counts from 1 where it stands among all texts, behind those
+    that score the same.
     """
 
     picture: Tensor  # uint8 [S, S, 3]
@@ -86,15 +87,15 @@ def _answer_batch(
         if len(ids) == 0:
             continue
         names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
-        scores = score_views(model, pixels, texts[level], level)
-        best = scores.topk(min(guesses, len(names)))
-        own = scores.gather(1, ids[:, None])
-        rank = (scores > own).sum(1) + 1
-        columns = (ids, scene, best.indices, best.values, own[:, 0], rank)
-        rows = zip(pixels, *(column.tolist() for column in columns), strict=True)
-        for view, truth, home, top, cosines, score, place in rows:
-            ranked = [(names[i], cosine) for i, cosine in zip(top, cosines, strict=True)]
-            held_out = counts[truth] == 0
-            answers[level][home].append(Answer(to_picture(view), names[truth], ranked, held_out, score, place))
+        for some, scores in score_blocks(model, pixels, texts[level], level):
+            best = scores.topk(min(guesses, len(names)))
+            own = scores.gather(1, ids[some][:, None])
+            rank = (~(scores < own)).sum(1)
+            columns = (ids[some], scene[some], best.indices, best.values, own[:, 0], rank)
+            rows = zip(pixels[some], *(column.tolist() for column in columns), strict=True)
+            for view, truth, home, top, cosines, score, place in rows:
+                ranked = [(names[i], cosine) for i, cosine in zip(top, cosines, strict=True)]
+                held_out = counts[truth] == 0
+                answers[level][home].append(Answer(to_picture(view), names[truth], ranked, held_out, score, place))
     per_scene = zip(batch.keys, answers["global"], answers["object"], answers["relation"], strict=True)
     return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]

@@ -72,16 +72,22 @@ def embedding_map(
         seed: of the layout, which is the same for the same seed and features on one machine.
 
     Raises:
-        UserError: fewer than two classes or MIN_VIEWS views.
+        UserError: fewer than two classes or MIN_VIEWS views, or embeddings that are all the same.
         MissingDependencyError: scikit-learn is not installed.
     """
     manifold = require("sklearn.manifold")
-    check_sizes(classes, views)
+    check_settings(classes, views, seed)
     rows = features.levels.get(level)
     texts = vocabulary.texts(level)
     counts = torch.zeros(len(texts), dtype=torch.int64) if rows is None else rows.text_id.bincount(minlength=len(texts))
-    frequent = [i for i in counts.sort(descending=True, stable=True).indices[:classes].tolist() if counts[i]]
-    chosen = [] if rows is None else [_spread((rows.text_id == i).nonzero()[:, 0], views // classes) for i in frequent]
+    # each class with a neighbour of its own
+    most = min(classes, views // 2)
+    frequent = [i for i in counts.sort(descending=True, stable=True).indices[:most].tolist() if counts[i]]
+    chosen = []
+    if rows is not None:
+        each, more = divmod(views, max(len(frequent), 1))
+        for place, i in enumerate(frequent):
+            chosen.append(_spread((rows.text_id == i).nonzero()[:, 0], each + (place < more)))
     total = sum(map(len, chosen))
     if rows is None or len(frequent) < 2 or total < MIN_VIEWS:
         raise UserError(
@@ -91,6 +97,8 @@ def embedding_map(
     index = torch.cat(chosen)
     label = torch.repeat_interleave(torch.tensor([len(own) for own in chosen]))
     image = F.normalize(rows.image[index].float(), dim=-1)
+    if bool((image == image[0]).all()):
+        raise UserError(f"all {total} {level} embeddings point the same way: there is nothing to map")
     perplexity = min(PERPLEXITY, (total - 1) / 3)
     layout = manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(image.numpy())
     same = [(label == i).sum().item() for i in range(len(frequent))]
@@ -107,12 +115,14 @@ def embedding_map(
     )
 
 
-def check_sizes(classes: int, views: int) -> None:
-    """UserError where a map of so few classes or views would show nothing."""
+def check_settings(classes: int, views: int, seed: int) -> None:
+    """UserError where a map of so few classes or views would show nothing, or scikit-learn knows no such seed."""
     if classes < 2:
         raise UserError(f"classes: got {classes}, expected at least 2")
     if views < MIN_VIEWS:
         raise UserError(f"views: got {views}, expected at least {MIN_VIEWS}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: got {seed}, expected 0 to 2^32 - 1")
 
 
 def _spread(rows: torch.Tensor, limit: int) -> torch.Tensor:

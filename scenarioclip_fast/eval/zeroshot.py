@@ -28,6 +28,8 @@ from scenarioclip_fast.train.distributed import World
 Match = Literal["own", "any_in_image"]
 MATCHES: tuple[Match, ...] = ("own", "any_in_image")
 TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}
+_BLOCK = 1 << 24  # scores at once: 64 MiB
+_CHUNK = 256  # views embedded at once
 ALONE = World(0, 1, torch.device("cpu"), None)  # one process, on whatever device its tensors are
 
 
@@ -119,20 +121,19 @@ def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     return dict(zip(LEVELS, zip(pixels, ids, scenes, strict=True), strict=True))
 
 
-def score_views(
+def score_blocks(
     model: Encoder,
     pixels: Tensor,  # [V, 3, S, S]
     classes: Tensor,  # [C, D], unit length
     level: str,
-    chunk: int = 256,
-) -> Tensor:  # [V, C]
-    """Cosine of every view with every class text."""
-    return torch.cat(
-        [
-            F.normalize(model.encode_image(part, level).float(), dim=-1) @ classes.T
-            for part in torch.split(pixels, chunk)
-        ]
-    )
+) -> Iterator[tuple[slice, Tensor]]:  # rows of V, their cosines [rows, C]
+    """Cosine of every view with every class text, as many views at a time as there is room for."""
+    step = max(1, _BLOCK // len(classes))
+    for start in range(0, len(pixels), _CHUNK):
+        image = F.normalize(model.encode_image(pixels[start : start + _CHUNK], level).float(), dim=-1)
+        for first in range(0, len(image), step):
+            part = image[first : first + step]
+            yield slice(start + first, start + first + len(part)), part @ classes.T
 
 
 def random_hit_rate(
@@ -143,57 +144,48 @@ def random_hit_rate(
     """Expected top-k accuracy of a random ranking: the mean of 1 - C(classes - m, k) / C(classes, k)."""
     if k >= classes:
         return 1.0
+    right, views = right.unique(return_counts=True)
     i = torch.arange(k, dtype=torch.float64)
     missed = (classes - right.double()[:, None] - i).clamp(min=0) / (classes - i)
-    return float((1 - missed.prod(dim=1)).mean())
+    return float(((1 - missed.prod(dim=1)) * views).sum() / views.sum())
 
 
 @dataclass
 class _Tally:
-    """What accumulates for one level: each view's class, how many classes would do, and what ranks above the best.
-
-    `ahead` counts, under each rule, the wrong classes that score at least as much as the best right one.
+    """What accumulates for one level, of each view: its class, how many classes would do, and under each rule the wrong
+    classes that score at least as much as the best right one.
     """
 
     classes: int
-    ids: list[Tensor] = field(default_factory=list)
-    right: list[Tensor] = field(default_factory=list)
-    ahead: dict[Match, list[Tensor]] = field(default_factory=lambda: {match: [] for match in MATCHES})
+    views: list[Tensor] = field(default_factory=list)  # int32 [n, 4]
 
     def add(
         self,
         scores: Tensor,  # [V, C]
         ids: Tensor,  # [V]
-        scene: Tensor,  # [V]
-        scenes: int,
+        present: Tensor,  # bool [V, C], the classes of each view's image
     ) -> None:
-        present = torch.zeros(scenes, self.classes, dtype=torch.bool, device=scores.device)
-        present[scene, ids] = True
-        present = present[scene]
         own = torch.zeros_like(present).scatter_(1, ids[:, None], True)
         rights: dict[Match, Tensor] = {"own": own, "any_in_image": present}
-        for match, right in rights.items():
-            best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        columns = [ids, present.sum(1)]
+        for match in MATCHES:
+            best = scores.masked_fill(~rights[match], -torch.inf).amax(1, keepdim=True)
             # "not below" instead of "at least": a score that is not a number never counts as a hit
-            self.ahead[match].append((~(scores < best) & ~right).sum(1).cpu())
-        self.ids.append(ids.cpu())
-        self.right.append(present.sum(1).cpu())
+            columns.append((~(scores < best) & ~rights[match]).sum(1))
+        self.views.append(torch.stack(columns, 1).int().cpu())
 
-    def merged(self, world: World) -> _Tally:
-        """That of all ranks, on every rank."""
-        tallies = world.gather(self)
-        ids, right = [part for t in tallies for part in t.ids], [part for t in tallies for part in t.right]
-        return _Tally(self.classes, ids, right, {m: [part for t in tallies for part in t.ahead[m]] for m in MATCHES})
+    def merged(self, world: World) -> Tensor:
+        """The views of all ranks, on every rank."""
+        return torch.cat(world.gather(torch.cat([torch.zeros(0, 4, dtype=torch.int32), *self.views])))
 
-    def rows(self, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
-        ids, right = torch.cat(self.ids), torch.cat(self.right)
+    def rows(self, views: Tensor, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
+        ids, right, *ahead_of_best = views.long().unbind(1)
         seen = torch.tensor(train_counts)[ids] > 0
         subsets = {"all": torch.ones_like(seen)}
         if not bool(seen.all()):
             subsets |= {"seen": seen, "held_out": ~seen}
         rows = []
-        for match in MATCHES:
-            ahead = torch.cat(self.ahead[match])
+        for match, ahead in zip(MATCHES, ahead_of_best, strict=True):
             enough = torch.ones_like(right) if match == "own" else right
             rows += [
                 Accuracy(
@@ -203,8 +195,7 @@ class _Tally:
                     int(mask.sum()),
                     self.classes,
                     {k: float((ahead[mask] < k).double().mean()) for k in topk},
-                    # sorted: the sum must not depend on how the views were dealt to ranks
-                    {k: random_hit_rate(k, self.classes, enough[mask].sort().values) for k in topk},
+                    {k: random_hit_rate(k, self.classes, enough[mask]) for k in topk},
                 )
                 for name, mask in subsets.items()
                 if bool(mask.any())
@@ -248,16 +239,18 @@ def zeroshot(
             scenes += batch.num_scenes
             for level, (pixels, ids, scene) in level_views(batch).items():
                 if level in texts and len(ids):
-                    scores = score_views(model, pixels, texts[level], level)
-                    tallies[level].add(scores, ids, scene, batch.num_scenes)
+                    present = torch.zeros(batch.num_scenes, len(texts[level]), dtype=torch.bool, device=ids.device)
+                    present[scene, ids] = True
+                    for some, scores in score_blocks(model, pixels, texts[level], level):
+                        tallies[level].add(scores, ids[some], present[scene[some]])
     scenes = sum(world.gather(scenes))
     if scenes == 0:
         raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
     rows = [
         row
-        for level, tally in ((level, tally.merged(world)) for level, tally in tallies.items())
-        if tally.ids
-        for row in tally.rows(level, topk, vocabulary.train_counts(level))
+        for level, tally in tallies.items()
+        if len(views := tally.merged(world))
+        for row in tally.rows(views, level, topk, vocabulary.train_counts(level))
     ]
     return ZeroShotResult(split, scenes, topk, rows)
 

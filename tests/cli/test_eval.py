@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, pack
@@ -126,6 +128,19 @@ def test_features_are_kept_and_found_again(place: Path, tmp_path: Path, capsys: 
     assert damaged.read_bytes() == whole
 
 
+def test_a_full_disk_costs_the_features_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(command(place, "probe", "--cache", str(tmp_path / "cache"))) == 0
+    assert capsys.readouterr().err.count("features not kept: No space left on device") == 3
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_other_weights_are_other_features(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ScenarioCLIP.from_pretrained(place / "model")
     with torch.no_grad():
@@ -177,7 +192,7 @@ def test_scenes_left_out_are_named_and_features_without_them_not_kept(
     file, report = tmp_path / "result.json", tmp_path / "report"
     options = ["--json", str(file), "--report", str(report), *cached]
     assert main(command(place, kind, *options, shards=damaged)) == 0
-    splits = ["train", "test"] if kind == "probe" else ["test"]
+    splits = ["test", "train"] if kind == "probe" else ["test"]
     names = {split: second(damaged, split) for split in splits}
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     for split, line in zip(splits, warnings, strict=True):  # the report's samples do not say it again
@@ -273,15 +288,23 @@ def test_shards_from_afar_go_where_they_are_told_to(
         ("retrieval", ["--top", "0"], "--top: got 0"),
         ("retrieval", ["--weights", "teacher"], "this run had no teacher"),
         ("retrieval", ["--device", "gpu"], "device: got 'gpu'"),
+        ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before the work
         ("probe", ["--split", "train"], "--split: got 'train', which the probe is trained on"),
         ("probe", ["--steps", "0"], "steps: got 0, expected at least 1"),
         ("probe", ["--seeds", "0"], "seeds: got none"),
         ("tsne", ["--classes", "1"], "classes: got 1, expected at least 2"),
         ("tsne", ["--views", "1"], "views: got 1, expected at least 10"),
+        ("tsne", ["--seed", "-1"], "seed: got -1"),
         ("negatives", ["--batch-size", "0"], "--batch-size: got 0"),
-        ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file; name a directory"),
-        ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file; name a directory"),
+        ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file, expected a directory"),
+        ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file, expected a directory"),
         ("retrieval", ["--json", "{place}/model"], "model is a directory; name a file"),
+        # where even root may write nothing
+        ("retrieval", ["--json", "/proc/a.json"], "--json: /proc/a.json cannot be written (No such file"),
+        ("retrieval", ["--json", "/proc/version"], "--json: /proc/version cannot be written ("),
+        ("retrieval", ["--report", "/proc"], "--report: /proc cannot be written (No such file"),
+        ("probe", ["--cache", "/proc/features"], "--cache: /proc/features cannot be written (No such file"),
+        ("retrieval", ["--json", "{place}/model/config.json/a.json"], "config.json is a file, expected a directory"),
     ],
 )
 def test_mistakes_are_one_line(

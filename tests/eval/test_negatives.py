@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import tokenize
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval import negatives as module
 from scenarioclip_fast.eval.negatives import Triple, draw, hard_negatives, parse_relations
 
 Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
@@ -50,7 +52,9 @@ def test_every_predicate_is_drawn() -> None:
     assert min(drawn.values()) > 150 - 6 * 10.6
 
 
-def test_scores_as_by_hand(drawn: Drawn) -> None:
+@pytest.mark.parametrize("chunk", [3, 1 << 14])
+def test_scores_as_by_hand(drawn: Drawn, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     model, batches, vocabulary = drawn(40, seed=0, noise=3.0)
     result = hard_negatives(model, batches, vocabulary, seed=5, show_progress=False)
     triples = dict(zip(vocabulary.relations, parse_relations(vocabulary), strict=True))
@@ -102,6 +106,14 @@ def test_guessing_is_one_half(drawn: Drawn) -> None:
     model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
     for row in hard_negatives(model, batches, vocabulary, show_progress=False).rows:
         assert row.accuracy == 0.5
+
+
+def test_what_is_no_number_is_never_preferred(drawn: Drawn) -> None:
+    model, batches, vocabulary = drawn(20, seed=0)
+    model.encode_text = lambda texts, level: torch.full((len(texts), 24), float("nan"))
+    result = hard_negatives(model, batches, vocabulary, show_progress=False)
+    assert [row.accuracy for row in result.rows] == [0, 0]
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_no_relations(drawn: Drawn) -> None:

@@ -64,10 +64,28 @@ def test_val_chooses_the_moment() -> None:
     last, end = module._fit(rows[0], None, 12, settings, 0)
     assert step < end == 400 and step % (400 // module.CHECKS) == 0
     # so few noisy views are soon known by heart
-    assert module._accuracy(chosen, rows[1], 1) > module._accuracy(last, rows[1], 1)
+    assert accuracy(chosen, val) > accuracy(last, val)
     result = linear_probe(train, test, VOCABULARY, val=val, settings=settings, show_progress=False)
     assert result.chosen_on_val and result.rows[0].step == [step]
-    assert result.rows[0].top[1] == module._accuracy(chosen, test.levels["object"], 1)
+    assert result.rows[0].top[1] == accuracy(chosen, test)
+
+
+def accuracy(head: torch.nn.Linear, features: Features) -> float:
+    rows = features.levels["object"]
+    return float((head(rows.image).argmax(1) == rows.text_id).double().mean())
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 24])
+def test_scores_of_many_classes_come_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    rows, head = make(50, 0).levels["object"], torch.nn.Linear(16, 12)
+    scores = head(rows.image)
+    own = scores[torch.arange(50), rows.text_id][:, None]
+    assert torch.equal(module._ahead(head, rows), (scores > own).sum(1))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    assert module._ahead(head, rows).tolist() == [11] * 50, "ties count against it"
 
 
 def test_every_view_comes_once_an_epoch() -> None:

@@ -57,6 +57,15 @@ def test_answers_and_pictures() -> None:
     assert second.objects[1].picture[0, 0].tolist() == [64, 64, 191]
 
 
+def test_who_scores_the_same_stands_before_the_truth() -> None:
+    class Blind(Colours):
+        def encode_image(self, pixels: Tensor, level: str) -> Tensor:
+            return torch.ones(len(pixels), 4)
+
+    (found,) = answer_samples(Blind(), [make_batch([0], [[0, 1, 2]], [[]])], VOCABULARY, guesses=1)
+    assert [answer.truth_rank for answer in found.objects] == [3, 3, 3]
+
+
 def test_picture_undoes_the_normalisation() -> None:
     picture = torch.randint(0, 256, (5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = ((picture / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)

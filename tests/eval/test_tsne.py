@@ -20,8 +20,8 @@ VOCABULARY = Vocabulary([], ["bird", "cat", "dog", "fish", "owl"], [], {})
 COUNTS = [20, 6, 40, 1, 0]  # of each
 
 
-def make(noise: float) -> Features:
-    ids = torch.repeat_interleave(torch.tensor(COUNTS))
+def make(noise: float, counts: list[int] = COUNTS) -> Features:
+    ids = torch.repeat_interleave(torch.tensor(counts))
     generator = torch.Generator().manual_seed(0)
     image = 3 * torch.eye(16)[ids] + noise * torch.randn(len(ids), 16, generator=generator)
     order = torch.randperm(len(ids), generator=generator)
@@ -54,6 +54,22 @@ def test_frequent_classes_do_not_crowd_out_the_others() -> None:
     assert [found.label.count(i) for i in range(3)] == [10, 10, 6]
 
 
+@pytest.mark.parametrize(("classes", "views"), [(20, 26), (4, 10), (20, 10)])  # four exist; ten views are enough
+def test_views_are_shared_by_the_classes_that_are_there(classes: int, views: int) -> None:
+    pytest.importorskip("sklearn")
+    found = embedding_map(make(0.2, [20, 9, 40, 8, 0]), VOCABULARY, classes=classes, views=views)
+    assert found.classes == ["dog", "bird", "cat", "fish"]
+    assert [found.label.count(i) for i in range(4)] == ([7, 7, 6, 6] if views == 26 else [3, 3, 2, 2])
+
+
+def test_embeddings_that_are_all_the_same() -> None:
+    pytest.importorskip("sklearn")
+    features = make(0.2)
+    features.levels["object"].image[:] = torch.eye(16)[3]
+    with pytest.raises(UserError, match="all 67 object embeddings point the same way"):
+        embedding_map(features, VOCABULARY)
+
+
 def test_agreement_without_structure_is_chance() -> None:
     image = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     nearest = module._nearest(torch.nn.functional.normalize(image, dim=-1))
@@ -67,6 +83,8 @@ def test_too_little_to_map() -> None:
     pytest.importorskip("sklearn")
     with pytest.raises(UserError, match="classes: got 1"):
         embedding_map(make(0.2), VOCABULARY, classes=1)
+    with pytest.raises(UserError, match=r"seed: got -1, expected 0 to 2\^32 - 1"):
+        embedding_map(make(0.2), VOCABULARY, seed=-1)
     with pytest.raises(UserError, match="views: got 5"):
         embedding_map(make(0.2), VOCABULARY, views=5)
     with pytest.raises(UserError, match="val split has 0 relation views of 0 classes, expected at least 10"):

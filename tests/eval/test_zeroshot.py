@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval import zeroshot as module
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, random_hit_rate, zeroshot
 
 Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
@@ -45,7 +47,9 @@ def by_hand(
     return len(hits), sum(hits) / len(hits), sum(chances) / len(chances)
 
 
-def test_equals_a_count_by_hand(drawn: Drawn) -> None:
+@pytest.mark.parametrize("block", [1, 50, 1 << 24])
+def test_equals_a_count_by_hand(drawn: Drawn, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
     model, batches, vocabulary = drawn(30, seed=0, noise=2.0)
     model.train()
     result = zeroshot(model, batches, vocabulary, topk=(5, 1, 3), show_progress=False)
@@ -78,6 +82,42 @@ def test_chance_is_what_random_rankings_score(k: int, classes: int) -> None:
     measured = torch.stack([(order < m).any(1).double().mean() for m in right]).mean()
     # the standard error of the mean is below 0.5 / sqrt(20000) = 0.0035
     assert random_hit_rate(k, classes, right) == pytest.approx(float(measured), abs=0.014)
+
+
+class Largest(TorchDispatchMode):
+    """Sees the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+def test_memory_is_one_block(memory: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    objects, classes, block = 400, 900, 20_000
+    monkeypatch.setattr(module, "_BLOCK", block)
+    vocabulary = Vocabulary(["a"], map(str, range(classes)), [], {})
+    model = memory(vocabulary, {level: torch.randn(objects, 24) for level in LEVELS})
+    ids = torch.arange(objects) % classes
+    rows = torch.cat([torch.zeros(1), torch.arange(objects)]).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    none, one = (torch.zeros(n, dtype=torch.int64) for n in (0, 1))
+    batch = Batch(rows, ["scene"], torch.zeros(objects, dtype=torch.int64), none, one, ids, none)
+    with Largest() as largest:
+        zeroshot(model, [batch], vocabulary, show_progress=False)
+    # anything of views x classes would have 360,000 elements; the texts' embeddings have 21,600
+    assert largest.size <= max(block, classes * 24)
+
+
+def test_chance_of_many_views_needs_little_memory() -> None:
+    right = torch.arange(100_000) % 7 + 1
+    expected = sum(1 - math.comb(50 - m, 10) / math.comb(50, 10) for m in right.tolist()) / 100_000
+    with Largest() as largest:
+        assert random_hit_rate(10, 50, right) == pytest.approx(expected, abs=1e-12)
+    assert largest.size <= 100_000
 
 
 def test_more_guesses_than_classes(memory: type[Any]) -> None:
