@@ -83,6 +83,14 @@ class EMATeacher:
         self.step += 1
 
     @torch.no_grad()
+    def restart(self, model: ScenarioCLIP) -> None:
+        """The average begins anew, at the student as it is now."""
+        from scenarioclip_fast.ops import ema_update_
+
+        ema_update_(*self._pairs(model), 0.0)
+        self.step = 0
+
+    @torch.no_grad()
     def encode_image(self, x: Tensor, *, start: int = 0) -> Tensor:
         """The averaged global vision encoder from stage `start` on (0: from pixels [n, 3, S, S]): [n, D]."""
         return self.encoders["vision.global"].run(x, start=start)

@@ -232,7 +232,7 @@ class Saver:
                 f"{found.path} is at step {meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
             )
         state: dict[str, Any] = {**run.tensors()}
-        if meta["teacher_step"] is None:  # of a run without one: it starts from the model that was loaded
+        if meta["teacher_step"] is None:
             state = {name: t for name, t in state.items() if not name.startswith("teacher/")}
         if missing := sorted(state.keys() - found.names):
             raise UserError(
@@ -250,6 +250,8 @@ class Saver:
             set_random_state(saved["random"])
         if run.teacher is not None and meta["teacher_step"] is not None:
             run.teacher.step = meta["teacher_step"]
+        elif run.teacher is not None:  # the run was without one: it starts from the model that was loaded
+            run.teacher.restart(run.model)
         run.progress.take(meta["progress"])
         self._saved = run.progress.step
 

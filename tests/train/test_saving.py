@@ -110,6 +110,22 @@ def test_teachers_come_and_go(small: Make) -> None:
     assert Trainer(small("train.steps=4", "loss.distillation_scale=0"), resume=True).fit().completed
 
 
+def test_a_teacher_that_comes_starts_from_the_student(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer(small("train.steps=2", "loss.distillation_scale=0")).fit()
+    train_step, apart = Trainer.train_step, []
+
+    def compare(self: Trainer, batch: Batch) -> None:
+        assert self.teacher is not None
+        student = dict(self.model.named_parameters())
+        averaged = self.teacher.state_dict()["tensors"]
+        apart.append(max(float((t - student[name]).detach().abs().max()) for name, t in averaged.items()))
+        train_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", compare)
+    Trainer(small("train.steps=3", "loss.teacher_warmup=0"), resume=True).fit()
+    assert apart == [0]
+
+
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_is_taken_up_again(small: Make) -> None:
     def losses(config: TrainConfig) -> list[float]:
