@@ -6,6 +6,8 @@ import csv
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ def test_one_deadline(tmp_path: Path, pretender: str) -> None:
     assert stopped.startswith("stopped at its budget of ")
     assert found["demo"] == "left out: no time was left"
     assert "ran: benchmarks/readme.py" in done.stdout
-    assert "--limit 5" in (tmp_path / "out" / "bench_ceilings.txt").read_text()
+    assert "bench ceilings --device cuda --limit 5" in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_a_failure_costs_only_itself(tmp_path: Path, pretender: str) -> None:
@@ -89,7 +91,31 @@ def test_a_failure_costs_only_itself(tmp_path: Path, pretender: str) -> None:
     done = run(tmp_path, quick, NO_PYTEST="0")
     found = sections(tmp_path)
     assert done.returncode == 1 and found["bench_data"] == "1" and found["demo"] == "0"
-    assert (tmp_path / "out" / "bench_data.txt").read_text() == "broken\n"
+    # A machine that is handed back may return no more than a few files.
+    left = ["all.tar.gz", "log.txt", "record.json", "sections.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
+    assert "== bench_data: exit 1" in (tmp_path / "out" / "log.txt").read_text()
+    with tarfile.open(tmp_path / "out" / "all.tar.gz") as everything:
+        broken = everything.extractfile("./bench_data.txt")
+        assert broken is not None and broken.read() == b"broken\n"
+
+
+def test_a_stopped_run_of_pytest_says_what_failed(tmp_path: Path, pretender: str) -> None:
+    """It is interrupted, not ended."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    tests = f'*"-m pytest"*) exec {sys.executable} -m pytest -p no:cacheprovider {tmp_path / "test_slow.py"};;'
+    slow = write(tmp_path, "slow", PRETENDER.replace('*"bench views"*', tests + '\n  *"bench views"*'))
+    run(tmp_path, slow, TOTAL="6", NO_PYTEST="0", ONLY="tests")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "assert 1 == 2" in log and "KeyboardInterrupt" in log
+
+
+def test_only_some_sections(tmp_path: Path, pretender: str) -> None:
+    done = run(tmp_path, pretender, NO_PYTEST="0", ONLY="bench_ema demo")
+    assert done.returncode == 0
+    assert sections(tmp_path) == {"build": "0", "bench_ema": "0", "demo": "0"}
 
 
 def test_without_pytest(tmp_path: Path, pretender: str) -> None:
