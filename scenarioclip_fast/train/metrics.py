@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -42,7 +43,8 @@ class MetricsLog:
         self._out = file or sys.stderr
         self._total = total
         _truncate(self.path, start)
-        self._rows = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._rows = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._unwritten, self._refused = b"", False
         self._board = _summary_writer(directory / "tensorboard", start) if tensorboard else None
         self._bar: Any = None
         self._last_line = -math.inf
@@ -57,14 +59,9 @@ class MetricsLog:
         """Appends rows (each with "step"); a number that is not finite becomes null."""
         if not rows:
             return
-        for row in rows:
-            self._rows.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
-        self._rows.flush()
-        if self._board is not None:
-            for row in rows:
-                for name, value in row.items():
-                    if name != "step" and _finite(value) is not None:
-                        self._board.add_scalar(name, value, row["step"])
+        self._unwritten += "".join(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows).encode()
+        self._append()
+        self._add_to_board(rows)
         self._show(rows[-1], len(rows))
 
     def say(self, text: str) -> None:
@@ -72,14 +69,43 @@ class MetricsLog:
         if self._bar is not None:
             self._bar.write(text, file=self._out)
         else:
-            print(text, file=self._out, flush=True)
+            self._print(text)
 
     def close(self) -> None:
+        self._append()
         self._rows.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # of a full disk
+                self._board.close()
         if self._bar is not None:
             self._bar.close()
+
+    def _append(self) -> None:
+        """Writes what is left to write; what a full disk has no room for stays for the next time."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.say(f"{self.path} not written: {error}; the run goes on and keeps the rows for later")
+            self._refused = True
+
+    def _add_to_board(self, rows: list[dict[str, Any]]) -> None:
+        if self._board is None:
+            return
+        try:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step" and _finite(value) is not None:
+                        self._board.add_scalar(name, value, row["step"])
+        except OSError as error:  # a full disk has ended its thread
+            self._board = None
+            self.say(f"TensorBoard's events are no longer written: {error}; the run goes on")
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk behind it, or a terminal that is gone
+            print(text, file=self._out, flush=True)
 
     def _show(self, row: Mapping[str, Any], steps: int) -> None:
         if self._bar is not None:
@@ -92,14 +118,12 @@ class MetricsLog:
             return
         self._last_line = now
         levels = ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in row.items() if k.startswith("contrastive/"))
-        print(
+        self._print(
             f"step {row['step']}/{self._total}: loss {row['loss']:.4f} ({levels}), lr {row['lr']:.2e}, "
             f"grad norm {row['grad_norm']:.2f}, {row['scenes_per_s']:.1f} scenes/s, {row['views_per_s']:.0f} views/s, "
             f"{_rate(row)}, waiting for data {row['data_wait']:.0%}"
             + (f", {row['memory_gib']:.1f} GiB" if "memory_gib" in row else "")
-            + (f", {row['bad_samples']} bad samples" if row["bad_samples"] else ""),
-            file=self._out,
-            flush=True,
+            + (f", {row['bad_samples']} bad samples" if row["bad_samples"] else "")
         )
 
 

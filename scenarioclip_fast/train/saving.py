@@ -20,6 +20,7 @@ from scenarioclip_fast.data import SceneLoader, Vocabulary
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
 from scenarioclip_fast.model.config import flat
+from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.checkpoint import (
     BadCheckpoint,
     Checkpoint,
@@ -269,38 +270,51 @@ class Saver:
         return [f"settings changed since the checkpoint: {'; '.join(changed.values())}"] if changed else []
 
     def export(self, directory: Path, vocabulary: Vocabulary) -> None:
-        """All that an evaluation needs, in one directory that appears whole."""
+        """All that an evaluation needs, in one directory that appears whole; else TrainingFailed."""
         model, teacher = self._whole_model(), self.state.teacher
-        averages = teacher.state_dict() if teacher is not None else None
+        averages = None if teacher is None else teacher.state_dict()
         if averages is not None:
-            averages["tensors"] = {name: whole_tensor(t) for name, t in averages["tensors"].items()}
+            averages["tensors"] = self._whole(averages["tensors"])
         if self.world.leads:
             temporary = directory.with_name(f".writing-{directory.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            model.save_pretrained(temporary)
-            vocabulary.save(temporary / "vocabulary.json")
-            self.config.save(temporary / "config.yaml")
-            if averages is not None:
-                save_teacher(averages, temporary / "teacher.safetensors")
-            shutil.rmtree(directory, ignore_errors=True)
-            temporary.rename(directory)
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                model.save_pretrained(temporary)
+                vocabulary.save(temporary / "vocabulary.json")
+                self.config.save(temporary / "config.yaml")
+                if averages is not None:
+                    save_teacher(averages, temporary / "teacher.safetensors")
+                shutil.rmtree(directory, ignore_errors=True)
+                temporary.rename(directory)
+            except (OSError, require("safetensors").SafetensorError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise TrainingFailed(
+                    f"{directory} not written: {error}; the run's last checkpoint is whole: make room, then --resume"
+                ) from error
         self.world.barrier()
 
     def _whole_model(self) -> ScenarioCLIP:
         """The model; where its weights are spread over the ranks, on the leading one a copy in host memory."""
-        model, whole = self.state.model, {}
+        model = self.state.model
         state = model.state_dict()
         if not any(isinstance(t, DTensor) for t in state.values()):
             return model
-        for name, t in state.items():
-            gathered = whole_tensor(t)
-            if self.world.leads:
-                whole[name] = gathered.cpu()
+        whole = self._whole(state)
         if self.world.leads:
             model = ScenarioCLIP(model.config)
             model.load_state_dict(whole)
         return model
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of them on the leading rank, those that were spread over the ranks in host memory; one at a time, for
+        together they may be more than one device holds."""
+        whole: dict[str, Tensor] = {}
+        for name, t in tensors.items():
+            gathered = whole_tensor(t)
+            if self.world.leads:
+                whole[name] = gathered.cpu() if isinstance(t, DTensor) else gathered
+        return whole
 
 
 def checkpoints_of(config: TrainConfig, world: World) -> Checkpoints:

@@ -122,7 +122,7 @@ class Trainer:
         self._stop = reason
 
     def train_step(self, batch: Batch) -> None:
-        """One optimiser step. Nothing in it waits for the device."""
+        """One optimiser step. Nothing in it waits for the device, but for what ranks tell one another in the loss."""
         rate = learning_rate(self.step, self.total_steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -205,8 +205,11 @@ class Trainer:
         notes = self.saver.restore(self.resume)
         self._log: MetricsLog | None = None
         if world.leads:
-            config.save(self.run_dir / "config.yaml")
-            self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
+            try:
+                config.save(self.run_dir / "config.yaml")
+                self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
+            except OSError as error:
+                raise UserError(f"run.dir: cannot write to {self.run_dir}: {error.strerror}") from None
             stack.callback(self._log.close)
         stack.callback(self.saver.close)
         freeze = config.model.freeze
@@ -412,8 +415,11 @@ class Trainer:
             f"scenes {', '.join(keys[:_FEW_KEYS])}{' ...' if len(keys) > _FEW_KEYS else ''}"
         )
         if self.world.leads:
-            with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "scenes": keys}) + "\n")
+            try:
+                with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "scenes": keys}) + "\n")
+            except OSError as error:
+                self._say(f"{self.run_dir / _SKIPPED} not written: {error}; the run goes on")
 
     def _save(self, last: bool = False) -> None:
         began = time.perf_counter()

@@ -12,7 +12,8 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.data import Batch
-from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
@@ -64,6 +65,29 @@ def test_a_disk_that_is_full_for_one_rank(small: Make, fork_server: Any) -> None
     assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); the run goes on") == 1
     assert out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest one left is none") == 2
     assert list((Path(config.run.dir) / "checkpoints").iterdir()) == []
+
+
+def test_a_model_that_has_no_room(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("train.steps=2")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingFailed, match=r"model not written: .*No space .*--resume"),
+    ):
+        patch.setattr(ScenarioCLIP, "save_pretrained", full)
+        Trainer(config).fit()
+    assert not list(Path(config.run.dir).glob(".writing*"))
+    assert Trainer(config, resume=True).fit().model_dir is not None
+
+
+def test_a_whole_run_on_a_full_disk(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=20", "train.log_every=1", "train.checkpoint_every=10")
+    out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes, for its log, too
+    assert "metrics.jsonl not written: [Errno 27] File too large; the run goes on" in out
+    assert "checkpoint of step 10 not written" in out and "Traceback" not in out
 
 
 def test_the_mean_loss_is_that_of_the_steps_before(small: Make) -> None:

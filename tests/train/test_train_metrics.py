@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import math
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +41,28 @@ def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 11))
     assert [r["loss"] for r in rows] == [1.0] * 3 + [2.0] * 7
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "_summary_writer", lambda *_: SimpleNamespace(add_scalar=no_room))
+    out = io.StringIO()
+    log = MetricsLog(tmp_path, 0, 10, file=out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # larger files cannot be written, as on a full disk
+    try:
+        for step in range(1, 9):
+            log.write([row(step)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert out.getvalue().count("metrics.jsonl not written: [Errno 27] File too large; the run goes on") == 1
+    assert out.getvalue().count("TensorBoard's events are no longer written: [Errno 28] No space left") == 1
+    assert len(read_metrics(log.path)) < 3
+    log.write([row(9)])
+    assert [r["step"] for r in read_metrics(log.path)] == list(range(1, 10))
+    log.close()
 
 
 def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
