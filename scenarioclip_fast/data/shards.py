@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -69,8 +70,8 @@ class ShardSet:
         self.source, self.split = str(source), split
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
-        if shard_cache_gib < 0:
-            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected at least 0")
+        if not 0 <= shard_cache_gib < math.inf:
+            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected a number of at least 0")
         self.is_remote = is_url(source)
         if not self.is_remote and not Path(source).is_dir():
             raise UserError(f"{source}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one")

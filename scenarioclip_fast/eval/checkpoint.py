@@ -31,6 +31,9 @@ def open_checkpoint(
     weights: "teacher" takes the EMA teacher's, of a run with loss.teacher_scope=all.
     """
     path = Path(path)
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; expected a run's directory, or one that `save_pretrained` wrote")
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()

@@ -57,7 +57,8 @@ class Session:
             self.batch_size,
             split=split,
             world=ALONE if whole else self.world,
-            left_out=self.left_out,
+            # pictures are of some scenes: what these passes meet is no part of a result
+            left_out=[*self.left_out] if whole else self.left_out,
             device=self.world.device,
             decoder=data.decoder,
             size=self.model.config.vision.image_size,

@@ -274,6 +274,7 @@ def test_shards_from_afar_go_where_they_are_told_to(
     capsys.readouterr()
     for option, value, message in (
         ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the cache of shards"),
+        ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a number"),
         ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
     ):
         assert main(["eval", "retrieval", *probe[2:6], option, value]) == 2
@@ -316,6 +317,20 @@ def test_mistakes_are_one_line(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("error: ") and message in errors[0]
+
+
+def test_no_model_there(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for checkpoint, message in (
+        (tmp_path / "none", "none does not exist; expected a run's directory"),
+        (place / "model" / "config.json", "config.json is a file; expected a run's directory"),
+        (tmp_path / "empty", "empty holds no trained model"),
+        (tmp_path / "begun", "begun is a run that has not finished: go on with `train --resume`"),
+    ):
+        assert main(["eval", "retrieval", str(checkpoint), str(place / "shards"), "--device", "cpu"]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and message in error
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "negatives", "probe"])

@@ -478,8 +478,9 @@ def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypat
         gone = server.url
     with pytest.raises(UserError, match=r"manifest.json: not readable \(not reachable in 4 attempts: .*onnect"):
         ShardSet(gone)
-    with pytest.raises(UserError, match="shard_cache_gib: got -1, expected at least 0"):
-        ShardSet(packed.as_uri(), shard_cache_gib=-1)
+    for size in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected a number of at least 0"):
+            ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
     (changed / "vocabulary.json").write_text("{}")
     with pytest.raises(UserError, match=r"vocabulary.json: its checksum is not the manifest's"):
