@@ -82,8 +82,9 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
     record = Record(here)
     if what and (out / FILE).is_file():
         record = read_record(out)
-        if record.machine != here:
-            differing = [key for key in here if record.machine.get(key) != here[key]]
+        # Virtual machines are given memory as they use it.
+        differing = [key for key in here if key != "memory_gib" and record.machine.get(key) != here[key]]
+        if differing:
             raise UserError(
                 f"--out {out}: holds a record of another machine or of other versions ({', '.join(differing)}): name "
                 "another directory, or remove it"

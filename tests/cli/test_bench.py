@@ -201,6 +201,16 @@ def test_another_machines_record_is_not_mixed_in(tmp_path: Path) -> None:
         runner.measure(["ceilings"], tmp_path, device="cpu")
 
 
+def test_a_record_goes_on_where_the_machine_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual machines are given memory as they use it: that is no other machine."""
+    before = record_of(result("ours", [1.0]))
+    before.write(tmp_path)
+    monkeypatch.setattr(runner.machine, "describe", lambda device: {**before.machine, "memory_gib": 7.5})
+    monkeypatch.setattr(runner, "_run_file", lambda *_: record_of(name="there").parts[0])
+    record, _ = runner.measure(["ceilings"], tmp_path, device="cpu")
+    assert record.machine == before.machine
+
+
 def test_samples_survive(tmp_path: Path) -> None:
     record = record_of(result("ours", [0.1, 1e-7, 3.0], scenes=3, odd="[1, 2]"), name=tmp_path.name)
     record.write(tmp_path)
