@@ -30,9 +30,9 @@ keep() {
   for name in record.json README.md sections.csv; do
     [ -e "$OUT/$name" ] && cp "$OUT/$name" "$LEFT/$name"
   done
-  # Weights and shards are large, and can be made again.
-  tar -czf "$LEFT/all.tar.gz" -C "$OUT" --exclude='*.safetensors' --exclude='*.pt' --exclude='*.distcp' --exclude='*.tar' \
-    --exclude='data' .
+  # The demo's scenes, shards and weights are large, and can be made again.
+  tar -czf "$LEFT/all.tar.gz" -C "$OUT" --exclude=./demo/scenes --exclude=./demo/shards --exclude=checkpoints \
+    --exclude='*.safetensors' .
 }
 
 note() { # NAME EXIT SECONDS
