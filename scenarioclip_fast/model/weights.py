@@ -25,6 +25,7 @@ from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
 State = dict[str, Tensor]
+_INDEX = ".index.json"  # of a checkpoint in several files
 
 # This package's names of a block's parts, in Hugging Face's and in open_clip's words; q, k, v are handled apart.
 _HF_BLOCK = {
@@ -110,14 +111,14 @@ def from_clip(
     CLIP's projections become the projections' matrices, with zero biases; the layernorms behind them are new.
 
     Args:
-        path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin), or an
-            open_clip state dict (a directory with open_clip_model.safetensors or open_clip_pytorch_model.bin, or the
-            file itself).
+        path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin, whole or
+            in shards with their index), or an open_clip state dict (a directory with open_clip_model.safetensors or
+            open_clip_pytorch_model.bin, or the file itself).
         variant, freeze: as in ModelConfig; the sizes come from the checkpoint. The published freezing is the default,
             of all blocks where an encoder has fewer.
         config: a whole config instead, whose sizes must be the checkpoint's.
-        activation: for state dicts alone, which do not say it: "quick_gelu" (OpenAI's weights; the default) or "gelu"
-            (most others).
+        activation: for state dicts without an open_clip_config.json beside them, which do not say it: "quick_gelu"
+            (OpenAI's weights; the default) or "gelu" (most others).
     """
     path = Path(path)
     file = _weights_file(path)
@@ -125,7 +126,7 @@ def from_clip(
     # Training checkpoints wrap the state dict and prefix its names.
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if any(name.startswith("visual.") for name in state):
-        vision, text, found = _from_open_clip(state, file, activation or "quick_gelu")
+        vision, text, found = _from_open_clip(state, file, activation)
     elif "vision_model.embeddings.class_embedding" in state:
         vision, text, found = _from_hf(state, file, _hf_config(file.parent / "config.json"))
     else:
@@ -300,7 +301,7 @@ def _from_hf(state: State, path: Path, record: Mapping[str, Any]) -> tuple[State
     return parts["vision"], parts["text"], found
 
 
-def _from_open_clip(state: State, path: Path, activation: Activation) -> tuple[State, State, ModelConfig]:
+def _from_open_clip(state: State, path: Path, activation: Activation | None) -> tuple[State, State, ModelConfig]:
     vision = _under(state, "visual.")
     # Models with a text tower of their own put it under "text.".
     text = _under(state, "text.") or {k: v for k, v in state.items() if not k.startswith("visual.")}
@@ -314,7 +315,23 @@ def _from_open_clip(state: State, path: Path, activation: Activation) -> tuple[S
     for part, projection in ((v, image_projection), (t, text_projection)):
         part["head.projection.weight"] = projection
         part["head.projection.bias"] = projection.new_zeros(projection.shape[0])
-    return v, t, _sizes(v, t, None, activation, path)
+    found = _sizes(v, t, None, activation or "quick_gelu", path)
+    beside = path.parent / "open_clip_config.json"
+    if not beside.is_file():
+        return v, t, found
+    said = _read_json(beside).get("model_cfg") or {}
+    activation = "quick_gelu" if said.get("quick_gelu") else "gelu"
+    vision_heads = found.vision.width // (said.get("vision_cfg") or {}).get("head_width", 64)
+    text_heads = (said.get("text_cfg") or {}).get("heads", 8)
+    return (
+        v,
+        t,
+        replace(
+            found,
+            vision=replace(found.vision, heads=vision_heads, activation=activation),
+            text=replace(found.text, heads=text_heads, activation=activation),
+        ),
+    )
 
 
 def _with_projection(part: State, state: State, name: str, path: Path) -> State:
@@ -367,7 +384,8 @@ def _sizes(
         patch = round((stem.shape[1] / 3) ** 0.5)
         side = round((position.shape[0] - 1) ** 0.5)
         width, text_width = stem.shape[0], text["embedding.token.weight"].shape[1]
-        vision_heads, text_heads = heads or (max(width // 64, 1), max(text_width // 64, 1))
+        # 64 wide, those of ViT-H 80; a narrow encoder has one. ViT-g and larger have another MLP and are not read.
+        vision_heads, text_heads = heads or (max(width // (80 if width == 1280 else 64), 1), max(text_width // 64, 1))
         return ModelConfig(
             embed_dim=vision["head.projection.weight"].shape[0],
             vision=VisionConfig(
@@ -431,8 +449,10 @@ def _weights_file(path: Path) -> Path:
         return path
     names = (
         "model.safetensors",
+        f"model.safetensors{_INDEX}",
         "open_clip_model.safetensors",
         "pytorch_model.bin",
+        f"pytorch_model.bin{_INDEX}",
         "open_clip_pytorch_model.bin",
     )
     for name in names:
@@ -443,6 +463,12 @@ def _weights_file(path: Path) -> Path:
 
 
 def _read_state(path: Path) -> State:
+    if path.name.endswith(_INDEX):
+        shards = _read_json(path).get("weight_map")
+        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{path}: expected a weight_map from tensors to files beside it")
+        return {name: value for shard in names for name, value in _read_state(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch")
         return _checked(lambda: safetensors.load_file(path), path)

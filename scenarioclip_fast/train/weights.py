@@ -22,7 +22,10 @@ def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
     if not Path(path).exists():
         raise UserError(f"model.init: {path} does not exist")
     ours = _is_ours(Path(path))
-    other = ScenarioCLIP.from_pretrained(path) if ours else ScenarioCLIP.from_clip(path)
+    if ours:
+        other = ScenarioCLIP.from_pretrained(path)
+    else:  # where the checkpoint does not say its activation, the config does
+        other = ScenarioCLIP.from_clip(path, activation=model.config.vision.activation)
     if not ours or other.config.variant != model.config.variant:
         model.init_towers_from(other)
         return

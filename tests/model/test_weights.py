@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
+from scenarioclip_fast.train.weights import load_initial_weights
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -195,6 +196,60 @@ def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
         state = {f"module.{'text.' if k.startswith(text) else ''}{k}": v for k, v in state.items()}
         torch.save({"epoch": 1, "state_dict": state}, path)
     check_same(ScenarioCLIP.from_clip(path, freeze=FREEZE), clip)
+
+
+def test_open_clip_config_beside_the_weights(tmp_path: Path) -> None:
+    clip = random_clip(clip_config("gelu"))
+    safetensors.save_file(open_clip_names(clip.state_dict()), tmp_path / "open_clip_model.safetensors")
+    record = {"vision_cfg": {"width": 192, "head_width": 64}, "text_cfg": {"heads": 2}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": record}))
+    check_same(ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE), clip)
+    record = {"vision_cfg": {"head_width": 96}, "text_cfg": {"heads": 4}, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": record}))
+    config = ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE, activation="gelu").config
+    assert (config.vision.heads, config.text.heads) == (2, 4)
+    assert config.vision.activation == config.text.activation == "quick_gelu"
+
+
+def test_a_run_starts_from_a_state_dict_of_its_own_activation(tmp_path: Path) -> None:
+    clip = random_clip(clip_config("gelu"))
+    torch.save(open_clip_names(clip.state_dict()), tmp_path / "clip.pt")
+    sizes = ScenarioCLIP.from_clip(tmp_path / "clip.pt", freeze=FREEZE, activation="gelu").config
+    model = ScenarioCLIP(sizes)
+    load_initial_weights(model, tmp_path / "clip.pt")
+    check_same(model, clip)
+
+
+def test_heads_of_a_huge_open_clip(tmp_path: Path) -> None:
+    config = clip_config()
+    config.vision_config.hidden_size, config.vision_config.intermediate_size = 1280, 5120
+    config.vision_config.num_attention_heads, config.vision_config.num_hidden_layers = 16, 1
+    clip = random_clip(config)
+    torch.save(open_clip_names(clip.state_dict()), tmp_path / "vit-h.pt")
+    check_same(ScenarioCLIP.from_clip(tmp_path / "vit-h.pt", freeze=FREEZE, variant="pyramidclip"), clip)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_shards_with_an_index(form: str, clip: Any, tmp_path: Path) -> None:
+    clip.save_pretrained(tmp_path, max_shard_size="500KB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
+    if form == "pickle":
+        record = json.loads(index.read_text())
+        for shard in {*record["weight_map"].values()}:
+            torch.save(safetensors.load_file(tmp_path / shard), tmp_path / shard.replace(".safetensors", ".bin"))
+            (tmp_path / shard).unlink()
+        record["weight_map"] = {k: v.replace(".safetensors", ".bin") for k, v in record["weight_map"].items()}
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps(record))
+    check_same(ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE), clip)
+    index.write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(UserError, match="expected a weight_map from tensors to files beside it"):
+        ScenarioCLIP.from_clip(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(UserError, match=r"gone\.safetensors: no such file"):
+        ScenarioCLIP.from_clip(tmp_path)
 
 
 def test_export_is_read_by_transformers(clip: Any, tmp_path: Path) -> None:
