@@ -59,14 +59,29 @@ MAX_IMAGE_BYTES = 1 << 28  # of an encoded image: more than MAX_PIXELS take with
 
 @dataclass(frozen=True)
 class Rejection:
-    """Something of a data set that is not used: `entry` says where it stands, `reason` is a key of REASONS."""
+    """Something of a data set that is not used: `entry` says where it stands, `reason` is a key of REASONS.
+
+    Names and texts of a data set may be endless, or hold what moves a terminal's cursor: both texts fit into a line.
+    """
 
     entry: str
     reason: str
     detail: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", _line(self.entry))
+        object.__setattr__(self, "detail", _line(self.detail))
+
     def __str__(self) -> str:
         return f"{self.entry}: {self.reason}: {self.detail}"
+
+
+def _line(text: str) -> str:
+    """At most 300 printable characters; such a text stays as it is."""
+    if len(text) > 300:
+        text = f"{text[:200]} ... {text[-60:]}"
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= 300 else f"{shown[:297]}..."
 
 
 class BadEntry(ValueError):
@@ -117,10 +132,15 @@ def split_conflict(entry: str, keeps: str) -> Rejection:
 
 
 def normalised(scene: Scene) -> Scene:
-    """The scene with its texts in the form of a vocabulary."""
+    """The scene with its texts in the form of a vocabulary. BadEntry if one is empty, or if there are too many."""
+    if max(len(scene.objects), len(scene.relations)) > MAX_ITEMS:
+        raise BadEntry("malformed_entry", f"got {len(scene.objects)} objects and {len(scene.relations)} relations")
     objects = [replace(item, name=normalise(item.name)) for item in scene.objects]
     relations = [replace(relation, predicate=normalise(relation.predicate)) for relation in scene.relations]
-    return replace(scene, action=normalise(scene.action), objects=objects, relations=relations)
+    action = normalise(scene.action)
+    if not all([action, *(item.name for item in objects), *(relation.predicate for relation in relations)]):
+        raise BadEntry("malformed_entry", "the action, a name or a predicate is empty")
+    return replace(scene, action=action, objects=objects, relations=relations)
 
 
 def image_reason(error: DecodeError) -> str:
@@ -188,8 +208,8 @@ def _clip_box(
     box: tuple[float, float, float, float], size: tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
     height, width = size
-    x1, y1, x2, y2 = box
-    if not all(math.isfinite(v) for v in box):
+    x1, y1, x2, y2 = map(float, box)
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
         return None
     if min(x1, y1) < -BOX_SLACK or x2 > width + BOX_SLACK or y2 > height + BOX_SLACK:
         return None

@@ -29,8 +29,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
+from torch import Tensor
+
 from scenarioclip_fast import __version__
-from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene, image_reason, normalised, safe_key
+from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene, image_reason, normalised, safe_key, short
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.reference_layout import ReferenceLayout
@@ -281,23 +284,36 @@ def _pack_item(reader: _Reader, split_of: _SplitRule, item: Any) -> _Packed:
 def _pack_scenes(scenes: Iterable[Scene], split_of: _SplitRule, max_pixels: int) -> Iterator[_Packed]:
     decoder = TorchDecoder(threads=1, max_pixels=max_pixels)
     for i, scene in enumerate(scenes):
-        entry = f"scene {i} ({scene.key})"
+        entry = f"scene {i} ({short(str(getattr(scene, 'key', None)))[1:-1]})"
         try:
-            if scene.split not in (None, *SPLITS):
-                raise BadEntry("malformed_entry", f"got split {scene.split!r}, expected one of {', '.join(SPLITS)}")
-            image = scene.image
-            if not isinstance(image, bytes):
-                image = require("simplejpeg").encode_jpeg(image.numpy(), quality=_QUALITY, colorsubsampling="444")
-            (pixels,) = decoder.decode([image])
-            if isinstance(pixels, DecodeError):
-                raise BadEntry(image_reason(pixels), pixels.detail)
-            size = (pixels.shape[0], pixels.shape[1])
-            ready = replace(normalised(scene), key=safe_key(scene.key), image=image)
-            clean, bad = clean_scene(ready, size, entry, encode=True)
+            yield _pack_scene(scene, entry, split_of, decoder)
         except BadEntry as error:
             yield _Packed(None, bad=[Rejection(entry, error.reason, error.detail)])
-            continue
-        yield _packed(clean, size, bad, split_of)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # fields of other types
+            yield _Packed(None, bad=[Rejection(entry, "malformed_entry", f"{type(error).__name__}: {error}")])
+
+
+def _pack_scene(scene: Scene, entry: str, split_of: _SplitRule, decoder: TorchDecoder) -> _Packed:
+    if scene.split not in (None, *SPLITS):
+        raise BadEntry("malformed_entry", f"got split {scene.split!r}, expected one of {', '.join(SPLITS)}")
+    image = scene.image if isinstance(scene.image, bytes) else _encoded(scene.image)
+    (pixels,) = decoder.decode([image])
+    if isinstance(pixels, DecodeError):
+        raise BadEntry(image_reason(pixels), pixels.detail)
+    size = (pixels.shape[0], pixels.shape[1])
+    ready = replace(normalised(scene), key=safe_key(scene.key), image=image)
+    clean, bad = clean_scene(ready, size, entry, encode=True)
+    return _packed(clean, size, bad, split_of)
+
+
+def _encoded(image: Tensor) -> bytes:
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{list(image.shape)}, {image.dtype}" if isinstance(image, Tensor) else short(image)
+        raise BadEntry("image_not_an_image", f"got {got}, expected bytes or uint8 [H, W, 3]")
+    if image.numel() == 0:
+        raise BadEntry("image_not_an_image", f"got {list(image.shape)}, without a pixel")
+    pixels = image.cpu().contiguous().numpy()
+    return bytes(require("simplejpeg").encode_jpeg(pixels, quality=_QUALITY, colorsubsampling="444"))
 
 
 def _packed(scene: Scene, size: tuple[int, int], bad: list[Rejection], split_of: _SplitRule) -> _Packed:

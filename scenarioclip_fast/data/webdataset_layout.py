@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 from scenarioclip_fast.data.check import (
     MAX_IMAGE_BYTES,
-    MAX_ITEMS,
     BadEntry,
     Rejection,
     clean_scene,
@@ -261,12 +260,10 @@ def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, in
         record = json.loads(content)
         scene = normalised(scene_from_json(key, image, record))
         height, width = (int(n) for n in record["size"])
+    except BadEntry:
+        raise
     except (ValueError, RecursionError) as error:
-        raise BadEntry("malformed_entry", str(error)[:300].replace("\n", " ")) from None
-    if not scene.action or not all([o.name for o in scene.objects] + [r.predicate for r in scene.relations]):
-        raise BadEntry("malformed_entry", "the action, a name or a predicate is empty")
-    if max(len(scene.objects), len(scene.relations)) > MAX_ITEMS:
-        raise BadEntry("malformed_entry", f"got {len(scene.objects)} objects and {len(scene.relations)} relations")
+        raise BadEntry("malformed_entry", str(error)) from None
     return scene, (height, width)
 
 
@@ -306,7 +303,7 @@ def _list(tar: _Tar) -> _Listing:
     found: dict[str, list[tuple[int, int] | None]] = {}
 
     def reject(name: str, reason: str, detail: str) -> None:
-        listing.rejected.append(Rejection(f"{tar.name}: {ascii(name)[1:-1][:200]}", reason, detail))
+        listing.rejected.append(Rejection(f"{tar.name}: {name}", reason, detail))
 
     try:
         with tar.path.open("rb") as file:

@@ -6,10 +6,12 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,6 +170,49 @@ def test_scenes_in_memory_are_checked_too(drawn: list[Scene], tmp_path: Path) ->
         "unsafe_id": 1,
         **({"relation_without_mask": len(first.relations)} if first.relations else {}),
     }
+
+
+def _of_one_object(scene: Scene, **change: Any) -> Scene:
+    return replace(scene, objects=[replace(scene.objects[0], **change)], relations=[])
+
+
+# What becomes of a scene whose fields are not of their types, and what must not become of the next one.
+ODD: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
+    "no scene": ("malformed_entry", lambda s: None),
+    "key of several lines": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
+    "key of a number": ("malformed_entry", lambda s: replace(s, key=7)),
+    "no image": ("image_not_an_image", lambda s: replace(s, image=None)),
+    "image of floats": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(8, 8, 3))),
+    "channels first": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(3, 8, 8, dtype=torch.uint8))),
+    "image without pixels": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(0, 8, 3, dtype=torch.uint8))),
+    "empty action": ("malformed_entry", lambda s: replace(s, action=" ")),
+    "empty name": ("malformed_entry", lambda s: _of_one_object(s, name="")),
+    "empty predicate": ("malformed_entry", lambda s: replace(s, relations=[Relation(0, "", 0)])),
+    "endless objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
+    "objects that are none": ("malformed_entry", lambda s: replace(s, objects=None)),
+    "box of three": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
+    "mask of NumPy": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
+    "box of NumPy": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
+    "image with its axes moved": (
+        None,
+        lambda s: replace(
+            s, image=torch.zeros(3, 64, 64, dtype=torch.uint8).permute(1, 2, 0), objects=[], relations=[]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_scene_in_memory_does_not_stop_the_others(drawn: list[Scene], tmp_path: Path, case: str) -> None:
+    reason, change = ODD[case]
+    first, second = (replace(scene, split="train") for scene in drawn[:2])
+    report = quiet([second, change(first), replace(second, key="last")], tmp_path / "out")
+    assert report.splits["train"]["scenes"] == 2 + (reason is None)
+    assert report.rejected == ({reason: 1} if reason else {})
+    for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["entry"].startswith("scene 1") and row["detail"] and len(line) < 400
+        assert (row["entry"] + row["detail"]).isprintable()
 
 
 def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Path, capsys: Any) -> None:

@@ -203,6 +203,9 @@ WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
     "long id": ("unsafe_id", _entry(id="a" * 91)),
     "absolute image path": ("unsafe_path", _entry(image_path="/etc/passwd")),
     "image path that leads out": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
+    "image path of two lines": ("missing_image", _entry(image_path="images/a\nb.jpg")),
+    "image path that never ends": ("missing_image", _entry(image_path="images/" + "a" * 5000)),
+    "image path of half a character": ("unsafe_path", _entry(image_path="images/\ud800.jpg")),
     "no image path": ("unsafe_path", _entry(image_path="")),
     "no image": ("missing_image", _file(lambda data: (data.image, None))),
     "image is a directory": ("missing_image", _entry(image_path="images")),
@@ -218,6 +221,10 @@ WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
     ),
     "empty image": ("image_not_an_image", _file(lambda data: (data.image, b""))),
     "unknown action": ("unknown_action", lambda data: _classes(data, actions="sitting")),
+    "endless unknown action": (
+        "unknown_action",
+        lambda data: (_entry(action="\x1b[2J" * 5000)(data), _classes(data)),  # type: ignore[func-returns-value]
+    ),
 }
 
 # reason, what is left: names of objects, objects with a mask, relations
@@ -300,6 +307,27 @@ IN_PART: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[D
         ["cat on mat"],
         _relation(1, ["", ["dog", "near", "cow"]]),
     ),
+    "relation of an endless label": (
+        ["relation_unknown_label"],
+        list(BOXES),
+        list(BOXES),
+        ["cat on mat"],
+        _relation(1, ["", ["dog", "near", "\x1b[2J" * 5000]]),
+    ),
+    "endless name": (
+        ["bad_masks", "relation_unknown_label", "relation_without_mask"],
+        ["cat", "mat", "\x1b[2j" * 5000],
+        [],
+        [],
+        _object(2, ["\x1b[2J" * 5000, BOXES["dog"]]),
+    ),
+    "endless name in a box outside": (
+        ["bad_masks", "box_outside", "relation_unknown_label", "relation_without_mask"],
+        ["cat", "mat"],
+        [],
+        [],
+        _object(2, ["\x1b[2J" * 5000, [0, 0, 99, 99]]),
+    ),
     "relation with itself": (
         ["relation_with_itself"],
         list(BOXES),
@@ -342,7 +370,7 @@ def test_a_bad_scene_is_rejected(data: DataSet, case: str) -> None:
     (rejection,) = rejected
     assert rejection.reason == reason and reason in REASONS
     assert rejection.entry.startswith("metadata.json: entry 0")
-    assert rejection.detail and "\n" not in str(rejection) and len(str(rejection)) < 300
+    assert rejection.detail and str(rejection).isprintable() and len(str(rejection)) < 400
 
 
 @pytest.mark.parametrize("case", IN_PART)
@@ -352,6 +380,7 @@ def test_what_is_sound_of_a_scene_is_kept(data: DataSet, case: str) -> None:
     (scene,), rejected = data.load()
     assert sorted({r.reason for r in rejected}) == sorted(reasons)
     assert all(r.entry.startswith("metadata.json: entry 0 (a)") and r.detail for r in rejected)
+    assert all(str(r).isprintable() and len(str(r)) < 400 for r in rejected)
     assert [o.name for o in scene.objects] == names
     assert [o.name for o in scene.objects if o.mask is not None] == masked
     assert texts(scene) == relations

@@ -359,6 +359,7 @@ DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         "header of 4294967296 bytes",
         lambda good: good + header("x", 1 << 32, tarfile.GNUTYPE_LONGNAME),
     ),
+    "name of two lines": ("two.nlines.jpg ends behind", lambda good: good + header("two\nlines.jpg", 1 << 20)),
     "attributes of negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
     "attributes of attributes": (
         "recursion",
@@ -376,6 +377,7 @@ def test_damaged_tars(tmp_path: Path, case: str) -> None:
     _, rejected = packed(tmp_path, tmp_path / "out")
     (row,) = (row for row in rejected if row["reason"] == "damaged_tar")
     assert row["entry"] == "a.tar: the tar" and re.search(message, row["detail"]), row
+    assert row["detail"].isprintable() and len(row["detail"]) < 400
     assert "good" in ShardSet(tmp_path / "out").keys
 
 
