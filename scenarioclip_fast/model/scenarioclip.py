@@ -264,6 +264,12 @@ class ScenarioCLIP(nn.Module):
 
 def compile_blocks(module: nn.Module, cuda_graphs: bool = False, **options: Any) -> None:
     """`torch.compile`s every transformer block below `module`, in place: see `ScenarioCLIP.compile_blocks`."""
+    import torch._dynamo.config as dynamo
+
+    # Versions of a block, beyond which Dynamo runs it uncompiled: with a graph, without, and without one for the
+    # input alone; the student's weights, frozen ones and the teacher's; all tokens or those that are read; 0, 1 or more
+    # rows. A step in pieces has more than the 8 that are the default.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for part in module.modules():
         if isinstance(part, VisionEncoder):
             part.bucketed = cuda_graphs

@@ -327,6 +327,20 @@ def test_checkpointing_and_compiling_change_nothing(variant: str) -> None:
         torch.testing.assert_close(results[i], results[i % 2], rtol=1e-10, atol=1e-10)
 
 
+def test_every_version_of_a_block_is_compiled() -> None:
+    torch._dynamo.reset()
+    model = make(FreezeConfig(1, 1))
+    teacher = EMATeacher(model)
+    for blocks in (model, teacher):
+        blocks.compile_blocks(backend="eager", fullgraph=True)  # fullgraph: one version too many is an error
+    for name in ("repeats", "one of each"):
+        for gradients_wanted in (False, True):  # the two passes of a step in pieces
+            with torch.set_grad_enabled(gradients_wanted):
+                out = fast(model, BATCHES[name], teacher)
+            if gradients_wanted:
+                loss(out).backward()
+
+
 def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
     torch._dynamo.reset()
     model = make(FREEZES["reference"])
