@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -65,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (`| head`) has gone: nothing is wrong, and nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        return _fail(f"{error.filename or 'while writing'}: {error.strerror}", 1)
 
 
 def _fail(message: str, code: int = 2) -> int:
