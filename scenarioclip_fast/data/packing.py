@@ -39,7 +39,7 @@ from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.reference_layout import ReferenceLayout
 from scenarioclip_fast.data.scene import SCHEMA, Scene, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
-from scenarioclip_fast.data.staging import OWN_FILES, Stage, dump, holds, sha256
+from scenarioclip_fast.data.staging import INSIDE, OWN_FILES, Stage, dump, holds, sha256
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.data.webdataset_layout import WebDatasetLayout, find_tars
 from scenarioclip_fast.errors import UserError
@@ -500,7 +500,9 @@ def _check_target(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory for the pack")
-    foreign = sorted(path.name for path in out.iterdir() if not OWN_FILES.fullmatch(path.name))
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: not writable; name another directory for the pack")
+    foreign = sorted(path.name for path in out.iterdir() if path.name != INSIDE and not OWN_FILES.fullmatch(path.name))
     if foreign and not force:
         raise UserError(
             f"{out}: holds something that is not a pack ({foreign[0]}); name another directory or use --force"

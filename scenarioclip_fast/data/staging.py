@@ -6,16 +6,20 @@
 A run that was killed leaves this directory. The next one of the same fingerprint goes on after the last shard in the
 journal; if all was written, it moves what has not been moved. A line of the journal is written when the shard is on the
 disk, the manifest when everything is, and each is on the disk before anything relies on it.
+
+Where files cannot be moved from there into DIR, a mount point for one, the directory is DIR/.partial.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +29,7 @@ from scenarioclip_fast.data.scene import SCHEMA
 from scenarioclip_fast.errors import UserError
 
 OWN_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
+INSIDE = ".partial"
 _JOURNAL = "journal.jsonl"
 
 
@@ -36,7 +41,7 @@ class Stage:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out.absolute(), self.beside(out)
+        self.out, self.path = out.resolve(), self.beside(out)
         self.finished = 0  # shards in the journal
         self._fingerprint: str | None = None
         self._lock = self._locked()
@@ -44,7 +49,8 @@ class Stage:
     @staticmethod
     def beside(out: Path) -> Path:
         """The directory for the pack `out`: of a fixed name, so that it is found again."""
-        return out.absolute().parent / f".{out.absolute().name}.partial"
+        out = out.resolve()
+        return out / INSIDE if _is_apart(out) else out.parent / f".{out.name}.partial"
 
     @classmethod
     def waits_for(cls, out: Path) -> bool:
@@ -176,6 +182,20 @@ class Stage:
         os.replace(manifest, self.out / "manifest.json")
         _sync(self.out)
         (self.path / _JOURNAL).unlink()
+
+
+def _is_apart(out: Path) -> bool:
+    """Whether files cannot be moved from the directory above into `out`."""
+    if not out.is_dir():
+        return False
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        return True
+    name = uuid.uuid4().hex
+    try:
+        os.rename(out.parent / name, out / name)  # there is no such file: the system says so if it would move it
+    except OSError as error:
+        return error.errno == errno.EXDEV
+    return False
 
 
 def holds(out: Path, fingerprint: str) -> dict[str, Any] | None:

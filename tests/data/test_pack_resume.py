@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -246,6 +247,74 @@ def test_no_room(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "out").exists()
     assert main(command) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def _other_mount(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """As if `out` were a mount point: nothing can be moved into it."""
+
+    def across(move: Any) -> Any:
+        def moved(old: Any, new: Any) -> None:
+            if (out in Path(old).parents) != (out in Path(new).parents):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(old))
+            move(old, new)
+
+        return moved
+
+    monkeypatch.setattr(os, "rename", across(os.rename))
+    monkeypatch.setattr(os, "replace", across(os.replace))
+
+
+def _closed_above(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """As if the directory above `out` belonged to somebody else; root, who may run this, can write everywhere."""
+    access, mkdir = os.access, os.mkdir
+
+    def refused(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).parent == out.parent:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out.parent and access(path, mode))
+    monkeypatch.setattr(os, "mkdir", refused)
+
+
+@pytest.mark.parametrize("closed", [_other_mount, _closed_above])
+def test_a_directory_that_nothing_can_be_moved_into(
+    closed: Callable[[pytest.MonkeyPatch, Path], None], tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet(tars, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    out.mkdir()
+    closed(monkeypatch, out)
+    with monkeypatch.context() as patch:
+        images = Interrupted(patch, 40)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(tars, out)
+        assert [path.name for path in out.iterdir()] == [".partial"]
+        images.left, images.decoded = 1000, 0
+        quiet(tars, out)
+        assert images.decoded < 40, "it goes on"
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert quiet(tars, out).up_to_date and not (out / ".partial").exists()
+
+
+def test_a_link_to_a_directory(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/pack")
+    _other_mount(monkeypatch, tmp_path / "disk")
+    quiet(tars, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "pack" / "manifest.json").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["disk", "out", "pack"]
+
+
+def test_a_directory_that_may_not_be_written_is_noticed_first(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "out").mkdir()
+    images = Interrupted(monkeypatch, 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "out")
+    assert main(["pack", str(tars), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: not writable; name another directory for the pack\n"
+    assert images.decoded == 0
 
 
 def run_children(*arguments: object) -> dict[str, Any]:
