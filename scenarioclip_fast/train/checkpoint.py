@@ -124,7 +124,7 @@ class Checkpoints:
         self._attempts += 1
         temporary = self.directory / f"{_WRITING}{final.name}-{self._attempts}"
         publish = partial(self._publish, temporary, final, {"schema": _SCHEMA, "step": step, **meta})
-        if self._stager is None:
+        if self._stager is None or torch.__version__ < "2.13":  # stagers of earlier versions serve once
             # Pinned buffers, and copies that do not wait for one another.
             gpu = any(isinstance(value, Tensor) and value.is_cuda for value in state.values())
             self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
