@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,8 @@ class Checkpoints:
         kept = {*before[: self.keep], min(before, key=_loss)}
         for path in self.paths():
             if path not in kept:
-                _remove(path)
+                with suppress(OSError):  # the new checkpoint is written, whatever becomes of an old one
+                    _remove(path)
 
 
 class _Writer(FileSystemWriter):
@@ -293,6 +295,7 @@ def _step(path: Path) -> int:
 def _remove(path: Path) -> None:
     """In one move, so that a process that dies here leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f"{_REMOVING}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # an earlier one of this step, of which something was left
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -77,6 +77,22 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 3
 
 
+def test_an_old_one_that_cannot_go_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1, loss=2.0)
+    (tmp_path / ".removing-step-00000001").mkdir()
+    (tmp_path / ".removing-step-00000001" / ".nfs1").touch()  # was open elsewhere when its directory went
+    save(checkpoints, 2, loss=1.0)
+    assert names(tmp_path) == ["step-00000002"]
+
+    def stays(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_remove", stays)
+    save(checkpoints, 3, loss=0.5)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 def test_an_abandoned_branch_goes_with_the_first_new_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=5)
     for step in (2, 4, 6):
