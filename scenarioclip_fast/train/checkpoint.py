@@ -295,7 +295,8 @@ def _step(path: Path) -> int:
 def _remove(path: Path) -> None:
     """In one move, so that a process that dies here leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f"{_REMOVING}{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)  # an earlier one of this step, of which something was left
+    if doomed.exists():  # what was left of an earlier one of this step
+        shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
