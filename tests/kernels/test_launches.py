@@ -1,0 +1,117 @@
+"""Triton's kernels through its compiler and launcher for sm_90, up to the driver: no GPU is asked for anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A driver that only pretends, on CPU tensors. What a launch is given is checked, and nothing runs.
+PRETENDER = """
+import collections, dataclasses, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+class Utils:
+    def fill_tma_descriptor(self, *_): return object()
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+class Driver:
+    utils = Utils()
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+triton.runtime.driver.set_active(Driver())
+compiled, launched = collections.Counter(), collections.Counter()
+
+def launcher(kernel):
+    def launch(x, y, z, *rest):
+        assert 0 < x < 2**31 and max(y, z) < 65536, (x, y, z)
+        arguments, number = rest[6:], 0  # after stream, function, two of metadata, two hooks
+        for kind, argument in zip(kernel.src.signature.values(), arguments, strict=True):
+            if kind.startswith("tensordesc"):
+                make_tensordesc_arg(argument, kernel.metadata.tensordesc_meta[number])
+                assert argument.base.data_ptr() % 16 == 0, "a descriptor's base"
+                assert all(s * argument.base.element_size() % 16 == 0 for s in argument.strides[:-1]), "its strides"
+                number += 1
+        launched[kernel.metadata.name] += 1
+    return launch
+
+def compile(self, *arguments, original=JITFunction._do_compile):
+    compiled[self.fn.__name__] += 1
+    return original(self, *arguments)
+
+JITFunction._do_compile = compile
+CompiledKernel._init_handles = lambda self: None
+CompiledKernel.launch_metadata = lambda self, *_: None
+CompiledKernel.run = property(launcher)
+"""
+
+CONTRASTIVE = """
+from scenarioclip_fast.kernels.contrastive import contrastive_triton as t
+
+plan = t.Plan.of
+t.Plan.of = staticmethod(lambda features: dataclasses.replace(plan(features), tma=True))
+t._product = lambda *_, **__: None  # the matrix library's: out of a CPU's reach
+
+def both(sizes, dtype=torch.bfloat16, width=512):
+    rows, texts = zip(*sizes, strict=True)
+    image, text = ([torch.randn(n, width).to(dtype) for n in side] for side in (rows, texts))
+    index, scale = torch.zeros(sum(rows), dtype=torch.int64), torch.full((len(sizes),), 10.0)
+    count = t.counts(index, rows, texts)
+    sums = t.forward(image, text, scale, index, count, True)
+    _, used = t.means(*sums, count, index, rows, texts, False)
+    grads = t.means_backward(torch.ones(len(sizes)), used, count, index, rows, texts, False)
+    t.backward(image, text, scale, index, count, sums[:2], grads, True, True, True)
+
+both([(128, 101), (700, 133), (350, 290)])
+# The losses' sum and its gradient aside.
+assert sum(launched.values()) <= 18, launched
+t.GROUPED = 2**20
+both([(1025, 1030)])  # alone
+before = compiled.copy()
+for sizes in (
+    [(127, 100), (701, 131), (353, 291)], [(16, 1), (1, 16)], [(1, 1)], [(128, 128), (640, 256)], [(4097, 300)],
+):
+    both(sizes)
+assert compiled == before, compiled - before
+both([(128, 128)], torch.float32)
+print("checked")
+"""
+
+DISTILLATION = """
+from scenarioclip_fast.kernels.distillation import distillation_triton as t
+
+def forward(students, pairs):
+    index, zero = torch.zeros(pairs, dtype=torch.int64), torch.zeros((), dtype=torch.int32)
+    teacher, student = torch.randn(5, 512), torch.randn(students, 512)
+    t.forward(student, teacher, index, index, torch.ones(pairs), torch.ones(()), 0.0, 0.07, True, zero)
+
+forward(70, 300)
+for sizes in ((1, 1), (16, 32), (1006, 1006), (0, 0)):
+    forward(*sizes)
+assert compiled == {"distillation": 1} and launched == {"distillation": 5}, (compiled, launched)
+print("checked")
+"""
+
+
+@pytest.mark.parametrize("kernels", [CONTRASTIVE, DISTILLATION], ids=["contrastive", "distillation"])
+def test_sizes_compile_nothing_anew(kernels: str, tmp_path: Path) -> None:
+    """In a process of its own, whose Triton keeps the driver."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRETENDER + kernels],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
