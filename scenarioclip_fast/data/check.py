@@ -151,7 +151,10 @@ def image_reason(error: DecodeError) -> str:
 
 def short(value: object) -> str:
     """A value's repr, cut to what fits into a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -36,14 +38,15 @@ def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: 
     # spawn: a fork of a process that has used torch's threads can hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-    waiting: deque[Future[list[B]]] = deque()
+    waiting: deque[tuple[list[A], Future[list[B]]]] = deque()
     try:
         for some in chunks:
-            waiting.append(pool.submit(partial(_run, job), some))
+            with _without_interrupts():
+                waiting.append((some, pool.submit(partial(_run, job), some)))
             if len(waiting) > _AHEAD * workers:
-                yield from waiting.popleft().result()
+                yield from _result(job, *waiting.popleft())
         while waiting:
-            yield from waiting.popleft().result()
+            yield from _result(job, *waiting.popleft())
     except BrokenProcessPool as error:
         raise RuntimeError("a worker process died, killed or out of memory; fewer workers need less memory") from error
     finally:
@@ -52,6 +55,23 @@ def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: 
 
 def _run(job: Callable[[A], B], chunk: Sequence[A]) -> list[B]:
     return [job(item) for item in chunk]
+
+
+def _result(job: Callable[[A], B], chunk: list[A], future: Future[list[B]]) -> list[B]:
+    try:
+        return future.result()
+    except RecursionError:  # an item is nested too deeply to be sent to a process
+        return _run(job, chunk)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start in it never see Ctrl-C, which a terminal sends to all: it is this process's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin() -> None:

@@ -240,6 +240,22 @@ def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Pat
     assert manifest["rejected"] == dict(sorted(reasons.items()))
 
 
+def test_an_entry_nested_too_deeply_for_a_process(own_source: Path, tmp_path: Path) -> None:
+    """A file may be just shallow enough to be read, and too deep to be sent to another process."""
+    text = (own_source / "metadata.json").read_text()
+    for depth in range(1000, 0, -2):
+        nested = text.replace('"objects":', f'"relations": {"[" * depth}{"]" * depth}, "objects":', 1)
+        nested = nested.replace('"relations":', '"others":', 2).replace('"others":', '"relations":', 1)
+        (own_source / "metadata.json").write_text(nested)
+        try:
+            report = quiet(own_source, tmp_path / "out", workers=2)
+            break
+        except UserError as error:
+            assert "not readable as JSON" in str(error)
+    assert report.rejected == {"malformed_relation": 1}
+    assert sum(n["scenes"] for n in report.splits.values()) == 6
+
+
 def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
     for path in (own_source / "images").iterdir():
         path.unlink()

@@ -29,6 +29,16 @@ def die_at_seven(n: int) -> int:
     return n
 
 
+def blocked(n: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_ctrl_c_is_not_for_the_processes() -> None:
+    """A terminal sends it to all; one that is still importing would print a traceback."""
+    assert list(ordered_map(blocked, range(2), 2)) == [True, True]
+    assert not blocked(0)
+
+
 def test_results_are_in_order() -> None:
     assert list(ordered_map(triple, range(10), 1)) == [3 * n for n in range(10)]
     taken = []
