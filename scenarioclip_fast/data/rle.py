@@ -51,14 +51,14 @@ def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
     if (
         not isinstance(size, (list, tuple))
         or len(size) != 2
-        or not all(isinstance(n, int) and 0 <= n <= MAX_PIXELS for n in size)
+        or not all(type(n) is int and 0 <= n <= MAX_PIXELS for n in size)
     ):
         raise ValueError(f"got {_short(size)} as RLE size, expected [H, W]")
     height, width = size
     if height * width > MAX_PIXELS:
         raise ValueError(f"got an RLE of size {height} x {width}, expected at most {MAX_PIXELS} pixels")
     if isinstance(counts, (list, tuple)):  # COCO's uncompressed form
-        if not all(isinstance(n, int) and 0 <= n <= MAX_PIXELS for n in counts):
+        if not all(type(n) is int and 0 <= n <= MAX_PIXELS for n in counts):
             raise ValueError("got RLE counts that are not run lengths, expected integers >= 0")
         runs = np.array(counts, dtype=np.int64)
     elif isinstance(counts, (str, bytes)):

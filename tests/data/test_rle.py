@@ -76,6 +76,8 @@ def test_empty_picture() -> None:
         (None, "expected"),
         ({"size": [2, 2]}, "expected"),
         ({"size": [2], "counts": "04"}, "RLE size"),
+        ({"size": [True, 4], "counts": [4]}, "RLE size"),
+        ({"size": [2, 2], "counts": [True, 3]}, "run lengths"),
         ({"size": [-2, -2], "counts": "04"}, "RLE size"),
         ({"size": [1 << 20, 1 << 20], "counts": "04"}, "at most"),
         ({"size": [2, 2], "counts": 7}, "of type int"),
