@@ -227,6 +227,8 @@ class VisionEmbedding(nn.Module):
             raise ValueError(
                 f"pixels: got shape {list(pixels.shape)}, expected [n, 3, {self.image_size}, {self.image_size}]"
             )
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels: got {pixels.dtype}, expected floats: / 255, less CLIP's mean, over its deviation")
         patches = self.stem(pixels)
         first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return torch.cat([first, patches], 1) + self.position

@@ -297,6 +297,11 @@ def _from_hf(state: State, path: Path, record: Mapping[str, Any]) -> tuple[State
             raise UserError(f"{path}: {kind} layer_norm_eps {sub[kind]['layer_norm_eps']}, expected 1e-05")
         if activation not in ("quick_gelu", "gelu"):
             raise UserError(f"{path}: {kind} hidden_act {activation!r}, expected 'quick_gelu' or 'gelu'")
+    end = sub["text"].get("eos_token_id", found.text.end_of_text)
+    if end not in (found.text.end_of_text, 2):  # 2: of old configs, which mean the last id
+        raise UserError(
+            f"{path}: text eos_token_id {end}, expected {found.text.end_of_text}, the last of the vocabulary"
+        )
     found = replace(found, vision=replace(found.vision, activation=vision), text=replace(found.text, activation=text))
     return parts["vision"], parts["text"], found
 

@@ -431,6 +431,8 @@ def test_bad_input_says_what_was_expected() -> None:
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.float64), "scene")
     with pytest.raises(ValueError, match=r"pixels: got shape \[1, 3, 8, 8\], expected \[n, 3, 16, 16\]"):
         model.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.float64), "global")
+    with pytest.raises(TypeError, match=r"pixels: got torch.uint8, expected floats"):
+        model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "global")
     with pytest.raises(ValueError, match="ids of level relation: got some outside the vocabulary"):
         model(batch([0], [0], [5]))
     with pytest.raises(ValueError, match="ids of level global: got some outside the vocabulary"):

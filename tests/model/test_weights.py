@@ -437,6 +437,15 @@ def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing visual_projection.weight"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     spoil()
+    record = json.loads((tmp_path / "config.json").read_text())
+    for end in (2, 28):
+        record["text_config"]["eos_token_id"] = end
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        if end == 2:  # as in the configs of the first releases
+            ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    with pytest.raises(UserError, match="text eos_token_id 28, expected 30, the last of the vocabulary"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    clip.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"vision.width: 768 and 192; .*text.layers: 12 and 2"):
         ScenarioCLIP.from_clip(tmp_path, config=ModelConfig())
     assert ScenarioCLIP.from_clip(tmp_path).config.freeze == FreezeConfig(2, 2)
