@@ -70,9 +70,11 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     if schema != SCHEMA:
         raise ValueError(f"scene {key}: got schema {schema!r}, expected {SCHEMA}")
     try:
-        height, width = (int(n) for n in record["size"])
+        height, width = (_whole(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in record["objects"]]
-        relations = [Relation(int(r["subject"]), _text(r["predicate"]), int(r["object"])) for r in record["relations"]]
+        relations = [
+            Relation(_whole(r["subject"]), _text(r["predicate"]), _whole(r["object"])) for r in record["relations"]
+        ]
         action = _text(record["action"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
@@ -87,6 +89,12 @@ def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> Sce
     if mask is not None and list(mask["size"]) != [height, width]:
         raise ValueError(f"mask size {mask['size']} differs from the image's {[height, width]}")
     return SceneObject(_text(record["name"]), (x1, y1, x2, y2), None if mask is None else dict(mask))
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"got {value!r} for an integer")
+    return value
 
 
 def _text(value: Any) -> str:

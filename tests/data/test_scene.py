@@ -42,6 +42,9 @@ def test_json_round_trip() -> None:
         ({"relations": [{"subject": 0, "predicate": "on", "object": 2}]}, "not among its 2 objects"),
         ({"relations": [{"subject": -1, "predicate": "on", "object": 0}]}, "not among its 2 objects"),
         ({"action": None, "objects": None}, "malformed record"),
+        ({"size": [4.0, 4]}, "got 4.0 for an integer"),
+        ({"relations": [{"subject": "0", "predicate": "on", "object": 0}]}, "got '0' for an integer"),
+        ({"relations": [{"subject": 0, "predicate": "on", "object": True}]}, "got True for an integer"),
     ],
 )
 def test_a_bad_record_is_refused(change: dict[str, object], message: str) -> None:
