@@ -363,6 +363,23 @@ def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
             torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("freeze", ["part", "nothing"])
+def test_nothing_asks_the_device_for_a_value(freeze: str) -> None:
+    """On the device "meta" tensors have no values, so that asking for one, a wait on a GPU, is an error."""
+    model = make(FREEZES[freeze])
+    assert model.tokens is not None
+    found = model.tokens.distinct(BATCHES["repeats"].host_ids)
+    model.tokens.cache_bytes = 0  # what the cache holds is told by values on the host
+    model.to("meta")
+    teacher = EMATeacher(model)
+    lists = {name: [t.to("meta") for t in getattr(found, name)] for name in ("index", "id", "row")}
+    out = model(BATCHES["repeats"].to("meta"), teacher, replace(found, **lists))
+    assert len(out.object_scene) == 6 and out.teacher_image is not None
+    sum(x.sum() for x in (*out.image, *out.text)).backward()
+    teacher.update(model)
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_float32_and_bf16_follow_the_literal_form(bf16: bool, device: str) -> None:
