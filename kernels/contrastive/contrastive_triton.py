@@ -75,6 +75,11 @@ class Plan:
     inner: int
     tma: bool
 
+    @property
+    def rounds(self) -> bool:
+        """Whether unit rows are rounded to TF32. The interpreter multiplies in float32."""
+        return self.operand == torch.float32 and self.precision == "tf32" and not _interprets()
+
     @staticmethod
     def of(features: Tensor) -> Plan:
         if features.dtype == torch.bfloat16 and not _interprets():
@@ -163,6 +168,7 @@ def _units(
             SMALLEST=EPS,
             NORMALIZE=normalize,
             POSITIVE=positive is not None,
+            ROUND=plan.rounds,
             num_warps=2,
         )
     return unit, inverse

@@ -136,6 +136,7 @@ def unit_rows(
     SMALLEST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     POSITIVE: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     pid = tl.program_id(0)
     level, row = _locate(pid, n0, n1, n2, n3)
@@ -156,7 +157,12 @@ def unit_rows(
         shrunk = tl.where(largest > 0, x / largest, x)
         length = largest * tl.sqrt(tl.sum(shrunk * shrunk, 0))
         scale = 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
-    tl.store(unit + pid.to(tl.int64) * WIDTH + d, x * scale, mask=d < WIDTH)
+    x *= scale
+    if ROUND:
+        # To TF32: the matrix units cut the lower 13 bits off, which makes every cosine smaller. NaN would turn into 0.
+        nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    tl.store(unit + pid.to(tl.int64) * WIDTH + d, x, mask=d < WIDTH)
     tl.store(inverse + pid, scale)
     if POSITIVE:
         tl.store(positive + pid, float("nan"))

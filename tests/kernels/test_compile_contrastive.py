@@ -107,12 +107,12 @@ def test_log_sums_and_products(compiler: Compiler, plan: contrastive_triton.Plan
     compile_for(compiler, triton_kernels.products, plan, {**constants, "num_warps": 4, "num_stages": 3})
 
 
-@pytest.mark.parametrize("plan", [PLANS["bf16"], PLANS["tf32x3"]], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("width", [123, 1024])
 def test_rows(compiler: Compiler, plan: contrastive_triton.Plan, width: int) -> None:
     whole = -(-width // plan.inner) * plan.inner
     constants = {"D": width, "WIDTH": whole, "BLOCK_D": 1 << (whole - 1).bit_length(), "SMALLEST": 1e-12}
-    constants |= {"NORMALIZE": True, "POSITIVE": True, "num_warps": 2}
+    constants |= {"NORMALIZE": True, "POSITIVE": True, "ROUND": plan.rounds, "num_warps": 2}
     compile_for(compiler, triton_kernels.unit_rows, plan, constants, positive="*fp32")
     compile_for(compiler, triton_kernels.finish_rows, plan, constants)
 

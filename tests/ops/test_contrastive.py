@@ -666,6 +666,7 @@ t.check_scale_not_positive()
 t.check_index_out_of_range()
 t.check_five_levels()
 t.check_small_ops()
+t.check_rounding_to_tf32()
 with t.use_backend("triton"):
     t.test_compile_without_graph_break_for_all_sizes("negatives")
 print("checked")
@@ -703,6 +704,24 @@ def check_chunks() -> None:
             torch.testing.assert_close(found, torch.autograd.grad(run(*leaves, "cpu", **given), learning))
     for name, value in before.items():
         setattr(contrastive_triton, name, value)
+
+
+def check_rounding_to_tf32() -> None:
+    """Unit rows of what the matrix units take in TF32 have its ten digits already, the nearest ones."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    image = make(40, 12, 33, 1.0)[0].half()
+    image[7, 3] = torch.nan
+    plan = contrastive_triton.Plan(torch.float32, "tf32", 64, 32, False)
+    before, contrastive_triton._interprets = contrastive_triton._interprets, lambda: False
+    unit, _ = contrastive_triton._units([image], plan, True)
+    contrastive_triton._interprets = before
+    exact = F.normalize(image.double(), dim=1)
+    good = torch.arange(40) != 7
+    assert unit[7].isnan().any() and unit[:, 33:].abs().nan_to_num().sum() == 0
+    assert (unit[good].view(torch.int32) & 0x1FFF == 0).all()
+    error = (unit[good, :33] - exact[good]).abs() / exact[good].abs().clamp_min(1e-30)
+    assert 2**-13 < error.max() <= 2**-11 * 1.001  # half of the last digit, and float32's own rounding before
 
 
 def check_small_ops() -> None:
