@@ -27,7 +27,8 @@ class Embeddings:
     length.
 
     image: 3 x [N_l, D];  text: 3 x [U_l, D], the distinct texts of the batch
-    text_index: 3 x [N_l] int64, the text of each image row;  text_id: 3 x [U_l] int64, vocabulary ids
+    text_index: 3 x [N_l] int64, the text of each image row
+    text_id: 3 x [U_l] int64, vocabulary ids, on the CPU
     object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
     teacher_image [B, D], teacher_object_text [U_o, D], teacher_relation_text [U_r, D]: None without a teacher
     """

@@ -62,9 +62,8 @@ _TOGETHER = 64
 class Distinct:
     """The distinct texts of a batch: level after level, ids ascending.
 
-    index: per level [N_l], where each item's text is among its level's;  id: per level [U_l], vocabulary ids
-    row: per level [U_l], rows of the table;  host_row, lengths: per level [U_l], on the CPU, the rows again and the
-    texts' numbers of tokens
+    index: per level [N_l], where each item's text is among its level's;  row: per level [U_l], rows of the table
+    id, host_row, lengths: per level [U_l], on the CPU, vocabulary ids, the rows again, and the texts' numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
@@ -144,7 +143,7 @@ class TokenTable(nn.Module):
         start = itertools.accumulate(self.sizes.values(), initial=0)
         row = [i + s for i, s in zip(id, start, strict=False)]
         lengths = [self._host_lengths[r] for r in row]
-        return Distinct(self._upload(index), self._upload(id), self._upload(row), row, lengths)
+        return Distinct(self._upload(index), id, self._upload(row), row, lengths)
 
     def _upload(self, parts: list[Tensor]) -> list[Tensor]:  # 3 x [n_l]
         """To the table's device in one copy that the host does not wait for."""

@@ -20,9 +20,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def reaches_hosts(group: dist.ProcessGroup) -> bool:
+    """Whether tensors in host memory can go through the group, as with "cpu:gloo,cuda:nccl"."""
+    return "cpu:" in dist.get_backend_config(group)
+
+
 def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
-    """Every rank's integers, rank by rank. The one host synchronisation: collectives need sizes on the host."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    """Every rank's integers, rank by rank: collectives need sizes on the host. Waits for the device where the group
+    has no other way than through it."""
+    mine = torch.tensor(values, dtype=torch.int64, device="cpu" if reaches_hosts(group) else device)
     out = mine.new_empty(group.size() * len(mine))
     _all_gather(out, mine, group=group)
     return [[int(v) for v in row] for row in out.view(group.size(), -1).tolist()]

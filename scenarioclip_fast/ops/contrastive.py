@@ -54,15 +54,16 @@ def contrastive_loss(
         logit_scale: positive factor of the cosines, already exponentiated and clamped.
         text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text that no
             row has takes no part in "negatives" and is one more negative in "positives".
-        text_id: identity of each text across ranks (its vocabulary index). Texts with equal ids are merged, the
-            first one's features standing for all. "positives" with a group needs it.
+        text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
+            with equal ids are merged, the first one's features standing for all. "positives" with a group needs it.
         duplicates: "negatives" (the paper: rows with equal texts are each other's negatives) or "positives"
             (equal texts are one class).
         reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
         group: rows and texts are this rank's share; shares may differ in size, and may be empty. "mean" is over
             all ranks' rows, the same number on every rank. Gradients are those of the sum of all ranks' results,
             so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
-            process with all rows, logit_scale's included.
+            process with all rows, logit_scale's included. On a GPU nothing waits for the device if the group
+            reaches the hosts too (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
         deterministic: True asks for sums in a fixed order. Every backend keeps one at no cost, whatever is asked:
             nothing but integers is added by atomics.
         backend: "auto", "reference", "cpu" or "triton".
@@ -259,7 +260,7 @@ def _check(level: _Level, where: str) -> None:
             raise TypeError(f"{where}{name}: got {_kind(labels)}, expected an int64 tensor")
         if labels.dim() != 1 or len(labels) != rows:
             raise ValueError(f"{where}{name}: got shape {list(labels.shape)}, expected [{rows}]")
-        if labels.device != image.device:
+        if labels.device != image.device and not (name == "text_id" and labels.device.type == "cpu"):
             raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device} as for image")
     if isinstance(level.scale, Tensor):
         if not level.scale.is_floating_point():
@@ -327,7 +328,7 @@ def _merged(level: _Level) -> _Level:
     that no size depends on the data."""
     if level.id is None:
         return level
-    first = _first_of(level.id)
+    first = _uploaded(_first_of(level.id), level.text.device)
     index = first if level.index is None else first[level.index]
     return replace(level, index=index, weight=(first == _arange(level.text)).to(torch.float32))
 
@@ -360,9 +361,12 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
         for side in ("image", "text", "scale")
     ]
     sizes = [size for level in levels for size in (len(level.image), len(level.text))]
-    everyone = collectives.exchange([*sizes, *learns], levels[0].image.device, group)
+    on_host = all(level.id is None or level.id.device.type == "cpu" for level in levels)
+    everyone = collectives.exchange([*sizes, *learns, on_host], levels[0].image.device, group)
     # Backward passes meet in collectives: where any rank's side learns, every rank's must take part, empty shares too.
-    any_learns = [any(column) for column in list(zip(*everyone, strict=True))[-3:]]
+    *_, image_learns, text_learns, scale_learns, on_hosts = zip(*everyone, strict=True)
+    any_learns = [any(column) for column in (image_learns, text_learns, scale_learns)]
+    ids = _gathered_ids(levels, everyone, all(on_hosts) and collectives.reaches_hosts(group), group)
     out = []
     for k, level in enumerate(levels):
         image, text = (
@@ -374,12 +378,10 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
         index = _arange(image) if level.index is None else level.index
         index = index + start
         text = torch.cat(collectives.gather_rows(text, texts, group))
-        if level.id is not None:
-            first = _first_of(torch.cat(collectives.gather_rows(level.id, texts, group)))
-            kept = (first == _arange(first)).nonzero()[:, 0]
-            position = torch.empty_like(first)
-            position[kept] = _arange(kept)
-            text, index = text[kept], position[first][index]
+        id = ids[k]
+        if id is not None:
+            kept, place = (_uploaded(part, text.device) for part in _deduplicated(id))
+            text, index = text[kept], place[index]
         count = _count(index, text)
         rows = sum(row[2 * k] for row in everyone)
         out.append(replace(level, image=image, text=text, index=index, count=count, rows=rows))
@@ -390,6 +392,39 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
         replace(level, count=count, weight=count.to(torch.float32) if duplicates == "negatives" else None)
         for level, count in zip(out, split, strict=True)
     ]
+
+
+def _gathered_ids(
+    levels: list[_Level], everyone: list[list[int]], by_hosts: bool, group: ProcessGroup
+) -> list[Tensor | None]:  # levels x [all ranks' U]
+    """Every rank's text ids, of all levels in one collective."""
+    having = [k for k, level in enumerate(levels) if level.id is not None]
+    out: list[Tensor | None] = [None] * len(levels)
+    if having:
+        device = torch.device("cpu") if by_hosts else levels[0].text.device
+        mine = torch.cat([level.id.to(device) for level in levels if level.id is not None])
+        sizes = [[row[2 * k + 1] for k in having] for row in everyone]
+        ranks = collectives.gather_rows(mine, [sum(of_rank) for of_rank in sizes], group)
+        parts = [ids.split(of_rank) for ids, of_rank in zip(ranks, sizes, strict=True)]
+        for k, of_level in zip(having, zip(*parts, strict=True), strict=True):
+            out[k] = torch.cat(of_level)
+    return out
+
+
+def _deduplicated(ids: Tensor) -> tuple[Tensor, Tensor]:  # [U] -> kept [V], place [U]
+    """The positions of the first entries of each id, and where among those each entry's id stands."""
+    first = _first_of(ids)
+    kept = (first == _arange(first)).nonzero()[:, 0]
+    position = torch.empty_like(first)
+    position[kept] = _arange(kept)
+    return kept, position[first]
+
+
+def _uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """On `device`, in a copy from the host that nothing waits for."""
+    if x.device == device or device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
 
 
 def _log_sums(levels: list[_Level], backend: str, normalize: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

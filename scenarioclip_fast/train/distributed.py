@@ -122,7 +122,9 @@ def _world(device: torch.device, timeout_s: float) -> World:
     # Groups of their own: the loss's collectives must not interleave with those of the gradients' buckets, nor
     # those of the thread that writes checkpoints with either.
     timeout = timedelta(seconds=timeout_s)
-    groups = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout, backend="gloo")
+    # The loss's takes sizes and ids from host to host, so that nothing waits for the device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    groups = [dist.new_group(timeout=timeout, backend=name) for name in (backend, "gloo")]
     return World(dist.get_rank(), dist.get_world_size(), device, *groups)
 
 
