@@ -222,9 +222,10 @@ class BaselineStep:
     def __init__(
         self, config: ModelConfig, weights: nn.Module, tokens: dict[str, Tokens], device: str, bf16: bool = False
     ) -> None:
-        self.model = SixEncoders(config)
+        with torch.device("meta"):  # all of its weights are copied: drawing others first would take seconds
+            self.model = SixEncoders(config)
+        self.model.to_empty(device=device).train()
         self.model.copy_weights_of(weights)
-        self.model.to(device).train()
         self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.tokens, self.device, self.bf16, self.steps = tokens, torch.device(device), bf16, 0
         start = torch.tensor(1 / TEMPERATURE, device=device).log()

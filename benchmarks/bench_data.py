@@ -152,7 +152,7 @@ def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) 
                 torch.cuda.synchronize()
 
         benchmark.group = f"640 x 480, 6 objects, 3 relations, {device}"
-        benchmark.pedantic(run, rounds=5 if device == "cuda" else 3, warmup_rounds=1)
+        benchmark.pedantic(run, rounds=5, warmup_rounds=1)
         assert not loader.bad, loader.bad
     report(benchmark, EVEN * epochs, EVEN * epochs * 10)
     if benchmark.stats is not None:
@@ -176,11 +176,12 @@ def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> N
         if device == "cuda":
             torch.cuda.synchronize()
 
-    # The whole epoch; drawing regions and publishing them as PNGs comes before training and is not timed.
+    # The whole epoch, which also warms up. Publishing regions as PNGs comes before training and is not timed.
     for pixels, expected in zip(WHOLE[way](shards, device), itertools.cycle(expected_batches(shards)), strict=False):
         check(pixels, expected, by_nvjpeg(way, device))
     benchmark.group = f"whole batches, {device}"
-    benchmark.pedantic(epoch, rounds=5 if "ours" in way else 2)  # that epoch has warmed up
+    quick = "ours" in way and "cached" not in way
+    benchmark.pedantic(epoch, rounds=9 if quick else 4 if "cached" in way else 2, warmup_rounds=int(quick))
     epochs = CACHED if "cached" in way else EPOCHS[device]
     report(benchmark, len(ShardSet(shards)) * epochs, views)
 
