@@ -135,8 +135,8 @@ def collate(scenes: list[Levels]) -> Tensor:
 class Published:
     """A loader whose every iteration is an epoch, in the order of the entries.
 
-    Its workers start here and stay: an epoch of a benchmark is short, and workers that are forked from a trainer with
-    its weights in memory make its first writes to them slow, which in a real epoch is nothing.
+    Its workers start with the first epoch and stay: those of a benchmark are short, and after a fork the trainer's
+    first writes to its weights are slow, which in a real epoch is nothing.
     """
 
     def __init__(self, entries: list[Entry], size: int, batch: int, workers: int, device: str = "cpu") -> None:
@@ -149,7 +149,6 @@ class Published:
             collate_fn=collate,
             pin_memory=device == "cuda",
         )
-        next(iter(self.loader))
 
     def __iter__(self) -> Iterator[Tensor]:
         for pixels in self.loader:

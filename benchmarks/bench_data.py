@@ -181,7 +181,7 @@ def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> N
         check(pixels, expected, by_nvjpeg(way, device))
     benchmark.group = f"whole batches, {device}"
     quick = "ours" in way and "cached" not in way
-    benchmark.pedantic(epoch, rounds=9 if quick else 4 if "cached" in way else 2, warmup_rounds=int(quick))
+    benchmark.pedantic(epoch, rounds=9 if quick else 3 if "cached" in way else 2, warmup_rounds=int(quick))
     epochs = CACHED if "cached" in way else EPOCHS[device]
     report(benchmark, len(ShardSet(shards)) * epochs, views)
 

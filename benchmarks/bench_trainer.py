@@ -127,7 +127,7 @@ def run(benchmark: Any, device: str, rounds: int, folder: Path) -> None:
 
 
 def test_tiny(benchmark: Any, tmp_path: Path) -> None:
-    run(benchmark, "cpu", 5, tmp_path)
+    run(benchmark, "cpu", 3, tmp_path)
 
 
 @pytest.mark.gpu
