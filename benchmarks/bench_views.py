@@ -163,7 +163,7 @@ def test_views(benchmark: Any, way: str, kind: str, setting: str) -> None:
     benchmark.extra_info.update(form=way, views=len(views))
     pixels_out = size * size * len(views)
     counted(benchmark, "cpu", bytes=bytes_to_move(scenes, views, pixels_out, 4), operations=operations(views, size))
-    benchmark.pedantic(ways[way], rounds=3 if way == "ours: reference" else 7, warmup_rounds=1)
+    benchmark.pedantic(ways[way], rounds=7 if way == "ours: cpu" else 4, warmup_rounds=1)
 
 
 def bytes_to_move(scenes: list[Scene], views: Views, pixels_out: int, bytes_out: int) -> int:
