@@ -49,7 +49,8 @@ def state(device: str) -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """Of the checkout, with "+ changes" where tracked files differ from it; "unknown" outside of one."""
+    """Of the checkout, with "+ changes" where tracked files that matter to a measurement differ from it; "unknown"
+    outside of one."""
 
     def git(*args: str) -> str | None:
         try:
@@ -61,7 +62,8 @@ def commit(folder: Path) -> str:
     head = git("rev-parse", "HEAD")
     if head is None:
         return "unknown"
-    return head + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    texts = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # what measuring itself rewrites
+    return head + (" + changes" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", *texts) else "")
 
 
 def _cores() -> int:
