@@ -87,7 +87,7 @@ if has pytest; then
   section tests 130 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest tests -m gpu --continue-on-collection-errors --tb=short \
     -rs --durations=10 "${parallel[@]}"
   # A section each: a slow one costs only itself. A limit below the budget lets the record be written.
-  for entry in ceilings:15 contrastive:80 distillation:15 views:25 step:60 end_to_end:70 data:35 ema:10 trainer:25; do
+  for entry in ceilings:15 contrastive:80 distillation:15 views:25 step:60 end_to_end:85 data:45 ema:10 trainer:25; do
     name=${entry%:*} limit=${entry#*:}
     [ -e "benchmarks/bench_$name.py" ] || continue
     ((limit > TOTAL - SECONDS - 12)) && limit=$((TOTAL - SECONDS - 12))
