@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from scenarioclip_fast.bench.record import FILE, NOT_MEASURED, Record, Result, read_record, unit_of
-from scenarioclip_fast.bench.report import digits, markdown_table, seconds, times
+from scenarioclip_fast.bench.tables import digits, markdown_table, seconds, times
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "records"

@@ -4,6 +4,7 @@ plugin.py    what pytest loads: hands over every result as it comes, and times w
 runner.py    a process per benchmark file; leaves a record after each
 machine.py   what the numbers were measured on
 record.py    the record's format, and the fields that reports read of a benchmark
-report.py    tables and one HTML page of any set of records
+tables.py    what records say, as tables and rooflines
+report.py    any set of records as Markdown and one HTML page
 plots.py     bars of a group, and the roofline
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.bench.record import Part, Record, Result, unit_of
-from scenarioclip_fast.bench.report import Roof, ceilings, fastest_of_ours, roofs, seconds, si, times
+from scenarioclip_fast.bench.tables import Roof, ceilings, fastest_of_ours, roofs, seconds, si, times
 from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
 

@@ -14,7 +14,8 @@ import pytest
 import scenarioclip_fast
 from scenarioclip_fast.bench import plugin, runner
 from scenarioclip_fast.bench.record import FILE, Absent, Part, Record, Result, read_record, unit_of
-from scenarioclip_fast.bench.report import markdown, part_table, roofline_table, roofs, write_report
+from scenarioclip_fast.bench.report import markdown, write_report
+from scenarioclip_fast.bench.tables import part_table, roofline_table, roofs
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
 
