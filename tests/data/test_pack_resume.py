@@ -369,17 +369,21 @@ def _phase(out: Path) -> str:
     stage = out.parent / f".{out.name}.partial"
     if (out / "source.json").exists() or (stage / "manifest.json").exists():
         return "moving"
-    return "packing" if list(stage.glob("*.tar")) else "starting"
+    return "packing" if _tars(stage) else "starting"
+
+
+def _tars(stage: Path) -> int:
+    try:
+        return sum(name.endswith(".tar") for name in os.listdir(stage))
+    except FileNotFoundError:  # not there yet, or removed at this very moment
+        return 0
 
 
 def _wait_for_a_shard(pid: int, out: Path) -> None:
     """Until a shard is being written that was not there, or the process has ended."""
     stage = out.parent / f".{out.name}.partial"
-    before = len(list(stage.glob("*.tar")))
-    while (
-        len(list(stage.glob("*.tar"))) <= before
-        and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    ):
+    before = _tars(stage)
+    while _tars(stage) <= before and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.001)
 
 
