@@ -42,12 +42,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="given",
         help="given (default): what metadata_SPLIT.json or SPLIT-*.tar says, else as hash; hash: from the key alone",
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="larger images are rejected by their header (default 67108864; for training, see data.max_pixels)",
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one, or all cores for a large data set)")
     parser.add_argument("--force", action="store_true", help="write beside other things; pack even what is up to date")
 
 
 def run(args: argparse.Namespace) -> int:
     """Packs, names the first things that were rejected, and prints the counts."""
+    from scenarioclip_fast.data.decode import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
 
     report = pack(
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         test=args.test,
         workers=args.workers,
         force=args.force,
+        max_pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
     )
     if report.up_to_date:
         print(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import queue
@@ -35,6 +36,8 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops import render_views
 
 __all__ = ["Batch", "SceneLoader", "scene_loader"]
+
+_log = logging.getLogger(__name__)
 
 # Bad scenes come in clusters: their share is judged over at least so many.
 _JUDGED_OVER = 256
@@ -278,12 +281,16 @@ class SceneLoader:
     def _report(self, step: _Step) -> None:
         self.bad.update(sample.reason for sample in step.bad)
         if step.bad and self._bad_samples is not None:
-            self._bad_samples.parent.mkdir(parents=True, exist_ok=True)
             records = [
                 {"epoch": step.epoch, "key": bad.key, "reason": bad.reason, "detail": bad.detail} for bad in step.bad
             ]
-            with self._bad_samples.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            try:
+                self._bad_samples.parent.mkdir(parents=True, exist_ok=True)
+                with self._bad_samples.open("a", encoding="utf-8") as file:
+                    file.write(lines)
+            except OSError as error:  # a full disk is no reason to stop: the list goes to the log instead
+                _log.warning("%s not written: %s; it lacks\n%s", self._bad_samples, error, lines.rstrip())
 
     def _plan(self, state: _State) -> Iterator[_Step]:
         """Reads and decodes one batch after the other; rendering it is left to `_Step.batch`."""

@@ -168,6 +168,8 @@ def pack(
             counted and listed in rejected.jsonl.
     """
     _check_arguments(format, shard_size, val, test, split, workers)
+    if max_pixels < 1:
+        raise UserError(f"max_pixels: got {max_pixels}, expected at least 1")
     out = Path(out_dir)
     _check_target(out, force)
     split_of = _SplitRule(val, test, split == "hash")

@@ -82,7 +82,8 @@ def loss_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> P
 
 def run_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
     """Draws the metrics of several runs over each other, a panel each: losses and temperatures per level,
-    distillation, gradient norm, learning rate, speed, waiting for data and GPU memory.
+    distillation, gradient norm, learning rate, speed, waiting for data and memory (of the GPU; without one, of the
+    process).
 
     `runs` maps a name to the rows of its metrics.jsonl. Panels without data are left out. Runs whose steps see
     different numbers of views are drawn over the views seen.
@@ -102,7 +103,7 @@ def run_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Pa
         "views_per_s": "views per second",
         "data_wait": "time spent waiting for data",
         "mfu": "model FLOP/s utilisation",
-        "memory_gib": "GPU memory, GiB",
+        "memory_gib": "peak memory, GiB",
     }
     logged = {key for rows in runs.values() for row in rows for key in row if row[key]}
     shown = {key: title for key, title in panels.items() if key in logged}

@@ -65,6 +65,7 @@ class Session:
             object_view=data.object_view,
             relation_view=data.relation_view,
             blur=data.blur,
+            max_pixels=data.max_pixels,
             max_bad_fraction=data.max_bad_fraction,
             shard_cache_dir=data.shard_cache_dir,
             shard_cache_gib=data.shard_cache_gib,

@@ -67,11 +67,13 @@ class DataSection:
     cache_gib: float = 0.0  # decoded images kept in memory, for a data set that is seen often
     shard_cache_dir: str | None = None  # of shards from a URL, on a local disk; null: ~/.cache/scenarioclip-fast/shards
     shard_cache_gib: float = CACHE_GIB  # of that disk; what does not fit is read scene by scene
+    max_pixels: int = 1 << 26  # larger images are refused by their header; as data.decode.MAX_PIXELS, without torch
     max_bad_fraction: float = 0.1  # a larger share of unreadable scenes ends the run
 
     def __post_init__(self) -> None:
         _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "a share from 0 to 1")
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        _check(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
         _check(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "data.threads", self.threads, "at least 1, or null")
         _check(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "at least 0")

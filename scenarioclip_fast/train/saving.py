@@ -55,6 +55,7 @@ class Progress:
     views: int = 0
     skipped: int = 0  # steps without an update
     skipped_in_row: int = 0
+    bad_samples: int = 0  # met on the way, over all ranks
     first_losses: list[float] = field(default_factory=list)
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=_JUDGED_OVER))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import resource
 import signal
 import threading
 import time
@@ -255,6 +256,7 @@ class Trainer:
             cache_bytes=int(data.cache_gib * 2**30),
             shard_cache_dir=data.shard_cache_dir,
             shard_cache_gib=data.shard_cache_gib,
+            max_pixels=data.max_pixels,
             max_bad_fraction=data.max_bad_fraction,
             bad_samples=self.run_dir / "bad_samples.jsonl",
         )
@@ -295,6 +297,7 @@ class Trainer:
         train = self.config.train
         batches = iter(self.loader)
         profile = StepProfile(self.run_dir / "profile", *train.profile) if train.profile and self.world.leads else None
+        self._bad_before = self.progress.bad_samples
         self._wait, self._pace = DataWait(self.world.device), Verdict()
         self._pending = PendingSteps()
         first = self.step
@@ -370,12 +373,15 @@ class Trainer:
             "views_per_s": views,
             "tflop_per_s": operations / 1e12,
             "data_wait": waited / seconds,
-            "bad_samples": bad,
+            "bad_samples": self._bad_before + bad,
         }
+        self.progress.bad_samples = self._bad_before + bad
         if self._peak is not None:
             speed["mfu"] = operations / self._peak
         if self.world.device.type == "cuda":
             speed["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        else:
+            speed["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self._due = due > 0
         self.saver.poll()
         self._timed_views += sum(views for _, views, _ in counted)

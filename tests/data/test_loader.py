@@ -474,6 +474,16 @@ def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
         list(loader)
 
 
+def test_a_full_disk_costs_the_list_of_bad_scenes_alone(
+    damaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "full").mkdir()  # a directory where the file should be fails as a full disk does: OSError
+    with load(damaged, 4, max_bad_fraction=0.5, bad_samples=tmp_path / "full", epochs=1) as loader:
+        keys = {key for batch in loader for key in batch.keys}
+    assert keys <= GOOD and loader.bad.total() == caplog.text.count('"reason": ')
+    assert "full not written: [Errno 21] Is a directory" in caplog.text
+
+
 def test_a_data_set_that_vanishes_ends_the_run_without_walking_through_it(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "data", [make_scene(0) for _ in range(600)], {})
     for shard in shards.glob("*.tar"):

@@ -336,7 +336,11 @@ def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> Non
     assert len(ShardSet(tmp_path / "out")) == 15
     assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20"]) == 2
     assert "not an empty directory" in capsys.readouterr().err
-    assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--shard-size", "0"]) == 2
+    for option in ("--shard-size", "--max-pixels"):
+        assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), option, "0"]) == 2
+    capsys.readouterr()
+    assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--max-pixels", "99"]) == 2
+    assert re.search(r"no scene is left to pack: \d+ image_too_large", capsys.readouterr().err)
 
 
 def test_texts_that_are_no_unicode(own_source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
 from scenarioclip_fast.train.config import ModelSection, TrainConfig
@@ -15,6 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_defaults_are_the_papers_model() -> None:
+    assert TrainConfig().data.max_pixels == MAX_PIXELS
     assert TrainConfig().model.architecture == ModelConfig()
     assert TrainConfig.of() == TrainConfig()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.distributed import World
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 
@@ -219,6 +221,7 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
         (("data.shards=",), r"data\.shards is not set"),
         (("data.shards=/nowhere",), r"/nowhere"),
         (("data.batch_size=1000",), r"batch"),
+        (("data.max_pixels=99",), r"cannot be used, .*too_large: \d+ x \d+ pixels, the limit is 99"),
         (("run.device=cuda:77",), r"run\.device"),
         (("run.device=abacus",), r"run\.device: got 'abacus'"),
         (("model.init=/nowhere",), r"model\.init: /nowhere does not exist"),
@@ -232,6 +235,27 @@ def test_mistakes_are_one_line(small: Make, overrides: tuple[str, ...], message:
     with pytest.raises(UserError, match=message) as caught:
         Trainer(small(*budget, *overrides)).fit()
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_smaller_than_the_world(small: Make) -> None:
+    trainer = Trainer(small("data.batch_size=1"))
+    trainer.world = World(0, 2, torch.device("cpu"), None)
+    with pytest.raises(UserError, match=r"data\.batch_size: got 1, expected a multiple of the 2 ranks"):
+        trainer._make_loader()
+
+
+def test_bad_samples_are_counted_over_all_parts_of_a_run(small: Make, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "damaged")
+    for name, scenes in json.loads((tmp_path / "damaged" / "index.json").read_text())["shards"].items():
+        with open(tmp_path / "damaged" / name, "r+b") as shard:
+            shard.seek(scenes[0][1])
+            shard.write(b"not a picture")
+    data = (f"data.shards={tmp_path / 'damaged'}", "train.steps=6")
+    whole, parts = small(*data, run="whole"), small(*data, run="parts")
+    Trainer(whole).fit()
+    hooked(parts, stop_at(4)).fit()
+    Trainer(parts, resume=True).fit()
+    assert rows(parts) == rows(whole) and rows(whole)[-1]["bad_samples"] >= 2
 
 
 def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
@@ -313,6 +337,7 @@ def test_the_log_tells_the_pace(
     Trainer(fast).fit()
     found = read_metrics(Path(fast.run.dir) / "metrics.jsonl")
     assert all(row["tflop_per_s"] > 0 and "mfu" not in row for row in found)  # a CPU has no known peak
+    assert all(0.05 < row["memory_gib"] < 64 for row in found)  # torch alone takes more
     assert capsys.readouterr().err.count("bound by") == 1
 
     iterate = SceneLoader.__iter__
