@@ -7,6 +7,7 @@ import bench_distillation
 import bench_views
 import pytest
 import torch
+from scenarioclip_fast.kernels.contrastive import reference
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 
@@ -56,3 +57,24 @@ def test_contrastive() -> None:
     # The floor of kernels/contrastive/README.md: four products, one forward and three backward.
     assert [products for _, products in phases.values()] == [1, 3, 4]
     assert [numbers for numbers, _ in phases.values()] == [2, 4, 6]
+
+
+def test_peak_memory_sees_what_the_allocator_had_kept() -> None:
+    """Freed memory that is handed out again is memory all the same."""
+
+    def run() -> None:
+        torch.ones(6 << 20)  # 24 MiB, which glibc keeps once it has seen some
+
+    for _ in range(3):
+        run()
+    peak = bench_contrastive.peak_memory(run, "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell its peak of memory")
+    assert 23 < peak < 40  # pages of something else may come and go
+
+
+def test_the_exact_loss_is_that_of_the_n_by_n_form() -> None:
+    image, text, scale = (t.detach().double().requires_grad_() for t in bench_contrastive.features(70, 16, "cpu"))
+    loss = reference.naive_loss(image, text, scale)
+    wanted = [loss.detach(), *torch.autograd.grad(loss, (image, text, scale))]
+    torch.testing.assert_close(bench_contrastive.exact(70, 16, "cpu"), wanted)
