@@ -239,8 +239,8 @@ def test_loader(benchmark: Any, case: tuple[str, Side]) -> None:
 
 def test_step(benchmark: Any, case: tuple[str, Side]) -> None:
     setting, side = case
-    if setting == "vit-b-32":
-        pytest.skip("bench_step.py measures the step on this loop's first batch")
+    if side.world.setting.preset == "vit-b-32":
+        pytest.skip("bench_step.py measures the step on as many scenes")
     if side.way == DRAWN:
         pytest.skip("the step is that of the other baseline")
     batch = next(iter(side.batches()))
