@@ -2,7 +2,7 @@
 
 Run: make bench, or: pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-json=OUT.json
 Other sizes: SCENARIOCLIP_FAST_BENCH_ROWS=4096,16384 (or "all": 128 to 262,144), SCENARIOCLIP_FAST_BENCH_WIDTHS=512,768
-Pictures: python benchmarks/plot_contrastive.py OUT.json OUT.png
+Pictures: python benchmarks/plot_contrastive.py RECORD OUT.png
 
 The others (GPU only): pip install 'scenarioclip-fast[bench]'. Every form gets the same features, in the same run.
 Beside each time stand the errors of loss and gradients against float64 and the peak of memory above inputs and their

@@ -1,18 +1,22 @@
 """Draws what bench_contrastive.py measured: time against rows, and the sizes at which launches are the cost.
 
-Run: python benchmarks/plot_contrastive.py OUT.json OUT.png
+Run: SCENARIOCLIP_FAST_BENCH_ROWS=all scenarioclip-fast bench contrastive --out RECORD
+     python benchmarks/plot_contrastive.py RECORD OUT.png
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+
+from scenarioclip_fast.bench.record import Result, read_record
+from scenarioclip_fast.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -21,13 +25,13 @@ LAUNCH_BOUND = 2048  # rows up to which a GPU waits for launches
 Series = dict[str, dict[int, float]]  # form -> rows -> milliseconds
 
 
-def series(runs: list[dict[str, Any]], phase: str, device: str, width: int) -> Series:
+def series(runs: Sequence[Result], phase: str, device: str, width: int) -> Series:
     out: Series = defaultdict(dict)
     for run in runs:
-        info = run["extra_info"]
+        info = run.extra
         if (info["phase"], info["device"], info["width"]) == (phase, device, width):
             # The minimum: what other programs on the machine disturbed least.
-            out[info["form"]][info["rows"]] = run["stats"]["min"] * 1e3
+            out[run.form][info["rows"]] = min(run.samples) * 1e3
     return out
 
 
@@ -59,14 +63,15 @@ def bars(axes: Axes, forms: Series) -> None:
     axes.set(title="three levels of one batch, both passes", xlabel="milliseconds")
 
 
-def draw(runs: list[dict[str, Any]], out: Path) -> None:
-    settings = sorted({(run["extra_info"]["device"], run["extra_info"]["width"]) for run in runs})
+def draw(runs: Sequence[Result], out: Path) -> None:
+    settings = sorted({(run.extra["device"], run.extra["width"]) for run in runs})
     figure, axes = plt.subplots(len(settings), 5, figsize=(26, 5 * len(settings)), squeeze=False)
     for row, (device, width) in zip(axes, settings, strict=True):
         for place, phase in zip(row, ("forward", "backward", "forward + backward"), strict=False):
             lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}")
         both = series(runs, "forward + backward", device, width)
         small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND} for form, times in both.items()}
+        small = {form: times for form, times in small.items() if times}  # an axis of no numbers has no logarithm
         lines(row[3], small, f"launch-bound, both passes, D = {width}, {device}")
         bars(row[4], series(runs, "levels", device, width))
         row[2].legend(fontsize=8)
@@ -76,12 +81,16 @@ def draw(runs: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("record", type=Path, help="directory of a record, or its record.json")
     parser.add_argument("out", type=Path, help="picture to write")
     given = parser.parse_args()
-    runs = [run for run in json.loads(given.json.read_text())["benchmarks"] if "form" in run["extra_info"]]
+    try:
+        parts = read_record(given.record).parts
+    except UserError as error:
+        parser.error(str(error))
+    runs = [run for part in parts if part.name == "contrastive" for run in part.results]
     if not runs:
-        parser.error(f"{given.json}: got no run of bench_contrastive.py")
+        parser.error(f"{given.record}: no run of bench_contrastive.py in this record")
     draw(runs, given.out)
 
 
