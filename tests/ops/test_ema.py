@@ -10,11 +10,12 @@ from scenarioclip_fast.ops import ema_update_
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9995, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_follows_the_formula(decay: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_follows_the_formula(device: str, decay: float, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (), (1,), (0,), (2, 5, 7)]
-    teacher = [torch.randn(s, generator=g).to(dtype) for s in shapes]
-    student = [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
+    teacher = [torch.randn(s, generator=g).to(device, dtype) for s in shapes]
+    student = [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
     expected = [decay * t.double() + (1 - decay) * s.detach().double() for t, s in zip(teacher, student, strict=True)]
     pointers = [t.data_ptr() for t in teacher]
     ema_update_(teacher, student, decay)
