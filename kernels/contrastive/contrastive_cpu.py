@@ -20,6 +20,7 @@ from .reference import unit_rows, unit_rows_backward
 # operation on a tile waits for the slowest thread, and few large operations wait least.
 ROWS = 2048
 COLUMNS = 2048
+SLICE = 256  # rows of what goes row by row: intermediate results of half a megabyte at D = 512
 
 # exp(HEADROOM) * 2^30 terms is finite in float32. A sum below FLOOR may have lost terms to underflow (exp(-87)) that
 # still count for it (2^-26 of it): exp(-87) * 2^26 = 1e-30.
@@ -157,7 +158,7 @@ def backward(
             d_y[j].addmm_(grad.T, x[i])
     # sum_iu G_iu S_iu / s, from whichever product is there. Its terms cancel, so their sum is taken in float64.
     product, rows = (d_y, y) if need_text else (d_x, x)
-    parts = zip(product.split(ROWS), rows.split(ROWS), strict=True)
+    parts = zip(product.split(SLICE), rows.split(SLICE), strict=True)
     d_scale = torch.stack([(p * r).sum(dtype=torch.float64) for p, r in parts]).sum().to(s.dtype) / s
     return (
         _finish(image, d_x.mul_(s), normalize) if need_image else image.new_empty(0),
@@ -174,7 +175,7 @@ def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:
 
 def _finish(x: Tensor, d_unit: Tensor, normalize: bool) -> Tensor:  # [N, D], [N, D] -> [N, D]
     out = d_unit if d_unit.dtype == x.dtype else torch.empty_like(x)
-    for i in range(0, len(x), ROWS):
-        rows = slice(i, i + ROWS)
+    for i in range(0, len(x), SLICE):
+        rows = slice(i, i + SLICE)
         out[rows] = unit_rows_backward(x[rows], d_unit[rows], normalize)
     return out
