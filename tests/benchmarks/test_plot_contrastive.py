@@ -28,7 +28,8 @@ def test_a_record_becomes_a_picture(sizes: tuple[int, ...], tmp_path: Path, monk
         result("four bare products", 4096, [0.001]),
         result("inf_cl", 1178, [0.01], "levels"),
     ]
-    assert plot_contrastive.series(results, "forward + backward", "cuda", 512)["ours: triton"] == dict.fromkeys(sizes, 2.0)
+    drawn = plot_contrastive.series(results, "forward + backward", "cuda", 512)
+    assert drawn["ours: triton"] == dict.fromkeys(sizes, 2.0)
     record(*results).write(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot_contrastive.py", str(tmp_path), str(tmp_path / "out.png")])
     plot_contrastive.main()
