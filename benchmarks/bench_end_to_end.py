@@ -2,8 +2,9 @@
 
 Both sides see the same scenes in the same order, begin with the same weights and make the same steps; their losses are
 compared at every step, updates included, before anything is timed. Then the loader alone, the step alone on a batch in
-memory, and the whole loop: an epoch with loading and steps, which is what a run is made of. The baseline's workers live
-through all epochs.
+memory, and the whole loop: an epoch with loading and steps, which is what a run is made of. Of its time
+extra_info["data_wait"] is the share that steps waited for batches, after the first. The baseline's workers live through
+all epochs.
 
 On a CPU both sides have all cores: two worker processes of torch's DataLoader there, as many loader threads here, and
 torch's threads for the step. A GPU's host feeds the baseline with eight processes, as published, and ours with all
@@ -17,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ from PIL import Image
 from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
 from scenarioclip_fast.data import pack as pack_scenes
 from scenarioclip_fast.data.loader import scene_loader
+from scenarioclip_fast.train.metrics import DataWait
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Side:
         self.published = None if way.startswith("ours") else world.published("drawn" if way == DRAWN else "read")
         gc.collect()
         self.step = build(way.replace("regions drawn, ", ""), world.setting.preset, world.words, self.device)
+        self.waits: list[float] = []  # of each epoch, as a share of its time
 
     def batches(self) -> Iterator[Batch]:
         return self.world.ours() if self.published is None else self.world.batches(self.published)
@@ -164,9 +169,21 @@ class Side:
 
     def loop(self) -> list[float]:
         """An epoch; the loss of every step."""
+        wait = DataWait(torch.device(self.device))
+        losses: list[torch.Tensor] = []
         with self.precision():
-            losses = [self.step.step(batch) for batch in self.batches()]
-            return torch.stack(losses).tolist()  # waits for the device
+            asked = time.perf_counter()
+            for batch in self.batches():
+                came = time.perf_counter()
+                if not losses:  # the start of the loader says nothing about the pace
+                    started = asked = came
+                wait.step_begins(came - asked)
+                losses.append(self.step.step(batch))
+                wait.step_ends()
+                asked = time.perf_counter()
+            values: list[float] = torch.stack(losses).tolist()  # waits for the device
+        self.waits.append(wait.take() / (time.perf_counter() - started))
+        return values
 
     def load(self) -> None:
         for batch in self.batches():
@@ -251,4 +268,6 @@ def test_step(benchmark: Any, case: tuple[str, Side]) -> None:
 def test_whole_loop(benchmark: Any, case: tuple[str, Side]) -> None:
     setting, side = case
     name(benchmark, "whole loop", setting, side, side.world.count)
+    side.waits.clear()
     benchmark.pedantic(side.loop, rounds=rounds(side))
+    benchmark.extra_info["data_wait"] = statistics.median(side.waits)

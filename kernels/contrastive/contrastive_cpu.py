@@ -156,6 +156,7 @@ def backward(
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
+    buffer.untyped_storage().resize_(0)  # given back before anything else is asked for
     # sum_iu G_iu S_iu / s, from whichever product is there. Its terms cancel, so their sum is taken in float64.
     product, rows = (d_y, y) if need_text else (d_x, x)
     parts = zip(product.split(SLICE), rows.split(SLICE), strict=True)

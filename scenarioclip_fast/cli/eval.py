@@ -73,7 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parents=[common],
         help="tell relations from hard negatives",
         description="How often a relation's view prefers its text to one with subject and object swapped, and to one "
-        "with another predicate. Guessing scores 50 %%.",
+        "with another predicate. Guessing scores 50 %.",
     )
     negatives.add_argument("--seed", type=int, default=0, help="of the predicates drawn (default: 0)")
 

@@ -14,7 +14,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--out", type=Path, default=Path("inspect"), metavar="DIR", help="for the PNGs (default inspect)"
     )
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="default train")
-    parser.add_argument("--scenes", type=_positive, default=6, metavar="N", help="scenes on the sheet (default 6)")
+    parser.add_argument(
+        "--scenes", type=_positive, default=6, metavar="N", help="scenes on the sheet, at most 40 (default 6)"
+    )
     parser.add_argument("--size", type=_positive, default=224, metavar="PX", help="side of a view (default 224)")
     parser.add_argument("--object-view", default="masked", choices=("masked", "crop"), help="default masked")
     parser.add_argument(

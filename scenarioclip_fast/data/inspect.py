@@ -25,6 +25,7 @@ from scenarioclip_fast.requirements import require
 
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"
+MOST_SCENES = 40  # on a sheet: Matplotlib's layout takes time with the square of them
 # The kernel's 0 to 1 as Matplotlib wants it: no normalisation to undo.
 _PLAIN: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -121,6 +122,8 @@ def draw_histograms(census: Census, out: Path) -> None:
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+    for axis in axes[:2]:
+        axis.xaxis.get_major_locator().set_params(integer=True)  # half a relation is none
     axes[2].set_xscale("log")
     total = max(sum(census.objects), 1)
     figure.suptitle(
@@ -217,8 +220,12 @@ def inspect_shards(
     """Counts a split, and writes `histograms.png` and `scenes.png` (randomly chosen scenes) into `out`.
 
     Raises:
-        UserError: no packed data set, or no usable scene in the split.
+        UserError: no packed data set, no usable scene in the split, or numbers out of range.
     """
+    if not 1 <= scenes <= MOST_SCENES:
+        raise UserError(f"scenes: got {scenes}, expected 1 to {MOST_SCENES} on one sheet; another seed shows others")
+    if seed < 0:
+        raise UserError(f"seed: got {seed}, expected at least 0")
     shards = ShardSet(directory, split)
     census = take_census(read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting")))
     if census.scenes == 0:

@@ -221,8 +221,9 @@ def _check_arguments(format: str, shard_size: int, val: float, test: float, spli
         raise UserError(f"format: got {format!r}, expected one of {', '.join(FORMATS)}")
     if split not in ("given", "hash"):
         raise UserError(f"split: got {split!r}, expected given or hash")
-    if shard_size < 1 or (workers is not None and workers < 1):
-        raise UserError(f"got shard size {shard_size} and {workers} workers, expected at least one")
+    for name, number in (("shard size", shard_size), ("workers", 1 if workers is None else workers)):
+        if number < 1:
+            raise UserError(f"{name}: got {number}, expected at least 1")
     if not (val >= 0 and test >= 0 and val + test <= 1):
         raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")
 
@@ -242,7 +243,13 @@ def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: s
         if tars and metadata:
             raise UserError(f"{source}: holds metadata*.json and tars; say which with --format published or webdataset")
         if not tars and not metadata:
-            what = "no metadata*.json and no .tar in it" if Path(source).is_dir() else "no such directory or tar"
+            what = (
+                "no metadata*.json and no .tar in it"
+                if Path(source).is_dir()
+                else "neither a directory nor a tar"
+                if Path(source).exists()
+                else "no such directory or tar"
+            )
             raise UserError(f"{source}: {what}; expected a data set in the published layout, or WebDataset tars")
         format = "webdataset" if tars else "published"
     return WebDatasetLayout(source, max_pixels) if format == "webdataset" else ReferenceLayout(source, max_pixels)

@@ -138,7 +138,11 @@ def summary_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         "distillation": ("distillation loss", ".3g"),
         **{f"temperature/{level}": (f"temperature, {TASKS[level]}", ".4f") for level in LEVELS},
     }
-    speed = {"scenes_per_s": ("scenes/s, median", ",.1f"), "views_per_s": ("views/s, median", ",.0f")}
+    speed = {
+        "scenes_per_s": ("scenes/s, median", ",.1f"),
+        "views_per_s": ("views/s, median", ",.0f"),
+        "tflop_per_s": ("TFLOP/s, median", ".3g"),
+    }
     for key, (label, form) in late.items():
         rows.append([label, *(_number(_tail(_values(run, key)), form) for run in runs)])
     for key, (label, form) in speed.items():
@@ -148,6 +152,7 @@ def summary_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for key, label in {"mfu": "MFU", "data_wait": "waiting for data"}.items():
         shares = [_mean(_values(run, key)) for run in runs]
         rows.append([label, *(_NONE if share is None else percent(share) for share in shares)])
+    rows.append(["peak memory, GiB", *(_number(max(_values(run, "memory_gib"), default=None), ".1f") for run in runs)])
     rows.append(["steps skipped", *(_number(sum(_values(run, "skipped")), ",.0f") for run in runs)])
     rows.append(["bad samples met", *(_number(max(_values(run, "bad_samples"), default=0), ",.0f") for run in runs)])
     return ["", *(run.name for run in runs)], [row for row in rows if set(row[1:]) != {_NONE}]

@@ -46,8 +46,13 @@ def focused_region(
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:
+        TypeError: not tensors.
         ValueError: an empty mask, or shapes, dtypes and numbers that do not fit.
     """
+    for name, value in (("image", image), ("subject_mask", subject_mask), ("object_mask", object_mask)):
+        _check_tensor(name, value)
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
+        raise ValueError(f"image: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] with H, W > 0")
     for name, mask in (("subject_mask", subject_mask), ("object_mask", object_mask)):
         if mask.dtype != torch.bool or mask.shape != image.shape[:2]:
             raise ValueError(
@@ -55,8 +60,6 @@ def focused_region(
             )
         if mask.device != image.device:
             raise ValueError(f"{name}: got a tensor on {mask.device}, expected {image.device} like the image")
-    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
-        raise ValueError(f"image: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3] with H, W > 0")
     weights, colours = _blur(sigma, blur_sigma, blur)
     backend = resolve("focused_region", backend, image.device.type)
     region: Tensor = _focused_region(image, subject_mask, object_mask, sigma, weights, colours, backend)
@@ -95,6 +98,7 @@ def render_views(
         [V, 3, size, size] on the images' device.
 
     Raises:
+        TypeError: images that are not tensors.
         ValueError: a view whose image or mask is missing, empty or of the wrong size, or whose box lies outside its
             image; the view is named.
     """
@@ -108,7 +112,9 @@ def render_views(
         if len(numbers) != 3 or (name == "std" and min(numbers) <= 0):
             raise ValueError(f"{name}: got {list(numbers)}, expected three numbers{' above 0' * (name == 'std')}")
     weights, colours = _blur(sigma, blur_sigma, blur)
-    device = images[0].device if images else torch.device("cpu")
+    for i, image in enumerate(images):
+        _check_tensor(f"images[{i}]", image)
+    device = images[0].device if len(images) else torch.device("cpu")
     for i, image in enumerate(images):
         if image.device != device:
             raise ValueError(f"images[{i}]: got a tensor on {image.device}, expected {device} like the first")
@@ -127,6 +133,12 @@ def render_views(
         backend,
     )
     return pixels
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        hint = "; torch.from_numpy makes one" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor{hint}")
 
 
 def _blur(sigma: float, blur_sigma: float, blur: str) -> tuple[list[int], bool]:

@@ -84,6 +84,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("flag", "value", "message"), [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0")])
+def test_command_with_numbers_out_of_range(
+    flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path), "--out", str(tmp_path), flag, value]) == 2
+    assert f"{flag[2:]}: got {value}, expected {message}" in capsys.readouterr().err
+
+
 def test_command_without_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())

@@ -145,6 +145,11 @@ def test_splits_follow_from_a_hash_of_the_key(drawn: list[Scene], tmp_path: Path
     assert len(ShardSet(tmp_path / "c")) == len(bare)
     with pytest.raises(UserError, match=r"got shares val=0\.7 and test=0\.6"):
         quiet(bare, tmp_path / "d", val=0.7, test=0.6)
+    with pytest.raises(UserError, match="workers: got 0, expected at least 1"):
+        quiet(bare, tmp_path / "d", workers=0)
+    (tmp_path / "notes.txt").write_text("no tar")
+    with pytest.raises(UserError, match=r"notes\.txt: neither a directory nor a tar"):
+        quiet(tmp_path / "notes.txt", tmp_path / "d")
 
 
 def test_scenes_in_memory_are_checked_too(drawn: list[Scene], tmp_path: Path) -> None:

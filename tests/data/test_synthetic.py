@@ -362,4 +362,8 @@ def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
         draw_reference_layout(1, tmp_path)
     with pytest.raises(UserError, match="at least one"):
         draw_reference_layout(0, tmp_path / "new")
+    with pytest.raises(UserError, match="seed: got -1"):
+        draw_reference_layout(1, tmp_path / "new", seed=-1)
+    with pytest.raises(UserError, match=r"val=0\.6 and test=0\.6"):
+        draw_reference_layout(1, tmp_path / "new", val=0.6, test=0.6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]

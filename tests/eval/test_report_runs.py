@@ -46,6 +46,8 @@ def rows(steps: int, loss: float = 4.0, views: int = 50) -> list[dict[str, Any]]
             "views": views * i,
             "scenes_per_s": 10.0,
             "views_per_s": 100.0 * i,
+            "tflop_per_s": 0.125,
+            "memory_gib": 1.0 + i // 8,
             "data_wait": 0.25,
             "bad_samples": i // 4,
         }
@@ -103,6 +105,8 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     assert cells(table, "loss") == ["0.200", "0.400", "–"]
     assert cells(table, "temperature, object") == ["0.0700", "0.0700", "–"]
     assert cells(table, "views/s, median") == ["1,050", "550", "–"]
+    assert cells(table, "TFLOP/s, median") == ["0.125", "0.125", "–"]
+    assert cells(table, "peak memory, GiB") == ["3.0", "2.0", "–"]
     assert cells(table, "waiting for data") == ["25.0 %", "25.0 %", "–"]
     assert cells(table, "steps skipped") == ["1", "1", "0"]
     assert cells(table, "bad samples met") == ["5", "2", "0"]

@@ -558,3 +558,12 @@ def test_bad_regions(backend: str) -> None:
         focused_region(image, mask.T, mask, backend=backend)
     with pytest.raises(ValueError, match=r"image: got torch.uint8 \[5, 6, 1\]"):
         focused_region(image[:, :, :1], mask, mask, backend=backend)
+
+
+def test_arguments_that_are_no_tensors() -> None:
+    images, views = good()
+    mask = np.ones((30, 40), np.bool_)
+    with pytest.raises(TypeError, match=r"subject_mask: got ndarray, expected a tensor; torch.from_numpy"):
+        views_module.focused_region(images[0], mask, mask)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"images\[1\]: got str, expected a tensor"):
+        views_module.render_views([images[0], "b.jpg"], views)  # type: ignore[list-item]

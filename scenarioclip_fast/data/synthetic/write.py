@@ -55,6 +55,10 @@ def draw_reference_layout(
     """
     if n <= 0 or workers <= 0:
         raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
+    if seed < 0:
+        raise UserError(f"seed: got {seed}, expected at least 0")
+    if not (val >= 0 and test >= 0 and val + test <= 1):
+        raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")
     out = _prepare(out_dir)
     job = partial(_draw_and_write, seed=seed, val=val, test=test, out=out)
     entries = ordered_map(job, range(n), workers)
