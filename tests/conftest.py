@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Resources:
     registers: int
     stack: int
     shared: int
+    ptx: str = field(default="", repr=False)  # of a Triton kernel
 
     def check(self) -> None:
         assert self.stack == 0, f"spills or a local array: {self}"
@@ -50,7 +51,13 @@ class Compiler:
         cubin = self.folder / f"{kernel.__name__}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (resources,) = self._read(cubin)
-        return Resources(resources.registers, resources.stack, compiled.metadata.shared)
+        return Resources(resources.registers, resources.stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+    def warnings(self, ptx: str) -> str:
+        """What the assembler says besides."""
+        (self.folder / "kernel.ptx").write_text(ptx)
+        command = [_tool("ptxas"), "-arch=sm_90a", "-v", self.folder / "kernel.ptx", "-o", self.folder / "kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
     def cuda(self, source: Path) -> list[Resources]:
         """Every kernel of a .cu file."""
@@ -71,15 +78,19 @@ class Compiler:
 
     @staticmethod
     def _read(cubin: Path) -> list[Resources]:
-        triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton, which is not installed")
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        command = [_tool("cuobjdump"), "--dump-resource-usage", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = [
             Resources(*(int(m[key]) for key in ("registers", "stack", "shared")))
             for m in re.finditer(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)", text)
         ]
         assert found, text
         return found
+
+
+def _tool(name: str) -> Path:
+    triton = pytest.importorskip("triton", reason=f"{name} comes with Triton, which is not installed")
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 @pytest.fixture

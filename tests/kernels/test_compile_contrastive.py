@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from conftest import Compiler
+    from conftest import Compiler, Resources
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -57,11 +57,21 @@ def signature(kernel: Any, operand: str, constants: dict[str, Any], **special: s
 
 def compile_for(
     compiler: Compiler, kernel: Any, plan: contrastive_triton.Plan, constants: dict[str, Any], **special: str
-) -> None:
+) -> Resources:
     operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    compiler.triton(kernel, signature(kernel, operand, used, **special), used, **options).check()
+    resources = compiler.triton(kernel, signature(kernel, operand, used, **special), used, **options)
+    resources.check()
+    return resources
+
+
+def check_products(compiler: Compiler, resources: Resources, tma: bool) -> None:
+    """Products are those of the matrix units of sm_90, not serialised, and operands come by TMA where they should."""
+    assert "wgmma.mma_async" in resources.ptx and "mma.sync" not in resources.ptx
+    assert ("cp.async.bulk.tensor" in resources.ptx) == tma
+    warnings = compiler.warnings(resources.ptx)
+    assert "Used" in warnings and "serialized" not in warnings, warnings
 
 
 def compile_tile(
@@ -75,7 +85,7 @@ def compile_tile(
     operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
     sides = {"x": tile.rows, "y": tile.texts} if plan.tma else {}
     special = {name: f"tensordesc<{operand}[{side},{plan.inner}]>" for name, side in sides.items()}
-    compile_for(compiler, kernel, plan, constants, **special)
+    check_products(compiler, compile_for(compiler, kernel, plan, constants, **special), plan.tma)
 
 
 # Texts given or on the diagonal, through descriptors or (before sm_90) pointers. The diagonal is texts given less a few
@@ -104,7 +114,8 @@ def test_log_sums_and_products(compiler: Compiler, plan: contrastive_triton.Plan
     constants = {"HAS_WEIGHT": True, "ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, **plan.constants()}
     compile_for(compiler, triton_kernels.log_sums, plan, {**constants, "num_warps": 4, "num_stages": 2})
     constants = {"TILE": tile.texts, "FIRST_SIDE": 0, "BM": block, "BN": block, **plan.constants()}
-    compile_for(compiler, triton_kernels.products, plan, {**constants, "num_warps": 4, "num_stages": 3})
+    constants |= {"num_warps": 4, "num_stages": 3}
+    check_products(compiler, compile_for(compiler, triton_kernels.products, plan, constants), False)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
