@@ -22,7 +22,7 @@ def _check(ok: bool, name: str, got: object, expected: str) -> None:
 def _check_sizes(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _check(isinstance(value, int) and value > 0, f"{section}.{name}", value, "an integer above 0")
+        _check(type(value) is int and value > 0, f"{section}.{name}", value, "an integer above 0")
 
 
 def _check_choice(name: str, got: object, choices: Any) -> None:
@@ -119,7 +119,9 @@ class FreezeConfig:
     def __post_init__(self) -> None:
         for name in ("vision_blocks", "text_blocks"):
             value = getattr(self, name)
-            _check(isinstance(value, int) and value >= 0, f"freeze.{name}", value, "an integer, at least 0")
+            _check(type(value) is int and value >= 0, f"freeze.{name}", value, "an integer, at least 0")
+        for name in ("embeddings", "pre_layernorm"):
+            _check(isinstance(getattr(self, name), bool), f"freeze.{name}", getattr(self, name), "true or false")
 
     @classmethod
     def nothing(cls) -> FreezeConfig:
@@ -144,7 +146,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("variant", self.variant, Variant)
         _check(
-            isinstance(self.embed_dim, int) and self.embed_dim > 0,
+            type(self.embed_dim) is int and self.embed_dim > 0,
             "embed_dim",
             self.embed_dim,
             "an integer above 0",
@@ -175,6 +177,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:
         """The reverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
+        if not isinstance(record, Mapping):
+            raise UserError(f"model config: got {record!r}, expected a mapping")
         parts = {"vision": VisionConfig, "text": TextConfig, "freeze": FreezeConfig}
         values = {
             key: _from_mapping(parts[key], value, f"{key}.") if key in parts else value for key, value in record.items()

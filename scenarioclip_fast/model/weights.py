@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from scenarioclip_fast.requirements import require
 SCHEMA = 1
 State = dict[str, Tensor]
 _INDEX = ".index.json"  # of a checkpoint in several files
+
+# What lies beside the encoders' tensors and is none of theirs: temperature and bias of the loss, and constants.
+_BESIDE = {"logit_scale", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size"}
+_POSITION_IDS = "embeddings.position_ids"  # of Hugging Face: 0, 1, 2, ...
 
 # This package's names of a block's parts, in Hugging Face's and in open_clip's words; q, k, v are handled apart.
 _HF_BLOCK = {
@@ -165,10 +170,12 @@ def from_reference(
     path = Path(path)
     record = _unpickle(path)
     if teacher:
-        record = record.get("ema", {}).get("teacher_state", {})
-        if not record:
+        ema = record.get("ema")
+        weights = ema.get("teacher_state") if isinstance(ema, dict) else None
+        if not isinstance(weights, dict) or not weights:
             raise UserError(f"{path}: no EMA teacher in it (expected ema.teacher_state); pass teacher=False")
-    state = _tensors(record.get("state_dict", record), path)
+        record = weights
+    state = _tensors(record, path)
     if any(name.startswith("model.") for name in state):
         # Beside the model lie the temperatures and, in some versions, a copy of the teacher.
         state = _under(state, "model.")
@@ -285,10 +292,15 @@ def _hf_sizes(config: VisionConfig | TextConfig) -> dict[str, Any]:
 
 def _from_hf(state: State, path: Path, record: Mapping[str, Any]) -> tuple[State, State, ModelConfig]:
     parts: dict[str, State] = {}
+    _refuse_extra(
+        [n for n in state if not n.startswith(("vision_model.", "text_model."))],
+        _BESIDE | {"visual_projection.weight", "text_projection.weight"},
+        path,
+    )
     for kind, projection in (("vision", "visual_projection"), ("text", "text_projection")):
         part = _rename(_under(state, f"{kind}_model."), kind, _HF[kind], _HF_BLOCK, "encoder.layers.", path)
         parts[kind] = _with_projection(part, state, f"{projection}.weight", path)
-    sub = {kind: record.get(f"{kind}_config") or {} for kind in parts}
+    sub = {kind: _section(record, f"{kind}_config", path) for kind in parts}
     heads = tuple(sub[kind].get("num_attention_heads", default) for kind, default in (("vision", 12), ("text", 8)))
     found = _sizes(parts["vision"], parts["text"], (heads[0], heads[1]), "quick_gelu", path)
     vision, text = (sub[kind].get("hidden_act", "quick_gelu") for kind in ("vision", "text"))
@@ -309,12 +321,17 @@ def _from_hf(state: State, path: Path, record: Mapping[str, Any]) -> tuple[State
 def _from_open_clip(state: State, path: Path, activation: Activation | None) -> tuple[State, State, ModelConfig]:
     vision = _under(state, "visual.")
     # Models with a text tower of their own put it under "text.".
-    text = _under(state, "text.") or {k: v for k, v in state.items() if not k.startswith("visual.")}
+    others = {k: v for k, v in state.items() if not k.startswith("visual.")}
+    text = _under(others, "text.") or others
+    if text is not others:
+        _refuse_extra([name for name in others if not name.startswith("text.")], _BESIDE, path)
     projections = {"head.projection.weight": (vision, "proj"), "text": (text, "text_projection")}
     for part, name in projections.values():
         if name not in part or part[name].ndim != 2:
             raise UserError(f"{path}: no matrix {name!r}, which open_clip's CLIP has; other architectures are not read")
     image_projection, text_projection = vision["proj"].T.contiguous(), text["text_projection"].T.contiguous()
+    for part, name in projections.values():
+        del part[name]
     v = _rename(vision, "vision", _OPEN_CLIP["vision"], _OPEN_CLIP_BLOCK, "transformer.resblocks.", path)
     t = _rename(text, "text", _OPEN_CLIP["text"], _OPEN_CLIP_BLOCK, "transformer.resblocks.", path)
     for part, projection in ((v, image_projection), (t, text_projection)):
@@ -324,10 +341,13 @@ def _from_open_clip(state: State, path: Path, activation: Activation | None) -> 
     beside = path.parent / "open_clip_config.json"
     if not beside.is_file():
         return v, t, found
-    said = _read_json(beside).get("model_cfg") or {}
+    said = _section(_read_json(beside), "model_cfg", beside)
     activation = "quick_gelu" if said.get("quick_gelu") else "gelu"
-    vision_heads = found.vision.width // (said.get("vision_cfg") or {}).get("head_width", 64)
-    text_heads = (said.get("text_cfg") or {}).get("heads", 8)
+    head_width = _section(said, "vision_cfg", beside).get("head_width", 64)
+    if not isinstance(head_width, int) or head_width < 1:
+        raise UserError(f"{beside}: vision_cfg.head_width {head_width!r}, expected an integer above 0")
+    vision_heads = found.vision.width // head_width
+    text_heads = _section(said, "text_cfg", beside).get("heads", 8)
     return (
         v,
         t,
@@ -342,6 +362,8 @@ def _from_open_clip(state: State, path: Path, activation: Activation | None) -> 
 def _with_projection(part: State, state: State, name: str, path: Path) -> State:
     if name not in state:
         raise UserError(f"{path}: missing {name}: not a whole CLIPModel")
+    if state[name].ndim != 2:
+        raise UserError(f"{path}: {name}: got shape {list(state[name].shape)}, expected a matrix")
     bias = state[name].new_zeros(state[name].shape[0])
     return part | {"head.projection.weight": state[name], "head.projection.bias": bias}
 
@@ -349,7 +371,9 @@ def _with_projection(part: State, state: State, name: str, path: Path) -> State:
 def _rename(
     state: State, kind: str, whole: Mapping[str, str], block: Mapping[str, str], layers: str, path: Path
 ) -> State:
-    """One encoder's tensors under this package's names; what CLIP does not have outside its blocks is left out."""
+    """One encoder's tensors under this package's names. UserError names those that CLIP does not have."""
+    known = {f"{name}{leaf}" for name in whole.values() for leaf in ("", ".weight", ".bias")}
+    _refuse_extra([n for n in state if not n.startswith(layers)], known | _BESIDE | {_POSITION_IDS}, path, kind)
     out: State = {}
     for mine, theirs in whole.items():
         if theirs in state:
@@ -357,8 +381,9 @@ def _rename(
         for leaf in ("weight", "bias"):
             if f"{theirs}.{leaf}" in state:
                 out[f"{mine}.{leaf}"] = state[f"{theirs}.{leaf}"]
-    if "embedding.stem.weight" in out:
-        out["embedding.stem.weight"] = out["embedding.stem.weight"].flatten(1)
+    stem = out.get("embedding.stem.weight")
+    if stem is not None and stem.ndim == 4:
+        out["embedding.stem.weight"] = stem.flatten(1)
     rest: dict[str, State] = {}
     for name, value in _under(state, layers).items():
         i, _, tail = name.partition(".")
@@ -371,13 +396,34 @@ def _rename(
                 out[names[hit] + tail.removeprefix(hit)] = value
             elif tail.startswith("attn.in_proj_"):
                 out[f"blocks.{i}.attention.qkv.{tail.removeprefix('attn.in_proj_')}"] = value
-            elif not tail.startswith("self_attn."):
+            elif not re.fullmatch(r"self_attn\.[qkv]_proj\.(weight|bias)", tail):
                 raise UserError(f"{path}: {kind} encoder, {layers}{i}.{tail}: CLIP has no such tensor")
         for leaf in ("weight", "bias"):
-            qkv = [tensors.get(f"self_attn.{q}_proj.{leaf}") for q in "qkv"]
-            if all(q is not None for q in qkv):
-                out[f"blocks.{i}.attention.qkv.{leaf}"] = torch.cat([q for q in qkv if q is not None])
+            qkv = [q for q in (tensors.get(f"self_attn.{name}_proj.{leaf}") for name in "qkv") if q is not None]
+            if len({q.shape for q in qkv}) > 1:
+                shapes = ", ".join(str(list(q.shape)) for q in qkv)
+                raise UserError(
+                    f"{path}: {kind} encoder, {layers}{i}.self_attn: {leaf} of query, key and value of shapes "
+                    f"{shapes}, expected one shape"
+                )
+            if len(qkv) == 3:
+                out[f"blocks.{i}.attention.qkv.{leaf}"] = torch.cat(qkv)
     return out
+
+
+def _refuse_extra(names: list[str], known: Collection[str], path: Path, kind: str = "") -> None:
+    extra = sorted(name for name in names if name not in known)
+    if extra:
+        what = f"{kind} encoder, " if kind else ""
+        raise UserError(f"{path}: {what}unexpected {_some(extra)}: CLIP has no such tensors")
+
+
+def _section(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A part of a config; an absent one is empty."""
+    found = record.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {name}: got a {type(found).__name__}, expected an object")
+    return found
 
 
 def _sizes(
@@ -386,6 +432,13 @@ def _sizes(
     """The config that the tensors' shapes tell."""
     try:
         stem, position = vision["embedding.stem.weight"], vision["embedding.position"]
+        for part, name in (
+            *((vision, f"embedding.{leaf}") for leaf in ("stem.weight", "position")),
+            *((text, f"embedding.{leaf}") for leaf in ("token.weight", "position")),
+            *((part, "head.projection.weight") for part in (vision, text)),
+        ):
+            if part[name].ndim != 2 or not part[name].numel():
+                raise UserError(f"{path}: {name}: got shape {list(part[name].shape)}, expected a matrix")
         patch = round((stem.shape[1] / 3) ** 0.5)
         side = round((position.shape[0] - 1) ** 0.5)
         width, text_width = stem.shape[0], text["embedding.token.weight"].shape[1]
@@ -435,6 +488,10 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str 
     ]
     if shapes:
         lines.append(f"of another shape {_some(shapes)}")
+    # Quantised weights are numbers of another kind, and would be copied as they are.
+    kinds = [f"{name} ({value.dtype})" for name, value in sorted(state.items()) if not value.is_floating_point()]
+    if kinds:
+        lines.append(f"not floats {_some(kinds)}")
     if lines:
         raise UserError(f"{path}: {what}tensors do not fit the model: {'; '.join(lines)}")
     module.load_state_dict(state)
@@ -470,15 +527,14 @@ def _weights_file(path: Path) -> Path:
 def _read_state(path: Path) -> State:
     if path.name.endswith(_INDEX):
         shards = _read_json(path).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names or any(Path(name).name != name for name in names):
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name or name.endswith(_INDEX) for name in names):
             raise UserError(f"{path}: expected a weight_map from tensors to files beside it")
         return {name: value for shard in names for name, value in _read_state(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch")
         return _checked(lambda: safetensors.load_file(path), path)
-    record = _unpickle(path)
-    return _tensors(record.get("state_dict", record), path)
+    return _tensors(_unpickle(path), path)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
@@ -494,12 +550,19 @@ def _checked(read: Callable[[], Any], path: Path) -> Any:
     try:
         return read()
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own message tells how to run the code.
+        found = re.search(r"WeightsUnpickler error:\s+(.+)", str(error))
+        reason = found[1].partition(". ")[0] if found else "torch.load does not take it"
         raise UserError(
             f"{path}: refused: it holds more than tensors and plain values, and reading it could run code ({reason}); "
             "save its state_dict alone, best as safetensors"
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path}: refused: a TorchScript archive (as OpenAI's own files are), and reading it could run code; "
+                "take the same weights in Hugging Face's or open_clip's form"
+            ) from None
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     except Exception as error:
         # safetensors raises an exception class of its own, which is only known once it is imported.
@@ -508,8 +571,12 @@ def _checked(read: Callable[[], Any], path: Path) -> Any:
         raise
 
 
-def _tensors(record: Mapping[str, Any], path: Path) -> State:
-    wrong = [str(name) for name, value in record.items() if not isinstance(value, Tensor)]
+def _tensors(record: dict[str, Any], path: Path) -> State:
+    """The tensors of a state dict, or of the one in a training checkpoint."""
+    record = record.get("state_dict", record)
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: state_dict: got a {type(record).__name__}, expected a dictionary of tensors")
+    wrong = [str(name) for name, value in record.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if wrong:
         raise UserError(f"{path}: not a dictionary of tensors: {_some(sorted(wrong))} are something else")
     return dict(record)

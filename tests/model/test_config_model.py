@@ -46,12 +46,15 @@ def test_round_trip_through_json() -> None:
         ({"text": {"activation": "relu"}}, "text.activation: got 'relu', expected one of quick_gelu, gelu"),
         ({"freeze": {"vision_blocks": 13}}, r"freeze.vision_blocks: got 13, expected at most vision.layers \(12\)"),
         ({"freeze": {"text_blocks": -1}}, "freeze.text_blocks: got -1, expected an integer, at least 0"),
+        ({"freeze": {"embeddings": "no"}}, "freeze.embeddings: got 'no', expected true or false"),
+        ({"vision": {"heads": True}}, "vision.heads: got True, expected an integer above 0"),
+        ([1], r"model config: got \[1\], expected a mapping"),
         ({"text": {"depth": 3}}, "unknown model config key text.depth: expected text.context_length"),
         ({"lr": 1}, "unknown model config key lr"),
         ({"text": 3}, "text: got 3, expected a mapping"),
     ],
 )
-def test_errors_name_the_field(record: dict[str, Any], message: str) -> None:
+def test_errors_name_the_field(record: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig.from_dict(record)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,21 @@ def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
         path = tmp_path
     elif form == "pickle":
         path = tmp_path / "clip.pt"
-        torch.save(state, path)
+        constants = {"attn_mask": torch.zeros(8, 8), "input_resolution": torch.tensor(16)}  # of older versions
+        torch.save(state | constants, path)
     else:
         path = tmp_path / "epoch_1.pt"
         text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
         state = {f"module.{'text.' if k.startswith(text) else ''}{k}": v for k, v in state.items()}
         torch.save({"epoch": 1, "state_dict": state}, path)
     check_same(ScenarioCLIP.from_clip(path, freeze=FREEZE), clip)
+    if form != "safetensors":
+        # A text tower that reads another token, and a decoder beside it.
+        prefix = "" if form == "pickle" else "module."
+        for name in ("cls_emb", "text_decoder.ln_final.weight"):
+            torch.save(state | {f"{prefix}{name}": torch.zeros(3)}, path)
+            with pytest.raises(UserError, match=f"unexpected {name}: CLIP has no such tensors"):
+                ScenarioCLIP.from_clip(path, freeze=FREEZE)
 
 
 def test_open_clip_config_beside_the_weights(tmp_path: Path) -> None:
@@ -244,8 +253,12 @@ def test_shards_with_an_index(form: str, clip: Any, tmp_path: Path) -> None:
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(json.dumps(record))
     check_same(ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE), clip)
-    index.write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
-    with pytest.raises(UserError, match="expected a weight_map from tensors to files beside it"):
+    for shards in ({"a": "../b.safetensors"}, {"a": index.name}, ["a"]):
+        index.write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(UserError, match="expected a weight_map from tensors to files beside it"):
+            ScenarioCLIP.from_clip(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": 5, "b": "c.safetensors"}}))
+    with pytest.raises(UserError, match="5: no such file"):
         ScenarioCLIP.from_clip(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(UserError, match=r"gone\.safetensors: no such file"):
@@ -414,6 +427,17 @@ def test_pickles_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
         ScenarioCLIP.from_clip(path)
 
 
+def test_a_refusal_does_not_say_how_to_run_the_code(tmp_path: Path) -> None:
+    """torch's own words do."""
+    torch.save(Harmful(), tmp_path / "pickle.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")  # type: ignore[no-untyped-call]
+    messages = {"pickle.pt": r"\(Unsupported global: GLOBAL exec was not .* by default\)", "script.pt": "a TorchScript"}
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=rf"{name}: refused: .*{message}") as caught:
+            ScenarioCLIP.from_clip(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+
+
 def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -430,6 +454,33 @@ def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
     spoil(vision_model__encoder__layers__0__mlp__gate__weight=torch.zeros(7))
     with pytest.raises(UserError, match=r"vision encoder, encoder.layers.0.mlp.gate.weight: CLIP has no such tensor"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    # Tensors of other architectures are never left out in silence.
+    for name, message in (
+        ("vision_model__adapter__weight", "vision encoder, unexpected adapter.weight: CLIP has"),
+        ("vision_model__embeddings__patch_embedding__bias", "unexpected embeddings.patch_embedding.bias: CLIP has"),
+        ("text_model__encoder__layers__0__self_attn__rope", "text encoder, encoder.layers.0.self_attn.rope: CLIP has"),
+        ("visual_projection__bias", "unexpected visual_projection.bias: CLIP has"),
+    ):
+        spoil(**{name: torch.zeros(12)})
+        with pytest.raises(UserError, match=message):
+            ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    query = "vision_model__encoder__layers__0__self_attn__q_proj__weight"
+    for wrong in (torch.zeros(7, 192), torch.zeros(192, 191), torch.zeros(192)):
+        spoil(**{query: wrong})
+        with pytest.raises(UserError, match=r"layers.0.self_attn: weight of query, key and value of shapes \["):
+            ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    spoil(vision_model__encoder__layers__0__mlp__fc1__weight=torch.zeros(768, 192, dtype=torch.int8))
+    with pytest.raises(UserError, match=r"not floats blocks.0.expand.weight \(torch.int8\)"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    for name, shape in (
+        ("vision_model__embeddings__patch_embedding__weight", (192,)),
+        ("vision_model__embeddings__position_embedding__weight", (0, 192)),
+        ("text_model__embeddings__token_embedding__weight", (31,)),
+        ("visual_projection__weight", ()),
+    ):
+        spoil(**{name: torch.zeros(shape)})
+        with pytest.raises(UserError, match=rf"got shape {re.escape(str(list(shape)))}, expected a matrix"):
+            ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     spoil(vision_model__embeddings__class_embedding=None)
     with pytest.raises(UserError, match="not a CLIP checkpoint"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
@@ -444,6 +495,9 @@ def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
         if end == 2:  # as in the configs of the first releases
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     with pytest.raises(UserError, match="text eos_token_id 28, expected 30, the last of the vocabulary"):
+        ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    (tmp_path / "config.json").write_text(json.dumps(record | {"vision_config": [1]}))
+    with pytest.raises(UserError, match="vision_config: got a list, expected an object"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     clip.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"vision.width: 768 and 192; .*text.layers: 12 and 2"):
@@ -472,6 +526,17 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="got a list, expected a dictionary of tensors"):
         ScenarioCLIP.from_clip(tmp_path / "list.pt")
+    for content in ({"state_dict": [1]}, {"state_dict": None}):
+        torch.save(content, tmp_path / "list.pt")
+        for read in (ScenarioCLIP.from_clip, ScenarioCLIP.from_reference):
+            with pytest.raises(UserError, match=r"state_dict: got a .*, expected a dictionary of tensors"):
+                read(tmp_path / "list.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(UserError, match="not a dictionary of tensors: 1 are something else"):
+        ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
+    torch.save({"ema": torch.zeros(1)}, tmp_path / "ema.pt")
+    with pytest.raises(UserError, match="no EMA teacher in it"):
+        ScenarioCLIP.from_reference(tmp_path / "ema.pt", teacher=True)
     torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
     with pytest.raises(UserError, match="not a dictionary of tensors: lr are something else"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
