@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DUPLICATES = ("negatives", "positives")
 # Set to 1: values on a GPU are looked at too, by assertions on the device that name what is wrong.
 CHECK = "SCENARIOCLIP_FAST_CHECK"
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 _LOOPED = {"reference": reference, "cpu": contrastive_cpu}
 
 
@@ -120,8 +121,12 @@ def multilevel_contrastive_loss(
 ) -> Tensor:  # [levels]
     """One `contrastive_loss` per level, in as few launches and collectives as possible; arguments as there,
     in lists."""
+    lists: dict[str, Any] = {"images": images, "texts": texts, "logit_scales": logit_scales}
+    lists |= {"text_indices": text_indices, "text_ids": text_ids}
+    for name, given in lists.items():
+        if given is not None and not hasattr(given, "__len__"):
+            raise TypeError(f"{name}: got {_kind(given)}, expected a list with an entry per level")
     count = len(images)
-    lists = {"texts": texts, "logit_scales": logit_scales, "text_indices": text_indices, "text_ids": text_ids}
     for name, given in lists.items():
         if given is not None and len(given) != count:
             raise ValueError(f"{name}: got {len(given)} levels, expected {count}, as many as images")
@@ -166,6 +171,8 @@ def _losses(
 ) -> Tensor:  # [levels], or [1, N] for reduction="none"
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: got {_kind(group)}, expected a process group that this rank belongs to")
     name = _checked_backend(levels, backend)
     levels = _prepared(levels)
     if group is None and reduction == "mean" and name == "triton":
@@ -246,6 +253,8 @@ def _check(level: _Level, where: str) -> None:
         raise ValueError(
             f"{where}image and text: got widths {image.shape[1]} and {text.shape[1]}, expected the same width"
         )
+    if image.shape[1] == 0:
+        raise ValueError(f"{where}image and text: got width 0, expected at least 1")
     if text.device != image.device:
         raise ValueError(f"{where}text: got device {text.device}, expected {image.device} as for image")
     if index is None and len(image) != len(text):
@@ -281,6 +290,8 @@ def _check_values(level: _Level, where: str) -> None:
         _assert_values(level, where)
     if isinstance(scale, Tensor):
         scale = scale.item() if scale.device.type == "cpu" else 1.0
+    elif scale > _LARGEST_SCALE:
+        raise ValueError(f"{where}logit_scale: got {scale}, expected a factor that float32 can hold")
     if scale <= 0:
         raise ValueError(f"{where}logit_scale: got {scale:g}, expected a positive factor (exp of the parameter)")
     if index is not None and not on_device and len(index):

@@ -87,6 +87,8 @@ def _forward(
         # On CUDA the same check would wait for the device.
         _check_range("student_index", student_index, student.shape[0])
         _check_range("teacher_index", teacher_index, teacher.shape[0])
+        if student_temperature is not None and student_temperature.item() <= 0:
+            raise ValueError(f"student_temperature: got {student_temperature.item():g}, expected a number above 0")
     if backend in ("cpu", "cuda"):
         # The native form knows float32 alone; the rows are few, so a cast costs next to nothing.
         student, teacher, weight = student.float(), teacher.float(), weight.float()
@@ -133,6 +135,8 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    # Constants from here on: a second derivative is an error of autograd, not a gradient without a part.
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)  # nobody differentiates the derivatives: no zeros are made for them
 
@@ -167,6 +171,10 @@ def _check(
     student_temperature: float | Tensor,
     teacher_temperature: float,
 ) -> None:
+    given = (student, teacher, student_index, teacher_index, weight)
+    for name, x in zip(("student", "teacher", "student_index", "teacher_index", "weight"), given, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
     for name, rows in (("student", student), ("teacher", teacher)):
         if rows.dim() != 2 or not rows.is_floating_point():
             raise TypeError(f"{name}: got {rows.dtype} {list(rows.shape)}, expected floats of shape [rows, D]")
@@ -194,8 +202,13 @@ def _check(
         tensors["student_temperature"] = student_temperature
         if student_temperature.dim() != 0:
             raise ValueError(f"student_temperature: got shape {list(student_temperature.shape)}, expected a 0-d tensor")
+    elif not isinstance(student_temperature, (int, float)):
+        kind = type(student_temperature).__name__
+        raise TypeError(f"student_temperature: got {kind}, expected a number or a 0-d tensor")
     elif student_temperature <= 0:
         raise ValueError(f"student_temperature: got {student_temperature}, expected a number above 0")
+    if not isinstance(teacher_temperature, (int, float)):
+        raise TypeError(f"teacher_temperature: got {type(teacher_temperature).__name__}, expected a number")
     if teacher_temperature <= 0:
         raise ValueError(f"teacher_temperature: got {teacher_temperature}, expected a number above 0")
     for name, tensor in tensors.items():

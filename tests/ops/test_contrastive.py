@@ -520,6 +520,10 @@ X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
         ({"logit_scale": torch.ones(1)}, ValueError, r"logit_scale: got shape \[1\], expected a 0-d"),
         ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale: got a tensor of torch.int64"),
         ({"logit_scale": "3"}, TypeError, "logit_scale: got str"),
+        ({"logit_scale": 1e300}, ValueError, r"logit_scale: got 1e\+300, expected a factor that float32 can hold"),
+        ({"image": X[:, :0], "text": Y[:, :0]}, ValueError, "got width 0, expected at least 1"),
+        # What new_group gives ranks that are not in it.
+        ({"group": -100}, TypeError, "group: got int, expected a process group that this rank belongs to"),
         ({"duplicates": "ignore"}, ValueError, "duplicates: got 'ignore', expected one of 'negatives', 'positives'"),
         ({"reduction": "sum"}, ValueError, "reduction: got 'sum', expected 'mean' or 'none'"),
         ({"reduction": "none", "duplicates": "positives"}, ValueError, "reduction='none' goes only with"),
@@ -632,6 +636,8 @@ def test_bad_levels() -> None:
         multilevel_contrastive_loss([X, X], [X, X], [1.0, -1.0])
     with pytest.raises(ValueError, match="images: got no level"):
         multilevel_contrastive_loss([], [], [])
+    with pytest.raises(TypeError, match="logit_scales: got float, expected a list with an entry per level"):
+        multilevel_contrastive_loss([X, X], [X, X], 1.0)  # type: ignore[arg-type]
 
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,10 @@ def test_threads_do_not_change_the_result() -> None:
         ({"student_temperature": 0.0}, "student_temperature: got 0.0"),
         ({"teacher_temperature": -1.0}, "teacher_temperature: got -1.0"),
         ({"student_temperature": torch.ones(2)}, "expected a 0-d tensor"),
+        ({"student_temperature": torch.tensor(-0.5)}, "student_temperature: got -0.5, expected a number above 0"),
+        ({"student_temperature": None}, "student_temperature: got NoneType, expected a number or a 0-d tensor"),
+        ({"teacher_temperature": "1"}, "teacher_temperature: got str, expected a number"),
+        ({"weight": [1.0]}, "weight: got list, expected a tensor"),
         ({"backend": "fast"}, "got 'fast', expected one of auto"),
     ],
 )
@@ -326,6 +330,14 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     arguments = {**problem(3, 3, 4, 8), **change}
     with pytest.raises((ValueError, TypeError), match=message):
         distillation_loss(**arguments)  # type: ignore[arg-type]
+
+
+def test_second_derivatives_are_refused() -> None:
+    p = problem(3, 3, 4, 8)
+    student = p["student"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(distillation_loss(**{**p, "student": student}), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.square().sum().backward()
 
 
 def test_a_named_backend_never_falls_back() -> None:
