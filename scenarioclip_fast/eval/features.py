@@ -15,10 +15,9 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS
-from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
-from scenarioclip_fast.eval.zeroshot import Encoder, evaluating, level_views
+from scenarioclip_fast.eval.zeroshot import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
@@ -80,9 +79,7 @@ def embed_views(
     # each list goes as its tensor comes: there are not two of everything
     features = Features(keys, {level: _joined(parts.pop(level)) for level in levels if parts[level]})
     for level, found in features.levels.items():
-        if bad := int((~found.image.isfinite().all(1)).sum()):
-            of = f"{bad} of {len(found)} {level} embeddings"
-            raise UserError(f"{of} are not finite: training diverged, or the weights are damaged")
+        check_finite(found.image.isfinite().all(1), level)
     return features
 
 

@@ -27,7 +27,7 @@ from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import Features, embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
-from scenarioclip_fast.eval.zeroshot import ALONE, Encoder, evaluating
+from scenarioclip_fast.eval.zeroshot import ALONE, Encoder, embed_texts, evaluating
 from scenarioclip_fast.train.distributed import World
 
 Kind = Literal["swapped", "predicate"]
@@ -157,7 +157,7 @@ def hard_negatives(
         seed: of the predicates drawn, which depend on nothing else but the scene's key and the relation's position.
 
     Raises:
-        UserError: the split has no relation.
+        UserError: the split has no relation, or embeddings that are not finite.
     """
     desc = f"hard negatives, {split}"
     features = embed_views(model, batches, ["relation"], desc=desc, show_progress=show_progress and world.leads)
@@ -202,7 +202,7 @@ def _ask(model: Encoder, features: Features, vocabulary: Vocabulary, seed: int) 
 
     texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in drawn)))
     row_of = {text: row for row, text in enumerate(texts)}
-    text = F.normalize(model.encode_text([tokenize(t, None) for t in texts], "relation").float(), dim=-1)
+    text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
     image = F.normalize(own.image, dim=-1)
     own_rows = [row_of[vocabulary.relations[i]] for i in ids]
     truth = _cosines(image, text, range(len(ids)), own_rows)

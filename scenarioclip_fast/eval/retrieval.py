@@ -25,7 +25,7 @@ from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
-from scenarioclip_fast.eval.zeroshot import ALONE, TASKS, Encoder, check_topk, evaluating, random_hit_rate
+from scenarioclip_fast.eval.zeroshot import ALONE, TASKS, Encoder, check_topk, embed_texts, evaluating, random_hit_rate
 from scenarioclip_fast.train.distributed import World
 
 Direction = Literal["image_to_text", "text_to_image"]
@@ -109,7 +109,7 @@ def retrieval(
         if len(present) == 0:
             continue
         with evaluating(model):
-            text = F.normalize(model.encode_text([tokens[i] for i in present.tolist()], level).float(), dim=-1)
+            text = embed_texts(model, [tokens[i] for i in present.tolist()], level)
         image = text[:0] if own is None else F.normalize(own.image, dim=-1)
         to_text, to_image = ranks(image, text, torch.searchsorted(present, ids), world)
         views = int(count.sum())

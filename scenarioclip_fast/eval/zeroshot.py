@@ -101,12 +101,26 @@ class ZeroShotResult:
 
 
 def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS) -> dict[str, Tensor]:
-    """Unit-length embeddings [classes, D] of all class texts, per level."""
-    return {
-        level: F.normalize(model.encode_text(tokens, level).float(), dim=-1)
-        for level in levels
-        if (tokens := vocabulary.tokens(level))
-    }
+    """Unit-length embeddings [classes, D] of all class texts, per level. UserError where they are not finite."""
+    return {level: embed_texts(model, tokens, level) for level in levels if (tokens := vocabulary.tokens(level))}
+
+
+def embed_texts(model: Encoder, tokens: list[list[int]], level: str) -> Tensor:  # [n, D], unit length
+    """The embeddings of n texts. UserError where they are not finite."""
+    text = F.normalize(model.encode_text(tokens, level).float(), dim=-1)
+    check_finite(text.isfinite().all(1), f"{level} text")
+    return text
+
+
+def check_finite(
+    finite: Tensor,  # bool [n]
+    what: str,
+) -> None:
+    """UserError where embeddings are not: what is measured with them would be a number as any other."""
+    if bad := int((~finite).sum()):
+        raise UserError(
+            f"{bad} of {len(finite)} {what} embeddings are not finite: training diverged, or the weights are damaged"
+        )
 
 
 def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -152,12 +166,12 @@ def random_hit_rate(
 
 @dataclass
 class _Tally:
-    """What accumulates for one level, of each view: its class, how many classes would do, and under each rule the wrong
-    classes that score at least as much as the best right one.
+    """What accumulates for one level, of each view: whether its scores are finite, its class, how many classes would
+    do, and under each rule the wrong classes that score at least as much as the best right one.
     """
 
     classes: int
-    views: list[Tensor] = field(default_factory=list)  # int32 [n, 4]
+    views: list[Tensor] = field(default_factory=list)  # int32 [n, 5]
 
     def add(
         self,
@@ -167,19 +181,19 @@ class _Tally:
     ) -> None:
         own = torch.zeros_like(present).scatter_(1, ids[:, None], True)
         rights: dict[Match, Tensor] = {"own": own, "any_in_image": present}
-        columns = [ids, present.sum(1)]
+        columns = [scores.isfinite().all(1), ids, present.sum(1)]
         for match in MATCHES:
             best = scores.masked_fill(~rights[match], -torch.inf).amax(1, keepdim=True)
-            # "not below" instead of "at least": a score that is not a number never counts as a hit
-            columns.append((~(scores < best) & ~rights[match]).sum(1))
+            columns.append(((scores >= best) & ~rights[match]).sum(1))
         self.views.append(torch.stack(columns, 1).int().cpu())
 
     def merged(self, world: World) -> Tensor:
         """The views of all ranks, on every rank."""
-        return torch.cat(world.gather(torch.cat([torch.zeros(0, 4, dtype=torch.int32), *self.views])))
+        return torch.cat(world.gather(torch.cat([torch.zeros(0, 5, dtype=torch.int32), *self.views])))
 
     def rows(self, views: Tensor, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
-        ids, right, *ahead_of_best = views.long().unbind(1)
+        finite, ids, right, *ahead_of_best = views.long().unbind(1)
+        check_finite(finite.bool(), level)
         seen = torch.tensor(train_counts)[ids] > 0
         subsets = {"all": torch.ones_like(seen)}
         if not bool(seen.all()):
@@ -227,7 +241,7 @@ def zeroshot(
         world: the ranks that share the split, each with `batches` of its own; all return the whole result.
 
     Raises:
-        UserError: there is no scene at all.
+        UserError: there is no scene at all, or embeddings that are not finite.
         ValueError: a k below 1.
     """
     topk = check_topk(topk)

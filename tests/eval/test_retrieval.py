@@ -127,7 +127,11 @@ def test_a_split_without_scenes(drawn: Drawn) -> None:
 def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
     model, batches, vocabulary = drawn(4, seed=0)
     model.images["object"][0] = float("inf")
-    with pytest.raises(UserError, match=r"1 of \d+ object embeddings are not finite"):
+    with pytest.raises(UserError, match=r"^1 of \d+ object embeddings are not finite"):
+        retrieval(model, batches, vocabulary, show_progress=False)
+    model.images["object"][0] = 1.0
+    model.encode_text = lambda texts, level: torch.full((len(texts), 24), float("nan"))
+    with pytest.raises(UserError, match=r"^(\d+) of \1 global text embeddings are not finite"):
         retrieval(model, batches, vocabulary, show_progress=False)
 
 
