@@ -173,10 +173,12 @@ class SceneLoader:
             raise ValueError(f"prefetch: got {prefetch}, expected at least 0")
         self.shards = ShardSet(shards, split, shard_cache_dir=shard_cache_dir, shard_cache_gib=shard_cache_gib)
         self.order = Order(len(self.shards), batch_size, seed, rank, world_size, shuffle, drop_last)
+        if len(self.shards) == 0:
+            raise UserError(f"{shards}: the {split} split holds no scenes: take another split, or pack it with some")
         if len(self.order) == 0:
             raise UserError(
-                f"{shards}: split {split!r} has {len(self.shards)} scenes, expected at least "
-                f"{self.order.global_batch if drop_last else 1}: pack more, or lower the batch size"
+                f"{shards}: the {split} split has {len(self.shards)} scenes, expected at least "
+                f"{self.order.global_batch}: pack more, or lower the batch size"
             )
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)

@@ -32,7 +32,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from scenarioclip_fast import __version__
 from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene, image_reason, normalised, safe_key, short
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.parallel import ordered_map
@@ -49,6 +48,8 @@ from scenarioclip_fast.requirements import require
 FORMATS = ("auto", "published", "webdataset")
 _COUNTS = ("scenes", "objects", "relations")
 _QUALITY = 95  # of images that come as pixels
+# To be raised when the same source comes to give another pack, so that those of before are made anew.
+_EDITION = 1
 
 
 @dataclass
@@ -176,7 +177,7 @@ def pack(
     layout = _open(source, format, max_pixels)
     if layout is not None and out.resolve() in layout.directories:
         raise UserError(f"{out}: the source lies there; name another directory for the pack")
-    options = [SCHEMA, __version__, shard_size, val, test, split, max_pixels]
+    options = [SCHEMA, _EDITION, shard_size, val, test, split, max_pixels]
     fingerprint = None
     if layout is not None:
         fingerprint = hashlib.sha256(json.dumps([layout.fingerprint(), *options]).encode()).hexdigest()

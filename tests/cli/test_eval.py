@@ -337,4 +337,4 @@ def test_no_model_there(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_an_empty_split(kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(generate_scenes(4, seed=0, val=0, test=0), tmp_path / "shards")
     assert main(["eval", kind, str(place / "model"), str(tmp_path / "shards"), "--device", "cpu"]) == 2
-    assert "split 'test' has 0 scenes" in capsys.readouterr().err
+    assert "the test split holds no scenes" in capsys.readouterr().err

@@ -618,7 +618,7 @@ def test_decoded_images_are_cached_within_the_bound(shards: Path, monkeypatch: p
 def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="split 'val' has 0 scenes"):
+    with pytest.raises(UserError, match="the val split holds no scenes"):
         load(shards, split="val")
     with pytest.raises(UserError, match=r"has 30 scenes, expected at least 32: pack more, or lower the batch size"):
         load(shards, 16, world_size=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -12,18 +13,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import Scene, generate_scenes, pack
+from scenarioclip_fast.data import Relation, Scene, SceneObject, generate_scenes, pack, packing
 from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.synthetic import write_reference_layout
 
@@ -207,6 +210,51 @@ def test_a_pack_that_is_up_to_date_is_left_alone(
         assert not quiet(source, out, shard_size=1000).up_to_date
         assert contents(out).keys() == before.keys()
         assert all(data == before[name] for name, data in contents(out).items() if name != "source.json")
+
+
+@pytest.mark.parametrize("kind", ["published", "tars"])
+def test_a_pack_of_another_edition_is_made_anew(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = request.getfixturevalue(kind), tmp_path / "out"
+    quiet(source, out)
+    assert quiet(source, out).up_to_date
+    monkeypatch.setattr(packing, "_EDITION", packing._EDITION + 1)
+    assert not quiet(source, out).up_to_date
+
+
+def test_what_an_edition_writes(tmp_path: Path) -> None:
+    """If this fails, `pack` makes another pack of what it has packed before: raise packing._EDITION with the digest."""
+    box = torch.zeros(24, 40, dtype=torch.bool)
+    box[3:9, 5:30] = True
+    objects = [SceneObject("Dining  Table", (5.0, 3.0, 30.25, 9.0), box), SceneObject("cat", (-0.5, 2, 39, 7), ~box)]
+    # of the same name: told apart when the published layout is read
+    objects.append(SceneObject("cat", (1.5, 1.0, 4.0, 20.0), box.flip(1)))
+    scenes = [
+        Scene(key, torch.full((24, 40, 3), 90, dtype=torch.uint8), " Sitting Down", objects, relations)
+        for key, relations in (
+            ("a", [Relation(1, "ON", 0)]),
+            ("b", []),
+            ("c.d", [Relation(0, "under", 1), Relation(2, "beside", 1)]),
+        )
+    ]
+    digest = hashlib.sha256()
+    write_reference_layout(scenes, tmp_path / "set")
+    (tmp_path / "set/images/a.jpg").write_bytes(b"")
+    quiet(tmp_path / "set", tmp_path / "published", split="hash", shard_size=1)
+    quiet(tmp_path / "published", tmp_path / "tars", split="hash", val=0.5, test=0.5)
+    for out in (tmp_path / "published", tmp_path / "tars"):
+        for path in sorted(out.glob("*.tar")):
+            digest.update(path.name.encode())
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    digest.update(member.name.encode())
+                    if member.name.endswith(".json"):  # an image's bytes are a matter of its encoder's version
+                        digest.update(cast(Any, tar.extractfile(member)).read())
+        digest.update((out / "vocabulary.json").read_bytes())
+        rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())
+    assert (packing._EDITION, digest.hexdigest()[:16]) == (1, "f9e315fa3b376b38")
 
 
 def test_scenes_from_memory_are_packed_from_the_start(
