@@ -423,8 +423,10 @@ def test_opcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("duplicates", ["negatives", "positives"])
 def test_compile_without_graph_break_for_all_sizes(duplicates: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(contrastive_loss, fullgraph=True, dynamic=True, backend=counter)
     for n, u in ((20, 8), (33, 21), (50, 50)):
         image, text, scale, index = make(n, u, 16, 20.0)
