@@ -41,6 +41,7 @@ class Run:
         config: dotted key -> value, as in config.yaml.
         results: zero-shot results among the JSON files of the directory, by the stem of their file.
         others: results of the other evaluations among them, by the name of the evaluation.
+        left_out: how many scenes an evaluation could not use, by its name; those that could use all are not there.
         finished: it has trained to the end of its budget.
         idle: seconds since it logged its last step.
     """
@@ -51,6 +52,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
     others: dict[str, Shares] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     finished: bool = False
     idle: float = 0.0
 
@@ -116,6 +118,10 @@ def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = ""
     for kind in dict.fromkeys(kind for run in runs for kind in run.others):
         head, rows = share_table({run.name: run.others[kind] for run in runs if kind in run.others})
         report.sections.append(Section(kind, head, rows, strong=_strong(rows)))
+    if kinds := dict.fromkeys(kind for run in runs for kind in run.left_out):
+        rows = [[kind, *(f"{run.left_out.get(kind, 0):,}" for run in runs)] for kind in kinds]
+        note = "Scenes that could not be read, decoded or understood; the evaluations are of the others."
+        report.sections.append(Section("Left out of evaluations", ["", *(run.name for run in runs)], rows, note=note))
     logged = {run.name: run.rows for run in runs if run.rows}
     if logged:
         picture = run_curves(logged, pictures / "curves.png")
@@ -195,9 +201,13 @@ def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[list[st
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
+def _zeroshot_title(stem: str) -> str:
+    return "Zero-shot accuracies" if stem == Path(RESULT).stem else f"Zero-shot accuracies, {stem}"
+
+
 def _compare_results(report: Report, results: Mapping[str, ZeroShotResult], picture: Path) -> None:
     about = {f"{result.scenes:,} scenes of the {result.split} split" for result in results.values()}
-    title = "Zero-shot accuracies" if picture.stem == Path(RESULT).stem else f"Zero-shot accuracies, {picture.stem}"
+    title = _zeroshot_title(picture.stem)
     note = f"{'; '.join(sorted(about))}. Dark marks: what a random ranking scores on the same views."
     report.sections.append(Section(title, picture=accuracy_comparison(results, picture), note=note))
     for subsets in (("all",), ("seen", "held_out")):
@@ -255,19 +265,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     return flat(values) if isinstance(values, Mapping) else {}
 
 
-def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares]]:
+def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares], dict[str, int]]:
     results: dict[str, ZeroShotResult] = {}
     others: dict[str, Shares] = {}
+    left_out: dict[str, int] = {}
     for path in sorted(directory.glob("*.json")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            missing = int(data.get("left_out", {"count": 0})["count"])
             if "match" in data["rows"][0]:
                 results[path.stem] = ZeroShotResult.from_dict(data)
+                kind = _zeroshot_title(path.stem)
             elif shares := _shares(data):
-                others[f"{shares[0]}, {data['split']} split"] = shares[1]
+                kind = f"{shares[0]}, {data['split']} split"
+                others[kind] = shares[1]
+            else:
+                continue
         except (ValueError, LookupError, TypeError, AttributeError):
             continue  # JSON of another kind
-    return results, others
+        if missing:
+            left_out[kind] = missing
+    return results, others, left_out
 
 
 def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:

@@ -195,6 +195,25 @@ def test_other_evaluations_beside_each_other(make_run: MakeRun, tmp_path: Path) 
     assert all(title in page for title in tables) and "<b>75.0 %</b>" in page
 
 
+def test_scenes_left_out_of_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
+    paths = [make_run("a", share=0.5), make_run("b", share=0.25)]
+    made = NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]).to_dict()
+    counts = {paths[0] / "zeroshot.json": 1234, paths[0] / "negatives.json": 0, paths[1] / "negatives.json": 7}
+    for path, count in counts.items():
+        record = json.loads(path.read_text()) if path.exists() else made
+        path.write_text(json.dumps(record | {"left_out": {"count": count, "scenes": []}}))
+    kinds = {"zeroshot": "Zero-shot accuracies", "negatives": "Hard negatives, test split"}
+    title = "Left out of evaluations"
+    runs = find_runs(paths)
+    (both,) = [s for s in compare_runs(runs, tmp_path / "both", "Both").sections if s.title == title]
+    assert both.head == ["", "a", "b"]
+    assert both.rows == [[kinds["zeroshot"], "1,234", "0"], [kinds["negatives"], "0", "7"]]
+    (one,) = [s for s in compare_runs(runs[:1], tmp_path / "one", "One").sections if s.title == title]
+    assert one.rows == [[kinds["zeroshot"], "1,234"]]
+    clean = find_runs([make_run("c", share=0.5)])
+    assert all(s.title != title for s in compare_runs(clean, tmp_path / "clean", "Clean").sections)
+
+
 def test_page_of_one_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run("only", share=0.5)
     assert main(["report", str(run)]) == 0
