@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -373,7 +374,15 @@ def _gathered(levels: list[_Level], duplicates: str, group: ProcessGroup) -> lis
     ]
     sizes = [size for level in levels for size in (len(level.image), len(level.text))]
     on_host = all(level.id is None or level.id.device.type == "cpu" for level in levels)
-    everyone = collectives.exchange([*sizes, *learns, on_host], levels[0].image.device, group)
+    # Collectives whose ranks differ in these hang, or end the process.
+    alike = [zlib.crc32(str(levels[0].image.dtype).encode())]
+    alike += [number for level in levels for number in (level.image.shape[1], level.id is not None)]
+    everyone = collectives.exchange([*sizes, *alike, *learns, on_host], levels[0].image.device, group)
+    if len({tuple(row[len(sizes) : len(sizes) + len(alike)]) for row in everyone}) > 1:
+        raise ValueError(
+            "group: got features of one dtype or width here and of another there, or text_id on some ranks alone; "
+            "expected the same on all ranks, empty shares included"
+        )
     # Backward passes meet in collectives: where any rank's side learns, every rank's must take part, empty shares too.
     *_, image_learns, text_learns, scale_learns, on_hosts = zip(*everyone, strict=True)
     any_learns = [any(column) for column in (image_learns, text_learns, scale_learns)]

@@ -175,6 +175,19 @@ def check_all(group: Any) -> None:
         contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), 1.0, duplicates="positives", group=group)
 
 
+def check_misfits(group: Any) -> None:
+    """What would make collectives hang, or end the process, is an error on every rank."""
+    first, features = group.rank() == 0, torch.ones(2, D)
+    ids = torch.arange(2) if first else None
+    for own, text_id in (
+        (features.double() if first else features, None),
+        (features[:, 1:] if first else features, None),
+        (features if first else features[:0], ids),
+    ):
+        with pytest.raises(ValueError, match="group: got features of one dtype or width here and of another there"):
+            contrastive_loss(own, own, 1.0, text_id=text_id, group=group)
+
+
 def run(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
@@ -185,6 +198,7 @@ def run(rank: int, store: str) -> None:
         # Pairs whose ranks in the group are not their ranks in the world.
         pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
         check_all(pairs[rank // 2])
+        check_misfits(pairs[rank // 2])
         dist.barrier()
     finally:
         dist.destroy_process_group()
