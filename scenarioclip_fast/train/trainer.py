@@ -39,6 +39,8 @@ from scenarioclip_fast.train.weights import load_initial_weights
 _FEW_KEYS = 10  # in a message
 _SKIPPED = "skipped.jsonl"
 _ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
+# Launchers pass on a signal that the system has sent to every process already: what comes so soon is the same call.
+_ECHO_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -444,14 +446,20 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 and SIGINT ask the run to save and end; a second one acts at once."""
+        """SIGTERM, SIGUSR1 and SIGINT ask the run to save and end; one that is sent again later acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
+        asked: dict[int, float] = {}
+
         def handle(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, before[signal.Signals(number)])
-            self.stop(signal.Signals(number).name)
+            now = time.monotonic()
+            if now - asked.setdefault(number, now) <= _ECHO_S:
+                self.stop(signal.Signals(number).name)
+            else:
+                signal.signal(number, before[signal.Signals(number)])
+                signal.raise_signal(number)
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         for number in before:

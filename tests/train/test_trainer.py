@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_reference, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.train import trainer as trainer_module
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import World
@@ -189,6 +190,31 @@ def test_a_signal_saves_and_ends_the_run(
     assert f"stopped by {number.name} after step 2 of 20" in capsys.readouterr().err
     assert [row["step"] for row in rows(config)] == [1, 2]
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_signal_that_a_launcher_repeats_is_one_call(small: Make) -> None:
+    def twice(t: Trainer, _: Batch) -> None:
+        if t.step == 1:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    result = hooked(small("train.steps=20"), twice).fit()
+    assert (result.completed, result.step, result.stopped_by) == (False, 2, "SIGINT")
+
+
+def test_a_signal_that_is_sent_again_later_acts_at_once(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "_ECHO_S", 0.05)
+
+    def twice(t: Trainer, _: Batch) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+
+    config = small("train.steps=20")
+    with pytest.raises(KeyboardInterrupt):
+        hooked(config, twice).fit()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (Path(config.run.dir) / "checkpoints").exists()
 
 
 def test_a_full_disk_does_not_end_the_run_before_its_end(
