@@ -20,6 +20,7 @@ The group names the inputs; forms of one group are compared with one another.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -156,15 +157,39 @@ def read_record(path: str | Path) -> Record:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise UserError(f"{file}: got format {content['format']!r}, expected {FORMAT}: made by another version")
-        return Record(content["machine"], [_part(p) for p in content["parts"]], file.resolve().parent.name)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        machine = content["machine"]
+        if not isinstance(machine["versions"], dict) or not {"kind", "device"} <= machine.keys():
+            raise ValueError("machine: expected kind, device and versions")
+        return Record(machine, [_part(p) for p in content["parts"]], file.resolve().parent.name)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a record ({type(error).__name__}: {error})") from error
 
 
 def _part(content: dict[str, Any]) -> Part:
+    if not all(isinstance(content[key], str) for key in ("name", "command", "commit", "started", "note")):
+        raise ValueError("a part's name, command, commit, start or note is no text")
+    if not content["name"] or Path(content["name"]).name != content["name"]:
+        raise ValueError(f"part: got the name {content['name']!r}, expected one that a picture's file can have")
+    if not all(isinstance(content[key], dict) for key in ("before", "after")):
+        raise ValueError(f"part {content['name']}: before or after is no mapping")
     lists = {
-        "results": [Result(**r) for r in content["results"]],
+        "results": [_result(r) for r in content["results"]],
         "left_out": [Absent(**a) for a in content["left_out"]],
         "failed": [Absent(**a) for a in content["failed"]],
     }
     return Part(**{**content, **lists})
+
+
+def _result(content: dict[str, Any]) -> Result:
+    result = Result(**content)
+    if not all(isinstance(text, str) for text in (result.name, result.group, result.form)):
+        raise ValueError(f"result: got name, group and form {result.name!r}, {result.group!r}, {result.form!r}")
+    if not all(0 <= sample < math.inf for sample in result.samples) or not result.median > 0:
+        raise ValueError(f"{result.name}: expected samples in seconds, their median above 0")
+    for field_ in ("scenes", "views", "bytes", "operations"):
+        amount = result.extra.get(field_, 1)
+        if not (amount > 0 or (field_ == "operations" and amount == 0)):  # a copy has none
+            raise ValueError(f"{result.name}: {field_}: got {amount!r}, expected a number above 0")
+    if (kind := result.extra.get("ceiling")) and ("bytes" if kind == "copy" else "operations") not in result.extra:
+        raise ValueError(f"{result.name}: a ceiling without its amount")
+    return result

@@ -31,10 +31,13 @@ def write_report(records: Sequence[Record], out: Path) -> Path:
     page = Report(f"Benchmarks: {names}", lead="Forms of one group had the same inputs in the same run.")
     if (table := across(records)) is not None:
         page.sections.append(Section(table.title, table.head, table.rows, note=table.note))
-    for record in records:
+    for i, record in enumerate(records):
         prefix = f"{record.name}: " if len(records) > 1 else ""
         page.add_facts(f"{prefix}what it was measured on", facts(record))
-        pictures = draw(record, out / record.name if len(records) > 1 else out)
+        # Records of one name have pictures of their own, too.
+        again = sum(r.name == record.name for r in records[:i])
+        folder = out / (f"{record.name}-{again + 1}" if again else record.name)
+        pictures = draw(record, folder if len(records) > 1 else out)
         for table in tables(record):
             title = prefix + table.title
             page.sections.append(Section(title, table.head, table.rows, pictures.get(table.title), table.note))

@@ -89,6 +89,7 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
                 f"--out {out}: holds a record of another machine or of other versions ({', '.join(differing)}): name "
                 "another directory, or remove it"
             )
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is no reason to measure
     for name, path in files.items():
         part = _run_file(name, path, device, limit)
         record = record.with_part(part)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.report and args.what:
         raise UserError(f"bench: got {' '.join(args.what)} and --report: either measure or report")
-    if args.limit is not None and args.limit <= 0:
+    if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
     if args.report:
         records = [read_record(path) for path in args.report]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +153,7 @@ def test_choice() -> None:
         (["--report", "nowhere"], "nowhere: no record here, expected a directory that holds record.json, or that file"),
         (["views", "--report", "nowhere"], "bench: got views and --report: either measure or report"),
         (["--limit", "0"], "--limit: got 0, expected seconds above 0"),
+        (["--limit", "nan"], "--limit: got nan, expected seconds above 0"),
         (["--device", "cuda"], "--device cuda: no GPU is visible to torch"),
     ],
 )
@@ -212,6 +216,40 @@ def test_a_record_goes_on_where_the_machine_has_grown(tmp_path: Path, monkeypatc
     assert record.machine == before.machine
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(machine={}), "KeyError: 'versions'"),
+        (lambda r: r["machine"].pop("kind"), "machine: expected kind, device and versions"),
+        (lambda r: r["parts"][0].update(name="a/b"), "got the name 'a/b'"),
+        (lambda r: r["parts"][0].update(started=None), "a part's name, command, commit, start or note is no text"),
+        (lambda r: r["parts"][0].update(after=None), "part part: before or after is no mapping"),
+        (lambda r: r["parts"][0]["results"][0].update(form=5), "got name, group and form 'test.ours.', 'g', 5"),
+        (lambda r: r["parts"][0]["results"][0].update(samples=[]), "no median for empty data"),
+        (lambda r: r["parts"][0]["results"][0].update(samples=[float("nan")]), "expected samples in seconds"),
+        (lambda r: r["parts"][0]["results"][0].update(samples=[0.0]), "expected samples in seconds"),
+        (lambda r: r["parts"][0]["results"][0].update(samples="12"), "TypeError"),
+        (lambda r: r["parts"][0]["results"][0].update(extra={"scenes": 0}), "scenes: got 0, expected a number above 0"),
+        (lambda r: r["parts"][0]["results"][0].update(extra={"ceiling": "copy"}), "a ceiling without its amount"),
+    ],
+)
+def test_damaged_records(tmp_path: Path, change: Any, message: str) -> None:
+    record_of(result("ours", [1.0])).write(tmp_path)
+    content = json.loads((tmp_path / FILE).read_text())
+    assert read_record(tmp_path).parts
+    change(content)
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{FILE}: not a record .*{message}"):
+        read_record(tmp_path)
+
+
+def test_what_cannot_be_written_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_run_file", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        runner.measure(["ema"], tmp_path / "file", device="cpu")
+
+
 def test_samples_survive(tmp_path: Path) -> None:
     record = record_of(result("ours", [0.1, 1e-7, 3.0], scenes=3, odd="[1, 2]"), name=tmp_path.name)
     record.write(tmp_path)
@@ -259,6 +297,9 @@ def test_report_of_several_records(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2 and "&lt;another&gt;" in page
     text = (tmp_path / "report.md").read_text()
     assert text == markdown(records) and "| g | ours | 1 s | 1 s |" in text and "a\\|b" in text
+    # Of one name, as from two checkouts: neither draws over the other's pictures.
+    page = write_report([replace(record, name="same") for record in records], tmp_path).read_text()
+    assert len(set(re.findall(r"data:image/png;base64,([^\"]+)", page))) == 2
 
 
 def test_the_stand_in() -> None:
