@@ -157,7 +157,7 @@ def hard_negatives(
         seed: of the predicates drawn, which depend on nothing else but the scene's key and the relation's position.
 
     Raises:
-        UserError: the split has no relation, or embeddings that are not finite.
+        UserError: the split has no relation, none that allows a negative, or embeddings that are not finite.
     """
     desc = f"hard negatives, {split}"
     features = embed_views(model, batches, ["relation"], desc=desc, show_progress=show_progress and world.leads)
@@ -166,6 +166,11 @@ def hard_negatives(
     asked = [question for own in world.gather(asked) for question in own]
     if not asked:
         raise UserError(f"the {split} split holds no relations: nothing to ask")
+    if not any(answers for _, answers in asked):
+        raise UserError(
+            f"none of the {len(asked)} relations of the {split} split allows a negative: swapped or with another "
+            "predicate of the vocabulary, each text is true of its image or not made of the vocabulary's objects"
+        )
     points: dict[tuple[Kind, str | None], list[float]] = defaultdict(list)
     without: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for predicate, answers in asked:

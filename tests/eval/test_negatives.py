@@ -114,6 +114,15 @@ def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
         hard_negatives(model, batches, vocabulary, show_progress=False)
 
 
+def test_no_relation_allows_a_negative(drawn: Drawn) -> None:
+    model, batches, _ = drawn(20, seed=0)
+    for batch in batches:
+        batch.relation_id.zero_()
+    vocabulary = Vocabulary([], ["cat"], ["cat on cat"])  # one predicate, and swapped it is the same
+    with pytest.raises(UserError, match=r"none of the \d+ relations of the test split allows a negative"):
+        hard_negatives(model, batches, vocabulary, show_progress=False)
+
+
 def test_no_relations(drawn: Drawn) -> None:
     model, _, vocabulary = drawn(4, seed=0)
     with pytest.raises(UserError, match="no relations"):
