@@ -293,9 +293,13 @@ def _check_values(level: _Level, where: str) -> None:
         scale = scale.item() if scale.device.type == "cpu" else 1.0
     elif scale > _LARGEST_SCALE:
         raise ValueError(f"{where}logit_scale: got {scale}, expected a factor that float32 can hold")
+    _check_numbers(scale, None if on_device else index, texts, where)
+
+
+def _check_numbers(scale: float, index: Tensor | None, texts: int, where: str) -> None:
     if scale <= 0:
         raise ValueError(f"{where}logit_scale: got {scale:g}, expected a positive factor (exp of the parameter)")
-    if index is not None and not on_device and len(index):
+    if index is not None and len(index):
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= texts:
             raise ValueError(f"{where}text_index: got values from {low} to {high}, expected 0 to {texts - 1}")
@@ -504,9 +508,13 @@ def contrastive_forward(
         if backend == "triton":
             return _triton().forward(image, text, scale, index, weight, normalize)
         n, u = [len(x) for x in image], [len(y) for y in text]
+        indices = _per_level(index, n)
+        if scale.device.type == "cpu":  # a compiled graph comes here with nothing looked at
+            for k, numbers in enumerate(zip(scale.tolist(), indices, u, strict=True)):
+                _check_numbers(*numbers, f"level {k}: " if len(n) > 1 else "")
         parts = [
             _LOOPED[backend].forward(*level, normalize)
-            for level in zip(image, text, scale, _per_level(index, n), _per_level(weight, u), strict=True)
+            for level in zip(image, text, scale, indices, _per_level(weight, u), strict=True)
         ]
     rows, columns, positives = (torch.cat(part) for part in zip(*parts, strict=True))
     return rows, columns, positives

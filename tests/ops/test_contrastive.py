@@ -442,6 +442,21 @@ def test_compile_without_graph_break_for_all_sizes(duplicates: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_loss_looks_at_values_too(backend: str) -> None:
+    torch._dynamo.reset()
+    image, text, _, _ = make(5, 3, 8, 1.0)
+    index = torch.tensor([0, 1, 2, 2, 2])
+    for how in ("aot_eager", "inductor"):
+        compiled = torch.compile(contrastive_loss, fullgraph=True, dynamic=True, backend=how)
+        for scale in (torch.tensor(-3.0), torch.tensor(0.0), -3.0):
+            with pytest.raises(ValueError, match=r"logit_scale: got (-3|0), expected a positive factor"):
+                compiled(image, text, scale, text_index=index, backend=backend)
+    # Compiled code may count from the end what the op refuses.
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=r"text_index: got values from -1 to 2|out of"):
+        compiled(image, text, torch.tensor(3.0), text_index=torch.tensor([-1, 1, 2, 2, 2]), backend=backend)
+
+
 def test_no_matrix_is_kept() -> None:
     """What autograd holds between the passes is the features and a few numbers per row."""
     image, text, scale, index = (t.clone() for t in make(300, 200, 8, 10.0))
