@@ -37,7 +37,7 @@ from scenarioclip_fast.train.sharding import shard
 from scenarioclip_fast.train.weights import load_initial_weights
 
 _FEW_KEYS = 10  # in a message
-_SKIPPED = "skipped.jsonl"
+_SKIPPED, _BAD_SAMPLES = "skipped.jsonl", "bad_samples.jsonl"
 _ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
 # Launchers pass on a signal that the system has sent to every process already: what comes so soon is the same call.
 _ECHO_S = 2.0
@@ -260,7 +260,7 @@ class Trainer:
             shard_cache_gib=data.shard_cache_gib,
             max_pixels=data.max_pixels,
             max_bad_fraction=data.max_bad_fraction,
-            bad_samples=self.run_dir / "bad_samples.jsonl",
+            bad_samples=self.run_dir / _BAD_SAMPLES,
         )
 
     def _make_model(self) -> ScenarioCLIP:
@@ -406,6 +406,11 @@ class Trainer:
                     self.progress.first_losses.append(row["loss"])
         if self._log is not None:
             self._log.write(rows)
+        if not self.progress.scenes:  # data.max_bad_fraction=1 has let it come so far
+            raise UserError(
+                f"{self.config.data.shards}: no scene of the train split can be used; {self.run_dir / _BAD_SAMPLES} "
+                "says why"
+            )
         if self.progress.skipped_in_row >= self.config.train.max_skipped:
             raise TrainingFailed(
                 f"{self.progress.skipped_in_row} steps in a row had a loss or a gradient that is not finite (the last: "

@@ -248,6 +248,7 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
         (("data.shards=/nowhere",), r"/nowhere"),
         (("data.batch_size=1000",), r"batch"),
         (("data.max_pixels=99",), r"cannot be used, .*too_large: \d+ x \d+ pixels, the limit is 99"),
+        (("data.max_pixels=99", "data.max_bad_fraction=1"), r"no scene .* can be used; .*bad_samples\.jsonl says why"),
         (("run.device=cuda:77",), r"run\.device"),
         (("run.device=abacus",), r"run\.device: got 'abacus'"),
         (("model.init=/nowhere",), r"model\.init: /nowhere does not exist"),
