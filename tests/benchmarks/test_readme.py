@@ -65,6 +65,27 @@ def test_a_missed_target_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         readme.record_readme(tmp_path)
 
 
+def test_what_is_asked_of_a_gpu_names_what_is_measured() -> None:
+    """Groups and forms as the benchmarks write them, so that the first record of a GPU has a verdict on each."""
+    import bench_contrastive
+    import bench_end_to_end
+    import bench_step
+
+    groups = [f"contrastive, forward + backward, {n} x {n} x 512, cuda" for n in bench_contrastive.ROWS["cuda"]]
+    groups += [f"contrastive, forward + backward, levels of {bench_contrastive.LEVELS} rows, width 512, cuda"]
+    groups += ["training step, vit-b-32, 128 scenes (random pixels), cuda", "end to end, whole loop, vit-b-32, x, cuda"]
+    forms = {*bench_contrastive.WAYS, "four bare products", *bench_step.GPU_WAYS}
+    forms |= {*bench_end_to_end.WAYS["vit-b-32 on a GPU"]}
+    results = [Result("t", group, form, [1.0], extra={"scenes": 1}) for group in groups for form in forms]
+    part = Part("all", "pytest", "c", "2026-01-01T08:00:00", 1.0, 0, {}, {}, results)
+    record = Record({"device": "a GPU", "kind": "cuda", "versions": {}}, [part], "here")
+    asked = [claim for claim in [*readme.GPU, *readme.GPU_ASKED] if claim.asked is not None]
+    assert len(asked) == 9
+    for claim in asked:
+        assert readme.find(claim, [record]) is not None, claim
+    assert readme.asked_and_measured(record).count("**missed**") == 7  # as fast as four products is enough
+
+
 def test_every_committed_record_is_whole() -> None:
     for path in readme.RECORDS.glob(f"*/{FILE}"):
         found = readme.read_record(path)
