@@ -264,7 +264,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, start: int) -> None:
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= start]
+    kept = []
+    for line in path.read_bytes().splitlines():
+        # a machine that went down may have left anything: no reason not to go on from a good checkpoint
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            if row["step"] <= start:
+                kept.append(row)
     temporary = path.with_suffix(".writing")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -43,6 +43,15 @@ def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
     assert [r["loss"] for r in rows] == [1.0] * 3 + [2.0] * 7
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 700, b"\xff\n", b'{"st\n', b"7\n{}\n"])
+def test_a_damaged_log_stops_no_resume(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps(row(step)).encode() + b"\n" for step in (1, 2, 3)]
+    path.write_bytes(good[0] + damage + b"\n" + good[1] + good[2])
+    MetricsLog(tmp_path, 2, 10, tensorboard=False, file=io.StringIO()).close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
 def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: Any) -> None:
         raise OSError(28, "No space left on device")
