@@ -18,10 +18,14 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: flo
         decay: 0 (copy) to 1 (stand still).
 
     Raises:
-        ValueError: lengths, shapes or devices that differ, or a decay outside [0, 1]; nothing is changed then.
+        ValueError, TypeError: lengths, shapes or devices that differ, what is no list of float tensors, or a decay
+            outside [0, 1]; nothing is changed then.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: got {decay}, expected 0 to 1")
+    for name, given in (("teacher", teacher), ("student", student)):
+        if isinstance(given, Tensor) or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(f"{name}: got {type(given).__name__}, expected a list of tensors and nothing else")
     if len(teacher) != len(student):
         raise ValueError(f"got {len(teacher)} teacher and {len(student)} student tensors, expected as many of each")
     for i, (mine, theirs) in enumerate(zip(teacher, student, strict=True)):
@@ -30,8 +34,9 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: flo
                 f"tensor {i}: got a teacher of {list(mine.shape)} on {mine.device} and a student of "
                 f"{list(theirs.shape)} on {theirs.device}, expected the same"
             )
-        if not mine.is_floating_point():
-            raise ValueError(f"tensor {i}: got {mine.dtype}, expected floats (an integer cannot move by a fraction)")
+        for x in (mine, theirs):
+            if not x.is_floating_point():
+                raise ValueError(f"tensor {i}: got {x.dtype}, expected floats (an integer cannot move by a fraction)")
     if not teacher:
         return
     followed = [theirs.detach().to(mine.dtype) for mine, theirs in zip(teacher, student, strict=True)]

@@ -287,7 +287,7 @@ def test_export_is_read_by_transformers(clip: Any, tmp_path: Path) -> None:
             value, (12,), rest[f"{kind}.out_norm.weight"], rest[f"{kind}.out_norm.bias"]
         )
         torch.testing.assert_close(got, value, rtol=2e-4, atol=2e-4)  # as above
-    with pytest.raises(UserError, match=r"vision.stem: got 'conv', expected 'linear'"):
+    with pytest.raises(UserError, match=r"vision.stem: got 'conv'.* 'linear'"):
         export_hf(small("conv"), tmp_path / "no")
 
 
@@ -454,6 +454,9 @@ def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
     spoil(vision_model__encoder__layers__0__mlp__gate__weight=torch.zeros(7))
     with pytest.raises(UserError, match=r"vision encoder, encoder.layers.0.mlp.gate.weight: CLIP has no such tensor"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
+    # Older versions of transformers wrote these constants too.
+    spoil(**{f"{kind}_model__embeddings__position_ids": torch.arange(5)[None] for kind in ("vision", "text")})
+    ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     # Tensors of other architectures are never left out in silence.
     for name, message in (
         ("vision_model__adapter__weight", "vision encoder, unexpected adapter.weight: CLIP has"),

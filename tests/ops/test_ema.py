@@ -59,11 +59,14 @@ def test_parameters_are_moved_without_a_graph() -> None:
             0.5,
             "tensor 1: got torch.int32",
         ),
+        ([torch.zeros(2)], [torch.ones(2).to(torch.complex64)], 0.5, "tensor 0: got torch.complex64"),
+        ([torch.zeros(2)], [2.0], 0.5, "student: got list, expected a list of tensors and nothing else"),
+        (torch.zeros(2), [torch.ones(2)] * 2, 0.5, "teacher: got Tensor, expected a list of tensors"),
     ],
 )
 def test_bad_input_changes_nothing(
     teacher: list[torch.Tensor], student: list[torch.Tensor], decay: float, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ema_update_(teacher, student, decay)
     assert all((t == 0).all() for t in teacher)
