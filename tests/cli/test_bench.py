@@ -268,6 +268,13 @@ def test_forms_are_compared_by_what_they_did() -> None:
     ]
 
 
+def test_errors_stand_in_the_table() -> None:
+    """Also of rivals that do not differentiate everything."""
+    errors = {"error of loss": 1e-7, "error of d image": 3e-7, "error of d scale": "not computed"}
+    ((*_, also),) = part_table(record_of(result("memeff", [1.0], **errors)).parts[0]).rows
+    assert "3.0e-07" in also and "error of d scale not computed" in also
+
+
 def test_no_ratio_without_ours() -> None:
     assert [row[5] for row in part_table(record_of(result("a", [1.0]), result("b", [2.0])).parts[0]).rows] == ["", ""]
 
