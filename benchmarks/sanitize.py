@@ -1,17 +1,20 @@
-"""Every CUDA kernel once, forward and backward, on inputs small enough for compute-sanitizer.
+"""Every kernel once, forward and backward, on inputs small enough for compute-sanitizer.
 
-Run: compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py    (and --tool racecheck)
+Run: compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py cuda triton
+     compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py cuda
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from scenarioclip_fast.data import Views, generate_scenes
-from scenarioclip_fast.ops import distillation_loss, focused_region, render_views
+from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
 
 
-def main() -> None:
+def cuda() -> None:
     scenes = list(generate_scenes(3, seed=0))
     images = [scene.image.cuda() for scene in scenes]  # type: ignore[union-attr]
     for object_view in ("masked", "crop"):
@@ -22,18 +25,39 @@ def main() -> None:
     masks = [o.mask.cuda() for o in first.objects[:2]]  # type: ignore[union-attr]
     focused_region(images[0], *masks, backend="cuda")
 
+    distillation("cuda")
+    torch.cuda.synchronize()
+    print("cuda: done")
+
+
+def distillation(backend: str) -> None:
     student = torch.randn(37, 123, device="cuda", requires_grad=True)
     temperature = torch.tensor(0.07, device="cuda", requires_grad=True)
     index = torch.arange(37, device="cuda")
     weight = torch.full((37,), 0.1, device="cuda")
     teacher = torch.randn(5, 123, device="cuda")
     loss = distillation_loss(
-        student, teacher, index, index % 5, weight, student_temperature=temperature, backend="cuda"
+        student, teacher, index, index % 5, weight, student_temperature=temperature, backend=backend
     )
     loss.backward()
+
+
+def triton() -> None:
+    """Shared launches, and a level alone by blocks; texts given and on the diagonal, sizes that fit no tile."""
+    for rows, texts in ((137, 70), (137, 137), (4500, 4300)):
+        image, text = (
+            torch.randn(n, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)
+        )
+        scale = torch.tensor(14.3, device="cuda", requires_grad=True)
+        index = None if rows == texts else torch.randint(texts, (rows,), device="cuda")
+        contrastive_loss(image, text, scale, text_index=index, backend="triton").backward()
+        torch.cuda.synchronize()
+        print(f"triton, {rows} x {texts}: done")
+    distillation("triton")
     torch.cuda.synchronize()
-    print("done")
+    print("triton: done")
 
 
 if __name__ == "__main__":
-    main()
+    for part in sys.argv[1:] or ["cuda", "triton"]:
+        {"cuda": cuda, "triton": triton}[part]()

@@ -53,6 +53,7 @@ def forward(
     normalize: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
     x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    scale = torch.where(scale > 0, scale, torch.nan)  # on a GPU nobody has looked at it
     logits = ((scale.to(x.dtype) * x) @ y.T).to(sums_dtype(x.device))
     weighted = logits if weight is None else logits + weight.to(logits.dtype).log()
     positive = logits.diagonal() if index is None else logits.gather(1, index[:, None])[:, 0]

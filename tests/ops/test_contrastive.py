@@ -593,6 +593,23 @@ print(loss.item())
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_scale_that_is_not_positive_on_a_gpu(backend: str) -> None:
+    image, text, _, index = (t.cuda() for t in make(70, 30, 16, 20.0))
+    for scale in (0.0, -1.0):
+        on_device = torch.tensor(scale, device="cuda")
+        assert contrastive_loss(image, text, on_device, text_index=index, backend=backend).isnan()
+
+
+def test_the_reference_of_a_scale_that_is_not_positive() -> None:
+    """As for one on a GPU, which nothing looks at."""
+    for scale in (0.0, -1.0):
+        for sums in reference.forward(X, Y, torch.tensor(scale)):
+            assert sums.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [(128, 700, 350), (5000,)])
 def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
     """Both passes are captured, and a replay on other features gives what they give."""
