@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from html import escape
@@ -23,10 +24,11 @@ p.lead { color: #55606c; margin: 0 0 1.4rem; }
 section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; padding: 1.2rem 1.4rem;
           margin: 0 0 1.2rem; }
 img { max-width: 100%; height: auto; display: block; }
+.scroll + img { margin-top: 1rem; }
 table { border-collapse: collapse; min-width: 55%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
-th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; white-space: nowrap; }
-td.n, th.n { text-align: right; } td small { color: #8a939e; }
+th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; }
 p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
 .scroll { overflow-x: auto; }
 summary { cursor: pointer; } summary h2 { display: inline; }
@@ -134,7 +136,8 @@ def _card(section: Section) -> str:
     if section.rows:
         columns = len(section.rows[0])
         # names are read from the left, numbers compared at the right edge
-        numeric = [2 * sum(_is_number(row[i]) for row in section.rows) > len(section.rows) for i in range(columns)]
+        filled = [[row[i] for row in section.rows if row[i]] for i in range(columns)]
+        numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
         parts.append('<div class="scroll"><table>')
         if section.head:
             parts.append(_row("th", section.head, numeric))
@@ -145,14 +148,15 @@ def _card(section: Section) -> str:
         data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
     if section.note:
-        parts.append(f'<p class="note">{escape(section.note)}</p>')
+        note = re.sub("`([^`]+)`", r"<code>\1</code>", escape(section.note))
+        parts.append(f'<p class="note">{note}</p>')
     if section.folded:
         parts.append("</details>")
     return "<section>" + "\n".join(parts) + "</section>"
 
 
 def _is_number(cell: str) -> bool:
-    return cell.removeprefix("-")[:1].isdigit()
+    return cell.removeprefix("-")[:1].isdigit() and ";" not in cell  # several values are read like a text
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:

@@ -28,6 +28,9 @@ from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
 _NONE = "\u2013"
+_PROBE = "Linear probe"
+_PROBE_CHANCE = "Chance here: always naming the most frequent classes of the train split."
+_BEST = "Bold: the best."
 Shares = dict[str, tuple[float, float]]  # what is measured -> its share in [0, 1], and that of chance
 
 
@@ -117,7 +120,9 @@ def compare_runs(runs: Sequence[Run], pictures: Path, title: str, lead: str = ""
             _compare_results(report, results, pictures / f"{stem}.png")
     for kind in dict.fromkeys(kind for run in runs for kind in run.others):
         head, rows = share_table({run.name: run.others[kind] for run in runs if kind in run.others})
-        report.sections.append(Section(kind, head, rows, strong=_strong(rows)))
+        strong = _strong(rows)
+        notes = [_PROBE_CHANCE] * kind.startswith(_PROBE) + [_BEST] * bool(strong)
+        report.sections.append(Section(kind, head, rows, note=" ".join(notes), strong=strong))
     if kinds := dict.fromkeys(kind for run in runs for kind in run.left_out):
         rows = [[kind, *(f"{run.left_out.get(kind, 0):,}" for run in runs)] for kind in kinds]
         note = "Scenes that could not be read, decoded or understood; the evaluations are of the others."
@@ -215,8 +220,9 @@ def _compare_results(report: Report, results: Mapping[str, ZeroShotResult], pict
             head, rows = accuracy_table(results, match, subsets)
             if rows:
                 kind = f"{title}, {rule}" if "all" in subsets else f"{title}, {rule}: texts seen and held out"
+                strong = _strong(rows)
                 report.sections.append(
-                    Section(kind, head, rows, note="Bold: the best.", strong=_strong(rows), folded="all" not in subsets)
+                    Section(kind, head, rows, note=_BEST * bool(strong), strong=strong, folded="all" not in subsets)
                 )
 
 
@@ -302,7 +308,7 @@ def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:
         found = {
             f"{TASKS[row['level']]}, top-{k}": (row["top"][k], row["baseline"][k]) for row in rows for k in row["top"]
         }
-        return "Linear probe", found
+        return _PROBE, found
     if "questions" in rows[0]:
         return "Hard negatives", {KINDS[row["kind"]]: (row["accuracy"], CHANCE) for row in rows}
     return None

@@ -104,3 +104,13 @@ def test_matplotlib_is_loaded_only_to_draw() -> None:
         "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tables_fit_the_page(tmp_path: Path) -> None:
+    """What is compared stands at the right edge, blanks or not, and stays on one line; texts and lists may wrap."""
+    rows = [["a", "", "1.0 ms; 2 %"], ["b", "", "3.0 ms; 4 %"], ["c", "1.5 x", "5 ms"]]
+    section = Section("S", ["form", "against", "also"], rows, note="run `pytest -m x` & wait")
+    page = Report("R", sections=[section]).write(tmp_path / "report.html").read_text("utf-8")
+    assert '<th>form</th><th class="n">against</th><th>also</th>' in page
+    assert '<td class="n">1.5 x</td><td>5 ms</td>' in page
+    assert "run <code>pytest -m x</code> &amp; wait" in page
