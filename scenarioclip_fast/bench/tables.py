@@ -82,7 +82,12 @@ def part_table(part: Part) -> Table:
             rates = [f"{digits(r.extra[n] / r.median)} {n}/s" for n in ("scenes", "views") if n in r.extra]
             if kind := r.extra.get("ceiling"):
                 rates.append(_rate(kind, r.extra["bytes" if kind == "copy" else "operations"] / r.median))
-            rest = [f"{k.replace('_', ' ')} {_value(v)}" for k, v in r.extra.items() if k not in _SHOWN]
+            # A rival says "not computed" of what it does not differentiate.
+            errors = {k: v for k, v in r.extra.items() if k.startswith("error of ") and isinstance(v, float)}
+            rest = [f"largest error {_value(max(errors.values()))}"] if errors else []
+            rest += [
+                f"{k.replace('_', ' ')} {_value(v)}" for k, v in r.extra.items() if k not in _SHOWN | errors.keys()
+            ]
             place = f"{group} (a {unit})" if i == 0 else ""
             row = [place, r.form, seconds(r.per(unit)), f"{low} to {high}", str(len(r.samples)), ratio]
             rows.append([*row, "; ".join(rates + rest)])
@@ -193,7 +198,11 @@ def _place(device: str, threads: int) -> str:
 def facts(record: Record) -> dict[str, str]:
     """What was measured on what."""
     machine = record.machine
-    out = {key.replace("_", " "): str(value) for key, value in machine.items() if key not in ("versions", "kind")}
+    out = {
+        key.replace("_gib", ", GiB").replace("_", " "): str(value)
+        for key, value in machine.items()
+        if key not in ("versions", "kind")
+    }
     out["versions"] = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     out["commits"] = ", ".join(dict.fromkeys(part.commit for part in record.parts))
     out["measured"] = ", ".join(dict.fromkeys(part.started[:10] for part in record.parts))
