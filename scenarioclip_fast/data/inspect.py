@@ -26,6 +26,7 @@ from scenarioclip_fast.requirements import require
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"
 MOST_SCENES = 40  # on a sheet: Matplotlib's layout takes time with the square of them
+MOST_PIXELS = 1024  # the side of a view: far more than the sheet shows
 # The kernel's 0 to 1 as Matplotlib wants it: no normalisation to undo.
 _PLAIN: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -124,6 +125,8 @@ def draw_histograms(census: Census, out: Path) -> None:
         axis.tick_params(labelsize=8)
     for axis in axes[:2]:
         axis.xaxis.get_major_locator().set_params(integer=True)  # half a relation is none
+    for axis in axes:
+        axis.yaxis.get_major_locator().set_params(integer=True)
     axes[2].set_xscale("log")
     total = max(sum(census.objects), 1)
     figure.suptitle(
@@ -159,7 +162,7 @@ def draw_sheet(
     for i, (scene, image, row) in enumerate(zip(scenes, images, rows, strict=True)):
         left, right = row.subfigures(1, 2, width_ratios=[3, 1.9 * (1 + most)])
         overview = left.subplots()
-        _draw_overview(overview, scene, image)
+        _draw_overview(overview, scene, image, most)
         grid = right.subplots(2, 1 + most, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
@@ -173,7 +176,7 @@ def draw_sheet(
     figure.savefig(out, dpi=110)
 
 
-def _draw_overview(axis: Any, scene: Scene, image: Tensor) -> None:
+def _draw_overview(axis: Any, scene: Scene, image: Tensor, most: int) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
@@ -183,16 +186,24 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor) -> None:
             mask = rle.decode(entry.mask) if isinstance(entry.mask, dict) else entry.mask.cpu()
             picture[mask] = 0.55 * picture[mask] + 0.45 * torch.tensor(to_rgb(COLOURS[k % len(COLOURS)]))
     axis.imshow(picture.numpy())
+    height, width = image.shape[:2]
     for k, entry in enumerate(scene.objects):
         colour = COLOURS[k % len(COLOURS)]
         x1, y1, x2, y2 = entry.box
         axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-        axis.text(x1, y1, entry.name, color="white", fontsize=6, va="bottom", bbox=label, clip_on=True)
+        # above its box, inside at the upper edge; growing to the left in the right half: never cut off
+        inside, leftwards = y1 < 0.06 * height, x1 + x2 > width
+        x, edge = (x2 - 1, "right") if leftwards else (x1, "left")
+        below = "top" if inside else "bottom"
+        name = entry.name.replace("$", r"\$")
+        axis.text(x, y1, name, color="white", fontsize=6, ha=edge, va=below, bbox=label, clip_on=True)
     axis.set_axis_off()
-    height, width = image.shape[:2]
     axis.set_title(f"{scene.key}: {_wrapped(scene.action, 36)}", fontsize=9, loc="left")
-    axis.text(0, -0.02, f"{width} x {height}", transform=axis.transAxes, fontsize=7, color=GREY, va="top")
+    counts = [(len(scene.objects), most, "objects"), (len(scene.relations), most + 1, "relations")]
+    fewer = [f"views of {shown} of {total} {what}" for total, shown, what in counts if total > shown]
+    note = "; ".join([f"{width} x {height}", *fewer])
+    axis.text(0, -0.02, note, transform=axis.transAxes, fontsize=7, color=GREY, va="top")
 
 
 def _draw_view(axis: Any, picture: Tensor, text: str, colour: str) -> None:
@@ -226,11 +237,15 @@ def inspect_shards(
         raise UserError(f"scenes: got {scenes}, expected 1 to {MOST_SCENES} on one sheet; another seed shows others")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
+    if not 1 <= size <= MOST_PIXELS:
+        raise UserError(f"size: got {size}, expected 1 to {MOST_PIXELS} pixels")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a directory for the pictures")
     shards = ShardSet(directory, split)
     census = take_census(read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting")))
     if census.scenes == 0:
         raise UserError(f"{directory}: split {split!r} has no usable scene ({dict(census.bad) or 'it is empty'})")
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     draw_histograms(census, out / "histograms.png")
     decoder = make_decoder("auto", "cpu")

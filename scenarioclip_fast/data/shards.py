@@ -74,7 +74,10 @@ class ShardSet:
             raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected a number of at least 0")
         self.is_remote = is_url(source)
         if not self.is_remote and not Path(source).is_dir():
-            raise UserError(f"{source}: no such directory; `scenarioclip-fast pack SOURCE --out DIR` makes one")
+            problem = "is a file" if Path(source).exists() else "no such directory"
+            raise UserError(
+                f"{source}: {problem}; `scenarioclip-fast pack SOURCE --out DIR` makes a directory of shards"
+            )
         self._cache = (Path(shard_cache_dir or default_cache_dir()), int(shard_cache_gib * 2**30))
         store = Store(self.source) if self.is_remote else None
         self.manifest = self._read_json("manifest.json", store)

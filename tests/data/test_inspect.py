@@ -84,7 +84,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("flag", "value", "message"), [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0")])
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0"), ("--size", "1000000", "1 to 1024")],
+)
 def test_command_with_numbers_out_of_range(
     flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,3 +98,11 @@ def test_command_with_numbers_out_of_range(
 def test_command_without_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_command_with_a_file_in_place_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["inspect", str(tmp_path / "file"), "--out", str(tmp_path / "out")]) == 2
+    assert "file: is a file; `scenarioclip-fast pack" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file; name a directory for the pictures" in capsys.readouterr().err
