@@ -231,7 +231,10 @@ def export_hf(model: ScenarioCLIP, directory: str | Path, level: str = "global")
         raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
     config = model.config
     if config.vision.stem != "linear":
-        raise UserError(f"vision.stem: got {config.vision.stem!r}, expected 'linear': CLIPModel has no other stem")
+        raise UserError(
+            f"vision.stem: got {config.vision.stem!r}, but CLIPModel has no stem other than 'linear': export as "
+            "safetensors, or train with model.vision.stem=linear"
+        )
     safetensors = require("safetensors.torch")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -557,7 +560,8 @@ def _checked(read: Callable[[], Any], path: Path) -> Any:
             f"{path}: refused: it holds more than tensors and plain values, and reading it could run code ({reason}); "
             "save its state_dict alone, best as safetensors"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
+        # what is no pickle at all ends in any of these
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path}: refused: a TorchScript archive (as OpenAI's own files are), and reading it could run code; "

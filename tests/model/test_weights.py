@@ -425,6 +425,9 @@ def test_pickles_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(UserError, match=r"clip.pt: "):
         ScenarioCLIP.from_clip(path)
+    path.write_text("export PATH=/bin")  # no pickle: the reader falls over its own feet
+    with pytest.raises(UserError, match=r"clip.pt: not a readable checkpoint"):
+        ScenarioCLIP.from_clip(path)
 
 
 def test_a_refusal_does_not_say_how_to_run_the_code(tmp_path: Path) -> None:
