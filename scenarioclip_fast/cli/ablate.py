@@ -40,9 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="one of your own: what makes it differ from full; may be given several times",
     )
     parser.add_argument(
-        "--split", default="test", choices=("train", "val", "test"), help="to evaluate on (default test)"
+        "--split", default="test", choices=("train", "val", "test"), help="to evaluate on (default: test)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the evaluation (default 64)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the evaluation (default: 64)")
 
 
 def run(args: argparse.Namespace) -> int:

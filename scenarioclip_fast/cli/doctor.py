@@ -7,7 +7,12 @@ import argparse
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    subparsers.add_parser("doctor", help="what works here, and why not")
+    subparsers.add_parser(
+        "doctor",
+        help="what works here, and why not",
+        description="Versions, devices, compiled parts, and the backends that each op has here, with the reason for "
+        "each that it has not.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,11 +18,17 @@ _Finish = Callable[[], Any]
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command and its kinds of evaluation."""
-    parser = subparsers.add_parser("eval", help="evaluate a trained model; under torchrun on many GPUs")
+    parser = subparsers.add_parser(
+        "eval",
+        help="evaluate a trained model; under torchrun on many GPUs",
+        description="Prints a table with the level of chance beside each share. `eval KIND --help` lists the options.",
+    )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=type(parser))
     common = _common()
     topk = argparse.ArgumentParser(add_help=False)
-    topk.add_argument("--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="default: 1 5 10")
+    topk.add_argument(
+        "--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="ranks that count (default: 1 5 10)"
+    )
     cached = argparse.ArgumentParser(add_help=False)
     cached.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings here, and take them from here")
 
@@ -52,9 +58,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Trains one linear layer per task on the train split, chooses its moment on the val split where "
         "there is one, and reports on --split.",
     )
-    probe.add_argument("--steps", type=int, default=1000, metavar="N", help="default: 1000")
+    probe.add_argument("--steps", type=int, default=1000, metavar="N", help="of each probe's training (default: 1000)")
     probe.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
-    probe.add_argument("--lr", type=float, default=3e-3, help="default: 3e-3, falling to 0 along a cosine")
+    probe.add_argument(
+        "--lr", type=float, default=3e-3, metavar="RATE", help="default: 3e-3, falling to 0 along a cosine"
+    )
     probe.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="probes per task, whose mean counts (default: 3)"
     )
@@ -67,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     tsne.add_argument("--level", choices=("global", "object", "relation"), default="object", help="default: object")
     tsne.add_argument("--classes", type=int, default=20, metavar="N", help="the most frequent ones (default: 20)")
     tsne.add_argument("--views", type=int, default=2000, metavar="N", help="at most so many (default: 2000)")
-    tsne.add_argument("--seed", type=int, default=0, help="of the layout (default: 0)")
+    tsne.add_argument("--seed", type=int, default=0, metavar="N", help="of the layout (default: 0)")
     negatives = kinds.add_parser(
         "negatives",
         parents=[common],
@@ -75,7 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="How often a relation's view prefers its text to one with subject and object swapped, and to one "
         "with another predicate. Guessing scores 50 %.",
     )
-    negatives.add_argument("--seed", type=int, default=0, help="of the predicates drawn (default: 0)")
+    negatives.add_argument("--seed", type=int, default=0, metavar="N", help="of the predicates drawn (default: 0)")
 
 
 def _common() -> argparse.ArgumentParser:
@@ -83,7 +91,7 @@ def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
     parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
-    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),

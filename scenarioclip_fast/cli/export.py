@@ -8,7 +8,11 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("export", help="write weights for other programs")
+    parser = subparsers.add_parser(
+        "export",
+        help="write weights for other programs",
+        description="Writes a trained model's weights (the student's) in a form that others load.",
+    )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory, or RUN/model")
     parser.add_argument(
         "--to",

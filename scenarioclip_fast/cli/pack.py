@@ -33,9 +33,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--format", choices=("auto", "published", "webdataset"), default="auto", help="of SOURCE (default: look)"
     )
-    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default 1000)")
-    parser.add_argument("--val", type=float, default=0.1, help="share of val among scenes of no split (default 0.1)")
-    parser.add_argument("--test", type=float, default=0.2, help="share of test among scenes of no split (default 0.2)")
+    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
+    parser.add_argument(
+        "--val", type=float, default=0.1, metavar="SHARE", help="of val among scenes of no split (default: 0.1)"
+    )
+    parser.add_argument(
+        "--test", type=float, default=0.2, metavar="SHARE", help="of test among scenes of no split (default: 0.2)"
+    )
     parser.add_argument(
         "--split",
         choices=("given", "hash"),
@@ -46,9 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-pixels",
         type=int,
         metavar="N",
-        help="larger images are rejected by their header (default 67108864; for training, see data.max_pixels)",
+        help="larger images are rejected by their header (default: 67108864; for training, see data.max_pixels)",
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one, or all cores for a large data set)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one, or all cores for a large data set)"
+    )
     parser.add_argument("--force", action="store_true", help="write beside other things; pack even what is up to date")
 
 

@@ -8,13 +8,23 @@ from pathlib import Path
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command."""
-    parser = subparsers.add_parser("scenes", help="draw synthetic scenes in the published layout")
+    parser = subparsers.add_parser(
+        "scenes",
+        help="draw synthetic scenes in the published layout",
+        description="Draws scenes with exact boxes, masks and relations, in the layout that `pack` reads.",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
-    parser.add_argument("-n", type=int, default=2500, metavar="N", help="number of scenes (default 2500)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
-    parser.add_argument("--val", type=float, default=0.05, help="share of the val split (default 0.05)")
-    parser.add_argument("--test", type=float, default=0.15, help="share of the test split (default 0.15)")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("-n", type=int, default=2500, metavar="N", help="number of scenes (default: 2500)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same scenes (default: 0)"
+    )
+    parser.add_argument(
+        "--val", type=float, default=0.05, metavar="SHARE", help="share of the val split (default: 0.05)"
+    )
+    parser.add_argument(
+        "--test", type=float, default=0.15, metavar="SHARE", help="share of the test split (default: 0.15)"
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,5 +33,5 @@ def run(args: argparse.Namespace) -> int:
 
     counts = draw_reference_layout(args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers)
     for name, scenes in counts.items():
-        print(f"{args.out / name}: {scenes} scenes")
+        print(f"{args.out / name}: {scenes} scene{'s' * (scenes != 1)}")
     return 0
