@@ -58,4 +58,6 @@ def main(out: Path, count: int = 64, steps: int = 30) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/train_on_your_own_scenes.py OUT_DIR")
     main(Path(sys.argv[1]))
