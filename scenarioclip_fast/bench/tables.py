@@ -96,7 +96,11 @@ def part_table(part: Part) -> Table:
 
 
 def _value(value: Any) -> str:
-    return (digits(value) if 1e-3 <= abs(value) < 1e9 else f"{value:.1e}") if isinstance(value, float) else str(value)
+    return (
+        (digits(value) if value == 0 or 1e-3 <= abs(value) < 1e9 else f"{value:.1e}")
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _about(part: Part) -> str:
