@@ -28,13 +28,15 @@ def run(args: argparse.Namespace) -> int:
     """Exports, and prints what was written."""
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
     from scenarioclip_fast.model import LEVELS, export_hf
+    from scenarioclip_fast.model.weights import CLIP_START_SCALE
 
-    model = open_checkpoint(args.checkpoint).model
+    trained = open_checkpoint(args.checkpoint)
+    model, scales = trained.model, trained.scales
     if args.to == "safetensors":
-        model.save_pretrained(args.out)
+        model.save_pretrained(args.out, scales)
         print(f"wrote {args.out / 'model.safetensors'}")
         return 0
     for level in LEVELS:
-        export_hf(model, args.out / level, level)
+        export_hf(model, args.out / level, level, scales.get(level, CLIP_START_SCALE))
         print(f"wrote {args.out / level}: CLIPModel, and the head behind it in projection.safetensors")
     return 0

@@ -10,6 +10,7 @@ import torch
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.model.weights import read_scales
 from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 
@@ -21,6 +22,7 @@ class Trained:
     directory: Path
     files: tuple[Path, ...]
     data: DataSection = field(default_factory=DataSection)
+    scales: dict[str, float] = field(default_factory=dict)  # factors of the cosines, as far as they are known
 
 
 def open_checkpoint(
@@ -48,7 +50,7 @@ def open_checkpoint(
 
         files.append(directory / "teacher.safetensors")
         load_teacher(model, files[-1])
-    return Trained(model.to(device).eval(), directory, tuple(files), data)
+    return Trained(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -231,11 +231,11 @@ class ScenarioCLIP(nn.Module):
 
         return weights.from_pretrained(directory)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `model.safetensors` and `config.json` into `directory`."""
+    def save_pretrained(self, directory: str | Path, scales: Mapping[str, float] | None = None) -> None:
+        """Writes `model.safetensors` and `config.json` into `directory`: see `weights.save_pretrained`."""
         from scenarioclip_fast.model import weights
 
-        weights.save_pretrained(self, directory)
+        weights.save_pretrained(self, directory, scales)
 
     def _vision(self, level: str) -> VisionEncoder:
         return cast(VisionEncoder, self.vision[level])

@@ -22,9 +22,11 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import Activation, FreezeConfig, ModelConfig, TextConfig, Variant, VisionConfig
 from scenarioclip_fast.model.scenarioclip import ScenarioCLIP
 from scenarioclip_fast.model.tokens import LEVELS
+from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
+CLIP_START_SCALE = 1 / 0.07  # the factor of the cosines that CLIP starts from
 State = dict[str, Tensor]
 _INDEX = ".index.json"  # of a checkpoint in several files
 
@@ -77,14 +79,17 @@ _OPEN_CLIP = {
 }
 
 
-def save_pretrained(model: ScenarioCLIP, directory: str | Path) -> None:
-    """Writes `model.safetensors`, every parameter once, and `config.json` into `directory`."""
+def save_pretrained(model: ScenarioCLIP, directory: str | Path, scales: Mapping[str, float] | None = None) -> None:
+    """Writes `model.safetensors`, every parameter once, and `config.json` into `directory`.
+
+    scales: of each level, the factor of the cosines that its loss has learnt; kept in config.json for exports.
+    """
     safetensors = require("safetensors.torch")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     safetensors.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    record = {"schema": SCHEMA, "model": model.config.to_dict()}
+    record = {"schema": SCHEMA, "model": model.config.to_dict(), "scales": dict(scales or {})}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
@@ -101,6 +106,15 @@ def from_pretrained(directory: str | Path) -> ScenarioCLIP:
     path = directory / "model.safetensors"
     _load(model, _read_state(path), path)
     return model
+
+
+def read_scales(directory: str | Path) -> dict[str, float]:
+    """The `scales` that `save_pretrained` was given: empty if none."""
+    path = Path(directory) / "config.json"
+    scales = _read_json(path).get("scales", {})
+    if not isinstance(scales, dict) or any(type(v) is not float or v <= 0 for v in scales.values()):
+        raise UserError(f"{path}: scales: got {scales!r}, expected a factor above 0 for each level")
+    return scales
 
 
 def from_clip(
@@ -220,8 +234,13 @@ def from_reference(
     return model
 
 
-def export_hf(model: ScenarioCLIP, directory: str | Path, level: str = "global") -> None:
-    """Writes one level as a Hugging Face CLIPModel: config.json and model.safetensors, read by `transformers`.
+def export_hf(
+    model: ScenarioCLIP, directory: str | Path, level: str = "global", scale: float = CLIP_START_SCALE
+) -> None:
+    """Writes one level as a Hugging Face CLIPModel: config.json and model.safetensors, read by `transformers`, and
+    preprocessor_config.json for images. Texts are tokenized as for any CLIP.
+
+    scale: the factor of the cosines that the level's loss has learnt.
 
     CLIPModel has neither the projections' biases nor the layernorms behind them. They go into `projection.safetensors`
     (`{vision,text}.{projection.bias,out_norm.weight,out_norm.bias}`), to be applied to `image_embeds` and `text_embeds`
@@ -238,7 +257,7 @@ def export_hf(model: ScenarioCLIP, directory: str | Path, level: str = "global")
     safetensors = require("safetensors.torch")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state: State = {"logit_scale": torch.tensor(2.6592600)}  # ln(1/0.07), which CLIP starts from
+    state: State = {"logit_scale": torch.tensor(scale).log()}
     rest: State = {}
     for kind, projection in (("vision", "visual_projection"), ("text", "text_projection")):
         encoder = {k: v.detach() for k, v in getattr(model, kind)[level].state_dict().items()}
@@ -280,7 +299,23 @@ def export_hf(model: ScenarioCLIP, directory: str | Path, level: str = "global")
     }
     safetensors.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     safetensors.save_file(rest, directory / "projection.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    size = config.vision.image_size
+    images = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    for name, content in (("config.json", record), ("preprocessor_config.json", images)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def _hf_sizes(config: VisionConfig | TextConfig) -> dict[str, Any]:

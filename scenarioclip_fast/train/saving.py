@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scenarioclip_fast.data import SceneLoader, Vocabulary
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
 from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.requirements import require
@@ -78,7 +79,7 @@ class RunState:
     """All that a run goes on from."""
 
     model: ScenarioCLIP
-    loss: nn.Module
+    loss: ScenarioLoss
     teacher: EMATeacher | None
     optimizer: Optimizer
     loader: SceneLoader
@@ -281,7 +282,9 @@ class Saver:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                model.save_pretrained(temporary)
+                contrastive = self.state.loss.contrastive
+                scales = {level: s.item() for level, s in zip(contrastive.levels, contrastive.scales, strict=True)}
+                model.save_pretrained(temporary, scales)
                 vocabulary.save(temporary / "vocabulary.json")
                 self.config.save(temporary / "config.yaml")
                 if averages is not None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.model.weights import read_scales
+from scenarioclip_fast.ops.views import CLIP_STD, render_views
+
+Image = pytest.importorskip("PIL.Image")
+
+
+SCALES = {"global": 20.0, "object": 40.0, "relation": 80.0}
 
 
 def trained(path: Path) -> ScenarioCLIP:
@@ -23,7 +31,7 @@ def trained(path: Path) -> ScenarioCLIP:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    model.save_pretrained(path)
+    model.save_pretrained(path, SCALES)
     return model
 
 
@@ -35,6 +43,7 @@ def test_each_level_becomes_a_clip_of_transformers(tmp_path: Path, capsys: pytes
     pixels = torch.randn(2, 3, 16, 16)
     for level in ("global", "object", "relation"):
         clip = transformers.CLIPModel.from_pretrained(tmp_path / "hf" / level).eval()
+        assert clip.logit_scale.exp().item() == pytest.approx(SCALES[level], rel=1e-6)  # a float32 logarithm
         head = model.vision[level].head
         with torch.no_grad():
             pooled = clip.vision_model(pixels).pooler_output
@@ -43,11 +52,24 @@ def test_each_level_becomes_a_clip_of_transformers(tmp_path: Path, capsys: pytes
             torch.testing.assert_close(got, model.encode_image(pixels, level), rtol=2e-4, atol=2e-4)
 
 
+def test_images_are_prepared_as_scenes_are(tmp_path: Path) -> None:
+    """transformers' reading of what is exported against the scene's view; a byte apart, as resampling rounds."""
+    transformers = pytest.importorskip("transformers")
+    trained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    scene = next(iter(generate_scenes(1, seed=0)))
+    prepare = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "hf" / "global")
+    got = prepare(Image.fromarray(scene.image.numpy()), return_tensors="pt")["pixel_values"]  # type: ignore[union-attr]
+    expected = render_views([scene.image], Views.of_scenes([scene]), size=16)[:1]  # type: ignore[list-item]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2 / 255 / min(CLIP_STD))
+
+
 def test_whole_model_in_one_file(tmp_path: Path) -> None:
     model = trained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--to", "safetensors", "--out", str(tmp_path / "out")]) == 0
     back = ScenarioCLIP.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+    assert read_scales(tmp_path / "out") == SCALES
 
 
 def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
