@@ -217,7 +217,7 @@ class SceneLoader:
         """
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
-        return {**asdict(self._state), **ranks, "seed": order.seed, "scenes": order.scenes}
+        return {**asdict(self._state), **ranks, "seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Makes the next iteration continue where `state` was taken.
@@ -236,6 +236,11 @@ class SceneLoader:
                     f"the saved state of the data has {name} {state[name]}, this run has {here}: resume with "
                     "the same seed and shards, or start a new run"
                 )
+        if state["keys"] != self.shards.digest:
+            raise UserError(
+                f"{self.shards.source}: as many scenes as in the saved state of the data, but others, or in another "
+                "order: resume with the same shards, or start a new run"
+            )
         same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
         self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @functools.cached_property
+    def digest(self) -> int:
+        """Of the keys in their order: shards that differ in it hold other scenes."""
+        return functools.reduce(lambda crc, key: zlib.crc32(key.encode(), crc), self.keys, 0)
 
     @property
     def vocabulary(self) -> Vocabulary:

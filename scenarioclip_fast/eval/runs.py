@@ -95,12 +95,12 @@ def read_run(directory: Path, name: str) -> Run:
     """Reads one run. Raises UserError for damaged files."""
     path = directory / METRICS
     try:
-        rows = read_metrics(path)
-        if not all(isinstance(row, dict) and {"step", "views"} <= row.keys() for row in rows):
-            raise ValueError("a row without step and views")
+        rows = [row for row in read_metrics(path) if "views" in row]
+        if not rows and b"\n" in path.read_bytes():
+            raise UserError(f"{path}: not the metrics of a run: no line has a step and its views")
         idle = time.time() - path.stat().st_mtime
-    except ValueError as error:
-        raise UserError(f"{path}: not the metrics of a run: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     finished = (directory / "model" / "model.safetensors").is_file()
     return Run(name, directory, rows, _read_config(directory / CONFIG), *_read_results(directory), finished, idle)
 

@@ -256,21 +256,21 @@ def readable(name: str, value: float) -> tuple[str, float]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    """The rows of a metrics.jsonl, without a last line that was cut off and what a machine that went down left of
+    others."""
+    rows = []
+    for line in Path(path).read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if line.endswith(b"\n") and isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
 
 
 def _truncate(path: Path, start: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines():
-        # a machine that went down may have left anything: no reason not to go on from a good checkpoint
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            row = json.loads(line)
-            if row["step"] <= start:
-                kept.append(row)
+    kept = [row for row in read_metrics(path) if row["step"] <= start]
     temporary = path.with_suffix(".writing")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)

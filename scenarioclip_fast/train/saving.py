@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -326,20 +329,36 @@ def checkpoints_of(config: TrainConfig, world: World) -> Checkpoints:
     return Checkpoints(Path(config.run.dir) / "checkpoints", config.train.keep_checkpoints, world.host)
 
 
-def prepare_run_dir(config: TrainConfig, world: World, resume: Resume) -> None:
-    """Makes run.dir, and clears away what writers that died have left there."""
+@contextmanager
+def run_dir_of(config: TrainConfig, world: World, resume: Resume) -> Iterator[None]:
+    """run.dir, made, kept for this run alone, and rid of what writers that died have left there."""
     checkpoints = checkpoints_of(config, world)
     if not resume and checkpoints.paths():
         raise UserError(
             f"{config.run.dir} holds the checkpoints of an earlier run: go on with --resume, or set another run.dir"
         )
-    if world.leads:
-        try:
-            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-            checkpoints.sweep()
-        except OSError as error:
-            raise UserError(f"run.dir: cannot write to {config.run.dir}: {error.strerror}") from None
-    world.barrier()
+    with ExitStack() as stack:
+        if world.leads:
+            try:
+                Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+                directory = os.open(config.run.dir, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, directory)
+                _lock(directory, config.run.dir)
+                checkpoints.sweep()
+            except OSError as error:
+                raise UserError(f"run.dir: cannot write to {config.run.dir}: {error.strerror}") from None
+        world.barrier()
+        yield
+
+
+def _lock(directory: int, name: str) -> None:
+    """Until the descriptor is closed: two runs would mix their metrics and sweep each other's checkpoints."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run.dir: another process trains into {name}: wait for it, or set another run.dir") from None
+    except OSError:  # some network file systems have no locks
+        return
 
 
 def _is_auto(resume: Resume) -> bool:

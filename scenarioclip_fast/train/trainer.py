@@ -32,7 +32,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.distributed import join_world
 from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
-from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, prepare_run_dir
+from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, run_dir_of
 from scenarioclip_fast.train.sharding import shard
 from scenarioclip_fast.train.weights import load_initial_weights
 
@@ -161,7 +161,7 @@ class Trainer:
             raise UserError(
                 f"train.cuda_graphs: got true on {world.device}, expected a GPU: set train.cuda_graphs=false"
             )
-        prepare_run_dir(config, world, self.resume)
+        stack.enter_context(run_dir_of(config, world, self.resume))
         torch.manual_seed(config.run.seed)
         self.loader = stack.enter_context(self._make_loader())
         self.vocabulary = self.loader.vocabulary

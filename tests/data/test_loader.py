@@ -629,6 +629,8 @@ def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
     with load(shards) as loader:
         with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
             loader.load_state_dict({**loader.state_dict(), "seed": 6})
+        with pytest.raises(UserError, match="as many scenes as in the saved state of the data, but others"):
+            loader.load_state_dict({**loader.state_dict(), "keys": 1})
         assert loader.vocabulary.actions == sorted(ACTIONS)
 
 

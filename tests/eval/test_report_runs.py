@@ -238,6 +238,14 @@ def test_pictures(tmp_path: Path) -> None:
     assert height(accuracy_comparison(own, tmp_path / "bars.png")) > 300
 
 
+def test_a_damaged_line_costs_only_itself(make_run: MakeRun) -> None:
+    run = make_run("run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([lines[0], bytes(40) + b"\n", b"[1]\n", *lines[1:], b'{"step": 99']))
+    (found,) = find_runs([run])
+    assert [row["step"] for row in found.rows] == list(range(1, len(lines) + 1))
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

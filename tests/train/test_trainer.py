@@ -292,6 +292,17 @@ def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
         Trainer(config).fit()
 
 
+def test_a_run_directory_is_one_run_s_alone(small: Make) -> None:
+    config = small("train.steps=2")
+
+    def start_another(trainer: Trainer, _: Batch) -> None:
+        with pytest.raises(UserError, match="another process trains into"):
+            Trainer(config, resume=True).fit()
+
+    assert hooked(config, start_another).fit().completed
+    assert Trainer(config, resume=True).fit().completed  # the lock is gone with the run
+
+
 def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert Trainer(small("train.steps=1"), resume=True).fit().completed
     assert "nothing to resume" in capsys.readouterr().err
