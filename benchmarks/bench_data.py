@@ -232,6 +232,7 @@ def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
     expected = render_views(images, Views.of_scenes(scenes, train=True), size=SIZE)
     check(run(), expected, device == "cuda" and not isinstance(decoder, TorchDecoder))
     benchmark.group = f"decoding and views, {device}"
+    benchmark.extra_info["form"] = "ours"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     report(benchmark, BATCH, len(run()))
 

@@ -122,7 +122,7 @@ def run(benchmark: Any, device: str, rounds: int, folder: Path) -> None:
     info["form"] = "ours, trainer"
     info["scenes"] = STEPS * config.data.batch_size
     info["threads"] = torch.get_num_threads()
-    info["bare_step_s"] = statistics.median(bare[1:]) / STEPS
+    info["seconds of a bare step"] = statistics.median(bare[1:]) / STEPS
     info["overhead"] = benchmark.stats.stats.median / statistics.median(bare[1:]) - 1
 
 

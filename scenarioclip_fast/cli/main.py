@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.prog += f" {args.command}"
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # `train a=1 -c FILE b=2`: argparse takes the first stretch of positional arguments alone
         args.overrides += rest

@@ -67,11 +67,12 @@ class FitResult:
         lines = [
             f"{end}: step {self.step} of {self.total_steps}, {self.scenes} scenes, {self.views} views; "
             f"{self.seconds:.0f} s, {self.views_per_s:.0f} views/s",
-            f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}",
+            # Of few steps both means are of all of them.
+            f"loss {self.first_loss:.4f}" + f" -> {self.last_loss:.4f}" * (self.first_loss != self.last_loss),
         ]
         if self.skipped:
             lines.append(
-                f"{self.skipped} steps skipped, their loss or gradient was not finite: {self.run_dir / _SKIPPED}"
+                f"steps skipped: {self.skipped}, as loss or gradient was not finite: {self.run_dir / _SKIPPED}"
             )
         if self.model_dir is not None:
             lines.append(f"model: {self.model_dir}")
@@ -291,7 +292,7 @@ class Trainer:
         return (
             f"{self.config.model.variant}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters train, "
             f"{self.config.run.precision} on {self.world.device}{ranks}; {self.total_steps} steps of "
-            f"{self.config.data.batch_size} scenes, {len(self.loader)} steps an epoch"
+            f"{self.config.data.batch_size} scenes, {len(self.loader)} to an epoch"
         )
 
     def _run(self) -> FitResult:
