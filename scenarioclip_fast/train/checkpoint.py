@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -173,11 +174,16 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:
+        except Exception as error:
+            failure: Exception = error
             behind = error.__context__  # torch's archive writer speaks of positions; this is the system's own word
-            if isinstance(behind, OSError):
-                raise OSError(behind.errno, behind.strerror) from error
-            raise
+            if isinstance(error, RuntimeError) and isinstance(behind, OSError):
+                failure = OSError(behind.errno, behind.strerror)
+            # The frames hold views of io.BytesIO in cycles, on which the garbage collector of Python 3.12.1 crashes.
+            for part in (error, behind):
+                if part is not None:
+                    traceback.clear_frames(part.__traceback__)
+        raise failure
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         missing = {r.storage_data.relative_path for rank in results for r in rank} - set(os.listdir(self.path))
