@@ -61,6 +61,8 @@ def test_elsewhere(benchmark):
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
     """Puts benchmark files in the place of the checkout's."""
 
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in a worker pytest-benchmark measures nothing
+
     def make(files: dict[str, str]) -> Path:
         folder = tmp_path / "benchmarks"
         folder.mkdir()
