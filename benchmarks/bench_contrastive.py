@@ -33,6 +33,7 @@ from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 
 SCALE = 1 / 0.07
 LEVELS = (128, 700, 350)  # global, object and relation rows of a batch of 128 scenes
+DISTINCT = (39, 73, 289)  # their texts, as 128 photos have them
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS = {"cpu": (4096,), "cuda": (8192, 32768, 65536)}
 LARGEST = 262144
@@ -123,27 +124,41 @@ CASES = [
 ]
 
 
-def features(rows: int, width: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Matching pairs with noise, as in training; bfloat16 on a GPU."""
+def texts_of(rows: int, texts: int, device: str) -> Tensor:  # [rows]
+    """The text of each row: every one of them, and some again."""
+    return torch.arange(rows, device=device) * 7919 % texts  # a prime: neighbours differ
+
+
+def features(
+    rows: int, width: int, device: str, seed: int = 0, texts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matching pairs with noise, as in training; bfloat16 on a GPU. A text a row, or `texts` distinct ones."""
     g = torch.Generator(device).manual_seed(seed)
-    text = torch.randn(rows, width, generator=g, device=device)
-    image = text + 2 * torch.randn(rows, width, generator=g, device=device)
+    text = torch.randn(texts or rows, width, generator=g, device=device)
+    own = text[texts_of(rows, texts or rows, device)] if texts else text
+    image = own + 2 * torch.randn(rows, width, generator=g, device=device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     leaves = (image.to(dtype), text.to(dtype), torch.tensor(SCALE, device=device))
     return tuple(t.requires_grad_() for t in leaves)  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=4)
-def exact(rows: int, width: int, device: str, seed: int = 0) -> list[Tensor]:
-    """Loss and gradients in float64, tile by tile: the N x N form in float64 would not fit at the larger sizes."""
-    image, text, scale = (t.detach().double() for t in features(rows, width, device, seed))
+@functools.lru_cache(maxsize=6)
+def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None = None) -> list[Tensor]:
+    """Loss and gradients in float64, tile by tile: the N x N form in float64 would not fit at the larger sizes.
+
+    Rows of equal text count as often as they are there, as where each has its own copy.
+    """
+    image, text, scale = (t.detach().double() for t in features(rows, width, device, seed, texts))
+    index = texts_of(rows, texts, device) if texts else None
+    count = None if index is None else torch.bincount(index).double()
     # A GPU spends most of its time waiting for launches on tiles that are made for a CPU.
     side = 16384 if device == "cuda" else contrastive_cpu.ROWS
     with patch.multiple(contrastive_cpu, ROWS=side, COLUMNS=side):
-        row, column, positive = contrastive_cpu.forward(image, text, scale)
+        row, column, positive = contrastive_cpu.forward(image, text, scale, index, count)
         share = torch.full_like(row, 0.5 / len(row))
-        grads = contrastive_cpu.backward(image, text, scale, None, None, row, column, share, share, -2 * share)
-    return [((row + column) / 2 - positive).mean(), *grads]
+        by_column = share if count is None else count * share[0]
+        grads = contrastive_cpu.backward(image, text, scale, index, count, row, column, share, by_column, -2 * share)
+    return [((row + (column if index is None else column[index])) / 2 - positive).mean(), *grads]
 
 
 def checked(way: str, found: Sequence[Tensor | None], wanted: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -273,36 +288,47 @@ def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("texts", [None, DISTINCT], ids=["a text a row", "distinct texts"])
 @pytest.mark.parametrize("way", WAYS)
-def test_levels(benchmark: Any, way: str, width: int, device: str) -> None:
-    """The three levels of one batch: where the launches are the cost."""
+def test_levels(benchmark: Any, way: str, texts: Sequence[int] | None, width: int, device: str) -> None:
+    """The three levels of one batch, where the launches are the cost: with a text a row, and with texts as scenes have
+    them, which the other forms repeat."""
     skip_without(way, device, max(LEVELS))
     if device == "cuda" and way == "open_clip compiled" and ASKED is None:
         pytest.skip("half a minute of compiling: ask for it with SCENARIOCLIP_FAST_BENCH_ROWS")
-    levels = [features(rows, width, device, seed) for seed, rows in enumerate(LEVELS)]
+    if texts and way in RIVALS and ASKED is None:
+        pytest.skip("its time is that with a text a row: ask for it with SCENARIOCLIP_FAST_BENCH_ROWS")
+    counts = texts or (None,) * len(LEVELS)
+    cases = list(zip(LEVELS, counts, strict=True))
+    levels = [features(rows, width, device, seed, count) for seed, (rows, count) in enumerate(cases)]
+    indices = [texts_of(rows, count, device) if count else None for rows, count in cases]
     leaves = [leaf for level in zip(*levels, strict=True) for leaf in level]
 
     def loss() -> Tensor:
         if not way.startswith("ours"):
-            return torch.stack([WAYS[way](*level) for level in levels])
-        images, texts, scales = ([level[k] for level in levels] for k in range(3))
-        return multilevel_contrastive_loss(images, texts, scales, backend=way.removeprefix("ours: "))
+            return torch.stack(
+                [WAYS[way](x, y if own is None else y[own], s) for (x, y, s), own in zip(levels, indices, strict=True)]
+            )
+        images, distinct, scales = ([level[k] for level in levels] for k in range(3))
+        backend = way.removeprefix("ours: ")
+        return multilevel_contrastive_loss(images, distinct, scales, text_indices=indices, backend=backend)
 
     def both() -> list[Tensor | None]:
         value = loss()
         return [value.detach(), *torch.autograd.grad(value.sum(), leaves, allow_unused=True)]
 
-    benchmark.extra_info.update(form=way, phase="levels", rows=sum(LEVELS), width=width, device=device)
+    phase = "levels, distinct texts" if texts else "levels"
+    benchmark.extra_info.update(form=way, phase=phase, rows=sum(LEVELS), width=width, device=device)
     losses, *grads = both()
     assert losses is not None
-    for seed, (rows, value) in enumerate(zip(LEVELS, losses, strict=True)):
-        errors = checked(
-            way, [value, *grads[seed :: len(LEVELS)]], exact(rows, width, device, seed), levels[0][0].dtype
-        )
+    for seed, ((rows, count), value) in enumerate(zip(cases, losses, strict=True)):
+        wanted = exact(rows, width, device, seed, count)
+        errors = checked(way, [value, *grads[seed :: len(LEVELS)]], wanted, levels[0][0].dtype)
         benchmark.extra_info.update({f"{name}, {rows} rows": error for name, error in errors.items()})
     if device == "cuda":
         benchmark.extra_info["GPU microseconds"] = gpu_microseconds(both)
-    benchmark.group = f"contrastive, forward + backward, levels of {LEVELS} rows, width {width}, {device}"
+    of = f"{LEVELS} rows" + f" and {texts} texts" * (texts is not None)
+    benchmark.group = f"contrastive, forward + backward, levels of {of}, width {width}, {device}"
     timed(benchmark, both, device, **rounds(device, max(LEVELS)))
 
 

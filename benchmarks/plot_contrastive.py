@@ -56,16 +56,16 @@ def lines(axes: Axes, forms: Series, title: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def bars(axes: Axes, forms: Series) -> None:
+def bars(axes: Axes, forms: Series, title: str) -> None:
     times = {form: next(iter(by_rows.values())) for form, by_rows in forms.items()}
     axes.barh(list(times), list(times.values()), color=[style(form)["color"] for form in times])
     axes.invert_yaxis()
-    axes.set(title="three levels of one batch, both passes", xlabel="milliseconds")
+    axes.set(title=title, xlabel="milliseconds")
 
 
 def draw(runs: Sequence[Result], out: Path) -> None:
     settings = sorted({(run.extra["device"], run.extra["width"]) for run in runs})
-    figure, axes = plt.subplots(len(settings), 5, figsize=(26, 5 * len(settings)), squeeze=False)
+    figure, axes = plt.subplots(len(settings), 6, figsize=(31, 5 * len(settings)), squeeze=False)
     for row, (device, width) in zip(axes, settings, strict=True):
         for place, phase in zip(row, ("forward", "backward", "forward + backward"), strict=False):
             lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}")
@@ -73,7 +73,9 @@ def draw(runs: Sequence[Result], out: Path) -> None:
         small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND} for form, times in both.items()}
         small = {form: times for form, times in small.items() if times}  # an axis of no numbers has no logarithm
         lines(row[3], small, f"launch-bound, both passes, D = {width}, {device}")
-        bars(row[4], series(runs, "levels", device, width))
+        title = "three levels of one batch, both passes,\n"
+        bars(row[4], series(runs, "levels", device, width), f"{title}a text a row")
+        bars(row[5], series(runs, "levels, distinct texts", device, width), f"{title}texts as 128 photos have them")
         row[2].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=110)

@@ -73,8 +73,12 @@ def test_peak_memory_sees_what_the_allocator_had_kept() -> None:
     assert 23 < peak < 40  # pages of something else may come and go
 
 
-def test_the_exact_loss_is_that_of_the_n_by_n_form() -> None:
-    image, text, scale = (t.detach().double().requires_grad_() for t in bench_contrastive.features(70, 16, "cpu"))
-    loss = reference.naive_loss(image, text, scale)
+@pytest.mark.parametrize("texts", [None, 12])
+def test_the_exact_loss_is_that_of_the_n_by_n_form(texts: int | None) -> None:
+    leaves = bench_contrastive.features(70, 16, "cpu", texts=texts)
+    image, text, scale = (t.detach().double().requires_grad_() for t in leaves)
+    own = bench_contrastive.texts_of(70, texts or 70, "cpu")
+    assert len(own.unique()) == len(text)
+    loss = reference.naive_loss(image, text[own] if texts else text, scale)
     wanted = [loss.detach(), *torch.autograd.grad(loss, (image, text, scale))]
-    torch.testing.assert_close(bench_contrastive.exact(70, 16, "cpu"), wanted)
+    torch.testing.assert_close(bench_contrastive.exact(70, 16, "cpu", texts=texts), wanted)
