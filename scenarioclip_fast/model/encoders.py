@@ -54,14 +54,18 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # [*]
         ctx.save_for_backward(x)
-        # Nothing in place: torch.compile of torch 2.11 then differentiates another function.
-        return (1.702 * x).sigmoid() * x
+        if torch.compiler.is_compiling():  # in place, torch 2.11 would differentiate another function
+            return (1.702 * x).sigmoid() * x
+        return (1.702 * x).sigmoid_().mul_(x)  # large memory that is not asked for need not be found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # [*]
         (x,) = ctx.saved_tensors
         # x sigmoid(a x) is silu(a x) / a, so its derivative at x is silu's at a x.
-        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+        scaled = 1.702 * x
+        if torch.compiler.is_compiling():
+            return torch.ops.aten.silu_backward(grad, scaled)
+        return torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=scaled)
 
 
 def quick_gelu(x: Tensor) -> Tensor:  # [*]
