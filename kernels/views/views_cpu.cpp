@@ -230,24 +230,26 @@ Int8 join(Int8 a, Int8 b) {
 void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
                    uint8_t* const out[2]) {
   const int64_t width = taps.width();
+  const auto add = [&](int64_t pixel, Int8& first, Int8& second) {
+    pixel = std::min(pixel, size - 1);
+    const int64_t offset = 4 * (taps.low(pixel) - origin);
+    const int32_t* weights = taps.fours(pixel);
+    first = second = Int8{};
+    for (int64_t k = 0; k < width; k += 2) {
+      const Int8 weight = load(weights + 4 * k);
+      first += widen(rows[0] + offset + 4 * k) * weight;
+      second += widen(rows[1] + offset + 4 * k) * weight;
+    }
+  };
   for (int64_t i = 0; i < size; i += 4) {
-    Int8 sums[2][4] = {};
-    for (int64_t j = 0; j < 4; ++j) {
-      const int64_t pixel = std::min(i + j, size - 1);
-      const int64_t offset = 4 * (taps.low(pixel) - origin);
-      const int32_t* weights = taps.fours(pixel);
-      Int8 first{}, second{};
-      for (int64_t k = 0; k < width; k += 2) {
-        const Int8 weight = load(weights + 4 * k);
-        first += widen(rows[0] + offset + 4 * k) * weight;
-        second += widen(rows[1] + offset + 4 * k) * weight;
-      }
-      sums[0][j] = first;
-      sums[1][j] = second;
-    }
-    for (int64_t r = 0; r < 2; ++r) {
-      narrow(round_fixed(join(sums[r][0], sums[r][1])), round_fixed(join(sums[r][2], sums[r][3])), out[r] + 4 * i);
-    }
+    // Eight names, and no array: the compiler would keep one in memory.
+    Int8 a0, a1, a2, a3, b0, b1, b2, b3;
+    add(i, a0, b0);
+    add(i + 1, a1, b1);
+    add(i + 2, a2, b2);
+    add(i + 3, a3, b3);
+    narrow(round_fixed(join(a0, a1)), round_fixed(join(a2, a3)), out[0] + 4 * i);
+    narrow(round_fixed(join(b0, b1)), round_fixed(join(b2, b3)), out[1] + 4 * i);
   }
 }
 
