@@ -192,7 +192,7 @@ def run(benchmark: Any, way: str, preset: str, work: Work, device: str, rounds: 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     benchmark.group = f"training step, {preset}, {work.batch.num_scenes} scenes ({work.source}), {device}"
-    benchmark.pedantic(once, rounds=rounds, warmup_rounds=2 if device == "cpu" else 3)
+    benchmark.pedantic(once, rounds=rounds, warmup_rounds=1 if device == "cpu" else 3)
     seconds = benchmark.stats.stats.median
     info = benchmark.extra_info
     info["scenes"] = work.batch.num_scenes
