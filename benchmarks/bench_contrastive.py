@@ -135,7 +135,7 @@ def features(
     """Matching pairs with noise, as in training; bfloat16 on a GPU. A text a row, or `texts` distinct ones."""
     g = torch.Generator(device).manual_seed(seed)
     text = torch.randn(texts or rows, width, generator=g, device=device)
-    own = text[texts_of(rows, texts or rows, device)] if texts else text
+    own = text[texts_of(rows, texts, device)] if texts else text
     image = own + 2 * torch.randn(rows, width, generator=g, device=device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     leaves = (image.to(dtype), text.to(dtype), torch.tensor(SCALE, device=device))

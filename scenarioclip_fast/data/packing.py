@@ -36,7 +36,7 @@ from scenarioclip_fast.data.check import BadEntry, Rejection, clean_scene, image
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.reference_layout import ReferenceLayout
-from scenarioclip_fast.data.scene import SCHEMA, Scene, scene_to_json
+from scenarioclip_fast.data.scene import SCHEMA, Scene, check_shares, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.staging import INSIDE, OWN_FILES, Stage, dump, holds, sha256
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
@@ -225,8 +225,7 @@ def _check_arguments(format: str, shard_size: int, val: float, test: float, spli
     for name, number in (("shard size", shard_size), ("workers", 1 if workers is None else workers)):
         if number < 1:
             raise UserError(f"{name}: got {number}, expected at least 1")
-    if not (val >= 0 and test >= 0 and val + test <= 1):
-        raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")
+    check_shares(val, test)
 
 
 def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: str, max_pixels: int) -> _Source | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from scenarioclip_fast.errors import UserError
+
 SCHEMA = 1
 
 # bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}
@@ -101,3 +103,9 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"got a {type(value).__name__} for a text")
     return value
+
+
+def check_shares(val: float, test: float) -> None:
+    """UserError unless the val and test splits can take these shares of all scenes."""
+    if not (val >= 0 and test >= 0 and val + test <= 1):
+        raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, check_shares
 from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS, RGB, SUPERSAMPLING, Pen
 from scenarioclip_fast.data.synthetic.events import (
     ACTIONS,
@@ -59,8 +59,7 @@ def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05,
     """
     if n < 0 or seed < 0 or start < 0:
         raise ValueError(f"got n={n}, seed={seed}, start={start}, expected none of them to be negative")
-    if min(val, test) < 0 or val + test > 1:
-        raise ValueError(f"got val={val}, test={test}, expected shares that add up to at most 1")
+    check_shares(val, test)
     for index in range(start, start + n):
         yield draw_scene(seed, index, split_of(index, val, test))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scenarioclip_fast.data.parallel import ordered_map
-from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.scene import Scene, check_shares
 from scenarioclip_fast.data.synthetic.scenes import draw_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
@@ -57,8 +57,7 @@ def draw_reference_layout(
         raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
-    if not (val >= 0 and test >= 0 and val + test <= 1):
-        raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")
+    check_shares(val, test)
     out = _prepare(out_dir)
     job = partial(_draw_and_write, seed=seed, val=val, test=test, out=out)
     entries = ordered_map(job, range(n), workers)
