@@ -156,7 +156,8 @@ def _card(section: Section) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell.removeprefix("-")[:1].isdigit() and ";" not in cell  # several values are read like a text
+    several = re.search("[;,] ", cell)  # values, which are read like a text
+    return cell.removeprefix("-")[:1].isdigit() and not several
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:

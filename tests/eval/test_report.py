@@ -114,3 +114,9 @@ def test_tables_fit_the_page(tmp_path: Path) -> None:
     assert '<th>form</th><th class="n">against</th><th>also</th>' in page
     assert '<td class="n">1.5 x</td><td>5 ms</td>' in page
     assert "run <code>pytest -m x</code> &amp; wait" in page
+
+
+def test_lists_of_facts_are_read_from_the_left(tmp_path: Path) -> None:
+    report = Report("R")
+    report.add_facts("How", {"train": "2,799 scenes, 7,930 objects", "val": "176 scenes, 513 objects"})
+    assert "<td>2,799 scenes, 7,930 objects</td>" in report.write(tmp_path / "report.html").read_text("utf-8")
