@@ -1,15 +1,19 @@
 # `make demo` and `make test` work on a fresh clone with nothing before them; the rest is in CONTRIBUTING.md.
 PYTHON ?= python3
 VENV   := .venv
+GPU_VENV := .venv-gpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
+ONLY   ?=
+TOTAL  ?= 480
+FACTOR ?= 1
 RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,remote,tensorboard,test,lint
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: install demo test lint format bench record gpu clean
+.PHONY: install demo test lint format bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
@@ -50,7 +54,20 @@ record: install
 
 # For a machine with a GPU, nvcc and torch, but possibly no registry: takes the Python and the packages that are there.
 gpu:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash benchmarks/gpu.sh
+	$(PYTHON) benchmarks/gpu/run.py --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
+
+# What travels to such a machine beside the checkout, in gpu-pack/.
+gpu-pack: install $(GPU_VENV)/packages
+	$(BIN)/python benchmarks/gpu/pack.py --python $(GPU_VENV)/bin/python
+
+# `make gpu` without a GPU, from an unpacked copy.
+gpu-rehearse: gpu-pack
+	$(BIN)/python benchmarks/gpu/rehearse.py $(GPU_VENV)/bin/python runs/gpu-rehearsal
+
+# An environment like that machine's: several GB.
+$(GPU_VENV)/packages: benchmarks/gpu/machine.txt
+	$(BIN)/python benchmarks/gpu/like_machine.py $(GPU_VENV)
+	touch $@
 
 clean:
-	rm -rf build $(VENV) runs *.egg-info scenarioclip_fast/_native/*.so scenarioclip_fast/_native/build.json
+	rm -rf build $(VENV) $(GPU_VENV) gpu-pack runs *.egg-info scenarioclip_fast/_native/*.so scenarioclip_fast/_native/build.json

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, timed
+from timing import counted, place, sized, timed
 
 THREADS = sorted({1, torch.get_num_threads()})
-COPY = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes: far more than the caches hold
-SIDE = {"cpu": 2048, "cuda": 8192}
+COPY = {"cpu": 1 << 28, "cuda": sized(1 << 30, 1 << 22)}  # bytes: far more than the caches hold
+SIDE = {"cpu": 2048, "cuda": sized(8192, 256)}
 CASES = [
     *(pytest.param("cpu", n, id=f"cpu, {n} thread{'s' * (n > 1)}") for n in THREADS),
     pytest.param("cuda", 0, id="cuda", marks=pytest.mark.gpu),
@@ -31,14 +31,16 @@ def settings(threads: int, precision: str) -> Iterator[None]:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or before[0])
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    yield
-    torch.set_num_threads(before[0])
-    torch.set_float32_matmul_precision(before[1])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
 
 
 @pytest.mark.parametrize(("device", "threads"), CASES)
 def test_copy(benchmark: Any, device: str, threads: int) -> None:
-    source = torch.ones(COPY[device], dtype=torch.uint8, device=device)
+    source = torch.ones(COPY[device], dtype=torch.uint8, device=place(device))
     target = torch.empty_like(source)
     with settings(threads, "float32"):
         counted(benchmark, device, bytes=2 * source.numel(), operations=0)
@@ -54,7 +56,7 @@ def test_product(benchmark: Any, device: str, threads: int, precision: str) -> N
     if device == "cpu" and precision == "tf32":
         pytest.skip("TF32 is a GPU's")
     side = SIDE[device]
-    a, b = (torch.randn(side, side, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    a, b = (torch.randn(side, side, device=place(device)).to(PRECISIONS[precision]) for _ in range(2))
     out = torch.empty_like(a)
     with settings(threads, precision):
         counted(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, timed
+from timing import counted, place, sized, timed
 from torch import Tensor
 
 from scenarioclip_fast.ops import ema_update_
@@ -18,11 +18,11 @@ from scenarioclip_fast.ops import ema_update_
 DECAY = 0.9995
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # A block of width W: four W x W matrices of the attention, two of the MLP, their biases, two norms.
-WIDTHS = [768] * 6 + [512] * 2
+WIDTHS = sized([768] * 6 + [512] * 2, [32] * 8)
 
 
 def tensors(device: str, seed: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(place(device)).manual_seed(seed)
     shapes = [
         shape
         for w in WIDTHS
@@ -41,7 +41,7 @@ def tensors(device: str, seed: int) -> list[Tensor]:
             (w,),
         )
     ]
-    return [torch.randn(shape, generator=g).to(device) for shape in shapes]
+    return [torch.randn(shape, generator=g, device=g.device) for shape in shapes]
 
 
 def loop(teacher: list[Tensor], student: list[Tensor], decay: float) -> None:

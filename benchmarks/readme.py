@@ -168,7 +168,7 @@ GPU = [
         _KL,
         "ours: cuda",
     ),
-    Claim("whole batches, 224 px", "whole batches, cuda", "published", _LOADER, "ours, dali"),
+    Claim("whole batches, 224 px", "whole batches, cuda", "published", _LOADER, "ours, torch"),
     Claim(
         "training step, ViT-B/32, 128 scenes",
         _STEP.format(preset="vit-b-32", device="cuda"),
@@ -206,6 +206,16 @@ GPU_ASKED = [
         "inf-cl",
         "ours: triton",
         10,
+    ),
+    *(
+        Claim(
+            "contrastive loss, N = U = 32,768, D = 512, bf16",
+            _ROWS.format(n=32768, device="cuda"),
+            rival,
+            rival.replace("_", "-"),
+            "ours: triton",
+        )
+        for rival in ("memeff", "cut_cross_entropy", "liger_kernel")
     ),
     Claim(
         "contrastive losses of three levels, batch 128",

@@ -2,6 +2,8 @@
 
 Run: compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py cuda triton
      compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py cuda
+
+Races are looked for in kernels written by hand: Triton places the barriers of its own.
 """
 
 from __future__ import annotations
@@ -9,35 +11,45 @@ from __future__ import annotations
 import sys
 
 import torch
+from gpu import start_up
+from timing import backend_for, place, synchronize
 
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
 
+DEVICE = place("cuda")
+
 
 def cuda() -> None:
     scenes = list(generate_scenes(3, seed=0))
-    images = [scene.image.cuda() for scene in scenes]  # type: ignore[union-attr]
+    images = [scene.image.to(DEVICE) for scene in scenes]  # type: ignore[union-attr]
     for object_view in ("masked", "crop"):
         for train in (False, True):
             views = Views.of_scenes(scenes, object_view=object_view, train=train)
-            render_views(images, views, size=33, dtype=torch.bfloat16, backend="cuda")
+            render_views(images, views, size=33, dtype=torch.bfloat16, backend=backend_for("cuda"))
     first = scenes[0]
-    masks = [o.mask.cuda() for o in first.objects[:2]]  # type: ignore[union-attr]
-    focused_region(images[0], *masks, backend="cuda")
+    masks = [o.mask.to(DEVICE) for o in first.objects[:2]]  # type: ignore[union-attr]
+    focused_region(images[0], *masks, backend=backend_for("cuda"))
 
     distillation("cuda")
-    torch.cuda.synchronize()
+    synchronize("cuda")
     print("cuda: done")
 
 
 def distillation(backend: str) -> None:
-    student = torch.randn(37, 123, device="cuda", requires_grad=True)
-    temperature = torch.tensor(0.07, device="cuda", requires_grad=True)
-    index = torch.arange(37, device="cuda")
-    weight = torch.full((37,), 0.1, device="cuda")
-    teacher = torch.randn(5, 123, device="cuda")
+    student = torch.randn(37, 123, device=DEVICE, requires_grad=True)
+    temperature = torch.tensor(0.07, device=DEVICE, requires_grad=True)
+    index = torch.arange(37, device=DEVICE)
+    weight = torch.full((37,), 0.1, device=DEVICE)
+    teacher = torch.randn(5, 123, device=DEVICE)
     loss = distillation_loss(
-        student, teacher, index, index % 5, weight, student_temperature=temperature, backend=backend
+        student,
+        teacher,
+        index,
+        index % 5,
+        weight,
+        student_temperature=temperature,
+        backend=backend_for(backend),
     )
     loss.backward()
 
@@ -46,18 +58,23 @@ def triton() -> None:
     """Shared launches, and a level alone by blocks; texts given and on the diagonal, sizes that fit no tile."""
     for rows, texts in ((137, 70), (137, 137), (4500, 4300)):
         image, text = (
-            torch.randn(n, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)
+            torch.randn(n, 96, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)
         )
-        scale = torch.tensor(14.3, device="cuda", requires_grad=True)
-        index = None if rows == texts else torch.randint(texts, (rows,), device="cuda")
-        contrastive_loss(image, text, scale, text_index=index, backend="triton").backward()
-        torch.cuda.synchronize()
+        scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
+        index = None if rows == texts else torch.randint(texts, (rows,), device=DEVICE)
+        contrastive_loss(image, text, scale, text_index=index, backend=backend_for("triton")).backward()
+        synchronize("cuda")
         print(f"triton, {rows} x {texts}: done")
     distillation("triton")
-    torch.cuda.synchronize()
+    synchronize("cuda")
     print("triton: done")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    start_up.note()
     for part in sys.argv[1:] or ["cuda", "triton"]:
         {"cuda": cuda, "triton": triton}[part]()
+
+
+if __name__ == "__main__":
+    main()

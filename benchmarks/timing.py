@@ -1,40 +1,136 @@
-"""What the benchmarks share: timing by device events with a cold L2 on a GPU, and the bytes and operations of a call.
+"""Shared by the benchmarks: timing by device events with a cold L2, rehearsal on a CPU, bytes and operations of a call.
 
-The fields of `extra_info` that reports read are those of scenarioclip_fast/bench/record.py.
+The fields of `extra_info` that reports read are listed in scenarioclip_fast/bench/record.py.
+
+With SCENARIOCLIP_FAST_REHEARSAL=1 (`make gpu-rehearse`) the GPU benchmarks run on the CPU at toy sizes, which exercises
+everything but the device: `place` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
+With SCENARIOCLIP_FAST_BENCH_WARM=1 each benchmark takes one sample, which fills the compilers' caches.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
+WARM = os.environ.get("SCENARIOCLIP_FAST_BENCH_WARM") == "1"
+# Above this host time per call the launches cannot be queued ahead: the device is then timed as launched.
+LONGEST_SLEEP_S = 0.05
 
-def timed(benchmark: Any, run: Callable[[], Any], device: str, *, rounds: int, warmup_rounds: int = 1) -> None:
-    """Samples `run`. On a GPU by events around each call, after writing twice the L2's size, so that nothing of the
-    inputs is in it; the host's clock around the synchronised call stands in the usual place.
-    """
-    if device == "cpu":
-        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds)
-        return
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=device)
-    seconds: list[float] = []
+T = TypeVar("T")
 
-    def cold() -> None:
-        flush.zero_()
+
+def place(device: str) -> str:
+    """Where tensors of a case live: on the CPU in a rehearsal."""
+    return "cpu" if REHEARSAL else device
+
+
+def on_gpu(device: str) -> bool:
+    """Whether a case really runs on a GPU, so that torch.cuda may be called."""
+    return place(device) == "cuda"
+
+
+def sized(full: T, toy: T) -> T:
+    """`full`, or `toy` in a rehearsal."""
+    return toy if REHEARSAL else full
+
+
+def backend_for(backend: str) -> str:
+    """The backend of an op that a case runs: GPU backends are replaced by the CPU form in a rehearsal."""
+    return "cpu" if REHEARSAL and backend in ("triton", "cuda") else backend
+
+
+def synchronize(device: str) -> None:
+    if on_gpu(device):
         torch.cuda.synchronize()
 
-    def once() -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+def timed(benchmark: Any, run: Callable[[], Any], device: str, *, rounds: int, warmup_rounds: int = 1) -> None:
+    """Samples `run`.
+
+    On a GPU the samples are device times with a cold L2. The launches are queued while the device sleeps, so that the
+    host's time is not counted; `extra_info["as launched, ms"]` is the median on an idle device, host time included.
+    """
+    if WARM:
+        rounds, warmup_rounds = 1, 0
+    if not on_gpu(device):
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds)
+        return
+    timer = DeviceTimer(run)
+    seconds: list[float] = []
+    hidden = {"hide_host": True}
+    for _ in range(warmup_rounds):
         run()
+    timer.measure_host()
+    benchmark.pedantic(lambda **options: seconds.append(timer.sample(**options)), kwargs=hidden, rounds=rounds)
+    benchmark.extra_info["device_seconds"] = seconds
+    launched = [timer.sample(hide_host=False) for _ in range(min(rounds, 5))]
+    benchmark.extra_info["as launched, ms"] = round(1e3 * statistics.median(launched), 4)
+
+
+class DeviceTimer:
+    """Times calls of `run` by device events, after writing twice the L2's size so that no input is cached."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        properties = torch.cuda.get_device_properties(0)
+        self.run = run
+        self.flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+        self.clock = 1e3 * getattr(properties, "clock_rate", 2e6)  # Hz; the attribute is in kHz
+        self.host_s = 0.0
+
+    def measure_host(self, calls: int = 3) -> None:
+        """Takes the host's time for one call, which `sample` hides."""
+        times = []
+        for _ in range(calls):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.run()
+            times.append(time.perf_counter() - start)
+            if times[-1] >= LONGEST_SLEEP_S:  # cannot be hidden, whatever it is
+                break
+        torch.cuda.synchronize()
+        self.host_s = statistics.median(times)
+
+    def sample(self, hide_host: bool) -> float:
+        """Seconds of one call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        if hide_host and self.host_s < LONGEST_SLEEP_S:
+            # Half as long again, since the host's time varies; what the device sleeps too long costs nothing.
+            torch.cuda._sleep(int((1.5 * self.host_s + 1e-4) * self.clock))
+        else:
+            torch.cuda.synchronize()
+        start.record()
+        self.run()
         end.record()
         end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+        return start.elapsed_time(end) / 1e3
 
-    benchmark.pedantic(once, setup=cold, rounds=rounds, warmup_rounds=warmup_rounds)
-    benchmark.extra_info["device_seconds"] = seconds[-rounds:]
+    def median(self, rounds: int, warmup_rounds: int = 2) -> float:
+        """Median seconds of `rounds` calls, with the host's time hidden."""
+        for _ in range(warmup_rounds):
+            self.run()
+        self.measure_host(1)
+        return statistics.median(self.sample(hide_host=True) for _ in range(rounds))
+
+
+def median_seconds(run: Callable[[], Any], device: str, rounds: int = 10, warmup_rounds: int = 2) -> float:
+    """Median seconds of a call outside of pytest: on a GPU by device events, host hidden; else by the host's clock."""
+    if on_gpu(device):
+        return DeviceTimer(run).median(rounds, warmup_rounds)
+    for _ in range(warmup_rounds):
+        run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def counted(

@@ -10,13 +10,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+COMMIT_VARIABLE = "SCENARIOCLIP_FAST_COMMIT"
 _PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "simplejpeg", "pytest-benchmark", "scenarioclip-fast")
+_RIVALS = ("cut-cross-entropy", "inf-cl", "liger-kernel", "memeff", "quack-kernels", "siglip-kernel")
 _CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 def describe(device: str) -> dict[str, Any]:
     """What stays as it is while a record is made. `device`: "cpu" or "cuda"."""
     import torch
+
+    from scenarioclip_fast import native
 
     cores, memory = _cores(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {cores} cores"
@@ -30,6 +34,8 @@ def describe(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), **_versions()},
     }
+    if (origin := native.build_info().get("carried_from")) is not None:
+        out["compiled_parts"] = f"built on another machine, from commit {origin}"
     if device == "cuda":
         out["driver"] = _smi("driver_version")
         out["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
@@ -49,8 +55,10 @@ def state(device: str) -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str:
-    """Of the checkout, with "+ changes" where tracked files that matter to a measurement differ from it; "unknown"
-    outside of one."""
+    """Of the checkout, with "+ changes" where tracked files that matter to a measurement differ from it.
+
+    Outside of a checkout, where the files were copied without .git: SCENARIOCLIP_FAST_COMMIT, or else "unknown".
+    """
 
     def git(*args: str) -> str | None:
         try:
@@ -61,7 +69,7 @@ def commit(folder: Path) -> str:
 
     head = git("rev-parse", "HEAD")
     if head is None:
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE) or "unknown"
     texts = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # what measuring itself rewrites
     return head + (" + changes" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", *texts) else "")
 
@@ -83,7 +91,7 @@ def _text(path: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = [*_PACKAGES, *(d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-"))]
+    names = [*_PACKAGES, *_RIVALS, *(d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-"))]
     out = {}
     for name in names:
         try:

@@ -76,7 +76,11 @@ class Absent:
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark file's run. `exit`: pytest's code, or None if it was stopped at its limit."""
+    """One benchmark file's run.
+
+    exit: pytest's code, or None if it was stopped at its limit.
+    start_up: seconds until its cases were collected; None where that was not measured.
+    """
 
     name: str
     command: str
@@ -90,6 +94,7 @@ class Part:
     left_out: list[Absent] = field(default_factory=list)
     failed: list[Absent] = field(default_factory=list)
     note: str = ""
+    start_up: float | None = None
 
     @property
     def ok(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs benchmark files, each in a process of its own, and leaves a record after each."""
+"""Runs benchmark files, each in a process of its own, and writes the record after each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import scenarioclip_fast
 from scenarioclip_fast.bench import machine
@@ -26,6 +26,27 @@ _PREFIX = "bench_"
 _KIND_OF = {"data": "data", "step": "step", "trainer": "step", "end_to_end": "step"}
 _POLL_S = 0.2
 _END_S = 10.0  # between asking a process to end and ending it
+
+
+class Process(Protocol):
+    """What the runner needs of a process: the methods of subprocess.Popen with these names."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+# Starts pytest with some arguments in a directory, its output going to a file.
+Start = Callable[[Sequence[str], Path, IO[bytes]], Process]
+
+
+def new_process(arguments: Sequence[str], directory: Path, output: IO[bytes]) -> Process:
+    """The usual `Start`."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.STDOUT)
 
 
 def benchmark_files() -> dict[str, Path]:
@@ -91,7 +112,7 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
             )
     out.mkdir(parents=True, exist_ok=True)  # what cannot be written is no reason to measure
     for name, path in files.items():
-        part = _run_file(name, path, device, limit)
+        part = run_file(name, path, device, limit)
         record = record.with_part(part)
         record.write(out)
         for absent in part.failed:
@@ -107,25 +128,33 @@ def filled_in(out: Path, here: dict[str, Any]) -> Path:
     return Path(str(out).replace("{date}", f"{datetime.date.today()}").replace("{device}", slug))
 
 
-def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
+def run_file(name: str, path: Path, device: str, limit: float | None, start: Start = new_process) -> Part:
+    """Runs one benchmark file.
+
+    Args:
+        name: of the part.
+        path: the file, in a folder of the checkout.
+        device: "cpu" or "cuda", which selects its cases.
+        limit: seconds that it may take; what it has measured by then counts. None: no limit.
+        start: starts pytest.
+    """
     root = path.parents[1]
-    command = ["pytest", str(path.relative_to(root)), "-m", "gpu" if device == "cuda" else "not gpu"]
+    arguments = [str(path.relative_to(root)), "-m", "gpu" if device == "cuda" else "not gpu"]
     variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("SCENARIOCLIP_FAST_BENCH")]
     if threads := os.environ.get("OMP_NUM_THREADS"):
         variables.append(f"OMP_NUM_THREADS={threads}")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     commit, before = machine.commit(root), machine.state(device)
     begin = time.monotonic()
+    collected: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines.jsonl", Path(folder) / "log.txt"
         lines.touch()
         plugin = ["-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines), "-p", "no:cacheprovider"]
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command, *plugin], cwd=root, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = start([*arguments, *plugin], root, output)
             try:
-                rows = list(_watched(process, lines, name, limit))
+                rows = list(_watched(process, lines, name, limit, lambda: collected.append(time.monotonic() - begin)))
             finally:
                 _end(process)
         seconds = time.monotonic() - begin
@@ -139,10 +168,11 @@ def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
     keys = ("name", "group", "form", "samples", "clock", "extra", "took")
     return Part(
         name=name,
-        command=" ".join([*variables, shlex.join(command)]),
+        command=" ".join([*variables, shlex.join(["pytest", *arguments])]),
         commit=commit,
         started=started,
         seconds=round(seconds, 1),
+        start_up=round(collected[0], 2) if collected else None,
         exit=None if late else 0 if process.returncode == 5 else process.returncode,
         before=before,
         after=machine.state(device),
@@ -153,8 +183,10 @@ def _run_file(name: str, path: Path, device: str, limit: float | None) -> Part:
     )
 
 
-def _watched(process: subprocess.Popen[bytes], lines: Path, name: str, limit: float | None) -> Iterator[dict[str, Any]]:
-    """The plugin's lines until the process ends, with progress."""
+def _watched(
+    process: Process, lines: Path, name: str, limit: float | None, collected: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """The plugin's lines until the process ends, with progress; calls `collected` once the cases are known."""
     total = 0
 
     def follow() -> Iterator[dict[str, Any]]:
@@ -169,6 +201,7 @@ def _watched(process: subprocess.Popen[bytes], lines: Path, name: str, limit: fl
                 for row in map(json.loads, whole):
                     if "total" in row:
                         total = row["total"]
+                        collected()
                         continue
                     yield row
                 if ended or (stop is not None and time.monotonic() > stop):
@@ -187,7 +220,7 @@ def _watched(process: subprocess.Popen[bytes], lines: Path, name: str, limit: fl
     yield from progress(again(), total=total or None, desc=f"bench {name}", unit="benchmarks")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     if process.poll() is None:
         process.terminate()
         try:

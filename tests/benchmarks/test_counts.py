@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import bench_contrastive
 import bench_distillation
 import bench_views
 import pytest
 import torch
 from scenarioclip_fast.kernels.contrastive import reference
+from torch.utils.flop_counter import FlopCounterMode
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 
@@ -57,6 +61,27 @@ def test_contrastive() -> None:
     # The floor of kernels/contrastive/README.md: four products, one forward and three backward.
     assert [products for _, products in phases.values()] == [1, 3, 4]
     assert [numbers for numbers, _ in phases.values()] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("way", bench_contrastive.PRODUCTS)
+def test_bare_products(way: str) -> None:
+    """Operations as torch counts those of the calls, and of four products 4 x 2 N U D."""
+    counts: dict[str, float] = {}
+    case = bench_contrastive.Case("products", way, "cpu", 100, 32)
+    benchmark = SimpleNamespace(extra_info=counts, group=None, pedantic=lambda run, **_: run())
+    with patch.object(bench_contrastive.Products, "block_side", staticmethod(lambda _: 48)):
+        bench_contrastive.measure_products(benchmark, case)
+        products = bench_contrastive.Products(torch.ones(100, 32), torch.ones(100, 32))
+    with FlopCounterMode(display=False) as counter:
+        products.named(way)[1]()
+    assert counts["operations"] == counter.get_total_flops()
+    if way == bench_contrastive.FOUR:
+        assert counts["operations"] == 4 * 2 * 100 * 100 * 32
+        assert counts["bytes"] == 6 * 100 * 32 * 4
+        assert benchmark.group == "contrastive, forward + backward, 100 x 100 x 32, cpu"
+    else:
+        assert counts["bytes"] >= (100 * 100 + 2 * 100 * 32) * 4  # both operands and what comes out
+        assert benchmark.group == "contrastive, bare products, 100 x 100 x 32, cpu"
 
 
 def test_peak_memory_sees_what_the_allocator_had_kept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import bench_contrastive
 import plot_contrastive
 import pytest
 
@@ -34,6 +35,12 @@ def test_a_record_becomes_a_picture(sizes: tuple[int, ...], tmp_path: Path, monk
     monkeypatch.setattr(sys, "argv", ["plot_contrastive.py", str(tmp_path), str(tmp_path / "out.png")])
     plot_contrastive.main()
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_every_form_has_a_look_of_its_own() -> None:
+    looks = {way: plot_contrastive.style(way) for way in (*bench_contrastive.WAYS, bench_contrastive.FOUR)}
+    ours = ("ours: triton", "ours: cpu")  # never in one picture
+    assert all(looks[a] != looks[b] for a in looks for b in looks if a != b and {a, b} != {*ours})
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -1,0 +1,97 @@
+"""What `make gpu` prints: a short table for each part, and the headline figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import readme
+from gpu.jobs import Row
+
+from scenarioclip_fast.bench.record import FILE, Part, Record, Result, read_record, unit_of
+from scenarioclip_fast.bench.tables import digits, fastest_of_ours, seconds, times
+
+# Fields of a result that are worth a look while the machine is still there.
+_NOTED = {
+    "mfu": lambda v: f"MFU {100 * v:.1f} %",
+    "host, ms": lambda v: f"host {digits(v)} ms",
+    "as launched, ms": lambda v: f"as launched {digits(v)} ms",
+    "GPU microseconds": lambda v: f"kernels {digits(v)} µs",
+    "peak_memory_gib": lambda v: f"{digits(v)} GiB",
+    "MiB above inputs and gradients": lambda v: f"{digits(v)} MiB",
+    "data_wait": lambda v: f"waits for data {100 * v:.0f} %",
+    "overhead": lambda v: f"overhead {100 * v:.1f} %",
+}
+
+
+def short_table(part: Part) -> list[str]:
+    """A line a form, the fastest of each group first."""
+    lines = []
+    for group, results in part.groups().items():
+        unit, ours = unit_of(results), fastest_of_ours(results)
+        lines.append(f"{group}, a {unit}")
+        for result in sorted(results, key=lambda r: r.per(unit)):
+            ratio = "" if ours is None or result is ours else f"{times(result.per(unit) / ours.per(unit))} of ours"
+            noted = ", ".join(show(result.extra[k]) for k, show in _NOTED.items() if _number(result.extra.get(k)))
+            figures = f"{seconds(result.per(unit)):>9}  {_rate(result):>16}  {ratio:>14}  {noted}"
+            lines.append(f"  {result.form:44} {figures}".rstrip())
+    lines += [f"failed: {absent.name}: {absent.reason.partition(chr(10))[0][:150]}" for absent in part.failed]
+    reasons: dict[str, int] = {}
+    for absent in part.left_out:
+        reasons[absent.reason] = reasons.get(absent.reason, 0) + 1
+    lines += [f"left out, {count}: {reason[:150]}" for reason, count in reasons.items()]
+    return [*lines, *([part.note] if part.note else [])]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rate(result: Result) -> str:
+    if kind := result.extra.get("ceiling"):
+        amount = result.extra["bytes" if kind == "copy" else "operations"] / result.median
+        return f"{amount / 1e12:.3g} {'TB/s' if kind == 'copy' else 'TFLOP/s'}"
+    for unit in ("scenes", "views"):
+        if unit in result.extra:
+            return f"{digits(result.extra[unit] / result.median)} {unit}/s"
+    if "operations" in result.extra and result.extra["operations"] > 1e12:
+        return f"{result.extra['operations'] / result.median / 1e12:.3g} TFLOP/s"
+    return ""
+
+
+def lines(out: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """The last lines of the output: the device, every claim with a target, and what went wrong."""
+    record = read_record(out) if (out / FILE).exists() else Record(dict(machine))
+    commit = next((part.commit[:12] + part.commit[40:] for part in record.parts), "")
+    found = [f"{machine.get('device', 'unknown device')}, commit {commit or 'unknown'}"]
+    found += _claims(record)
+    found += _ours(record)
+    bad = [f"{row.section}: {row.said}" for row in rows if row.said != "0"]
+    return [*found, f"not done: {'; '.join(bad)}" if bad else "every section is done"]
+
+
+def _claims(record: Record) -> Iterator[str]:
+    for claim in [*readme.GPU, *readme.GPU_ASKED]:
+        if (found := readme.find(claim, [record])) is None:
+            continue
+        met = claim.asked is not None and found.ratio >= claim.asked
+        verdict = "" if claim.asked is None else f", {'met' if met else 'missed'}: {claim.asked:g} x asked"
+        speeds = f"{found.speed(found.ours)} against {found.speed(found.rival)}"
+        yield f"{claim.what}, {claim.rival}: {times(found.ratio)} ({speeds}){verdict}"
+
+
+def _ours(record: Record) -> Iterator[str]:
+    """Our fastest form of each group of the headline parts."""
+    for part in record.parts:
+        if part.name not in ("step", "views", "end_to_end", "data"):
+            continue
+        for group, results in part.groups().items():
+            if (best := fastest_of_ours(results)) is not None:
+                mfu = f", MFU {100 * best.extra['mfu']:.1f} %" if "mfu" in best.extra else ""
+                yield f"{group}: {best.form}: {_rate(best) or seconds(best.median)}{mfu}"
+
+
+def write_readme(out: Path) -> None:
+    """The record's README.md, with the table of what was asked and measured."""
+    (out / "README.md").write_text(readme.record_readme(out), encoding="utf-8")

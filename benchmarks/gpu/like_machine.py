@@ -1,0 +1,72 @@
+"""Makes a virtual environment like that of a bare GPU machine: Python 3.12, torch 2.11 and the packages of machine.txt.
+
+Run: python benchmarks/gpu/like_machine.py DIR
+
+Where Python 3.12 or this torch cannot be had, the Python that runs this is taken, with a torch that the package
+supports; like.json in DIR says what was taken, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).with_name("machine.txt")
+VERSION = "3.12"
+SUPPORTED = "torch>=2.11,<2.14"
+
+
+def interpreters() -> list[str]:
+    """Pythons of that version: GPU_PYTHON, one on PATH, those of pyenv."""
+    found = [os.environ.get("GPU_PYTHON"), shutil.which(f"python{VERSION}")]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found += map(str, sorted(pyenv.glob(f"versions/{VERSION}.*/bin/python"), reverse=True))
+    ask = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
+    out = []
+    for path in filter(None, found):
+        done = subprocess.run([path, "-c", ask], capture_output=True, text=True, check=False)  # may be a shim
+        if done.stdout.strip() == VERSION:
+            out.append(path)
+    return out
+
+
+def make(python: str, folder: Path, requirements: list[str]) -> str | None:
+    """None, or why it cannot be had."""
+    shutil.rmtree(folder, ignore_errors=True)
+    install = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    # The wheels of torch depend on packages of gigabytes: one after the other, so that a failure is an early one.
+    commands = [[python, "-m", "venv", str(folder)], [*install, requirements[0]], [*install, *requirements]]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            text = (done.stderr or done.stdout).strip().splitlines()
+            return next((line for line in reversed(text) if "ERROR" in line), text[-1] if text else "no reason given")
+    return None
+
+
+def main() -> int:
+    folder = Path(sys.argv[1]).resolve()
+    lines = [line.strip() for line in REQUIREMENTS.read_text().splitlines()]
+    requirements = [line for line in lines if line and not line.startswith("#")]
+    why = f"no Python {VERSION} was found (GPU_PYTHON=... names one)"
+    for python in interpreters():
+        print(f"{folder.name}: Python {VERSION}, {requirements[0]} and {len(requirements) - 1} packages", flush=True)
+        if (why := make(python, folder, requirements) or "") == "":
+            break
+    else:
+        print(f"{folder.name}: {why}; taking {sys.executable} with {SUPPORTED}", flush=True)
+        # The versions of machine.txt may not exist for this Python.
+        relaxed = [SUPPORTED, *(line.partition("==")[0] for line in requirements[1:])]
+        if (failure := make(sys.executable, folder, relaxed)) is not None:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+    (folder / "like.json").write_text(json.dumps({"instead": why}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

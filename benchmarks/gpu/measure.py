@@ -1,0 +1,318 @@
+"""The part of `make gpu` that runs on the prepared machine: checks side by side, then the timed sections, all in forks.
+
+Started by run.py, with a file that says when the call began and what was prepared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu import headline, jobs, sections
+from gpu.jobs import Job, Row
+from gpu.processes import Launcher, Process, command_line_task, pytest_task, script_task
+from gpu.sections import Section
+
+ROOT = Path(__file__).resolve().parents[2]
+REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
+# What sections import, imported once before they are forked. None of it may initialise CUDA.
+IMPORTS = (
+    "torch",
+    "torch._dynamo",
+    "triton",
+    "numpy",
+    "scipy.ndimage",
+    "PIL.Image",
+    "pytest",
+    "pytest_benchmark.plugin",
+    "pytest_timeout",
+    "hypothesis",
+    "yaml",
+    "safetensors.torch",
+    "simplejpeg",
+    "instant_clip_tokenizer",
+    "matplotlib.figure",
+    "scenarioclip_fast.ops",
+    "scenarioclip_fast.losses",
+    "scenarioclip_fast.data",
+    "scenarioclip_fast.model",
+    "scenarioclip_fast.train.trainer",
+    "scenarioclip_fast.demo",
+    "scenarioclip_fast.bench.runner",
+    "scenarioclip_fast.bench.report",
+    "scenarioclip_fast.kernels.contrastive.contrastive_triton",
+    "scenarioclip_fast.kernels.distillation.distillation_triton",
+)
+TESTS = (
+    "tests/ops/test_contrastive.py",
+    "tests/ops/test_views.py",
+    "tests/ops/test_distillation.py",
+    "tests/ops/test_contrastive_distributed.py",
+    "tests/ops/test_ema.py",
+    "tests/test_native.py",
+    "tests/model/test_exactness.py",
+    "tests/train/test_trainer.py",
+    "tests/train/test_trainer_switches.py",
+    "tests/train/test_saving.py",
+    "tests/train/test_train_checkpoint.py",
+    "tests/data/test_loader.py",
+    "tests/data/test_decode.py",
+    "tests/cli/test_eval.py",
+)
+TESTS_AT_ONCE = 8
+# The benchmarks whose compilation is brought forward, so that the timed sections find warm caches.
+WARM = {"warm_step": ("bench_step", "compiled"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
+SANITIZE = {
+    "memcheck_cuda": ("memcheck", "cuda"),
+    "racecheck": ("racecheck", "cuda"),
+    "memcheck_triton": ("memcheck", "triton"),
+}
+# Large, and can be made again.
+NOT_KEPT = ("demo/scenes", "demo/shards", "checkpoints", ".safetensors")
+
+
+class Call:
+    """One call of `make gpu`: its clock, its folders and what became of each section."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.factor: float = state["factor"]
+        self.clock = sections.Clock(state["total"], state["started"])
+        self.left, self.out = Path(state["out"]), Path(state["work"]) / "out"
+        self.only: list[str] = state["only"]
+        self.rows = [Row(*note) for note in state["notes"]]
+        self.launch = Launcher(ROOT)
+        self.machine: dict[str, Any] = {}
+        self.commit: str | None = state["commit"]
+        self.out.mkdir()
+        for name in ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz"):
+            (self.left / name).unlink(missing_ok=True)
+        for text in Path(state["work"]).glob("*.txt"):
+            shutil.move(text, self.out / text.name)
+
+    def run(self) -> int:
+        """All sections; 1 where one failed or was left out."""
+        self.start()
+        checks = [name for name in sections.CHECK_PARTS if self.wanted(name)]
+        if checks:
+            self.checks(checks)
+        for section in sections.TIMED:
+            if self.wanted(section.name):
+                self.timed(section)
+        self.archive()
+        print(f"\n== headline figures, after {self.clock.elapsed():.0f} s")
+        for line in headline.lines(self.out, self.machine, self.rows):
+            print(line)
+        return int(any(row.said != "0" for row in self.rows))
+
+    def wanted(self, name: str) -> bool:
+        return not self.only or name in self.only
+
+    def limit(self, section: Section) -> float | None:
+        """Seconds that `section` may take."""
+        later = [s for s in sections.TIMED if self.wanted(s.name)]
+        if section in later:
+            later = later[later.index(section) + 1 :]
+        return self.clock.limit(self._scaled(section), [self._scaled(s) for s in later])
+
+    def _scaled(self, section: Section) -> Section:
+        return replace(section, budget=section.budget * self.factor, most=section.most * self.factor)
+
+    # What is left behind
+
+    def ended(self, row: Row) -> None:
+        """Prints and keeps what became of a section."""
+        said = {"0": "done"}.get(row.said, f"exit {row.said}" if row.said.lstrip("-").isdigit() else row.said)
+        line = f"== {row.section}: {said}, {row.seconds:.1f} s"
+        print(line, flush=True)
+        self.rows.append(row)
+        log = self.out / f"{row.section}.txt"
+        with (self.left / "log.txt").open("a", encoding="utf-8") as whole:
+            whole.write(f"{line}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
+        self.keep()
+
+    def keep(self) -> None:
+        """Copies what there is so far into OUT, each file whole."""
+        lines = ["section,exit,seconds,start-up seconds"]
+        for row in self.rows:
+            start_up = "" if row.start_up is None else f"{row.start_up:.2f}"
+            lines.append(f"{row.section},{row.said.replace(',', ';')},{row.seconds:.1f},{start_up}")
+        (self.out / "sections.csv").write_text("\n".join(lines) + "\n")
+        for name in ("record.json", "README.md", "sections.csv"):
+            if (self.out / name).exists():
+                shutil.copyfile(self.out / name, self.left / f"{name}.partial")
+                (self.left / f"{name}.partial").replace(self.left / name)
+
+    def archive(self) -> None:
+        """Everything else, in one file: a machine may hand back no more than a few."""
+
+        def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+            return None if any(part in entry.name for part in NOT_KEPT) else entry
+
+        partial = self.left / "all.tar.gz.partial"
+        with tarfile.open(partial, "w:gz", compresslevel=1) as everything:
+            everything.add(self.out, arcname=".", filter=kept)
+        partial.replace(self.left / "all.tar.gz")
+
+    # Sections
+
+    def start(self) -> None:
+        """Imports, and a first use of the device in a fork, which also describes the machine."""
+        begin = time.time()
+        missing = []
+        for name in IMPORTS:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # what needs it will say so
+                missing.append(f"not importable: {name}: {type(error).__name__}: {error}".splitlines()[0])
+        from scenarioclip_fast.bench import machine
+
+        if self.commit is not None:
+            os.environ.setdefault(machine.COMMIT_VARIABLE, self.commit)
+        log, answer = self.out / "start.txt", self.out / "machine.json"
+        task = script_task(Path(__file__).with_name("describe.py"), [str(answer)])
+        first = self.launch(task, log)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(20 * self.factor)
+        if first.returncode != 0:
+            first.kill()
+            missing.append("a fork cannot use the GPU: every section gets a process of its own")
+            self.launch.forks = False
+            self.launch(task, log).wait(30 * self.factor)
+        self.machine = json.loads(answer.read_text())
+        with log.open("a") as text:
+            text.write("".join(f"{line}\n" for line in missing))
+        for line in missing:
+            print(f"   {line}")
+        seconds = time.time() - begin
+        self.ended(Row("start", "0", seconds, seconds))
+
+    def checks(self, names: Sequence[str]) -> None:
+        """Correctness, and the compilers' caches: untimed, side by side."""
+        limit = self.limit(sections.CHECKS)
+        if limit is None:
+            self.ended(Row("checks", "left out: too little time was left", 0))
+            return
+        print(f"== {', '.join(names)}: side by side, at most {limit:.0f} s", flush=True)
+        chosen = []
+        for name in names:
+            job = self._check(name)
+            if isinstance(job, Row):
+                self.ended(job)
+            else:
+                chosen.append(job)
+        rows = jobs.run(chosen, limit, grace=5 * self.factor)
+        for job, row in zip(chosen, rows, strict=True):
+            self.ended(row)
+            if row.said != "0" or job.name == "tests":
+                self._show(job.summary())
+
+    def _check(self, name: str) -> Job | Row:
+        if name == "doctor":
+            return Job(name, self.out, [lambda log: self.launch(command_line_task(["doctor"]), log)])
+        if name == "tests":
+            return self._tests()
+        if name in WARM:
+            file, keyword = WARM[name]
+            lines = self.out / f"{name}.jsonl"
+            arguments = [f"benchmarks/{file}.py", "-m", "gpu", "-k", keyword, "-p", "no:cacheprovider"]
+            arguments += ["-p", "gpu.plugin", "-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines)]
+            task = pytest_task(arguments)
+            return Job(name, self.out, [lambda log: self.launch(task, log, SCENARIOCLIP_FAST_BENCH_WARM="1")])
+        tool, part = SANITIZE[name]
+        sanitizer = shutil.which("compute-sanitizer")
+        if sanitizer is None and not REHEARSAL:
+            return Row(name, "left out: compute-sanitizer is not on PATH", 0)
+        command = [sys.executable, "benchmarks/sanitize.py", part]
+        if not REHEARSAL:
+            command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *command]
+        return Job(name, self.out, [lambda log: self.launch.command(command, log)])
+
+    def _tests(self) -> Job:
+        options = ["-m", "gpu and not compiles", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
+        at_once = min(TESTS_AT_ONCE, os.cpu_count() or 1)
+        options += ["-p", "gpu.plugin", f"--forks={at_once}", "--capture=sys", "--continue-on-collection-errors"]
+        if importlib.util.find_spec("pytest_benchmark") is not None:
+            options.append("--benchmark-disable")
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            options.append("--timeout=60")
+        task = pytest_task([*TESTS, *options])
+        return Job("tests", self.out, [lambda log: self.launch(task, log, OMP_NUM_THREADS="2")])
+
+    def timed(self, section: Section) -> None:
+        """A section by itself; whatever goes wrong in it costs no other."""
+        limit = self.limit(section)
+        if limit is None:
+            self.ended(Row(section.name, "left out: too little time was left", 0))
+            return
+        print(f"== {section.name}: at most {limit:.0f} s, after {self.clock.elapsed():.0f} s", flush=True)
+        begin = time.time()
+        try:
+            run = {"bench": self._bench, "tune": self._tune, "demo": self._demo}[section.kind]
+            self.ended(run(section.name, limit))
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.ended(Row(section.name, said, time.time() - begin))
+
+    def _bench(self, name: str, limit: float) -> Row:
+        from scenarioclip_fast.bench.record import FILE, Record, read_record
+        from scenarioclip_fast.bench.runner import run_file
+
+        def start(arguments: Sequence[str], directory: Path, output: IO[bytes]) -> Process:
+            return self.launch.to(pytest_task(arguments), output.fileno(), directory)
+
+        record = read_record(self.out) if (self.out / FILE).exists() else Record(self.machine)
+        path = ROOT / "benchmarks" / f"{name}.py"
+        part = run_file(name.removeprefix("bench_"), path, "cuda", limit, start)
+        record.with_part(part).write(self.out)
+        headline.write_readme(self.out)
+        table = headline.short_table(part)
+        failures = [f"{absent.name}: {absent.reason}" for absent in part.failed]
+        (self.out / f"{name}.txt").write_text("\n".join([*table, *failures]) + "\n")
+        self._show(table)
+        return Row(name, "stopped at its limit" if part.exit is None else str(part.exit), part.seconds, part.start_up)
+
+    def _tune(self, name: str, limit: float) -> Row:
+        task = script_task(ROOT / "benchmarks" / f"{name}.py", ["--quick", "--out", str(self.out / f"{name}.json")])
+        return self._alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=60)
+
+    def _demo(self, name: str, limit: float) -> Row:
+        arguments = ["demo", "--device", "cpu" if REHEARSAL else "cuda", "--out", str(self.out / "demo")]
+        arguments += ["--scenes", "48", "--views", "700"] if REHEARSAL else []
+        task = command_line_task(arguments)
+        return self._alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=12)
+
+    def _alone(self, job: Job, limit: float, shown: int) -> Row:
+        (row,) = jobs.run([job], limit, grace=1.0)
+        self._show(job.log.read_text(errors="replace").splitlines()[-shown:])
+        return row
+
+    @staticmethod
+    def _show(lines: Sequence[str]) -> None:
+        for line in lines:
+            print(f"   {line}", flush=True)
+
+
+def main() -> int:
+    state = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        return Call(state).run()
+    finally:
+        shutil.rmtree(state["work"], ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""`make gpu-rehearse`: runs `make gpu` on a machine without a GPU, as far as that goes.
+
+The tracked files and gpu-pack/ are copied into an empty directory without .git, and `make gpu` runs there in the
+environment of like_machine.py, with no package index: wheels, build, tests, benchmarks, tuning, demo, record. Tests run
+to their first use of the device; benchmarks run on the CPU at toy sizes. Prints what each section took to start.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu import pack, sections
+
+ROOT = Path(__file__).resolve().parents[2]
+ASKED_S = 40  # start-up of all sections together, on two cores
+SLOWER = 6.0  # two cores, against a machine's sixteen and its GPU
+
+
+def unpacked(folder: Path) -> None:
+    """The checkout as it travels: what git tracks or would track, and the pack."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    shutil.copytree(ROOT / pack.FOLDER, folder / pack.FOLDER)
+
+
+def environment(work: Path, python: Path) -> dict[str, str]:
+    """Without a package index, and without what an earlier run has compiled."""
+    ours = ("SCENARIOCLIP_FAST_", "PIP_", "TRITON_", "PYTEST_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    env |= {
+        "HOME": str(work / "home"),
+        "PIP_NO_INDEX": "1",
+        "TRITON_CACHE_DIR": str(work / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "SCENARIOCLIP_FAST_REHEARSAL": "1",
+        "MPLCONFIGDIR": str(work / "matplotlib"),
+        "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")]),
+    }
+    (work / "home").mkdir()
+    return env
+
+
+def main() -> int:
+    python, out = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).resolve()
+    instead = json.loads((python.parents[1] / "like.json").read_text())["instead"]
+    if instead:
+        print(f"rehearsed with another Python than the machine's: {instead}", flush=True)
+    manifest = pack.read_manifest(ROOT / pack.FOLDER)
+    assert manifest is not None, "make gpu-pack comes first"
+    if bad := pack.damaged(ROOT / pack.FOLDER, manifest):
+        print(f"error: {pack.FOLDER}/ differs from its manifest: {' '.join(bad)}: run make gpu-pack", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="scenarioclip-fast-rehearsal-") as folder:
+        work = Path(folder)
+        checkout = work / "checkout"
+        checkout.mkdir()
+        unpacked(checkout)
+        command = ["make", "gpu", f"PYTHON={python}", f"OUT={out}", f"FACTOR={SLOWER:g}"]
+        subprocess.run(command, cwd=checkout, env=environment(work, python), stdin=subprocess.DEVNULL, check=False)
+    return report(out)
+
+
+def report(out: Path) -> int:
+    """Says what each section took to start; 1 where one of them did not end well."""
+    try:
+        with (out / "sections.csv").open() as lines:
+            rows = {row["section"]: row for row in csv.DictReader(lines)}
+    except OSError:
+        print("error: the rehearsal left no sections.csv", file=sys.stderr)
+        return 1
+    expected = ["wheels", "build", "start", *sections.names()]
+    bad = [f"{name}: {rows[name]['exit'] if name in rows else 'missing'}" for name in expected if _bad(rows.get(name))]
+    start_up = {name: float(row["start-up seconds"]) for name, row in rows.items() if row["start-up seconds"]}
+    checks = {name: start_up.pop(name) for name in sections.CHECK_PARTS if name in start_up}
+    print("\nseconds until each section's own work begins")
+    for name, seconds in (checks | start_up).items():
+        print(f"  {name:20} {seconds:6.2f}{'  (side by side)' if name in checks else ''}")
+    total = sum(start_up.values()) + max(checks.values(), default=0.0)
+    print(f"  {'in all':20} {total:6.2f} (at most {ASKED_S} asked; of those side by side the slowest counts)")
+    files = ("record.json", "README.md", "log.txt", "all.tar.gz")
+    bad += [f"{name}: missing" for name in files if not (out / name).exists()]
+    if bad:
+        print(f"error: not rehearsed: {'; '.join(bad)} (see {out / 'log.txt'})", file=sys.stderr)
+        return 1
+    print(f"rehearsed: {len(rows)} sections; {out}")
+    return 0
+
+
+def _bad(row: dict[str, str] | None) -> bool:
+    return row is None or row["exit"] != "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""`make gpu`: turns a few minutes on a machine with a GPU into a record, with or without a registry.
+
+Run: make gpu [OUT=DIR] [ONLY="bench_step tests"] [TOTAL=480] [PYTHON=python3]
+
+In order: a look at the machine; the wheels of gpu-pack/ and a build of the compiled parts, or those of gpu-pack/ where
+the build fails; tests, sanitizers and the compilers' caches in parallel; then the timed sections, headline figures
+first. A failure, a hang or a missing package costs only its own section. After each section OUT holds what there is by
+then: record.json, README.md, sections.csv, log.txt, all.tar.gz.
+
+Only this first part, `prepare`, runs in the machine's own Python, with the standard library alone. The rest is
+measure.py, in a virtual environment on top of that Python, which stays as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu import sections
+from gpu.pack import FOLDER, Manifest, read_manifest
+from gpu.processes import Spawned
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "scenarioclip_fast" / "_native"
+REHEARSAL = "SCENARIOCLIP_FAST_REHEARSAL"
+EDITABLE = ["--no-index", "--no-build-isolation", "--no-deps", "--editable", "."]
+# The environment on top has no cmake and ninja of its own.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+PROBE = """
+import json, sys
+out = {"python": sys.version.split()[0]}
+try:
+    import torch
+    out["torch"] = torch.__version__
+    out["cuda"] = torch.cuda.is_available()
+    if out["cuda"]:
+        out["device"] = torch.cuda.get_device_name()
+        out["capability"] = "%d%d" % torch.cuda.get_device_capability()
+except Exception as error:
+    out["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+print(json.dumps(out))
+"""
+
+
+class Refused(Exception):
+    """What the machine lacks, in one line."""
+
+
+def probe() -> dict[str, Any]:
+    """Python, torch and GPU of this machine. Raises Refused where there is nothing to measure with."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        raise Refused(f"{sys.executable} cannot import torch: {done.stderr.strip()[-300:]}") from None
+    if "torch" not in found:
+        raise Refused(
+            f"{sys.executable} has no torch ({found.get('error')}): make gpu uses the torch that is installed "
+            "(PYTHON=... names another Python)"
+        )
+    if not found["cuda"] and os.environ.get(REHEARSAL) != "1":
+        raise Refused(f"torch {found['torch']} sees no GPU: make gpu needs a machine with one (or: make gpu-rehearse)")
+    return found
+
+
+def environment(folder: Path) -> Path:
+    """A virtual environment that sees this Python's packages; returns its interpreter.
+
+    Written by hand: `venv --system-site-packages` looks through to the base installation, not to an environment that
+    this Python may itself be.
+    """
+    import site
+    import venv
+
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
+    purelib = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    below = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
+    lines = [f"import site; site.addsitedir({path!r})" for path in below if os.path.isdir(path)]
+    (purelib / "machine.pth").write_text("\n".join(lines) + "\n")
+    return folder / "bin" / "python"
+
+
+def start(command: list[str | Path], log: Path, **env: str) -> Spawned:
+    with log.open("wb") as output:
+        return Spawned([str(word) for word in command], output.fileno(), ROOT, env)
+
+
+def finish(process: Spawned, seconds: float) -> int | None:
+    """Its exit code; None where it was stopped after `seconds`."""
+    try:
+        return process.wait(max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+class Preparation:
+    """Wheels and compiled parts. Fills `notes`, the lines that the sections table gets."""
+
+    def __init__(self, work: Path, python: Path, found: dict[str, Any], pack: Manifest | None, until: float) -> None:
+        self.work, self.python, self.found, self.pack, self.until = work, python, found, pack, until
+        self.notes: list[tuple[str, str, float]] = []
+
+    def run(self) -> None:
+        begin = time.time()
+        wheels = sorted((ROOT / FOLDER / "wheels").glob("*.whl"))
+        installing = None
+        if wheels:
+            installing = start(self._pip("--no-index", "--no-deps", "--no-compile", *wheels), self.work / "wheels.txt")
+        building = start(self._pip(*EDITABLE), self.work / "build.txt", **self._build())
+        if installing is None:
+            self.notes.append(("wheels", f"none in {FOLDER}/: make gpu-pack", 0))
+        else:
+            self._finish_wheels(installing, wheels, begin)
+        code = finish(building, self.until - time.time())
+        if code == 0:
+            self.notes.append(("build", "0", time.time() - begin))
+        else:
+            self._use_carried("stopped at its budget" if code is None else f"exit {code}", begin)
+
+    def _pip(self, *arguments: str | Path) -> list[str | Path]:
+        return [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+
+    def _build(self) -> dict[str, str]:
+        capability = self.found.get("capability", "90")
+        archs = {"90": "90a"}.get(capability, capability)  # for the device at hand alone
+        return {
+            "SCENARIOCLIP_FAST_BUILD": "cuda" if self.found["cuda"] else "auto",
+            "SCENARIOCLIP_FAST_ARCHS": os.environ.get("SCENARIOCLIP_FAST_ARCHS", archs),
+            "PATH": PATH,
+        }
+
+    def _finish_wheels(self, installing: Spawned, wheels: list[Path], begin: float) -> None:
+        if finish(installing, 20) == 0:
+            self.notes.append(("wheels", "0", time.time() - begin))
+            return
+        failed = []
+        with (self.work / "wheels.txt").open("ab") as log:
+            for wheel in wheels:
+                command = self._pip("--no-index", "--no-deps", "--no-compile", wheel)
+                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+                if done.returncode:
+                    failed.append(wheel.name.partition("-")[0])
+        said = f"did not install: {' '.join(failed)}" if failed else "0"
+        self.notes.append(("wheels", said, time.time() - begin))
+
+    def _use_carried(self, why: str, begin: float) -> None:
+        """The compiled parts of gpu-pack/ in place of those that could not be built."""
+        carried = ROOT / FOLDER / "native"
+        parts = sorted(carried.glob("*.so"))
+        if self.pack is None or not parts:
+            raise Refused(f"the build failed ({why}; {self.work / 'build.txt'}) and {FOLDER}/native holds nothing")
+        done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")
+        if finish(done, 60) != 0:
+            raise Refused(f"the package cannot be installed: see {self.work / 'install.txt'}")
+        NATIVE.mkdir(exist_ok=True)
+        for part in parts:
+            shutil.copy2(part, NATIVE / part.name)
+        info = json.loads((carried / "build.json").read_text())
+        (NATIVE / "build.json").write_text(json.dumps({**info, "carried_from": self.pack.commit}, indent=1) + "\n")
+        said = f"failed ({why}): the compiled parts that were brought along are used"
+        self.notes.append(("build", said, time.time() - begin))
+
+
+def main() -> int:
+    started = time.time()
+    parser = argparse.ArgumentParser(description="Measures this machine's GPU and leaves a record.")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where the record goes (default: runs/gpu)")
+    parser.add_argument("--only", default="", help="run these sections alone")
+    parser.add_argument("--total", type=float, default=sections.TOTAL_S, help="seconds for everything")
+    parser.add_argument("--factor", type=float, default=1.0, help="lengthens every section's budget, for a rehearsal")
+    args = parser.parse_args()
+    only = args.only.split()
+    if unknown := [name for name in only if name not in sections.names()]:
+        parser.error(f"ONLY: got {' '.join(unknown)}, expected some of: {' '.join(sections.names())}")
+    if args.total < 10:
+        parser.error(f"TOTAL: got {args.total:g}, expected at least 10 seconds")
+    try:
+        found = probe()
+        probed = time.time() - started
+        args.out.mkdir(parents=True, exist_ok=True)
+        pack = read_manifest(ROOT / FOLDER)
+        work = Path(tempfile.mkdtemp(prefix="scenarioclip-fast-gpu-"))
+        device = found.get("device", "no GPU: a rehearsal")
+        print(f"== {device}, Python {found['python']}, torch {found['torch']}", flush=True)
+        python = environment(work / "venv")
+        until = started + min(args.factor * sections.PREPARE.most, args.total / 2)
+        preparation = Preparation(work, python, found, pack, until)
+        preparation.run()
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    for name, said, seconds in preparation.notes:
+        print(f"== {name}: {'done' if said == '0' else said}, {seconds:.1f} s", flush=True)
+    state = {
+        "started": started,
+        "total": args.total * args.factor,
+        "factor": args.factor,
+        "only": only,
+        "out": str(args.out.resolve()),
+        "work": str(work),
+        "found": found,
+        "notes": [("probe", "0", probed, probed), *preparation.notes],
+        "commit": None if pack is None else pack.commit,
+    }
+    (work / "state.json").write_text(json.dumps(state))
+    env = {**os.environ, "PATH": os.pathsep.join([str(python.parent), PATH]), "PYTHONUNBUFFERED": "1"}
+    if (ROOT / FOLDER / "photos").is_dir():
+        env.setdefault("SCENARIOCLIP_FAST_PHOTOS", str(ROOT / FOLDER / "photos"))
+    sys.stdout.flush()
+    os.execve(python, [str(python), str(Path(__file__).with_name("measure.py")), str(work / "state.json")], env)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

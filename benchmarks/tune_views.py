@@ -1,0 +1,211 @@
+"""Times render_views on this GPU, as a whole and kernel by kernel, beside what was predicted; then a caller's choices.
+
+    python benchmarks/tune_views.py [--quick] [--out FILE.json]
+
+All views of 128 scenes (those of bench_views.py, which checks what is rendered). The predictions are estimates made
+without a device: arithmetic from the instructions of the compiled kernels (SASS for sm_90a) and the bytes that they
+move, for 1,280 views of 128 scenes of 640 x 480, here scaled to the views and scenes at hand. Kernels are timed by the
+profiler's trace, whole calls by device events with a cold L2.
+
+--quick takes fewer samples, profiles one case instead of four and leaves out the slow variants. What leads belongs into
+kernels/views/jobs.h (the bytes of a wave) and views.cu (rows and tiles of a block), measured times into
+kernels/views/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_views import GPU_SCENES, GPU_SIDE, GPU_SIZE, Mixed
+from timing import REHEARSAL, DeviceTimer, backend_for, median_seconds, on_gpu, place, sized, synchronize
+
+from scenarioclip_fast.dispatch import why_not
+
+# Estimates for 1,280 views of 128 scenes.
+VIEWS = 1280
+DEVICE_MS = 6.0
+KERNEL_MS = {"blur": 2.0, "across": 1.7, "down": 1.05, "masks": 0.5}
+HOST_MS_A_SCENE, HOST_MS = 0.028, 0.9  # planning: in Python, and in C++ for the batch
+VIEWS_PER_S = 105_000  # as launched
+SOURCE = "estimates from SASS and bytes, made without a device"
+
+# Group of kernels -> what its names contain; the first that fits.
+GROUPS = {
+    "blur": "blur",
+    "across": "across",
+    "down": "down",
+    "masks": "mask|centre|runs",  # run lengths to bits; the masks' sums, from which the centres follow
+    "weights": "weigh",  # of the resize
+    "augmentation": "augment|grey",
+    "region": "region",  # focused_region's
+    "copies": "^Mem(cpy|set)",
+}
+REST = "rest"
+
+CASES = [(objects, train) for objects in ("masked", "crop") for train in (False, True)]
+PROFILED = ("masked", True)
+# Scenes, dtype and layout, one varied at a time; then what float32 training has.
+VARIANTS = [
+    (sized(32, 2), torch.bfloat16, torch.channels_last),
+    (GPU_SCENES, torch.float32, torch.channels_last),
+    (GPU_SCENES, torch.bfloat16, torch.contiguous_format),
+]
+SLOW_VARIANTS = [
+    (sized(512, 8), torch.bfloat16, torch.channels_last),
+    (GPU_SCENES, torch.float32, torch.contiguous_format),
+]
+Row = dict[str, Any]
+
+
+def group_of(kernel: str) -> str:
+    """The group of a kernel, by its name in a trace: "void scf::(anonymous namespace)::down<float>(...)"."""
+    name = re.split(r"[<(]", kernel.replace("(anonymous namespace)::", ""), maxsplit=1)[0].strip()
+    name = name if name.startswith("Mem") else re.split(r"::|\s", name)[-1]
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), REST)
+
+
+def by_group(kernels: Iterable[tuple[str, float]], views: int) -> list[Row]:
+    """Launches and time of each group that was seen, beside the prediction; `kernels`: (name, ms) of every launch."""
+    seen: dict[str, list[float]] = {}
+    for name, ms in kernels:
+        seen.setdefault(group_of(name), []).append(ms)
+    rows = []
+    for group in sorted(seen, key=[*GROUPS, REST].index):
+        row = {"kernels": group, "launches": len(seen[group])}
+        rows.append(measured(row, sum(seen[group]), KERNEL_MS.get(group), views / VIEWS))
+    whole = [ms for times in seen.values() for ms in times]
+    return [*rows, measured({"kernels": "all", "launches": len(whole)}, sum(whole), DEVICE_MS, views / VIEWS)]
+
+
+def measured(row: Row, ms: float, predicted: float | None, scale: float) -> Row:
+    """`row` with the time, and where there is a prediction, with that and how many times as long it took."""
+    row |= {"ms": round(ms, 4)}
+    if predicted is not None:
+        row |= {"predicted ms": round(predicted * scale, 3), "measured/predicted": round(ms / (predicted * scale), 2)}
+    return row
+
+
+def profiled(run: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
+    """(name, ms) of every kernel and copy of a call of `run`; in a rehearsal of every operator."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    activity, kind = (
+        (ProfilerActivity.CUDA, DeviceType.CUDA) if on_gpu("cuda") else (ProfilerActivity.CPU, DeviceType.CPU)
+    )
+    run()
+    synchronize("cuda")
+    with profile(activities=[activity]) as trace:
+        for _ in range(calls):
+            run()
+        synchronize("cuda")
+    events = [event for event in trace.events() if event.device_type == kind]
+    events.sort(key=lambda event: event.time_range.start)
+    launches = len(events) // calls  # the calls are alike: the last one's kernels
+    return [(event.name, event.time_range.elapsed_us() / 1e3) for event in events[len(events) - launches :]]
+
+
+def call_times(mixed: Mixed, rounds: int, **options: Any) -> Row:
+    """Device and host times of a call, and the views/s of both."""
+
+    def run() -> Any:
+        return mixed.render(**options)
+
+    views, scenes = len(mixed.views), len(mixed.scenes)
+    if on_gpu("cuda"):
+        timer = DeviceTimer(run)
+        device = 1e3 * timer.median(rounds)
+        launched = 1e3 * statistics.median(timer.sample(hide_host=False) for _ in range(min(rounds, 5)))
+    else:
+        device = launched = 1e3 * median_seconds(run, "cuda", rounds, 1)
+    row = measured({"views": views}, device, DEVICE_MS, views / VIEWS)
+    return row | {
+        "host ms": round(mixed.host_ms(), 3),
+        "predicted host ms": round(HOST_MS_A_SCENE * scenes + HOST_MS, 2),
+        "plan_views ms": round(mixed.planning_ms(), 3),
+        "as launched ms": round(launched, 3),
+        "views/s": round(1e3 * views / launched),
+        "views/s, device alone": round(1e3 * views / device),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [head, *([str(row.get(key, "")) for key in head] for row in rows)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="eight seconds instead of half a minute")
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    args = parser.parse_args(arguments)
+    if not (REHEARSAL or torch.cuda.is_available()):
+        print("error: torch sees no GPU: there is nothing to tune", file=sys.stderr)
+        return 2
+    if reason := why_not("render_views", backend_for("cuda"), place("cuda")):
+        print(f"error: render_views cannot run on the GPU: {reason}", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu("cuda") else "none: a rehearsal on the CPU",
+        "inputs": f"{GPU_SCENES} scenes, {GPU_SIZE[0]} x {GPU_SIZE[1]} to {GPU_SIDE}",
+        "predictions": SOURCE,
+    }
+    rounds = sized(8 if args.quick else 20, 2)
+
+    def keep(part: str, rows: list[Row]) -> None:
+        record[part] = rows
+        if args.out is not None:  # after each part: what a stop cuts off is the rest
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    print(f"{record['device']}; {record['inputs']}, bf16, channels last; predictions are {SOURCE}")
+    rows = []
+    for case in CASES:
+        rows.append({"case": title(*case)} | call_times(Mixed.of("cuda", *case), rounds))
+        keep("calls", rows)
+    print("\nwhole calls: ms is the device's alone, host ms until the call returns, views/s as launched, with planning")
+    print(f"({VIEWS_PER_S:,} views/s predicted)\n{table(rows)}", flush=True)
+
+    for case in [PROFILED] if args.quick else CASES:
+        mixed = Mixed.of("cuda", *case)
+        try:
+            kernels = profiled(mixed.render, sized(3, 1))
+        except Exception as error:  # of the profiler: the other figures still count
+            print(f"\nkernels of {title(*case)}: the profiler failed: {error}", flush=True)
+            continue
+        if not kernels:
+            print(f"\nkernels of {title(*case)}: the profiler has recorded none", flush=True)
+            continue
+        rows = by_group(kernels, len(mixed.views))
+        keep(f"kernels, {title(*case)}", rows)
+        print(f"\nkernels of a call, {title(*case)}\n{table(rows)}", flush=True)
+
+    rows = []
+    for scenes, dtype, layout in VARIANTS if args.quick else [*VARIANTS, *SLOW_VARIANTS]:
+        row = {"variant": f"{scenes} scenes, {str(dtype)[6:]}, {str(layout)[6:]}"}
+        try:
+            rows.append(
+                row | call_times(Mixed.of("cuda", *PROFILED, scenes), rounds, dtype=dtype, memory_format=layout)
+            )
+        except torch.OutOfMemoryError as error:
+            rows.append(row | {"error": str(error).splitlines()[0]})
+        keep("variants", rows)
+    print(f"\nvariants, {title(*PROFILED)}\n{table(rows)}", flush=True)
+    return 0
+
+
+def title(objects: str, train: bool) -> str:
+    return f"{objects}, {'training' if train else 'evaluation'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

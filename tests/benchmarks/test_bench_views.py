@@ -1,0 +1,45 @@
+"""The scenes that the benchmark of views is given, and its check of a GPU's views."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bench_views
+import pytest
+import torch
+from bench_views import Mixed
+
+from scenarioclip_fast.data import Scene, Views, load_reference
+from scenarioclip_fast.ops import render_views
+
+
+def test_the_first_photos_with_relations(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_views, "PHOTOS", photos)
+    threads = torch.get_num_threads()
+    scenes = bench_views.photographed((64, 48), 5)
+    assert torch.get_num_threads() == threads
+    with_relations = (scene.key for scene in load_reference(photos) if isinstance(scene, Scene) and scene.relations)
+    assert [scene.key for scene in scenes] == [next(with_relations) for _ in range(5)]
+    assert all(scene.image.shape == (48, 64, 3) for scene in scenes)  # type: ignore[union-attr]
+
+
+def test_without_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_views, "PHOTOS", tmp_path / "none")
+    assert bench_views.photographed((64, 48), 5) == []
+    scenes = bench_views.make_scenes((65, 48), 3)
+    assert [scene.key for scene in scenes] == ["drawn 0", "drawn 1", "drawn 2"]
+
+
+@pytest.mark.parametrize("object_view", ["masked", "crop"])
+def test_a_wrong_view_is_found(object_view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_views, "PHOTOS", Path("none"))
+    monkeypatch.setattr(bench_views, "GPU_SIDE", 16)
+    scenes = bench_views.make_scenes((40, 32), 12)
+    views = Views.of_scenes(scenes, object_view=object_view, train=True)
+    mixed = Mixed(scenes, [scene.image for scene in scenes], views)  # type: ignore[misc]
+    rendered = render_views(mixed.images, views, size=16, dtype=torch.bfloat16, backend="cpu")
+    bench_views.check(rendered, mixed)
+    wrong = rendered.clone()
+    wrong[1] = wrong[0]
+    with pytest.raises(AssertionError, match="bytes off the cpu form"):
+        bench_views.check(wrong, mixed)

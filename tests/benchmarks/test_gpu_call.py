@@ -1,0 +1,450 @@
+"""`make gpu` without a GPU: its budgets, what it does when something fails or hangs, and what it leaves behind.
+
+`make gpu-rehearse` runs the whole of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu import headline, jobs, measure, pack, run, sections, start_up
+from gpu.processes import Forked, Launcher, Spawned, Task, pytest_task, script_task
+
+from scenarioclip_fast.bench import machine
+from scenarioclip_fast.bench.record import Absent, Part, Record, Result
+from scenarioclip_fast.bench.runner import benchmark_files
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_budgets_add_up_to_no_more_than_the_total() -> None:
+    assert sections.budgets() <= sections.TOTAL_S
+    last = max(sections.ALL.index(s) for s in sections.ALL if s.name in sections.HEADLINES)
+    assert sum(s.budget for s in sections.ALL[: last + 1]) < sections.HEADLINE_S
+    assert all(s.budget <= s.most for s in sections.ALL)
+
+
+def test_every_benchmark_has_a_section() -> None:
+    assert {s.name for s in sections.TIMED if s.kind == "bench"} == {f"bench_{name}" for name in benchmark_files()}
+    tunes = {path.stem for path in (ROOT / "benchmarks").glob("tune_*.py")}
+    assert {s.name for s in sections.TIMED if s.kind == "tune"} == tunes
+
+
+def test_every_file_with_gpu_tests_is_run() -> None:
+    marked = re.compile(r"^@pytest\.mark\.gpu|marks=\[?pytest\.mark\.gpu|\[pytest\.mark\.gpu\]", re.MULTILINE)
+    files = {path for path in (ROOT / "tests").rglob("test_*.py") if marked.search(path.read_text())}
+    files.discard(ROOT / "tests" / "cli" / "test_bench.py")  # writes files that are marked so
+    assert {str(path.relative_to(ROOT)) for path in files} - {str(Path(__file__).relative_to(ROOT))} == set(
+        measure.TESTS
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_course_of_events_exceeds_the_total(seed: int) -> None:
+    """Sections that fail at once, take their time, or run into their limit."""
+    rng, now = random.Random(seed), 0.0
+    clock = sections.Clock(sections.TOTAL_S, 0.0, lambda: now)
+    now += rng.uniform(0, sections.PREPARE.most + sections.START.most)
+    remaining = [sections.CHECKS, *sections.TIMED]
+    while remaining:
+        section = remaining.pop(0)
+        limit = clock.limit(section, remaining)
+        on_time = now <= sum(s.budget for s in sections.ALL[: sections.ALL.index(section)])
+        if on_time:
+            assert limit is None or limit >= section.budget, "a section on time has at least its budget"
+            assert limit is not None or section.budget < section.least
+        if limit is not None:
+            assert section.least <= limit <= section.most
+            now += rng.choice([0.0, rng.uniform(0, limit), limit])
+    assert now <= sections.TOTAL_S - sections.FINISH_S
+
+
+def test_saved_time_is_passed_on() -> None:
+    demo = sections.TIMED[-1]
+    assert sections.Clock(480, 0.0, lambda: 480.0 - sections.FINISH_S - 20).limit(demo, []) is None
+    assert sections.Clock(480, 0.0, lambda: 400.0).limit(demo, []) == 480 - sections.FINISH_S - 400
+
+
+def output(tmp_path: Path) -> Any:
+    return (tmp_path / "log.txt").open("ab")
+
+
+def test_forks(tmp_path: Path) -> None:
+    def fork(run: Any, **env: str) -> Forked:
+        with output(tmp_path) as log:
+            return Forked(run, log.fileno(), tmp_path, env)
+
+    assert fork(lambda: 0).wait(10) == 0
+    assert fork(lambda: 3).wait(10) == 3
+    assert fork(lambda: sys.exit("in one line")).wait(10) == 1
+    assert fork(lambda: int(os.environ["ANSWER"]), ANSWER="4").wait(10) == 4
+    assert fork(lambda: 1 / 0).wait(10) == 1
+    text = (tmp_path / "log.txt").read_text()
+    assert "in one line\n" in text and "ZeroDivisionError" in text
+
+
+def test_what_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    def hang() -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        (tmp_path / "child").write_text(str(child.pid))
+        time.sleep(100)
+
+    with output(tmp_path) as log:
+        process = Forked(hang, log.fileno(), tmp_path, {})
+    wait_for(tmp_path / "child")
+    child = int((tmp_path / "child").read_text())
+    assert process.poll() is None
+    process.kill()
+    assert process.wait(10) == -9
+    end = time.monotonic() + 10
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 20
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("forks", [True, False], ids=["forks", "processes"])
+def test_jobs_end_by_themselves(tmp_path: Path, forks: bool) -> None:
+    """One ends, one fails, one hangs; each has its own row and log."""
+    launch = Launcher(tmp_path)
+    launch.forks = forks
+
+    def job(name: str, source: str) -> jobs.Job:
+        (tmp_path / f"{name}_script.py").write_text(source)
+        task = script_task(tmp_path / f"{name}_script.py", ["--quick"])
+        return jobs.Job(name, tmp_path, [lambda log: launch(task, log)])
+
+    main = "\nif __name__ == '__main__':\n    import sys\n    sys.exit(main())\n"
+    made = [
+        job("good", f"import sys\ndef main():\n    print(sys.argv[1:])\n{main}"),
+        job("bad", f"def main():\n    return 7\n{main}"),
+        job("late", f"import time\ndef main():\n    print('begun', flush=True)\n    time.sleep(60)\n{main}"),
+    ]
+    rows = {row.section: row for row in jobs.run(made, 4.0, grace=1.0)}
+    assert [rows[name].said for name in ("good", "bad", "late")] == ["0", "7", "stopped at its limit"]
+    assert rows["good"].seconds < rows["late"].seconds < 10
+    assert "['--quick']" in made[0].log.read_text() and "begun" in made[2].log.read_text()
+    if forks:
+        assert rows["good"].start_up is not None and 0 <= rows["good"].start_up < 4
+
+
+def test_jobs_in_parts(tmp_path: Path) -> None:
+    """At most so many at once, and the log has all of them in order."""
+    running: list[int] = []
+
+    def begin(i: int) -> jobs.Begin:
+        def start(log: Path) -> Spawned:
+            with log.open("ab") as out:
+                running.append(i)
+                return Spawned([sys.executable, "-c", f"print('part', {i})"], out.fileno(), tmp_path, {})
+
+        return start
+
+    job = jobs.Job("parts", tmp_path, [begin(i) for i in range(3)], at_once=1)
+    job.advance()
+    assert running == [0]
+    (row,) = jobs.run([job], 30, grace=1)
+    assert row.said == "0" and job.log.read_text().split() == ["part", "0", "part", "1", "part", "2"]
+
+
+def test_an_interrupted_run_of_pytest_says_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    launch = Launcher(tmp_path)
+    task = pytest_task(
+        ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-c", os.devnull, str(tmp_path / "test_slow.py")]
+    )
+    job = jobs.Job("tests", tmp_path, [lambda log: launch(task, log)])
+    (row,) = jobs.run([job], 8.0, grace=4.0)
+    assert row.said == "stopped at its limit"
+    assert "assert 1 == 2" in job.log.read_text() and "KeyboardInterrupt" in job.log.read_text()
+    assert job.summary()[0] == "1 failed"
+    assert job.summary()[1].startswith("FAILED ")
+
+
+PLUGIN = """
+import os
+import pytest
+@pytest.mark.parametrize("i", range(20))
+def test_numbers(i):
+    assert os.getpid() != int(os.environ["PARENT"])
+def test_device():
+    raise RuntimeError("Found no NVIDIA driver on your system.")
+def test_command():
+    print("error: torch sees no CUDA device")
+    raise AssertionError
+def test_wrong():
+    assert 1 == 2
+"""
+CRASH = "import os\ndef test_crash():\n    os._exit(3)\ndef test_lost():\n    pass\n"
+
+
+@pytest.mark.parametrize("rehearsal", ["0", "1"])
+def test_tests_in_forks(tmp_path: Path, rehearsal: str) -> None:
+    """All of them run, in groups; a crash costs its group; a rehearsed test may end at the device."""
+    (tmp_path / "test_it.py").write_text(PLUGIN)
+    (tmp_path / "test_crash.py").write_text(CRASH)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    code = "import os, sys, pytest; os.environ['PARENT'] = str(os.getpid()); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-p", "gpu.plugin", "-c", os.devnull, "-p", "no:cacheprovider", "--forks=2", "--capture=sys"]
+    env = {**os.environ, "SCENARIOCLIP_FAST_REHEARSAL": rehearsal, "PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, "-c", code, *options]
+    done = subprocess.run(
+        [*command, "test_it.py", "test_crash.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    counts: dict[str, int] = {}
+    for n, what in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout):
+        counts[what] = counts.get(what, 0) + int(n)
+    skipped = {"skipped": 2} if rehearsal == "1" else {}
+    assert counts == {"passed": 20, "failed": 3 - len(skipped) * 2, **skipped}
+    assert done.returncode == 1
+    broken = subprocess.run(
+        [*command, "test_broken.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert broken.returncode == 2 and "no_such_module" in broken.stdout
+
+
+def test_start_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "part.txt"
+    assert start_up.seconds(log) is None
+    for _ in range(2):
+        for name, value in start_up.variable(log).items():
+            monkeypatch.setenv(name, value)
+        start_up.note()
+        start_up.note()  # once a process
+    assert len((tmp_path / "part.start-up").read_text().split()) == 2
+    seconds = start_up.seconds(log)
+    assert seconds is not None and 0 <= seconds < 1
+
+
+# What comes before any package is there
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "SCENARIOCLIP_FAST_REHEARSAL"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "benchmarks/gpu/run.py", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sees no GPU: make gpu needs a machine with one" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_section(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu/run.py", "--only", "bench_stp", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "got bench_stp, expected some of: doctor tests" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("", "cannot import torch"), ('{"python": "3.12", "error": "ModuleNotFoundError: torch"}', "has no torch")],
+)
+def test_without_torch(answer: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, answer, "gone")
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(run.Refused, match=message):
+        run.probe()
+
+
+def test_the_environment_sees_the_packages_of_this_python(tmp_path: Path) -> None:
+    python = run.environment(tmp_path / "venv")
+    code = "import sys, numpy, scenarioclip_fast; print(sys.prefix, scenarioclip_fast.__file__)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "venv"), str(ROOT / "scenarioclip_fast" / "__init__.py")]
+
+
+PIP = """#!/bin/sh
+echo "$@" >>"$LOG"
+case "$*" in
+  *"$BAD_WHEEL"*) exit 1;;
+  *--editable*) [ "$SCENARIOCLIP_FAST_BUILD" = none ] || exit "$BUILD";;
+esac
+"""
+
+
+class Prepared:
+    """A checkout with a pack, and a pip that only pretends."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_wheel: str, build: int) -> None:
+        self.root, self.calls = tmp_path / "checkout", tmp_path / "calls"
+        for name in ("wheels/a-1-py3-none-any.whl", "wheels/b-1-py3-none-any.whl", "native/libx.so"):
+            (self.root / pack.FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / pack.FOLDER / name).write_text(name)
+        (self.root / pack.FOLDER / "native" / "build.json").write_text('{"built": ["cpu"]}')
+        self.native = self.root / "scenarioclip_fast" / "_native"
+        self.native.parent.mkdir()
+        python = tmp_path / "python"
+        python.write_text(PIP)
+        python.chmod(0o755)
+        for name, value in (("LOG", self.calls), ("BAD_WHEEL", bad_wheel), ("BUILD", build)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(run, "ROOT", self.root)
+        monkeypatch.setattr(run, "NATIVE", self.native)
+        self.manifest: pack.Manifest | None = pack.Manifest("abc123", "3.12", "2.11.0")
+        self.found = {"cuda": True, "capability": "90"}
+        self.work, self.python = tmp_path, python
+
+    def notes(self) -> dict[str, str]:
+        preparation = run.Preparation(self.work, self.python, self.found, self.manifest, time.time() + 20)
+        preparation.run()
+        return {name: said for name, said, _ in preparation.notes}
+
+
+def test_all_wheels_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Prepared(tmp_path, monkeypatch, "none of them", 0)
+    assert prepared.notes() == {"wheels": "0", "build": "0"}
+    calls = prepared.calls.read_text().splitlines()
+    assert len(calls) == 2 and sum("a-1" in call and "b-1" in call for call in calls) == 1
+    assert all("--no-index" in call for call in calls)
+
+
+def test_a_wheel_that_does_not_fit_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Prepared(tmp_path, monkeypatch, "b-1", 0)
+    assert prepared.notes() == {"wheels": "did not install: b", "build": "0"}
+
+
+def test_a_build_that_fails_takes_what_was_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Prepared(tmp_path, monkeypatch, "none of them", 5)
+    assert prepared.notes()["build"] == "failed (exit 5): the compiled parts that were brought along are used"
+    assert (prepared.native / "libx.so").read_text() == "native/libx.so"
+    info = json.loads((prepared.native / "build.json").read_text())
+    assert info == {"built": ["cpu"], "carried_from": "abc123"}
+    prepared.manifest = None
+    with pytest.raises(run.Refused, match="gpu-pack/native holds nothing"):
+        prepared.notes()
+
+
+def test_a_record_says_where_its_compiled_parts_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scenarioclip_fast import native
+
+    monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "carried_from": "abc123"})
+    assert machine.describe("cpu")["compiled_parts"] == "built on another machine, from commit abc123"
+
+
+def test_the_commit_travels_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    assert machine.commit(tmp_path) == "unknown"
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc123 + changes")
+    assert machine.commit(tmp_path) == "abc123 + changes"
+
+
+# The pack
+
+
+def test_a_pack_knows_its_files(tmp_path: Path) -> None:
+    assert pack.read_manifest(tmp_path) is None
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "a.whl").write_bytes(b"one")
+    manifest = pack.Manifest(
+        "abc", "3.12", None, ["photos: none"], {"wheels/a.whl": pack._entry(tmp_path / "wheels/a.whl")}
+    )
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest.__dict__))
+    assert pack.read_manifest(tmp_path) == manifest
+    assert pack.damaged(tmp_path, manifest) == []
+    (tmp_path / "wheels" / "a.whl").write_bytes(b"two")
+    assert pack.damaged(tmp_path, manifest) == ["wheels/a.whl"]
+    (tmp_path / "wheels" / "a.whl").unlink()
+    assert pack.damaged(tmp_path, manifest) == ["wheels/a.whl"]
+    for text in ("{", "[]", '{"files": {}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(SystemExit, match="run make gpu-pack again"):
+            pack.read_manifest(tmp_path)
+
+
+def test_a_wheel_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (missing,) = pack.download(sys.executable, ("inf-cl",), tmp_path)
+    assert missing.startswith("inf-cl: ERROR: ")
+
+
+# What is printed
+
+
+def test_headline_figures_come_last(tmp_path: Path) -> None:
+    group = "training step, vit-b-32, 128 scenes (random pixels), cuda"
+    results = [
+        Result("a", group, "ours, bf16, compiled", [0.064], extra={"scenes": 128, "mfu": 0.31, "host, ms": 21.0}),
+        Result("b", group, "baseline, float32", [0.32], extra={"scenes": 128}),
+    ]
+    absent = [Absent("c", "out of memory\nat line 3")]
+    part = Part("step", "pytest", "abc", "2026-01-01T00:00:00", 9.0, 1, {}, {}, results, [], absent)
+    table = headline.short_table(part)
+    assert [line.split("  ")[0] for line in table] == [f"{group}, a scene", "", "", "failed: c: out of memory"]
+    assert "2,000 scenes/s" in table[1] and "MFU 31.0 %, host 21.0 ms" in table[1]
+    assert "5.00 x of ours" in table[2]
+    Record({"kind": "cuda", "device": "a GPU", "versions": {}}, [part]).write(tmp_path)
+    lines = headline.lines(tmp_path, {"device": "a GPU"}, [jobs.Row("tests", "1", 2.0)])
+    assert lines[0] == "a GPU, commit abc"
+    assert any("5.00 x (2,000 scenes/s against 400 scenes/s), met: 4.5 x asked" in line for line in lines)
+    assert lines[-1] == "not done: tests: 1"
+    headline.write_readme(tmp_path)
+    assert "at least 4.5 x | 5.00 x" in (tmp_path / "README.md").read_text()
+
+
+def test_a_fault_of_a_section_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails, hangs, works: OUT holds a row of each, and what was measured."""
+    benchmarks = tmp_path / "checkout" / "benchmarks"
+    benchmarks.mkdir(parents=True)
+    (tmp_path / "checkout" / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["gpu: x"]\n')
+    good = "import pytest\n@pytest.mark.gpu\ndef test_it(benchmark):\n    benchmark.pedantic(lambda: None, rounds=2)\n"
+    (benchmarks / "bench_good.py").write_text(good)
+    (benchmarks / "bench_broken.py").write_text("import no_such_module\n")
+    (benchmarks / "bench_hangs.py").write_text(good.replace("lambda: None", "lambda: time.sleep(60)") + "import time\n")
+    (benchmarks / "tune_it.py").write_text("def main():\n    raise SystemExit('no GPU here')\n")
+    kinds = {"bench_broken": "bench", "bench_hangs": "bench", "tune_it": "tune", "bench_good": "bench"}
+    fakes = [sections.Section(name, kind, 5, 6) for name, kind in kinds.items()]
+    monkeypatch.setattr(sections, "TIMED", fakes)
+    monkeypatch.setattr(measure, "ROOT", tmp_path / "checkout")
+    monkeypatch.setattr(measure.Call, "start", lambda self: setattr(self, "machine", MACHINE))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "work").mkdir()
+    state = {"started": time.time(), "total": 60, "factor": 1.0, "only": list(kinds), "notes": [], "commit": None}
+    call = measure.Call({**state, "out": str(tmp_path / "out"), "work": str(tmp_path / "work")})
+    assert call.run() == 1
+    said = {row.section: row.said for row in call.rows}
+    assert said["bench_broken"] not in ("0", "stopped at its limit")
+    assert said["bench_hangs"] == "stopped at its limit"
+    assert said["tune_it"] == "1" and said["bench_good"] == "0"
+    names = ["README.md", "all.tar.gz", "log.txt", "record.json", "sections.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [len(part["results"]) for part in record["parts"]] == [0, 0, 1]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "no GPU here" in log and "no_such_module" in log
+
+
+MACHINE = {"kind": "rehearsal", "device": "none", "versions": {}}
+
+
+def test_a_task_is_the_same_in_a_fork_and_in_a_process(tmp_path: Path) -> None:
+    launch = Launcher(tmp_path)
+    task = Task(lambda: print("here") or 0, [sys.executable, "-c", "print('here')"])  # type: ignore[func-returns-value]
+    for launch.forks in (True, False):
+        log = tmp_path / f"{launch.forks}.txt"
+        assert launch(task, log).wait(20) == 0
+        assert log.read_text() == "here\n"

@@ -1,0 +1,98 @@
+"""The tuning script of the contrastive loss, on a CPU, and the arithmetic of its predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tune_contrastive
+from tune_contrastive import DEFAULTS, Predictions
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_rehearsal_goes_through_every_variant(tmp_path: Path) -> None:
+    """Without Triton: a CPU need not have it."""
+    out = tmp_path / "tune.json"
+    code = "import sys; sys.modules['triton'] = None; import tune_contrastive; tune_contrastive.main(sys.argv[1:])"
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    environment = {**os.environ, "SCENARIOCLIP_FAST_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, "--quick", "--rows", "64", "--width", "128", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    assert record["device"] == "cpu" and "estimates" in record["predictions"]
+    rows = {(row["what"], row["variant"]): row for row in record["rows"]}
+    assert not any(row["error"] for row in rows.values())
+    for name, values in tune_contrastive.QUICK.items():
+        own = [row for (what, _), row in rows.items() if what == name]
+        assert len(own) == len(values)
+        assert all(row["measured_ms"] > 0 and row["share_of_bare_products"] > 0 for row in own)
+    names = [name for name, *_ in tune_contrastive.parts(Predictions(64, 128))]
+    assert all(("part of one call", name) in rows for name in names)
+    assert len(done.stdout.splitlines()) == len(rows) + 2  # one line each
+
+
+def test_what_is_taken_is_what_the_code_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictions of a call are of its choices on an H100."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    plan = contrastive_triton.Plan(torch.bfloat16, "tf32", 512, 64, True)
+    assert plan.sum_tile(True) == contrastive_triton.Tile(*DEFAULTS["sum_tile"])
+    assert plan.gradient_tile() == contrastive_triton.Tile(*DEFAULTS["gradient_tile"])
+    monkeypatch.setattr(contrastive_triton, "_processors", lambda _: tune_contrastive.PROCESSORS)
+    assert plan.block_side(torch.device("cuda")) == DEFAULTS["block_side"]
+    with tune_contrastive.chosen("gradient_tile", (256, 128, 8, 4)):
+        assert plan.gradient_tile() == contrastive_triton.Tile(256, 128, 8, 4)
+    with tune_contrastive.chosen("block_side", 4224):
+        assert plan.block_side(torch.device("cuda")) == 4224
+
+
+def test_predictions() -> None:
+    predicted = Predictions(32768, 512)
+    # A tile of 128 x 128 asks 64 bytes a cycle of the L2 cache, and 8 more where it writes; 32 to 39 are to be had.
+    assert predicted.share((128, 128), written=0) == (32 / 64, 39 / 64)
+    assert predicted.share((128, 128), written=2) == (32 / 72, 39 / 72)
+    assert predicted.share((256, 128), written=0) == tune_contrastive.ALONE  # 32 / 48 is above
+    assert predicted.forward_tiles((256, 128)) == pytest.approx((1.112 / 0.70, 1.112 / 0.65), rel=1e-3)
+    # 8,448 rows are one wave of 128 x 256 tiles, 4,224 half of one that takes as long.
+    one, half = Predictions(8448, 512), Predictions(8448, 512).products(4224)
+    assert one.products(8448)[0] == pytest.approx(2 * one.library()[0])
+    assert half[0] == pytest.approx(4 * one.library()[0])
+    parts = [span for *_, span in tune_contrastive.parts(predicted)]
+    assert tune_contrastive.total(*parts) == pytest.approx(predicted.both(**DEFAULTS))
+
+
+def test_kernels_belong_to_one_part() -> None:
+    kernels = {
+        "tile_sums": 1.0,
+        "log_sums": 0.25,
+        "sum_levels": 0.5,
+        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(float)": 0.125,
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN": 2.0,
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)": 4.0,
+    }
+    rows = {row.variant: row.measured_ms for row in tune_contrastive.split(kernels, Predictions(32768, 512))}
+    assert rows["tile_sums"] == 1.0 and rows["log_sums"] == 0.25 and rows["sums of partial sums"] == 0.125
+    assert rows["mean_losses, sum_levels"] == 0.5 and rows["the two products"] == 2.0
+    assert rows["others: at::native::vectorized_element"] == 4.0 and sum(rows.values()) == sum(kernels.values())
+
+
+def test_what_is_wrong_differs() -> None:
+    right = [torch.tensor(3.0), torch.ones(4)]
+    assert tune_contrastive.difference(right, right) == 0
+    assert tune_contrastive.difference([right[0], torch.full((4,), 1.5)], right) == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        tune_contrastive.main([])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("error: torch sees no GPU: there is nothing to tune")
