@@ -62,7 +62,7 @@ gpu-pack: install $(GPU_VENV)/packages
 
 # `make gpu` without a GPU, from an unpacked copy.
 gpu-rehearse: gpu-pack
-	$(BIN)/python benchmarks/gpu/rehearse.py $(GPU_VENV)/bin/python runs/gpu-rehearsal
+	$(BIN)/python benchmarks/gpu/rehearse.py $(GPU_VENV)/bin/python runs/gpu-rehearsal --only '$(ONLY)'
 
 # An environment like that machine's: several GB.
 $(GPU_VENV)/packages: benchmarks/gpu/machine.txt

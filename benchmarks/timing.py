@@ -3,7 +3,7 @@
 The fields of `extra_info` that reports read are listed in scenarioclip_fast/bench/record.py.
 
 With SCENARIOCLIP_FAST_REHEARSAL=1 (`make gpu-rehearse`) the GPU benchmarks run on the CPU at toy sizes, which exercises
-everything but the device: `place` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
+all but the device: `place` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
 With SCENARIOCLIP_FAST_BENCH_WARM=1 each benchmark takes one sample, which fills the compilers' caches.
 """
 

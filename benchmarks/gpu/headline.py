@@ -60,11 +60,10 @@ def _rate(result: Result) -> str:
     return ""
 
 
-def lines(out: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+def lines(out: Path, machine: Mapping[str, Any], rows: Sequence[Row], commit: str) -> list[str]:
     """The last lines of the output: the device, every claim with a target, and what went wrong."""
     record = read_record(out) if (out / FILE).exists() else Record(dict(machine))
-    commit = next((part.commit[:12] + part.commit[40:] for part in record.parts), "")
-    found = [f"{machine.get('device', 'unknown device')}, commit {commit or 'unknown'}"]
+    found = [f"{machine.get('device', 'unknown device')}, commit {commit[:12]}{commit[40:]}"]
     found += _claims(record)
     found += _ours(record)
     bad = [f"{row.section}: {row.said}" for row in rows if row.said != "0"]

@@ -71,7 +71,7 @@ class Job:
         for log in self._logs:
             log.unlink(missing_ok=True)
             log.with_suffix(".start-up").unlink(missing_ok=True)
-        return Row(self.name, said, self._seconds, sum(started) if started else None)
+        return Row(self.name, said, self._seconds, sum(started) / self._at_once if started else None)
 
     def summary(self) -> list[str]:
         """The last lines of the log, or what pytest says of its tests. After `end`."""

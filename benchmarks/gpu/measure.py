@@ -6,7 +6,9 @@ Started by run.py, with a file that says when the call began and what was prepar
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -38,8 +40,6 @@ IMPORTS = (
     "scipy.ndimage",
     "PIL.Image",
     "pytest",
-    "pytest_benchmark.plugin",
-    "pytest_timeout",
     "hypothesis",
     "yaml",
     "safetensors.torch",
@@ -57,22 +57,24 @@ IMPORTS = (
     "scenarioclip_fast.kernels.contrastive.contrastive_triton",
     "scenarioclip_fast.kernels.distillation.distillation_triton",
 )
-TESTS = (
-    "tests/ops/test_contrastive.py",
-    "tests/ops/test_views.py",
-    "tests/ops/test_distillation.py",
-    "tests/ops/test_contrastive_distributed.py",
-    "tests/ops/test_ema.py",
-    "tests/test_native.py",
-    "tests/model/test_exactness.py",
-    "tests/train/test_trainer.py",
-    "tests/train/test_trainer_switches.py",
-    "tests/train/test_saving.py",
-    "tests/train/test_train_checkpoint.py",
-    "tests/data/test_loader.py",
-    "tests/data/test_decode.py",
-    "tests/cli/test_eval.py",
-)
+# Each file, and the number of processes that share its tests: many of them compile a kernel. No process is forked from
+# one that has collected tests, since that asks the driver for devices.
+TESTS = {
+    "tests/ops/test_contrastive.py": 4,
+    "tests/ops/test_views.py": 3,
+    "tests/ops/test_distillation.py": 2,
+    "tests/ops/test_contrastive_distributed.py": 1,
+    "tests/train/test_trainer.py": 1,
+    "tests/train/test_trainer_switches.py": 1,
+    "tests/train/test_saving.py": 1,
+    "tests/model/test_exactness.py": 1,
+    "tests/cli/test_eval.py": 1,
+    "tests/data/test_loader.py": 1,
+    "tests/data/test_decode.py": 1,
+    "tests/train/test_train_checkpoint.py": 1,
+    "tests/ops/test_ema.py": 1,
+    "tests/test_native.py": 1,
+}
 TESTS_AT_ONCE = 8
 # The benchmarks whose compilation is brought forward, so that the timed sections find warm caches.
 WARM = {"warm_step": ("bench_step", "compiled"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
@@ -102,6 +104,8 @@ class Call:
             (self.left / name).unlink(missing_ok=True)
         for text in Path(state["work"]).glob("*.txt"):
             shutil.move(text, self.out / text.name)
+        for row in self.rows:
+            self._log(row)
 
     def run(self) -> int:
         """All sections; 1 where one failed or was left out."""
@@ -114,7 +118,9 @@ class Call:
                 self.timed(section)
         self.archive()
         print(f"\n== headline figures, after {self.clock.elapsed():.0f} s")
-        for line in headline.lines(self.out, self.machine, self.rows):
+        from scenarioclip_fast.bench import machine
+
+        for line in headline.lines(self.out, self.machine, self.rows, machine.commit(ROOT)):
             print(line)
         return int(any(row.said != "0" for row in self.rows))
 
@@ -135,14 +141,17 @@ class Call:
 
     def ended(self, row: Row) -> None:
         """Prints and keeps what became of a section."""
+        self.rows.append(row)
+        print(self._log(row), flush=True)
+        self.keep()
+
+    def _log(self, row: Row) -> str:
         said = {"0": "done"}.get(row.said, f"exit {row.said}" if row.said.lstrip("-").isdigit() else row.said)
         line = f"== {row.section}: {said}, {row.seconds:.1f} s"
-        print(line, flush=True)
-        self.rows.append(row)
         log = self.out / f"{row.section}.txt"
         with (self.left / "log.txt").open("a", encoding="utf-8") as whole:
             whole.write(f"{line}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
-        self.keep()
+        return line
 
     def keep(self) -> None:
         """Copies what there is so far into OUT, each file whole."""
@@ -178,6 +187,10 @@ class Call:
                 importlib.import_module(name)
             except Exception as error:  # what needs it will say so
                 missing.append(f"not importable: {name}: {type(error).__name__}: {error}".splitlines()[0])
+        for plugin in importlib.metadata.entry_points(group="pytest11"):
+            with contextlib.suppress(Exception):  # pytest says what it thinks of it
+                plugin.load()
+        gc.freeze()  # else the first collection of each fork walks, and copies, all that was imported
         from scenarioclip_fast.bench import machine
 
         if self.commit is not None:
@@ -238,19 +251,26 @@ class Call:
             return Row(name, "left out: compute-sanitizer is not on PATH", 0)
         command = [sys.executable, "benchmarks/sanitize.py", part]
         if not REHEARSAL:
-            command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *command]
-        return Job(name, self.out, [lambda log: self.launch.command(command, log)])
+            options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+            command = [str(sanitizer), "--tool", tool, *options, "--error-exitcode", "9", *command]
+        # Without torch's pools every tensor is an allocation of its own, whose bounds are known.
+        pools = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return Job(name, self.out, [lambda log: self.launch.command(command, log, **pools)])
 
     def _tests(self) -> Job:
-        options = ["-m", "gpu and not compiles", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
-        at_once = min(TESTS_AT_ONCE, os.cpu_count() or 1)
-        options += ["-p", "gpu.plugin", f"--forks={at_once}", "--capture=sys", "--continue-on-collection-errors"]
+        options = ["-m", "gpu and not compiles", "--tb=short", "--durations=3", "-p", "no:cacheprovider"]
+        options += ["-p", "gpu.plugin"]
         if importlib.util.find_spec("pytest_benchmark") is not None:
             options.append("--benchmark-disable")
         if importlib.util.find_spec("pytest_timeout") is not None:
             options.append("--timeout=60")
-        task = pytest_task([*TESTS, *options])
-        return Job("tests", self.out, [lambda log: self.launch(task, log, OMP_NUM_THREADS="2")])
+
+        def begin(file: str, share: str) -> jobs.Begin:
+            task = pytest_task([file, *options, f"--share={share}"])
+            return lambda log: self.launch(task, log, OMP_NUM_THREADS="2")
+
+        parts = [begin(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
+        return Job("tests", self.out, parts, at_once=min(TESTS_AT_ONCE, os.cpu_count() or 1))
 
     def timed(self, section: Section) -> None:
         """A section by itself; whatever goes wrong in it costs no other."""

@@ -163,7 +163,7 @@ def main() -> int:
         print(f"error: {FOLDER}/ is larger than {LIMIT_MIB} MiB", file=sys.stderr)
         return 1
     print(f"\nCopy the checkout with {FOLDER}/ to the GPU machine (git is not needed there), and run in it:\n")
-    print("    make gpu OUT=runs/gpu\n")
+    print("    make gpu OUT=runs/gpu       # or, without make: python3 benchmarks/gpu/run.py --out runs/gpu\n")
     print(
         "It ends within eight minutes and leaves record.json, README.md, sections.csv, log.txt and all.tar.gz in OUT."
     )

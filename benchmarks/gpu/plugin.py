@@ -1,7 +1,4 @@
-"""The pytest plugin of `make gpu`: notes the start-up, runs tests in forks, and in a rehearsal stops at the device.
-
-With --forks N the tests are collected once, and then run in groups, each in a fork with a CUDA context of its own, N at
-a time. A crash costs its group. Needs --capture=no or sys: each group writes to a file of its own.
+"""The pytest plugin of `make gpu`: notes the start-up, divides long files, and in a rehearsal stops at the device.
 
 A rehearsal runs the GPU's tests on a machine without one. A test that gets as far as its first use of the device has
 shown all that can be shown there, and is skipped; any other failure is one.
@@ -9,87 +6,42 @@ shown all that can be shown there, and is skipped; any other failure is one.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-import shutil
-import sys
-import tempfile
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator
 
 import pytest
 from gpu import start_up
 
-GROUP = 16  # tests of one file that share a fork; many of them compile a kernel
 _REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 _NO_DEVICE = re.compile(
-    r"No CUDA GPUs are available|Found no NVIDIA driver|not compiled with CUDA|no CUDA device|no GPU is visible|"
-    r"cannot serve cuda tensors|needs a GPU|active drivers|device index less than|exchangeDevice",
+    r"No CUDA GPUs are available|Found no NVIDIA driver|not compiled with CUDA|no CUDA device|sees no GPU|"
+    r"no GPU is visible|cannot serve cuda tensors|needs a GPU|active drivers|device index less than|exchangeDevice",
     re.IGNORECASE,
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--forks", type=int, default=0, help="run tests in forks, so many at a time (0: in this process)")
+    parser.addoption("--share", default="0/1", help="I/N: every N-th test, from the I-th on (default: all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first, count = map(int, config.getoption("--share").split("/"))
+    # Neighbours are cases of one test and compile the same kernels: they are dealt out in turn.
+    others = [item for i, item in enumerate(items) if i % count != first]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = items[first::count]
 
 
 def pytest_collection_finish() -> None:
     start_up.note()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    at_once = session.config.getoption("--forks")
-    if not at_once or session.testsfailed or len(session.items) == 0:  # pytest reports what could not be collected
-        return None
-    folder, parent = Path(tempfile.mkdtemp()), os.getpid()
-    running: dict[int, Path] = {}
-    try:
-        for i, group in enumerate(list(_groups(session.items))):
-            if len(running) == at_once:
-                session.testsfailed += _wait(running)
-            log = folder / f"{i}.txt"
-            if not (pid := _fork(log)):
-                session.items[:] = group
-                return None  # the fork goes on as pytest does
-            running[pid] = log
-        while running:
-            session.testsfailed += _wait(running)
-    finally:
-        if os.getpid() == parent:
-            while running:  # after an interrupt, which they have got as well
-                _wait(running)
-            shutil.rmtree(folder, ignore_errors=True)
-    return True
-
-
-def _wait(running: dict[int, Path]) -> int:
-    """Waits for a fork and shows its output; 1 where it failed."""
-    pid, status = os.wait()
-    if (log := running.pop(pid, None)) is None:
-        return 0
-    os.write(1, log.read_bytes() if log.exists() else b"")
-    return int(status != 0)
-
-
-def _groups(items: list[pytest.Item]) -> Iterator[list[pytest.Item]]:
-    for _, group in itertools.groupby(items, key=lambda item: item.path):
-        of_file = list(group)
-        count = -(-len(of_file) // GROUP)
-        # Neighbours are cases of one test and compile the same kernels: they are dealt out in turn.
-        yield from (of_file[i::count] for i in range(count))
-
-
-def _fork(log: Path) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-    return pid
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # all of a file's GPU tests may be left to other sections
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(wrapper=True)

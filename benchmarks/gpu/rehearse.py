@@ -7,6 +7,7 @@ to their first use of the device; benchmarks run on the CPU at toy sizes. Prints
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,7 +56,12 @@ def environment(work: Path, python: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    python, out = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).resolve()
+    parser = argparse.ArgumentParser(description="Rehearses make gpu without a GPU.")
+    parser.add_argument("python", type=Path, help="of an environment made by like_machine.py")
+    parser.add_argument("out", type=Path, help="where the rehearsed record goes")
+    parser.add_argument("--only", default="", help="run these sections alone")
+    args = parser.parse_args()
+    python, out = args.python.absolute(), args.out.resolve()
     instead = json.loads((python.parents[1] / "like.json").read_text())["instead"]
     if instead:
         print(f"rehearsed with another Python than the machine's: {instead}", flush=True)
@@ -68,12 +75,12 @@ def main() -> int:
         checkout = work / "checkout"
         checkout.mkdir()
         unpacked(checkout)
-        command = ["make", "gpu", f"PYTHON={python}", f"OUT={out}", f"FACTOR={SLOWER:g}"]
+        command = ["make", "gpu", f"PYTHON={python}", f"OUT={out}", f"ONLY={args.only}", f"FACTOR={SLOWER:g}"]
         subprocess.run(command, cwd=checkout, env=environment(work, python), stdin=subprocess.DEVNULL, check=False)
-    return report(out)
+    return report(out, args.only.split() or sections.names())
 
 
-def report(out: Path) -> int:
+def report(out: Path, wanted: Sequence[str]) -> int:
     """Says what each section took to start; 1 where one of them did not end well."""
     try:
         with (out / "sections.csv").open() as lines:
@@ -81,7 +88,7 @@ def report(out: Path) -> int:
     except OSError:
         print("error: the rehearsal left no sections.csv", file=sys.stderr)
         return 1
-    expected = ["wheels", "build", "start", *sections.names()]
+    expected = ["wheels", "build", "start", *wanted]
     bad = [f"{name}: {rows[name]['exit'] if name in rows else 'missing'}" for name in expected if _bad(rows.get(name))]
     start_up = {name: float(row["start-up seconds"]) for name, row in rows.items() if row["start-up seconds"]}
     checks = {name: start_up.pop(name) for name in sections.CHECK_PARTS if name in start_up}
@@ -90,7 +97,8 @@ def report(out: Path) -> int:
         print(f"  {name:20} {seconds:6.2f}{'  (side by side)' if name in checks else ''}")
     total = sum(start_up.values()) + max(checks.values(), default=0.0)
     print(f"  {'in all':20} {total:6.2f} (at most {ASKED_S} asked; of those side by side the slowest counts)")
-    files = ("record.json", "README.md", "log.txt", "all.tar.gz")
+    files = ["log.txt", "all.tar.gz"]
+    files += ["record.json", "README.md"] if any(name.startswith("bench_") for name in wanted) else []
     bad += [f"{name}: missing" for name in files if not (out / name).exists()]
     if bad:
         print(f"error: not rehearsed: {'; '.join(bad)} (see {out / 'log.txt'})", file=sys.stderr)

@@ -89,7 +89,9 @@ def environment(folder: Path) -> Path:
     below = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
     lines = [f"import site; site.addsitedir({path!r})" for path in below if os.path.isdir(path)]
     (purelib / "machine.pth").write_text("\n".join(lines) + "\n")
-    return folder / "bin" / "python"
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('torch')"], check=True)
+    return python
 
 
 def start(command: list[str | Path], log: Path, **env: str) -> Spawned:
@@ -157,15 +159,22 @@ class Preparation:
         said = f"did not install: {' '.join(failed)}" if failed else "0"
         self.notes.append(("wheels", said, time.time() - begin))
 
+    def _end_of(self, log: str) -> str:
+        path = self.work / log
+        return "\n".join(path.read_text(errors="replace").splitlines()[-20:]) if path.exists() else ""
+
     def _use_carried(self, why: str, begin: float) -> None:
         """The compiled parts of gpu-pack/ in place of those that could not be built."""
         carried = ROOT / FOLDER / "native"
         parts = sorted(carried.glob("*.so"))
         if self.pack is None or not parts:
-            raise Refused(f"the build failed ({why}; {self.work / 'build.txt'}) and {FOLDER}/native holds nothing")
+            print(self._end_of("build.txt"), file=sys.stderr)
+            raise Refused(f"the build failed ({why}), and {FOLDER}/native holds no compiled parts")
+        print(self._end_of("build.txt"), flush=True)
         done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")
         if finish(done, 60) != 0:
-            raise Refused(f"the package cannot be installed: see {self.work / 'install.txt'}")
+            print(self._end_of("install.txt"), file=sys.stderr)
+            raise Refused("the package cannot be installed")
         NATIVE.mkdir(exist_ok=True)
         for part in parts:
             shutil.copy2(part, NATIVE / part.name)
@@ -196,7 +205,13 @@ def main() -> int:
         work = Path(tempfile.mkdtemp(prefix="scenarioclip-fast-gpu-"))
         device = found.get("device", "no GPU: a rehearsal")
         print(f"== {device}, Python {found['python']}, torch {found['torch']}", flush=True)
-        python = environment(work / "venv")
+        try:
+            python = environment(work / "venv")
+        except Exception as error:  # then in the machine's own
+            print(
+                f"== no virtual environment ({type(error).__name__}: {error}): wheels go into {sys.prefix}", flush=True
+            )
+            python = Path(sys.executable)
         until = started + min(args.factor * sections.PREPARE.most, args.total / 2)
         preparation = Preparation(work, python, found, pack, until)
         preparation.run()

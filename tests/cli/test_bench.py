@@ -213,7 +213,7 @@ def test_a_record_goes_on_where_the_machine_has_grown(tmp_path: Path, monkeypatc
     before = record_of(result("ours", [1.0]))
     before.write(tmp_path)
     monkeypatch.setattr(runner.machine, "describe", lambda device: {**before.machine, "memory_gib": 7.5})
-    monkeypatch.setattr(runner, "_run_file", lambda *_: record_of(name="there").parts[0])
+    monkeypatch.setattr(runner, "run_file", lambda *_: record_of(name="there").parts[0])
     record, _ = runner.measure(["ceilings"], tmp_path, device="cpu")
     assert record.machine == before.machine
 
@@ -246,7 +246,7 @@ def test_damaged_records(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_what_cannot_be_written_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_run_file", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(runner, "run_file", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         runner.measure(["ema"], tmp_path / "file", device="cpu")
