@@ -54,15 +54,15 @@ record: install
 
 # For a machine with a GPU, nvcc and torch, but possibly no registry: takes the Python and the packages that are there.
 gpu:
-	$(PYTHON) benchmarks/gpu/run.py --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
 
 # What travels to such a machine beside the checkout, in gpu-pack/.
 gpu-pack: install $(GPU_VENV)/packages
-	$(BIN)/python benchmarks/gpu/pack.py --python $(GPU_VENV)/bin/python
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu.pack --python $(GPU_VENV)/bin/python
 
 # `make gpu` without a GPU, from an unpacked copy.
 gpu-rehearse: gpu-pack
-	$(BIN)/python benchmarks/gpu/rehearse.py $(GPU_VENV)/bin/python runs/gpu-rehearsal --only '$(ONLY)'
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu.rehearse $(GPU_VENV)/bin/python runs/gpu-rehearsal --only '$(ONLY)'
 
 # An environment like that machine's: several GB.
 $(GPU_VENV)/packages: benchmarks/gpu/machine.txt

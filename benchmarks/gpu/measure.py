@@ -1,6 +1,6 @@
 """The part of `make gpu` that runs on the prepared machine: checks side by side, then the timed sections, all in forks.
 
-Started by run.py, with a file that says when the call began and what was prepared.
+Started by run.py (`python -m gpu.measure FILE`), with a file that says when the call began and what was prepared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu import headline, jobs, sections
 from gpu.jobs import Job, Row

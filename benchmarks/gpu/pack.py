@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "gpu-pack"
 LIMIT_MIB = 60
+CHANGED = " + changes"
 PYTHON_VERSION = "3.12"
 # Needed by the trainer, the loader and the demo; then the rivals of the contrastive benchmark, which need nothing but
 # torch and Triton.
@@ -49,6 +50,7 @@ class Manifest:
     torch: str | None  # that the compiled parts were linked with; None: there are none
     missing: list[str] = field(default_factory=list)  # what could not be brought, with the reason
     files: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> bytes, SHA-256
+    sources: dict[str, str] = field(default_factory=dict)  # tracked file -> SHA-256, when the pack was made
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -72,8 +74,29 @@ def damaged(folder: Path, manifest: Manifest) -> list[str]:
     ]
 
 
+def commit_here(root: Path, manifest: Manifest) -> str:
+    """The commit of the files below `root`, which may have changed since the pack was made."""
+    same = all((root / name).is_file() and _digest(root / name) == digest for name, digest in manifest.sources.items())
+    return manifest.commit if same or manifest.commit.endswith(CHANGED) else manifest.commit + CHANGED
+
+
+def _sources() -> dict[str, str]:
+    """What git tracks, without texts and records, which change no measurement."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, check=False).stdout.decode()
+    names = [name for name in listed.split("\0") if name and not name.endswith(".md")]
+    return {
+        name: _digest(ROOT / name)
+        for name in names
+        if not name.startswith("benchmarks/records/") and (ROOT / name).is_file()
+    }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _entry(path: Path) -> tuple[int, str]:
-    return path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.stat().st_size, _digest(path)
 
 
 def download(python: str, names: tuple[str, ...], folder: Path) -> list[str]:
@@ -138,7 +161,7 @@ def pack(python: str, folder: Path, photos: Path) -> Manifest:
     else:
         missing.append(f"photos: there is no {photos.name} folder beside the checkout; drawn scenes will do")
     files = {str(path.relative_to(folder)): _entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = Manifest(machine.commit(ROOT), PYTHON_VERSION, torch, missing, files)
+    manifest = Manifest(machine.commit(ROOT), PYTHON_VERSION, torch, missing, files, _sources())
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -163,7 +186,8 @@ def main() -> int:
         print(f"error: {FOLDER}/ is larger than {LIMIT_MIB} MiB", file=sys.stderr)
         return 1
     print(f"\nCopy the checkout with {FOLDER}/ to the GPU machine (git is not needed there), and run in it:\n")
-    print("    make gpu OUT=runs/gpu       # or, without make: python3 benchmarks/gpu/run.py --out runs/gpu\n")
+    print("    make gpu OUT=runs/gpu\n")
+    print("or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out runs/gpu\n")
     print(
         "It ends within eight minutes and leaves record.json, README.md, sections.csv, log.txt and all.tar.gz in OUT."
     )

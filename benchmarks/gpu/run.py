@@ -1,6 +1,7 @@
 """`make gpu`: turns a few minutes on a machine with a GPU into a record, with or without a registry.
 
 Run: make gpu [OUT=DIR] [ONLY="bench_step tests"] [TOTAL=480] [PYTHON=python3]
+     or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out DIR
 
 In order: a look at the machine; the wheels of gpu-pack/ and a build of the compiled parts, or those of gpu-pack/ where
 the build fails; tests, sanitizers and the compilers' caches in parallel; then the timed sections, headline figures
@@ -25,10 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from gpu import sections
-from gpu.pack import FOLDER, Manifest, read_manifest
+from gpu.pack import FOLDER, Manifest, commit_here, read_manifest
 from gpu.processes import Spawned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,14 +228,15 @@ def main() -> int:
         "work": str(work),
         "found": found,
         "notes": [("probe", "0", probed, probed), *preparation.notes],
-        "commit": None if pack is None else pack.commit,
+        "commit": None if pack is None else commit_here(ROOT, pack),
     }
     (work / "state.json").write_text(json.dumps(state))
     env = {**os.environ, "PATH": os.pathsep.join([str(python.parent), PATH]), "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     if (ROOT / FOLDER / "photos").is_dir():
         env.setdefault("SCENARIOCLIP_FAST_PHOTOS", str(ROOT / FOLDER / "photos"))
     sys.stdout.flush()
-    os.execve(python, [str(python), str(Path(__file__).with_name("measure.py")), str(work / "state.json")], env)
+    os.execve(python, [str(python), "-m", "gpu.measure", str(work / "state.json")], env)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,8 @@ def test_start_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k != "SCENARIOCLIP_FAST_REHEARSAL"} | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "benchmarks/gpu/run.py", "--out", str(tmp_path / "out")]
+    env = {**os.environ, "SCENARIOCLIP_FAST_REHEARSAL": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "benchmarks"}
+    command = [sys.executable, "-m", "gpu.run", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "sees no GPU: make gpu needs a machine with one" in done.stderr and done.stderr.count("\n") == 1
@@ -247,8 +248,9 @@ def test_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_mistyped_section(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu/run.py", "--only", "bench_stp", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "gpu.run", "--only", "bench_stp", "--out", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": "benchmarks"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "got bench_stp, expected some of: doctor tests" in done.stderr
 
 
@@ -367,6 +369,16 @@ def test_a_pack_knows_its_files(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(SystemExit, match="run make gpu-pack again"):
             pack.read_manifest(tmp_path)
+
+
+def test_a_pack_of_other_sources_says_so(tmp_path: Path) -> None:
+    (tmp_path / "kernel.cu").write_text("one")
+    manifest = pack.Manifest("abc", "3.12", None, sources={"kernel.cu": pack._digest(tmp_path / "kernel.cu")})
+    assert pack.commit_here(tmp_path, manifest) == "abc"
+    (tmp_path / "kernel.cu").write_text("two")
+    assert pack.commit_here(tmp_path, manifest) == "abc + changes"
+    assert pack.commit_here(tmp_path, replace(manifest, commit="abc + changes")) == "abc + changes"
+    assert "setup.py" in pack._sources() and "README.md" not in pack._sources()
 
 
 def test_a_wheel_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
