@@ -43,8 +43,11 @@ class Compiler:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        # As at run time, where buffers begin at multiples of 16 bytes: loads are wide, and can be asynchronous.
-        pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+        # As at run time, where buffers begin at multiples of 16 bytes: loads are wide, and can be asynchronous. Those
+        # that may be slices of buffers are named by do_not_specialize_on_alignment.
+        pointers = [
+            p.num for p in kernel.params if signature[p.name].startswith("*") and not p.do_not_specialize_on_alignment
+        ]
         aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

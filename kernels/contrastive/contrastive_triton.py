@@ -108,7 +108,8 @@ class Plan:
             high, wide = PRODUCT_TILE
             side = min(side, high * (_processors(device) // -(-self.width // wide)))
         tile = self.gradient_tile()
-        return max(side // tile.rows, 1) * tile.rows
+        step = math.lcm(tile.rows, tile.texts)
+        return max(side // step, 1) * step
 
     def tiles(self, unit: Tensor, rows: int) -> Tensor | TensorDescriptor:
         if not self.tma:
@@ -148,6 +149,17 @@ def _chunks(size: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
+def _aligned(rows: Sequence[Tensor]) -> bool:
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may access 16 at once."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.shape[1] * t.element_size() % 16 == 0
+        and (len(t) == 1 or t.stride(0) * t.element_size() % 16 == 0)
+        for t in rows
+        if len(t)
+    )
+
+
 def _units(
     features: Sequence[Tensor], plan: Plan, normalize: bool, positive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # [sum N, WIDTH], [sum N]
@@ -169,6 +181,7 @@ def _units(
             NORMALIZE=normalize,
             POSITIVE=positive is not None,
             ROUND=plan.rounds,
+            ALIGNED=_aligned(features),
             num_warps=2,
         )
     return unit, inverse
@@ -388,8 +401,8 @@ def _backward(
             torch.zeros_like(batch.scale),
         )
     # The gradient of the scale is read off one of the two products, so that one of them is always needed.
-    d_image = [torch.empty_like(x) for x in batch.image] if need_image or not need_text else None
-    d_text = [torch.empty_like(y) for y in batch.text] if need_text else None
+    d_image = [_contiguous_like(x) for x in batch.image] if need_image or not need_text else None
+    d_text = [_contiguous_like(y) for y in batch.text] if need_text else None
     each = _Factors.of(log_sums, grads)
     run = _backward_by_blocks if batch.alone else _backward_together
     d_scale = run(batch, each, d_image, d_text)
@@ -398,6 +411,10 @@ def _backward(
         d_text if d_text is not None else [nothing.clone() for _ in batch.text],
         d_scale,
     )
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of x may overlap
 
 
 def _tile_gradients(
@@ -467,7 +484,8 @@ def _backward_together(
         *rows,
         *texts,
         FIRST_SIDE=0 if d_x is not None else 1,
-        TILE=tile.rows,
+        ROW_TILE=tile.rows,
+        COLUMN_TILE=tile.texts,
         BM=PRODUCT_BLOCK,
         BN=PRODUCT_BLOCK,
         **plan.constants(),
@@ -563,6 +581,7 @@ def _finish(
         WIDTH=batch.plan.width,
         BLOCK_D=triton.next_power_of_2(batch.plan.width),
         NORMALIZE=batch.normalize,
+        ALIGNED=_aligned([*features, *out]),
         num_warps=2,
     )
     return along

@@ -26,6 +26,9 @@ HIGH = tl.constexpr(2.0**127)
 SPREAD = tl.constexpr(60.0)
 
 _SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
+# A call's levels may go through several batches of launches, which get slices of whole buffers. The alignment of these
+# must not compile a kernel again, hence do_not_specialize_on_alignment. That of features is for ALIGNED to say.
+_FEATURES = [f"{side}{k}" for side in "ao" for k in range(LEVELS)]
 
 
 @triton.jit
@@ -113,7 +116,21 @@ def _own_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constexpr):
         return rows - shift - start
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
+def _rows_of(level, row, f0, f1, f2, f3, stride, ALIGNED: tl.constexpr):
+    """A pointer to a row of one level's features."""
+    features = f0
+    if level == 1:
+        features = f1
+    if level == 2:
+        features = f2
+    if level == 3:
+        features = f3
+    features += row.to(tl.int64) * stride
+    return tl.multiple_of(features, 16) if ALIGNED else features
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_FEATURES)
 def unit_rows(
     a0,  # [n_k, D] features of each level
     a1,
@@ -137,19 +154,13 @@ def unit_rows(
     NORMALIZE: tl.constexpr,
     POSITIVE: tl.constexpr,
     ROUND: tl.constexpr,
+    ALIGNED: tl.constexpr,  # the rows of all levels to 16 bytes
 ):
     pid = tl.program_id(0)
     level, row = _locate(pid, n0, n1, n2, n3)
-    features = a0
-    if level == 1:
-        features = a1
-    if level == 2:
-        features = a2
-    if level == 3:
-        features = a3
+    features = _rows_of(level, row, a0, a1, a2, a3, _pick(level, u0, u1, u2, u3), ALIGNED)
     d = tl.arange(0, BLOCK_D)
-    stride = _pick(level, u0, u1, u2, u3)
-    x = tl.load(features + row.to(tl.int64) * stride + d, mask=d < D, other=0.0).to(tl.float32)
+    x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32)
     scale = 1.0
     if NORMALIZE:
         # By the largest entry first: squares of large or tiny float32 features leave the range.
@@ -170,7 +181,7 @@ def unit_rows(
 
 @triton.jit(
     do_not_specialize=[*_SIZES, "shift", "rows_total", "columns_total"],
-    do_not_specialize_on_alignment=["index", "weight"],
+    do_not_specialize_on_alignment=["scale", "index", "weight"],
 )
 def tile_sums(
     x,  # [sum N, WIDTH]
@@ -292,7 +303,7 @@ def _log_sums(
 
 @triton.jit(
     do_not_specialize=[*_SIZES, "rows_total", "columns_total", "row_count", "column_count", "row_blocks"],
-    do_not_specialize_on_alignment=["weight"],
+    do_not_specialize_on_alignment=["scale", "weight"],
 )
 def log_sums(
     x,  # [sum N, WIDTH]
@@ -342,7 +353,6 @@ def log_sums(
         )  # fmt: skip
 
 
-# Slices of whole buffers come in here: their alignment must not compile the kernel again.
 @triton.jit(
     do_not_specialize=["n", "u"],
     do_not_specialize_on_alignment=["row_lse", "column_lse", "grad_row", "grad_column"],
@@ -419,7 +429,7 @@ def _gradient(
 
 @triton.jit(
     do_not_specialize=[*_SIZES, "shift"],
-    do_not_specialize_on_alignment=["index", "weight", "grad_positive"],
+    do_not_specialize_on_alignment=["scale", "index", "weight", "grad_positive"],
 )
 def tile_gradients(
     x,  # [sum N, WIDTH]
@@ -488,6 +498,73 @@ def _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM: tl.constexpr, BN: tl.const
     return base, tl.cdiv(u, BN) * BN
 
 
+@triton.jit
+def _product(
+    pid,
+    grad,
+    other,  # [rows of the inner dimension, WIDTH]
+    out,
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    SIDE: tl.constexpr,  # 0: dS other; 1: dS^T other
+    WIDTH: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # dS is read in whole blocks, without a mask, so they must not reach beyond its padding.
+    tl.static_assert(ROW_TILE % BM == 0 and COLUMN_TILE % BM == 0 and ROW_TILE % BK == 0 and COLUMN_TILE % BK == 0)
+    if SIDE == 0:
+        level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
+    else:
+        level, i = _locate(pid, tl.cdiv(u0, BM), tl.cdiv(u1, BM), tl.cdiv(u2, BM), tl.cdiv(u3, BM))
+    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, ROW_TILE, COLUMN_TILE)
+    if SIDE == 0:
+        high, deep, first, first_inner = n, u, row, column
+    else:
+        high, deep, first, first_inner = u, n, column, row
+    rows, columns, inner = i * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    if i * BM < high:
+        if SIDE == 0:
+            a, step = grad + base + rows.to(tl.int64)[:, None] * stride + inner[None, :], tl.full([], 1, tl.int64)
+        else:
+            a, step = grad + base + inner.to(tl.int64)[None, :] * stride + rows[:, None], stride.to(tl.int64)
+        b = other + (first_inner + inner).to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        width = tl.full([], WIDTH, tl.int64)
+        in_width = (columns < WIDTH)[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        whole = deep // BK * BK
+        for k in range(0, whole, BK):
+            acc = tl.dot(
+                tl.load(a + k * step),
+                tl.load(b + k * width, mask=in_width, other=0.0),
+                acc,
+                input_precision=PRECISION,
+            )
+        if whole < deep:
+            # What tiles hold past the ends may be infinite, and times zero NaN.
+            inside = inner < deep - whole
+            acc = tl.dot(
+                tl.where(inside[None, :], tl.load(a + whole * step), 0.0),
+                tl.load(b + whole * width, mask=inside[:, None] & in_width, other=0.0),
+                acc,
+                input_precision=PRECISION,
+            )
+        at_out = out + (first + rows).to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        tl.store(at_out, acc, mask=(rows < high)[:, None] & in_width)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def products(
     grad,  # levels x [n_l, u_l, both rounded up to tiles]
@@ -505,7 +582,8 @@ def products(
     u3,
     WIDTH: tl.constexpr,
     FIRST_SIDE: tl.constexpr,
-    TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -513,46 +591,18 @@ def products(
 ):
     """Both products of all levels; program ids are block of rows, block of columns, side."""
     pid = tl.program_id(0)
-    side = tl.program_id(2) + FIRST_SIDE
-    by_row = side == 0
-    level, i = _locate(
-        pid,
-        tl.cdiv(tl.where(by_row, n0, u0), BM),
-        tl.cdiv(tl.where(by_row, n1, u1), BM),
-        tl.cdiv(tl.where(by_row, n2, u2), BM),
-        tl.cdiv(tl.where(by_row, n3, u3), BM),
-    )
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
-    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
-    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, TILE, TILE)
-    high, deep, step, inner_step = n, u, stride, 1
-    first, first_inner = row, column
-    other, out = y, d_x
-    if side == 1:
-        high, deep, step, inner_step = u, n, 1, stride
-        first, first_inner = column, row
-        other, out = x, d_y
-    rows, columns, inner = i * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    if i * BM < high:
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k in range(0, deep, BK):
-            ks = k + inner
-            a = tl.load(
-                grad + base + rows.to(tl.int64)[:, None] * step + ks.to(tl.int64)[None, :] * inner_step,
-                mask=(rows < high)[:, None] & (ks < deep)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                other + (first_inner + ks).to(tl.int64)[:, None] * WIDTH + columns[None, :],
-                mask=(ks < deep)[:, None] & (columns < WIDTH)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        at = out + (first + rows).to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        tl.store(at, acc, mask=(rows < high)[:, None] & (columns < WIDTH)[None, :])
+    # The side is a constant in either branch: the compiler sees along which dimension dS is contiguous.
+    if tl.program_id(2) + FIRST_SIDE == 0:
+        _product(
+            pid, grad, y, d_x, n0, n1, n2, n3, u0, u1, u2, u3, 0, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION
+        )  # fmt: skip
+    else:
+        _product(
+            pid, grad, x, d_y, n0, n1, n2, n3, u0, u1, u2, u3, 1, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=[*_FEATURES, "scale"])
 def finish_rows(
     a0,  # [n_k, D] features of each level
     a1,
@@ -578,27 +628,22 @@ def finish_rows(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # the rows of all levels to 16 bytes, in and out
 ):
     pid = tl.program_id(0)
     level, row = _locate(pid, n0, n1, n2, n3)
-    features, out = a0, o0
-    if level == 1:
-        features, out = a1, o1
-    if level == 2:
-        features, out = a2, o2
-    if level == 3:
-        features, out = a3, o3
+    features = _rows_of(level, row, a0, a1, a2, a3, _pick(level, u0, u1, u2, u3), ALIGNED)
+    out = _rows_of(level, row, o0, o1, o2, o3, D, ALIGNED)
     d = tl.arange(0, BLOCK_D)
-    stride = _pick(level, u0, u1, u2, u3)
     inv = tl.load(inverse + pid)
-    x = tl.load(features + row.to(tl.int64) * stride + d, mask=d < D, other=0.0).to(tl.float32) * inv
+    x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32) * inv
     g = tl.load(d_unit + pid.to(tl.int64) * WIDTH + d, mask=d < D, other=0.0)
     dot = tl.sum(x * g, 0)
     tl.store(along + pid, dot)
     if NORMALIZE:
         g = (g - x * dot) * inv
     g *= tl.load(scale + level)
-    tl.store(out + row.to(tl.int64) * D + d, g.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + d, g.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
@@ -613,7 +658,7 @@ def sum_levels(along, out, n0, n1, n2, n3, BM: tl.constexpr):
     tl.store(out + level, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["index"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["index", "count"])
 def count_rows(
     index,  # [sum N] int64
     count,  # [sum U] int32, zeros: out: rows of each text
@@ -697,7 +742,10 @@ def mean_losses(
     tl.store(used + level, total)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "grad_stride", "row_blocks"], do_not_specialize_on_alignment=["count", "index"])
+@triton.jit(
+    do_not_specialize=[*_SIZES, "grad_stride", "row_blocks"],
+    do_not_specialize_on_alignment=["grad", "count", "index", "grad_row", "grad_column", "grad_positive"],
+)
 def mean_gradients(
     grad,  # [levels] float32 of the losses
     used,  # [levels] float64

@@ -73,6 +73,12 @@ def quick_gelu(x: Tensor) -> Tensor:  # [*]
     return cast(Tensor, _QuickGELU.apply(x))
 
 
+def _heads(x: Tensor) -> list[Tensor]:  # [n, L, parts, heads, W / heads]
+    """Queries, keys, values: parts x [n, heads, L, W / heads]. Their gradients are stacked as they will be read:
+    unbinding a permuted tensor would stack them parts first, and copy once more."""
+    return [part.transpose(1, 2) for part in x.unbind(2)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, full over dense rows, causal over packed texts."""
 
@@ -92,21 +98,16 @@ class Attention(nn.Module):
             query, pair = self.qkv.weight.split((width, 2 * width))
             query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
             q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, width // self.heads)
-            k, v = (
-                F.linear(x, pair, pair_bias)
-                .view(n, length, 2, self.heads, width // self.heads)
-                .permute(2, 0, 3, 1, 4)
-                .unbind(0)
-            )
+            k, v = _heads(F.linear(x, pair, pair_bias).view(n, length, 2, self.heads, width // self.heads))
             return self.out(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
-        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = _heads(self.qkv(x).view(n, length, 3, self.heads, width // self.heads))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
 
     def _packed(self, x: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, W]
         n, longest, width = packing.last.shape[0], packing.longest, x.shape[-1]
         qkv = self.qkv(x)
         grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
-        q, k, v = grid.view(n, longest, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = _heads(grid.view(n, longest, 3, self.heads, width // self.heads))
         # A cell of padding lies after its text's tokens: none of them sees it. Products with weights have no padding;
         # these two are 0.2 % of a block's operations: texts of 3 to 9 tokens make 1.1 to 1.6 cells a token. torch's
         # attention for lengths that vary knows no float32, and would save some 70 small launches a step.

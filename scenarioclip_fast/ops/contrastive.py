@@ -705,9 +705,12 @@ def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     *_, count, index, ctx.rows, ctx.texts, ctx.positives = inputs
     ctx.save_for_backward(output[1], count, index)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-def _means_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _means_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
     used, count, index = ctx.saved_tensors
     grads = contrastive_means_backward(grad, used, count, index, ctx.rows, ctx.texts, ctx.positives)
     return *grads, None, None, None, None, None

@@ -157,7 +157,8 @@ class TrainSection:
     # On several ranks: "ddp" keeps everything on each of them, "fsdp" spreads what trains over them, for large towers
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False  # keeps each block's input alone: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the transformer blocks; the first steps take a minute or more
+    # torch.compile of the transformer blocks; the first steps take a minute or more. "auto": on a GPU, not on a CPU
+    compile: Literal[True, False, "auto"] = False
     # CUDA graphs of the compiled vision blocks, rows padded to few sizes: for small batches, where a GPU waits for
     # launches. Wants compile. Not yet measured.
     cuda_graphs: bool = False
@@ -176,12 +177,16 @@ class TrainSection:
         _check(1 <= first <= last, "train.profile", self.profile, "the first and the last step, counted from 1")
         if self.cuda_graphs and not self.compile:
             raise UserError(
-                "train.cuda_graphs: got true, expected train.compile=true with it: compiled blocks have them"
+                "train.cuda_graphs: got true, expected train.compile=true or auto with it: compiled blocks have them"
             )
         if self.cuda_graphs and self.parallel == "fsdp":
             raise UserError("got train.cuda_graphs and train.parallel=fsdp, expected only one of them")
         if self.cuda_graphs and self.activation_checkpointing:
             raise UserError("got train.cuda_graphs and train.activation_checkpointing, expected only one of them")
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether the transformer blocks are compiled on "cpu" or "cuda"."""
+        return device_type == "cuda" if self.compile == "auto" else self.compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,9 +335,13 @@ def _convert(key: str, wanted: Any, value: Any) -> Any:
         return _convert(key, next(a for a in get_args(wanted) if a is not type(None)), value)
     if origin is Literal:
         choices = get_args(wanted)
-        if value not in choices:
-            raise UserError(f"{key}: got {_shown(value)}, expected one of {', '.join(map(str, choices))}")
-        return next(c for c in choices if c == value)
+        if isinstance(value, _Raw) and bool in map(type, choices):
+            value = _scalar(key, value)
+        for choice in choices:
+            if choice == value and isinstance(value, type(choice)):  # 1 is not true
+                return choice
+        shown = (str(c).lower() if isinstance(c, bool) else c for c in choices)
+        raise UserError(f"{key}: got {_shown(value)}, expected one of {', '.join(shown)}")
     if wanted is str:
         if isinstance(value, str):
             return str(value)

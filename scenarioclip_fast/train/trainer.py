@@ -187,7 +187,7 @@ class Trainer:
                 scope=config.loss.teacher_scope,
             )
         self.model.set_checkpointing(config.train.activation_checkpointing)
-        if config.train.compile:
+        if config.train.compiles_on(world.device.type):
             self.model.compile_blocks(config.train.cuda_graphs)
             if self.teacher is not None:
                 self.teacher.compile_blocks(config.train.cuda_graphs)
@@ -219,6 +219,8 @@ class Trainer:
         freeze = config.model.freeze
         if config.model.init is None and (freeze.vision_blocks or freeze.text_blocks):
             notes.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
+        if config.train.compiles_on(world.device.type):
+            notes.append("the transformer blocks are compiled: the first steps may take a minute or more")
         assert self.model.tokens is not None
         notes += filter(None, [self.model.tokens.describe_truncated()])
         for note in (self._describe(), *notes):

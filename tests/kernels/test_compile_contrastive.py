@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ PLANS = {
     "tf32": contrastive_triton.Plan(torch.float32, "tf32", WIDTH, 32, True),
     "tf32x3": contrastive_triton.Plan(torch.float32, "tf32x3", WIDTH, 32, True),
 }
+# Beside the gradient tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
+CANDIDATES = [contrastive_triton.Tile(256, 128, 8, stages) for stages in (3, 4)]
 DOUBLES = ("row_lse", "column_lse", "positive", "used", "grad_row", "grad_column", "grad_positive")
 
 
@@ -74,6 +77,15 @@ def check_products(compiler: Compiler, resources: Resources, tma: bool) -> None:
     assert "Used" in warnings and "serialized" not in warnings, warnings
 
 
+def loads(ptx: str) -> list[int]:
+    """The bytes of each access that reads global memory, through registers or into shared memory."""
+    through = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\s", ptx)
+    found = [int(many or 1) * int(bits) // 8 for many, bits in through]
+    found += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)", ptx)]
+    assert len(found) == len(re.findall(r"ld\.global|cp\.async\.c[ag]\.", ptx)), "a form that is not counted"
+    return found
+
+
 def compile_tile(
     compiler: Compiler,
     kernel: Any,
@@ -99,7 +111,8 @@ FORMS = [
 
 @pytest.mark.parametrize(("plan", "given"), FORMS)
 def test_gradient_tiles(compiler: Compiler, plan: contrastive_triton.Plan, given: bool) -> None:
-    compile_tile(compiler, triton_kernels.tile_gradients, plan, plan.gradient_tile(), given)
+    for tile in [plan.gradient_tile(), *(CANDIDATES if plan is PLANS["bf16"] and given else ())]:
+        compile_tile(compiler, triton_kernels.tile_gradients, plan, tile, given)
 
 
 @pytest.mark.parametrize(("plan", "given"), FORMS)
@@ -109,23 +122,38 @@ def test_sum_tiles(compiler: Compiler, plan: contrastive_triton.Plan, given: boo
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_log_sums_and_products(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
+def test_log_sums(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
     block, tile = contrastive_triton.PRODUCT_BLOCK, plan.sum_tile(alone=True)
     constants = {"HAS_WEIGHT": True, "ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, **plan.constants()}
     compile_for(compiler, triton_kernels.log_sums, plan, {**constants, "num_warps": 4, "num_stages": 2})
-    constants = {"TILE": tile.texts, "FIRST_SIDE": 0, "BM": block, "BN": block, **plan.constants()}
-    constants |= {"num_warps": 4, "num_stages": 3}
-    check_products(compiler, compile_for(compiler, triton_kernels.products, plan, constants), False)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("width", [123, 1024])
-def test_rows(compiler: Compiler, plan: contrastive_triton.Plan, width: int) -> None:
+def test_products(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
+    block, tile = contrastive_triton.PRODUCT_BLOCK, plan.gradient_tile()
+    constants = {"ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, "BN": block, **plan.constants()}
+    for first_side in (0, 1):  # both products, or the second one alone
+        constants |= {"FIRST_SIDE": first_side, "num_warps": 4, "num_stages": 3}
+        resources = compile_for(compiler, triton_kernels.products, plan, constants)
+        check_products(compiler, resources, False)
+        # The matrix units take TF32 with the inner dimension contiguous alone: other operands are turned, number by
+        # number, on their way into shared memory.
+        turned = {4} if plan is PLANS["tf32"] else set()
+        assert set(loads(resources.ptx)) == {16} | turned
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("width", "aligned"), [(123, False), (1024, False), (520, True), (1024, True)])
+def test_rows(compiler: Compiler, plan: contrastive_triton.Plan, width: int, aligned: bool) -> None:
     whole = -(-width // plan.inner) * plan.inner
     constants = {"D": width, "WIDTH": whole, "BLOCK_D": 1 << (whole - 1).bit_length(), "SMALLEST": 1e-12}
-    constants |= {"NORMALIZE": True, "POSITIVE": True, "ROUND": plan.rounds, "num_warps": 2}
-    compile_for(compiler, triton_kernels.unit_rows, plan, constants, positive="*fp32")
-    compile_for(compiler, triton_kernels.finish_rows, plan, constants)
+    constants |= {"NORMALIZE": True, "POSITIVE": True, "ROUND": plan.rounds, "num_warps": 2, "ALIGNED": aligned}
+    unit = compile_for(compiler, triton_kernels.unit_rows, plan, constants, positive="*fp32")
+    finish = compile_for(compiler, triton_kernels.finish_rows, plan, constants)
+    assert set(loads(unit.ptx)) == {16 if aligned else plan.operand.itemsize}
+    if aligned:
+        found = loads(finish.ptx)
+        assert set(found) == {4, 16} and found.count(4) == 2  # the numbers: one over the length, and the scale
 
 
 def test_vectors(compiler: Compiler) -> None:

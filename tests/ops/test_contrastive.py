@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,6 +51,18 @@ def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, s
     image = torch.randn(n, d, generator=g, dtype=torch.float64) + text[index]
     image = image * torch.linspace(0.1, 20, n, dtype=torch.float64)[:, None]
     return image.to(dtype), text.to(dtype), torch.tensor(s, dtype=dtype), index
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def gradients(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], upstream: float = 1.0) -> list[Tensor]:
@@ -698,6 +711,9 @@ t.test_no_rows("triton")
 t.test_levels("triton", "positives")
 t.check_texts_without_weight("triton")
 t.check_chunks()
+t.check_rectangular_tiles()
+t.check_padding_of_gradients()
+t.check_unaligned_features()
 for dtype in (torch.bfloat16, torch.float16):
     t.test_low_precision_input("triton", dtype, n=40)
 t.check_features_as_they_come("triton")
@@ -746,6 +762,63 @@ def check_chunks() -> None:
         setattr(contrastive_triton, name, value)
 
 
+def check_rectangular_tiles() -> None:
+    """Tiles of the gradient need not be square: levels together, and one alone by blocks."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton as triton
+
+    with patch.object(triton.Plan, "gradient_tile", lambda _: triton.Tile(128, 64, 8)):
+        check_levels([(140, 130), (20, 10)], ["negatives"])
+        with patch.multiple(triton, GROUPED=100, BLOCK_BYTES=1):
+            assert triton.Plan.of(torch.ones(1, 8)).block_side(torch.device("cpu")) == 128
+            check_levels([(140, 130)], ["negatives"])
+
+
+def check_padding_of_gradients() -> None:
+    """Whatever tiles of dS hold past the ends of a level, the products do not see it."""
+    from scenarioclip_fast.kernels.contrastive.triton_kernels import products
+
+    rows, texts = [70, 3, 0, 0], [33, 5, 0, 0]
+    x, y = torch.randn(73, 32), torch.randn(38, 32)
+    tiles, by_row, by_text = [], [], []
+    for n, u, own, other in zip(rows, texts, x.split([70, 3]), y.split([33, 5]), strict=False):
+        grad = torch.randn(n, u)
+        by_row.append(grad @ other)
+        by_text.append(grad.T @ own)
+        tiles.append(F.pad(grad, (0, 64 - u, 0, 128 - n), value=torch.inf).flatten())
+    d_x, d_y = torch.empty_like(x), torch.empty_like(y)
+    sizes = {"WIDTH": 32, "ROW_TILE": 128, "COLUMN_TILE": 64, "BM": 64, "BN": 64, "BK": 32}
+    products[(3, 1, 2)](torch.cat(tiles), x, y, d_x, d_y, *rows, *texts, FIRST_SIDE=0, PRECISION="tf32x3", **sizes)
+    torch.testing.assert_close([d_x, d_y], [torch.cat(by_row), torch.cat(by_text)], rtol=1e-4, atol=1e-4)
+
+
+def check_unaligned_features() -> None:
+    """Features that kernels may read 16 bytes at a time, and such that lie, or are spaced, otherwise."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    g = torch.Generator().manual_seed(4)
+
+    def spaced(n: int, d: int, *, first: int, stride: int) -> Tensor:
+        return torch.randn(first + n * stride + d, generator=g)[first:].as_strided((n, d), (stride, 1))
+
+    good = {"first": 4, "stride": 20}
+    forms = [
+        (16, good, True),
+        (16, {**good, "first": 5}, False),
+        (16, {**good, "stride": 21}, False),
+        (16, {**good, "stride": 1}, False),  # rows that overlap
+        (13, good, False),
+    ]
+    for width, form, aligned in forms:
+        images, texts = ([spaced(n, width, **kind) for n, kind in ((9, good), (6, form))] for _ in range(2))
+        assert contrastive_triton._aligned(images) == aligned
+        leaves = [x.requires_grad_() for x in (*images, *texts)]
+        results = []
+        for backend in ("triton", "cpu"):
+            losses = multilevel_contrastive_loss(images, texts, [10.0, 20.0], backend=backend)
+            results.append([losses, *torch.autograd.grad(losses.sum(), leaves)])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def check_rounding_to_tf32() -> None:
     """Unit rows of what the matrix units take in TF32 have its ten digits already, the nearest ones."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
@@ -771,20 +844,30 @@ def check_small_ops() -> None:
     for given in ((count, index), (None, None)):
         texts = [2, 1] if given[0] is not None else [3, 0]
         torch.library.opcheck(contrastive.contrastive_means, (*sums, *given, [3, 2], texts, True))
+        losses, _ = contrastive.contrastive_means(*sums, *given, [3, 2], texts, True)
+        with Dispatched() as dispatched:
+            torch.autograd.grad(losses, sums, torch.ones_like(losses))
+        # The gradient of what has none would be zeros, made for nothing: a launch.
+        assert dispatched.names == ["ones_like", "contrastive_means_backward"]
 
 
 def check_five_levels() -> None:
     """More than share a launch, some through chunks of levels of other sizes; duplicates of both kinds."""
-    cases = [make(n, u, 8, 10.0, seed=n) for n, u in ((3, 2), (5, 5), (0, 0), (7, 1), (9, 4))]
+    check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], contrastive.DUPLICATES)
+
+
+def check_levels(sizes: list[tuple[int, int]], duplicates: Sequence[str]) -> None:
+    """Losses and gradients of levels of so many rows and texts, Triton's and those of the CPU."""
+    cases = [make(n, u, 8, 10.0, seed=n) for n, u in sizes]
     images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
     leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
-    for duplicates in ("negatives", "positives"):
+    for kind in duplicates:
         results = []
         for backend in ("triton", "cpu"):
             losses = multilevel_contrastive_loss(
-                images, texts, scales, text_indices=indices, duplicates=duplicates, backend=backend
+                images, texts, scales, text_indices=indices, duplicates=kind, backend=backend
             )
-            results.append([losses, *torch.autograd.grad(losses @ torch.arange(1.0, 6.0), leaves)])
+            results.append([losses, *torch.autograd.grad(losses @ torch.arange(1.0, 1 + len(sizes)), leaves)])
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 

@@ -41,6 +41,30 @@ def test_overrides_are_typed_by_their_key() -> None:
     assert config.optim.betas == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("on", True), ("false", False)])
+def test_compile_is_a_switch_or_auto(text: str, value: bool | str, tmp_path: Path) -> None:
+    config = TrainConfig.of({}, [f"train.compile={text}"])
+    assert config.train.compile == value and type(config.train.compile) is type(value)
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+    (tmp_path / "other.yaml").write_text(f"train: {{compile: {text}}}")
+    assert TrainConfig.load(tmp_path / "other.yaml") == config
+    assert config.train.compiles_on("cuda") == (value is not False)
+    assert config.train.compiles_on("cpu") == (value is True)
+    graphs = ["train.cuda_graphs=true", f"train.compile={text}"]
+    if value:
+        assert TrainConfig.of({}, graphs).train.cuda_graphs
+    else:
+        with pytest.raises(UserError, match=r"train\.cuda_graphs: got true"):
+            TrainConfig.of({}, graphs)
+
+
+def test_blocks_are_compiled_by_default_in_fast_alone() -> None:
+    compiles = {path.stem: TrainConfig.load(path).train.compile for path in CONFIGS.glob("*.yaml")}
+    assert compiles == {"fast": "auto", "reference": False, "tiny": False}
+    assert TrainConfig().train.compile is False
+
+
 def test_a_preset_is_the_base_of_the_other_model_keys() -> None:
     config = TrainConfig.of({"model": {"preset": "tiny", "vision": {"layers": 2}}}, ["model.variant=scenarioclip0"])
     tiny = ModelConfig.preset("tiny")
@@ -95,7 +119,11 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train.profile=[5, 4]", r"train\.profile: got \(5, 4\), expected the first and the last step"),
         ("train.profile=[0, 4]", r"train\.profile: got \(0, 4\), expected the first and the last step"),
         ("train.profile=5", r"train\.profile: got 5 \(int\), expected a list of 2 numbers"),
-        ("train.cuda_graphs=true", r"train\.cuda_graphs: got true, expected train\.compile=true with it"),
+        ("train.cuda_graphs=true", r"train\.cuda_graphs: got true, expected train\.compile=true or auto with it"),
+        ("train.compile=maybe", r"train\.compile: got 'maybe', expected one of true, false, auto"),
+        ("train.compile=1", r"train\.compile: got 1 \(int\), expected one of true, false, auto"),
+        ("train.compile=null", r"train\.compile: got None \(null\), expected one of true, false, auto"),
+        ("train.compile=[", r"train\.compile: got '\[', which is not a YAML value"),
     ],
 )
 def test_a_mistake_names_the_key(override: str, message: str) -> None:

@@ -54,7 +54,9 @@ def test_activation_checkpointing_changes_no_number(small: Make, monkeypatch: py
     assert losses(saving) == losses(plain)
 
 
-def test_compiled_blocks_change_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_change_no_number(
+    small: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     compiled: list[torch.nn.Module] = []
     compile_module = torch.nn.Module.compile
 
@@ -66,12 +68,13 @@ def test_compiled_blocks_change_no_number(small: Make, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.nn.Module, "compile", capture)
     torch._dynamo.reset()
-    plain = small("train.steps=3", *FROZEN, run="plain")
+    plain = small("train.steps=3", *FROZEN, "train.compile=auto", run="plain")  # on a CPU
     fast = small("train.steps=3", *FROZEN, "train.compile=true", "train.accumulate=2", run="fast")
     Trainer(plain).fit()
-    assert not compiled
+    assert not compiled and "are compiled" not in capsys.readouterr().err
     trainer = Trainer(fast)
     trainer.fit()
+    assert "the transformer blocks are compiled: the first steps may take a minute" in capsys.readouterr().err
     # Two blocks of each of six encoders, and of the teacher's three.
     assert len(set(map(id, compiled))) == 18
     with torch.inference_mode():  # an evaluation behind it in the same process finds room, too
@@ -125,6 +128,8 @@ def test_rows_in_buckets_change_no_number(small: Make, monkeypatch: pytest.Monke
 def test_cuda_graphs_want_a_gpu(small: Make) -> None:
     with pytest.raises(UserError, match=r"train\.cuda_graphs: got true on cpu, expected a GPU"):
         Trainer(small("train.steps=1", "train.cuda_graphs=true", "train.compile=true")).fit()
+    with pytest.raises(UserError, match=r"train\.cuda_graphs: got true on cpu, expected a GPU"):
+        Trainer(small("train.steps=1", "train.cuda_graphs=true", "train.compile=auto")).fit()
     both = ("train.compile=true", "train.cuda_graphs=true", "train.activation_checkpointing=true")
     with pytest.raises(UserError, match=r"train\.cuda_graphs and train\.activation_checkpointing, expected only one"):
         small(*both)
@@ -133,6 +138,7 @@ def test_cuda_graphs_want_a_gpu(small: Make) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_cuda_graphs_change_no_number(small: Make, pieces: int) -> None:
     common = ("train.steps=8", "run.device=cuda", "train.compile=true", f"train.accumulate={pieces}", *FROZEN)

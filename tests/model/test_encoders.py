@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scenarioclip_fast.model import encoders
+from scenarioclip_fast.model.encoders import Attention, Packing
+
+
+class Counted(TorchDispatchMode):
+    """How often each op runs, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not op.is_view:
+            self.ops[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_queries_keys_and_values_are_stacked_once(
+    packed: bool, pooled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are, to the bit, those of one tensor with the three in front, which take a copy more."""
+    torch.manual_seed(0)
+    attention = Attention(32, 4).to(dtype)
+    packing = Packing.of_lengths(torch.tensor([3, 5, 2, 7])) if packed else None
+    x = torch.randn(17, 32) if packed else torch.randn(6, 10, 32)
+
+    def run() -> tuple[list[Tensor], Counter[str]]:
+        leaf = x.to(dtype).requires_grad_()
+        y = attention(leaf, packing, pooled)
+        upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
+        with Counted() as backward:
+            gradients = torch.autograd.grad(y, [leaf, *attention.parameters()], upstream)
+        return [y, *gradients], backward.ops
+
+    found, ops = run()
+    monkeypatch.setattr(encoders, "_heads", lambda x: x.permute(2, 0, 3, 1, 4).unbind(0))
+    wanted, more = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    copies = ("stack", "clone", "copy_", "_to_copy")
+    assert {name: ops[name] for name in copies if ops[name]} == {"stack": 1}
+    assert {name: more[name] for name in copies if more[name]} == {"stack": 1, "clone": 1}
