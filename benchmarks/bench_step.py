@@ -2,8 +2,13 @@
 
 A step is forward, loss, backward, clipping, AdamW and the teacher's average. On a CPU: four scenes at ViT-B/32's sizes
 and 16 at the tiny preset's, real photos through the loader where they are present (SCENARIOCLIP_FAST_PHOTOS), else
-random pixels with 6 objects and 3 relations a scene. On a GPU: 128 scenes of random pixels, with peak memory and the
-share of the peak rate that the necessary operations make up (MFU).
+random pixels with 6 objects and 3 relations a scene. On a GPU: 128 scenes of random pixels, with peak memory, the
+share of the peak rate that the necessary operations make up (MFU), and "host, ms": the time until the host has
+launched a step. Launches wait while about a thousand others are queued, so this is an upper bound of what the host
+needs; where it equals the step's time, the host is the bound.
+
+With SCENARIOCLIP_FAST_BENCH_WARM=1, `-m gpu -k compiled` fills the caches of Inductor and Triton: the same steps, but
+unchecked.
 
 Run: make bench, or: pytest benchmarks/bench_step.py. Where others use the machine, the processor's time on one core is
 the steadier figure: OMP_NUM_THREADS=1 pytest benchmarks/bench_step.py --benchmark-timer=time.process_time
@@ -14,6 +19,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timing
 import torch
 from baseline import LEVELS, BaselineStep, Tokens
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
-from scenarioclip_fast.model import EMATeacher, ModelConfig, ScenarioCLIP, TokenTable
+from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TokenTable
 from scenarioclip_fast.model.operations import batch_operations, peak_flops
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
@@ -67,9 +75,11 @@ def drawn(scenes: int, size: int, device: str = "cpu") -> Work:
         tokens[level] = [[49406, *torch.randint(49406, (k - 2,), generator=g).tolist(), 49407] for k in lengths]
         ids[level] = torch.multinomial(1 / torch.arange(1.0, strings + 1), n, replacement=True, generator=g)
     scene = torch.arange(scenes)
-    views = scenes * (1 + OBJECTS + RELATIONS)
+    shape = (scenes * (1 + OBJECTS + RELATIONS), 3, size, size)
+    if device != "cpu":  # a CPU takes seconds for 200 million numbers
+        g = torch.Generator(device).manual_seed(0)
     batch = Batch(
-        torch.randn(views, 3, size, size, generator=g),
+        torch.randn(shape, generator=g, device=device),
         [f"drawn {i}" for i in range(scenes)],
         scene.repeat_interleave(OBJECTS),
         scene.repeat_interleave(RELATIONS),
@@ -93,13 +103,16 @@ def photographed(scenes: int, size: int, directory: Path) -> Work:
 class OurStep:
     """The trainer's step, from the trainer's parts."""
 
-    def __init__(self, model: ScenarioCLIP, device: str, bf16: bool) -> None:
+    def __init__(self, model: ScenarioCLIP, device: str, bf16: bool, cuda_graphs: bool = False) -> None:
         self.model, self.bf16, self.device = model.to(device).train(), bf16, torch.device(device)
+        self.cuda_graphs = cuda_graphs
         self.loss_module = ScenarioLoss().to(device)
         self.teacher = EMATeacher(self.model)
         self.optimizer = build_optimizer(self.model, self.loss_module, OptimSection(decay_logit_scale=True))
 
     def loss(self, batch: Batch) -> Tensor:
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss_module(self.model(batch, teacher=self.teacher))["loss"]
 
@@ -111,34 +124,62 @@ class OurStep:
         return loss.detach()
 
 
-# name -> (ours, bf16, freeze.pre_layernorm, blocks compiled)
-WAYS: dict[str, tuple[bool, bool, bool, bool]] = {
-    "baseline, float32": (False, False, False, False),
-    "baseline, bf16": (False, True, False, False),
-    "ours as published (pre_layernorm trains), float32": (True, False, False, False),
-    "ours, float32": (True, False, True, False),
-    "ours, bf16": (True, True, True, False),
-    "ours, bf16, compiled": (True, True, True, True),
+@dataclass(frozen=True)
+class Way:
+    ours: bool
+    bf16: bool
+    pre_layernorm: bool = True  # frozen
+    compiled: bool = False
+    cuda_graphs: bool = False
+
+
+REFERENCE = "baseline, float32"  # of the check; TF32 on a GPU
+WAYS = {
+    REFERENCE: Way(ours=False, bf16=False, pre_layernorm=False),
+    "baseline, bf16": Way(ours=False, bf16=True, pre_layernorm=False),
+    "ours as published (pre_layernorm trains), float32": Way(ours=True, bf16=False, pre_layernorm=False),
+    "ours, float32": Way(ours=True, bf16=False),
+    "ours, bf16": Way(ours=True, bf16=True),
+    "ours, bf16, compiled": Way(ours=True, bf16=True, compiled=True),
+    "ours, bf16, compiled, cuda graphs": Way(ours=True, bf16=True, compiled=True, cuda_graphs=True),
 }
-CPU_WAYS = [name for name in WAYS if "compiled" not in name]
-GPU_WAYS = [name for name in WAYS if name != "ours, float32"]
+CPU_WAYS = [name for name, way in WAYS.items() if not way.compiled]
+# Headline figures first; last what has never run and may take longest to compile.
+GPU_WAYS = [
+    "ours, bf16",
+    "ours, bf16, compiled",
+    "baseline, bf16",
+    REFERENCE,
+    "ours as published (pre_layernorm trains), float32",
+    "ours, bf16, compiled, cuda graphs",
+]
 
 
-def build(way: str, preset: str, words: Words, device: str) -> OurStep | BaselineStep:
-    ours, bf16, pre_layernorm, compiled = WAYS[way]
-    config = ModelConfig.preset(preset)
-    if preset != "tiny":
-        config = replace(config, freeze=replace(config.freeze, pre_layernorm=pre_layernorm))
+def config_of(preset: str, pre_layernorm: bool) -> ModelConfig:
+    config = ModelConfig.preset("tiny" if timing.REHEARSAL else preset)
+    if timing.REHEARSAL:  # small, but with every kind of stage: frozen, trained, and last
+        vision, text = replace(config.vision, layers=3), replace(config.text, layers=3)
+        config = replace(config, vision=vision, text=text, freeze=FreezeConfig(1, 1))
+    if preset == "tiny":
+        return config
+    return replace(config, freeze=replace(config.freeze, pre_layernorm=pre_layernorm))
+
+
+def build(name: str, preset: str, words: Words, device: str) -> OurStep | BaselineStep:
+    way = WAYS[name]
+    config = config_of(preset, way.pre_layernorm)
     torch.manual_seed(0)
     with torch.device(device):  # a GPU draws a billion initial weights at once, a CPU takes seconds
         model = ScenarioCLIP(config)
-        if not ours:
-            return BaselineStep(config, model, words.by_level, device, bf16)
+        if not way.ours:
+            return BaselineStep(config, model, words.by_level, device, way.bf16)
     model.set_vocabulary(words)  # type: ignore[arg-type]
-    step = OurStep(model, device, bf16)
-    if compiled:
-        step.model.compile_blocks()
-        step.teacher.compile_blocks()
+    step = OurStep(model, device, way.bf16, way.cuda_graphs)
+    if way.compiled:
+        # Inductor takes minutes on a CPU; Dynamo, which decides what is compiled, runs in a rehearsal, too.
+        options: dict[str, Any] = {"backend": "eager", "options": None} if timing.REHEARSAL else {}
+        step.model.compile_blocks(way.cuda_graphs, **options)
+        step.teacher.compile_blocks(way.cuda_graphs, **options)
     return step
 
 
@@ -153,59 +194,82 @@ def matmul_precision(name: str) -> Iterator[None]:
 EXPECTED: dict[str, tuple[Tensor, Tensor]] = {}
 
 
-def check(way: str, step: OurStep | BaselineStep, preset: str, work: Work, device: str) -> None:
-    """Loss and the norm of the gradient of the shared trained weights against the baseline in float32."""
+def release() -> None:
+    """Gives back what the model before has held."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
-    def measure(step: OurStep | BaselineStep) -> tuple[Tensor, Tensor]:
-        loss = step.loss(work.batch)
-        loss.backward()
-        grads = [p.grad for n, p in step.model.named_parameters() if p.grad is not None and "pre_norm" not in n]
-        step.optimizer.zero_grad()
-        return loss.detach().float(), torch.nn.utils.get_total_norm(grads).detach()
 
+def expected(preset: str, work: Work, device: str, step: BaselineStep | None = None) -> tuple[Tensor, Tensor]:
+    """The baseline's loss and gradient norm in float32, measured once. `step`: of the baseline, before any update."""
     key = f"{preset} {work.source} {device}"
-    if way == "baseline, float32":
-        EXPECTED[key] = measure(step)
-        return
-    if key not in EXPECTED:  # run alone
-        EXPECTED[key] = measure(build("baseline, float32", preset, work.words, device))
-        gc.collect()
-    bf16 = WAYS[way][1]
+    if key not in EXPECTED:
+        EXPECTED[key] = measure(step or build(REFERENCE, preset, work.words, device), work)
+        release()
+    return EXPECTED[key]
+
+
+def measure(step: OurStep | BaselineStep, work: Work) -> tuple[Tensor, Tensor]:
+    """Loss and the norm of the gradient of the weights that all ways train."""
+    loss = step.loss(work.batch)
+    loss.backward()
+    grads = [p.grad for n, p in step.model.named_parameters() if p.grad is not None and "pre_norm" not in n]
+    norm = torch.nn.utils.get_total_norm(grads).detach()
+    step.optimizer.zero_grad()
+    return loss.detach().float(), norm
+
+
+def check(name: str, step: OurStep, wanted: tuple[Tensor, Tensor], work: Work) -> None:
+    """Loss and gradient norm against the baseline's."""
     # Float32 (TF32 on a GPU) through 12 blocks with other orders of summation; bf16 keeps 8 bits of every activation,
     # and a temperature of 0.07 magnifies a logit's error 14-fold.
-    tolerance = 5e-2 if bf16 else 2e-2 if device == "cuda" else 1e-4
-    for name, got, expected in zip(("loss", "gradient norm"), measure(step), EXPECTED[key], strict=True):
-        error = float((got - expected).abs() / expected)
-        assert error < tolerance, f"{way}: {name} {got:.6f}, the baseline's is {expected:.6f}"
+    tolerance = 5e-2 if WAYS[name].bf16 else 2e-2 if step.device.type == "cuda" else 1e-4
+    for what, got, reference in zip(("loss", "gradient norm"), measure(step, work), wanted, strict=True):
+        error = float((got - reference).abs() / reference)
+        assert error < tolerance, f"{name}: {what} {got:.6f}, the baseline's is {reference:.6f}"
 
 
-def run(benchmark: Any, way: str, preset: str, work: Work, device: str, rounds: int) -> None:
-    gc.collect()
-    step = build(way, preset, work.words, device)
-    check(way, step, preset, work, device)
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+def run(benchmark: Any, name: str, preset: str, work: Work, device: str, rounds: int, warmup: int = 1) -> None:
+    way, place = WAYS[name], timing.place(device)
+    release()
+    if timing.WARM:
+        rounds, warmup = 1, 1
+    elif name != REFERENCE:
+        expected(preset, work, place)  # before another model takes memory
+    step = build(name, preset, work.words, place)
+    if not timing.WARM:
+        if name == REFERENCE:
+            expected(preset, work, place, step)
+        else:
+            check(name, step, expected(preset, work, place), work)
+    host: list[float] = []
 
     def once() -> None:
+        begin = time.perf_counter()
         step.step(work.batch)
-        wait()
+        host.append(time.perf_counter() - begin)
+        timing.synchronize(device)
 
-    if device == "cuda":
+    if timing.on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
     benchmark.group = f"training step, {preset}, {work.batch.num_scenes} scenes ({work.source}), {device}"
-    benchmark.pedantic(once, rounds=rounds, warmup_rounds=1 if device == "cpu" else 3)
+    benchmark.pedantic(once, rounds=rounds, warmup_rounds=warmup)
     seconds = benchmark.stats.stats.median
     info = benchmark.extra_info
     info["scenes"] = work.batch.num_scenes
     info["views"] = len(work.batch.pixels)
     info["threads"] = torch.get_num_threads()
     config = step.model.config
-    table = TokenTable(work.words, config.text).to(device)  # type: ignore[arg-type]
+    table = TokenTable(work.words, config.text).to(place)  # type: ignore[arg-type]
     needed = batch_operations(config, work.batch, table, teacher=True)
     info["needed_tflop"] = needed / 1e12
     info["needed_tflop_per_s"] = needed / seconds / 1e12
     if device == "cuda":
+        info["host, ms"] = round(1e3 * statistics.median(host[-rounds:]), 3)
+    if timing.on_gpu(device):
         info["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        peak = peak_flops(torch.cuda.get_device_name(), "bf16" if WAYS[way][1] else "tf32")
+        peak = peak_flops(torch.cuda.get_device_name(), "bf16" if way.bf16 else "tf32")
         if peak is not None:
             info["mfu"] = needed / seconds / peak
 
@@ -236,6 +300,9 @@ def test_tiny(benchmark: Any, way: str, works: Callable[[int, int], Work]) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", GPU_WAYS)
 def test_vit_b_32_on_a_gpu(benchmark: Any, way: str) -> None:
+    scenes, size = timing.sized((128, 224), (3, 64))
+    # The baseline's loop over pairs takes most of a second.
+    rounds, warmup = timing.sized((10, 3) if WAYS[way].ours else (3, 1), (2, 1))
+    work = drawn(scenes, size, timing.place("cuda"))
     with matmul_precision("high"):
-        rounds = 5 if way.startswith("baseline") else 10  # its loop over pairs takes most of a second
-        run(benchmark, way, "vit-b-32", drawn(128, 224, "cuda"), "cuda", rounds)
+        run(benchmark, way, "vit-b-32", work, "cuda", rounds, warmup)

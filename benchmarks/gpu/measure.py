@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from gpu import headline, jobs, sections
 from gpu.jobs import Job, Row
-from gpu.processes import Launcher, Process, command_line_task, pytest_task, script_task
+from gpu.processes import Launcher, Process, Task, command_line_task, pytest_task, script_task
 from gpu.sections import Section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +74,8 @@ TESTS = {
     "tests/test_native.py": 1,
 }
 TESTS_AT_ONCE = 8
+# Those of them that compile training steps, for what time is left in the end.
+TESTS_COMPILED = ("tests/train/test_trainer_switches.py",)
 # The benchmarks whose compilation is brought forward, so that the timed sections find warm caches.
 WARM = {"warm_step": ("bench_step", "compiled"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
 SANITIZE = {
@@ -256,19 +258,21 @@ class Call:
         return Job(name, self.out, [lambda log: self.launch.command(command, log, **pools)])
 
     def _tests(self) -> Job:
-        options = ["-m", "gpu and not compiles", "--tb=short", "--durations=3", "-p", "no:cacheprovider"]
-        options += ["-p", "gpu.plugin"]
-        if importlib.util.find_spec("pytest_benchmark") is not None:
-            options.append("--benchmark-disable")
-        if importlib.util.find_spec("pytest_timeout") is not None:
-            options.append("--timeout=60")
-
         def begin(file: str, share: str) -> jobs.Begin:
-            task = pytest_task([file, *options, f"--share={share}"])
+            task = self._tests_task([file], "gpu and not compiles", f"--share={share}", timeout=60)
             return lambda log: self.launch(task, log, OMP_NUM_THREADS="2")
 
         parts = [begin(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
         return Job("tests", self.out, parts, at_once=min(TESTS_AT_ONCE, os.cpu_count() or 1))
+
+    @staticmethod
+    def _tests_task(files: Sequence[str], marks: str, *options: str, timeout: int) -> Task:
+        arguments = [*files, "-m", marks, "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-p", "gpu.plugin"]
+        if importlib.util.find_spec("pytest_benchmark") is not None:
+            arguments.append("--benchmark-disable")
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            arguments.append(f"--timeout={timeout}")
+        return pytest_task([*arguments, *options])
 
     def timed(self, section: Section) -> None:
         """A section by itself; whatever goes wrong in it costs no other."""
@@ -279,8 +283,8 @@ class Call:
         print(f"== {section.name}: at most {limit:.0f} s, after {self.clock.elapsed():.0f} s", flush=True)
         begin = time.time()
         try:
-            run = {"bench": self._bench, "tune": self._tune, "demo": self._demo}[section.kind]
-            self.ended(run(section.name, limit))
+            runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
+            self.ended(runs[section.kind](section.name, limit))
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             self.ended(Row(section.name, said, time.time() - begin))
@@ -306,6 +310,13 @@ class Call:
     def _tune(self, name: str, limit: float) -> Row:
         task = script_task(ROOT / "benchmarks" / f"{name}.py", ["--quick", "--out", str(self.out / f"{name}.json")])
         return self._alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=60)
+
+    def _tests_compiled(self, name: str, limit: float) -> Row:
+        task = self._tests_task(TESTS_COMPILED, "gpu and compiles", timeout=120)
+        job = Job(name, self.out, [lambda log: self.launch(task, log)])
+        (row,) = jobs.run([job], limit, grace=5.0)
+        self._show(job.summary())
+        return row
 
     def _demo(self, name: str, limit: float) -> Row:
         arguments = ["demo", "--device", "cpu" if REHEARSAL else "cuda", "--out", str(self.out / "demo")]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 TOTAL_S = 480  # of the whole call, from its first instruction to its last
 HEADLINE_S = 400  # by then the headline figures are in the record
 
-Kind = str  # "prepare", "check" (all together in parallel, untimed), "bench", "tune" or "demo"
+Kind = str  # "prepare", "start", "check" (side by side, untimed), "bench", "tune", "demo" or "compiled"
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ TIMED = [
     Section("bench_distillation", "bench", 8, 20),
     Section("bench_ema", "bench", 5, 10),
     Section("bench_trainer", "bench", 12, 30),
-    # As time allows: stopped half-way it would say nothing.
+    # As time allows: stopped half-way they would say nothing.
     Section("demo", "demo", 0, 120, least=45),
+    Section("tests_compiled", "compiled", 0, 120, least=30),
 ]
 FINISH_S = 8  # the record's README, the archive
 HEADLINES = ("bench_step", "bench_contrastive", "bench_views", "bench_end_to_end")

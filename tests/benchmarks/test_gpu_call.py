@@ -49,6 +49,12 @@ def test_every_file_with_gpu_tests_is_run() -> None:
     )
 
 
+def test_every_file_with_tests_that_compile_is_run() -> None:
+    files = {path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.compiles" in path.read_text()}
+    files.discard(Path(__file__))
+    assert {str(path.relative_to(ROOT)) for path in files} == set(measure.TESTS_COMPILED)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_course_of_events_exceeds_the_total(seed: int) -> None:
     """Sections that fail at once, take their time, or run into their limit."""
@@ -70,7 +76,7 @@ def test_no_course_of_events_exceeds_the_total(seed: int) -> None:
 
 
 def test_saved_time_is_passed_on() -> None:
-    demo = sections.TIMED[-1]
+    demo = next(s for s in sections.TIMED if s.name == "demo")
     assert sections.Clock(480, 0.0, lambda: 480.0 - sections.FINISH_S - 20).limit(demo, []) is None
     assert sections.Clock(480, 0.0, lambda: 400.0).limit(demo, []) == 480 - sections.FINISH_S - 400
 
