@@ -91,9 +91,9 @@ def _text(path: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = [*_PACKAGES, *_RIVALS, *(d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-"))]
+    dali = [d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
     out = {}
-    for name in names:
+    for name in (*_PACKAGES, *_RIVALS, *dali):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
