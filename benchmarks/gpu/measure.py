@@ -267,7 +267,18 @@ class Call:
 
     @staticmethod
     def _tests_task(files: Sequence[str], marks: str, *options: str, timeout: int) -> Task:
-        arguments = [*files, "-m", marks, "--tb=short", "--durations=3", "-p", "no:cacheprovider", "-p", "gpu.plugin"]
+        arguments = [
+            *files,
+            "-m",
+            marks,
+            "-rs",
+            "--tb=short",
+            "--durations=3",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "gpu.plugin",
+        ]
         if importlib.util.find_spec("pytest_benchmark") is not None:
             arguments.append("--benchmark-disable")
         if importlib.util.find_spec("pytest_timeout") is not None:

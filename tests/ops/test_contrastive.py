@@ -26,9 +26,7 @@ BACKENDS = ("reference", "cpu")
 # Triton needs a GPU here; test_triton_in_the_interpreter runs some of these tests without one.
 EVERY_BACKEND = [
     *BACKENDS,
-    pytest.param(
-        "triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-    ),
+    pytest.param("triton", marks=pytest.mark.gpu),
 ]
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -480,7 +478,6 @@ def test_no_matrix_is_kept() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "u"), [(700, 350), (5000, 5000), (17000, 1100)])
 def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
@@ -584,7 +581,6 @@ def test_assertions_on_the_device_name_the_argument(change: dict[str, Any], mess
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_index_out_of_range_on_a_gpu(check: str) -> None:
     """In a process of its own, which under the flag ends by an assertion that names the argument; without, NaN."""
@@ -605,7 +601,6 @@ print(loss.item())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_scale_that_is_not_positive_on_a_gpu(backend: str) -> None:
     image, text, _, index = (t.cuda() for t in make(70, 30, 16, 20.0))
@@ -622,7 +617,6 @@ def test_the_reference_of_a_scale_that_is_not_positive() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [(128, 700, 350), (5000,)])
 def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
     """Both passes are captured, and a replay on other features gives what they give."""
@@ -657,7 +651,6 @@ def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_launches_of_three_levels() -> None:
     """At a batch's sizes the launches are the cost. Ours: 18; beside them the sum over the levels and its gradient."""
     cases = [[t.cuda() for t in make(n, u, 512, 14.3)] for n, u in ((128, 128), (700, 250), (350, 340))]
