@@ -52,7 +52,7 @@ bench: install
 record: install
 	$(BIN)/scenarioclip-fast bench --out '$(RECORD)'; status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
 
-# For a machine with a GPU, nvcc and torch, but possibly no registry: takes the Python and the packages that are there.
+# For a machine with a GPU, nvcc and torch, but possibly no package index: uses the installed Python and packages.
 gpu:
 	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
 
@@ -64,7 +64,7 @@ gpu-pack: install $(GPU_VENV)/packages
 gpu-rehearse: gpu-pack
 	PYTHONPATH=benchmarks $(BIN)/python -m gpu.rehearse $(GPU_VENV)/bin/python runs/gpu-rehearsal --only '$(ONLY)'
 
-# An environment like that machine's: several GB.
+# An environment like that machine's, several GB.
 $(GPU_VENV)/packages: benchmarks/gpu/machine.txt
 	$(BIN)/python benchmarks/gpu/like_machine.py $(GPU_VENV)
 	touch $@

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, place, sized, timed
+from timing import counted, device_for, sized, timed
 
 THREADS = sorted({1, torch.get_num_threads()})
 COPY = {"cpu": 1 << 28, "cuda": sized(1 << 30, 1 << 22)}  # bytes: far more than the caches hold
@@ -40,7 +40,7 @@ def settings(threads: int, precision: str) -> Iterator[None]:
 
 @pytest.mark.parametrize(("device", "threads"), CASES)
 def test_copy(benchmark: Any, device: str, threads: int) -> None:
-    source = torch.ones(COPY[device], dtype=torch.uint8, device=place(device))
+    source = torch.ones(COPY[device], dtype=torch.uint8, device=device_for(device))
     target = torch.empty_like(source)
     with settings(threads, "float32"):
         counted(benchmark, device, bytes=2 * source.numel(), operations=0)
@@ -56,7 +56,7 @@ def test_product(benchmark: Any, device: str, threads: int, precision: str) -> N
     if device == "cpu" and precision == "tf32":
         pytest.skip("TF32 is a GPU's")
     side = SIDE[device]
-    a, b = (torch.randn(side, side, device=place(device)).to(PRECISIONS[precision]) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device_for(device)).to(PRECISIONS[precision]) for _ in range(2))
     out = torch.empty_like(a)
     with settings(threads, precision):
         counted(

@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
-from timing import REHEARSAL, WARM, backend_for, counted, on_gpu, place, sized, synchronize, timed
+from timing import REHEARSAL, WARM, backend_for, counted, device_for, on_gpu, sized, synchronize, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
@@ -293,14 +293,14 @@ CASES = [case for case in cases() if compiles(case) or not WARM]
 
 def texts_of(rows: int, texts: int, device: str) -> Tensor:  # [rows]
     """The text of each row: every one of them, and some again."""
-    return torch.arange(rows, device=place(device)) * 7919 % texts  # a prime: neighbours differ
+    return torch.arange(rows, device=device_for(device)) * 7919 % texts  # a prime: neighbours differ
 
 
 def features(
     rows: int, width: int, device: str, seed: int = 0, texts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matching pairs with noise, as in training; bfloat16 for a GPU. A text a row, or `texts` distinct ones."""
-    where = place(device)
+    where = device_for(device)
     g = torch.Generator(where).manual_seed(seed)
     text = torch.randn(texts or rows, width, generator=g, device=where)
     own = text[texts_of(rows, texts, device)] if texts else text
@@ -434,7 +434,7 @@ def free_bytes(device: str) -> int:
 def skip_without(way: str, device: str, rows: int) -> None:
     if way.startswith("ours"):
         backend = backend_for(way.removeprefix("ours: "))
-        if reason := why_not("contrastive_loss", backend, place(device)):
+        if reason := why_not("contrastive_loss", backend, device_for(device)):
             pytest.skip(reason)
     if way in RIVALS:
         module, package = RIVALS[way]
@@ -628,7 +628,7 @@ def level_call(way: str, distinct: bool, width: int, device: str) -> tuple[list[
 
 def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
     """Time that the GPU's own work takes, without the gaps between launches."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()

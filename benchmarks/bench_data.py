@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timing import REHEARSAL, WARM, on_gpu, place, sized, synchronize
+from timing import REHEARSAL, WARM, device_for, on_gpu, sized, synchronize
 from torch import Tensor
 
 from scenarioclip_fast.data import ShardSet, Views, generate_scenes, pack, scene_loader
@@ -75,7 +75,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.lru_cache(maxsize=1)  # its workers wait while it is not used
 def published(shards: Path, device: str, regions: Literal["read", "drawn"]) -> baseline_data.Published:
     entries = layout(shards, regions) * PUBLISHED_EPOCHS[device]
-    return baseline_data.Published(entries, SIZE, BATCH, WORKERS[device], place(device))
+    return baseline_data.Published(entries, SIZE, BATCH, WORKERS[device], device_for(device))
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def layout(shards: Path, regions: Literal["read", "drawn"]) -> list[baseline_dat
 def ours(shards: Path, device: str, **options: Any) -> Iterator[Tensor]:
     options = {"blur": "reference", "train": False, "shuffle": False, "drop_last": False, **options}
     options.setdefault("epochs", EPOCHS[device])
-    with scene_loader(shards, BATCH, device=place(device), size=SIZE, **options) as loader:
+    with scene_loader(shards, BATCH, device=device_for(device), size=SIZE, **options) as loader:
         for batch in loader:
             yield batch.pixels
         assert not loader.bad, loader.bad
@@ -169,7 +169,7 @@ def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) 
     needs(way, device)
     batch_size = sized(128, 4) if device == "cuda" else BATCH
     epochs = sized(16, 2) if device == "cuda" else 1
-    options = {"device": place(device), "size": SIZE, "decoder": way.removeprefix("ours, "), "shuffle": False}
+    options = {"device": device_for(device), "size": SIZE, "decoder": way.removeprefix("ours, "), "shuffle": False}
     scenes = scenes_of(even_shards)[:batch_size]
     with scene_loader(even_shards, batch_size, **options, epochs=1) as loader:
         views = Views.of_scenes(scenes, train=True)
@@ -210,7 +210,7 @@ def test_decoding(benchmark: Any, shards: Path, way: str, device: str) -> None:
     if way == "Pillow" and device == "cuda":
         pytest.skip("Pillow decodes on the CPU")
     name, _, one = way.partition(",")
-    decoder = None if way == "Pillow" else make_decoder(name, place(device), threads=1 if one else None)
+    decoder = None if way == "Pillow" else make_decoder(name, device_for(device), threads=1 if one else None)
 
     def run() -> list[Any]:
         if decoder is None:
@@ -236,7 +236,7 @@ def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
     needs("", device)
     scenes = scenes_of(shards)[:BATCH]
     encoded = [scene.image for scene in scenes]
-    decoder = make_decoder("auto", place(device))
+    decoder = make_decoder("auto", device_for(device))
 
     def run() -> Tensor:
         images = decoder.decode(encoded)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import baseline
 import pytest
 import torch
 from scenarioclip_fast.kernels.distillation import reference
-from timing import backend_for, counted, place, sized, timed
+from timing import backend_for, counted, device_for, sized, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not
@@ -46,7 +46,7 @@ def batch(device: str) -> dict[str, Tensor]:
         "teacher_index": scene,
         "weight": 1 / (counts * SCENES),
     }
-    return {name: t.to(place(device)) for name, t in tensors.items()}
+    return {name: t.to(device_for(device)) for name, t in tensors.items()}
 
 
 def python_loop(b: dict[str, Tensor]) -> Tensor:
@@ -80,7 +80,7 @@ def needs(way: str, device: str) -> None:
     """Skips a form of ours that cannot run here."""
     if way.startswith("ours"):
         backend = backend_for(way.removeprefix("ours: "))
-        if reason := why_not("distillation_loss", backend, place(device)):
+        if reason := why_not("distillation_loss", backend, device_for(device)):
             pytest.skip(reason)
 
 
@@ -135,7 +135,7 @@ def embeddings(device: str) -> SimpleNamespace:
     def rows(n: int) -> Tensor:
         return torch.nn.functional.layer_norm(torch.randn(n, WIDTH, generator=g), (WIDTH,)).to(there)
 
-    there = place(device)
+    there = device_for(device)
     items = (SCENES, OBJECTS, RELATIONS)
     scenes = [torch.randint(SCENES, (n,), generator=g).sort().values.to(there) for n in items[1:]]
     return SimpleNamespace(
@@ -188,7 +188,7 @@ def test_all_terms(benchmark: Any, way: str, device: str) -> None:
     scale = e.logit_scale
     if way != "baseline":
         backend = backend_for(way.removeprefix("ours: "))
-        loss = module = DistillationLoss(learn_temperature=True, backend=backend).to(place(device))
+        loss = module = DistillationLoss(learn_temperature=True, backend=backend).to(device_for(device))
         scale = module.logit_scale
 
     # No time is reported for a wrong result. Sums of 2,012 pairs and 512 terms in float32, in another order.

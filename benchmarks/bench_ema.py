@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, place, sized, timed
+from timing import counted, device_for, sized, timed
 from torch import Tensor
 
 from scenarioclip_fast.ops import ema_update_
@@ -22,7 +22,7 @@ WIDTHS = sized([768] * 6 + [512] * 2, [32] * 8)
 
 
 def tensors(device: str, seed: int) -> list[Tensor]:
-    g = torch.Generator(place(device)).manual_seed(seed)
+    g = torch.Generator(device_for(device)).manual_seed(seed)
     shapes = [
         shape
         for w in WIDTHS

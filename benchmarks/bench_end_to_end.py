@@ -113,7 +113,7 @@ class World:
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting, self.folder = setting, folder
-        self.device = timing.place(setting.device)
+        self.device = timing.device_for(setting.device)
         self.distinct = usual_scenes(setting.distinct)
         # Packed are whole batches, which both sides go through again and again.
         packed = max(setting.batch, setting.distinct)

@@ -231,18 +231,18 @@ def check(name: str, step: OurStep, wanted: tuple[Tensor, Tensor], work: Work) -
 
 
 def run(benchmark: Any, name: str, preset: str, work: Work, device: str, rounds: int, warmup: int = 1) -> None:
-    way, place = WAYS[name], timing.place(device)
+    way, where = WAYS[name], timing.device_for(device)
     release()
     if timing.WARM:
         rounds, warmup = 1, 1
     elif name != REFERENCE:
-        expected(preset, work, place)  # before another model takes memory
-    step = build(name, preset, work.words, place)
+        expected(preset, work, where)  # before another model takes memory
+    step = build(name, preset, work.words, where)
     if not timing.WARM:
         if name == REFERENCE:
-            expected(preset, work, place, step)
+            expected(preset, work, where, step)
         else:
-            check(name, step, expected(preset, work, place), work)
+            check(name, step, expected(preset, work, where), work)
     host: list[float] = []
 
     def once() -> None:
@@ -261,7 +261,7 @@ def run(benchmark: Any, name: str, preset: str, work: Work, device: str, rounds:
     info["views"] = len(work.batch.pixels)
     info["threads"] = torch.get_num_threads()
     config = step.model.config
-    table = TokenTable(work.words, config.text).to(place)  # type: ignore[arg-type]
+    table = TokenTable(work.words, config.text).to(where)  # type: ignore[arg-type]
     needed = batch_operations(config, work.batch, table, teacher=True)
     info["needed_tflop"] = needed / 1e12
     info["needed_tflop_per_s"] = needed / seconds / 1e12
@@ -303,6 +303,6 @@ def test_vit_b_32_on_a_gpu(benchmark: Any, way: str) -> None:
     scenes, size = timing.sized((128, 224), (3, 64))
     # The baseline's loop over pairs takes most of a second.
     rounds, warmup = timing.sized((10, 3) if WAYS[way].ours else (3, 1), (2, 1))
-    work = drawn(scenes, size, timing.place("cuda"))
+    work = drawn(scenes, size, timing.device_for("cuda"))
     with matmul_precision("high"):
         run(benchmark, way, "vit-b-32", work, "cuda", rounds, warmup)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import WARM, place, sized
+from timing import WARM, device_for, sized
 
 from scenarioclip_fast.data import Batch, SceneLoader, generate_scenes, pack
 from scenarioclip_fast.requirements import import_problem
@@ -38,7 +38,7 @@ SETTINGS = {
             ["model.preset=vit-b-32", "data.batch_size=64", "run.precision=bf16"],
             ["model.preset=tiny", "data.batch_size=2"],
         ),
-        f"run.device={place('cuda')}",
+        f"run.device={device_for('cuda')}",
     ],
 }
 

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scenarioclip_fast.kernels.views import reference
-from timing import backend_for, counted, place, sized, synchronize, timed
+from timing import backend_for, counted, device_for, sized, synchronize, timed
 from torch import Tensor
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
@@ -283,7 +283,7 @@ class Mixed:
 
 @functools.cache
 def images_on(device: str) -> list[Tensor]:
-    return [scene.image.to(place(device)) for scene in make_scenes(GPU_SIZE, GPU_SCENES)]  # type: ignore[union-attr]
+    return [scene.image.to(device_for(device)) for scene in make_scenes(GPU_SIZE, GPU_SCENES)]  # type: ignore[union-attr]
 
 
 def median_ms(run: Callable[[], Any], rounds: int, before: Callable[[], None] = lambda: None) -> float:
@@ -320,7 +320,7 @@ def check(rendered: Tensor, mixed: Mixed) -> None:
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
 def test_mixed_views_on_a_gpu(benchmark: Any, object_view: str, train: bool) -> None:
     """All views of 128 scenes, bf16 and channels last, images in the GPU's memory."""
-    if reason := why_not("render_views", backend_for("cuda"), place("cuda")):
+    if reason := why_not("render_views", backend_for("cuda"), device_for("cuda")):
         pytest.skip(reason)
     mixed = Mixed.of("cuda", object_view, train)
     views = len(mixed.views)

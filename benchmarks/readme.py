@@ -325,10 +325,14 @@ def record_readme(folder: Path) -> str:
     else:
         markers = "\n".join(f"<!-- {end}generated: asked and measured -->" for end in ("", "end of "))
         text = f"# {record.date}, {record.machine['device']}\n\n{markers}\n"
-        if (sections := folder / "sections.csv").exists():  # of `make gpu`
-            head, *lines = [line.split(",") for line in sections.read_text().splitlines()]
-            text += "\n" + "\n".join(markdown_table(head, lines)) + "\n"
-    return replaced(text, "asked and measured", asked_and_measured(record))
+    text = replaced(text, "asked and measured", asked_and_measured(record))
+    if not (sections := folder / "sections.csv").exists():
+        return text
+    # Of `make gpu`, which writes it after every section.
+    head, *lines = [line.split(",") for line in sections.read_text(encoding="utf-8").splitlines()]
+    if "<!-- generated: sections -->" not in text:
+        text += "\n<!-- generated: sections -->\n<!-- end of generated: sections -->\n"
+    return replaced(text, "sections", "\n".join(markdown_table(head, lines)))
 
 
 def rendered() -> dict[Path, str]:

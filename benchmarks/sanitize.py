@@ -12,12 +12,12 @@ import sys
 
 import torch
 from gpu import start_up
-from timing import backend_for, place, synchronize
+from timing import backend_for, device_for, synchronize
 
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
 
-DEVICE = place("cuda")
+DEVICE = device_for("cuda")
 
 
 def cuda() -> None:

@@ -3,7 +3,7 @@
 The fields of `extra_info` that reports read are listed in scenarioclip_fast/bench/record.py.
 
 With SCENARIOCLIP_FAST_REHEARSAL=1 (`make gpu-rehearse`) the GPU benchmarks run on the CPU at toy sizes, which exercises
-all but the device: `place` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
+all but the device: `device_for` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
 With SCENARIOCLIP_FAST_BENCH_WARM=1 each benchmark takes one sample, which fills the compilers' caches.
 """
 
@@ -25,14 +25,14 @@ LONGEST_SLEEP_S = 0.05
 T = TypeVar("T")
 
 
-def place(device: str) -> str:
+def device_for(device: str) -> str:
     """Where tensors of a case live: on the CPU in a rehearsal."""
     return "cpu" if REHEARSAL else device
 
 
 def on_gpu(device: str) -> bool:
     """Whether a case really runs on a GPU, so that torch.cuda may be called."""
-    return place(device) == "cuda"
+    return device_for(device) == "cuda"
 
 
 def sized(full: T, toy: T) -> T:
@@ -101,7 +101,7 @@ class DeviceTimer:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         if hide_host and self.host_s < LONGEST_SLEEP_S:
-            # Half as long again, since the host's time varies; what the device sleeps too long costs nothing.
+            # Half as long again, since the host's time varies. Oversleeping does not affect the measurement.
             torch.cuda._sleep(int((1.5 * self.host_s + 1e-4) * self.clock))
         else:
             torch.cuda.synchronize()
@@ -141,7 +141,7 @@ def counted(
     operations: float,  # additions and multiplications of one sample
     precision: str = "float32",
 ) -> None:
-    """Puts a kernel into the roofline."""
+    """Records bytes and operations for the roofline."""
     benchmark.extra_info.update(bytes=bytes, operations=operations, precision=precision, device=device)
     if device == "cpu":
         benchmark.extra_info["threads"] = torch.get_num_threads()

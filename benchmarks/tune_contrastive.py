@@ -1,16 +1,16 @@
-"""Times the choices inside the Triton form of contrastive_loss on this GPU, one varied at a time, and the parts of one
-call, each beside what was predicted.
+"""Times the tuning choices of the Triton form of contrastive_loss on this GPU, one varied at a time, and the parts of
+one call, measured against predictions.
 
     python benchmarks/tune_contrastive.py [--quick] [--rows 32768] [--width 512] [--out FILE.json]
 
---quick takes about 15 s of an H100: the parts of a call, and the variants of which most is expected.
+--quick takes about 15 s of an H100: the parts of a call, and the most promising variants.
 
 The predictions are estimates, and no device was involved: arithmetic on what the compiler makes of the kernels for
 sm_90a (instructions, registers, blocks of a multiprocessor), on the bytes that they move, and on ceilings of an H100
 SXM as others have measured them. A ratio far from 1 names the estimate that was wrong, and so where to look.
 
-Choices that lead belong into kernels/contrastive/contrastive_triton.py (Plan.sum_tile, Plan.gradient_tile,
-Plan.block_side), the table into kernels/contrastive/README.md.
+Put winning choices into kernels/contrastive/contrastive_triton.py (Plan.sum_tile, Plan.gradient_tile,
+Plan.block_side), and the table into kernels/contrastive/README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from timing import REHEARSAL, WARM, median_seconds, on_gpu, place, sized, synchronize
+from timing import REHEARSAL, WARM, device_for, median_seconds, on_gpu, sized, synchronize
 from torch import Tensor
 
 DEVICE = "cuda"
@@ -255,7 +255,9 @@ def host_milliseconds(run: Callable[[], Any]) -> float:
 def kernel_milliseconds(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:
     """Time of each kernel, by name, in one call. In a rehearsal, of each operator."""
     kind = "CUDA" if on_gpu(DEVICE) else "CPU"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+    with torch.profiler.profile(
+        activities=[getattr(torch.profiler.ProfilerActivity, kind)], acc_events=True
+    ) as profile:
         for _ in range(calls):
             run()
         synchronize(DEVICE)
@@ -316,14 +318,14 @@ def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) ->
         table.add(Row(what, variant, span, ms, share_of_bare_products=bare[kind] / ms))
         return result
 
-    whole = measure("forward + backward", "as it is", both, FOUR, predicted.both(**DEFAULTS))
-    once = measure("forward", "as it is", forward, "K = width", predicted.forward(DEFAULTS["sum_tile"]))
+    whole = measure("forward + backward", "current defaults", both, FOUR, predicted.both(**DEFAULTS))
+    once = measure("forward", "current defaults", forward, "K = width", predicted.forward(DEFAULTS["sum_tile"]))
     if whole is None or once is None:
         raise SystemExit("error: the loss itself fails here, and so would its variants")
     # The profiler's own time of each kernel, with a warm L2 cache: their sum is not quite the whole above.
     for row in split(kernel_milliseconds(both), predicted):
         table.add(row)
-    table.add(Row("host, one call", "one level", (2.35, 2.35), host_milliseconds(both)))
+    table.add(Row("host time of a call", "one level", (2.35, 2.35), host_milliseconds(both)))
     level_leaves, level_loss = level_call(way, False, width, DEVICE)
 
     def levels() -> Any:
@@ -331,7 +333,7 @@ def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) ->
 
     # Estimated at 78 us with narrow loads of G, at 20 to 30 less with wide ones.
     table.add(Row("forward + backward", "three levels", (0.048, 0.078), milliseconds(levels)))
-    table.add(Row("host, one call", "three levels", (1.35, 1.35), host_milliseconds(levels)))
+    table.add(Row("host time of a call", "three levels", (1.35, 1.35), host_milliseconds(levels)))
 
     for name, values in variants.items():
         for value in values:
@@ -346,7 +348,7 @@ def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) ->
             with chosen(name, value):
                 result = measure(name, label, run, kind, span)
             if result is not None and not (off := difference(result, wanted)) < WRONG:
-                table.add(Row(name, label, error=f"wrong by {off:.1e} of the result"))
+                table.add(Row(name, label, error=f"relative error {off:.1e}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -358,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not REHEARSAL and not torch.cuda.is_available():
         parser.error("torch sees no GPU: there is nothing to tune")
-    name = torch.cuda.get_device_name() if on_gpu(DEVICE) else place(DEVICE)
+    name = torch.cuda.get_device_name() if on_gpu(DEVICE) else device_for(DEVICE)
     print(f"{args.rows} rows, width {args.width}, {name}. Predictions: estimates for an H100 SXM, without a device.")
     about = {
         "device": name,

@@ -32,13 +32,13 @@ EAGER, COMPILED, GRAPHS = "ours, bf16", "ours, bf16, compiled", "ours, bf16, com
 PARTS = {
     "products": "vision: matrix products",
     "attention": "vision: attention",
-    "elementwise": "vision: between the products",
-    "weights": "casts of weights, gradient norm, AdamW, EMA",
-    "rest": "texts, losses, small kernels",
+    "elementwise": "vision: elementwise, norms, copies",
+    "weights": "weight casts, gradient norm, AdamW, EMA",
+    "rest": "text towers, losses, other",
 }
 NOTE = (
-    "Predicted: estimates from bytes and operations, no device involved; products at 600 TFLOP/s, those of texts "
-    "included. Attention's bytes are predicted with what lies between the products: compare their sum."
+    "Predicted: estimates from bytes and operations, made without a device; all matrix products at 600 TFLOP/s, those "
+    "of texts included.\nThe bytes of attention are predicted under elementwise: compare the sum of the two."
 )
 
 
@@ -227,7 +227,7 @@ class Result:
 
     form: str
     scenes: int
-    step_ms: float = 0.0  # not profiled
+    step_ms: float = 0.0  # without the profiler
     host_ms: float = 0.0
     host_few_ms: float | None = None
     needed_tflop: float = 0.0
@@ -315,32 +315,37 @@ def summarise(result: Result, found: Sequence[Launch]) -> None:
 
 
 def table(result: Result) -> str:
-    """For people."""
+    """The result as a table of text."""
     predicted, device = result.predicted, sum(row.measured_ms for row in result.rows)
 
-    def line(what: str, expected: float | None, measured: float, launched: int | None = None) -> str:
-        columns = ["" if expected is None else f"{expected:g}", f"{measured:.2f}"]
+    def line(what: str, expected: float | None, measured: float | int, launched: int | None = None) -> str:
+        columns = [
+            "" if expected is None else f"{expected:g}",
+            f"{measured:.2f}" if isinstance(measured, float) else str(measured),
+        ]
         columns += [f"{measured / expected:.2f}" if expected else "", "" if launched is None else str(launched)]
         return f"  {what:46}" + "".join(f"{column:>11}" for column in columns)
 
     lines = [f"{result.form}, {result.scenes} scenes"]
     if result.error is not None:
         return f"{lines[0]}: {result.error}"
-    lines.append(f"  {'ms':46}" + "".join(f"{c:>11}" for c in ("predicted", "measured", "ratio", "launches")))
+    lines.append(f"  {'times in ms':46}" + "".join(f"{c:>11}" for c in ("predicted", "measured", "ratio", "launches")))
     lines += [line(PARTS[row.part], row.predicted_ms, row.measured_ms, row.launches) for row in result.rows]
     total = None if predicted is None else sum(predicted.ms.values())
-    lines.append(line("device, all together", total, device))
-    lines.append(line("step, not profiled", total, result.step_ms))
+    lines.append(line("device total", total, device))
+    lines.append(line("step, without the profiler", total, result.step_ms))
     lines.append(line("scenes/s", predicted and predicted.scenes_per_s, 1e3 * result.scenes / result.step_ms))
-    lines.append(line("kernels", predicted and predicted.kernels, result.kernels))
-    lines.append(line("casts", predicted and predicted.casts, result.casts))
+    lines.append(line("kernels, count", predicted and predicted.kernels, result.kernels))
+    lines.append(line("casts, count", predicted and predicted.casts, result.casts))
     host = f"  host: {result.host_ms:.1f} ms until the step is launched"
     if result.host_few_ms is not None:
-        host += f", {result.host_few_ms:.1f} ms with few scenes, where no launch waits for another"
+        host += f", {result.host_few_ms:.1f} ms with few scenes, when the launch queue never fills"
     lines.append(host + (f"; predicted {predicted.host_ms} ms" if predicted is not None else ""))
     if products := result.rows[0].measured_ms:
         rate = 1e3 * result.needed_tflop / products
-        lines.append(f"  {result.needed_tflop:.2f} TFLOP needed: {rate:.0f} TFLOP/s while products run")
+        lines.append(
+            f"  {result.needed_tflop:.2f} TFLOP of model operations: {rate:.0f} TFLOP/s during matrix products"
+        )
     return "\n".join(lines)
 
 
@@ -351,7 +356,7 @@ def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
     from scenarioclip_fast.model import TokenTable
     from scenarioclip_fast.model.operations import batch_operations
 
-    device, size = timing.place("cuda"), timing.sized(224, 64)
+    device, size = timing.device_for("cuda"), timing.sized(224, 64)
     step = None
     release()
     with matmul_precision("high"):

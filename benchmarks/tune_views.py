@@ -7,8 +7,8 @@ without a device: arithmetic from the instructions of the compiled kernels (SASS
 move, for 1,280 views of 128 scenes of 640 x 480, here scaled to the views and scenes at hand. Kernels are timed by the
 profiler's trace, whole calls by device events with a cold L2.
 
---quick takes fewer samples, profiles one case instead of four and leaves out the slow variants. What leads belongs into
-kernels/views/jobs.h (the bytes of a wave) and views.cu (rows and tiles of a block), measured times into
+--quick takes fewer samples, profiles one case instead of four and leaves out the slow variants. Put winning choices
+into kernels/views/jobs.h (the bytes of a wave) and views.cu (rows and tiles of a block), measured times into
 kernels/views/README.md.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_views import GPU_SCENES, GPU_SIDE, GPU_SIZE, Mixed
-from timing import REHEARSAL, DeviceTimer, backend_for, median_seconds, on_gpu, place, sized, synchronize
+from timing import REHEARSAL, DeviceTimer, backend_for, device_for, median_seconds, on_gpu, sized, synchronize
 
 from scenarioclip_fast.dispatch import why_not
 
@@ -103,7 +103,7 @@ def profiled(run: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
     )
     run()
     synchronize("cuda")
-    with profile(activities=[activity]) as trace:
+    with profile(activities=[activity], acc_events=True) as trace:
         for _ in range(calls):
             run()
         synchronize("cuda")
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (REHEARSAL or torch.cuda.is_available()):
         print("error: torch sees no GPU: there is nothing to tune", file=sys.stderr)
         return 2
-    if reason := why_not("render_views", backend_for("cuda"), place("cuda")):
+    if reason := why_not("render_views", backend_for("cuda"), device_for("cuda")):
         print(f"error: render_views cannot run on the GPU: {reason}", file=sys.stderr)
         return 2
     record: dict[str, Any] = {
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in CASES:
         rows.append({"case": title(*case)} | call_times(Mixed.of("cuda", *case), rounds))
         keep("calls", rows)
-    print("\nwhole calls: ms is the device's alone, host ms until the call returns, views/s as launched, with planning")
+    print("\nwhole calls (ms: on the device; host ms: until the call returns; views/s: as launched, planning included)")
     print(f"({VIEWS_PER_S:,} views/s predicted)\n{table(rows)}", flush=True)
 
     for case in [PROFILED] if args.quick else CASES:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import readme
-from gpu.jobs import Row
+from gpu.jobs import DONE, Row
 
 from scenarioclip_fast.bench.record import FILE, Part, Record, Result, read_record, unit_of
 from scenarioclip_fast.bench.tables import digits, fastest_of_ours, seconds, times
@@ -15,32 +15,32 @@ from scenarioclip_fast.bench.tables import digits, fastest_of_ours, seconds, tim
 # Fields of a result that are worth a look while the machine is still there.
 _NOTED = {
     "mfu": lambda v: f"MFU {100 * v:.1f} %",
-    "host, ms": lambda v: f"host {digits(v)} ms",
+    "host, ms": lambda v: f"host {digits(v)} ms a step",
     "as launched, ms": lambda v: f"as launched {digits(v)} ms",
     "GPU microseconds": lambda v: f"kernels {digits(v)} µs",
-    "peak_memory_gib": lambda v: f"{digits(v)} GiB",
-    "MiB above inputs and gradients": lambda v: f"{digits(v)} MiB",
-    "data_wait": lambda v: f"waits for data {100 * v:.0f} %",
+    "peak_memory_gib": lambda v: f"peak {digits(v)} GiB",
+    "MiB above inputs and gradients": lambda v: f"extra memory {digits(v)} MiB",
+    "data_wait": lambda v: f"data wait {100 * v:.0f} %",
     "overhead": lambda v: f"overhead {100 * v:.1f} %",
 }
 
 
 def short_table(part: Part) -> list[str]:
-    """A line a form, the fastest of each group first."""
+    """A row per form, fastest first: time, rate, and the time relative to the fastest of ours."""
     lines = []
     for group, results in part.groups().items():
         unit, ours = unit_of(results), fastest_of_ours(results)
-        lines.append(f"{group}, a {unit}")
+        lines += [group, f"  {'':52} {f'per {unit}':>9}  {'rate':>16}  {'time / ours':>11}"]
         for result in sorted(results, key=lambda r: r.per(unit)):
-            ratio = "" if ours is None or result is ours else f"{times(result.per(unit) / ours.per(unit))} of ours"
+            ratio = "" if ours is None else f"{result.per(unit) / ours.per(unit):.2f}"
             noted = ", ".join(show(result.extra[k]) for k, show in _NOTED.items() if _number(result.extra.get(k)))
-            figures = f"{seconds(result.per(unit)):>9}  {_rate(result):>16}  {ratio:>14}  {noted}"
-            lines.append(f"  {result.form:44} {figures}".rstrip())
+            figures = f"{seconds(result.per(unit)):>9}  {_rate(result):>16}  {ratio:>11}  {noted}"
+            lines.append(f"  {result.form:52} {figures}".rstrip())
     lines += [f"failed: {absent.name}: {absent.reason.partition(chr(10))[0][:150]}" for absent in part.failed]
     reasons: dict[str, int] = {}
     for absent in part.left_out:
         reasons[absent.reason] = reasons.get(absent.reason, 0) + 1
-    lines += [f"left out, {count}: {reason[:150]}" for reason, count in reasons.items()]
+    lines += [f"skipped, {count}: {reason[:150]}" for reason, count in reasons.items()]
     return [*lines, *([part.note] if part.note else [])]
 
 
@@ -61,13 +61,14 @@ def _rate(result: Result) -> str:
 
 
 def lines(out: Path, machine: Mapping[str, Any], rows: Sequence[Row], commit: str) -> list[str]:
-    """The last lines of the output: the device, every claim with a target, and what went wrong."""
+    """The last lines of the output: the device, every claim with its target, our rates, and what went wrong."""
     record = read_record(out) if (out / FILE).exists() else Record(dict(machine))
     found = [f"{machine.get('device', 'unknown device')}, commit {commit[:12]}{commit[40:]}"]
-    found += _claims(record)
-    found += _ours(record)
-    bad = [f"{row.section}: {row.said}" for row in rows if row.said != "0"]
-    return [*found, f"not done: {'; '.join(bad)}" if bad else "every section is done"]
+    claims = list(_claims(record))
+    if record.kind == "rehearsal":
+        claims = [f"a rehearsal: no time means anything; {len(claims)} claims of benchmarks/readme.py have both sides"]
+    bad = [f"{row.section} ({row.result})" for row in rows if row.result != DONE]
+    return [*found, *claims, *_ours(record), f"failed or skipped: {', '.join(bad)}" if bad else "all sections passed"]
 
 
 def _claims(record: Record) -> Iterator[str]:
@@ -75,9 +76,9 @@ def _claims(record: Record) -> Iterator[str]:
         if (found := readme.find(claim, [record])) is None:
             continue
         met = claim.asked is not None and found.ratio >= claim.asked
-        verdict = "" if claim.asked is None else f", {'met' if met else 'missed'}: {claim.asked:g} x asked"
-        speeds = f"{found.speed(found.ours)} against {found.speed(found.rival)}"
-        yield f"{claim.what}, {claim.rival}: {times(found.ratio)} ({speeds}){verdict}"
+        target = "" if claim.asked is None else f", target {claim.asked:g} x: {'met' if met else 'missed'}"
+        speeds = f"ours {found.speed(found.ours)}, theirs {found.speed(found.rival)}"
+        yield f"{claim.what}, against {claim.rival}: {times(found.ratio)} ({speeds}){target}"
 
 
 def _ours(record: Record) -> Iterator[str]:

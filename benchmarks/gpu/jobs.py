@@ -15,12 +15,15 @@ from gpu.processes import Process
 Begin = Callable[[Path], Process]  # takes the log
 
 
+DONE = "passed"
+
+
 @dataclass
 class Row:
     """A line of sections.csv."""
 
     section: str
-    said: str  # "0", another exit code, or in words why there is none
+    result: str  # DONE, "exit N", or in words what happened
     seconds: float
     start_up: float | None = None
 
@@ -66,12 +69,12 @@ class Job:
         texts = [log.read_text(errors="replace") for log in self._logs if log.exists()]
         self.log.write_text("\n".join(text.rstrip() for text in texts) + "\n")
         bad = [code for code in self._codes if code]
-        said = "stopped at its limit" if self._stopped else str(bad[0]) if bad else "0"
+        result = "timed out" if self._stopped else f"exit {bad[0]}" if bad else DONE
         started = [seconds for log in self._logs if (seconds := start_up.seconds(log)) is not None]
         for log in self._logs:
             log.unlink(missing_ok=True)
             log.with_suffix(".start-up").unlink(missing_ok=True)
-        return Row(self.name, said, self._seconds, sum(started) / self._at_once if started else None)
+        return Row(self.name, result, self._seconds, sum(started) / self._at_once if started else None)
 
     def summary(self) -> list[str]:
         """The last lines of the log, or what pytest says of its tests. After `end`."""

@@ -2,8 +2,8 @@
 
 Run: python benchmarks/gpu/like_machine.py DIR
 
-Where Python 3.12 or this torch cannot be had, the Python that runs this is taken, with a torch that the package
-supports; like.json in DIR says what was taken, and why.
+Where Python 3.12 or this torch is unavailable, it falls back to the Python that runs this, with a torch that the
+package supports; like.json in DIR says why.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def interpreters() -> list[str]:
     found = [os.environ.get("GPU_PYTHON"), shutil.which(f"python{VERSION}")]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found += map(str, sorted(pyenv.glob(f"versions/{VERSION}.*/bin/python"), reverse=True))
-    ask = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
+    query = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
     out = []
     for path in filter(None, found):
-        done = subprocess.run([path, "-c", ask], capture_output=True, text=True, check=False)  # may be a shim
+        done = subprocess.run([path, "-c", query], capture_output=True, text=True, check=False)  # may be a shim
         if done.stdout.strip() == VERSION:
             out.append(path)
     return out
 
 
 def make(python: str, folder: Path, requirements: list[str]) -> str | None:
-    """None, or why it cannot be had."""
+    """None, or why it failed."""
     shutil.rmtree(folder, ignore_errors=True)
     install = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # The wheels of torch depend on packages of gigabytes: one after the other, so that a failure is an early one.
@@ -58,13 +58,13 @@ def main() -> int:
         if (why := make(python, folder, requirements) or "") == "":
             break
     else:
-        print(f"{folder.name}: {why}; taking {sys.executable} with {SUPPORTED}", flush=True)
+        print(f"{folder.name}: {why}; falling back to {sys.executable} with {SUPPORTED}", flush=True)
         # The versions of machine.txt may not exist for this Python.
         relaxed = [SUPPORTED, *(line.partition("==")[0] for line in requirements[1:])]
         if (failure := make(sys.executable, folder, relaxed)) is not None:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-    (folder / "like.json").write_text(json.dumps({"instead": why}) + "\n")
+    (folder / "like.json").write_text(json.dumps({"fallback_reason": why}) + "\n")
     return 0
 
 

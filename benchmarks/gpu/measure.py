@@ -20,12 +20,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gpu import headline, jobs, sections
-from gpu.jobs import Job, Row
+from gpu.jobs import DONE, Job, Row
 from gpu.processes import Launcher, Process, Task, command_line_task, pytest_task, script_task
 from gpu.sections import Section
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.bench.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
@@ -83,8 +86,10 @@ SANITIZE = {
     "racecheck": ("racecheck", "cuda"),
     "memcheck_triton": ("memcheck", "triton"),
 }
+NO_TIME = "skipped: too little time was left"
+FILES = ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz")
 # Large, and can be made again.
-NOT_KEPT = ("demo/scenes", "demo/shards", "checkpoints", ".safetensors")
+EXCLUDED = ("demo/scenes", "demo/shards", "checkpoints", ".safetensors")
 
 
 class Call:
@@ -100,15 +105,28 @@ class Call:
         self.machine: dict[str, Any] = {}
         self.commit: str | None = state["commit"]
         self.out.mkdir()
-        for name in ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz"):
-            (self.left / name).unlink(missing_ok=True)
+        self.earlier = self._set_aside()
         for text in Path(state["work"]).glob("*.txt"):
             shutil.move(text, self.out / text.name)
         for row in self.rows:
             self._log(row)
 
+    def _set_aside(self) -> Path | None:
+        """Moves what an earlier call left in OUT to OUT/earlier-N; its folder, if there is any."""
+        found = [self.left / name for name in FILES if (self.left / name).exists()]
+        if not found:
+            return None
+        number = 1
+        while (folder := self.left / f"earlier-{number}").exists():
+            number += 1
+        folder.mkdir()
+        for path in found:
+            path.rename(folder / path.name)
+        print(f"== the files of an earlier call are in {folder}", flush=True)
+        return folder
+
     def run(self) -> int:
-        """All sections; 1 where one failed or was left out."""
+        """All sections; 1 where one failed or was skipped."""
         self.start()
         checks = [name for name in sections.CHECK_PARTS if self.wanted(name)]
         if checks:
@@ -122,7 +140,7 @@ class Call:
 
         for line in headline.lines(self.out, self.machine, self.rows, machine.commit(ROOT)):
             print(line)
-        return int(any(row.said != "0" for row in self.rows))
+        return int(any(row.result != DONE for row in self.rows))
 
     def wanted(self, name: str) -> bool:
         return not self.only or name in self.only
@@ -146,20 +164,27 @@ class Call:
         self.keep()
 
     def _log(self, row: Row) -> str:
-        said = {"0": "done"}.get(row.said, f"exit {row.said}" if row.said.lstrip("-").isdigit() else row.said)
-        line = f"== {row.section}: {said}, {row.seconds:.1f} s"
+        line = f"== {row.section}: {row.result}, {row.seconds:.1f} s"
         log = self.out / f"{row.section}.txt"
         with (self.left / "log.txt").open("a", encoding="utf-8") as whole:
             whole.write(f"{line}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
         return line
 
+    def write_readme(self) -> None:
+        """The record's README.md, once there is a record."""
+        from scenarioclip_fast.bench.record import FILE
+
+        if (self.out / FILE).exists():
+            headline.write_readme(self.out)
+
     def keep(self) -> None:
-        """Copies what there is so far into OUT, each file whole."""
-        lines = ["section,exit,seconds,start-up seconds"]
+        """Copies the results so far into OUT, each file whole."""
+        lines = ["section,result,seconds,start-up seconds"]
         for row in self.rows:
             start_up = "" if row.start_up is None else f"{row.start_up:.2f}"
-            lines.append(f"{row.section},{row.said.replace(',', ';')},{row.seconds:.1f},{start_up}")
+            lines.append(f"{row.section},{row.result.replace(',', ';')},{row.seconds:.1f},{start_up}")
         (self.out / "sections.csv").write_text("\n".join(lines) + "\n")
+        self.write_readme()
         for name in ("record.json", "README.md", "sections.csv"):
             if (self.out / name).exists():
                 shutil.copyfile(self.out / name, self.left / f"{name}.partial")
@@ -169,7 +194,7 @@ class Call:
         """Everything else, in one file: a machine may hand back no more than a few."""
 
         def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-            return None if any(part in entry.name for part in NOT_KEPT) else entry
+            return None if any(part in entry.name for part in EXCLUDED) else entry
 
         partial = self.left / "all.tar.gz.partial"
         with tarfile.open(partial, "w:gz", compresslevel=1) as everything:
@@ -186,7 +211,7 @@ class Call:
             try:
                 importlib.import_module(name)
             except Exception as error:  # what needs it will say so
-                missing.append(f"not importable: {name}: {type(error).__name__}: {error}".splitlines()[0])
+                missing.append(f"cannot import {name}: {type(error).__name__}: {error}".splitlines()[0])
         for plugin in importlib.metadata.entry_points(group="pytest11"):
             with contextlib.suppress(Exception):  # pytest says what it thinks of it
                 plugin.load()
@@ -211,15 +236,15 @@ class Call:
         for line in missing:
             print(f"   {line}")
         seconds = time.time() - begin
-        self.ended(Row("start", "0", seconds, seconds))
+        self.ended(Row("start", DONE, seconds, seconds))
 
     def checks(self, names: Sequence[str]) -> None:
         """Correctness, and the compilers' caches: untimed, side by side."""
         limit = self.limit(sections.CHECKS)
         if limit is None:
-            self.ended(Row("checks", "left out: too little time was left", 0))
+            self.ended(Row("checks", NO_TIME, 0))
             return
-        print(f"== {', '.join(names)}: side by side, at most {limit:.0f} s", flush=True)
+        print(f"== side by side, limit {limit:.0f} s: {', '.join(names)}", flush=True)
         chosen = []
         for name in names:
             job = self._check(name)
@@ -230,7 +255,7 @@ class Call:
         rows = jobs.run(chosen, limit, grace=5 * self.factor)
         for job, row in zip(chosen, rows, strict=True):
             self.ended(row)
-            if row.said != "0" or job.name == "tests":
+            if row.result != DONE or job.name == "tests":
                 self._show(job.summary())
 
     def _check(self, name: str) -> Job | Row:
@@ -248,7 +273,7 @@ class Call:
         tool, part = SANITIZE[name]
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None and not REHEARSAL:
-            return Row(name, "left out: compute-sanitizer is not on PATH", 0)
+            return Row(name, "skipped: compute-sanitizer is not on PATH", 0)
         command = [sys.executable, "benchmarks/sanitize.py", part]
         if not REHEARSAL:
             options = ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -258,8 +283,8 @@ class Call:
         return Job(name, self.out, [lambda log: self.launch.command(command, log, **pools)])
 
     def _tests(self) -> Job:
-        def begin(file: str, share: str) -> jobs.Begin:
-            task = self._tests_task([file], "gpu and not compiles", f"--share={share}", timeout=60)
+        def begin(file: str, shard: str) -> jobs.Begin:
+            task = self._tests_task([file], "gpu and not compiles", f"--shard={shard}", timeout=60)
             return lambda log: self.launch(task, log, OMP_NUM_THREADS="2")
 
         parts = [begin(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
@@ -289,34 +314,45 @@ class Call:
         """A section by itself; whatever goes wrong in it costs no other."""
         limit = self.limit(section)
         if limit is None:
-            self.ended(Row(section.name, "left out: too little time was left", 0))
+            self.ended(Row(section.name, NO_TIME, 0))
             return
-        print(f"== {section.name}: at most {limit:.0f} s, after {self.clock.elapsed():.0f} s", flush=True)
+        print(f"== {section.name}: limit {limit:.0f} s, elapsed {self.clock.elapsed():.0f} s", flush=True)
         begin = time.time()
         try:
             runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
             self.ended(runs[section.kind](section.name, limit))
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.ended(Row(section.name, said, time.time() - begin))
+            result = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.ended(Row(section.name, result, time.time() - begin))
 
     def _bench(self, name: str, limit: float) -> Row:
-        from scenarioclip_fast.bench.record import FILE, Record, read_record
+        from scenarioclip_fast.bench.record import FILE, read_record
         from scenarioclip_fast.bench.runner import run_file
 
         def start(arguments: Sequence[str], directory: Path, output: IO[bytes]) -> Process:
             return self.launch.to(pytest_task(arguments), output.fileno(), directory)
 
-        record = read_record(self.out) if (self.out / FILE).exists() else Record(self.machine)
+        record = read_record(self.out) if (self.out / FILE).exists() else self._first_record()
         path = ROOT / "benchmarks" / f"{name}.py"
         part = run_file(name.removeprefix("bench_"), path, "cuda", limit, start)
         record.with_part(part).write(self.out)
-        headline.write_readme(self.out)
         table = headline.short_table(part)
         failures = [f"{absent.name}: {absent.reason}" for absent in part.failed]
         (self.out / f"{name}.txt").write_text("\n".join([*table, *failures]) + "\n")
         self._show(table)
-        return Row(name, "stopped at its limit" if part.exit is None else str(part.exit), part.seconds, part.start_up)
+        result = "timed out" if part.exit is None else f"exit {part.exit}" if part.exit else DONE
+        return Row(name, result, part.seconds, part.start_up)
+
+    def _first_record(self) -> Record:
+        """Empty, or what an earlier call measured on this machine where only some sections are wanted."""
+        from scenarioclip_fast.bench.record import FILE, Record, read_record
+        from scenarioclip_fast.bench.runner import same_machine
+
+        if self.only and self.earlier is not None and (self.earlier / FILE).exists():
+            record = read_record(self.earlier)
+            if same_machine(record.machine, self.machine):
+                return record
+        return Record(self.machine)
 
     def _tune(self, name: str, limit: float) -> Row:
         task = script_task(ROOT / "benchmarks" / f"{name}.py", ["--quick", "--out", str(self.out / f"{name}.json")])

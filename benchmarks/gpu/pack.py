@@ -118,9 +118,9 @@ def build(python: str, folder: Path) -> tuple[str | None, list[str]]:
     """Compiles for `python` into `folder`; returns the torch linked with, and what is missing."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None, [f"compiled parts: this machine is {platform.machine()}, the GPU machine x86-64"]
-    ask = "import sys, torch; print('%d.%d' % sys.version_info[:2], torch.__version__, torch.version.cuda)"
+    query = "import sys, torch; print('%d.%d' % sys.version_info[:2], torch.__version__, torch.version.cuda)"
     version, torch, cuda = subprocess.run(
-        [python, "-c", ask], capture_output=True, text=True, check=True
+        [python, "-c", query], capture_output=True, text=True, check=True
     ).stdout.split()
     with tempfile.TemporaryDirectory() as work:
         env = {
@@ -151,7 +151,9 @@ def pack(python: str, folder: Path, photos: Path) -> Manifest:
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    print(f"downloading wheels for Python {PYTHON_VERSION}", flush=True)
     missing = download(python, WHEELS, folder / "wheels")
+    print("compiling for sm_90a", flush=True)
     torch, not_built = build(python, folder / "native")
     missing += not_built
     if photos.is_dir():
@@ -159,37 +161,70 @@ def pack(python: str, folder: Path, photos: Path) -> Manifest:
         for path in [folder / "photos", *(folder / "photos").rglob("*")]:  # the source may be read-only
             path.chmod(0o755 if path.is_dir() else 0o644)
     else:
-        missing.append(f"photos: there is no {photos.name} folder beside the checkout; drawn scenes will do")
+        missing.append(f"photos: {photos} does not exist (--photos DIR); synthetic scenes will be used instead")
     files = {str(path.relative_to(folder)): _entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = Manifest(machine.commit(ROOT), PYTHON_VERSION, torch, missing, files, _sources())
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
+def up_to_date(folder: Path) -> Manifest | None:
+    """The manifest where nothing has changed since the pack was made, and nothing was missing then."""
+    from scenarioclip_fast.bench import machine
+
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.missing or damaged(folder, manifest):
+        return None
+    same = manifest.commit == machine.commit(ROOT) and commit_here(ROOT, manifest) == manifest.commit
+    return manifest if same else None
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Gathers what travels to a bare GPU machine.")
+    parser = argparse.ArgumentParser(description="Gathers what a bare GPU machine lacks, in gpu-pack/.")
     parser.add_argument("--python", default=sys.executable, help="Python like the machine's, with torch")
-    parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "data" / "photos")
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=ROOT.parent / "shared" / "data" / "photos",
+        help="real photographs in the published layout, taken along where they exist (default: %(default)s)",
+    )
     args = parser.parse_args()
     folder = ROOT / FOLDER
-    manifest = pack(args.python, folder, args.photos)
+    manifest = up_to_date(folder)
+    if manifest is None:
+        manifest = pack(args.python, folder, args.photos)
+    else:
+        print(f"{FOLDER}/ is up to date")
+    return report(manifest)
+
+
+def report(manifest: Manifest) -> int:
+    """Prints what the pack holds, and how to use it; 1 where it is too large."""
     by_part: dict[str, int] = {}
     for name, (size, _) in manifest.files.items():
         by_part[name.partition("/")[0]] = by_part.get(name.partition("/")[0], 0) + size
     total = sum(by_part.values()) / 2**20
     for part, size in by_part.items():
         print(f"{part:8} {size / 2**20:6.1f} MiB")
-    print(f"{'in all':8} {total:6.1f} MiB, of at most {LIMIT_MIB}; commit {manifest.commit}")
+    print(f"{'total':8} {total:6.1f} MiB (limit {LIMIT_MIB} MiB); commit {manifest.commit}")
     for reason in manifest.missing:
         print(f"missing: {reason}")
     if total > LIMIT_MIB:
         print(f"error: {FOLDER}/ is larger than {LIMIT_MIB} MiB", file=sys.stderr)
         return 1
-    print(f"\nCopy the checkout with {FOLDER}/ to the GPU machine (git is not needed there), and run in it:\n")
-    print("    make gpu OUT=runs/gpu\n")
-    print("or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out runs/gpu\n")
     print(
-        "It ends within eight minutes and leaves record.json, README.md, sections.csv, log.txt and all.tar.gz in OUT."
+        f"""
+What travels to the GPU machine (x86-64, Python {PYTHON_VERSION}; the compiled parts are for sm_90a) fits one archive:
+
+    git ls-files -z | tar --null -czf checkout.tgz -T - {FOLDER}
+
+Unpack it there in an empty directory and run, in that directory:
+
+    make gpu OUT=runs/gpu
+
+or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out runs/gpu
+
+It takes at most eight minutes and leaves record.json, README.md, sections.csv, log.txt and all.tar.gz in OUT."""
     )
     return 0
 

@@ -22,11 +22,11 @@ _NO_DEVICE = re.compile(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", default="0/1", help="I/N: every N-th test, from the I-th on (default: all)")
+    parser.addoption("--shard", default="0/1", help="I/N: shard I of N, counted from 0 (default: all tests)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first, count = map(int, config.getoption("--share").split("/"))
+    first, count = map(int, config.getoption("--shard").split("/"))
     # Neighbours are cases of one test and compile the same kernels: they are dealt out in turn.
     others = [item for i, item in enumerate(items) if i % count != first]
     if others:
@@ -48,8 +48,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     # A command that refuses says so in its output.
-    said = [report.longreprtext, *(text for _, text in report.sections)] if report.failed else []
-    if _REHEARSAL and any(map(_NO_DEVICE.search, said)):
+    output = [report.longreprtext, *(text for _, text in report.sections)] if report.failed else []
+    if _REHEARSAL and any(map(_NO_DEVICE.search, output)):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), 0, "Skipped: reached the device")
     return report

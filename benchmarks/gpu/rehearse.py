@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpu import pack, sections
+from gpu.jobs import DONE
 
 ROOT = Path(__file__).resolve().parents[2]
-ASKED_S = 40  # start-up of all sections together, on two cores
+TARGET_S = 40  # start-up of all sections together, on two idle cores
 SLOWER = 6.0  # two cores, against a machine's sixteen and its GPU
 
 
@@ -60,26 +61,28 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run these sections alone")
     args = parser.parse_args()
     python, out = args.python.absolute(), args.out.resolve()
-    instead = json.loads((python.parents[1] / "like.json").read_text())["instead"]
-    if instead:
-        print(f"rehearsed with another Python than the machine's: {instead}", flush=True)
+    fallback = json.loads((python.parents[1] / "like.json").read_text())["fallback_reason"]
+    if fallback:
+        print(f"note: not the GPU machine's Python and torch: {fallback}", flush=True)
     manifest = pack.read_manifest(ROOT / pack.FOLDER)
     assert manifest is not None, "make gpu-pack comes first"
     if bad := pack.damaged(ROOT / pack.FOLDER, manifest):
         print(f"error: {pack.FOLDER}/ differs from its manifest: {' '.join(bad)}: run make gpu-pack", file=sys.stderr)
         return 1
+    shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="scenarioclip-fast-rehearsal-") as folder:
         work = Path(folder)
         checkout = work / "checkout"
         checkout.mkdir()
         unpacked(checkout)
         command = ["make", "gpu", f"PYTHON={python}", f"OUT={out}", f"ONLY={args.only}", f"FACTOR={SLOWER:g}"]
-        subprocess.run(command, cwd=checkout, env=environment(work, python), stdin=subprocess.DEVNULL, check=False)
-    return report(out, args.only.split() or sections.names())
+        env = environment(work, python)
+        done = subprocess.run(command, cwd=checkout, env=env, stdin=subprocess.DEVNULL, check=False)
+    return report(out, args.only.split() or sections.names()) or int(done.returncode != 0)
 
 
 def report(out: Path, wanted: Sequence[str]) -> int:
-    """Says what each section took to start; 1 where one of them did not end well."""
+    """Prints the start-up time of each section; 1 where one of them did not pass."""
     try:
         with (out / "sections.csv").open() as lines:
             rows = {row["section"]: row for row in csv.DictReader(lines)}
@@ -87,26 +90,25 @@ def report(out: Path, wanted: Sequence[str]) -> int:
         print("error: the rehearsal left no sections.csv", file=sys.stderr)
         return 1
     expected = ["wheels", "build", "start", *wanted]
-    bad = [f"{name}: {rows[name]['exit'] if name in rows else 'missing'}" for name in expected if _bad(rows.get(name))]
+    results = {name: rows[name]["result"] if name in rows else "missing" for name in expected}
+    bad = [f"{name} ({result})" for name, result in results.items() if result != DONE]
     start_up = {name: float(row["start-up seconds"]) for name, row in rows.items() if row["start-up seconds"]}
     checks = {name: start_up.pop(name) for name in sections.CHECK_PARTS if name in start_up}
-    print("\nseconds until each section's own work begins")
+    print("\nstart-up time by section, s")
     for name, seconds in (checks | start_up).items():
-        print(f"  {name:20} {seconds:6.2f}{'  (side by side)' if name in checks else ''}")
+        print(f"  {name:20} {seconds:6.2f}{'  (parallel)' if name in checks else ''}")
     total = sum(start_up.values()) + max(checks.values(), default=0.0)
-    print(f"  {'in all':20} {total:6.2f} (at most {ASKED_S} asked; of those side by side the slowest counts)")
+    print(
+        f"  {'total':20} {total:6.2f} (target {TARGET_S} on two idle cores; parallel sections count as their slowest)"
+    )
     files = ["log.txt", "all.tar.gz"]
     files += ["record.json", "README.md"] if any(name.startswith("bench_") for name in wanted) else []
-    bad += [f"{name}: missing" for name in files if not (out / name).exists()]
+    bad += [f"{name} (missing)" for name in files if not (out / name).exists()]
     if bad:
-        print(f"error: not rehearsed: {'; '.join(bad)} (see {out / 'log.txt'})", file=sys.stderr)
+        print(f"error: rehearsal failed: {', '.join(bad)}; see {out / 'log.txt'}", file=sys.stderr)
         return 1
     print(f"rehearsed: {len(rows)} sections; {out}")
     return 0
-
-
-def _bad(row: dict[str, str] | None) -> bool:
-    return row is None or row["exit"] != "0"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import sections
+from gpu.jobs import DONE
 from gpu.pack import FOLDER, Manifest, commit_here, read_manifest
 from gpu.processes import Spawned
 
@@ -53,24 +54,24 @@ print(json.dumps(out))
 """
 
 
-class Refused(Exception):
+class SetupError(Exception):
     """What the machine lacks, in one line."""
 
 
 def probe() -> dict[str, Any]:
-    """Python, torch and GPU of this machine. Raises Refused where there is nothing to measure with."""
+    """Python, torch and GPU of this machine. Raises SetupError where there is nothing to measure with."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise Refused(f"{sys.executable} cannot import torch: {done.stderr.strip()[-300:]}") from None
+        raise SetupError(f"{sys.executable} cannot import torch: {done.stderr.strip()[-300:]}") from None
     if "torch" not in found:
-        raise Refused(
+        raise SetupError(
             f"{sys.executable} has no torch ({found.get('error')}): make gpu uses the torch that is installed "
-            "(PYTHON=... names another Python)"
+            "(set PYTHON=... to use another interpreter)"
         )
     if not found["cuda"] and os.environ.get(REHEARSAL) != "1":
-        raise Refused(f"torch {found['torch']} sees no GPU: make gpu needs a machine with one (or: make gpu-rehearse)")
+        raise SetupError(f"torch {found['torch']} sees no GPU: make gpu needs one (to rehearse: make gpu-rehearse)")
     return found
 
 
@@ -109,7 +110,7 @@ def finish(process: Spawned, seconds: float) -> int | None:
 
 
 class Preparation:
-    """Wheels and compiled parts. Fills `notes`, the lines that the sections table gets."""
+    """Wheels and compiled parts. Fills `notes`, their rows of the sections table."""
 
     def __init__(self, work: Path, python: Path, found: dict[str, Any], pack: Manifest | None, until: float) -> None:
         self.work, self.python, self.found, self.pack, self.until = work, python, found, pack, until
@@ -128,9 +129,9 @@ class Preparation:
             self._finish_wheels(installing, wheels, begin)
         code = finish(building, self.until - time.time())
         if code == 0:
-            self.notes.append(("build", "0", time.time() - begin))
+            self.notes.append(("build", DONE, time.time() - begin))
         else:
-            self._use_carried("stopped at its budget" if code is None else f"exit {code}", begin)
+            self._use_prebuilt("timed out" if code is None else f"exit {code}", begin)
 
     def _pip(self, *arguments: str | Path) -> list[str | Path]:
         return [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
@@ -146,7 +147,7 @@ class Preparation:
 
     def _finish_wheels(self, installing: Spawned, wheels: list[Path], begin: float) -> None:
         if finish(installing, 20) == 0:
-            self.notes.append(("wheels", "0", time.time() - begin))
+            self.notes.append(("wheels", DONE, time.time() - begin))
             return
         failed = []
         with (self.work / "wheels.txt").open("ab") as log:
@@ -155,41 +156,42 @@ class Preparation:
                 done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
                 if done.returncode:
                     failed.append(wheel.name.partition("-")[0])
-        said = f"did not install: {' '.join(failed)}" if failed else "0"
-        self.notes.append(("wheels", said, time.time() - begin))
+        result = f"failed to install: {' '.join(failed)}" if failed else DONE
+        self.notes.append(("wheels", result, time.time() - begin))
 
     def _end_of(self, log: str) -> str:
         path = self.work / log
         return "\n".join(path.read_text(errors="replace").splitlines()[-20:]) if path.exists() else ""
 
-    def _use_carried(self, why: str, begin: float) -> None:
-        """The compiled parts of gpu-pack/ in place of those that could not be built."""
-        carried = ROOT / FOLDER / "native"
-        parts = sorted(carried.glob("*.so"))
-        if self.pack is None or not parts:
-            print(self._end_of("build.txt"), file=sys.stderr)
-            raise Refused(f"the build failed ({why}), and {FOLDER}/native holds no compiled parts")
+    def _use_prebuilt(self, why: str, begin: float) -> None:
+        """Installs with the compiled parts of gpu-pack/, or without any, in place of those that could not be built."""
         print(self._end_of("build.txt"), flush=True)
         done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")
         if finish(done, 60) != 0:
             print(self._end_of("install.txt"), file=sys.stderr)
-            raise Refused("the package cannot be installed")
-        NATIVE.mkdir(exist_ok=True)
-        for part in parts:
-            shutil.copy2(part, NATIVE / part.name)
-        info = json.loads((carried / "build.json").read_text())
-        (NATIVE / "build.json").write_text(json.dumps({**info, "carried_from": self.pack.commit}, indent=1) + "\n")
-        said = f"failed ({why}): the compiled parts that were brought along are used"
-        self.notes.append(("build", said, time.time() - begin))
+            raise SetupError("the package cannot be installed")
+        prebuilt = ROOT / FOLDER / "native"
+        parts = sorted(prebuilt.glob("*.so"))
+        if self.pack is None or not parts:
+            result = f"failed ({why}), and {FOLDER}/native holds nothing: Triton and torch backends only"
+        else:
+            NATIVE.mkdir(exist_ok=True)
+            for part in parts:
+                shutil.copy2(part, NATIVE / part.name)
+            info = json.loads((prebuilt / "build.json").read_text())
+            (NATIVE / "build.json").write_text(json.dumps({**info, "prebuilt_from": self.pack.commit}, indent=1) + "\n")
+            result = f"failed ({why}): using the prebuilt extensions of {FOLDER}"
+        self.notes.append(("build", result, time.time() - begin))
 
 
 def main() -> int:
     started = time.time()
     parser = argparse.ArgumentParser(description="Measures this machine's GPU and leaves a record.")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where the record goes (default: runs/gpu)")
-    parser.add_argument("--only", default="", help="run these sections alone")
-    parser.add_argument("--total", type=float, default=sections.TOTAL_S, help="seconds for everything")
-    parser.add_argument("--factor", type=float, default=1.0, help="lengthens every section's budget, for a rehearsal")
+    names = ", ".join(sections.names())
+    parser.add_argument("--only", default="", help=f"run only these sections, space-separated: {names}")
+    parser.add_argument("--total", type=float, default=sections.TOTAL_S, help="time limit in seconds (default: 480)")
+    parser.add_argument("--factor", type=float, default=1.0, help="multiply every time budget, for a slow rehearsal")
     args = parser.parse_args()
     only = args.only.split()
     if unknown := [name for name in only if name not in sections.names()]:
@@ -214,11 +216,11 @@ def main() -> int:
         until = started + min(args.factor * sections.PREPARE.most, args.total / 2)
         preparation = Preparation(work, python, found, pack, until)
         preparation.run()
-    except Refused as refused:
-        print(f"error: {refused}", file=sys.stderr)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, said, seconds in preparation.notes:
-        print(f"== {name}: {'done' if said == '0' else said}, {seconds:.1f} s", flush=True)
+    for name, result, seconds in preparation.notes:
+        print(f"== {name}: {result}, {seconds:.1f} s", flush=True)
     state = {
         "started": started,
         "total": args.total * args.factor,
@@ -227,7 +229,7 @@ def main() -> int:
         "out": str(args.out.resolve()),
         "work": str(work),
         "found": found,
-        "notes": [("probe", "0", probed, probed), *preparation.notes],
+        "notes": [("probe", DONE, probed, probed), *preparation.notes],
         "commit": None if pack is None else commit_here(ROOT, pack),
     }
     (work / "state.json").write_text(json.dumps(state))

@@ -17,10 +17,10 @@ Kind = str  # "prepare", "start", "check" (side by side, untimed), "bench", "tun
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the call that fails, hangs or is left out by itself.
+    """A part of the call that fails, hangs or is skipped without affecting the others.
 
     budget: seconds that are kept for it. It may take more where earlier sections left some, up to `most`.
-    least: it is left out where fewer seconds remain.
+    least: it is skipped where fewer seconds remain.
     """
 
     name: str
@@ -47,7 +47,7 @@ TIMED = [
     Section("bench_distillation", "bench", 8, 20),
     Section("bench_ema", "bench", 5, 10),
     Section("bench_trainer", "bench", 12, 30),
-    # As time allows: stopped half-way they would say nothing.
+    # As time allows; useless if cut short.
     Section("demo", "demo", 0, 120, least=45),
     Section("tests_compiled", "compiled", 0, 120, least=30),
 ]

@@ -26,8 +26,8 @@ HIGH = tl.constexpr(2.0**127)
 SPREAD = tl.constexpr(60.0)
 
 _SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
-# A call's levels may go through several batches of launches, which get slices of whole buffers. The alignment of these
-# must not compile a kernel again, hence do_not_specialize_on_alignment. That of features is for ALIGNED to say.
+# A call's levels may go through several batches of launches, which get slices of whole buffers. Their alignment must
+# not trigger a recompilation, hence do_not_specialize_on_alignment. The alignment of features is handled by ALIGNED.
 _FEATURES = [f"{side}{k}" for side in "ao" for k in range(LEVELS)]
 
 
@@ -154,7 +154,7 @@ def unit_rows(
     NORMALIZE: tl.constexpr,
     POSITIVE: tl.constexpr,
     ROUND: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the rows of all levels to 16 bytes
+    ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned
 ):
     pid = tl.program_id(0)
     level, row = _locate(pid, n0, n1, n2, n3)
@@ -628,7 +628,7 @@ def finish_rows(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the rows of all levels to 16 bytes, in and out
+    ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned, in and out
 ):
     pid = tl.program_id(0)
     level, row = _locate(pid, n0, n1, n2, n3)

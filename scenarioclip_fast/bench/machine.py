@@ -34,7 +34,7 @@ def describe(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    if (origin := native.build_info().get("carried_from")) is not None:
+    if (origin := native.build_info().get("prebuilt_from")) is not None:
         out["compiled_parts"] = f"built on another machine, from commit {origin}"
     if device == "cuda":
         out["driver"] = _smi("driver_version")

@@ -103,9 +103,7 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
     record = Record(here)
     if what and (out / FILE).is_file():
         record = read_record(out)
-        # Virtual machines are given memory as they use it.
-        differing = [key for key in here if key != "memory_gib" and record.machine.get(key) != here[key]]
-        if differing:
+        if differing := _differing(record.machine, here):
             raise UserError(
                 f"--out {out}: holds a record of another machine or of other versions ({', '.join(differing)}): name "
                 "another directory, or remove it"
@@ -120,6 +118,16 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
         if part.note:
             print(f"{name}: {part.note}", file=sys.stderr)
     return Record(record.machine, record.parts, out.resolve().name), out
+
+
+def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions are of the same machine with the same versions."""
+    return not _differing(one, other)
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    # Virtual machines are given memory as they use it.
+    return [key for key in other if key != "memory_gib" and one.get(key) != other[key]]
 
 
 def filled_in(out: Path, here: dict[str, Any]) -> Path:

@@ -177,7 +177,7 @@ class TrainSection:
         _check(1 <= first <= last, "train.profile", self.profile, "the first and the last step, counted from 1")
         if self.cuda_graphs and not self.compile:
             raise UserError(
-                "train.cuda_graphs: got true, expected train.compile=true or auto with it: compiled blocks have them"
+                "train.cuda_graphs: got true, expected train.compile=true or auto: the compiled blocks are captured"
             )
         if self.cuda_graphs and self.parallel == "fsdp":
             raise UserError("got train.cuda_graphs and train.parallel=fsdp, expected only one of them")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import headline, jobs, measure, pack, run, sections, start_up
+from gpu import headline, jobs, measure, pack, rehearse, run, sections, start_up
 from gpu.processes import Forked, Launcher, Spawned, Task, pytest_task, script_task
 
 from scenarioclip_fast.bench import machine
@@ -150,7 +150,7 @@ def test_jobs_end_by_themselves(tmp_path: Path, forks: bool) -> None:
         job("late", f"import time\ndef main():\n    print('begun', flush=True)\n    time.sleep(60)\n{main}"),
     ]
     rows = {row.section: row for row in jobs.run(made, 4.0, grace=1.0)}
-    assert [rows[name].said for name in ("good", "bad", "late")] == ["0", "7", "stopped at its limit"]
+    assert [rows[name].result for name in ("good", "bad", "late")] == ["passed", "exit 7", "timed out"]
     assert rows["good"].seconds < rows["late"].seconds < 10
     assert "['--quick']" in made[0].log.read_text() and "begun" in made[2].log.read_text()
     if forks:
@@ -173,7 +173,7 @@ def test_jobs_in_parts(tmp_path: Path) -> None:
     job.advance()
     assert running == [0]
     (row,) = jobs.run([job], 30, grace=1)
-    assert row.said == "0" and job.log.read_text().split() == ["part", "0", "part", "1", "part", "2"]
+    assert row.result == "passed" and job.log.read_text().split() == ["part", "0", "part", "1", "part", "2"]
 
 
 def test_an_interrupted_run_of_pytest_says_what_failed(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_interrupted_run_of_pytest_says_what_failed(tmp_path: Path) -> None:
     )
     job = jobs.Job("tests", tmp_path, [lambda log: launch(task, log)])
     (row,) = jobs.run([job], 8.0, grace=4.0)
-    assert row.said == "stopped at its limit"
+    assert row.result == "timed out"
     assert "assert 1 == 2" in job.log.read_text() and "KeyboardInterrupt" in job.log.read_text()
     assert job.summary()[0] == "1 failed"
     assert job.summary()[1].startswith("FAILED ")
@@ -214,9 +214,9 @@ def test_a_rehearsed_test_ends_at_the_device(tmp_path: Path, rehearsal: str) -> 
     counts: dict[str, int] = {}
     command = [sys.executable, "-m", "pytest", "-p", "gpu.plugin", "-c", os.devnull, "-p", "no:cacheprovider"]
     env = {**os.environ, "SCENARIOCLIP_FAST_REHEARSAL": rehearsal, "PYTHONPATH": str(ROOT / "benchmarks")}
-    for share in ("0/2", "1/2"):
+    for shard in ("0/2", "1/2"):
         done = subprocess.run(
-            [*command, f"--share={share}", "test_it.py"],
+            [*command, f"--shard={shard}", "test_it.py"],
             cwd=tmp_path,
             env=env,
             capture_output=True,
@@ -249,7 +249,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu.run", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "sees no GPU: make gpu needs a machine with one" in done.stderr and done.stderr.count("\n") == 1
+    assert "sees no GPU: make gpu needs one" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_mistyped_section(tmp_path: Path) -> None:
 def test_without_torch(answer: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 1, answer, "gone")
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(run.Refused, match=message):
+    with pytest.raises(run.SetupError, match=message):
         run.probe()
 
 
@@ -317,7 +317,7 @@ class Prepared:
 
 def test_all_wheels_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Prepared(tmp_path, monkeypatch, "none of them", 0)
-    assert prepared.notes() == {"wheels": "0", "build": "0"}
+    assert prepared.notes() == {"wheels": "passed", "build": "passed"}
     calls = prepared.calls.read_text().splitlines()
     assert len(calls) == 2 and sum("a-1" in call and "b-1" in call for call in calls) == 1
     assert all("--no-index" in call for call in calls)
@@ -325,24 +325,29 @@ def test_all_wheels_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wheel_that_does_not_fit_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Prepared(tmp_path, monkeypatch, "b-1", 0)
-    assert prepared.notes() == {"wheels": "did not install: b", "build": "0"}
+    assert prepared.notes() == {"wheels": "failed to install: b", "build": "passed"}
 
 
 def test_a_build_that_fails_takes_what_was_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Prepared(tmp_path, monkeypatch, "none of them", 5)
-    assert prepared.notes()["build"] == "failed (exit 5): the compiled parts that were brought along are used"
+    assert prepared.notes()["build"] == "failed (exit 5): using the prebuilt extensions of gpu-pack"
     assert (prepared.native / "libx.so").read_text() == "native/libx.so"
     info = json.loads((prepared.native / "build.json").read_text())
-    assert info == {"built": ["cpu"], "carried_from": "abc123"}
+    assert info == {"built": ["cpu"], "prebuilt_from": "abc123"}
+
+
+def test_a_build_that_fails_with_nothing_to_fall_back_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's and torch's forms still run."""
+    prepared = Prepared(tmp_path, monkeypatch, "none of them", 5)
     prepared.manifest = None
-    with pytest.raises(run.Refused, match="gpu-pack/native holds no compiled parts"):
-        prepared.notes()
+    assert prepared.notes()["build"].endswith("holds nothing: Triton and torch backends only")
+    assert not prepared.native.exists()
 
 
 def test_a_record_says_where_its_compiled_parts_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     from scenarioclip_fast import native
 
-    monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "carried_from": "abc123"})
+    monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "prebuilt_from": "abc123"})
     assert machine.describe("cpu")["compiled_parts"] == "built on another machine, from commit abc123"
 
 
@@ -352,6 +357,22 @@ def test_the_commit_travels_without_git(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.commit(tmp_path) == "unknown"
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc123 + changes")
     assert machine.commit(tmp_path) == "abc123 + changes"
+
+
+# The rehearsal
+
+
+def test_a_rehearsal_fails_with_its_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rehearse.report(tmp_path, ["bench_ema"]) == 1
+    rows = ["section,result,seconds,start-up seconds", "wheels,passed,1,", "build,passed,9,", "start,passed,5,5.00"]
+    for name in ("record.json", "README.md", "log.txt", "all.tar.gz"):
+        (tmp_path / name).touch()
+    for result, code in (("passed", 0), ("exit 1", 1)):
+        (tmp_path / "sections.csv").write_text("\n".join([*rows, "tests,passed,9,8.00", f"bench_ema,{result},2,0.50"]))
+        assert rehearse.report(tmp_path, ["tests", "bench_ema"]) == code
+    out, error = capsys.readouterr()
+    assert "total                 13.50" in out
+    assert "error: rehearsal failed: bench_ema (exit 1); see " in error
 
 
 # The pack
@@ -405,14 +426,15 @@ def test_headline_figures_come_last(tmp_path: Path) -> None:
     absent = [Absent("c", "out of memory\nat line 3")]
     part = Part("step", "pytest", "abc", "2026-01-01T00:00:00", 9.0, 1, {}, {}, results, [], absent)
     table = headline.short_table(part)
-    assert [line.split("  ")[0] for line in table] == [f"{group}, a scene", "", "", "failed: c: out of memory"]
-    assert "2,000 scenes/s" in table[1] and "MFU 31.0 %, host 21.0 ms" in table[1]
-    assert "5.00 x of ours" in table[2]
+    assert [line.split("  ")[0] for line in table] == [group, "", "", "", "failed: c: out of memory"]
+    assert table[1].split() == ["per", "scene", "rate", "time", "/", "ours"]
+    assert "2,000 scenes/s" in table[2] and "1.00  MFU 31.0 %, host 21.0 ms a step" in table[2]
+    assert "5.00" in table[3]
     Record({"kind": "cuda", "device": "a GPU", "versions": {}}, [part]).write(tmp_path)
-    lines = headline.lines(tmp_path, {"device": "a GPU"}, [jobs.Row("tests", "1", 2.0)], "abc")
+    lines = headline.lines(tmp_path, {"device": "a GPU"}, [jobs.Row("tests", "exit 1", 2.0)], "abc")
     assert lines[0] == "a GPU, commit abc"
-    assert any("5.00 x (2,000 scenes/s against 400 scenes/s), met: 4.5 x asked" in line for line in lines)
-    assert lines[-1] == "not done: tests: 1"
+    assert any("5.00 x (ours 2,000 scenes/s, theirs 400 scenes/s), target 4.5 x: met" in line for line in lines)
+    assert lines[-1] == "failed or skipped: tests (exit 1)"
     headline.write_readme(tmp_path)
     assert "at least 4.5 x | 5.00 x" in (tmp_path / "README.md").read_text()
 
@@ -438,16 +460,27 @@ def test_a_fault_of_a_section_costs_no_other(tmp_path: Path, monkeypatch: pytest
     state = {"started": time.time(), "total": 60, "factor": 1.0, "only": list(kinds), "notes": [], "commit": None}
     call = measure.Call({**state, "out": str(tmp_path / "out"), "work": str(tmp_path / "work")})
     assert call.run() == 1
-    said = {row.section: row.said for row in call.rows}
-    assert said["bench_broken"] not in ("0", "stopped at its limit")
-    assert said["bench_hangs"] == "stopped at its limit"
-    assert said["tune_it"] == "1" and said["bench_good"] == "0"
+    results = {row.section: row.result for row in call.rows}
+    assert results["bench_broken"] not in ("passed", "timed out")
+    assert results["bench_hangs"] == "timed out"
+    assert results["tune_it"] == "exit 1" and results["bench_good"] == "passed"
     names = ["README.md", "all.tar.gz", "log.txt", "record.json", "sections.csv"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert [len(part["results"]) for part in record["parts"]] == [0, 0, 1]
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "no GPU here" in log and "no_such_module" in log
+
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "| bench_hangs | timed out |" in readme and "| bench_good | passed |" in readme
+    # Another look at one section keeps what the first call measured, and its files.
+    (tmp_path / "again").mkdir()
+    monkeypatch.setattr(sections, "TIMED", fakes[-1:])
+    again = {**state, "only": ["bench_good"], "out": str(tmp_path / "out"), "work": str(tmp_path / "again")}
+    assert measure.Call(again).run() == 0
+    assert (tmp_path / "out" / "earlier-1" / "record.json").exists()
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [part["name"] for part in record["parts"]] == ["broken", "hangs", "good"]
 
 
 MACHINE = {"kind": "rehearsal", "device": "none", "versions": {}}

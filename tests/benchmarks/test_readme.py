@@ -51,14 +51,16 @@ def test_what_no_record_has() -> None:
 def test_a_missed_target_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "CPU", [CLAIM])
     record("x", "2026-01-01T09:00:00", 1.0, 1.0).write(tmp_path)
-    (tmp_path / "sections.csv").write_text("section,exit,seconds\nbuild,0,61\n")
+    (tmp_path / "sections.csv").write_text("section,result,seconds\nbuild,passed,61\n")
     text = readme.record_readme(tmp_path)
     assert "| a view | Pillow | at least 4 x | 2.00 x (500 ms, ours 250 ms) | **missed** |" in text
-    assert "| build | 0 | 61 |" in text
+    assert "| build | passed | 61 |" in text
     # Words around the markers stay.
     (tmp_path / "README.md").write_text(text + "\nA second core was busy.\n")
     record("x", "2026-01-01T10:00:00", 4.0, 1.0).write(tmp_path)
+    (tmp_path / "sections.csv").write_text("section,result,seconds\nbuild,passed,61\nbench_x,timed out,9\n")
     again = readme.record_readme(tmp_path)
+    assert "| build | passed | 61 |\n| bench_x | timed out | 9 |\n<!-- end" in again
     assert "| 8.00 x (2 s, ours 250 ms) | met |" in again and again.endswith("A second core was busy.\n")
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(SystemExit, match="no markers <!-- generated: asked and measured -->"):
