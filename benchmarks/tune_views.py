@@ -141,7 +141,8 @@ def table(rows: Sequence[Row]) -> str:
     head = list(dict.fromkeys(key for row in rows for key in row))
     cells = [head, *([str(row.get(key, "")) for key in head] for row in rows)]
     widths = [max(len(line[k]) for line in cells) for k in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -157,7 +157,7 @@ def test_a_profile_of_a_gpu() -> None:
     assert [line.split() for line in text.splitlines() if line.startswith("  vision: attention")] == [
         ["vision:", "attention", "5", "0.16", "0.03", "1"]
     ]
-    assert "0.02 TFLOP needed: 500 TFLOP/s" in text and "2000.00" in text  # 128 scenes in 64 ms
+    assert "0.02 TFLOP of model operations: 500 TFLOP/s" in text and "2000.00" in text  # 128 scenes in 64 ms
 
 
 def test_predictions_are_for_one_size() -> None:
