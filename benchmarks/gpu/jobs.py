@@ -63,13 +63,12 @@ class Job:
 
     def end(self) -> Row:
         """Kills what still runs; what became of it all."""
-        for process in self._running:
-            process.kill()
-            process.wait(10)
-        texts = [log.read_text(errors="replace") for log in self._logs if log.exists()]
+        killed = [process.end() for process in self._running]
+        texts = [shortened(log) for log in self._logs if log.exists()]
         self.log.write_text("\n".join(text.rstrip() for text in texts) + "\n")
         bad = [code for code in self._codes if code]
         result = "timed out" if self._stopped else f"exit {bad[0]}" if bad else DONE
+        result += "" if all(killed) else ", and could not be killed"
         started = [seconds for log in self._logs if (seconds := start_up.seconds(log)) is not None]
         for log in self._logs:
             log.unlink(missing_ok=True)
@@ -93,11 +92,26 @@ class Job:
 def run(jobs: Sequence[Job], seconds: float, grace: float) -> list[Row]:
     """Runs jobs side by side for at most `seconds`. What is late is interrupted, and after `grace` killed."""
     end = time.time() + seconds
-    _advance(jobs, end - grace)
-    for job in jobs:
-        job.interrupt()
-    _advance(jobs, end)
-    return [job.end() for job in jobs]
+    rows = []
+    try:
+        _advance(jobs, end - grace)
+        for job in jobs:
+            job.interrupt()
+        _advance(jobs, end)
+    finally:  # also where this process is interrupted
+        rows = [job.end() for job in jobs]
+    return rows
+
+
+def shortened(log: Path, head: int = 1 << 18, tail: int = 1 << 20) -> str:
+    """A log's text; of one that has got out of hand, its beginning and its end."""
+    size = log.stat().st_size
+    with log.open("rb") as file:
+        if size <= head + tail:
+            return file.read().decode(errors="replace")
+        first = file.read(head).decode(errors="replace")
+        file.seek(size - tail)
+        return f"{first}\n... {size - head - tail:,} bytes ...\n{file.read().decode(errors='replace')}"
 
 
 def _advance(jobs: Sequence[Job], until: float) -> None:

@@ -13,11 +13,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ TESTS = {
     "tests/test_native.py": 1,
 }
 TESTS_AT_ONCE = 8
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of each process of the checks, which share the cores
 # Those of them that compile training steps, for what time is left in the end.
 TESTS_COMPILED = ("tests/train/test_trainer_switches.py",)
 # The benchmarks whose compilation is brought forward, so that the timed sections find warm caches.
@@ -89,6 +91,7 @@ SANITIZE = {
 NO_TIME = "skipped: too little time was left"
 FILES = ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz")
 # Large, and can be made again.
+LARGEST = 4 << 20  # bytes of a file in the archive
 EXCLUDED = ("demo/scenes", "demo/shards", "checkpoints", ".safetensors")
 
 
@@ -127,14 +130,16 @@ class Call:
 
     def run(self) -> int:
         """All sections; 1 where one failed or was skipped."""
-        self.start()
-        checks = [name for name in sections.CHECK_PARTS if self.wanted(name)]
-        if checks:
-            self.checks(checks)
-        for section in sections.TIMED:
-            if self.wanted(section.name):
-                self.timed(section)
-        self.archive()
+        try:
+            self.start()
+            checks = [name for name in sections.CHECK_PARTS if self.wanted(name)]
+            if checks:
+                self._guarded("checks", lambda: self.checks(checks))
+            for section in sections.TIMED:
+                if self.wanted(section.name):
+                    self.timed(section)
+        finally:  # an interrupted call keeps what it has measured
+            self.archive()
         print(f"\n== headline figures, after {self.clock.elapsed():.0f} s")
         from scenarioclip_fast.bench import machine
 
@@ -167,7 +172,7 @@ class Call:
         line = f"== {row.section}: {row.result}, {row.seconds:.1f} s"
         log = self.out / f"{row.section}.txt"
         with (self.left / "log.txt").open("a", encoding="utf-8") as whole:
-            whole.write(f"{line}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
+            whole.write(f"{line}\n{jobs.shortened(log) if log.exists() else ''}\n")
         return line
 
     def write_readme(self) -> None:
@@ -194,7 +199,8 @@ class Call:
         """Everything else, in one file: a machine may hand back no more than a few."""
 
         def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-            return None if any(part in entry.name for part in EXCLUDED) else entry
+            excluded = entry.size > LARGEST or any(part in entry.name for part in EXCLUDED)
+            return None if excluded else entry
 
         partial = self.left / "all.tar.gz.partial"
         with tarfile.open(partial, "w:gz", compresslevel=1) as everything:
@@ -222,21 +228,33 @@ class Call:
             os.environ.setdefault(machine.COMMIT_VARIABLE, self.commit)
         log, answer = self.out / "start.txt", self.out / "machine.json"
         task = script_task(Path(__file__).with_name("describe.py"), [str(answer)])
-        first = self.launch(task, log)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            first.wait(20 * self.factor)
-        if first.returncode != 0:
-            first.kill()
-            missing.append("a fork cannot use the GPU: every section gets a process of its own")
+        if not self._ends_well(self.launch(task, log), 30):
+            missing.append("a fork could not use the GPU: every section gets a process of its own")
             self.launch.forks = False
-            self.launch(task, log).wait(30 * self.factor)
-        self.machine = json.loads(answer.read_text())
+            if not self._ends_well(self.launch(task, log), 40):
+                missing.append("the GPU could not be used: see start in log.txt")
+        self.machine = self._described(answer)
         with log.open("a") as text:
             text.write("".join(f"{line}\n" for line in missing))
         for line in missing:
             print(f"   {line}")
         seconds = time.time() - begin
-        self.ended(Row("start", DONE, seconds, seconds))
+        result = DONE if "device" in self.machine else "the machine could not be described"
+        self.ended(Row("start", result, seconds, seconds))
+
+    def _ends_well(self, process: Process, seconds: float) -> bool:
+        try:
+            return process.wait(seconds * self.factor) == 0
+        except subprocess.TimeoutExpired:
+            process.end()
+            return False
+
+    @staticmethod
+    def _described(answer: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(answer.read_text()))
+        except (OSError, ValueError):
+            return {"kind": "cuda", "versions": {}}
 
     def checks(self, names: Sequence[str]) -> None:
         """Correctness, and the compilers' caches: untimed, side by side."""
@@ -257,10 +275,14 @@ class Call:
             self.ended(row)
             if row.result != DONE or job.name == "tests":
                 self._show(job.summary())
+        # Inductor has chosen between its kernels on a GPU that was busy with all of this: it shall choose again.
+        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            for choice in Path(cache).glob("**/*.best_config"):
+                choice.unlink(missing_ok=True)
 
     def _check(self, name: str) -> Job | Row:
         if name == "doctor":
-            return Job(name, self.out, [lambda log: self.launch(command_line_task(["doctor"]), log)])
+            return Job(name, self.out, [lambda log: self.launch(command_line_task(["doctor"]), log, **FEW_THREADS)])
         if name == "tests":
             return self._tests()
         if name in WARM:
@@ -269,7 +291,8 @@ class Call:
             arguments = [f"benchmarks/{file}.py", "-m", "gpu", "-k", keyword, "-p", "no:cacheprovider"]
             arguments += ["-p", "gpu.plugin", "-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines)]
             task = pytest_task(arguments)
-            return Job(name, self.out, [lambda log: self.launch(task, log, SCENARIOCLIP_FAST_BENCH_WARM="1")])
+            env = {"SCENARIOCLIP_FAST_BENCH_WARM": "1", **FEW_THREADS}
+            return Job(name, self.out, [lambda log: self.launch(task, log, **env)])
         tool, part = SANITIZE[name]
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None and not REHEARSAL:
@@ -279,13 +302,13 @@ class Call:
             options = ["--report-api-errors", "no"] if tool == "memcheck" else []
             command = [str(sanitizer), "--tool", tool, *options, "--error-exitcode", "9", *command]
         # Without torch's pools every tensor is an allocation of its own, whose bounds are known.
-        pools = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Job(name, self.out, [lambda log: self.launch.command(command, log, **pools)])
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **FEW_THREADS}
+        return Job(name, self.out, [lambda log: self.launch.command(command, log, **env)])
 
     def _tests(self) -> Job:
         def begin(file: str, shard: str) -> jobs.Begin:
             task = self._tests_task([file], "gpu and not compiles", f"--shard={shard}", timeout=60)
-            return lambda log: self.launch(task, log, OMP_NUM_THREADS="2")
+            return lambda log: self.launch(task, log, **FEW_THREADS)
 
         parts = [begin(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
         return Job("tests", self.out, parts, at_once=min(TESTS_AT_ONCE, os.cpu_count() or 1))
@@ -308,6 +331,8 @@ class Call:
             arguments.append("--benchmark-disable")
         if importlib.util.find_spec("pytest_timeout") is not None:
             arguments.append(f"--timeout={timeout}")
+        if REHEARSAL:  # else pytest may cut off the words by which a use of the device is known
+            arguments.append("-vv")
         return pytest_task([*arguments, *options])
 
     def timed(self, section: Section) -> None:
@@ -317,13 +342,16 @@ class Call:
             self.ended(Row(section.name, NO_TIME, 0))
             return
         print(f"== {section.name}: limit {limit:.0f} s, elapsed {self.clock.elapsed():.0f} s", flush=True)
+        runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
+        self._guarded(section.name, lambda: self.ended(runs[section.kind](section.name, limit)))
+
+    def _guarded(self, name: str, run: Callable[[], None]) -> None:
         begin = time.time()
         try:
-            runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
-            self.ended(runs[section.kind](section.name, limit))
-        except Exception as error:
+            run()
+        except Exception as error:  # a fault of this script must not cost the sections that follow
             result = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.ended(Row(section.name, result, time.time() - begin))
+            self.ended(Row(name, result, time.time() - begin))
 
     def _bench(self, name: str, limit: float) -> Row:
         from scenarioclip_fast.bench.record import FILE, read_record
@@ -384,8 +412,12 @@ class Call:
 
 def main() -> int:
     state = json.loads(Path(sys.argv[1]).read_text())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is measured is kept, children are killed
     try:
         return Call(state).run()
+    except KeyboardInterrupt:
+        print("== interrupted: OUT holds what was measured", flush=True)
+        return 130
     finally:
         shutil.rmtree(state["work"], ignore_errors=True)
 

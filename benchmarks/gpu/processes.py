@@ -85,6 +85,15 @@ class Process(ABC):
             time.sleep(0.01)
         return code
 
+    def end(self, seconds: float = 5.0) -> bool:
+        """Kills it; False where it is still there after so many seconds, as a process stuck in a driver may be."""
+        self.kill()
+        try:
+            self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def interrupt(self) -> None:
         """As Ctrl-C does: pytest then still reports what has failed so far."""
         self._signal(signal.SIGINT)
@@ -125,6 +134,8 @@ class Forked(Process):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(env)
             os.chdir(cwd)
+            if "torch" in sys.modules and "OMP_NUM_THREADS" in env:  # which OpenMP has read already
+                sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
             code = int(run() or 0)
         except SystemExit as exit_:
             if isinstance(exit_.code, str):
@@ -158,7 +169,7 @@ class Spawned(Process):
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
-            start_new_session=True,
+            process_group=0,  # not a session of its own, which would survive the command that this call is
         )
         self.pid = self._process.pid
 

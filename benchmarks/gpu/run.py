@@ -60,7 +60,11 @@ class SetupError(Exception):
 
 def probe() -> dict[str, Any]:
     """Python, torch and GPU of this machine. Raises SetupError where there is nothing to measure with."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise SetupError("torch did not say within a minute whether there is a GPU") from None
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -90,7 +94,7 @@ def environment(folder: Path) -> Path:
     lines = [f"import site; site.addsitedir({path!r})" for path in below if os.path.isdir(path)]
     (purelib / "machine.pth").write_text("\n".join(lines) + "\n")
     python = folder / "bin" / "python"
-    subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('torch')"], check=True)
+    subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('torch')"], check=True, timeout=20)
     return python
 
 
@@ -104,8 +108,7 @@ def finish(process: Spawned, seconds: float) -> int | None:
     try:
         return process.wait(max(seconds, 1))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        process.end()
         return None
 
 
@@ -153,8 +156,8 @@ class Preparation:
         with (self.work / "wheels.txt").open("ab") as log:
             for wheel in wheels:
                 command = self._pip("--no-index", "--no-deps", "--no-compile", wheel)
-                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-                if done.returncode:
+                one = Spawned(list(map(str, command)), log.fileno(), ROOT, {})
+                if finish(one, min(10, self.until - time.time())) != 0:
                     failed.append(wheel.name.partition("-")[0])
         result = f"failed to install: {' '.join(failed)}" if failed else DONE
         self.notes.append(("wheels", result, time.time() - begin))
@@ -184,6 +187,25 @@ class Preparation:
         self.notes.append(("build", result, time.time() - begin))
 
 
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.txt.partial").touch()
+        (out / "log.txt.partial").unlink()
+    except OSError as error:
+        raise SetupError(f"--out {out}: cannot be written to ({error.strerror})") from None
+
+
+def packed() -> tuple[Manifest | None, str | None]:
+    """The manifest of gpu-pack/ and the commit of these files; a damaged pack must not cost the call."""
+    try:
+        pack = read_manifest(ROOT / FOLDER)
+        return pack, None if pack is None else commit_here(ROOT, pack)
+    except (SystemExit, OSError) as error:
+        print(f"== {FOLDER}: {error}", flush=True)
+        return None, None
+
+
 def main() -> int:
     started = time.time()
     parser = argparse.ArgumentParser(description="Measures this machine's GPU and leaves a record.")
@@ -201,8 +223,8 @@ def main() -> int:
     try:
         found = probe()
         probed = time.time() - started
-        args.out.mkdir(parents=True, exist_ok=True)
-        pack = read_manifest(ROOT / FOLDER)
+        make_folder(args.out)
+        pack, commit = packed()
         work = Path(tempfile.mkdtemp(prefix="scenarioclip-fast-gpu-"))
         device = found.get("device", "no GPU: a rehearsal")
         print(f"== {device}, Python {found['python']}, torch {found['torch']}", flush=True)
@@ -230,11 +252,13 @@ def main() -> int:
         "work": str(work),
         "found": found,
         "notes": [("probe", DONE, probed, probed), *preparation.notes],
-        "commit": None if pack is None else commit_here(ROOT, pack),
+        "commit": commit,
     }
     (work / "state.json").write_text(json.dumps(state))
     env = {**os.environ, "PATH": os.pathsep.join([str(python.parent), PATH]), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    # In one place, where measure.py finds the choices to be made again; kept for the next call on this machine.
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "scenarioclip-fast-inductor"))
     # Lets quick-GELU's graphs be cached with their backward passes, so that the timed sections find them.
     env.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     if (ROOT / FOLDER / "photos").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -235,4 +236,5 @@ def _end(process: Process) -> None:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in a driver is left behind
+                process.wait(_END_S)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gpu import headline, jobs, measure, pack, rehearse, run, sections, start_up
-from gpu.processes import Forked, Launcher, Spawned, Task, pytest_task, script_task
+from gpu.processes import Forked, Launcher, Process, Spawned, Task, pytest_task, script_task
 
 from scenarioclip_fast.bench import machine
 from scenarioclip_fast.bench.record import Absent, Part, Record, Result
@@ -95,6 +96,7 @@ def test_forks(tmp_path: Path) -> None:
     assert fork(lambda: sys.exit("in one line")).wait(10) == 1
     assert fork(lambda: int(os.environ["ANSWER"]), ANSWER="4").wait(10) == 4
     assert fork(lambda: 1 / 0).wait(10) == 1
+    assert fork(lambda: torch.get_num_threads() - 1, OMP_NUM_THREADS="1").wait(10) == 0
     text = (tmp_path / "log.txt").read_text()
     assert "in one line\n" in text and "ZeroDivisionError" in text
 
@@ -155,6 +157,29 @@ def test_jobs_end_by_themselves(tmp_path: Path, forks: bool) -> None:
     assert "['--quick']" in made[0].log.read_text() and "begun" in made[2].log.read_text()
     if forks:
         assert rows["good"].start_up is not None and 0 <= rows["good"].start_up < 4
+
+
+class Stuck(Process):
+    """In a driver, where no signal reaches it."""
+
+    pid = 2**22 + 1
+
+    def poll(self) -> int | None:
+        return None
+
+
+def test_what_cannot_be_killed_costs_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stuck, "end", lambda self: Process.end(self, 0.2))
+    stuck = jobs.Job("stuck", tmp_path, [lambda log: Stuck()])
+    (row,) = jobs.run([stuck], 0.3, grace=0.1)
+    assert row.result == "timed out, and could not be killed"
+
+
+def test_a_log_that_got_out_of_hand(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"first" + b"\xff" * 1000 + b"last")
+    assert jobs.shortened(log, head=5, tail=4) == "first\n... 1,000 bytes ...\nlast"
+    assert len(jobs.shortened(log)) == 1009
 
 
 def test_jobs_in_parts(tmp_path: Path) -> None:
@@ -251,6 +276,23 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "sees no GPU: make gpu needs one" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(run.SetupError, match=r"--out .*: cannot be written to \("):
+            run.make_folder(out)
+
+
+def test_a_damaged_pack_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / pack.FOLDER).mkdir()
+    (tmp_path / pack.FOLDER / "manifest.json").write_text("{")
+    assert run.packed() == (None, None)
+    assert "not a manifest of make gpu-pack" in capsys.readouterr().out
 
 
 def test_a_mistyped_section(tmp_path: Path) -> None:
