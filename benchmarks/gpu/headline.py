@@ -33,8 +33,7 @@ def short_table(part: Part) -> list[str]:
         lines += [group, f"  {'':52} {f'per {unit}':>9}  {'rate':>16}  {'time / ours':>11}"]
         for result in sorted(results, key=lambda r: r.per(unit)):
             ratio = "" if ours is None else f"{result.per(unit) / ours.per(unit):.2f}"
-            noted = ", ".join(show(result.extra[k]) for k, show in _NOTED.items() if _number(result.extra.get(k)))
-            figures = f"{seconds(result.per(unit)):>9}  {_rate(result):>16}  {ratio:>11}  {noted}"
+            figures = f"{seconds(result.per(unit)):>9}  {_rate(result):>16}  {ratio:>11}  {', '.join(_noted(result))}"
             lines.append(f"  {result.form:52} {figures}".rstrip())
     lines += [f"failed: {absent.name}: {absent.reason.partition(chr(10))[0][:150]}" for absent in part.failed]
     reasons: dict[str, int] = {}
@@ -42,6 +41,10 @@ def short_table(part: Part) -> list[str]:
         reasons[absent.reason] = reasons.get(absent.reason, 0) + 1
     lines += [f"skipped, {count}: {reason[:150]}" for reason, count in reasons.items()]
     return [*lines, *([part.note] if part.note else [])]
+
+
+def _noted(result: Result) -> list[str]:
+    return [show(result.extra[key]) for key, show in _NOTED.items() if _number(result.extra.get(key))]
 
 
 def _number(value: Any) -> bool:
@@ -84,12 +87,12 @@ def _claims(record: Record) -> Iterator[str]:
 def _ours(record: Record) -> Iterator[str]:
     """Our fastest form of each group of the headline parts."""
     for part in record.parts:
-        if part.name not in ("step", "views", "end_to_end", "data"):
+        if part.name not in ("step", "contrastive", "views", "end_to_end", "data"):
             continue
         for group, results in part.groups().items():
             if (best := fastest_of_ours(results)) is not None:
-                mfu = f", MFU {100 * best.extra['mfu']:.1f} %" if "mfu" in best.extra else ""
-                yield f"{group}: {best.form}: {_rate(best) or seconds(best.median)}{mfu}"
+                figures = [seconds(best.per(unit_of(results))), _rate(best), *_noted(best)]
+                yield f"{group}: {best.form}: {', '.join(filter(None, figures))}"
 
 
 def write_readme(out: Path) -> None:
