@@ -88,6 +88,7 @@ SANITIZE = {
     "racecheck": ("racecheck", "cuda"),
     "memcheck_triton": ("memcheck", "triton"),
 }
+UNKNOWN: dict[str, Any] = {"kind": "cuda", "device": "unknown", "versions": {}}
 NO_TIME = "skipped: too little time was left"
 FILES = ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz")
 # Large, and can be made again.
@@ -239,7 +240,7 @@ class Call:
         for line in missing:
             print(f"   {line}")
         seconds = time.time() - begin
-        result = DONE if "device" in self.machine else "the machine could not be described"
+        result = "the machine could not be described" if self.machine == UNKNOWN else DONE
         self.ended(Row("start", result, seconds, seconds))
 
     def _ends_well(self, process: Process, seconds: float) -> bool:
@@ -254,7 +255,7 @@ class Call:
         try:
             return dict(json.loads(answer.read_text()))
         except (OSError, ValueError):
-            return {"kind": "cuda", "versions": {}}
+            return UNKNOWN
 
     def checks(self, names: Sequence[str]) -> None:
         """Correctness, and the compilers' caches: untimed, side by side."""

@@ -22,7 +22,7 @@ from gpu import headline, jobs, measure, pack, rehearse, run, sections, start_up
 from gpu.processes import Forked, Launcher, Process, Spawned, Task, pytest_task, script_task
 
 from scenarioclip_fast.bench import machine
-from scenarioclip_fast.bench.record import Absent, Part, Record, Result
+from scenarioclip_fast.bench.record import Absent, Part, Record, Result, read_record
 from scenarioclip_fast.bench.runner import benchmark_files
 
 ROOT = Path(__file__).parents[2]
@@ -523,6 +523,14 @@ def test_a_fault_of_a_section_costs_no_other(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "out" / "earlier-1" / "record.json").exists()
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert [part["name"] for part in record["parts"]] == ["broken", "hangs", "good"]
+
+
+def test_a_machine_that_cannot_be_described(tmp_path: Path) -> None:
+    """Its measurements are kept all the same, in a record that can be read."""
+    machine = measure.Call._described(tmp_path / "machine.json")
+    part = Part("x", "pytest", "abc", "2026-01-01T00:00:00", 1.0, 0, {}, {}, [Result("t", "g", "ours", [1.0])])
+    Record(machine, [part]).write(tmp_path)
+    assert read_record(tmp_path).machine == measure.UNKNOWN
 
 
 MACHINE = {"kind": "rehearsal", "device": "none", "versions": {}}
