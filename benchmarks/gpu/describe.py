@@ -6,15 +6,16 @@ Run: python describe.py OUT.json
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+
+from gpu.sections import REHEARSAL
 
 from scenarioclip_fast.bench import machine
 
 
 def main() -> None:
-    if os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1":
+    if REHEARSAL:
         found = machine.describe("cpu")
         # Of a kind of its own: a rehearsal must never be taken for a record.
         found |= {"device": f"rehearsal on {found['device']}", "kind": "rehearsal"}

@@ -96,5 +96,6 @@ def _ours(record: Record) -> Iterator[str]:
 
 
 def write_readme(out: Path) -> None:
-    """The record's README.md, with the table of what was asked and measured."""
-    (out / "README.md").write_text(readme.record_readme(out), encoding="utf-8")
+    """The README.md of the record in `out`, once there is one."""
+    if (out / FILE).exists():
+        (out / "README.md").write_text(readme.record_readme(out), encoding="utf-8")

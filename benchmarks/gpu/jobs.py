@@ -13,8 +13,6 @@ from gpu import start_up
 from gpu.processes import Process
 
 Begin = Callable[[Path], Process]  # takes the log
-
-
 DONE = "passed"
 
 

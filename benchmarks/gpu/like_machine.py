@@ -13,11 +13,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("machine.txt")
 VERSION = "3.12"
-SUPPORTED = "torch>=2.11,<2.14"
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def interpreters() -> list[str]:
@@ -58,9 +59,11 @@ def main() -> int:
         if (why := make(python, folder, requirements) or "") == "":
             break
     else:
-        print(f"{folder.name}: {why}; falling back to {sys.executable} with {SUPPORTED}", flush=True)
+        dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
+        supported = next(entry for entry in dependencies if entry.startswith("torch"))
+        print(f"{folder.name}: {why}; falling back to {sys.executable} with {supported}", flush=True)
         # The versions of machine.txt may not exist for this Python.
-        relaxed = [SUPPORTED, *(line.partition("==")[0] for line in requirements[1:])]
+        relaxed = [supported, *(line.partition("==")[0] for line in requirements[1:])]
         if (failure := make(sys.executable, folder, relaxed)) is not None:
             print(f"error: {failure}", file=sys.stderr)
             return 1

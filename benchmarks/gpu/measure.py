@@ -26,13 +26,12 @@ from typing import IO, TYPE_CHECKING, Any
 from gpu import headline, jobs, sections
 from gpu.jobs import DONE, Job, Row
 from gpu.processes import Launcher, Process, Task, command_line_task, pytest_task, script_task
-from gpu.sections import Section
+from gpu.sections import REHEARSAL, Section
 
 if TYPE_CHECKING:
     from scenarioclip_fast.bench.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
-REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 # What sections import, imported once before they are forked. None of it may initialise CUDA.
 IMPORTS = (
     "torch",
@@ -176,13 +175,6 @@ class Call:
             whole.write(f"{line}\n{jobs.shortened(log) if log.exists() else ''}\n")
         return line
 
-    def write_readme(self) -> None:
-        """The record's README.md, once there is a record."""
-        from scenarioclip_fast.bench.record import FILE
-
-        if (self.out / FILE).exists():
-            headline.write_readme(self.out)
-
     def keep(self) -> None:
         """Copies the results so far into OUT, each file whole."""
         lines = ["section,result,seconds,start-up seconds"]
@@ -190,7 +182,7 @@ class Call:
             start_up = "" if row.start_up is None else f"{row.start_up:.2f}"
             lines.append(f"{row.section},{row.result.replace(',', ';')},{row.seconds:.1f},{start_up}")
         (self.out / "sections.csv").write_text("\n".join(lines) + "\n")
-        self.write_readme()
+        headline.write_readme(self.out)
         for name in ("record.json", "README.md", "sections.csv"):
             if (self.out / name).exists():
                 shutil.copyfile(self.out / name, self.left / f"{name}.partial")

@@ -6,14 +6,13 @@ shown all that can be shown there, and is skipped; any other failure is one.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Generator
 
 import pytest
 from gpu import start_up
+from gpu.sections import REHEARSAL
 
-_REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 _NO_DEVICE = re.compile(
     r"No CUDA GPUs are available|Found no NVIDIA driver|not compiled with CUDA|no CUDA device|sees no GPU|"
     r"no GPU is visible|cannot serve cuda tensors|needs a GPU|active drivers|device index less than|exchangeDevice",
@@ -49,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     # A command that refuses says so in its output.
     output = [report.longreprtext, *(text for _, text in report.sections)] if report.failed else []
-    if _REHEARSAL and any(map(_NO_DEVICE.search, output)):
+    if REHEARSAL and any(map(_NO_DEVICE.search, output)):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), 0, "Skipped: reached the device")
     return report

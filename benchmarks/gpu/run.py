@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu import sections
-from gpu.jobs import DONE
+from gpu.jobs import DONE, shortened
 from gpu.pack import FOLDER, Manifest, commit_here, read_manifest
 from gpu.processes import Spawned
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "scenarioclip_fast" / "_native"
-REHEARSAL = "SCENARIOCLIP_FAST_REHEARSAL"
+WHEELS = ["--no-index", "--no-deps", "--no-compile"]
 EDITABLE = ["--no-index", "--no-build-isolation", "--no-deps", "--editable", "."]
 # The environment on top has no cmake and ninja of its own.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -74,7 +74,7 @@ def probe() -> dict[str, Any]:
             f"{sys.executable} has no torch ({found.get('error')}): make gpu uses the torch that is installed "
             "(set PYTHON=... to use another interpreter)"
         )
-    if not found["cuda"] and os.environ.get(REHEARSAL) != "1":
+    if not found["cuda"] and not sections.REHEARSAL:
         raise SetupError(f"torch {found['torch']} sees no GPU: make gpu needs one (to rehearse: make gpu-rehearse)")
     return found
 
@@ -99,7 +99,7 @@ def environment(folder: Path) -> Path:
 
 
 def start(command: list[str | Path], log: Path, **env: str) -> Spawned:
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         return Spawned([str(word) for word in command], output.fileno(), ROOT, env)
 
 
@@ -124,7 +124,7 @@ class Preparation:
         wheels = sorted((ROOT / FOLDER / "wheels").glob("*.whl"))
         installing = None
         if wheels:
-            installing = start(self._pip("--no-index", "--no-deps", "--no-compile", *wheels), self.work / "wheels.txt")
+            installing = start(self._pip(*WHEELS, *wheels), self.work / "wheels.txt")
         building = start(self._pip(*EDITABLE), self.work / "build.txt", **self._build())
         if installing is None:
             self.notes.append(("wheels", f"none in {FOLDER}/: make gpu-pack", 0))
@@ -153,18 +153,16 @@ class Preparation:
             self.notes.append(("wheels", DONE, time.time() - begin))
             return
         failed = []
-        with (self.work / "wheels.txt").open("ab") as log:
-            for wheel in wheels:
-                command = self._pip("--no-index", "--no-deps", "--no-compile", wheel)
-                one = Spawned(list(map(str, command)), log.fileno(), ROOT, {})
-                if finish(one, min(10, self.until - time.time())) != 0:
-                    failed.append(wheel.name.partition("-")[0])
+        for wheel in wheels:
+            one = start(self._pip(*WHEELS, wheel), self.work / "wheels.txt")
+            if finish(one, min(10, self.until - time.time())) != 0:
+                failed.append(wheel.name.partition("-")[0])
         result = f"failed to install: {' '.join(failed)}" if failed else DONE
         self.notes.append(("wheels", result, time.time() - begin))
 
     def _end_of(self, log: str) -> str:
         path = self.work / log
-        return "\n".join(path.read_text(errors="replace").splitlines()[-20:]) if path.exists() else ""
+        return "\n".join(shortened(path).splitlines()[-20:]) if path.exists() else ""
 
     def _use_prebuilt(self, why: str, begin: float) -> None:
         """Installs with the compiled parts of gpu-pack/, or without any, in place of those that could not be built."""
@@ -250,7 +248,6 @@ def main() -> int:
         "only": only,
         "out": str(args.out.resolve()),
         "work": str(work),
-        "found": found,
         "notes": [("probe", DONE, probed, probed), *preparation.notes],
         "commit": commit,
     }

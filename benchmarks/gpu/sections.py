@@ -5,10 +5,13 @@ Imports nothing but the standard library: it is read before any package is known
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# `make gpu-rehearse`: no GPU is there, and none is expected.
+REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 TOTAL_S = 480  # of the whole call, from its first instruction to its last
 HEADLINE_S = 400  # by then the headline figures are in the record
 
