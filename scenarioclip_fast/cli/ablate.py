@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     own = {name: changes for name, *changes in args.variant}
     variants = plan_ablation(args.config, overrides, names or DEFAULT_VARIANTS, own)
     ablation = run_ablation(variants, args.split, args.batch_size)
-    if ablation.leads:
+    if ablation.is_main_process:
         print(ablation)
         print(f"report: {ablation.report}")
         if ablation.stopped_by:

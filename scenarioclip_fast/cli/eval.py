@@ -145,12 +145,12 @@ def run(args: argparse.Namespace) -> int:
         shard_cache_dir=args.shard_cache_dir,
         shard_cache_gib=args.shard_cache_gib,
     ) as session:
-        if session.world.leads:
+        if session.world.is_main_process:
             _make_places(args)
         average = ", EMA teacher" if args.weights == "teacher" else ""
         report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
         finish = _KINDS[args.kind](args, session, report)
-    if not session.world.leads:
+    if not session.world.is_main_process:
         return 0
     result = finish()
     print(result)

@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
     trainer = Trainer(config, resume=args.resume)
     result = trainer.fit()
-    if trainer.world.leads:
+    if trainer.world.is_main_process:
         print(result.summary())
     return 0 if result.completed else STOPPED

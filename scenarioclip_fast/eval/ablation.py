@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from scenarioclip_fast.data.shards import ShardSet
+from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.eval.loading import LeftOut, left_out_record
 from scenarioclip_fast.eval.plots import MATCH_TITLES
@@ -23,7 +24,6 @@ from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
 from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.train.config import DataSection, TrainConfig
-from scenarioclip_fast.train.distributed import World, join_world
 from scenarioclip_fast.train.trainer import Trainer
 
 # The whole method; every variant starts from it.
@@ -77,7 +77,7 @@ class Variant:
 @dataclass
 class Ablation:
     """What has been done so far. `left_out` has the scenes that could not be used in an evaluation, `stopped_by` names
-    the signal that ended it before its end, and among several ranks one `leads`, which writes and prints."""
+    the signal that ended it before its end, and among several ranks the main one, which writes and prints."""
 
     directory: Path
     split: str
@@ -86,7 +86,7 @@ class Ablation:
     left_out: dict[str, list[LeftOut]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: str | None = None
-    leads: bool = True
+    is_main_process: bool = True
 
     @property
     def report(self) -> Path:
@@ -218,7 +218,7 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
         _check_directory(variant)
     ablation = Ablation(first.directory.parent, split, variants)
     with join_world(first.config.run.device) as world:
-        ablation.leads = world.leads
+        ablation.is_main_process = world.is_main_process
         for variant in variants:
             for name in variant.also:
                 _say(world, f"{name} is {variant.name} by another name: trained once")
@@ -233,9 +233,9 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
             except TrainingFailed as error:
                 ablation.failures[variant.name] = str(error)
                 _say(world, f"{where}: failed: {error}")
-            if world.leads:
+            if world.is_main_process:
                 ablation.write()
-        if world.leads:
+        if world.is_main_process:
             ablation.write_report()
     return ablation
 
@@ -260,7 +260,9 @@ def _evaluate(
     variant: Variant, split: str, batch_size: int, world: World, where: str
 ) -> tuple[ZeroShotResult, list[LeftOut]]:
     path = variant.directory / RESULT
-    known: ZeroShotResult | None = world.gather(_known_result(path, variant, split) if world.leads else None)[0]
+    known: ZeroShotResult | None = world.gather(_known_result(path, variant, split) if world.is_main_process else None)[
+        0
+    ]
     if known is not None:
         _say(world, f"{where}: evaluated already")
         return known, []
@@ -279,7 +281,7 @@ def _evaluate(
         session.loader(split) as loader,
     ):
         result = zeroshot(session.model, loader, loader.vocabulary, split=split, world=session.world)
-    if world.leads:
+    if world.is_main_process:
         text = json.dumps(_record(result, session.left_out), indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
     return result, session.left_out
@@ -335,5 +337,5 @@ def _differences(before: TrainConfig, now: TrainConfig) -> list[str]:
 
 
 def _say(world: World, text: str) -> None:
-    if world.leads:
+    if world.is_main_process:
         print(text, file=sys.stderr, flush=True)

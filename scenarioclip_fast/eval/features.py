@@ -15,13 +15,13 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
 from scenarioclip_fast.eval.zeroshot import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
-from scenarioclip_fast.train.distributed import World
 
 _CHUNK = 256  # views embedded at once
 _ROWS = 1 << 16  # of each rank, exchanged at once
@@ -124,7 +124,7 @@ def _led(
     for start in range(0, max(sizes), _ROWS):  # a device holds its own share and a little of the others'
         now = [min(max(size - start, 0), _ROWS) for size in sizes]
         blocks = gather_rows(rows[start : start + _ROWS], now, world.group)
-        if world.leads:
+        if world.is_main_process:
             found += [block.cpu() for block in blocks]
     return torch.cat(found)
 
@@ -141,13 +141,15 @@ def split_features(
     world = session.world
     with session.loader(split) as loader:
         path = None if cache is None else _cache_file(session, loader, split, levels, Path(cache))
-        kept = None if path is None or not world.leads else _load(path)
+        kept = None if path is None or not world.is_main_process else _load(path)
         # the leading rank alone has looked, so that all do the same
         if world.gather(kept is not None)[0]:
             return kept or Features([], {})
-        own = embed_views(session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.leads)
+        own = embed_views(
+            session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.is_main_process
+        )
     features = gathered(own, world, levels)
-    if path is not None and world.leads and not any(scene.split == split for scene in session.left_out):
+    if path is not None and world.is_main_process and not any(scene.split == split for scene in session.left_out):
         _save(features, path)
     return features
 

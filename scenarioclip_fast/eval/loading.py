@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.loader import SceneLoader
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.zeroshot import ALONE
-from scenarioclip_fast.train.distributed import World
 
 _NAMED = 3  # in a message
 # A rank alone gives up early only here: what is too much is judged over all ranks, at the end.
@@ -89,7 +89,7 @@ class EvaluationLoader(SceneLoader):
             )
         if new := sorted(set(found) - set(self.left_out)):
             self.left_out += new
-            if self._world.leads:
+            if self._world.is_main_process:
                 about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are left out"
                 print(f"warning: {about}: {_named(new)}", file=sys.stderr)
 

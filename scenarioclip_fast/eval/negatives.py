@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.order import mix
 from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import Features, embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
 from scenarioclip_fast.eval.zeroshot import ALONE, Encoder, embed_texts, evaluating
-from scenarioclip_fast.train.distributed import World
 
 Kind = Literal["swapped", "predicate"]
 KINDS: dict[Kind, str] = {"swapped": "subject and object swapped", "predicate": "predicate replaced"}
@@ -160,7 +160,9 @@ def hard_negatives(
         UserError: the split has no relation, none that allows a negative, or embeddings that are not finite.
     """
     desc = f"hard negatives, {split}"
-    features = embed_views(model, batches, ["relation"], desc=desc, show_progress=show_progress and world.leads)
+    features = embed_views(
+        model, batches, ["relation"], desc=desc, show_progress=show_progress and world.is_main_process
+    )
     with evaluating(model):
         asked = _ask(model, features, vocabulary, seed)
     asked = [question for own in world.gather(asked) for question in own]

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
 from scenarioclip_fast.eval.zeroshot import ALONE, TASKS, Encoder, check_topk, embed_texts, evaluating, random_hit_rate
-from scenarioclip_fast.train.distributed import World
 
 Direction = Literal["image_to_text", "text_to_image"]
 DIRECTIONS: dict[Direction, str] = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -93,7 +93,7 @@ def retrieval(
     """Recall at k of `model` in both directions, on one pass over `batches`. Arguments and errors as of `zeroshot`."""
     topk = check_topk(topk)
     features = embed_views(
-        model, batches, levels, desc=f"retrieval, {split}", show_progress=show_progress and world.leads
+        model, batches, levels, desc=f"retrieval, {split}", show_progress=show_progress and world.is_main_process
     )
     scenes = sum(world.gather(len(features.keys)))
     if scenes == 0:

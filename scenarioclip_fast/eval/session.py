@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import Trained, open_checkpoint, pick_device
 from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
 from scenarioclip_fast.eval.zeroshot import ALONE
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.train.config import DataSection
-from scenarioclip_fast.train.distributed import World, join_world
 
 # Ranks meet at the end of their shares, to which some come late.
 _PATIENCE_S = 3600.0
@@ -118,6 +118,6 @@ def open_session(
         data = replace(trained.data, **{name: value for name, value in asked.items() if value is not None})
         vocabulary = ShardSet(shards).vocabulary
         cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
-        if cut and world.leads:
+        if cut and world.is_main_process:
             print(cut, file=sys.stderr)
         yield Session(trained, shards, world, batch_size, data, vocabulary)

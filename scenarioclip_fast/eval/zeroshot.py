@@ -20,10 +20,10 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.progress import progress
-from scenarioclip_fast.train.distributed import World
 
 Match = Literal["own", "any_in_image"]
 MATCHES: tuple[Match, ...] = ("own", "any_in_image")
@@ -249,7 +249,9 @@ def zeroshot(
         texts = class_embeddings(model, vocabulary, levels)
         tallies = {level: _Tally(len(texts[level])) for level in texts}
         scenes = 0
-        for batch in progress(batches, desc=f"zero-shot, {split}") if show_progress and world.leads else batches:
+        for batch in (
+            progress(batches, desc=f"zero-shot, {split}") if show_progress and world.is_main_process else batches
+        ):
             scenes += batch.num_scenes
             for level, (pixels, ids, scene) in level_views(batch).items():
                 if level in texts and len(ids):

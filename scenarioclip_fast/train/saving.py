@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scenarioclip_fast.data import SceneLoader, Vocabulary
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
@@ -38,7 +39,6 @@ from scenarioclip_fast.train.checkpoint import (
     share,
 )
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.distributed import World
 from scenarioclip_fast.train.sharding import whole_tensor
 from scenarioclip_fast.train.weights import save_teacher
 
@@ -131,7 +131,7 @@ class Saver:
     def due(self) -> bool:
         """Whether train.checkpoint_minutes have passed: the leading rank's clock, for it to tell the others."""
         minutes = self.config.train.checkpoint_minutes
-        return self.world.leads and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return self.world.is_main_process and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, last: bool = False) -> None:
         """Begins a checkpoint, and with `last` waits for it.
@@ -220,7 +220,7 @@ class Saver:
     def _examine(self, path: Path) -> Checkpoint:
         """The leading rank reads, and all hear what it found."""
         found: Checkpoint | BadCheckpoint | None = None
-        if self.world.leads:
+        if self.world.is_main_process:
             try:
                 found = examine(path)
             except BadCheckpoint as error:
@@ -280,7 +280,7 @@ class Saver:
         averages = None if teacher is None else teacher.state_dict()
         if averages is not None:
             averages["tensors"] = self._whole(averages["tensors"])
-        if self.world.leads:
+        if self.world.is_main_process:
             temporary = directory.with_name(f".writing-{directory.name}")
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -308,7 +308,7 @@ class Saver:
         if not any(isinstance(t, DTensor) for t in state.values()):
             return model
         whole = self._whole(state)
-        if self.world.leads:
+        if self.world.is_main_process:
             model = ScenarioCLIP(model.config)
             model.load_state_dict(whole)
         return model
@@ -319,7 +319,7 @@ class Saver:
         whole: dict[str, Tensor] = {}
         for name, t in tensors.items():
             gathered = whole_tensor(t)
-            if self.world.leads:
+            if self.world.is_main_process:
                 whole[name] = gathered.cpu() if isinstance(t, DTensor) else gathered
         return whole
 
@@ -338,7 +338,7 @@ def run_dir_of(config: TrainConfig, world: World, resume: Resume) -> Iterator[No
             f"{config.run.dir} holds the checkpoints of an earlier run: go on with --resume, or set another run.dir"
         )
     with ExitStack() as stack:
-        if world.leads:
+        if world.is_main_process:
             try:
                 Path(config.run.dir).mkdir(parents=True, exist_ok=True)
                 directory = os.open(config.run.dir, os.O_RDONLY | os.O_DIRECTORY)

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.model import EMATeacher
 from scenarioclip_fast.train.accumulate import StepModule
-from scenarioclip_fast.train.distributed import World
 
 # The terms of the loss are views, and nobody changes them in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)

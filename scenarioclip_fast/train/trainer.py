@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch, SceneLoader, scene_loader
 from scenarioclip_fast.dispatch import use_backend
+from scenarioclip_fast.distributed import join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
@@ -29,7 +30,6 @@ from scenarioclip_fast.model.operations import peak_flops, step_operations
 from scenarioclip_fast.model.tokens import Distinct
 from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.distributed import join_world
 from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
 from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, run_dir_of
@@ -208,7 +208,7 @@ class Trainer:
         self.saver = Saver(config, world, state, self.total_steps, self._say)
         notes = self.saver.restore(self.resume)
         self._log: MetricsLog | None = None
-        if world.leads:
+        if world.is_main_process:
             try:
                 config.save(self.run_dir / "config.yaml")
                 self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
@@ -301,7 +301,11 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         batches = iter(self.loader)
-        profile = StepProfile(self.run_dir / "profile", *train.profile) if train.profile and self.world.leads else None
+        profile = (
+            StepProfile(self.run_dir / "profile", *train.profile)
+            if train.profile and self.world.is_main_process
+            else None
+        )
         self._bad_before = self.progress.bad_samples
         self._wait, self._pace = DataWait(self.world.device), Verdict()
         self._pending = PendingSteps()
@@ -430,7 +434,7 @@ class Trainer:
             f"step {step} skipped: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}; "
             f"scenes {', '.join(keys[:_FEW_KEYS])}{' ...' if len(keys) > _FEW_KEYS else ''}"
         )
-        if self.world.leads:
+        if self.world.is_main_process:
             try:
                 with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "scenes": keys}) + "\n")

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, pack
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.distributed import World
 
 KINDS = ["zeroshot", "retrieval", "probe", "tsne", "negatives"]
 PICTURES = {

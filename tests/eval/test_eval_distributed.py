@@ -12,12 +12,12 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval import features as features_module
 from scenarioclip_fast.eval.features import embed_views, gathered
 from scenarioclip_fast.eval.negatives import hard_negatives
 from scenarioclip_fast.eval.retrieval import retrieval
 from scenarioclip_fast.eval.zeroshot import zeroshot
-from scenarioclip_fast.train.distributed import World
 
 RELATIONS = [f"{a} {p} {b}" for a in ("cat", "dog") for p in ("on", "under", "in") for b in ("box", "car")]
 VOCABULARY = Vocabulary(

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_reference, pack
+from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train import trainer as trainer_module
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.distributed import World
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 

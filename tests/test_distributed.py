@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from scenarioclip_fast.train.distributed import join_world
+from scenarioclip_fast.distributed import join_world
 
 # NCCL may wait for lost ranks when a rank that failed leaves its groups. Here that takes forever.
 STUCK = """
 import os, time
 import torch.distributed as dist
-from scenarioclip_fast.train import distributed
+from scenarioclip_fast import distributed
 distributed._GRACE_S = 0.5
 dist.destroy_process_group = lambda: time.sleep(3600)
 os.environ["RANK"] = "0" if os.fork() else "1"

@@ -39,7 +39,7 @@ class World:
     host: dist.ProcessGroup | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def mean_(self, values: Tensor) -> Tensor:
