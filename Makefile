@@ -9,7 +9,7 @@ ONLY   ?=
 TOTAL  ?= 480
 FACTOR ?= 1
 RECORD ?= benchmarks/records/{date}-{device}
-EXTRAS := train,eval,triton,dali,remote,tensorboard,test,lint
+EXTRAS := train,eval,triton,dali,remote,tensorboard,bench,test,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 

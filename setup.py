@@ -1,8 +1,9 @@
-"""Builds the compiled parts with CMake and Ninja into scenarioclip_fast/_native.
+"""Builds the compiled parts with CMake and Ninja into scenarioclip_fast/_native, and lists the packages.
 
-SCENARIOCLIP_FAST_BUILD   auto (default): what this machine can build; cpu; cuda: CUDA too, or fail; none
-SCENARIOCLIP_FAST_MARCH   -march of the CPU library (default x86-64-v3 on x86-64)
-SCENARIOCLIP_FAST_ARCHS   CUDA architectures (default "80;90a", and "100" where the toolkit knows it)
+SCENARIOCLIP_FAST_BUILD   auto (default): CPU, and CUDA where nvcc and a CUDA build of torch exist; cpu; cuda; none
+SCENARIOCLIP_FAST_MARCH   -march of the CPU library (default: x86-64-v3 on x86-64, else the compiler's default)
+SCENARIOCLIP_FAST_ARCHS   CUDA architectures, as in TORCH_CUDA_ARCH_LIST without dots; "+PTX" adds code that newer
+                          devices can compile (default: those of 80, 90a, 100 that nvcc knows, the last with PTX)
 """
 
 from __future__ import annotations
@@ -19,16 +20,56 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PACKAGE = "scenarioclip_fast"
+TORCH = "torch>=2.11,<2.14"
+# Folders that are installed inside the package. A well-known package is named `kernels`, and `benchmarks` and `configs`
+# are nobody's own: they are imported under our name alone.
+MAPPED = ("kernels", "benchmarks", "configs")
+COMPILERS = ("c++", "g++", "clang++")
 
 
-def torch_folder() -> Path | None:
+def packages() -> list[str]:
+    found = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
+    for folder in MAPPED:
+        # benchmarks/gpu measures a checkout.
+        inner = find_packages(str(ROOT / folder), exclude=["gpu", "gpu.*"])
+        found += [f"{PACKAGE}.{folder}", *(f"{PACKAGE}.{folder}.{name}" for name in inner)]
+    return found
+
+
+def torch_folder() -> Path:
     # Found without importing it: importing torch takes a second, and its version is in its metadata.
     spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
+    if spec is None or spec.origin is None:
+        sys.exit(
+            f"error: torch is not in the build environment: run pip install '{TORCH}', then install with "
+            "--no-build-isolation"
+        )
+    version = importlib.metadata.version("torch")
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not (2, 11) <= (major, minor) < (2, 14):
+        sys.exit(f"error: got torch {version}, expected {TORCH}: run pip install '{TORCH}'")
+    return Path(spec.origin).parent
+
+
+def check_tools(path: str) -> None:
+    """Exits with one line where a build tool is missing."""
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool, path=path) is None:
+            sys.exit(
+                f"error: {tool} is not on PATH: run pip install cmake ninja, or set SCENARIOCLIP_FAST_BUILD=none for "
+                "the PyTorch and Triton backends alone"
+            )
+    chosen = os.environ.get("CXX", "").split()[:1]
+    if not any(shutil.which(name, path=path) for name in chosen or COMPILERS):
+        sys.exit(
+            f"error: no C++ compiler found (looked for {', '.join(chosen or COMPILERS)}): install g++ 11 or later (apt "
+            "install g++), or set SCENARIOCLIP_FAST_BUILD=none for the PyTorch and Triton backends alone"
+        )
 
 
 def cuda_obstacle() -> str | None:
@@ -45,7 +86,7 @@ def cuda_architectures() -> str:
     if chosen := os.environ.get("SCENARIOCLIP_FAST_ARCHS"):
         return chosen
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return ";".join(arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known)
+    return ";".join(arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known) + "+PTX"
 
 
 def pybind11_include(torch: Path) -> Path:
@@ -55,34 +96,32 @@ def pybind11_include(torch: Path) -> Path:
 
 
 class Build(build_ext):
-    """One CMake build for all parts; leaves build.json, which says what was left out and why."""
+    """One CMake build for all parts; leaves build.json, which lists what was built, and why the rest was not."""
 
     def run(self) -> None:
         mode = os.environ.get("SCENARIOCLIP_FAST_BUILD", "auto")
         if mode not in ("auto", "cpu", "cuda", "none"):
-            sys.exit(f"SCENARIOCLIP_FAST_BUILD: got {mode!r}, expected auto, cpu, cuda or none")
+            sys.exit(f"error: SCENARIOCLIP_FAST_BUILD: got {mode!r}, expected auto, cpu, cuda or none")
         base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        output = base / "scenarioclip_fast" / "_native"
+        output = base / PACKAGE / "_native"
         output.mkdir(parents=True, exist_ok=True)
         march = os.environ.get("SCENARIOCLIP_FAST_MARCH", self.default_march())
         built: list[str] = []
         left_out: dict[str, str] = {}
         if mode == "none":
             left_out = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
-        elif (torch := torch_folder()) is None:
-            sys.exit(
-                "torch is not in the build environment: pip install 'torch>=2.11,<2.14', then use --no-build-isolation"
-            )
         else:
             obstacle = "SCENARIOCLIP_FAST_BUILD=cpu" if mode == "cpu" else cuda_obstacle()
             if mode == "cuda" and shutil.which("nvcc") is None:
-                sys.exit("SCENARIOCLIP_FAST_BUILD=cuda, but nvcc is not on PATH: install the CUDA toolkit, or use auto")
+                sys.exit(
+                    "error: SCENARIOCLIP_FAST_BUILD=cuda, but nvcc is not on PATH: install the CUDA toolkit or use auto"
+                )
             with_cuda = mode == "cuda" or obstacle is None
-            self.cmake(torch, output, with_cuda, march)
+            self.cmake(torch_folder(), output, with_cuda, march)
             built = ["cpu", "host"] + (["cuda"] if with_cuda else [])
             if not with_cuda:
                 left_out["cuda"] = obstacle or ""
-                print(f"scenarioclip-fast: CUDA library left out: {obstacle}", file=sys.stderr)
+                print(f"scenarioclip-fast: CUDA library not built: {obstacle}", file=sys.stderr)
         info = {"built": built, "left_out": left_out, "march": march}
         (output / "build.json").write_text(json.dumps(info, indent=1) + "\n")
 
@@ -106,21 +145,22 @@ class Build(build_ext):
         defines = [f"-D{key}={value}" for key, value in options.items()]
         # The CMake and Ninja that pip installed beside this Python come before the system's older ones.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        check_tools(path)
+        cmake = shutil.which("cmake", path=path) or "cmake"
         commands: list[list[str | Path]] = [
-            ["-S", ROOT, "-B", build, "-G", "Ninja", *defines],
-            ["--build", build],
+            [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines],
+            [cmake, "--build", build],
         ]
         for command in commands:
-            tool = shutil.which("cmake", path=path) or sys.exit("cmake is not on PATH: pip install cmake ninja")
-            if subprocess.run([tool, *command], env={**os.environ, "PATH": path}).returncode != 0:
-                sys.exit("the build failed: the compiler's messages stand above")
+            if subprocess.run(command, env={**os.environ, "PATH": path}).returncode != 0:
+                sys.exit("error: the build failed: the compiler's messages are above")
 
     def get_outputs(self) -> list[str]:
         return []
 
 
 def version() -> str:
-    text = (ROOT / "scenarioclip_fast" / "__init__.py").read_text()
+    text = (ROOT / PACKAGE / "__init__.py").read_text()
     found = re.search(r'__version__ = "(.+)"', text)
     assert found is not None
     return found[1]
@@ -128,7 +168,15 @@ def version() -> str:
 
 setup(
     version=version(),
+    packages=packages(),
+    package_dir={f"{PACKAGE}.{folder}": folder for folder in MAPPED},
+    package_data={
+        PACKAGE: ["py.typed"],
+        f"{PACKAGE}._native": ["*.so", "build.json"],
+        f"{PACKAGE}.configs": ["*.yaml"],
+    },
+    include_package_data=False,
     # The name makes setuptools run build_ext and mark the wheel as platform-specific; CMake does the work.
-    ext_modules=[Extension("scenarioclip_fast._native", sources=[])],
+    ext_modules=[Extension(f"{PACKAGE}._native", sources=[])],
     cmdclass={"build_ext": Build},
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, device_for, sized, timed
+from scenarioclip_fast.benchmarks.timing import counted, device_for, sized, timed
 
 THREADS = sorted({1, torch.get_num_threads()})
 COPY = {"cpu": 1 << 28, "cuda": sized(1 << 30, 1 << 22)}  # bytes: far more than the caches hold

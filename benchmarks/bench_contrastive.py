@@ -6,7 +6,7 @@ Pictures: python benchmarks/plot_contrastive.py RECORD OUT.png
 
 CASES is the order of a run: on a GPU what matters most comes first, so that a run that is cut off has lost the least.
 
-The others (GPU only): pip install 'scenarioclip-fast[bench]'. Every form gets the same features, in the same run.
+The others (GPU only): pip install 'scenarioclip-fast[rivals]'. Every form gets the same features, in the same run.
 Beside each time stand the errors of loss and gradients against float64 and the peak of memory above inputs and their
 gradients. What is wrong is not timed: ours fails, the rest is left out with its error as the reason.
 """
@@ -28,8 +28,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from scenarioclip_fast.benchmarks.timing import (
+    REHEARSAL,
+    WARM,
+    backend_for,
+    counted,
+    device_for,
+    on_gpu,
+    sized,
+    synchronize,
+    timed,
+)
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
-from timing import REHEARSAL, WARM, backend_for, counted, device_for, on_gpu, sized, synchronize, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not

@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import baseline_data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timing import REHEARSAL, WARM, device_for, on_gpu, sized, synchronize
+from scenarioclip_fast.benchmarks import baseline_data
+from scenarioclip_fast.benchmarks.timing import REHEARSAL, WARM, device_for, on_gpu, sized, synchronize
 from torch import Tensor
 
 from scenarioclip_fast.data import ShardSet, Views, generate_scenes, pack, scene_loader

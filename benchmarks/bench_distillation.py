@@ -15,11 +15,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import baseline
 import pytest
 import torch
+from scenarioclip_fast.benchmarks import baseline
+from scenarioclip_fast.benchmarks.timing import backend_for, counted, device_for, sized, timed
 from scenarioclip_fast.kernels.distillation import reference
-from timing import backend_for, counted, device_for, sized, timed
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import why_not

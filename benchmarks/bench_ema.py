@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import counted, device_for, sized, timed
+from scenarioclip_fast.benchmarks.timing import counted, device_for, sized, timed
 from torch import Tensor
 
 from scenarioclip_fast.ops import ema_update_

@@ -33,14 +33,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import baseline_data
 import numpy as np
 import pytest
-import timing
 import torch
-from baseline import LEVELS
-from bench_step import OBJECTS, PHOTOS, RELATIONS, Words, build, matmul_precision, release
 from PIL import Image
+from scenarioclip_fast.benchmarks import baseline_data, timing
+from scenarioclip_fast.benchmarks.baseline import LEVELS
+from scenarioclip_fast.benchmarks.bench_step import OBJECTS, PHOTOS, RELATIONS, Words, build, matmul_precision, release
 
 from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
 from scenarioclip_fast.data import pack as pack_scenes

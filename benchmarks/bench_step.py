@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timing
 import torch
-from baseline import LEVELS, BaselineStep, Tokens
+from scenarioclip_fast.benchmarks import timing
+from scenarioclip_fast.benchmarks.baseline import LEVELS, BaselineStep, Tokens
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader

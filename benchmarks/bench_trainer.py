@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import WARM, device_for, sized
+from scenarioclip_fast.benchmarks.timing import WARM, device_for, sized
 
 from scenarioclip_fast.data import Batch, SceneLoader, generate_scenes, pack
 from scenarioclip_fast.requirements import import_problem

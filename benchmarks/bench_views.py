@@ -28,8 +28,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scenarioclip_fast.benchmarks.timing import backend_for, counted, device_for, sized, synchronize, timed
 from scenarioclip_fast.kernels.views import reference
-from timing import backend_for, counted, device_for, sized, synchronize, timed
 from torch import Tensor
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle

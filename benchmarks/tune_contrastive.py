@@ -30,7 +30,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from timing import REHEARSAL, WARM, device_for, median_seconds, on_gpu, sized, synchronize
+from scenarioclip_fast.benchmarks.timing import REHEARSAL, WARM, device_for, median_seconds, on_gpu, sized, synchronize
 from torch import Tensor
 
 DEVICE = "cuda"
@@ -284,7 +284,7 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) -> None:
     # Imported here: it brings pytest, and the features and products of the benchmark.
-    from bench_contrastive import FOUR, PRODUCTS, WAYS, Products, features, level_call
+    from scenarioclip_fast.benchmarks.bench_contrastive import FOUR, PRODUCTS, WAYS, Products, features, level_call
 
     predicted = Predictions(rows, width)
     way = "ours: triton"

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timing
 import torch
+from scenarioclip_fast.benchmarks import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -351,7 +351,7 @@ def table(result: Result) -> str:
 
 def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
     """One result per batch size, on one model."""
-    from bench_step import build, drawn, matmul_precision, release
+    from scenarioclip_fast.benchmarks.bench_step import build, drawn, matmul_precision, release
 
     from scenarioclip_fast.model import TokenTable
     from scenarioclip_fast.model.operations import batch_operations

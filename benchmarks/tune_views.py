@@ -24,8 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_views import GPU_SCENES, GPU_SIDE, GPU_SIZE, Mixed
-from timing import REHEARSAL, DeviceTimer, backend_for, device_for, median_seconds, on_gpu, sized, synchronize
+from scenarioclip_fast.benchmarks.bench_views import GPU_SCENES, GPU_SIDE, GPU_SIZE, Mixed
+from scenarioclip_fast.benchmarks.timing import (
+    REHEARSAL,
+    DeviceTimer,
+    backend_for,
+    device_for,
+    median_seconds,
+    on_gpu,
+    sized,
+    synchronize,
+)
 
 from scenarioclip_fast.dispatch import why_not
 

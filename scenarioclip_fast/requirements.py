@@ -22,7 +22,7 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "train", "plots and reports"),
     "fsspec": ("fsspec", "remote", "reading shards that are not on this machine"),
     "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
-    "pytest": ("pytest", "test", "running tests and benchmarks"),
+    "pytest": ("pytest", "bench", "running benchmarks"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
 }
 

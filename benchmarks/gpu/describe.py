@@ -16,9 +16,7 @@ from scenarioclip_fast.bench import machine
 
 def main() -> None:
     if REHEARSAL:
-        found = machine.describe("cpu")
-        # Of a kind of its own: a rehearsal must never be taken for a record.
-        found |= {"device": f"rehearsal on {found['device']}", "kind": "rehearsal"}
+        found = machine.describe_rehearsal()
     else:
         import torch
 

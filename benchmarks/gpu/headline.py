@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import readme
 from gpu.jobs import DONE, Row
+from scenarioclip_fast.benchmarks import readme
 
 from scenarioclip_fast.bench.record import FILE, Part, Record, Result, read_record, unit_of
 from scenarioclip_fast.bench.tables import digits, fastest_of_ours, seconds, times

@@ -290,7 +290,7 @@ class Call:
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None and not REHEARSAL:
             return Row(name, "skipped: compute-sanitizer is not on PATH", 0)
-        command = [sys.executable, "benchmarks/sanitize.py", part]
+        command = [sys.executable, "-m", "gpu.sanitize", part]
         if not REHEARSAL:
             options = ["--report-api-errors", "no"] if tool == "memcheck" else []
             command = [str(sanitizer), "--tool", tool, *options, "--error-exitcode", "9", *command]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT_VARIABLE = "SCENARIOCLIP_FAST_COMMIT"
+REHEARSAL_VARIABLE = "SCENARIOCLIP_FAST_REHEARSAL"
 _PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "simplejpeg", "pytest-benchmark", "scenarioclip-fast")
 _RIVALS = ("cut-cross-entropy", "inf-cl", "liger-kernel", "memeff", "quack-kernels", "siglip-kernel")
 _CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
@@ -43,6 +44,12 @@ def describe(device: str) -> dict[str, Any]:
     return out
 
 
+def describe_rehearsal() -> dict[str, Any]:
+    """As `describe`, of a kind of its own: a rehearsal must never be mistaken for a record."""
+    found = describe("cpu")
+    return found | {"device": f"rehearsal on {found['device']}", "kind": "rehearsal"}
+
+
 def state(device: str) -> dict[str, Any]:
     """What changes: how busy the machine is, and its clocks."""
     out: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
@@ -67,7 +74,8 @@ def commit(folder: Path) -> str:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "HEAD")
+    # An installed package may lie in the repository of another project.
+    head = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(folder.resolve()) else None
     if head is None:
         return os.environ.get(COMMIT_VARIABLE) or "unknown"
     texts = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # what measuring itself rewrites

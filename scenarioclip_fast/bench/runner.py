@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import scenarioclip_fast
+import scenarioclip_fast.benchmarks as benchmarks
 from scenarioclip_fast.bench import machine
 from scenarioclip_fast.bench.record import FILE, Absent, Part, Record, Result, read_record
 from scenarioclip_fast.errors import UserError
@@ -51,16 +51,9 @@ def new_process(arguments: Sequence[str], directory: Path, output: IO[bytes]) ->
 
 
 def benchmark_files() -> dict[str, Path]:
-    """Name -> file of every benchmark of the checkout, ceilings first. Raises UserError outside of a checkout."""
-    folder = Path(scenarioclip_fast.__file__).parents[1] / "benchmarks"
-    if not folder.is_dir():
-        folder = Path.cwd() / "benchmarks"
+    """Name -> file of every benchmark, ceilings first."""
+    folder = Path(benchmarks.__file__).parent
     files = {path.stem.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*.py")}
-    if not files:
-        raise UserError(
-            "bench: the benchmarks are not part of the installed package: run it in a checkout of scenarioclip-fast, "
-            "whose folder benchmarks/ holds them"
-        )
     return dict(sorted(files.items(), key=lambda item: (item[0] != "ceilings", _kind(item[0]) != "kernels", item[0])))
 
 
@@ -87,7 +80,9 @@ def pick_device(name: str) -> str:
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 
-def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: float | None = None) -> tuple[Record, Path]:
+def measure(
+    what: Sequence[str], out: Path, *, device: str = "auto", limit: float | None = None, rehearse: bool = False
+) -> tuple[Record, Path]:
     """Runs benchmarks, and leaves OUT/record.json after each file; returns the record and where it is.
 
     Args:
@@ -96,10 +91,15 @@ def measure(what: Sequence[str], out: Path, *, device: str = "auto", limit: floa
             already keeps its other parts; it must be of the same machine and versions.
         device: "auto", "cpu" or "cuda".
         limit: seconds that each file may take; what it has measured by then counts.
+        rehearse: run the GPU cases on the CPU at toy sizes, which checks that they run and measures nothing.
     """
     files = chosen(what)
-    device = pick_device(device)
-    here = machine.describe(device)
+    if rehearse:
+        device, here = "cuda", machine.describe_rehearsal()
+        os.environ[machine.REHEARSAL_VARIABLE] = "1"  # read by the benchmarks' processes
+    else:
+        device = pick_device(device)
+        here = machine.describe(device)
     out = filled_in(out, here)
     record = Record(here)
     if what and (out / FILE).is_file():
@@ -142,7 +142,7 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
 
     Args:
         name: of the part.
-        path: the file, in a folder of the checkout.
+        path: the file, in the folder `benchmarks` of a checkout or of the installed package.
         device: "cpu" or "cuda", which selects its cases.
         limit: seconds that it may take; what it has measured by then counts. None: no limit.
         start: starts pytest.
@@ -159,9 +159,9 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
     with tempfile.TemporaryDirectory() as folder:
         lines, log = Path(folder) / "lines.jsonl", Path(folder) / "log.txt"
         lines.touch()
-        plugin = ["-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines), "-p", "no:cacheprovider"]
+        options = ["-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines), "-p", "no:cacheprovider"]
         with log.open("wb") as output:
-            process = start([*arguments, *plugin], root, output)
+            process = start([*arguments, *options, *_isolation(root)], root, output)
             try:
                 rows = list(_watched(process, lines, name, limit, lambda: collected.append(time.monotonic() - begin)))
             finally:
@@ -190,6 +190,14 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
         failed=[Absent(row["name"], row["reason"]) for row in of["failed"]],
         note=note,
     )
+
+
+def _isolation(root: Path) -> list[str]:
+    """Options that keep the pytest configuration of a project around the installed package out of a benchmark."""
+    if any((root / name).is_file() for name in ("pyproject.toml", "pytest.ini")):
+        return []
+    unknown_marks = ["-W", "ignore::pytest.PytestUnknownMarkWarning"]
+    return ["-c", os.devnull, "--rootdir", str(root), "--import-mode=importlib", *unknown_marks]
 
 
 def _watched(

@@ -12,8 +12,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "bench",
         help="measure against reference and rivals, or report records",
-        description="Runs the checkout's benchmarks, each result compared with the reference before it is timed, and "
-        "leaves DIR/record.json, pictures, report.html and report.md. Runs on the GPU where there is one.",
+        description="Runs the benchmarks, compares each result with the reference before timing it, and writes "
+        "DIR/record.json, pictures, report.html and report.md. Runs on the GPU if there is one.",
     )
     parser.add_argument(
         "what", nargs="*", metavar="WHAT", help="kernels, data, step, or a benchmark's name (default: everything)"
@@ -28,6 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
         "--limit", type=float, metavar="S", help="seconds a benchmark file may take (default: no limit)"
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the GPU benchmarks on the CPU at toy sizes: checks that they run; the figures mean nothing",
     )
     parser.add_argument(
         "--report",
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"report: {write_report(records, args.out)}")
         return 0
     require("pytest")
-    record, out = measure(args.what, args.out, device=args.device, limit=args.limit)
+    record, out = measure(args.what, args.out, device=args.device, limit=args.limit, rehearse=args.rehearse)
     print(markdown([record]))
     print(f"record: {out / FILE}")
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import baseline_data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenarioclip_fast.benchmarks import baseline_data
 
 from scenarioclip_fast.data import generate_scenes, load_reference, pack, scene_loader
 from scenarioclip_fast.data.scene import Scene

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_contrastive
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_contrastive import BOTH, FOUR, LARGEST, MAIN, RIVALS, SIGMOID, Case
+from scenarioclip_fast.benchmarks import bench_contrastive
+from scenarioclip_fast.benchmarks.bench_contrastive import BOTH, FOUR, LARGEST, MAIN, RIVALS, SIGMOID, Case
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]

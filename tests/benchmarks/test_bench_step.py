@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_end_to_end
-import bench_step
 import pytest
-import readme
-import timing
 import torch
+from scenarioclip_fast.benchmarks import bench_end_to_end, bench_step, readme, timing
 
 from scenarioclip_fast.bench.plugin import Timer
 from scenarioclip_fast.bench.record import Part, Record, Result

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bench_views
 import pytest
 import torch
-from bench_views import Mixed
+from scenarioclip_fast.benchmarks import bench_views
+from scenarioclip_fast.benchmarks.bench_views import Mixed
 
 from scenarioclip_fast.data import Scene, Views, load_reference
 from scenarioclip_fast.ops import render_views

@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import bench_contrastive
-import bench_distillation
-import bench_views
 import pytest
 import torch
+from scenarioclip_fast.benchmarks import bench_contrastive, bench_distillation, bench_views
 from scenarioclip_fast.kernels.contrastive import reference
 from torch.utils.flop_counter import FlopCounterMode
 

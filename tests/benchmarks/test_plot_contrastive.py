@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import bench_contrastive
-import plot_contrastive
 import pytest
+from scenarioclip_fast.benchmarks import bench_contrastive, plot_contrastive
 
 from scenarioclip_fast.bench.record import Part, Record, Result
 

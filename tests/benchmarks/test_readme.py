@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import readme
+from scenarioclip_fast.benchmarks import readme
 
 from scenarioclip_fast.bench.record import FILE, Part, Record, Result
 
@@ -69,9 +69,7 @@ def test_a_missed_target_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_asked_of_a_gpu_names_what_is_measured() -> None:
     """Groups and forms as the benchmarks write them, so that the first record of a GPU has a verdict on each."""
-    import bench_contrastive
-    import bench_end_to_end
-    import bench_step
+    from scenarioclip_fast.benchmarks import bench_contrastive, bench_end_to_end, bench_step
 
     groups = [f"contrastive, forward + backward, {n} x {n} x 512, cuda" for n in bench_contrastive.ROWS["cuda"]]
     groups += [f"contrastive, forward + backward, levels of {bench_contrastive.LEVELS} rows, width 512, cuda"]

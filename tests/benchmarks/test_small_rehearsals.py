@@ -15,7 +15,7 @@ import sys
 import pytest
 code = pytest.main(sys.argv[2:])
 sys.path.insert(0, "benchmarks")
-import tune_views
+from scenarioclip_fast.benchmarks import tune_views
 sys.exit(code or tune_views.main(["--quick", "--out", sys.argv[1]]))
 """
 # Reasons for which a case may be left out.

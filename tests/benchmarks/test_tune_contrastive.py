@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import tune_contrastive
-from tune_contrastive import DEFAULTS, Predictions
+from scenarioclip_fast.benchmarks import tune_contrastive
+from scenarioclip_fast.benchmarks.tune_contrastive import DEFAULTS, Predictions
 
 ROOT = Path(__file__).parents[2]
 

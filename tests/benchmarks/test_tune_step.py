@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timing
 import torch
-import tune_step
+from scenarioclip_fast.benchmarks import timing, tune_step
 
 ROOT = Path(__file__).parents[2]
 FUNCTOR = "at::native::BinaryFunctor<float, float, float, at::native::binary_internal::MulFunctor<float> >"

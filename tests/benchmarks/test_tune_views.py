@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import tune_views
+from scenarioclip_fast.benchmarks import tune_views
 
 ROOT = Path(__file__).resolve().parents[2]
 

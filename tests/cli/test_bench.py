@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import scenarioclip_fast
+from scenarioclip_fast import benchmarks
 from scenarioclip_fast.bench import plugin, runner
 from scenarioclip_fast.bench.record import FILE, Absent, Part, Record, Result, read_record, unit_of
 from scenarioclip_fast.bench.report import markdown, write_report
@@ -69,7 +70,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
         for name, source in files.items():
             (folder / f"bench_{name}.py").write_text(source)
-        monkeypatch.setattr(scenarioclip_fast, "__file__", str(tmp_path / "scenarioclip_fast" / "__init__.py"))
+        monkeypatch.setattr(benchmarks, "__file__", str(folder / "__init__.py"))
         root = str(Path(runner.__file__).parents[2])
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
         return tmp_path / "record"
@@ -169,11 +170,34 @@ def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.Cap
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scenarioclip_fast, "__file__", str(tmp_path / "site" / "scenarioclip_fast" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="not part of the installed package: run it in a checkout"):
-        runner.benchmark_files()
+def test_the_configuration_of_another_project_does_not_reach_an_installed_benchmark(
+    checkout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = checkout({"quick": "def test_a(benchmark): benchmark.pedantic(int)\n"})
+    (out.parent / "pytest.ini").unlink()
+    (out.parent.parent / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
+    subprocess.run(["git", "init", "--quiet", out.parent.parent], check=True)
+    record, _ = runner.measure([], out, device="cpu")
+    assert record.parts[0].ok and len(record.parts[0].results) == 1
+    assert record.parts[0].commit == "unknown"
+
+
+def test_rehearsal(checkout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+import os
+import pytest
+
+@pytest.mark.gpu
+def test_a(benchmark):
+    assert os.environ["SCENARIOCLIP_FAST_REHEARSAL"] == "1"
+    benchmark.pedantic(int)
+"""
+    out = checkout({"quick": source})
+    monkeypatch.setenv("SCENARIOCLIP_FAST_REHEARSAL", "0")  # restored at the end
+    monkeypatch.delenv("SCENARIOCLIP_FAST_COMMIT", raising=False)
+    assert main(["bench", "--rehearse", "--out", str(out)]) == 0
+    record = read_record(out)
+    assert record.machine["kind"] == "rehearsal" and len(record.parts[0].results) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from baseline import LEVELS, BaselineStep
+from scenarioclip_fast.benchmarks.baseline import LEVELS, BaselineStep
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.losses import ScenarioLoss

@@ -1,7 +1,8 @@
 """Every kernel once, forward and backward, on inputs small enough for compute-sanitizer.
 
-Run: compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py cuda triton
-     compute-sanitizer --tool racecheck --error-exitcode 9 python benchmarks/sanitize.py cuda
+Run: export PYTHONPATH=benchmarks
+     compute-sanitizer --tool memcheck --error-exitcode 9 python -m gpu.sanitize cuda triton
+     compute-sanitizer --tool racecheck --error-exitcode 9 python -m gpu.sanitize cuda
 
 Races are looked for in kernels written by hand: Triton places the barriers of its own.
 """
@@ -12,7 +13,7 @@ import sys
 
 import torch
 from gpu import start_up
-from timing import backend_for, device_for, synchronize
+from scenarioclip_fast.benchmarks.timing import backend_for, device_for, synchronize
 
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
