@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 GPU_VENV := .venv-gpu
+TRITON_VENV := .venv-triton
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
@@ -13,15 +14,15 @@ EXTRAS := train,eval,triton,dali,remote,tensorboard,bench,test,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: install demo test lint format bench record gpu gpu-pack gpu-rehearse clean
+.PHONY: install demo test test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
-# torch first: building the compiled parts needs its headers, in the version that will load them.
+# torch first: building the compiled parts needs its headers. Triton 3.6, the oldest that is supported: see test-triton.
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "torch>=2.11,<2.14" "setuptools>=77" wheel cmake ninja pybind11
-	SCENARIOCLIP_FAST_BUILD=none $(PIP) install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	SCENARIOCLIP_FAST_BUILD=none $(PIP) install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" "triton<3.7"
 	touch $@
 
 $(VENV)/native: $(VENV)/packages setup.py CMakeLists.txt $(NATIVE)
@@ -34,6 +35,23 @@ demo: install
 test: install
 	$(BIN)/python -m pytest tests
 
+# The sdist and the wheel in empty environments, as users install them.
+test-install: install
+	$(BIN)/python .ci/check_install.py
+
+# The Triton kernels with the newest Triton that is supported; `make test` runs them with the oldest.
+test-triton: install $(TRITON_VENV)/packages
+	$(TRITON_VENV)/bin/python -m pytest tests/kernels tests/ops/test_contrastive.py tests/ops/test_distillation.py \
+	  -k "triton or compile or launches"
+
+# An environment that sees the packages of .venv, but for Triton.
+$(TRITON_VENV)/packages: $(VENV)/packages
+	$(PYTHON) -m venv --clear --without-pip $(TRITON_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+	  > "$$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(PIP) --python $(TRITON_VENV)/bin/python install --quiet --no-deps "triton>=3.7,<3.8"
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +62,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# For Linux x86-64 with the glibc of this machine or newer; torch's and CUDA's libraries stay those of the user.
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl \
+	  --exclude 'libtorch*.so*' --exclude 'libc10*.so*' --exclude 'libcud*.so*' --exclude 'libnv*.so*'
 
 bench: install
 	$(BIN)/scenarioclip-fast bench --out runs/bench
@@ -70,4 +95,4 @@ $(GPU_VENV)/packages: benchmarks/gpu/machine.txt
 	touch $@
 
 clean:
-	rm -rf build $(VENV) $(GPU_VENV) gpu-pack runs *.egg-info scenarioclip_fast/_native/*.so scenarioclip_fast/_native/build.json
+	rm -rf build dist $(VENV) .venv-* gpu-pack runs *.egg-info scenarioclip_fast/_native/*.so scenarioclip_fast/_native/build.json
