@@ -1,4 +1,4 @@
-"""Scenes: drawn, read from the published layout, packed into shards and loaded as batches."""
+"""Scenes: read from data sets or generated, packed into shards, and loaded as batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
+    from scenarioclip_fast.data.config import LoaderConfig
     from scenarioclip_fast.data.loader import Batch, SceneLoader, scene_loader
     from scenarioclip_fast.data.packing import PackReport, pack
     from scenarioclip_fast.data.reference_layout import load_reference
@@ -19,6 +20,7 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "config": ["LoaderConfig"],
             "loader": ["Batch", "SceneLoader", "scene_loader"],
             "packing": ["PackReport", "pack"],
             "reference_layout": ["load_reference"],
@@ -33,6 +35,7 @@ else:
 __all__ = [
     "BadSample",
     "Batch",
+    "LoaderConfig",
     "Mask",
     "PackReport",
     "Relation",

@@ -15,6 +15,7 @@ from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.data.splitmix64 import mix, uniforms
 from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, MASKED, RELATION
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
@@ -160,7 +161,7 @@ class Views:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
             place = level.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
-            draws = _uniforms(keys[image] ^ _mix(place), 3 * _TRIES + 8)
+            draws = uniforms(keys[image] ^ mix(place), 3 * _TRIES + 8)
             whole = level == 0
             source[whole] = _random_crop(draws[whole, 8:], height[whole], width[whole])
             stretch |= whole
@@ -331,20 +332,3 @@ def _between(draw: Array, low: float, high: float) -> Array:
 def _hash(seed: int, epoch: int, key: str) -> int:
     digest = blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: a bijection of 64 bits without visible structure."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _uniforms(
-    state: NDArray[np.uint64],  # [n]
-    count: int,
-) -> Array:  # [n, count] in [0, 1)
-    """SplitMix64 counted from each state: no generator to carry about, so views can be drawn in any order."""
-    step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix(state[:, None] + step)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -155,7 +155,7 @@ def test_what_only_the_decoder_sees(decoder: Decoder) -> None:
 
 
 def not_torch() -> type:
-    from scenarioclip_fast.data.dali import DaliDecoder
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     return DaliDecoder
 
@@ -223,7 +223,7 @@ def test_probe_passes_over_thumbnails_and_fill_bytes() -> None:
 
 def test_dali_runs_are_bounded() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from scenarioclip_fast.data.dali import DaliDecoder
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     decoder = DaliDecoder(threads=1, run_pixels=2 * 48 * 64)
     runs: list[int] = []
@@ -247,7 +247,7 @@ def resident_bytes() -> int:
 
 def test_dalis_memory_does_not_grow_and_is_given_back() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from scenarioclip_fast.data.dali import DaliDecoder
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     images = [encoded(picture(450 + 20 * i, 600)) for i in range(4)]
     pixels = 3 * sum((450 + 20 * i) * 600 for i in range(4))

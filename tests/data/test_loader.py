@@ -21,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scenarioclip_fast.data import loader as loader_module
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.data.order import epoch_order
 from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -140,7 +141,7 @@ def take(loader: SceneLoader, n: int) -> list[Batch]:
 
 
 def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
-    with load(shards, train=False, shuffle=False, drop_last=False) as loader:
+    with load(shards, augment=False, shuffle=False, drop_last=False) as loader:
         batches = list(loader)
     assert len(batches) == len(loader) == 8
     assert [key for batch in batches for key in batch.keys] == [f"s{i:04d}" for i in range(30)]
@@ -163,7 +164,7 @@ def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_bytes": 40_000}, {"decoder": "dali"}],
+    [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_gib": 40_000 / 2**30}, {"decoder": "dali"}],
     ids=str,
 )
 def test_nothing_but_the_seed_and_the_epoch_changes_a_batch(shards: Path, options: dict[str, Any]) -> None:
@@ -241,7 +242,7 @@ def test_ranks_share_the_order_and_another_world_size_goes_on_with_it(shards: Pa
 def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> None:
     seen: list[str] = []
     for rank in range(4):
-        with load(shards, 7, rank=rank, world_size=4, train=False, drop_last=False) as loader:
+        with load(shards, 7, rank=rank, world_size=4, augment=False, drop_last=False) as loader:
             assert len(loader) == 2
             for _ in range(2):  # each iteration is one whole epoch
                 batches = list(loader)
@@ -252,7 +253,7 @@ def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> N
 
 def test_a_rank_without_scenes_gets_an_empty_batch(tmp_path: Path) -> None:
     shards = packed(tmp_path / "data", [make_scene(i) for i in range(5)])
-    with load(shards, 1, rank=3, world_size=4, drop_last=False, train=False) as loader:
+    with load(shards, 1, rank=3, world_size=4, drop_last=False, augment=False) as loader:
         full, empty = loader
     assert full.num_scenes == 1
     assert empty.num_scenes == empty.num_objects == empty.num_relations == 0
@@ -360,7 +361,7 @@ def test_bad_scenes_are_replaced_counted_and_written_down(
     for rank in range(world):
         path = tmp_path / f"new folder {rank}" / "bad_samples.jsonl"
         options = {"rank": rank, "world_size": world, "decoder": decoder, "drop_last": False, "epochs": 1}
-        with load(damaged, 4, max_bad_fraction=0.5, bad_samples=path, **options) as loader:
+        with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(path), **options) as loader:
             batches = list(loader)
             counts.add(len(batches))
             assert all(batch.num_scenes == 4 for batch in batches[:-4])  # replaced: no gaps but at the end
@@ -418,15 +419,16 @@ def test_an_epoch_of_a_thousand_scenes_survives_every_damage(
     if decoder == "torch":  # names libjpeg-turbo's complaint
         reasons = {key: "corrupt" if reason == "undecodable" else reason for key, reason in reasons.items()}
     poison = {make_scene(int(key[1:])).image for key, reason in reasons.items() if reason == "decoder_failed"}
-    with load(folder, 32, decoder=decoder, drop_last=False, epochs=1, bad_samples=tmp_path / "bad.jsonl") as loader:
-        decode = loader._decoder.decode
+    options = {"decoder": decoder, "on_bad": BadSampleLog(tmp_path / "bad.jsonl")}
+    with load(folder, 32, drop_last=False, epochs=1, **options) as loader:
+        decode = loader._decoder.decoder.decode
 
         def failing(images: Any) -> Any:
             if not poison.isdisjoint(images):
                 raise RuntimeError("lost the device")
             return decode(images)
 
-        monkeypatch.setattr(loader._decoder, "decode", failing)
+        monkeypatch.setattr(loader._decoder.decoder, "decode", failing)
         batches = list(loader)
         assert len(batches) == len(loader) == 32
     keys = [key for batch in batches for key in batch.keys]
@@ -455,7 +457,7 @@ def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
 
 def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
     message = r"\d of the 4 scenes drawn in epoch 0 cannot be used.*s00\d\d: "
-    loader = load(damaged, 4, max_bad_fraction=0.0, bad_samples=tmp_path / "bad.jsonl")
+    loader = load(damaged, 4, max_bad_fraction=0.0, on_bad=BadSampleLog(tmp_path / "bad.jsonl"))
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
     assert 1 <= sum(loader.bad.values()) == len((tmp_path / "bad.jsonl").read_text().splitlines())
@@ -478,10 +480,10 @@ def test_a_full_disk_costs_the_list_of_bad_scenes_alone(
     damaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "full").mkdir()  # a directory where the file should be fails as a full disk does: OSError
-    with load(damaged, 4, max_bad_fraction=0.5, bad_samples=tmp_path / "full", epochs=1) as loader:
+    with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(tmp_path / "full"), epochs=1) as loader:
         keys = {key for batch in loader for key in batch.keys}
     assert keys <= GOOD and loader.bad.total() == caplog.text.count('"reason": ')
-    assert "full not written: [Errno 21] Is a directory" in caplog.text
+    assert "full: [Errno 21] Is a directory" in caplog.text
 
 
 def test_a_data_set_that_vanishes_ends_the_run_without_walking_through_it(tmp_path: Path) -> None:
@@ -498,14 +500,14 @@ def test_a_decoder_that_fails_on_a_whole_batch_is_asked_again_for_each_image(
 ) -> None:
     poison = make_scene(4).image
     with load(shards, epochs=1, drop_last=False) as loader:
-        decode = loader._decoder.decode
+        decode = loader._decoder.decoder.decode
 
         def failing(images: Any) -> Any:
             if poison in images:
                 raise RuntimeError("lost the device")
             return decode(images)
 
-        monkeypatch.setattr(loader._decoder, "decode", failing)
+        monkeypatch.setattr(loader._decoder.decoder, "decode", failing)
         keys = {key for batch in loader for key in batch.keys}
     assert keys == {f"s{i:04d}" for i in range(30)} - {"s0004"}
     assert loader.bad == {"decoder_failed": 1}
@@ -527,8 +529,8 @@ def test_errors_in_the_threads_surface_in_the_consumer(
 
 
 def test_a_dead_thread_is_noticed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module._Prefetcher, "_run", lambda self, steps: None)
-    with load(shards) as loader, pytest.raises(RuntimeError, match="has died"):
+    monkeypatch.setattr(Prefetcher, "_run", lambda self, steps: None)
+    with load(shards) as loader, pytest.raises(RuntimeError, match="thread died"):
         next(iter(loader))
 
 
@@ -540,7 +542,7 @@ def test_closing_twice_is_closing_once(shards: Path, prefetch: int) -> None:
     for _ in range(2):
         loader.close()
     assert next(batches, None) is None
-    with pytest.raises(RuntimeError, match="this loader has been closed; make a new one"):
+    with pytest.raises(RuntimeError, match="this loader is closed: create a new one"):
         iter(loader)
 
 
@@ -604,13 +606,13 @@ def test_a_process_that_leaves_without_closing_ends(shards: Path) -> None:
 
 
 def test_decoded_images_are_cached_within_the_bound(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(shards, drop_last=False, epochs=3, cache_bytes=60_000, prefetch=0) as loader:
+    with load(shards, drop_last=False, epochs=3, cache_gib=60_000 / 2**30, prefetch=0) as loader:
         decoded: list[int] = []
-        decode = loader._decoder.decode
-        monkeypatch.setattr(loader._decoder, "decode", lambda x: (decoded.append(len(x)), decode(x))[1])  # type: ignore[func-returns-value]
+        decode = loader._decoder.decoder.decode
+        monkeypatch.setattr(loader._decoder.decoder, "decode", lambda x: (decoded.append(len(x)), decode(x))[1])  # type: ignore[func-returns-value]
         list(loader)
-        cached = len(loader._cache)
-        assert 0 < sum(image.numel() for image in loader._cache.values()) <= 60_000
+        cached = len(loader._decoder.cache)
+        assert 0 < sum(image.numel() for image in loader._decoder.cache.values()) <= 60_000
     assert 5 < cached < 30
     assert sum(decoded) == 30 + 2 * (30 - cached)
 
@@ -629,7 +631,7 @@ def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
     with load(shards) as loader:
         with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
             loader.load_state_dict({**loader.state_dict(), "seed": 6})
-        with pytest.raises(UserError, match="as many scenes as in the saved state of the data, but others"):
+        with pytest.raises(UserError, match="belongs to as many scenes, but other ones"):
             loader.load_state_dict({**loader.state_dict(), "keys": 1})
         assert loader.vocabulary.actions == sorted(ACTIONS)
 
