@@ -18,9 +18,9 @@ from scenarioclip_fast.requirements import require
 class DaliDecoder:
     """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest.
 
-    Images other than plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run, which is then repeated image by
-    image. On a GPU, damage behind the header that leaves the end marker in place goes unnoticed (nvJPEG does not report
-    it); `pack` rejects such images.
+    Images other than plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run, which is then repeated image
+    by image. On a GPU, damage behind the header that leaves the end marker in place goes unnoticed, as nvJPEG does not
+    report it; `pack` rejects such images.
 
     Args:
         device: "cpu" or a CUDA device.
