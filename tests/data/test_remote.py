@@ -328,7 +328,7 @@ def test_closing_does_not_wait_for_a_silent_server(packed: Path, cache: Path) ->
         loader.close()
         assert time.monotonic() - start < 5  # the time limit of an attempt is 30 s
         loader.close()
-        with pytest.raises(RuntimeError, match="has been closed"):
+        with pytest.raises(RuntimeError, match="is closed"):
             iter(loader)
 
 
