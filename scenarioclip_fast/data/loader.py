@@ -30,8 +30,6 @@ from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops import render_views
 
-__all__ = ["Batch", "SceneLoader", "scene_loader"]
-
 # Bad scenes come in clusters, so their share is taken over at least this many scenes.
 _MIN_JUDGED = 256
 
