@@ -84,7 +84,7 @@ def layout(shards: Path, regions: Literal["read", "drawn"]) -> list[baseline_dat
 
 
 def ours(shards: Path, device: str, **options: Any) -> Iterator[Tensor]:
-    options = {"blur": "reference", "train": False, "shuffle": False, "drop_last": False, **options}
+    options = {"blur": "reference", "augment": False, "shuffle": False, "drop_last": False, **options}
     options.setdefault("epochs", EPOCHS[device])
     with scene_loader(shards, BATCH, device=device_for(device), size=SIZE, **options) as loader:
         for batch in loader:
@@ -96,9 +96,7 @@ CACHED = 4  # epochs, of which the first one decodes
 WHOLE: dict[str, Callable[[Path, str], Iterable[Tensor]]] = {
     "ours, torch": lambda shards, device: ours(shards, device, decoder="torch"),
     "ours, dali": lambda shards, device: ours(shards, device, decoder="dali"),
-    "ours, torch, cached": lambda shards, device: ours(
-        shards, device, decoder="torch", cache_bytes=1 << 30, epochs=CACHED
-    ),
+    "ours, torch, cached": lambda shards, device: ours(shards, device, decoder="torch", cache_gib=1.0, epochs=CACHED),
     "published": lambda shards, device: published(shards, device, "read"),
     "published, regions drawn": lambda shards, device: published(shards, device, "drawn"),  # the slowest: last
 }

@@ -157,7 +157,7 @@ class World:
 
     def ours(self) -> Iterator[Batch]:
         s = self.setting
-        options: dict[str, Any] = {"train": False, "shuffle": False, "blur": "reference"}
+        options: dict[str, Any] = {"augment": False, "shuffle": False, "blur": "reference"}
         options["epochs"] = s.batch * s.batches // len(self.scenes)
         with scene_loader(self.shards, s.batch, size=s.size, device=self.device, **options) as loader:
             yield from loader

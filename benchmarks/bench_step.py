@@ -95,7 +95,7 @@ def photographed(scenes: int, size: int, directory: Path) -> Work:
     found = [s for s in load_reference(PHOTOS) if s.relations]  # type: ignore[union-attr]
     found.sort(key=lambda s: abs(len(s.objects) - OBJECTS) + abs(len(s.relations) - RELATIONS))
     pack(found[:scenes], directory, val=0.0, test=0.0)
-    with scene_loader(directory, scenes, size=size, train=False, shuffle=False, epochs=1) as loader:
+    with scene_loader(directory, scenes, size=size, augment=False, shuffle=False, epochs=1) as loader:
         batch = next(iter(loader))
         return Work(batch, Words({level: loader.vocabulary.tokens(level) for level in LEVELS}), "photos")
 

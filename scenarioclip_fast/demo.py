@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from scenarioclip_fast import __version__
+from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 from scenarioclip_fast.errors import UserError
@@ -159,8 +160,8 @@ def _evaluate(
     config: DemoConfig, device: torch.device, run: FitResult, samples: int
 ) -> tuple[ZeroShotResult, list[SampleScene]]:
     trained = open_checkpoint(run.run_dir, device)
-    size, view = trained.model.config.vision.image_size, trained.data.object_view
-    with EvaluationLoader(config.out / "shards", 64, device=device, size=size, object_view=view) as loader:
+    size, loading = trained.model.config.vision.image_size, LoaderConfig(object_view=trained.data.object_view)
+    with EvaluationLoader(config.out / "shards", 64, loading, device=device, size=size) as loader:
         result = zeroshot(trained.model, loader, loader.vocabulary)
         answers = answer_samples(trained.model, loader, loader.vocabulary, scenes=samples) if samples else []
     return result, answers

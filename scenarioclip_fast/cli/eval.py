@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from scenarioclip_fast.eval.session import Session
 
 _Finish = Callable[[], Any]
+# Options that override fields of the run's LoaderConfig.
+_LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,12 +140,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         device=args.device,
         batch_size=args.batch_size,
-        decoder=args.decoder,
-        object_view=args.object_view,
-        relation_view=args.relation_view,
-        blur=args.blur,
-        shard_cache_dir=args.shard_cache_dir,
-        shard_cache_gib=args.shard_cache_gib,
+        **{name: getattr(args, name) for name in _LOADER_OPTIONS},
     ) as session:
         if session.world.is_main_process:
             _make_places(args)

@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Packs, names the first things that were rejected, and prints the counts."""
-    from scenarioclip_fast.data.decode import MAX_PIXELS
+    from scenarioclip_fast.data.config import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
 
     report = pack(

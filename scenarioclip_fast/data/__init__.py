@@ -1,4 +1,4 @@
-"""Scenes: drawn, read from the published layout, packed into shards and loaded as batches."""
+"""Scenes: read from data sets or generated, packed into shards, and loaded as batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.data.loader import Batch, SceneLoader, scene_loader
+    from scenarioclip_fast.data.batch import Batch
+    from scenarioclip_fast.data.config import LoaderConfig
+    from scenarioclip_fast.data.loader import SceneLoader, scene_loader
     from scenarioclip_fast.data.packing import PackReport, pack
     from scenarioclip_fast.data.reference_layout import load_reference
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
@@ -19,7 +21,9 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "loader": ["Batch", "SceneLoader", "scene_loader"],
+            "batch": ["Batch"],
+            "config": ["LoaderConfig"],
+            "loader": ["SceneLoader", "scene_loader"],
             "packing": ["PackReport", "pack"],
             "reference_layout": ["load_reference"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
@@ -33,6 +37,7 @@ else:
 __all__ = [
     "BadSample",
     "Batch",
+    "LoaderConfig",
     "Mask",
     "PackReport",
     "Relation",

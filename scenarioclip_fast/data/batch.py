@@ -1,4 +1,4 @@
-"""What the loader hands to the model."""
+"""Batches: what the loader delivers and the model consumes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor
 class Batch:
     """One rank's batch: B scenes with N_o objects and N_r relations, V = B + N_o + N_r views.
 
-    pixels: [V, 3, S, S], the global, then the object, then the relation views, normalised
-    keys: B scene keys
-    object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
-    action_id [B], object_id [N_o], relation_id [N_r]: int64, positions in the vocabulary
-    host: the five index tensors on the CPU, in this order, so that nobody waits for the device to read them. Left out:
-        copied, which waits once
+    Attributes:
+        pixels: [V, 3, S, S], normalised; global, then object, then relation views.
+        keys: [B], keys of the scenes.
+        object_scene, relation_scene: int64 [N_o] and [N_r], the scene of each row.
+        action_id, object_id, relation_id: int64 [B], [N_o] and [N_r], positions in the vocabulary.
+        host: the five index tensors on the CPU, in this order, readable without waiting for the device. By default they
+            are copied from the device, which synchronises once.
+
+    Raises:
+        ValueError: the number of rows of `pixels` is not B + N_o + N_r.
     """
 
     pixels: Tensor  # [V, 3, S, S]
@@ -49,7 +53,7 @@ class Batch:
 
     @property
     def host_ids(self) -> list[Tensor]:
-        """Vocabulary ids of the three levels, on the CPU: [B], [N_o], [N_r]."""
+        """Vocabulary ids of the three levels on the CPU: [B], [N_o], [N_r]."""
         return list(self.host[2:])
 
     @property
@@ -65,31 +69,34 @@ class Batch:
         )
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         pixels, *index = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
         return Batch(pixels, self.keys, *index, host=self.host)
 
     def split(self, parts: int) -> list[Batch]:
-        """The scenes in `parts` runs of nearly equal length, some of them empty where there are fewer scenes.
+        """Split into `parts` microbatches of consecutive scenes, some of them empty if there are fewer scenes.
 
-        Rows must come scene by scene, as a loader makes them. Does not wait for the device.
+        Sizes differ by at most one scene. Rows must be ordered by scene, as the loader delivers them. Does not
+        synchronise with the device.
         """
-        homes = [torch.arange(self.num_scenes), *self.host[:2]]
-        ends = torch.tensor([len(run) for run in homes[0].tensor_split(parts)]).cumsum(0)
-        edges = [[0, *torch.searchsorted(home, ends).tolist()] for home in homes]
-        levels = self.pixels.split([len(home) for home in homes])
+        scene_of_row = [torch.arange(self.num_scenes), *self.host[:2]]
+        ends = torch.tensor([len(scenes) for scenes in scene_of_row[0].tensor_split(parts)]).cumsum(0)
+        edges = [[0, *torch.searchsorted(scene, ends).tolist()] for scene in scene_of_row]
+        levels = self.pixels.split([len(scene) for scene in scene_of_row])
         batches = []
         for k in range(parts):
-            runs = [slice(edge[k], edge[k + 1]) for edge in edges]
-            scenes, objects, relations = runs
-            pixels = torch.cat([x[run] for x, run in zip(levels, runs, strict=True)])
-            index, host = (
-                [
-                    o[objects] - scenes.start,
-                    r[relations] - scenes.start,
-                    *(x[run] for x, run in zip(ids, runs, strict=True)),
-                ]
-                for o, r, *ids in (self.tensors[1:], self.host)
-            )
-            batches.append(Batch(pixels, self.keys[scenes], *index, host=tuple(host)))
+            rows = [slice(edge[k], edge[k + 1]) for edge in edges]
+            pixels = torch.cat([x[of_level] for x, of_level in zip(levels, rows, strict=True)])
+            index, host = (_select_index(tensors, rows) for tensors in (self.tensors[1:], self.host))
+            batches.append(Batch(pixels, self.keys[rows[0]], *index, host=tuple(host)))
         return batches
+
+
+def _select_index(
+    index: tuple[Tensor, ...],  # a batch's five index tensors
+    rows: list[slice],  # scenes, objects and relations to select
+) -> list[Tensor]:
+    object_scene, relation_scene, *ids = index
+    first = rows[0].start
+    scenes = [object_scene[rows[1]] - first, relation_scene[rows[2]] - first]
+    return scenes + [x[of_level] for x, of_level in zip(ids, rows, strict=True)]

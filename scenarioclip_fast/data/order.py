@@ -1,4 +1,4 @@
-"""Which scene comes when: a pure function of (seed, epoch), the same for every number of ranks."""
+"""The order of scenes: a pure function of (seed, epoch), the same for every number of ranks."""
 
 from __future__ import annotations
 
@@ -7,39 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_U64 = npt.NDArray[np.uint64]
-
-
-def mix(*values: int) -> int:
-    """A 64-bit hash of integers (splitmix64, chained), the same on every machine and library version."""
-    state = np.zeros(1, np.uint64)
-    for value in values:
-        state = _splitmix64(state ^ np.uint64(value & (2**64 - 1)))
-    return int(state[0])
+from scenarioclip_fast.data.splitmix64 import hash64, splitmix64
 
 
 def epoch_order(scenes: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """The order [scenes] of an epoch. A sort by hash, unlike a library's shuffle, never changes with versions."""
+    """The order [scenes] of an epoch. Sorted by hash: unlike a library's shuffle, it is the same in every version."""
     index = np.arange(scenes, dtype=np.int64)
     if not shuffle:
         return index
-    return np.argsort(_splitmix64(index.astype(np.uint64) ^ np.uint64(mix(seed, epoch))), kind="stable")
-
-
-def _splitmix64(x: _U64) -> _U64:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.argsort(splitmix64(index.astype(np.uint64) ^ np.uint64(hash64(seed, epoch))), kind="stable")
 
 
 @dataclass(frozen=True)
 class Order:
-    """How an epoch is dealt to ranks.
+    """How an epoch is divided among ranks.
 
-    Global batch k is positions [k B W, (k + 1) B W) of the epoch's order, for W ranks of B scenes; rank r
-    takes every W-th of them from r on. So any number of ranks walks through the same order, and shares
-    differ by at most one scene.
+    With W ranks of B scenes each, global batch k holds positions [k B W, (k + 1) B W) of the epoch's order, and rank r
+    gets every W-th of them, starting at r. Any number of ranks thus traverses the same order, and shares differ by at
+    most one scene.
     """
 
     scenes: int
@@ -57,20 +42,20 @@ class Order:
             raise ValueError(f"rank: got {self.rank} of world_size {self.world_size}, expected 0 <= rank < world_size")
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same on every rank."""
+        """Batches per epoch, the same on every rank."""
         return self.batches()
 
     @property
     def global_batch(self) -> int:
-        """Scenes of all ranks' batches together."""
+        """Scenes per batch, over all ranks."""
         return self.batch_size * self.world_size
 
     def batches(self, position: int = 0) -> int:
-        """How many batches every rank still gets in an epoch of which `position` scenes are consumed."""
+        """Batches left on every rank in an epoch of which `position` scenes are consumed."""
         left = max(0, self.scenes - position)
         return left // self.global_batch if self.drop_last else -(-left // self.global_batch)
 
     def share(self, epoch: int, position: int = 0) -> npt.NDArray[np.int64]:
-        """This rank's scenes from `position` to the epoch's end, including what `drop_last` leaves over."""
+        """This rank's scenes from `position` to the end of the epoch, including those that `drop_last` drops."""
         order = epoch_order(self.scenes, self.seed, epoch, self.shuffle)
         return order[position:][self.rank :: self.world_size]

@@ -1,4 +1,4 @@
-"""Views: which windows of which images are to be rendered, and how. `ops.render_views` draws them."""
+"""Views of scenes: which windows of which images `ops.render_views` renders, and how."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.data.splitmix64 import mix, uniforms
 from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, MASKED, RELATION
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
-# How each kind of view is drawn, by the names that configs give it.
+# The kind of view for each name in configs.
 OBJECT_VIEWS = {"masked": MASKED, "crop": CROP}
 RELATION_VIEWS = {"focused": RELATION, "box": CROP, "scene": GLOBAL}
 
@@ -88,26 +89,26 @@ class Views:
         epoch: int = 0,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Views:
-        """All global views, then all object views, then all relation views, scene by scene.
+        """Plan the views of scenes: all global views, then all object views, then all relation views, scene by scene.
 
         Args:
             scenes: image i of the batch is the image of scenes[i].
-            object_view: "masked": the image, black outside the box (the paper's); "crop": a square window around
-                the box, 10 % wider on each side, moved into the image where it fits and black beyond it elsewhere.
-            relation_view: "focused": the focused region of the relation's two masks (the paper's). The others are
-                for ablations and data without masks. "scene": the whole image, which is what a focused region
-                becomes without masks, weights and blur: nothing says which of the image's relations is meant.
-                "box": a crop, as for an object, around the boxes of subject and object: it says where the relation
-                is, but weights no pixel. Augmentation is the same for all three.
-            train: draws the reference's augmentation. A view's draws depend on (seed, epoch, scene key, level,
-                position among those of its scene) and nothing else, so neither the batch nor the number of workers
-                changes them.
-            generator: with `train`, supplies the seed (one draw) in place of `seed`.
-            sizes: (H, W) of each image; read from the images where None.
+            object_view: "masked": the image, black outside the box (the paper's); "crop": a square window around the
+                box, 10 % wider on each side, shifted into the image where it fits, otherwise black beyond it.
+            relation_view: "focused": the focused region of the relation's two masks (the paper's). The other two are
+                for ablations and for data without masks. "scene": the whole image, which is a focused region without
+                masks, weights and blur; it does not show which of the image's relations is meant. "box": a crop, as for
+                an object, around the boxes of subject and object; it shows where the relation is, without weighting
+                pixels. All three are augmented alike.
+            train: apply the reference's augmentation. A view's random numbers depend only on (seed, epoch, scene key,
+                level, position within the scene), never on the batch or the number of workers.
+            generator: with `train`, one draw from it replaces `seed`.
+            seed, epoch: of the augmentation.
+            sizes: (H, W) of each image; None: read from the images.
 
         Raises:
             ValueError: a focused relation without a mask, a mask that does not fit its image, a box outside the
-                image, an unreadable image header; the scene and its object or relation are named.
+                image, or an unreadable image header; the message names the scene and its object or relation.
         """
         if object_view not in OBJECT_VIEWS:
             raise ValueError(f"object_view: got {object_view!r}, expected 'masked' or 'crop'")
@@ -115,58 +116,34 @@ class Views:
             raise ValueError(f"relation_view: got {relation_view!r}, expected 'focused', 'box' or 'scene'")
         if sizes is None:
             sizes = [_image_size(scene) for scene in scenes]
-        objects = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.objects))]
-        relations = [(i, k) for i, scene in enumerate(scenes) for k in range(len(scene.relations))]
-        counts = (len(scenes), len(objects), len(relations))
-        level = np.repeat(np.arange(3), counts)
-        kind = np.array([GLOBAL, OBJECT_VIEWS[object_view], RELATION_VIEWS[relation_view]], np.int32)[level]
-        members = np.array([(i, 0) for i in range(len(scenes))] + objects + relations, np.int64).reshape(-1, 2)
-        image, position = members[:, 0], members[:, 1]
-        height, width = np.array(sizes, np.int64).reshape(-1, 2)[image].T
-
-        source = np.stack([np.zeros_like(width), np.zeros_like(width), width, height], axis=1)
+        rows = _Rows(scenes, sizes)
+        kind = np.array([GLOBAL, OBJECT_VIEWS[object_view], RELATION_VIEWS[relation_view]], np.int32)[rows.level]
+        source = np.stack([np.zeros_like(rows.width), np.zeros_like(rows.width), rows.width, rows.height], axis=1)
         box = np.zeros((len(kind), 4))
-        objects_at = slice(len(scenes), len(scenes) + len(objects))
-        relations_at = slice(objects_at.stop, len(kind))
-        pixels = np.zeros((0, 4), np.int64)
-        if objects:
-            box[objects_at] = [scenes[i].objects[k].box for i, k in objects]
-            pixels = pixel_box(box[objects_at], height[objects_at], width[objects_at])
-            if (outside := is_empty(pixels)).any():
-                i, k = objects[int(outside.argmax())]
-                raise ValueError(
-                    f"{_name(scenes[i], 'object', k)}: got box {list(scenes[i].objects[k].box)}, expected x1, y1, x2, "
-                    f"y2 that overlap the image of {sizes[i][1]} x {sizes[i][0]}"
-                )
-            if object_view == "crop":
-                source[objects_at] = _crop_window(pixels, height[objects_at], width[objects_at])
+        box[rows.objects], pixels = _object_boxes(scenes, rows)
+        if object_view == "crop":
+            source[rows.objects] = _crop_window(pixels, rows.height[rows.objects], rows.width[rows.objects])
 
-        ends = np.array([_ends(scenes[i], k) for i, k in relations], np.int64).reshape(-1, 2)
+        ends = np.array([_ends(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(-1, 2)
         if relation_view == "box":
-            first = np.cumsum([0, *(len(scene.objects) for scene in scenes)])
-            one, other = pixels[first[image[relations_at], None] + ends].swapaxes(0, 1)
-            both = np.concatenate([np.minimum(one[:, :2], other[:, :2]), np.maximum(one[:, 2:], other[:, 2:])], axis=1)
-            source[relations_at] = _crop_window(both, height[relations_at], width[relations_at])
+            union = _union_boxes(pixels, ends + rows.first_object[rows.image[rows.relations], None])
+            source[rows.relations] = _crop_window(union, rows.height[rows.relations], rows.width[rows.relations])
         masks = _MaskTable(scenes, sizes)
         mask = np.full((len(kind), 2), -1, np.int64)
         if relation_view == "focused":
-            for v, ((i, k), (subject, object_)) in enumerate(zip(relations, ends, strict=True), relations_at.start):
-                mask[v] = masks.row(i, k, subject), masks.row(i, k, object_)
+            mask[rows.relations] = masks.rows(rows.members(rows.relations), ends)
 
         stretch = kind == CROP
         augment = np.tile(np.array([1, 1, 1, 0, 0], np.float32), (len(kind), 1))
         if train:
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
-            place = level.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64)
-            draws = _uniforms(keys[image] ^ _mix(place), 3 * _TRIES + 8)
-            whole = level == 0
-            source[whole] = _random_crop(draws[whole, 8:], height[whole], width[whole])
+            draws = _augmentation_draws(scenes, rows, seed, epoch)
+            whole = rows.level == 0
+            source[whole] = _random_crop(draws[whole, 8:], rows.height[whole], rows.width[whole])
             stretch |= whole
-            augment = _random_augment(draws[:, :8], level)
-        runs, start, size = masks.arrays()
-        arrays = (kind, image, source.astype(np.int32), stretch, box, mask, augment, runs, start, size)
+            augment = _random_augment(draws[:, :8], rows.level)
+        arrays = (kind, rows.image, source.astype(np.int32), stretch, box, mask, augment, *masks.arrays())
         return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 
     def describe(self, v: int) -> str:
@@ -176,8 +153,34 @@ class Views:
         return f"view {v} ({name}, image {int(self.image[v])})"
 
 
+class _Rows:
+    """The views of scenes in their order, as arrays [V].
+
+    Attributes:
+        level: 0 global, 1 object, 2 relation.
+        image, position: the scene of each view, and which of that scene's objects or relations it shows.
+        height, width: of its image.
+        objects, relations: where the views of these levels lie.
+        first_object: [B + 1], where the objects of each scene begin among all objects.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
+        counts = np.array([(1, len(scene.objects), len(scene.relations)) for scene in scenes], np.int64).reshape(-1, 3)
+        self.level = np.repeat(np.arange(3), counts.sum(0))
+        self.image = np.concatenate([np.repeat(np.arange(len(scenes)), n) for n in counts.T])
+        self.position = np.concatenate([np.arange(n) for of_level in counts.T for n in of_level] or [self.image])
+        self.height, self.width = np.array(sizes, np.int64).reshape(-1, 2)[self.image].T
+        self.first_object = np.cumsum([0, *counts[:, 1]])
+        self.objects = slice(len(scenes), len(scenes) + int(self.first_object[-1]))
+        self.relations = slice(self.objects.stop, len(self.level))
+
+    def members(self, rows: slice) -> list[tuple[int, int]]:
+        """(image, position) of each view in `rows`."""
+        return list(zip(self.image[rows].tolist(), self.position[rows].tolist(), strict=True))
+
+
 class _MaskTable:
-    """Each object's mask once, however many relations it is in."""
+    """The masks that the views need, each object's stored once."""
 
     def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
         self._scenes, self._sizes = scenes, sizes
@@ -185,14 +188,22 @@ class _MaskTable:
         self._runs: list[NDArray[np.int64]] = []
         self._size: list[tuple[int, int]] = []
 
-    def row(self, scene: int, relation: int, which: int) -> int:
-        """Where the mask of object `which` lies, which `relation` asks for."""
+    def rows(
+        self,
+        relations: Sequence[tuple[int, int]],  # [n], scene and relation
+        ends: NDArray[np.int64],  # [n, 2], their subject and object
+    ) -> NDArray[np.int64]:  # [n, 2]
+        """The table's rows of the masks of each relation."""
+        pairs = [[self._row(i, k, end) for end in both] for (i, k), both in zip(relations, ends.tolist(), strict=True)]
+        return np.array(pairs, np.int64).reshape(-1, 2)
+
+    def _row(self, scene: int, relation: int, which: int) -> int:
         if (scene, which) in self._index:
             return self._index[scene, which]
         name = _name(self._scenes[scene], "relation", relation)
         mask = self._scenes[scene].objects[which].mask
         if mask is None:
-            raise ValueError(f"{name}: object {which} has no mask, expected one: the relation's view is drawn from it")
+            raise ValueError(f"{name}: object {which} has no mask, which the relation's focused region requires")
         try:
             height, width, runs = _runs(mask)
         except ValueError as error:
@@ -242,7 +253,7 @@ def _image_size(scene: Scene) -> tuple[int, int]:
 
 
 def _ends(scene: Scene, relation: int) -> tuple[int, int]:
-    """Subject and object of a relation, as indices of objects that are there."""
+    """Subject and object of a relation, checked to be objects of the scene."""
     entry = scene.relations[relation]
     for which in (entry.subject, entry.object):
         if not 0 <= which < len(scene.objects):
@@ -275,6 +286,32 @@ def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.any(box[:, 2:] <= box[:, :2], axis=1)
 
 
+def _object_boxes(
+    scenes: Sequence[Scene], rows: _Rows
+) -> tuple[Array, NDArray[np.int64]]:  # [N_o, 4] as given, [N_o, 4] in whole pixels
+    members = rows.members(rows.objects)
+    box = np.array([scenes[i].objects[k].box for i, k in members], np.float64).reshape(-1, 4)
+    height, width = rows.height[rows.objects], rows.width[rows.objects]
+    pixels = pixel_box(box, height, width)
+    if (outside := is_empty(pixels)).any():
+        v = int(outside.argmax())
+        i, k = members[v]
+        raise ValueError(
+            f"{_name(scenes[i], 'object', k)}: got box {list(scenes[i].objects[k].box)}, expected x1, y1, x2, "
+            f"y2 that overlap the image of {width[v]} x {height[v]}"
+        )
+    return box, pixels
+
+
+def _union_boxes(
+    box: NDArray[np.int64],  # [N_o, 4]
+    ends: NDArray[np.int64],  # [N_r, 2], rows of `box`
+) -> NDArray[np.int64]:  # [N_r, 4]
+    """The smallest boxes that hold subject and object."""
+    one, other = box[ends].swapaxes(0, 1)
+    return np.concatenate([np.minimum(one[:, :2], other[:, :2]), np.maximum(one[:, 2:], other[:, 2:])], axis=1)
+
+
 def _crop_window(
     box: NDArray[np.int64],  # [n, 4]
     height: NDArray[np.int64],
@@ -288,12 +325,19 @@ def _crop_window(
     return np.concatenate([low, low + side], axis=1)
 
 
+def _augmentation_draws(scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int) -> Array:
+    """Random numbers [V, 8 + 3 tries] in [0, 1): the first 8 for colour and blur, the others for the crop."""
+    keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
+    place = rows.level.astype(np.uint64) << np.uint64(32) | rows.position.astype(np.uint64)
+    return uniforms(keys[rows.image] ^ mix(place), 8 + 3 * _TRIES)
+
+
 def _random_crop(
     draws: Array,  # [n, 3 tries] in [0, 1)
     height: NDArray[np.int64],
     width: NDArray[np.int64],
 ) -> NDArray[np.int64]:  # [n, 4]
-    """Random resized crop: the first of ten draws of area and ratio that fits, else the middle of the picture."""
+    """Random resized crop: the first of ten draws of area and ratio that fits, else a centre crop."""
     h, w = height[:, None], width[:, None]
     draws = draws.reshape(-1, 3, _TRIES)
     area = h * w * _between(draws[:, 0], *_AREA)
@@ -331,20 +375,3 @@ def _between(draw: Array, low: float, high: float) -> Array:
 def _hash(seed: int, epoch: int, key: str) -> int:
     digest = blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64: a bijection of 64 bits without visible structure."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _uniforms(
-    state: NDArray[np.uint64],  # [n]
-    count: int,
-) -> Array:  # [n, count] in [0, 1)
-    """SplitMix64 counted from each state: no generator to carry about, so views can be drawn in any order."""
-    step = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix(state[:, None] + step)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

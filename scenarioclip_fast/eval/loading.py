@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.loader import SceneLoader
+from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.zeroshot import ALONE
@@ -35,10 +38,11 @@ class EvaluationLoader(SceneLoader):
     leading rank prints a line, once for each scene.
 
     Args:
-        shards, batch_size, split, options: as of `SceneLoader`.
+        shards, batch_size, split, options: see `SceneLoader`.
+        config: how scenes become pixels; never augmented. `max_bad_fraction` is checked over all ranks at the end of a
+            pass.
         world: the ranks that share the split.
         left_out: the list to use, for several splits or passes.
-        max_bad_fraction: of the split's scenes; more of them end the pass.
 
     Raises:
         UserError: as `SceneLoader` does; at the end of a pass, too many bad scenes.
@@ -48,34 +52,34 @@ class EvaluationLoader(SceneLoader):
         self,
         shards: str | Path,
         batch_size: int,
+        config: LoaderConfig = LoaderConfig(),  # noqa: B008
         *,
         split: str = "test",
         world: World = ALONE,
         left_out: list[LeftOut] | None = None,
-        max_bad_fraction: float = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(
             shards,
             batch_size,
+            replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _HOPELESS)),
             split=split,
             rank=world.rank,
             world_size=world.size,
-            train=False,
             shuffle=False,
             drop_last=False,
             epochs=1,
-            max_bad_fraction=max(max_bad_fraction, _HOPELESS),
+            on_bad=self._record,
             **options,
         )
         self.left_out = [] if left_out is None else left_out
-        self._split, self._world, self._tolerated = split, world, max_bad_fraction
+        self._split, self._world, self._tolerated = split, world, config.max_bad_fraction
         self._own: dict[str, LeftOut] = {}
 
     @property
     def decoder(self) -> str:
         """Which one "auto" has come to."""
-        return type(self._decoder).__name__
+        return type(self._decoder.decoder).__name__
 
     def __iter__(self) -> Iterator[Batch]:
         self._own.clear()
@@ -93,9 +97,8 @@ class EvaluationLoader(SceneLoader):
                 about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are left out"
                 print(f"warning: {about}: {_named(new)}", file=sys.stderr)
 
-    def _report(self, step: Any) -> None:
-        super()._report(step)
-        self._own |= {bad.key: LeftOut(self._split, bad.key, bad.reason, bad.detail) for bad in step.bad}
+    def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
+        self._own |= {bad.key: LeftOut(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
 
 
 def left_out_record(scenes: Sequence[LeftOut]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.order import mix
+from scenarioclip_fast.data.splitmix64 import hash64
 from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
@@ -130,7 +130,7 @@ def draw(
     swapped = str(Triple(triple.object, triple.predicate, triple.subject))
     if swapped not in true:
         found["swapped"] = swapped
-    first = mix(*numbers) % max(len(predicates), 1)
+    first = hash64(*numbers) % max(len(predicates), 1)
     for i in range(len(predicates)):
         predicate = predicates[(first + i) % len(predicates)]
         if (text := str(triple._replace(predicate=predicate))) not in true:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
@@ -21,11 +22,15 @@ from scenarioclip_fast.train.config import DataSection
 
 # Ranks meet at the end of their shares, to which some come late.
 _PATIENCE_S = 3600.0
+# Not those of the run, which may have had another machine; and every scene is read once, so that a cache is useless.
+_LOADING = {"threads": LoaderConfig.threads, "prefetch": LoaderConfig.prefetch, "cache_gib": 0.0}
 
 
 @dataclass(frozen=True)
 class Session:
-    """An open checkpoint and how its data are read: `data` is that of the model's run, with what was asked for instead.
+    """An open checkpoint and the data set to evaluate it on.
+
+    data: the settings of the model's run, with the overrides of this evaluation
 
     left_out: scenes that could not be used in any pass so far, of all ranks
     """
@@ -51,24 +56,16 @@ class Session:
 
         UserError where the data set has no such split or no scene in it.
         """
-        data = self.data
         return EvaluationLoader(
             self.shards,
             self.batch_size,
+            self.data,
             split=split,
             world=ALONE if whole else self.world,
             # pictures are of some scenes: what these passes meet is no part of a result
             left_out=[*self.left_out] if whole else self.left_out,
             device=self.world.device,
-            decoder=data.decoder,
             size=self.model.config.vision.image_size,
-            object_view=data.object_view,
-            relation_view=data.relation_view,
-            blur=data.blur,
-            max_pixels=data.max_pixels,
-            max_bad_fraction=data.max_bad_fraction,
-            shard_cache_dir=data.shard_cache_dir,
-            shard_cache_gib=data.shard_cache_gib,
         )
 
 
@@ -80,12 +77,7 @@ def open_session(
     weights: Literal["student", "teacher"] = "student",
     device: str = "auto",
     batch_size: int = 64,
-    decoder: str | None = None,
-    object_view: str | None = None,
-    relation_view: str | None = None,
-    blur: str | None = None,
-    shard_cache_dir: str | Path | None = None,
-    shard_cache_gib: float | None = None,
+    **overrides: Any,
 ) -> Iterator[Session]:
     """Opens `checkpoint` on every rank that torchrun started, or in this process alone.
 
@@ -96,8 +88,7 @@ def open_session(
         shards: directory that `pack` wrote.
         device: auto, cpu, cuda or cuda:N.
         batch_size: scenes at a time, of each rank.
-        decoder, object_view, relation_view, blur, shard_cache_dir, shard_cache_gib: as `scene_loader` takes them; None:
-            as the model was trained.
+        overrides: fields of `LoaderConfig` that replace those of the model's run; None keeps the run's value.
 
     Raises:
         UserError: no such checkpoint, data set or device, or texts that do not fit the model.
@@ -107,15 +98,8 @@ def open_session(
     pick_device(device)
     with join_world(device, _PATIENCE_S) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
-        asked: dict[str, Any] = {
-            "decoder": decoder,
-            "object_view": object_view,
-            "relation_view": relation_view,
-            "blur": blur,
-            "shard_cache_dir": shard_cache_dir and str(shard_cache_dir),
-            "shard_cache_gib": shard_cache_gib,
-        }
-        data = replace(trained.data, **{name: value for name, value in asked.items() if value is not None})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        data = replace(trained.data, **(_LOADING | given))
         vocabulary = ShardSet(shards).vocabulary
         cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
         if cut and world.is_main_process:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from scenarioclip_fast.data.remote import CACHE_GIB
+from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, FreezeConfig, ModelConfig, TextConfig, VisionConfig
 from scenarioclip_fast.requirements import require
@@ -52,32 +52,15 @@ class RunSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
-    """What is read."""
+class DataSection(LoaderConfig):
+    """The data set, and how its scenes become batches: the fields of `LoaderConfig` are keys of this section too."""
 
     shards: str = ""  # the directory that `scenarioclip-fast pack` wrote, or its URL (s3://, gs://, hf://, https://)
     batch_size: int = 128  # scenes per optimiser step, over all ranks together
-    object_view: Literal["masked", "crop"] = "masked"
-    relation_view: Literal["focused", "box", "scene"] = "focused"  # "box", "scene": ablations without focused regions
-    blur: Literal["rgb", "reference"] = "rgb"  # around a relation's masks; "reference" is the published quirk
-    augment: bool = True  # random crops, colour jitter and blur; False: the views of the evaluation
-    decoder: Literal["auto", "dali", "torch"] = "auto"
-    prefetch: int = 2  # batches that are made ready ahead of the step
-    threads: int | None = None  # that read and decode; null: one per core, at most 16
-    cache_gib: float = 0.0  # decoded images kept in memory, for a data set that is seen often
-    shard_cache_dir: str | None = None  # of shards from a URL, on a local disk; null: ~/.cache/scenarioclip-fast/shards
-    shard_cache_gib: float = CACHE_GIB  # of that disk; what does not fit is read scene by scene
-    max_pixels: int = 1 << 26  # larger images are refused by their header; as data.decode.MAX_PIXELS, without torch
-    max_bad_fraction: float = 0.1  # a larger share of unreadable scenes ends the run
 
     def __post_init__(self) -> None:
-        _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "a share from 0 to 1")
-        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
-        _check(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
-        _check(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0")
-        _check(self.threads is None or self.threads >= 1, "data.threads", self.threads, "at least 1, or null")
-        _check(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "at least 0")
-        _check(self.shard_cache_gib >= 0, "data.shard_cache_gib", self.shard_cache_gib, "at least 0")
+        super().__post_init__()
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +360,8 @@ def _convert_section(key: str, cls: type[C], value: Any) -> C:
     except UserError as error:
         if issubclass(cls, ModelSection | VisionConfig | TextConfig | FreezeConfig):
             raise UserError(f"model.{error}") from None  # they name their keys from the model's section on
+        if issubclass(cls, LoaderConfig):
+            raise UserError(f"{key}.{error}") from None
         raise
 
 

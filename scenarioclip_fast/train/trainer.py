@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch, SceneLoader, scene_loader
+from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.dispatch import use_backend
 from scenarioclip_fast.distributed import join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
@@ -243,27 +244,15 @@ class Trainer:
         return scene_loader(
             data.shards,
             share,
-            split="train",
+            data,
             device=world.device,
-            decoder=data.decoder,
             seed=self.config.run.seed,
             rank=world.rank,
             world_size=world.size,
             size=self.config.model.vision.image_size,
-            object_view=data.object_view,
-            relation_view=data.relation_view,
-            blur=data.blur,
-            train=data.augment,
             epochs=_ENDLESS,
-            prefetch=data.prefetch,
             dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
-            threads=data.threads,
-            cache_bytes=int(data.cache_gib * 2**30),
-            shard_cache_dir=data.shard_cache_dir,
-            shard_cache_gib=data.shard_cache_gib,
-            max_pixels=data.max_pixels,
-            max_bad_fraction=data.max_bad_fraction,
-            bad_samples=self.run_dir / _BAD_SAMPLES,
+            on_bad=BadSampleLog(self.run_dir / _BAD_SAMPLES),
         )
 
     def _make_model(self) -> ScenarioCLIP:

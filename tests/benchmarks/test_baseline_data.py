@@ -22,7 +22,7 @@ def test_same_views_as_the_package(tmp_path: Path, regions: str) -> None:
         scene.image, scene.split = baseline_data.encoded(scene.image), "train"  # type: ignore[arg-type]
     entries = baseline_data.write_published(scenes, tmp_path / "published", regions)  # type: ignore[arg-type]
     pack(scenes, tmp_path / "shards", progress=False)
-    options = {"size": 48, "train": False, "shuffle": False, "epochs": 1, "blur": "reference", "decoder": "torch"}
+    options = {"size": 48, "augment": False, "shuffle": False, "epochs": 1, "blur": "reference", "decoder": "torch"}
     with scene_loader(tmp_path / "shards", 5, **options) as loader:  # type: ignore[arg-type]
         ours = next(iter(loader)).pixels
     (theirs,) = baseline_data.Published(entries, 48, 5, workers=0)

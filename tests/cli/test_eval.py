@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import ShardSet, generate_scenes, pack
+from scenarioclip_fast.data import LoaderConfig, ShardSet, generate_scenes, pack
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
@@ -221,7 +221,10 @@ def test_too_many_bad_scenes_are_judged_over_all_ranks(damaged: Path, capsys: py
             assert len(seen) + (rank == 1) == len(range(rank, scenes, 5)) < 10
     assert [scene.scene for scene in found] == [second(damaged, "test")]
     few = rf"^1 of the {scenes} scenes of the test split cannot be used, more than max_bad_fraction = 0.05: \w+ \(not"
-    with EvaluationLoader(damaged, 8, max_bad_fraction=0.05, size=16) as loader, pytest.raises(UserError, match=few):
+    with (
+        EvaluationLoader(damaged, 8, LoaderConfig(max_bad_fraction=0.05), size=16) as loader,
+        pytest.raises(UserError, match=few),
+    ):
         list(loader)
 
 

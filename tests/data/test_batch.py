@@ -7,7 +7,7 @@ from scenarioclip_fast.data import Batch
 
 
 def make(objects: list[int], relations: list[int]) -> Batch:
-    """Pixels and ids number the rows."""
+    """A batch whose pixels and ids are row numbers."""
     scene = torch.arange(len(objects))
     counts = (len(objects), sum(objects), sum(relations))
     rows = torch.arange(sum(counts))
@@ -21,7 +21,7 @@ def make(objects: list[int], relations: list[int]) -> Batch:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_parts_hold_every_row_of_their_scenes(parts: int) -> None:
+def test_split_keeps_every_row_with_its_scene(parts: int) -> None:
     whole = make([2, 0, 3, 1], [1, 4, 0, 2])
     split = whole.split(parts)
     assert len(split) == parts
@@ -31,16 +31,16 @@ def test_parts_hold_every_row_of_their_scenes(parts: int) -> None:
         ids = torch.cat([part.action_id, part.object_id, part.relation_id])
         torch.testing.assert_close(part.pixels[:, 0, 0, 0], ids.float())
         for name in ("object", "relation"):
-            home, wanted = getattr(part, f"{name}_scene"), getattr(whole, f"{name}_scene")
-            inside = (wanted >= first) & (wanted < first + part.num_scenes)
-            torch.testing.assert_close(home + first, wanted[inside])
+            scene, expected = getattr(part, f"{name}_scene"), getattr(whole, f"{name}_scene")
+            inside = (expected >= first) & (expected < first + part.num_scenes)
+            torch.testing.assert_close(scene + first, expected[inside])
             torch.testing.assert_close(getattr(part, f"{name}_id"), getattr(whole, f"{name}_id")[inside])
         assert all(torch.equal(a, b) for a, b in zip(part.host, part.tensors[1:], strict=True))
         first += part.num_scenes
     assert first == whole.num_scenes
 
 
-def test_a_batch_knows_its_index_on_the_host_wherever_it_goes() -> None:
+def test_moving_a_batch_keeps_its_index_on_the_host() -> None:
     batch = make([1, 1], [0, 1])
     assert all(a is b for a, b in zip(batch.host, batch.tensors[1:], strict=True))
     moved = batch.to("meta")

@@ -19,6 +19,7 @@ from scenarioclip_fast.data.decode import (
     DecodeError,
     Decoder,
     TorchDecoder,
+    decode_checked,
     decode_with_pillow,
     make_decoder,
     probe,
@@ -27,7 +28,7 @@ from scenarioclip_fast.errors import MissingDependencyError
 
 
 def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
-    """Smooth colour with edges and noise: chroma upsampling and the inverse DCT both show."""
+    """Smooth colour with edges and noise, sensitive to chroma upsampling and the inverse DCT."""
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(height * 1000 + width)
     channels = [128 + 90 * np.sin(x / 7 + c) * np.cos(y / (5 + c)) + 60 * ((x // 9 + y // 6) % 2) for c in range(3)]
@@ -47,11 +48,11 @@ def pillow(data: bytes) -> Tensor:
 
 def rotated_by_exif(image: Image.Image) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
+    exif[0x0112] = 6  # displayed rotated by 90 degrees
     return encoded(image, exif=exif.tobytes())
 
 
-def with_stray_bytes(data: bytes) -> bytes:
+def with_extra_bytes(data: bytes) -> bytes:
     end = data.rindex(b"\xff\xd9")
     return data[:end] + b"\x00\x11\x22" + data[end:]
 
@@ -68,8 +69,8 @@ GOOD = {
     "restarts": encoded(picture(40, 56), restart_marker_blocks=2),
     "CMYK": encoded(picture(24, 40, "CMYK")),
     "EXIF rotation": rotated_by_exif(picture(30, 50)),
-    "stray bytes before the end": with_stray_bytes(encoded(picture(40, 40))),
-    "text behind the end": encoded(picture(40, 40)) + b"\x00" * 100 + b"trailer",
+    "extra bytes before the end": with_extra_bytes(encoded(picture(40, 40))),
+    "data after the end": encoded(picture(40, 40)) + b"\x00" * 100 + b"trailer",
     "PNG": encoded(picture(20, 30), "PNG"),
     "PNG palette": encoded(picture(20, 30, "P"), "PNG"),
     "PNG alpha": encoded(picture(20, 30, "RGBA"), "PNG"),
@@ -79,7 +80,7 @@ WHOLE = encoded(picture(90, 120), subsampling=2)
 
 
 def with_a_gap(data: bytes) -> bytes:
-    """Entropy-coded data missing in the middle; header and end are whole."""
+    """Entropy-coded data missing in the middle; header and end marker are intact."""
     middle = len(data) // 2
     return data[:middle] + data[middle + 400 :]
 
@@ -121,7 +122,7 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
     decoder.close()
 
 
-def test_pixels_are_pillows_bit_for_bit(decoder: Decoder) -> None:
+def test_pixels_equal_pillows(decoder: Decoder) -> None:
     decoded = decoder.decode(list(GOOD.values()))
     for name, data, image in zip(GOOD, GOOD.values(), decoded, strict=True):
         assert isinstance(image, Tensor), (name, image)
@@ -129,7 +130,7 @@ def test_pixels_are_pillows_bit_for_bit(decoder: Decoder) -> None:
         assert torch.equal(image, pillow(data)), name
 
 
-def test_each_bad_image_has_its_reason_and_harms_no_other(decoder: Decoder) -> None:
+def test_bad_images_are_reported_and_do_not_affect_others(decoder: Decoder) -> None:
     good = list(GOOD.values())
     for name, (data, reason) in BAD.items():
         before, error, after = decoder.decode([good[0], data, good[3]])
@@ -140,22 +141,22 @@ def test_each_bad_image_has_its_reason_and_harms_no_other(decoder: Decoder) -> N
     assert decoder.decode([]) == []
 
 
-def test_what_only_the_decoder_sees(decoder: Decoder) -> None:
-    """The header is whole, so the probe passes: libjpeg-turbo complains, DALI's run fails or repairs it."""
+def test_damage_that_only_the_decoder_detects(decoder: Decoder) -> None:
+    """The header is intact, so the probe passes; libjpeg-turbo warns, DALI fails or repairs the image."""
     no_tables = WHOLE.replace(b"\xff\xdb", b"\xff\xfe")  # the quantisation tables become comments
     images = [GOOD["4:2:0"], no_tables, with_a_gap(WHOLE), GOOD["odd"]]
-    for _ in range(2):  # a failed run leaves nothing behind
+    for _ in range(2):  # a failed run must not affect the next one
         first, broken, damaged, last = decoder.decode(images)
         assert isinstance(broken, DecodeError)
         assert broken.reason in ("corrupt", "undecodable")
         assert "Quantization table" in broken.detail or "Failed to decode" in broken.detail
-        assert isinstance(damaged, DecodeError) or isinstance(decoder, not_torch())
+        assert isinstance(damaged, DecodeError) or isinstance(decoder, dali_decoder())
         assert isinstance(first, Tensor) and torch.equal(first, pillow(GOOD["4:2:0"]))
         assert isinstance(last, Tensor) and torch.equal(last, pillow(GOOD["odd"]))
 
 
-def not_torch() -> type:
-    from scenarioclip_fast.data.dali import DaliDecoder
+def dali_decoder() -> type:
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     return DaliDecoder
 
@@ -170,7 +171,7 @@ def test_results_outlive_the_next_call(decoder: Decoder) -> None:
 
 
 def test_pixel_limit_is_configurable(decoder: Decoder) -> None:
-    limited = make_decoder("dali" if isinstance(decoder, not_torch()) else "torch", threads=1, max_pixels=48 * 64)
+    limited = make_decoder("dali" if isinstance(decoder, dali_decoder()) else "torch", threads=1, max_pixels=48 * 64)
     fits, large, grown = limited.decode([GOOD["4:2:0"], WHOLE, encoded(picture(60, 60), "WEBP")])
     limited.close()
     assert isinstance(fits, Tensor)
@@ -178,7 +179,7 @@ def test_pixel_limit_is_configurable(decoder: Decoder) -> None:
         assert isinstance(error, DecodeError) and error.reason == "too_large" and "3072" in error.detail
 
 
-def test_a_bomb_is_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = BAD["bomb"][0]
     with pytest.raises(DecodeError, match="20000 x 20000 pixels"):
         probe(bomb)
@@ -188,8 +189,14 @@ def test_a_bomb_is_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(error, DecodeError)
 
 
-def test_only_image_formats_of_data_sets_are_opened(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the file is called: Pillow would hand EPS to Ghostscript."""
+def test_decode_checked_raises_for_a_bad_image(decoder: Decoder) -> None:
+    assert torch.equal(decode_checked(decoder, GOOD["odd"]), pillow(GOOD["odd"]))
+    with pytest.raises(DecodeError, match="truncated"):
+        decode_checked(decoder, BAD["cut in the data"][0])
+
+
+def test_only_supported_formats_are_opened(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats are detected by content, and Pillow would hand EPS to Ghostscript."""
     from PIL import EpsImagePlugin
 
     eps = encoded(picture(20, 30), "EPS")
@@ -202,28 +209,28 @@ def test_only_image_formats_of_data_sets_are_opened(decoder: Decoder, monkeypatc
     assert all(isinstance(image, Tensor) for image in decoder.decode([encoded(picture(20, 30), k) for k in kinds]))
 
 
-def test_a_bomb_that_pillow_refuses_is_too_large() -> None:
+def test_a_bomb_rejected_by_pillow_is_too_large() -> None:
     bomb = bytearray(encoded(picture(4, 4), "BMP"))
     bomb[18:26] = (20000).to_bytes(4, "little") * 2
     with pytest.raises(DecodeError, match=r"too_large: .*400000000 pixels"):
         decode_with_pillow(bytes(bomb))
 
 
-def test_probe_passes_over_thumbnails_and_fill_bytes() -> None:
+def test_probe_skips_thumbnails_and_fill_bytes() -> None:
     thumbnail = encoded(picture(16, 16))
     comment = b"\xff\xfe" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     data = WHOLE[:2] + comment + b"\xff\xff" + WHOLE[2:]
     header = probe(data)
     assert header is not None and (header.height, header.width, header.plain) == (90, 120, True)
-    # the thumbnail's end marker is not the picture's
+    # the thumbnail's end marker is not the image's
     with pytest.raises(DecodeError, match="without an end"):
         probe(data[:-40])
     assert probe(b"RIFF....WEBP") is None
 
 
-def test_dali_runs_are_bounded() -> None:
+def test_dali_run_size_is_bounded() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from scenarioclip_fast.data.dali import DaliDecoder
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     decoder = DaliDecoder(threads=1, run_pixels=2 * 48 * 64)
     runs: list[int] = []
@@ -245,19 +252,19 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_dalis_memory_does_not_grow_and_is_given_back() -> None:
+def test_dali_memory_is_bounded_and_released() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    from scenarioclip_fast.data.dali import DaliDecoder
+    from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 
     images = [encoded(picture(450 + 20 * i, 600)) for i in range(4)]
     pixels = 3 * sum((450 + 20 * i) * 600 for i in range(4))
     warm, rounds = 20, 60
     decoder = DaliDecoder(threads=2)
     for k in range(warm + rounds):
-        if k == warm:  # by now the allocator has its pools, one a thread
+        if k == warm:  # the allocator has created its pools, one per thread
             before = resident_bytes()
         decoder.decode(images[k % 4 :] + images[: k % 4])
-    # a run that is not freed would leave all its pixels; a third is left to what else this process does
+    # a leaked run would keep all its pixels; a third is allowed for the rest of the process
     assert resident_bytes() - before < rounds * pixels / 3
     pipeline = weakref.ref(decoder._pipeline)
     decoder.close()
@@ -277,7 +284,7 @@ def test_named_decoders_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None
         make_decoder("pil")
 
 
-def test_auto_on_a_cpu_is_torch() -> None:
+def test_auto_on_a_cpu_is_the_torch_decoder() -> None:
     decoder = make_decoder("auto", "cpu", threads=1)
     assert isinstance(decoder, TorchDecoder)
     assert torch.equal(decode_with_pillow(GOOD["CMYK"]), pillow(GOOD["CMYK"]))
@@ -300,7 +307,7 @@ def test_decoders_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_dali_gives_gpu_memory_back() -> None:
+def test_dali_releases_gpu_memory() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
     def used_after(images: list[bytes]) -> int:
@@ -312,6 +319,6 @@ def test_dali_gives_gpu_memory_back() -> None:
         free, total = torch.cuda.mem_get_info()
         return total - free
 
-    before = used_after([WHOLE])  # the libraries' own share
+    before = used_after([WHOLE])  # includes the libraries' own memory
     large = encoded(picture(3000, 4000))
-    assert used_after([large] * 24) - before < 12 * 3 * 3000 * 4000  # half of the pixels, to leave room for others
+    assert used_after([large] * 24) - before < 12 * 3 * 3000 * 4000  # half of the pixels, with a margin

@@ -9,8 +9,8 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scenarioclip_fast.data import loader as loader_module
-from scenarioclip_fast.data import rle
+from scenarioclip_fast.data import LoaderConfig, rle
+from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.data.order import epoch_order
 from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json
+from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
@@ -72,8 +74,8 @@ def vocabulary_of(scenes: list[Scene]) -> Vocabulary:
 
 
 def write_shards(folder: Path, scenes: list[Scene], damage: dict[int, Callable[[Scene, dict[str, Any]], Any]]) -> Path:
-    """A packed data set whose writer lets `damage[i](scene, record)` change what is written of scene i: `pack` itself
-    would reject such scenes. What the function returns, if anything, is written as the JSON."""
+    """Write a packed data set, letting `damage[i](scene, record)` modify scene i before it is written: `pack` itself
+    would reject such scenes. If the function returns bytes, they replace the JSON record."""
     folder.mkdir()
     vocabulary_of(scenes).save(folder / "vocabulary.json")
     index: dict[str, list[list[Any]]] = {}
@@ -140,7 +142,7 @@ def take(loader: SceneLoader, n: int) -> list[Batch]:
 
 
 def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
-    with load(shards, train=False, shuffle=False, drop_last=False) as loader:
+    with load(shards, augment=False, shuffle=False, drop_last=False) as loader:
         batches = list(loader)
     assert len(batches) == len(loader) == 8
     assert [key for batch in batches for key in batch.keys] == [f"s{i:04d}" for i in range(30)]
@@ -163,10 +165,10 @@ def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_bytes": 40_000}, {"decoder": "dali"}],
+    [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_gib": 40_000 / 2**30}, {"decoder": "dali"}],
     ids=str,
 )
-def test_nothing_but_the_seed_and_the_epoch_changes_a_batch(shards: Path, options: dict[str, Any]) -> None:
+def test_batches_depend_on_seed_and_epoch_alone(shards: Path, options: dict[str, Any]) -> None:
     if options.get("decoder") == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     with load(shards, epochs=2) as plain, load(shards, epochs=2, **options) as other:
@@ -179,7 +181,7 @@ def test_nothing_but_the_seed_and_the_epoch_changes_a_batch(shards: Path, option
     assert epochs[1] == [f"s{i:04d}" for i in epoch_order(30, 5, 1)[:28]]
 
 
-def test_augmentation_changes_with_the_epoch_and_not_with_the_batch(shards: Path) -> None:
+def test_augmentation_depends_on_the_epoch_and_not_on_the_batch(shards: Path) -> None:
     def globals_by_key(epoch: int, **options: Any) -> dict[str, torch.Tensor]:
         with load(shards, **options) as loader:
             loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
@@ -209,14 +211,14 @@ def test_resume_is_exact_to_the_pixel(shards: Path) -> None:
                 assert_same(x, y)
 
 
-def test_the_same_loader_goes_on_where_it_was_left(shards: Path) -> None:
+def test_a_new_iteration_continues_the_previous_one(shards: Path) -> None:
     with load(shards) as whole, load(shards) as parts:
         expected = take(whole, 5)
         for x, y in zip(expected, take(parts, 2) + take(parts, 3), strict=True):
             assert_same(x, y)
 
 
-def test_ranks_share_the_order_and_another_world_size_goes_on_with_it(shards: Path) -> None:
+def test_ranks_share_the_order_and_another_world_size_continues_it(shards: Path) -> None:
     order = [f"s{i:04d}" for i in epoch_order(30, 5, 0)]
 
     def global_batches(
@@ -238,10 +240,10 @@ def test_ranks_share_the_order_and_another_world_size_goes_on_with_it(shards: Pa
     assert second == [set(order[12:18]), set(order[18:24]), set(order[24:30])]
 
 
-def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> None:
+def test_evaluation_delivers_every_scene_once_over_all_ranks(shards: Path) -> None:
     seen: list[str] = []
     for rank in range(4):
-        with load(shards, 7, rank=rank, world_size=4, train=False, drop_last=False) as loader:
+        with load(shards, 7, rank=rank, world_size=4, augment=False, drop_last=False) as loader:
             assert len(loader) == 2
             for _ in range(2):  # each iteration is one whole epoch
                 batches = list(loader)
@@ -252,14 +254,14 @@ def test_evaluation_gives_every_scene_once_whatever_the_ranks(shards: Path) -> N
 
 def test_a_rank_without_scenes_gets_an_empty_batch(tmp_path: Path) -> None:
     shards = packed(tmp_path / "data", [make_scene(i) for i in range(5)])
-    with load(shards, 1, rank=3, world_size=4, drop_last=False, train=False) as loader:
+    with load(shards, 1, rank=3, world_size=4, drop_last=False, augment=False) as loader:
         full, empty = loader
     assert full.num_scenes == 1
     assert empty.num_scenes == empty.num_objects == empty.num_relations == 0
     assert empty.pixels.shape == (0, 3, SIZE, SIZE)
 
 
-# What can be wrong with a stored scene, and the reason it must be counted under.
+# Kinds of damage to a stored scene, and the reason each must be counted under.
 
 
 def damaged_image(change: Callable[[bytes], bytes]) -> Callable[[Scene, dict[str, Any]], None]:
@@ -312,25 +314,25 @@ def recoded(mode: str, kind: str = "JPEG", **options: Any) -> Callable[[Scene, d
     return damaged_image(change)
 
 
-def turned() -> bytes:
+def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif.tobytes()
 
 
-# Odd, and yet to be used.
+# Unusual but valid.
 HARMLESS = {
     1: recoded("CMYK"),
     2: recoded("L"),
     5: recoded("RGB", "PNG"),
-    6: recoded("RGB", exif=turned()),
+    6: recoded("RGB", exif=rotated()),
     9: recoded("RGB", progressive=True),
 }
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 scenes: nine of DAMAGE unusable, the last shard (2 scenes) gone, the one before short of a scene."""
+    """50 scenes: nine damaged as in DAMAGE, the last shard (2 scenes) missing, the one before truncated by a scene."""
     scenes = [make_scene(i) for i in range(50)]
     folder = write_shards(
         tmp_path_factory.mktemp("damaged") / "data", scenes, HARMLESS | {i: d for i, (_, d) in DAMAGE.items()}
@@ -351,19 +353,17 @@ GOOD = {f"s{i:04d}" for i in range(50)} - REASONS.keys()
 
 @pytest.mark.parametrize("decoder", ["torch", "dali"])
 @pytest.mark.parametrize("world", [1, 3])
-def test_bad_scenes_are_replaced_counted_and_written_down(
-    damaged: Path, tmp_path: Path, decoder: str, world: int
-) -> None:
+def test_bad_scenes_are_replaced_counted_and_logged(damaged: Path, tmp_path: Path, decoder: str, world: int) -> None:
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     seen, bad, counts = [], [], set()
     for rank in range(world):
         path = tmp_path / f"new folder {rank}" / "bad_samples.jsonl"
         options = {"rank": rank, "world_size": world, "decoder": decoder, "drop_last": False, "epochs": 1}
-        with load(damaged, 4, max_bad_fraction=0.5, bad_samples=path, **options) as loader:
+        with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(path), **options) as loader:
             batches = list(loader)
             counts.add(len(batches))
-            assert all(batch.num_scenes == 4 for batch in batches[:-4])  # replaced: no gaps but at the end
+            assert all(batch.num_scenes == 4 for batch in batches[:-4])  # replaced: only the last batches are shorter
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert loader.bad == {r: sum(x["reason"] == r for x in records) for r in {x["reason"] for x in records}}
         assert all(set(x) == {"epoch", "key", "reason", "detail"} and x["epoch"] == 0 for x in records)
@@ -374,7 +374,7 @@ def test_bad_scenes_are_replaced_counted_and_written_down(
     assert sorted(bad) == sorted(REASONS.items())
 
 
-# What only the decoder sees: the header is whole.
+# Only the decoder detects this: the header is intact.
 without_tables = damaged_image(lambda data: data.replace(b"\xff\xdb", b"\xff\xfe"))
 EVERY_DAMAGE = [
     *DAMAGE.values(),
@@ -390,7 +390,7 @@ THOUSAND, DAMAGED = 1000, 50
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """1,000 scenes, 5 % of them lost in one of every way, and the reasons; harmless oddities among the others."""
+    """1,000 scenes, 5 % of them damaged in every way, and the reasons; some of the others are unusual but valid."""
     scenes = [make_scene(i) for i in range(THOUSAND)]
     damage: dict[int, Callable[[Scene, dict[str, Any]], Any]] = {}
     reasons = dict.fromkeys((scenes[i].key for i in range(992, 1000)), "unreadable_shard")
@@ -408,25 +408,26 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("decoder", ["torch", "dali"])
-def test_an_epoch_of_a_thousand_scenes_survives_every_damage(
+def test_an_epoch_of_a_thousand_scenes_survives_all_kinds_of_damage(
     thousand: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     folder, reasons = thousand
     assert len(reasons) == DAMAGED and set(reasons.values()) >= {reason for reason, _ in EVERY_DAMAGE}
-    if decoder == "torch":  # names libjpeg-turbo's complaint
+    if decoder == "torch":  # reports libjpeg-turbo's warning
         reasons = {key: "corrupt" if reason == "undecodable" else reason for key, reason in reasons.items()}
     poison = {make_scene(int(key[1:])).image for key, reason in reasons.items() if reason == "decoder_failed"}
-    with load(folder, 32, decoder=decoder, drop_last=False, epochs=1, bad_samples=tmp_path / "bad.jsonl") as loader:
-        decode = loader._decoder.decode
+    options = {"decoder": decoder, "on_bad": BadSampleLog(tmp_path / "bad.jsonl")}
+    with load(folder, 32, drop_last=False, epochs=1, **options) as loader:
+        decode = loader._decoder.decoder.decode
 
         def failing(images: Any) -> Any:
             if not poison.isdisjoint(images):
                 raise RuntimeError("lost the device")
             return decode(images)
 
-        monkeypatch.setattr(loader._decoder, "decode", failing)
+        monkeypatch.setattr(loader._decoder.decoder, "decode", failing)
         batches = list(loader)
         assert len(batches) == len(loader) == 32
     keys = [key for batch in batches for key in batch.keys]
@@ -450,12 +451,12 @@ def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
             after = take(second, 12 - stop)
         for x, y in zip(expected, before + after, strict=True):
             assert_same(x, y)
-        assert bad + second.bad == whole.bad  # none is reported twice
+        assert bad + second.bad == whole.bad  # none is counted twice
 
 
 def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
     message = r"\d of the 4 scenes drawn in epoch 0 cannot be used.*s00\d\d: "
-    loader = load(damaged, 4, max_bad_fraction=0.0, bad_samples=tmp_path / "bad.jsonl")
+    loader = load(damaged, 4, max_bad_fraction=0.0, on_bad=BadSampleLog(tmp_path / "bad.jsonl"))
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
     assert 1 <= sum(loader.bad.values()) == len((tmp_path / "bad.jsonl").read_text().splitlines())
@@ -474,17 +475,15 @@ def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
         list(loader)
 
 
-def test_a_full_disk_costs_the_list_of_bad_scenes_alone(
-    damaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "full").mkdir()  # a directory where the file should be fails as a full disk does: OSError
-    with load(damaged, 4, max_bad_fraction=0.5, bad_samples=tmp_path / "full", epochs=1) as loader:
+def test_a_full_disk_does_not_stop_the_run(damaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "full").mkdir()  # a directory in place of the file raises OSError, as a full disk does
+    with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(tmp_path / "full"), epochs=1) as loader:
         keys = {key for batch in loader for key in batch.keys}
     assert keys <= GOOD and loader.bad.total() == caplog.text.count('"reason": ')
-    assert "full not written: [Errno 21] Is a directory" in caplog.text
+    assert "full: [Errno 21] Is a directory" in caplog.text
 
 
-def test_a_data_set_that_vanishes_ends_the_run_without_walking_through_it(tmp_path: Path) -> None:
+def test_a_data_set_that_vanishes_ends_the_run_early(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "data", [make_scene(0) for _ in range(600)], {})
     for shard in shards.glob("*.tar"):
         shard.unlink()
@@ -493,19 +492,17 @@ def test_a_data_set_that_vanishes_ends_the_run_without_walking_through_it(tmp_pa
     assert sum(loader.bad.values()) < 50
 
 
-def test_a_decoder_that_fails_on_a_whole_batch_is_asked_again_for_each_image(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_batch_is_decoded_again_image_by_image(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison = make_scene(4).image
     with load(shards, epochs=1, drop_last=False) as loader:
-        decode = loader._decoder.decode
+        decode = loader._decoder.decoder.decode
 
         def failing(images: Any) -> Any:
             if poison in images:
                 raise RuntimeError("lost the device")
             return decode(images)
 
-        monkeypatch.setattr(loader._decoder, "decode", failing)
+        monkeypatch.setattr(loader._decoder.decoder, "decode", failing)
         keys = {key for batch in loader for key in batch.keys}
     assert keys == {f"s{i:04d}" for i in range(30)} - {"s0004"}
     assert loader.bad == {"decoder_failed": 1}
@@ -513,40 +510,40 @@ def test_a_decoder_that_fails_on_a_whole_batch_is_asked_again_for_each_image(
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("where", ["_gather", "_build"])
-def test_errors_in_the_threads_surface_in_the_consumer(
+def test_errors_in_threads_are_raised_in_the_consumer(
     shards: Path, monkeypatch: pytest.MonkeyPatch, where: str, prefetch: int
 ) -> None:
     def broken(*_: Any) -> Any:
-        raise ZeroDivisionError("a bug of ours")
+        raise ZeroDivisionError("a bug")
 
     with load(shards, prefetch=prefetch) as loader:
         monkeypatch.setattr(loader, where, broken)
         for _ in range(2):
-            with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+            with pytest.raises(ZeroDivisionError, match="a bug"):
                 next(iter(loader))
 
 
-def test_a_dead_thread_is_noticed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module._Prefetcher, "_run", lambda self, steps: None)
-    with load(shards) as loader, pytest.raises(RuntimeError, match="has died"):
+def test_a_dead_thread_is_reported(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prefetcher, "_run", lambda self, steps: None)
+    with load(shards) as loader, pytest.raises(RuntimeError, match="thread died"):
         next(iter(loader))
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_closing_twice_is_closing_once(shards: Path, prefetch: int) -> None:
+def test_closing_twice_is_allowed(shards: Path, prefetch: int) -> None:
     loader = load(shards, prefetch=prefetch)
     batches = iter(loader)
     next(batches)
     for _ in range(2):
         loader.close()
     assert next(batches, None) is None
-    with pytest.raises(RuntimeError, match="this loader has been closed; make a new one"):
+    with pytest.raises(RuntimeError, match="this loader is closed: create a new one"):
         iter(loader)
 
 
-@settings(max_examples=25, deadline=None)  # a few batches each, with everything real but the size of the pictures
+@settings(max_examples=25, deadline=None)  # each example loads a few batches of small images
 @given(data=st.data())
-def test_every_rank_gets_as_many_batches_and_resumes_exactly(shards: Path, damaged: Path, data: st.DataObject) -> None:
+def test_ranks_get_equally_many_batches_and_resume_exactly(shards: Path, damaged: Path, data: st.DataObject) -> None:
     draw = data.draw
     world, batch_size = draw(st.integers(1, 4), "ranks"), draw(st.integers(1, 6), "batch size")
     options = {"drop_last": draw(st.booleans(), "drop_last"), "epochs": 2, "size": 8, "threads": 1}
@@ -578,14 +575,14 @@ def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkey
     iterator = iter(loader)
     next(iterator)
     time.sleep(0.5)
-    assert len(built) <= 1 + 2 + 1  # delivered, queued, and the one that waits for room
+    assert len(built) <= 1 + 2 + 1  # delivered, queued, and the one waiting for room
     second = iter(loader)  # ends the first
     assert len(list(iterator)) == 0
     assert next(second).num_scenes == 4
     loader.close()
 
 
-def test_an_iteration_that_is_left_takes_its_threads_along(shards: Path) -> None:
+def test_leaving_an_iteration_stops_its_threads(shards: Path) -> None:
     loader = load(shards)
     for _ in loader:
         assert any(thread.name == "load" for thread in threading.enumerate())
@@ -593,7 +590,7 @@ def test_an_iteration_that_is_left_takes_its_threads_along(shards: Path) -> None
     assert not any(thread.name == "load" for thread in threading.enumerate())
 
 
-def test_a_process_that_leaves_without_closing_ends(shards: Path) -> None:
+def test_a_process_exits_without_closing_the_loader(shards: Path) -> None:
     code = (
         "from scenarioclip_fast.data import scene_loader\n"
         f"batches = iter(scene_loader({str(shards)!r}, 2, size={SIZE}, threads=1))\n"
@@ -603,19 +600,19 @@ def test_a_process_that_leaves_without_closing_ends(shards: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 5
 
 
-def test_decoded_images_are_cached_within_the_bound(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(shards, drop_last=False, epochs=3, cache_bytes=60_000, prefetch=0) as loader:
+def test_the_image_cache_is_bounded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(shards, drop_last=False, epochs=3, cache_gib=60_000 / 2**30, prefetch=0) as loader:
         decoded: list[int] = []
-        decode = loader._decoder.decode
-        monkeypatch.setattr(loader._decoder, "decode", lambda x: (decoded.append(len(x)), decode(x))[1])  # type: ignore[func-returns-value]
+        decode = loader._decoder.decoder.decode
+        monkeypatch.setattr(loader._decoder.decoder, "decode", lambda x: (decoded.append(len(x)), decode(x))[1])  # type: ignore[func-returns-value]
         list(loader)
-        cached = len(loader._cache)
-        assert 0 < sum(image.numel() for image in loader._cache.values()) <= 60_000
+        cached = len(loader._decoder.cache)
+        assert 0 < sum(image.numel() for image in loader._decoder.cache.values()) <= 60_000
     assert 5 < cached < 30
     assert sum(decoded) == 30 + 2 * (30 - cached)
 
 
-def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
+def test_invalid_arguments(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         load(tmp_path / "nothing")
     with pytest.raises(UserError, match="the val split holds no scenes"):
@@ -629,12 +626,31 @@ def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
     with load(shards) as loader:
         with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
             loader.load_state_dict({**loader.state_dict(), "seed": 6})
-        with pytest.raises(UserError, match="as many scenes as in the saved state of the data, but others"):
+        with pytest.raises(UserError, match="belongs to as many scenes, but other ones"):
             loader.load_state_dict({**loader.state_dict(), "keys": 1})
         assert loader.vocabulary.actions == sorted(ACTIONS)
 
 
-def test_pixels_come_as_asked(shards: Path) -> None:
+def test_config_fields_as_keywords(shards: Path) -> None:
+    config = LoaderConfig(object_view="crop", threads=1)
+    with scene_loader(shards, 4, config, size=SIZE, blur="reference") as loader:
+        assert loader.config == replace(config, blur="reference")
+    with pytest.raises(TypeError, match="blurr"):
+        scene_loader(shards, 4, blurr="reference")
+
+
+def test_on_bad_receives_the_bad_scenes_of_each_batch(damaged: Path) -> None:
+    received: list[tuple[int, str]] = []
+
+    def on_bad(epoch: int, samples: Sequence[BadSample]) -> None:
+        received.extend((epoch, sample.key) for sample in samples)
+
+    with load(damaged, 4, max_bad_fraction=0.5, epochs=2, drop_last=False, on_bad=on_bad) as loader:
+        list(loader)
+    assert sorted(received) == [(epoch, key) for epoch in (0, 1) for key in sorted(REASONS)]
+
+
+def test_pixel_format(shards: Path) -> None:
     with load(shards, dtype=torch.bfloat16, memory_format=torch.channels_last, size=24, object_view="crop") as loader:
         batch = next(iter(loader))
     assert batch.pixels.dtype == torch.bfloat16 and batch.pixels.shape[1:] == (3, 24, 24)
@@ -651,5 +667,5 @@ def test_batches_on_a_gpu(shards: Path, decoder: str) -> None:
     with load(shards, epochs=2) as on_cpu, load(shards, epochs=2, device="cuda", decoder=decoder) as on_gpu:
         for x, y in zip(on_cpu, on_gpu, strict=True):
             assert x.keys == y.keys and y.pixels.is_cuda
-            # one level of nvJPEG's rounding is 0.015 here, and bicubic weights may double it
+            # one level of rounding in nvJPEG is 0.015 here, and bicubic weights may double it
             assert (x.pixels - y.pixels.cpu()).abs().mean() < 0.02

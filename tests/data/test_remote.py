@@ -23,6 +23,7 @@ import torch
 
 from scenarioclip_fast.data import Scene, SceneLoader, SceneObject, ShardSet, pack, scene_loader
 from scenarioclip_fast.data import remote as remote_module
+from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.remote import ShardCache, Store
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 
@@ -132,7 +133,7 @@ def cache(tmp_path: Path) -> Path:
 
 def load(source: str | Path, cache: Path, batch_size: int = 5, **options: Any) -> SceneLoader:
     options = {"size": 16, "seed": 1, "epochs": 1, "drop_last": False, "threads": 1, **options}
-    return scene_loader(source, batch_size, shard_cache_dir=cache, **options)
+    return scene_loader(source, batch_size, shard_cache_dir=str(cache), **options)
 
 
 def keys_of(loader: SceneLoader) -> list[str]:
@@ -249,7 +250,7 @@ def test_a_shard_that_cannot_be_had_costs_its_scenes_and_no_more(
     monkeypatch.setattr(Store, "timeout", 0.3)
     lost = shards_of(packed)[2]["name"]
     with serving(packed, lambda name, count: how if name == lost else "") as server:
-        loader = load(server.url, cache, max_bad_fraction=0.5, bad_samples=tmp_path / "bad.jsonl")
+        loader = load(server.url, cache, max_bad_fraction=0.5, on_bad=BadSampleLog(tmp_path / "bad.jsonl"))
         seen = keys_of(loader)
     assert sorted(seen) == sorted(set(ShardSet(packed).keys) - set(ShardSet(packed).keys[2 * SHARD : 3 * SHARD]))
     assert loader.bad == {"unreadable_shard": SHARD}
@@ -327,7 +328,7 @@ def test_closing_does_not_wait_for_a_silent_server(packed: Path, cache: Path) ->
         loader.close()
         assert time.monotonic() - start < 5  # the time limit of an attempt is 30 s
         loader.close()
-        with pytest.raises(RuntimeError, match="has been closed"):
+        with pytest.raises(RuntimeError, match="is closed"):
             iter(loader)
 
 

@@ -1,4 +1,4 @@
-"""Views.of_scenes: order, geometry, augmentation's draws, errors; the JPEG header probe that it relies on."""
+"""Views.of_scenes: order, geometry, augmentation, errors, and the JPEG header probe."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_order_is_global_object_relation() -> None:
     assert views.describe(12) == "view 12 (relation, image 3)"
 
 
-def test_each_mask_is_kept_once() -> None:
+def test_each_mask_is_stored_once() -> None:
     scenes = [make_scene("a", 3, 3), make_scene("d", 4, 1)]
     views = Views.of_scenes(scenes)
-    assert len(views.mask_size) == 3 + 2  # objects in no relation need none
+    assert len(views.mask_size) == 3 + 2  # objects without a relation need none
     relation = views.kind == 3
     assert views.mask[relation].tolist() == [[0, 1], [1, 2], [2, 0], [3, 4]]
     assert (views.mask[~relation] == -1).all()
@@ -61,10 +61,10 @@ def test_each_mask_is_kept_once() -> None:
 
 
 def test_rle_and_bool_masks_give_the_same_views() -> None:
-    drawn, packed = make_scene(), make_scene()
+    raw, packed = make_scene(), make_scene()
     for entry in packed.objects:
         entry.mask = rle.encode(entry.mask)  # type: ignore[arg-type]
-    for a, b in zip(Views.of_scenes([drawn]).tensors, Views.of_scenes([packed]).tensors, strict=True):
+    for a, b in zip(Views.of_scenes([raw]).tensors, Views.of_scenes([packed]).tensors, strict=True):
         assert torch.equal(a, b)
 
 
@@ -109,7 +109,7 @@ def test_crop_windows(box: tuple[float, float, float, float]) -> None:
     side = int(np.ceil(max(box[2] - box[0], box[3] - box[1], 1) * (1 + 2 * CROP_MARGIN)))
     assert x2 - x1 == y2 - y1 == side
     assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3]
-    # It leaves the image only along a side that is too short for it.
+    # It exceeds the image only along a side that is too short for it.
     assert (side > WIDTH) or (x1 >= 0 and x2 <= WIDTH)
     assert (side > HEIGHT) or (y1 >= 0 and y2 <= HEIGHT)
     assert views.kind.tolist() == [0, 2] and views.stretch.tolist() == [False, True]
@@ -118,20 +118,20 @@ def test_crop_windows(box: tuple[float, float, float, float]) -> None:
 # augmentation
 
 
-def test_draws_depend_on_the_view_alone() -> None:
+def test_random_numbers_depend_on_the_view_alone() -> None:
     scenes = [make_scene(key, 3, 2) for key in "abcde"]
     together = Views.of_scenes(scenes, train=True, seed=3, epoch=7)
     for i, scene in enumerate(scenes):
         alone = Views.of_scenes([scene], train=True, seed=3, epoch=7)
         mine = together.select(together.image == i)
         assert torch.equal(mine.augment, alone.augment) and torch.equal(mine.source, alone.source)
-    # More objects leave the relations' draws alone.
+    # More objects do not change the relations' random numbers.
     more = make_scene("a", 5, 2)
     first, second = (Views.of_scenes([s], train=True, seed=3) for s in (scenes[0], more))
     assert torch.equal(first.augment[first.kind == 3], second.augment[second.kind == 3])
 
 
-def test_seed_epoch_and_key_change_the_draws() -> None:
+def test_seed_epoch_and_key_change_the_random_numbers() -> None:
     def draws(seed: int = 0, epoch: int = 0, key: str = "a") -> torch.Tensor:
         return Views.of_scenes([make_scene(key, 40, 40, (60, 100))], train=True, seed=seed, epoch=epoch).augment
 
@@ -150,7 +150,7 @@ def test_generator_supplies_the_seed() -> None:
 
 
 def test_probabilities_and_ranges() -> None:
-    """4000 scenes: bounds are five standard deviations of the counts wide."""
+    """4000 scenes; the bounds are five standard deviations of the counts."""
     scenes = [make_scene(str(k), 1, 1, size=(120, 140)) for k in range(4000)]
     for scene in scenes:
         scene.relations[0].object = 0
@@ -177,7 +177,7 @@ def test_probabilities_and_ranges() -> None:
     x1, y1, x2, y2 = views.source[views.kind == 0].double().T
     assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 <= 140).all() and (y2 <= 120).all()
     area, ratio = (x2 - x1) * (y2 - y1) / (120 * 140), (x2 - x1) / (y2 - y1)
-    # Whole pixels round the drawn area by up to half a pixel a side.
+    # Whole pixels round the sampled area by up to half a pixel per side.
     assert 0.78 < area.min() < 0.82 and 0.95 < area.max() <= 1
     assert ratio.min() > 0.98 * 3 / 4 and ratio.max() < 1.02 * 4 / 3
     assert (views.source[views.kind != 0] == torch.tensor([0, 0, 140, 120])).all()
@@ -186,7 +186,7 @@ def test_probabilities_and_ranges() -> None:
 
 @pytest.mark.parametrize("size", [(10, 400), (400, 10), (1, 1), (1, 50), (2, 3)])
 def test_random_crop_of_extreme_shapes(size: tuple[int, int]) -> None:
-    """Where no draw fits, the middle at the nearest allowed ratio."""
+    """Where no sample fits, the centre at the nearest allowed ratio."""
     views = Views.of_scenes([make_scene(str(k), 0, 0, size=size) for k in range(50)], train=True)
     x1, y1, x2, y2 = views.source.T
     assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 > x1).all() and (y2 > y1).all()
@@ -244,7 +244,7 @@ def test_without_focused_regions_nothing_else_changes(relation_view: str) -> Non
         for name in ("kind", "source", "stretch", "box"):
             a, b = getattr(focused, name), getattr(other, name)
             assert torch.equal(a[~relation], b[~relation])
-        # the same colours at the same views, and no blur or random crop of the global view's
+        # views have the same colour jitter, and neither the blur nor the random crop of global views
         assert torch.equal(focused.image, other.image) and torch.equal(focused.augment, other.augment)
         assert other.kind[relation].tolist() == [2 if relation_view == "box" else 0] * 4
         assert (other.mask == -1).all() and len(other.mask_size) == len(other.mask_runs) == 0
@@ -253,7 +253,7 @@ def test_without_focused_regions_nothing_else_changes(relation_view: str) -> Non
             assert not other.stretch[relation].any()
 
 
-def test_a_relation_seen_as_the_scene_is_its_global_view() -> None:
+def test_the_scene_view_of_a_relation_is_the_global_view() -> None:
     scene = make_scene()
     scene.image = torch.randint(256, (HEIGHT, WIDTH, 3), generator=torch.manual_seed(0), dtype=torch.uint8)
     views = Views.of_scenes([without_masks(scene)], relation_view="scene")
@@ -261,7 +261,7 @@ def test_a_relation_seen_as_the_scene_is_its_global_view() -> None:
     assert torch.equal(pixels[4:], pixels[:1].expand(2, -1, -1, -1))
 
 
-def test_a_relation_box_holds_subject_and_object() -> None:
+def test_the_box_view_of_a_relation_contains_subject_and_object() -> None:
     scenes = [make_scene("a", 3, 2), make_scene("b", 4, 0), make_scene("c", 2, 1)]
     scenes[0].objects[1].box = (30.0, 2.0, 41.5, 9.0)
     scenes[2].objects[0].box, scenes[2].objects[1].box = (50.0, 30.0, 58.0, 39.0), (2.0, 1.0, 9.0, 4.0)
@@ -309,7 +309,7 @@ def test_sizes_come_from_the_header(compiled: bool, monkeypatch: pytest.MonkeyPa
         Views.of_scenes([scene])
 
 
-def test_compiled_probe_agrees_with_pythons_and_survives_damage() -> None:
+def test_compiled_probe_matches_the_python_probe_and_survives_damage() -> None:
     if (host := native.host()) is None:
         pytest.skip("scenarioclip_fast._native.host is not built")
     for mode, components in (("RGB", 3), ("L", 1), ("CMYK", 4)):

@@ -105,6 +105,8 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("data.batch_size=1.5", r"data\.batch_size: got 1\.5 \(float\), expected a whole number"),
         ("data.batch_size=true", r"data\.batch_size: got True \(bool\), expected a whole number"),
         ("data.augment=1", r"data\.augment: got 1 \(int\), expected true or false"),
+        ("data.prefetch=-1", r"^data\.prefetch: got -1, expected at least 0"),
+        ("data.batch_size=0", r"^data\.batch_size: got 0, expected at least 1"),
         ("data=x", r"data: got 'x', expected a section"),
         ("run.precision=fp8", r"run\.precision: got 'fp8', expected one of float32, tf32, bf16"),
         ("optim.betas=0.9", r"optim\.betas: got 0\.9 \(float\), expected a list of 2 numbers"),

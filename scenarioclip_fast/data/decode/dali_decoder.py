@@ -1,8 +1,7 @@
-"""Decoding with DALI: on a GPU the JPEG bytes go up and the pixels stay there."""
+"""Decoding with DALI: on a GPU only the JPEG bytes are copied up, and the pixels stay there."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,23 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, decode_with_pillow, each, probe
+from scenarioclip_fast.data.config import MAX_PIXELS
+from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe, thread_count
 from scenarioclip_fast.requirements import require
 
 
 class DaliDecoder:
-    """One DALI pipeline that does nothing but decode JPEGs; `render_views` does the rest.
+    """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest.
 
-    Images that are not plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run: such a run is
-    done again image by image. On the GPU damage behind the header that leaves the end marker in place is
-    not noticed (nvJPEG does not report it); `pack` refuses such images.
+    Images other than plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run, which is then repeated image
+    by image. On a GPU, damage behind the header that leaves the end marker in place goes unnoticed, as nvJPEG does not
+    report it; `pack` rejects such images.
 
     Args:
         device: "cpu" or a CUDA device.
         threads: DALI's CPU threads; None: one per core, at most 16.
-        max_pixels: larger images are refused by their header.
-        run_pixels: a bound on the pixels of one run, and so on DALI's memory; more images take more runs. A
-            larger image has a run of its own.
+        max_pixels: larger images are rejected by their header.
+        run_pixels: limit on the pixels per run, which bounds DALI's memory; more images take more runs. A larger image
+            gets a run of its own.
+
+    Raises:
+        MissingDependencyError: DALI is not installed.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class DaliDecoder:
         require("nvidia.dali")
         self.device = torch.device(device)
         self.max_pixels, self.run_pixels = max_pixels, run_pixels
-        self._threads = threads or min(16, os.cpu_count() or 1)
+        self._threads = thread_count(threads)
         self._pipeline: Any = None
         self._capacity = 0
 
@@ -73,7 +76,7 @@ class DaliDecoder:
         try:
             results = self._run([images[i] for i in run])
         except RuntimeError:
-            results = each(self._run_one, [images[i] for i in run])
+            results = [catch_error(self._run_one, images[i]) for i in run]
         for i, result in zip(run, results, strict=True):
             out[i] = result
 
@@ -81,7 +84,7 @@ class DaliDecoder:
         try:
             return self._run([data])[0]
         except RuntimeError as error:
-            text = str(error)  # a trace of the pipeline, then what was encountered
+            text = str(error)  # the pipeline's trace precedes the cause
             cause = text.partition("encountered:")[2].strip() or text
             raise DecodeError("undecodable", f"DALI: {cause.splitlines()[0].rstrip(' :')}") from error
 
@@ -92,9 +95,9 @@ class DaliDecoder:
             self._pipeline.feed_input("jpeg", [np.frombuffer(data, np.uint8) for data in images])
             (out,) = self._pipeline.run()
         except RuntimeError:
-            self._pipeline = None  # a failed run makes it invalid, says DALI
+            self._pipeline = None  # DALI documents it as invalid after a failed run
             raise
-        # Copied (`at` does so too): the memory is DALI's again as soon as the next run starts.
+        # Copied (`at` copies too): the next run reuses the memory.
         if self.device.type == "cpu":
             return [torch.from_numpy(out.at(i)) for i in range(len(images))]
         copies = [from_dlpack(out[i]).clone() for i in range(len(images))]
@@ -122,7 +125,7 @@ class DaliDecoder:
         self._pipeline, self._capacity = pipeline, capacity
 
     def close(self) -> None:
-        """Destroys the pipeline and gives the memory of DALI's pools back."""
+        """Destroy the pipeline and release the memory of DALI's pools."""
         if self._pipeline is not None:
             self._pipeline = None
             require("nvidia.dali").backend.ReleaseUnusedMemory()

@@ -1,0 +1,35 @@
+"""A file of the scenes that could not be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from scenarioclip_fast.data.shards import BadSample
+
+_log = logging.getLogger(__name__)
+
+
+class BadSampleLog:
+    """Append bad samples to a file, one JSON object per line. Pass it as `on_bad` to a loader.
+
+    Records that cannot be written, on a full disk for example, go to the log instead: the run continues.
+
+    Args:
+        path: the file; it and its directory are created with the first record.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __call__(self, epoch: int, samples: Sequence[BadSample]) -> None:
+        records = [{"epoch": epoch, "key": bad.key, "reason": bad.reason, "detail": bad.detail} for bad in samples]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            _log.warning("cannot write %s: %s; missing records:\n%s", self.path, error, lines.rstrip())

@@ -1,0 +1,166 @@
+"""Samples: scenes read from shards, their vocabulary ids, and their decoded images."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data.decode import DecodeError, Decoder
+from scenarioclip_fast.data.remote import Closed
+from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.shards import BadSample, ShardSet
+from scenarioclip_fast.errors import UserError
+
+_REMOTE_READS = 32  # at a time
+# Not caused by a scene: these errors end the run.
+_FATAL = (MemoryError, ImportError, Closed)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A scene at `index` of its split, with its positions in the vocabulary."""
+
+    index: int
+    scene: Scene
+    action_id: int
+    object_id: list[int]
+    relation_id: list[int]
+
+
+class SampleReader:
+    """Read scenes in background threads and look up their texts in the vocabulary.
+
+    Args:
+        shards: the scenes.
+        threads: readers; remote shards get at least 32, which wait for the network and use no core.
+    """
+
+    def __init__(self, shards: ShardSet, threads: int) -> None:
+        self._shards = shards
+        self._threads = max(_REMOTE_READS, threads) if shards.is_remote else threads
+        self._pool = ThreadPoolExecutor(self._threads, "read")
+
+    def read_ahead(self, indices: npt.NDArray[np.int64], batch_size: int) -> Iterator[Sample | BadSample]:
+        """Read the scenes at `indices`, in this order, a batch ahead of the one that the consumer works on."""
+        per_task = -(-batch_size // self._threads)  # one task per scene would cost more than the reads
+        reads: deque[Future[list[Sample | BadSample]]] = deque()
+        for start in range(0, len(indices), per_task):
+            reads.append(self._pool.submit(self._read, indices[start : start + per_task].tolist()))
+            if len(reads) * per_task >= 2 * batch_size:
+                yield from reads.popleft().result()
+        for read in reads:
+            yield from read.result()
+
+    def _read(self, indices: list[int]) -> list[Sample | BadSample]:
+        return [self._read_one(index) for index in indices]
+
+    def _read_one(self, index: int) -> Sample | BadSample:
+        key = self._shards.keys[index]
+        try:
+            scene = self._shards.read(index)
+        except BadSample as bad:
+            return bad
+        except (UserError, *_FATAL):  # a UserError concerns the cache of remote shards
+            raise
+        except Exception as error:  # damaged bytes can make the parsers raise anything
+            return BadSample(key, "unreadable", f"{type(error).__name__}: {error}")
+        ids = self._shards.vocabulary
+        try:
+            return Sample(
+                index,
+                scene,
+                ids.action_id(scene.action),
+                [ids.object_id(o.name) for o in scene.objects],
+                [ids.relation_id(scene.relation_text(k)) for k in range(len(scene.relations))],
+            )
+        except UserError as error:
+            return BadSample(key, "unknown_text", str(error))
+
+    def close(self) -> None:
+        """Stop the threads and close the shards."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._shards.close()  # before waiting for the threads, which may be blocked by a silent server
+        self._pool.shutdown()
+
+
+class SampleDecoder:
+    """Replace the encoded images of samples by pixels, keeping decoded images in memory up to a limit.
+
+    Args:
+        decoder: decodes the images; owned by this object.
+        cache_bytes: memory of the decoder's device for decoded images. An image is kept for good: as every scene comes
+            once per epoch, replacing images would gain nothing.
+    """
+
+    def __init__(self, decoder: Decoder, cache_bytes: int) -> None:
+        self.decoder = decoder
+        self.cache: dict[int, Tensor] = {}
+        self._cache_left = cache_bytes
+        self._stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
+
+    def decode(self, read: Sequence[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
+        """Decode the good samples; samples whose image cannot be decoded join the bad ones."""
+        samples, bad = partition(read)
+        missing = [sample for sample in samples if sample.index not in self.cache]
+        with synchronized(self._stream):
+            images = self._decode([sample.scene.image for sample in missing])
+        decoded = {sample.index: image for sample, image in zip(missing, images, strict=True)}
+        good = []
+        for sample in samples:
+            image = decoded[sample.index] if sample.index in decoded else self.cache[sample.index]
+            if isinstance(image, DecodeError):
+                bad.append(BadSample(sample.scene.key, image.reason, image.detail))
+                continue
+            if sample.index in decoded and image.numel() <= self._cache_left:
+                self.cache[sample.index] = image
+                self._cache_left -= image.numel()
+            sample.scene.image = image
+            good.append(sample)
+        return good, bad
+
+    def _decode(self, images: list[Any]) -> list[Tensor | DecodeError]:
+        try:
+            return self.decoder.decode(images)
+        except _FATAL:
+            raise
+        except Exception as error:
+            if len(images) > 1:  # find the image that caused it
+                return [self._decode([image])[0] for image in images]
+            return [DecodeError("decoder_failed", f"{type(error).__name__}: {error}")]
+
+    def close(self) -> None:
+        """Release the decoder and the cache."""
+        self.decoder.close()
+        self.cache.clear()
+
+
+def partition(samples: Iterable[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
+    """Separate good samples from bad ones."""
+    good: list[Sample] = []
+    bad: list[BadSample] = []
+    for sample in samples:
+        if isinstance(sample, BadSample):
+            bad.append(sample)
+        else:
+            good.append(sample)
+    return good, bad
+
+
+@contextmanager
+def synchronized(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run GPU work on `stream` and wait for it on exit, so that other threads can use the results at once."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield
+        stream.synchronize()

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from scenarioclip_fast.data import LoaderConfig
+from scenarioclip_fast.data.views import OBJECT_VIEWS, RELATION_VIEWS, Views
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.train.config import DataSection
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("object_view", "boxed", "one of masked, crop"),
+        ("relation_view", "boxed", "one of focused, box, scene"),
+        ("blur", "gaussian", "one of rgb, reference"),
+        ("decoder", "pil", "one of auto, dali, torch"),
+        ("prefetch", -1, "at least 0"),
+        ("threads", 0, "at least 1, or null"),
+        ("cache_gib", float("inf"), "at least 0"),
+        ("shard_cache_gib", -1.0, "at least 0"),
+        ("max_pixels", 0, "at least 1"),
+        ("max_bad_fraction", 1.5, "a share from 0 to 1"),
+    ],
+)
+def test_an_invalid_value_names_its_field(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        LoaderConfig(**{field: value})
+    assert str(caught.value) == f"{field}: got {value!r}, expected {expected}"
+    with pytest.raises(UserError, match=f"^{field}: got "):
+        DataSection(**{field: value})
+
+
+def test_every_choice_of_views_is_implemented() -> None:
+    for object_view in OBJECT_VIEWS:
+        for relation_view in RELATION_VIEWS:
+            config = LoaderConfig(object_view=object_view, relation_view=relation_view)  # type: ignore[arg-type]
+            assert len(Views.of_scenes([], object_view=config.object_view, relation_view=config.relation_view)) == 0
+
+
+def test_the_trainers_section_extends_the_config() -> None:
+    own = {"shards", "batch_size"}
+    assert {f.name for f in fields(DataSection)} == {f.name for f in fields(LoaderConfig)} | own
+
+
+def test_importing_the_config_does_not_import_torch() -> None:
+    code = (
+        "import sys, scenarioclip_fast.data.config, scenarioclip_fast.train.config; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
