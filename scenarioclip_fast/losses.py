@@ -17,9 +17,9 @@ from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive import (
     DUPLICATES,
     contrastive_loss,
+    distributed_dot_product_loss,
     log_sums,
     multilevel_contrastive_loss,
-    spread_dot_product_loss,
 )
 from scenarioclip_fast.ops.distillation import distillation_loss
 
@@ -311,7 +311,7 @@ class ClipLoss(nn.Module):
             return _symmetric(image, text, scale)
         if self.gather_with_grad and not self.local_loss:
             # The same number with the work shared out: every rank computes its own rows.
-            return spread_dot_product_loss(image, text, scale, _world())
+            return distributed_dot_product_loss(image, text, scale, _world())
         images, texts = self._gathered(image), self._gathered(text)
         if not self.local_loss:
             return _symmetric(images, texts, scale)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from scenarioclip_fast.dispatch import resolve
+from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.views import reference
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def focused_region(
         if mask.device != image.device:
             raise ValueError(f"{name}: got a tensor on {mask.device}, expected {image.device} like the image")
     weights, colours = _blur(sigma, blur_sigma, blur)
-    backend = resolve("focused_region", backend, image.device.type)
+    backend = dispatch.resolve("focused_region", backend, image.device.type)
     region: Tensor = _focused_region(image, subject_mask, object_mask, sigma, weights, colours, backend)
     return region
 
@@ -118,7 +118,7 @@ def render_views(
     for i, image in enumerate(images):
         if image.device != device:
             raise ValueError(f"images[{i}]: got a tensor on {image.device}, expected {device} like the first")
-    backend = resolve("render_views", backend, device.type)
+    backend = dispatch.resolve("render_views", backend, device.type)
     pixels: Tensor = _render_views(
         list(images),
         views.tensors,
@@ -164,11 +164,11 @@ def _focused_region(
     for name, mask in (("subject_mask", subject_mask), ("object_mask", object_mask)):
         if not mask.any():
             raise ValueError(f"{name}: got an empty mask, expected at least one pixel: it has no centre of mass")
-    run: Callable[..., Tensor] = (
-        reference.focused_region if backend == "reference" else torch.ops.scenarioclip_fast_C.focused_region
-    )
     masks = (subject_mask.contiguous(), object_mask.contiguous())
-    return run(image.contiguous(), *masks, sigma, weights, colours)
+    region: Tensor = dispatch.implementation("focused_region", backend).focused_region(
+        image.contiguous(), *masks, sigma, weights, colours
+    )
+    return region
 
 
 @_focused_region.register_fake
@@ -192,10 +192,7 @@ def _render_views(
 ) -> Tensor:
     # Here and not in the public function: what follows looks at values, which a compiled graph cannot do.
     plan, augment, mask_runs, mask_start = plan_views(images, views, size)
-    run: Callable[..., Tensor] = (
-        reference.render_views if backend == "reference" else torch.ops.scenarioclip_fast_C.render_views
-    )
-    pixels = run(
+    pixels: Tensor = dispatch.implementation("render_views", backend).render_views(
         [image.contiguous() for image in images],
         plan,
         augment,

@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast import BackendError, requirements, use_backend
-from scenarioclip_fast.ops import contrastive, contrastive_loss, multilevel_contrastive_loss
-from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
+from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops.contrastive import DUPLICATES, log_sums
+from scenarioclip_fast.ops.contrastive.levels import LevelInput
+from scenarioclip_fast.ops.contrastive.op import contrastive_counts, contrastive_forward, contrastive_means
+from scenarioclip_fast.ops.contrastive.validate import CHECK, assert_values
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if requirements.triton_interprets() else "cuda"}
 BACKENDS = ("reference", "cpu")
@@ -518,9 +521,9 @@ def test_no_matrix_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, scale, index = make(3000, 3000, 8, 14.3)
     for s in (scale, scale * 100):  # the second one goes through running maxima
         with Largest() as largest:
-            sums = contrastive_cpu.forward(image, text, s, index)
+            sums = contrastive_cpu.level_forward(image, text, s, index)
             grads = [torch.ones_like(v) for v in sums]
-            contrastive_cpu.backward(image, text, s, index, None, *sums[:2], *grads)
+            contrastive_cpu.level_backward(image, text, s, index, None, *sums[:2], *grads)
         tile = contrastive_cpu.ROWS * contrastive_cpu.COLUMNS
         assert largest.numel <= 2 * tile < image.shape[0] * text.shape[0] / 4  # two tiles lie in one buffer
 
@@ -577,7 +580,7 @@ def test_assertions_on_the_device_name_the_argument(change: dict[str, Any], mess
     good: dict[str, Any] = {"logit_scale": torch.tensor(10.0), "text_index": INDEX}
     for given, expectation in ((good, nullcontext()), ({**good, **change}, pytest.raises(RuntimeError, match=message))):
         with expectation:
-            contrastive._assert_values(contrastive._Level(X, Y, given["logit_scale"], given["text_index"], None), "")
+            assert_values(LevelInput(X, Y, given["logit_scale"], given["text_index"]), "")
 
 
 @pytest.mark.gpu
@@ -591,7 +594,7 @@ x = torch.ones(4, 64, device="cuda")
 loss = contrastive_loss(x, x, 10.0, text_index=torch.tensor([0, 1, 2, 4], device="cuda"))
 print(loss.item())
 """
-    environment = {**os.environ, contrastive.CHECK: check}
+    environment = {**os.environ, CHECK: check}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if check == "0":
         assert done.returncode == 0 and done.stdout.strip() == "nan", done.stderr
@@ -612,7 +615,7 @@ def test_a_scale_that_is_not_positive_on_a_gpu(backend: str) -> None:
 def test_the_reference_of_a_scale_that_is_not_positive() -> None:
     """As for one on a GPU, which nothing looks at."""
     for scale in (0.0, -1.0):
-        for sums in reference.forward(X, Y, torch.tensor(scale)):
+        for sums in reference.level_forward(X, Y, torch.tensor(scale)):
             assert sums.isnan().all()
 
 
@@ -832,12 +835,12 @@ def check_rounding_to_tf32() -> None:
 
 def check_small_ops() -> None:
     index, count = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([2, 1, 2], dtype=torch.int32)
-    torch.library.opcheck(contrastive.contrastive_counts, (index, [3, 2], [2, 1]))
+    torch.library.opcheck(contrastive_counts, (index, [3, 2], [2, 1], "triton"))
     sums = [torch.rand(n, dtype=torch.float64).requires_grad_() for n in (5, 3, 5)]
     for given in ((count, index), (None, None)):
         texts = [2, 1] if given[0] is not None else [3, 0]
-        torch.library.opcheck(contrastive.contrastive_means, (*sums, *given, [3, 2], texts, True))
-        losses, _ = contrastive.contrastive_means(*sums, *given, [3, 2], texts, True)
+        torch.library.opcheck(contrastive_means, (*sums, *given, [3, 2], texts, True, "triton"))
+        losses, _ = contrastive_means(*sums, *given, [3, 2], texts, True, "triton")
         with Dispatched() as dispatched:
             torch.autograd.grad(losses, sums, torch.ones_like(losses))
         # The gradient of what has none would be zeros, made for nothing: a launch.
@@ -846,7 +849,7 @@ def check_small_ops() -> None:
 
 def check_five_levels() -> None:
     """More than share a launch, some through chunks of levels of other sizes; duplicates of both kinds."""
-    check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], contrastive.DUPLICATES)
+    check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], DUPLICATES)
 
 
 def check_levels(sizes: list[tuple[int, int]], duplicates: Sequence[str]) -> None:
@@ -874,15 +877,17 @@ def check_texts_without_weight(backend: str) -> None:
 
 
 def check_index_out_of_range() -> None:
-    """The interpreter's device is the CPU, where the index is looked at before: hence the ops themselves."""
+    """In the kernels themselves: the ops check the index on the interpreter's device, the CPU."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
     image, text, scale, _ = make(5, 5, 16, 10.0)
     for bad in (5, -1):
         index = torch.tensor([0, 1, 2, 3, bad])
-        count = contrastive.contrastive_counts(index, [5], [5])
+        count = contrastive_triton.counts(index, [5], [5])
         assert count.tolist() == [1, 1, 1, 1, 0]
-        sums = contrastive_forward([image], [text], scale[None], index, count, True, "triton")
+        sums = contrastive_triton.forward([image], [text], scale[None], index, count, True)
         for positives in (False, True):
-            assert contrastive.contrastive_means(*sums, count, index, [5], [5], positives)[0].isnan().all()
+            assert contrastive_triton.means(*sums, count, index, [5], [5], positives)[0].isnan().all()
 
 
 def check_scale_not_positive() -> None:
