@@ -184,7 +184,7 @@ def check_misfits(group: Any) -> None:
         (features[:, 1:] if first else features, None),
         (features if first else features[:0], ids),
     ):
-        with pytest.raises(ValueError, match="group: got features of one dtype or width here and of another there"):
+        with pytest.raises(ValueError, match="group: got features of different dtypes or widths on different ranks"):
             contrastive_loss(own, own, 1.0, text_id=text_id, group=group)
 
 

@@ -20,7 +20,8 @@ import scenarioclip_fast.ops.views as views_module
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.data.views import Views, pixel_box
+from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.ops.view_batch import pixel_box
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 Image = pytest.importorskip("PIL.Image")
