@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import reference
-from torch import Tensor
+from torch import Tensor, nn
 
 from scenarioclip_fast.losses import (
     LEVELS,
@@ -229,3 +229,43 @@ def test_clip_loss_is_open_clips() -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class CosineLoss(nn.Module):
+    """Another per-level loss: 1 - weight * mean cosine, with a learnable weight per level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = LEVELS
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def terms(self, e: Any) -> Tensor:
+        cosines = [F.cosine_similarity(x, y[i]).mean() for x, y, i in zip(e.image, e.text, e.text_index, strict=True)]
+        return 1 - self.weight * torch.stack(cosines)
+
+    def learned_scalars(self) -> dict[str, dict[str, Tensor]]:
+        return {"weight": dict(zip(self.levels, self.weight.unbind(), strict=True))}
+
+
+def test_another_level_loss() -> None:
+    e = batch([2, 3], [1, 1])
+    module = ScenarioLoss(contrastive=CosineLoss())
+    out = module(e)
+    assert [f"{out[f'weight/{level}']:.0f}" for level in LEVELS] == ["1", "2", "3"]
+    assert not any(out[f"weight/{level}"].requires_grad for level in LEVELS)
+    terms = module.contrastive.terms(e)
+    torch.testing.assert_close(out["loss"], terms.sum() + out["distillation"])
+    torch.testing.assert_close(out["contrastive/object"], terms[1])
+    out["loss"].backward()
+    assert (module.contrastive.weight.grad != 0).all()
+    assert list(module.state_dict()) == ["contrastive.weight"]
+    with pytest.raises(TypeError, match=r"contrastive: got SimpleNamespace, expected an nn\.Module"):
+        ScenarioLoss(contrastive=SimpleNamespace(levels=LEVELS))  # type: ignore[arg-type]
+
+
+def test_learned_scalars() -> None:
+    module = ScenarioLoss(init_temperature=0.1, max_scale=5.0)
+    assert list(module.state_dict()) == [f"contrastive.logit_scale.{level}" for level in LEVELS]
+    scalars = module.learned_scalars()
+    assert {name: list(values) for name, values in scalars.items()} == {"logit_scale": list(LEVELS)}
+    assert scalars["logit_scale"]["object"] == 5.0, "clamped, as the loss applies it"
