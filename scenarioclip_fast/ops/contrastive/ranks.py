@@ -106,8 +106,8 @@ def _gather_ids(
     with_ids = [k for k, level in enumerate(levels) if level.text_id is not None]
     out: list[Tensor | None] = [None] * len(levels)
     if with_ids:
-        through_hosts = shares.ids_on_host and collectives.reaches_hosts(group)
-        device = torch.device("cpu") if through_hosts else levels[0].text.device
+        on_hosts = shares.ids_on_host and collectives.has_cpu_backend(group)
+        device = torch.device("cpu") if on_hosts else levels[0].text.device
         own = torch.cat([level.text_id.to(device) for level in levels if level.text_id is not None])
         sizes = [[of_rank[k] for k in with_ids] for of_rank in shares.texts]
         ranks = collectives.gather_rows(own, [sum(of_rank) for of_rank in sizes], group)
