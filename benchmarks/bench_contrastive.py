@@ -332,10 +332,12 @@ def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None =
     # A GPU spends most of its time waiting for launches on tiles that are made for a CPU.
     side = 16384 if on_gpu(device) else contrastive_cpu.ROWS
     with patch.multiple(contrastive_cpu, ROWS=side, COLUMNS=side):
-        row, column, positive = contrastive_cpu.forward(image, text, scale, index, count)
+        row, column, positive = contrastive_cpu.level_forward(image, text, scale, index, count)
         share = torch.full_like(row, 0.5 / len(row))
         by_column = share if count is None else count * share[0]
-        grads = contrastive_cpu.backward(image, text, scale, index, count, row, column, share, by_column, -2 * share)
+        grads = contrastive_cpu.level_backward(
+            image, text, scale, index, count, row, column, share, by_column, -2 * share
+        )
     return [((row + (column if index is None else column[index])) / 2 - positive).mean(), *grads]
 
 

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 from scenarioclip_fast.data.decode import decode_with_pillow
-from scenarioclip_fast.data.views import pixel_box
 from scenarioclip_fast.dispatch import why_not
 from scenarioclip_fast.ops import render_views
-from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, plan_views
+from scenarioclip_fast.ops.view_batch import pixel_box
+from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, lower_views
 from scenarioclip_fast.requirements import import_problem
 
 PHOTOS = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
@@ -273,8 +273,8 @@ class Mixed:
         return render_views(self.images, self.views, size=GPU_SIDE, **options)
 
     def planning_ms(self, rounds: int = 5) -> float:
-        """What `plan_views` takes of the host, a part of every call."""
-        return median_ms(lambda: plan_views(self.images, self.views.tensors, GPU_SIDE), rounds)
+        """Host time of `lower_views`, a part of every call."""
+        return median_ms(lambda: lower_views(self.images, self.views.tensors, GPU_SIDE), rounds)
 
     def host_ms(self, rounds: int = 5) -> float:
         """What a call takes of the host before it returns, on an idle device: planning in Python and C++, launches."""

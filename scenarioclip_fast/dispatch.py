@@ -1,42 +1,81 @@
-"""The only place that chooses a backend.
+"""Chooses and imports the backend of each op.
 
-Order of choice: the `backend=` argument, then `with use_backend(...)`, then the environment variable
-SCENARIOCLIP_FAST_BACKEND, then the fastest backend that works here for the tensors' device. A backend that was named
-never falls back.
+Order of choice: the `backend=` argument, `with use_backend(...)`, the environment variable SCENARIOCLIP_FAST_BACKEND,
+then the fastest backend that works here for the tensors' device. A named backend never falls back.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
 
 from scenarioclip_fast import requirements
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
-NAMES = ("reference", "cpu", "triton", "cuda")
 
-# op -> backend -> what it needs ("" for nothing beyond torch), fastest first for the devices it runs on.
-BACKENDS: dict[str, dict[str, str]] = {
-    "contrastive_loss": {"triton": "triton", "cpu": "", "reference": ""},
-    "distillation_loss": {"cuda": "native-cuda", "triton": "triton", "cpu": "native-cpu", "reference": ""},
-    "focused_region": {"cuda": "native-cuda", "cpu": "native-cpu", "reference": ""},
-    "render_views": {"cuda": "native-cuda", "cpu": "native-cpu", "reference": ""},
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of an op.
+
+    Attributes:
+        module: below scenarioclip_fast.kernels; imported when first needed.
+        devices: types of the devices whose tensors it accepts; empty for any.
+        needs: what it needs besides torch ("triton", "native-cpu", "native-cuda"), or "".
+        float64: whether float64 input is computed in float64.
+    """
+
+    module: str
+    devices: tuple[str, ...] = ()
+    needs: str = ""
+    float64: bool = False
+
+
+_CPU, _CUDA = ("cpu",), ("cuda",)
+
+# op -> name -> backend, fastest first. All modules of an op define the same functions (see kernels/<op>/reference.py).
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "contrastive_loss": {
+        "triton": Backend("contrastive.contrastive_triton", _CUDA, "triton"),
+        "cpu": Backend("contrastive.contrastive_cpu", _CPU, float64=True),
+        "reference": Backend("contrastive.reference", float64=True),
+    },
+    "distillation_loss": {
+        "cuda": Backend("distillation.distillation_native", _CUDA, "native-cuda"),
+        "triton": Backend("distillation.distillation_triton", _CUDA, "triton"),
+        "cpu": Backend("distillation.distillation_native", _CPU, "native-cpu"),
+        "reference": Backend("distillation.reference", float64=True),
+    },
+    "focused_region": {
+        "cuda": Backend("views.views_native", _CUDA, "native-cuda"),
+        "cpu": Backend("views.views_native", _CPU, "native-cpu"),
+        "reference": Backend("views.reference"),
+    },
+    "render_views": {
+        "cuda": Backend("views.views_native", _CUDA, "native-cuda"),
+        "cpu": Backend("views.views_native", _CPU, "native-cpu"),
+        "reference": Backend("views.reference"),
+    },
 }
-_DEVICES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+NAMES = tuple(dict.fromkeys(name for backends in BACKENDS.values() for name in reversed(backends)))
 
 _forced: str | None = None
 
 
 class BackendError(RuntimeError):
-    """A named backend that cannot serve: why not, and the way out."""
+    """The named backend cannot be used here; the message gives the reason and the alternatives."""
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every op below take the named backend ("auto" to choose freely) unless its own argument says otherwise.
+    """Use the named backend for every op in the context ("auto": choose freely); an op's own argument has priority.
 
-    Process-wide rather than per thread, because autograd runs backward passes in threads of its own.
+    Process-wide rather than per thread, because autograd runs backward passes in its own threads.
     """
     global _forced
     before, _forced = _forced, _checked(name, "use_backend")
@@ -46,12 +85,19 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def resolve(op: str, backend: str, device_type: str, cannot: Mapping[str, str] | None = None) -> str:
-    """The concrete backend of `op` for tensors on `device_type`; BackendError when the one asked for cannot serve.
+def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -> str:
+    """Return the name of the backend that runs `op` on `device_type`.
 
-    cannot: backends that do not know the arguments at hand, each with the reason.
+    Args:
+        op: a key of BACKENDS.
+        backend: the op's `backend=` argument.
+        device_type: of the input tensors.
+        float64: whether the input is float64.
+
+    Raises:
+        BackendError: a named backend that cannot be used.
+        ValueError: an unknown name.
     """
-    cannot = cannot or {}
     name, source = _checked(backend, "backend="), "backend="
     if name == "auto" and _forced is not None:
         name, source = _forced, "use_backend"
@@ -59,11 +105,11 @@ def resolve(op: str, backend: str, device_type: str, cannot: Mapping[str, str] |
         name, source = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
-            if candidate not in cannot and why_not(op, candidate, device_type) is None:
+            if why_not(op, candidate, device_type, float64) is None:
                 return candidate
-    reason = cannot.get(name) or why_not(op, name, device_type)
+    reason = why_not(op, name, device_type, float64)
     if reason is not None:
-        usable = [b for b in BACKENDS[op] if b not in cannot and why_not(op, b, device_type) is None]
+        usable = [b for b in BACKENDS[op] if why_not(op, b, device_type, float64) is None]
         raise BackendError(
             f"{op}: backend {name!r} (from {source}) cannot serve {device_type} tensors here: {reason}; "
             f"usable: {', '.join(usable)}, or 'auto'"
@@ -71,24 +117,38 @@ def resolve(op: str, backend: str, device_type: str, cannot: Mapping[str, str] |
     return name
 
 
-def why_not(op: str, backend: str, device_type: str) -> str | None:
-    """None when `backend` can run `op` on `device_type`, otherwise the reason why it cannot."""
-    if backend not in BACKENDS[op]:
-        return f"there is no {backend} form of this op"
-    devices = _DEVICES.get(backend)
-    if backend == "triton" and requirements.triton_interprets():
+def why_not(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
+    """Return None if backend `name` can run `op` on `device_type`, otherwise the reason why it cannot."""
+    backend = BACKENDS[op].get(name)
+    if backend is None:
+        return f"there is no {name} form of this op"
+    if float64 and not backend.float64:
+        return "it computes in float32 only, and the input is float64"
+    devices = backend.devices
+    if backend.needs == "triton" and requirements.triton_interprets():
         devices = ("cpu", "cuda")
-    if devices is not None and device_type not in devices:
-        hint = " (on a CPU only with TRITON_INTERPRET=1)" if backend == "triton" else ""
+    if devices and device_type not in devices:
+        hint = " (on a CPU only with TRITON_INTERPRET=1)" if backend.needs == "triton" else ""
         return f"it runs on {' and '.join(devices)} tensors{hint}"
-    need = BACKENDS[op][backend]
-    return requirements.missing(need) if need else None
+    return requirements.missing(backend.needs) if backend.needs else None
 
 
-# The answer cannot change while the process lives, so a compiled graph may hold it as a constant: without this,
-# torch.compile would trace into the probes, which import modules and load libraries. It is all that
-# torch.compiler.assume_constant_result does, but for importing the compiler, which takes a second.
+@functools.cache
+def implementation(op: str, name: str) -> ModuleType:
+    """Return the module of backend `name` of `op`, for use inside the op's torch.library.custom_op."""
+    return importlib.import_module(f"scenarioclip_fast.kernels.{BACKENDS[op][name].module}")
+
+
+def offers(op: str, name: str, function: str) -> bool:
+    """Whether backend `name` of `op` defines an optional function, such as the fused means of contrastive_loss."""
+    return hasattr(implementation(op, name), function)
+
+
+# Both answers are fixed for the life of the process, so a compiled graph may hold them as constants: otherwise
+# torch.compile would trace into code that imports modules and loads libraries. The attribute is what
+# torch.compiler.assume_constant_result sets; that function would import the compiler, which takes a second.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+offers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(name: str, source: str) -> str:

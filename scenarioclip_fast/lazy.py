@@ -1,4 +1,4 @@
-"""Names of a package that load their submodule when first used, so that importing the package costs nothing."""
+"""Lazy package attributes (PEP 562): a submodule is imported when one of its names is first used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 def attach(
     package: str, homes: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of `package` (PEP 562).
+    """Return the `__getattr__` and `__dir__` of `package`.
 
-    A package calls it where type checkers do not look, and imports the same names under TYPE_CHECKING:
+    Type checkers need the same names imported under TYPE_CHECKING:
 
         if TYPE_CHECKING:
             from package.circle import area
@@ -22,8 +22,8 @@ def attach(
 
     Args:
         package: its `__name__`.
-        homes: submodule -> the names that it gives to the package.
-        modules: submodules that are names of the package themselves.
+        homes: submodule -> the names that the package re-exports from it.
+        modules: submodules that are themselves public attributes of the package.
     """
     home = {name: submodule for submodule, names in homes.items() for name in names}
 
@@ -33,7 +33,7 @@ def attach(
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
-        # Set last: importing a submodule has just set its own name, which may be that of its function.
+        # After the import, which sets the submodule's own name: a function of the same name has to replace it.
         setattr(sys.modules[package], name, value)
         return value
 

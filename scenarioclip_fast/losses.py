@@ -1,6 +1,6 @@
 """The losses of ScenarioCLIP (arXiv 2511.20274) as modules, and a drop-in for open_clip's ClipLoss.
 
-They depend on the ops alone: no model, no trainer, no data pipeline comes with them.
+They depend on the ops only: importing this module imports no model, trainer or data pipeline.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive import (
     DUPLICATES,
     contrastive_loss,
+    distributed_dot_product_loss,
     log_sums,
     multilevel_contrastive_loss,
-    spread_dot_product_loss,
 )
 from scenarioclip_fast.ops.distillation import distillation_loss
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 LEVELS = ("global", "object", "relation")
-_SMALLEST_SCALE = 1e-6  # no loss falls so far by learning; a parameter thrown off must not underflow to zero, an error
+_SMALLEST_SCALE = 1e-6  # far below any learned scale: keeps exp of a diverged parameter from underflowing to 0
 
 
 class ContrastiveLoss(nn.Module):
@@ -35,7 +35,7 @@ class ContrastiveLoss(nn.Module):
 
     Args:
         init_temperature: logit_scale starts at ln(1 / init_temperature).
-        max_scale: the largest scale; a logit_scale beyond it takes no gradient.
+        max_scale: upper bound of the scale; a logit_scale beyond it gets no gradient.
         duplicates, group, backend: as in `ops.contrastive_loss`.
     """
 
@@ -77,9 +77,9 @@ class ContrastiveLoss(nn.Module):
 
 
 class MultiLevelContrastiveLoss(nn.Module):
-    """`ops.multilevel_contrastive_loss` with a learnable temperature per level; arguments as in `ContrastiveLoss`.
+    """`ops.multilevel_contrastive_loss` with a learnable temperature per level: the `LevelLoss` of the paper.
 
-    `logit_scale[level]` is the parameter of a level, in log form.
+    `logit_scale[level]` is the parameter of a level, the logarithm of its scale; arguments as in `ContrastiveLoss`.
     """
 
     def __init__(
@@ -104,6 +104,16 @@ class MultiLevelContrastiveLoss(nn.Module):
         logs = torch.stack([self.logit_scale[level] for level in self.levels])
         return list(logs.exp().clamp(_SMALLEST_SCALE, self.max_scale).unbind())
 
+    def terms(self, embeddings: Embeddings) -> Tensor:  # [levels]
+        e = embeddings
+        # The texts of one batch are distinct: only those of several ranks have to be merged.
+        ids = e.text_id if self.group is not None else None
+        terms: Tensor = self(e.image, e.text, e.text_index, ids)
+        return terms
+
+    def learned_scalars(self) -> dict[str, dict[str, Tensor]]:
+        return {"logit_scale": dict(zip(self.levels, self.scales, strict=True))}
+
     def forward(
         self,
         images: Sequence[Tensor],  # levels x [N_l, D]
@@ -124,7 +134,7 @@ class MultiLevelContrastiveLoss(nn.Module):
 
 
 class Embeddings(Protocol):
-    """What `ScenarioLoss` and `DistillationLoss` read of one batch; levels in the order of LEVELS."""
+    """The embeddings of one batch that `ScenarioLoss` reads; levels in the order of LEVELS."""
 
     image: list[Tensor]  # 3 x [N_l, D]
     text: list[Tensor]  # 3 x [U_l, D], the batch's distinct texts
@@ -137,16 +147,30 @@ class Embeddings(Protocol):
     teacher_relation_text: Tensor | None  # [U_r, D]
 
 
-class DistillationLoss(nn.Module):
-    """The teacher's view of a scene, taught to its parts, and that of its parts' texts, taught to its caption.
+class LevelLoss(Protocol):
+    """The per-level loss of `ScenarioLoss`: an nn.Module with a term for each level of a batch."""
 
-    Four terms, summed: the teacher's global image embedding to each object's and to each relation's image embedding;
-    its embedding of each object's and of each relation's text to the scene's global text embedding. Each term is a mean
-    over the items of a scene, then over all B scenes; a scene without items adds 0 and still counts in B.
+    levels: tuple[str, ...]
+
+    def terms(self, embeddings: Embeddings) -> Tensor:  # [levels]
+        """Return the loss of each level, in the order of `levels`."""
+
+    def learned_scalars(self) -> dict[str, dict[str, Tensor]]:  # name -> level -> []
+        """Return the learnable scalars as the loss applies them: {"logit_scale": {"global": 14.3, ...}}.
+
+        `ScenarioLoss` reports each as "NAME/LEVEL"; "logit_scale", the factor of the cosines, is saved with the model.
+        """
+
+
+class DistillationLoss(nn.Module):
+    """Distillation from the teacher's embeddings of a scene to the student's embeddings of its parts, and vice versa.
+
+    The sum of four terms: from the teacher's global image embedding to each object's and each relation's image
+    embedding; from its embedding of each object's and each relation's text to the scene's global text embedding. Each
+    term is a mean over the items of a scene, then over all B scenes; a scene without items adds 0 and counts in B.
 
     Args:
-        student_temperature: T_s, where the learnable logit_scale starts when `learn_temperature`; the published
-            run never updates it.
+        student_temperature: T_s, or its initial value with `learn_temperature`; the published run never updates it.
         teacher_temperature: T_t.
         learn_temperature: T_s = 1 / clamp(exp(logit_scale), 1, 100) with a parameter logit_scale.
         backend: as in `ops.distillation_loss`.
@@ -172,19 +196,19 @@ class DistillationLoss(nn.Module):
     def forward(self, embeddings: Embeddings) -> Tensor:  # []
         e = embeddings
         if e.teacher_image is None or e.teacher_object_text is None or e.teacher_relation_text is None:
-            raise ValueError("embeddings: got none of a teacher, expected them: call the model with teacher=")
+            raise ValueError("embeddings: got no teacher embeddings, expected them: call the model with teacher=")
         scenes = len(e.image[0])
         if scenes == 0:
             return (sum(x.sum() for x in e.image) + e.text[0].sum()) * 0.0
         scene = torch.cat([e.object_scene, e.relation_scene])
         items = len(scene)
-        # An item's share: 1 / (B * the scene's items of its level).
+        # The weight of an item: 1 / (B * number of items of its scene and level).
         group = torch.cat([e.object_scene, e.relation_scene + scenes])
         counts = torch.zeros(2 * scenes, device=scene.device).index_add_(
             0, group, torch.ones(items, device=scene.device)
         )
         weight = (scenes * counts).reciprocal()[group]
-        # All four terms in one call: rows of students and of teachers under each other, pairs pointing into them.
+        # All four terms in one call: the rows of all terms concatenated, and pairs of indices into them.
         students = [e.image[1], e.image[2], e.text[0]]
         teachers = [e.teacher_image, e.teacher_object_text, e.teacher_relation_text]
         captions = (e.text_index[0] + items)[scene]
@@ -205,18 +229,22 @@ class DistillationLoss(nn.Module):
 
 
 class ScenarioLoss(nn.Module):
-    """The whole loss of one batch: a contrastive term per level, and distillation where the batch has a teacher.
-
-    `contrastive.logit_scale[level]` are the three learnable temperatures, in log form.
+    """The whole loss of one batch: a contrastive term per level, and distillation if the batch has teacher embeddings.
 
     Args:
-        init_temperature, max_scale, duplicates, group: as in `ContrastiveLoss`, for each level.
-        distillation_scale: weight of the distillation; 0 leaves it out. At 1, the published value, the term is a mean
+        init_temperature, max_scale, duplicates, group: of the default `contrastive`; as in `ContrastiveLoss`.
+        distillation_scale: weight of the distillation; 0 disables it. At 1, the published value, the term is a mean
             over the D coordinates times T_s^2 = 0.0049: for unrelated rows, D = 512 and 128 scenes, 9e-5 of the
-            contrastive loss and 4e-4 of its gradient's norm. D turns the mean back into a KL divergence in nats, times
-            T_s^2 as in Hinton's distillation (arXiv 1503.02531): 5 % of that loss, 19 % of its gradient.
+            contrastive loss and 4e-4 of its gradient's norm. A weight of D turns the mean into a KL divergence in nats,
+            times T_s^2 as in Hinton's distillation (arXiv 1503.02531): 5 % of that loss, 19 % of its gradient.
         student_temperature, teacher_temperature: as in `DistillationLoss`.
-        backend: for every op of the loss.
+        contrastive: the per-level loss; None: a `MultiLevelContrastiveLoss`, whose `logit_scale[level]` are the
+            logarithms of the three learnable scales.
+        backend: of the distillation and the default `contrastive`.
+
+    Raises:
+        ValueError: a setting out of range.
+        TypeError: `contrastive` is not an nn.Module.
     """
 
     def __init__(
@@ -228,6 +256,7 @@ class ScenarioLoss(nn.Module):
         *,
         student_temperature: float = 0.07,
         teacher_temperature: float = 0.07,
+        contrastive: LevelLoss | None = None,
         group: ProcessGroup | None = None,
         backend: str = "auto",
     ) -> None:
@@ -235,48 +264,50 @@ class ScenarioLoss(nn.Module):
         if not distillation_scale >= 0:
             raise ValueError(f"distillation_scale: got {distillation_scale}, expected a weight of at least 0")
         self.distillation_scale = distillation_scale
-        self.contrastive = MultiLevelContrastiveLoss(
-            LEVELS,
-            init_temperature,
-            max_scale,
-            duplicates=duplicates,
-            group=group,
-            backend=backend,
-        )
+        if contrastive is None:
+            contrastive = MultiLevelContrastiveLoss(
+                LEVELS, init_temperature, max_scale, duplicates=duplicates, group=group, backend=backend
+            )
+        if not isinstance(contrastive, nn.Module):  # its parameters would not be trained
+            raise TypeError(f"contrastive: got {type(contrastive).__name__}, expected an nn.Module")
+        self.contrastive: LevelLoss = contrastive
         self.distillation = DistillationLoss(student_temperature, teacher_temperature, backend=backend)
 
     def forward(self, embeddings: Embeddings) -> dict[str, Tensor]:
-        """All 0-d: "loss" to call backward on; "contrastive/LEVEL" and "distillation" (before its weight) whose sum it
-        is; "logit_scale/LEVEL", detached: the factors of the cosines."""
-        e = embeddings
-        # Only ranks have texts to merge: those of one batch are distinct.
-        ids = e.text_id if self.contrastive.group is not None else None
-        terms = self.contrastive(e.image, e.text, e.text_index, ids)
+        """Compute the loss and its terms, all 0-d.
+
+        Returns:
+            "loss" to call backward on; its terms "contrastive/LEVEL" and "distillation" (before its weight); the
+            learned scalars, detached: "logit_scale/LEVEL", the factor of the cosines, by default.
+        """
+        terms = self.contrastive.terms(embeddings)
         loss = terms.sum()
         distillation = torch.zeros_like(loss)
-        if e.teacher_image is not None and self.distillation_scale > 0:
-            distillation = self.distillation(e)
+        if embeddings.teacher_image is not None and self.distillation_scale > 0:
+            distillation = self.distillation(embeddings)
             loss = loss + self.distillation_scale * distillation
+        scalars = self.learned_scalars()
         return {
             "loss": loss,
-            **{f"contrastive/{level}": term for level, term in zip(LEVELS, terms.unbind(), strict=True)},
+            **{f"contrastive/{level}": t for level, t in zip(self.contrastive.levels, terms.unbind(), strict=True)},
             "distillation": distillation,
-            **{
-                f"logit_scale/{level}": scale.detach()
-                for level, scale in zip(LEVELS, self.contrastive.scales, strict=True)
-            },
+            **{f"{name}/{level}": v.detach() for name, by_level in scalars.items() for level, v in by_level.items()},
         }
+
+    def learned_scalars(self) -> dict[str, dict[str, Tensor]]:  # name -> level -> []
+        """Return the learnable scalars of the per-level loss (see `LevelLoss`)."""
+        return self.contrastive.learned_scalars()
 
 
 class ClipLoss(nn.Module):
-    """Takes the place of open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
+    """Drop-in replacement of open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
 
-    Features are multiplied as they come, as there; on several ranks every rank has the same number of rows.
+    As there, features are not normalised, and every rank has the same number of rows.
 
     Args:
         local_loss: a rank's loss is that of its own rows against all ranks' features.
-        gather_with_grad: gradients reach the ranks that features came from. Without it they reach this rank's own.
-        cache_labels: taken for compatibility: there are no labels to cache.
+        gather_with_grad: gradients reach the ranks that features came from; otherwise only this rank's own features.
+        cache_labels: accepted for compatibility; there are no labels to cache.
         rank, world_size: of the default process group.
     """
 
@@ -310,8 +341,8 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             return _symmetric(image, text, scale)
         if self.gather_with_grad and not self.local_loss:
-            # The same number with the work shared out: every rank computes its own rows.
-            return spread_dot_product_loss(image, text, scale, _world())
+            # The same value with the work divided: every rank computes its own rows.
+            return distributed_dot_product_loss(image, text, scale, _world())
         images, texts = self._gathered(image), self._gathered(text)
         if not self.local_loss:
             return _symmetric(images, texts, scale)
@@ -329,7 +360,7 @@ class ClipLoss(nn.Module):
 
 def _world() -> ProcessGroup:
     if dist.group.WORLD is None:
-        raise RuntimeError("world_size: got more than 1, expected torch.distributed.init_process_group before the loss")
+        raise RuntimeError("world_size: got more than 1, but torch.distributed.init_process_group was not called")
     return dist.group.WORLD
 
 

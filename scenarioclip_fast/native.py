@@ -1,7 +1,7 @@
 """The compiled parts: which were built, and loading them.
 
-Two libraries of the libtorch stable ABI, so that the CPU one loads where there is no CUDA, and one pybind11 module
-(`host`) for work on Python objects. setup.py leaves them, and build.json, in the folder `_native`.
+Two libraries for the libtorch stable ABI (separate, so that the CPU one loads without CUDA) and one pybind11 module
+(`host`) for work on Python objects. setup.py writes them and build.json to the folder `_native`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REBUILD = "reinstall from a source tree (`make install`)"
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What setup.py built and what it left out: {"built": [...], "left_out": {part: reason}, "march": ...}."""
+    """Return the record of setup.py: {"built": [...], "left_out": {part: reason}, "march": ...}."""
     path = FOLDER / "build.json"
     if not path.exists():
         return {"built": [], "left_out": {}, "march": ""}
@@ -29,7 +29,7 @@ def build_info() -> dict[str, Any]:
 
 @functools.cache
 def why_not(part: str) -> str | None:
-    """None when `part` ("cpu", "cuda" or "host") is loaded or loads now, otherwise the reason."""
+    """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason why it does not load."""
     info = build_info()
     if part not in info["built"]:
         reason = info["left_out"].get(part, "the package was installed without its compiled parts")
@@ -37,7 +37,7 @@ def why_not(part: str) -> str | None:
     if part != "cuda" and info["march"] == "x86-64-v3":
         import torch
 
-        # An AVX2 build on an older processor would end the process with an illegal instruction.
+        # An AVX2 build on an older processor would crash with an illegal instruction.
         if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
             return "it was built for AVX2, which this processor lacks: rebuild with SCENARIOCLIP_FAST_MARCH=x86-64"
     try:
@@ -49,10 +49,10 @@ def why_not(part: str) -> str | None:
             if part == "cuda" and torch.version.cuda is None:
                 return "this torch is a CPU build: install a CUDA build of torch"
             if part == "cuda" and (problem := why_not("cpu")):
-                return f"the schemas of the ops come with the cpu library: {problem}"
+                return f"it needs the cpu library, which holds the op schemas: {problem}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
-        # torch names the file alone; what the loader said is behind it.
+        # torch's message has the file name only; its cause is the loader's message.
         reason = str(error.__cause__ or error).splitlines()[0]
         return f"the {part} library does not load ({reason}): {REBUILD}"
     return None
@@ -60,5 +60,5 @@ def why_not(part: str) -> str | None:
 
 @functools.cache
 def host() -> ModuleType | None:
-    """The pybind11 module, or None where it was not built."""
+    """Return the pybind11 module, or None if it does not load."""
     return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")

@@ -1,4 +1,4 @@
-"""Names load when first used: all of them do, a wrong one is an AttributeError, and nothing heavy comes before."""
+"""Lazy attributes: every public name loads, an unknown one raises, and importing a package imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ["", ".data", ".eval", ".model", ".ops", ".train"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_every_public_name_is_there(name: str) -> None:
+def test_every_public_name_loads(name: str) -> None:
     package = import_module(f"scenarioclip_fast{name}")
     for public in package.__all__:
         assert public in dir(package)
@@ -22,7 +22,7 @@ def test_every_public_name_is_there(name: str) -> None:
         _ = package.no_such_name
 
 
-def test_a_function_wins_over_the_submodule_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_replaces_the_submodule_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "area.py").write_text("def area(): return 4\n")
     (tmp_path / "shapes" / "__init__.py").write_text(

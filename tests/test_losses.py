@@ -1,4 +1,4 @@
-"""The loss modules against the formulas of the paper, written out scene by scene."""
+"""The loss modules against the formulas of the paper, computed scene by scene."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import reference
-from torch import Tensor
+from torch import Tensor, nn
 
 from scenarioclip_fast.losses import (
     LEVELS,
@@ -25,7 +25,7 @@ D = 24
 
 
 def batch(objects: list[int], relations: list[int], seed: int = 0, teacher: bool = True) -> SimpleNamespace:
-    """Embeddings of one batch with so many objects and relations per scene, in float64, texts repeated."""
+    """Embeddings in float64 of one batch with these numbers of objects and relations per scene, with repeated texts."""
     g = torch.Generator().manual_seed(seed)
 
     def rows(n: int) -> Tensor:
@@ -93,7 +93,7 @@ def test_scenario_loss(objects: list[int], relations: list[int]) -> None:
         for t, x in zip(naive_terms(e, 1 / 0.07), e.image, strict=True)
     ]
     distillation = distillation_scene_by_scene(e)
-    # The temperature is stored as a float32 logarithm.
+    # The parameter is the logarithm of the scale in float32.
     close = {"rtol": 1e-6, "atol": 1e-8}
     for level, term in zip(LEVELS, terms, strict=True):
         torch.testing.assert_close(out[f"contrastive/{level}"], term, **close)
@@ -106,8 +106,8 @@ def test_scenario_loss(objects: list[int], relations: list[int]) -> None:
         torch.testing.assert_close(f, torch.zeros_like(f) if w is None else w, rtol=1e-6, atol=1e-7)
 
 
-def test_the_published_number_of_a_scene_without_objects() -> None:
-    """It adds nothing and still counts among the scenes: a half-empty batch has half the distillation."""
+def test_distillation_of_a_scene_without_objects() -> None:
+    """It adds 0 and counts among the scenes: a batch with half of its scenes empty has half the loss."""
     e = batch([2, 0], [1, 0])
     full = SimpleNamespace(**vars(e))
     full.image = [e.image[0][:1], *e.image[1:]]
@@ -133,7 +133,7 @@ def test_distillation_is_optional_and_weighted() -> None:
         DistillationLoss()(batch([1], [1], teacher=False))
 
 
-def test_teacher_takes_no_gradient() -> None:
+def test_teacher_gets_no_gradient() -> None:
     e = batch([2, 3], [1, 1])
     for name in ("teacher_image", "teacher_object_text", "teacher_relation_text"):
         getattr(e, name).requires_grad_()
@@ -161,7 +161,7 @@ def test_temperatures() -> None:
     torch.testing.assert_close(module(image, text), reference.naive_loss(image, text, 10.0))
     module(image, text).backward()
     assert module.logit_scale.grad.abs() > 0
-    # Saturated: the value is the largest scale's, and clamp leaves no gradient.
+    # Clamped: the loss is that of the largest scale, without a gradient.
     with torch.no_grad():
         module.logit_scale.fill_(math.log(80.0))
     module.zero_grad()
@@ -177,7 +177,7 @@ def test_temperatures() -> None:
     }
 
 
-def test_a_temperature_thrown_off_is_no_error() -> None:
+def test_diverged_temperature_is_clamped() -> None:
     x = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
     for module in (ContrastiveLoss(), MultiLevelContrastiveLoss(["global"])):
         with torch.no_grad():
@@ -193,23 +193,23 @@ def test_duplicates_reach_the_op() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
-def test_compiles_whole() -> None:
+def test_compiles_without_graph_break() -> None:
     e = batch([2, 3], [1, 1])
     module = ScenarioLoss()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(e)["loss"], module(e)["loss"])
 
 
-def test_clip_loss_is_open_clips() -> None:
+def test_clip_loss_equals_open_clip() -> None:
     g = torch.Generator().manual_seed(0)
-    for length in (1.0, 3.0):  # features are multiplied as they come, unit length or not
+    for length in (1.0, 3.0):  # features are not normalised
         x, y = (length * F.normalize(torch.randn(33, D, generator=g), dim=1) for _ in range(2))
         leaves = [x.requires_grad_(), y.requires_grad_(), torch.tensor(8.0, requires_grad=True)]
         found, wanted = ClipLoss()(*leaves), reference.open_clip_loss(*leaves)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
         torch.testing.assert_close(ClipLoss()(*leaves, output_dict=True), {"contrastive_loss": wanted})
-        every_option = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)  # on one rank: no difference
+        every_option = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)  # no effect on one rank
         torch.testing.assert_close(every_option(*leaves), wanted)
     with pytest.raises(RuntimeError, match="init_process_group"):
         ClipLoss(world_size=2)(*leaves)
@@ -229,3 +229,43 @@ def test_clip_loss_is_open_clips() -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class CosineLoss(nn.Module):
+    """Another per-level loss: 1 - weight * mean cosine, with a learnable weight per level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = LEVELS
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def terms(self, e: Any) -> Tensor:
+        cosines = [F.cosine_similarity(x, y[i]).mean() for x, y, i in zip(e.image, e.text, e.text_index, strict=True)]
+        return 1 - self.weight * torch.stack(cosines)
+
+    def learned_scalars(self) -> dict[str, dict[str, Tensor]]:
+        return {"weight": dict(zip(self.levels, self.weight.unbind(), strict=True))}
+
+
+def test_another_level_loss() -> None:
+    e = batch([2, 3], [1, 1])
+    module = ScenarioLoss(contrastive=CosineLoss())
+    out = module(e)
+    assert [f"{out[f'weight/{level}']:.0f}" for level in LEVELS] == ["1", "2", "3"]
+    assert not any(out[f"weight/{level}"].requires_grad for level in LEVELS)
+    terms = module.contrastive.terms(e)
+    torch.testing.assert_close(out["loss"], terms.sum() + out["distillation"])
+    torch.testing.assert_close(out["contrastive/object"], terms[1])
+    out["loss"].backward()
+    assert (module.contrastive.weight.grad != 0).all()
+    assert list(module.state_dict()) == ["contrastive.weight"]
+    with pytest.raises(TypeError, match=r"contrastive: got SimpleNamespace, expected an nn\.Module"):
+        ScenarioLoss(contrastive=SimpleNamespace(levels=LEVELS))  # type: ignore[arg-type]
+
+
+def test_learned_scalars() -> None:
+    module = ScenarioLoss(init_temperature=0.1, max_scale=5.0)
+    assert list(module.state_dict()) == [f"contrastive.logit_scale.{level}" for level in LEVELS]
+    scalars = module.learned_scalars()
+    assert {name: list(values) for name, values in scalars.items()} == {"logit_scale": list(LEVELS)}
+    assert scalars["logit_scale"]["object"] == 5.0, "clamped, as the loss applies it"

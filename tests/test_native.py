@@ -1,4 +1,4 @@
-"""The compiled parts: what a library that does not load says, and that on a GPU every backend serves."""
+"""The compiled parts: the reason of a library that does not load; on a GPU every backend is usable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 from scenarioclip_fast import dispatch, native
 
 
-def test_a_library_that_does_not_load_says_what_the_loader_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reason_holds_the_loaders_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libscenarioclip_fast_cpu.so").write_text("not a library")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": ""})
@@ -24,6 +22,6 @@ def test_a_library_that_does_not_load_says_what_the_loader_said(
     ("op", "backend"),
     [(op, name) for op, backends in dispatch.BACKENDS.items() for name in backends if name in ("cuda", "triton")],
 )
-def test_every_backend_serves_on_a_gpu(op: str, backend: str) -> None:
-    """The tests of a backend that cannot serve are left out: this one is not."""
+def test_every_backend_is_usable_on_a_gpu(op: str, backend: str) -> None:
+    """The tests of an unusable backend are skipped, so this one must fail."""
     assert dispatch.why_not(op, backend, "cuda") is None

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import per_level
 from .reference import unit_rows, unit_rows_backward
 
 # A float32 tile of 16 MB. Smaller ones (down to 512 x 1,024) are as fast on cores of one's own; on shared ones every
@@ -59,7 +61,7 @@ def _own(column: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [n] -> two equ
     return row, column[row]
 
 
-def forward(
+def level_forward(
     image: Tensor,  # [N, D]
     text: Tensor,  # [U, D] distinct texts
     scale: Tensor,  # []
@@ -108,7 +110,7 @@ def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> t
     return row, col
 
 
-def backward(
+def level_backward(
     image: Tensor,  # [N, D]
     text: Tensor,  # [U, D]
     scale: Tensor,  # []
@@ -166,6 +168,11 @@ def backward(
         _finish(text, d_y, normalize) if need_text else text.new_empty(0),
         d_scale,
     )
+
+
+# Over all levels of a call, as in every backend: see per_level.py for the arguments.
+forward = partial(per_level.forward, level_forward)
+backward = partial(per_level.backward, level_backward)
 
 
 def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:

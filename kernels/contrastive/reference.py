@@ -14,9 +14,13 @@ difference of a log-sum and a logit, and a gradient the exponential of one, wher
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import per_level
 
 EPS = 1e-12  # rows shorter than this keep their direction and do not blow up, as in torch.nn.functional.normalize
 
@@ -44,7 +48,7 @@ def unit_rows_backward(x: Tensor, grad_unit: Tensor, normalize: bool = True) -> 
     return ((grad_unit - unit * (unit * grad_unit).sum(-1, keepdim=True)) / length).to(x.dtype)
 
 
-def forward(
+def level_forward(
     image: Tensor,  # [N, D]
     text: Tensor,  # [U, D] distinct texts
     scale: Tensor,  # [] multiplies the cosines
@@ -60,7 +64,7 @@ def forward(
     return weighted.logsumexp(1), logits.logsumexp(0), positive.clone()
 
 
-def backward(
+def level_backward(
     image: Tensor,  # [N, D]
     text: Tensor,  # [U, D]
     scale: Tensor,  # []
@@ -91,6 +95,11 @@ def backward(
         unit_rows_backward(text, grad.T @ scaled, normalize) if need_text else text.new_empty(0),
         d_scale.to(scale.dtype),
     )
+
+
+# Over all levels of a call, as in every backend: see per_level.py for the arguments.
+forward = partial(per_level.forward, level_forward)
+backward = partial(per_level.backward, level_backward)
 
 
 def naive_loss(

@@ -15,6 +15,8 @@ def counter(device: torch.device) -> Tensor:  # [] int32
     Each stream has its own, since kernels of one stream never overlap. A CUDA graph, which may be replayed on any
     stream, gets one that the graph itself sets to 0.
     """
+    if device.type == "cpu":  # Triton's interpreter
+        return torch.zeros((), dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
     return _of_stream(device, torch.cuda.current_stream(device).cuda_stream)

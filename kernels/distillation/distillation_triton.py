@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from scenarioclip_fast.kernels.distillation.reference import SMALLEST_TARGET
 from torch import Tensor
+
+from .counter import counter
+from .reference import SMALLEST_TARGET
 
 # Pair indices looked through at once.
 SCAN = 1024
@@ -124,32 +126,34 @@ def forward(
     student_temperature_value: float,
     teacher_temperature: float,
     with_gradient: bool,
-    finished: Tensor,  # [] int32
+    finished: Tensor | None = None,  # [] int32, 0 before and after; None: the counter of the current stream
 ) -> tuple[Tensor, Tensor]:
-    """As in reference.py, for contiguous inputs; `finished` is 0 before and after."""
+    """As in reference.py, for contiguous inputs."""
+    finished = counter(student.device) if finished is None else finished
     rows, width = student.shape
     loss = torch.empty((), dtype=torch.float32, device=student.device)
     derivatives = loss.new_empty(rows * width + 1 if with_gradient else 1)
-    distillation[(max(rows, 1),)](
-        student,
-        teacher,
-        student_index,
-        teacher_index,
-        weight,
-        student_temperature,
-        loss,
-        derivatives,
-        loss.new_empty(2 * rows),
-        finished,
-        student_temperature_value,
-        teacher_temperature,
-        rows,
-        student_index.shape[0],
-        width,
-        smallest=SMALLEST_TARGET,
-        with_gradient=with_gradient,
-        WIDTH=triton.next_power_of_2(width),
-        SCAN=SCAN,
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments are on
+        distillation[(max(rows, 1),)](
+            student,
+            teacher,
+            student_index,
+            teacher_index,
+            weight,
+            student_temperature,
+            loss,
+            derivatives,
+            loss.new_empty(2 * rows),
+            finished,
+            student_temperature_value,
+            teacher_temperature,
+            rows,
+            student_index.shape[0],
+            width,
+            smallest=SMALLEST_TARGET,
+            with_gradient=with_gradient,
+            WIDTH=triton.next_power_of_2(width),
+            SCAN=SCAN,
+            **OPTIONS,
+        )
     return loss, derivatives

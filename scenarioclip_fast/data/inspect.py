@@ -17,8 +17,9 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import DecodeError, make_decoder
 from scenarioclip_fast.data.scene import Mask, Scene
 from scenarioclip_fast.data.shards import BadSample, ShardSet
-from scenarioclip_fast.data.views import Views, is_empty, pixel_box
+from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops.view_batch import is_empty, pixel_box
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from hashlib import blake2b
 
 import numpy as np
@@ -16,7 +15,8 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Mask, Scene
 from scenarioclip_fast.data.splitmix64 import mix, uniforms
-from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, KIND_NAMES, MASKED, RELATION
+from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, MASKED, RELATION
+from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
 # The kind of view for each name in configs.
@@ -36,46 +36,10 @@ _BLUR_PROBABILITY, _BLUR_SIGMA = 0.1, (0.1, 1.5)  # global views only
 Array = NDArray[np.float64]
 
 
-@dataclass(slots=True, eq=False)
-class Views:
-    """V views of a batch of images, as a struct of CPU arrays.
+class Views(ViewBatch):
+    """The views of a batch of scenes (see `ViewBatch` for the arrays)."""
 
-    Attributes:
-        kind: int32 [V]; 0 the window as it is, 1 black outside the box, 2 a crop, 3 a focused region.
-        image: int64 [V], the image of each view.
-        source: int32 [V, 4], x1, y1, x2, y2 of the source window in pixels; what lies beyond the image is black.
-        stretch: bool [V]; True: the window becomes the whole view. False: its short side becomes the view's side,
-            and the middle is cut out.
-        box: float64 [V, 4], the object's box in pixels; a masked view is black outside it. Zeros without an object.
-        mask: int64 [V, 2], the two masks of a relation, -1 for none.
-        augment: float32 [V, 5]; factors of brightness, contrast and saturation, hue shift in turns, blur sigma in
-            pixels of the view (0: none).
-        mask_runs, mask_start, mask_size: int32 [R], int64 [M + 1], int32 [M, 2]; mask m has size (H, W) and the
-            column-order run lengths mask_runs[mask_start[m] : mask_start[m + 1]], the first of them zeros.
-    """
-
-    kind: Tensor
-    image: Tensor
-    source: Tensor
-    stretch: Tensor
-    box: Tensor
-    mask: Tensor
-    augment: Tensor
-    mask_runs: Tensor
-    mask_start: Tensor
-    mask_size: Tensor
-
-    def __len__(self) -> int:
-        return self.kind.shape[0]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The arrays, in the order of the attributes."""
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def select(self, index: Tensor) -> Views:
-        """The views at `index` (int64 or bool [V]), with all masks."""
-        return Views(*[t[index] for t in self.tensors[:7]], *self.tensors[7:])
+    __slots__ = ()
 
     @staticmethod
     def of_scenes(
@@ -145,12 +109,6 @@ class Views:
             augment = _random_augment(draws[:, :8], rows.level)
         arrays = (kind, rows.image, source.astype(np.int32), stretch, box, mask, augment, *masks.arrays())
         return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
-
-    def describe(self, v: int) -> str:
-        """A view's name for messages: "view 7 (relation, image 2)"."""
-        kind = int(self.kind[v])
-        name = KIND_NAMES[kind] if 0 <= kind < len(KIND_NAMES) else f"kind {kind}"
-        return f"view {v} ({name}, image {int(self.image[v])})"
 
 
 class _Rows:
@@ -264,26 +222,6 @@ def _ends(scene: Scene, relation: int) -> tuple[int, int]:
 
 def _name(scene: Scene, what: str, k: int) -> str:
     return f"scene {scene.key}, {what} {k}"
-
-
-def pixel_box(
-    box: Array,  # [n, 4] x1, y1, x2, y2
-    height: NDArray[np.int64],  # [n]
-    width: NDArray[np.int64],  # [n]
-) -> NDArray[np.int64]:  # [n, 4]
-    """The pixels that a box touches, at least one, clipped to the image; empty where the box lies outside."""
-    if not np.isfinite(box).all():
-        box = np.where(np.isfinite(box).all(1, keepdims=True), box, -2.0)
-    limit = float(1 << 30)
-    low = np.floor(box[:, :2].clip(-limit, limit)).astype(np.int64)
-    high = np.maximum(np.ceil(box[:, 2:].clip(-limit, limit)).astype(np.int64), low + 1)
-    edge = np.stack([width, height], axis=1)
-    return np.concatenate([low.clip(0, edge), high.clip(0, edge)], axis=1)
-
-
-def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which boxes hold no pixel."""
-    return np.any(box[:, 2:] <= box[:, :2], axis=1)
 
 
 def _object_boxes(

@@ -1,4 +1,4 @@
-"""The fused ops: plain functions with autograd, one file each. Backends are chosen in scenarioclip_fast.dispatch."""
+"""The fused ops: plain functions with autograd. scenarioclip_fast.dispatch chooses their backends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.ops.ema import ema_update_
     from scenarioclip_fast.ops.views import focused_region, render_views
 else:
-    # An import of the losses does not bring the views and their data types.
+    # Importing the losses does not import the views.
     __getattr__, __dir__ = attach(
         __name__,
         {

@@ -1,8 +1,8 @@
 """Collectives with exact adjoints, for losses whose rows are spread over ranks.
 
-The rule of every function here: the gradient that reaches a rank's tensors is that of the sum of what all ranks
-return. Where every rank returns the same loss, this is the loss's gradient times the number of ranks, which
-averaging gradients over ranks (DistributedDataParallel) turns into the gradient of one process with all rows.
+Convention of every function here: the gradient of a rank's tensors is that of the sum of all ranks' results. If every
+rank returns the same loss, this is the loss's gradient times the number of ranks; averaging gradients over ranks, as
+DistributedDataParallel does, then gives the gradient of one process with all rows.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-# Named *_single where the older names warn (from 2.13 on); torch 2.11 knows the older ones alone.
+# The older names warn from torch 2.13 on, and are the only ones in torch 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def reaches_hosts(group: dist.ProcessGroup) -> bool:
-    """Whether tensors in host memory can go through the group, as with "cpu:gloo,cuda:nccl"."""
+def has_cpu_backend(group: dist.ProcessGroup) -> bool:
+    """Whether the group also has a backend for CPU tensors, as with "cpu:gloo,cuda:nccl"."""
     return "cpu:" in dist.get_backend_config(group)
 
 
 def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
-    """Every rank's integers, rank by rank: collectives need sizes on the host. Waits for the device where the group
-    has no other way than through it."""
-    mine = torch.tensor(values, dtype=torch.int64, device="cpu" if reaches_hosts(group) else device)
+    """Return every rank's integers, rank by rank; synchronises with the device if the group has no CPU backend."""
+    mine = torch.tensor(values, dtype=torch.int64, device="cpu" if has_cpu_backend(group) else device)
     out = mine.new_empty(group.size() * len(mine))
     _all_gather(out, mine, group=group)
-    return [[int(v) for v in row] for row in out.view(group.size(), -1).tolist()]
+    rows: list[list[int]] = rearrange(out, "(rank value) -> rank value", rank=group.size()).tolist()
+    return rows
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's rows: x is [n, ...] with n = sizes[rank], the result one [sizes[r], ...] tensor a rank."""
+    """Return every rank's rows: x is [sizes[rank], ...], the result one tensor [sizes[r], ...] per rank r."""
     if max(sizes) == 0:
         return [x[:0]] * len(sizes)
     flat = _GatherRows.apply(x, tuple(sizes), group)
@@ -54,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Summed over ranks in float32: low-precision partial sums would lose a digit with every doubling of ranks.
+        # Sum over ranks in float32: low-precision partial sums would lose a bit with every doubling of ranks.
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         largest = max(ctx.sizes)
         padded = torch.cat([_pad(block, largest) for block in wide.split(list(ctx.sizes))])

@@ -1,4 +1,4 @@
-"""distillation_loss: checks, choice of backend, autograd."""
+"""distillation_loss: argument checks, custom op and autograd."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.dispatch import resolve
-from scenarioclip_fast.kernels.distillation import reference
-from scenarioclip_fast.kernels.distillation.counter import counter
-
-_NO_FLOAT64 = dict.fromkeys(("cpu", "triton", "cuda"), "it computes in float32, and float64 came")
+from scenarioclip_fast import dispatch
 
 
 def distillation_loss(
@@ -33,10 +29,10 @@ def distillation_loss(
 
     Args:
         student: [S, D], any float dtype; gradients reach it.
-        teacher: [T, D] on the same device; takes no gradient.
+        teacher: [T, D] on the same device; gets no gradient.
         student_index, teacher_index: [P] int64, the rows of each pair; a row may be in any number of pairs.
-        weight: [P]; takes no gradient.
-        student_temperature: T_s > 0; a 0-d tensor may want a gradient.
+        weight: [P]; gets no gradient.
+        student_temperature: T_s > 0; a 0-d tensor may require a gradient.
         teacher_temperature: T_t > 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; float64 is computed by the reference.
 
@@ -44,11 +40,11 @@ def distillation_loss(
         0-d tensor, float32 (float64 for a float64 student). No pairs give 0 with zero gradients.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or temperatures that do not fit, before anything runs.
+        ValueError, TypeError: shapes, dtypes, devices or temperatures that do not match; checked before anything runs.
     """
     _check(student, teacher, student_index, teacher_index, weight, student_temperature, teacher_temperature)
     float64 = student.dtype == torch.float64
-    backend = resolve("distillation_loss", backend, student.device.type, cannot=_NO_FLOAT64 if float64 else {})
+    backend = dispatch.resolve("distillation_loss", backend, student.device.type, float64=float64)
     temperature, value = None, 0.0
     if isinstance(student_temperature, Tensor):
         temperature = student_temperature.to(torch.float64 if float64 else torch.float32)
@@ -82,17 +78,13 @@ def _forward(
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    on_cpu = student.device.type == "cpu"
-    if on_cpu:
-        # On CUDA the same check would wait for the device.
+    if student.device.type == "cpu":
+        # On CUDA the same checks would synchronise with the device.
         _check_range("student_index", student_index, student.shape[0])
         _check_range("teacher_index", teacher_index, teacher.shape[0])
         if student_temperature is not None and student_temperature.item() <= 0:
             raise ValueError(f"student_temperature: got {student_temperature.item():g}, expected a number above 0")
-    if backend in ("cpu", "cuda"):
-        # The native form knows float32 alone; the rows are few, so a cast costs next to nothing.
-        student, teacher, weight = student.float(), teacher.float(), weight.float()
-    arguments = (
+    loss, derivatives = dispatch.implementation("distillation_loss", backend).forward(
         student.contiguous(),
         teacher.contiguous(),
         student_index.contiguous(),
@@ -103,15 +95,6 @@ def _forward(
         teacher_temperature,
         with_gradient,
     )
-    if backend == "reference":
-        return reference.forward(*arguments)
-    finished = torch.zeros((), dtype=torch.int32) if on_cpu else counter(student.device)
-    if backend == "triton":
-        from scenarioclip_fast.kernels.distillation import distillation_triton
-
-        with torch.cuda.device_of(student):
-            return distillation_triton.forward(*arguments, finished)
-    loss, derivatives = torch.ops.scenarioclip_fast_C.distillation_forward(*arguments, None if on_cpu else finished)
     return loss, derivatives
 
 
@@ -135,16 +118,16 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
-    # Constants from here on: a second derivative is an error of autograd, not a gradient without a part.
+    # Constants from here on: a second derivative raises an error in autograd instead of missing a term.
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # nobody differentiates the derivatives: no zeros are made for them
+    ctx.set_materialize_grads(False)  # allocate no zeros as the gradient of the derivatives
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, _d_derivatives: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 10
-    # The forward pass has left all derivatives: here they are only scaled by what comes from above, in one product.
+    # The forward pass has computed all derivatives: one product with the incoming gradient remains.
     (derivatives,) = ctx.saved_tensors
     scaled = d_loss * derivatives
     student = scaled[:-1].view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
@@ -171,8 +154,14 @@ def _check(
     student_temperature: float | Tensor,
     teacher_temperature: float,
 ) -> None:
-    given = (student, teacher, student_index, teacher_index, weight)
-    for name, x in zip(("student", "teacher", "student_index", "teacher_index", "weight"), given, strict=True):
+    given = {
+        "student": student,
+        "teacher": teacher,
+        "student_index": student_index,
+        "teacher_index": teacher_index,
+        "weight": weight,
+    }
+    for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
     for name, rows in (("student", student), ("teacher", teacher)):
@@ -180,7 +169,7 @@ def _check(
             raise TypeError(f"{name}: got {rows.dtype} {list(rows.shape)}, expected floats of shape [rows, D]")
     if student.shape[1] != teacher.shape[1] or student.shape[1] == 0:
         raise ValueError(
-            f"student and teacher: got widths {student.shape[1]} and {teacher.shape[1]}, expected the same, above 0"
+            f"student and teacher: got widths {student.shape[1]} and {teacher.shape[1]}, expected one width above 0"
         )
     for name, index in (("student_index", student_index), ("teacher_index", teacher_index)):
         if index.dim() != 1 or index.dtype != torch.int64:
@@ -189,17 +178,11 @@ def _check(
         raise TypeError(f"weight: got {weight.dtype} {list(weight.shape)}, expected floats of shape [P]")
     if not student_index.shape == teacher_index.shape == weight.shape:
         raise ValueError(
-            f"got {len(student_index)} student indices, {len(teacher_index)} teacher indices and {len(weight)} "
-            "weights, expected as many of each"
+            f"student_index, teacher_index and weight: got lengths {len(student_index)}, {len(teacher_index)} and "
+            f"{len(weight)}, expected the same length"
         )
-    tensors = {
-        "teacher": teacher,
-        "student_index": student_index,
-        "teacher_index": teacher_index,
-        "weight": weight,
-    }
     if isinstance(student_temperature, Tensor):
-        tensors["student_temperature"] = student_temperature
+        given["student_temperature"] = student_temperature
         if student_temperature.dim() != 0:
             raise ValueError(f"student_temperature: got shape {list(student_temperature.shape)}, expected a 0-d tensor")
     elif not isinstance(student_temperature, (int, float)):
@@ -211,6 +194,8 @@ def _check(
         raise TypeError(f"teacher_temperature: got {type(teacher_temperature).__name__}, expected a number")
     if teacher_temperature <= 0:
         raise ValueError(f"teacher_temperature: got {teacher_temperature}, expected a number above 0")
-    for name, tensor in tensors.items():
+    for name, tensor in given.items():
         if tensor.device != student.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {student.device} like student")
+            raise ValueError(
+                f"{name}: got a tensor on {tensor.device}, expected {student.device}, the device of student"
+            )

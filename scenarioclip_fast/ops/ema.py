@@ -1,4 +1,4 @@
-"""ema_update_: the teacher's step towards the student."""
+"""ema_update_: exponential moving average of parameters."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 
 @torch.no_grad()
 def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place, in a few launches for the whole list.
+    """Update teacher <- decay * teacher + (1 - decay) * student in place, in a few launches for the whole list.
 
     Args:
-        teacher, student: lists of float tensors, pairwise of one shape and on one device. Dtypes may differ: the sum is
-            formed in the teacher's, so a float32 teacher can follow a bfloat16 student.
-        decay: 0 (copy) to 1 (stand still).
+        teacher, student: lists of float tensors, pairwise of the same shape and on the same device. Dtypes may differ:
+            the update is computed in the teacher's, so a float32 teacher can average a bfloat16 student.
+        decay: 0 (copy) to 1 (no change).
 
     Raises:
-        ValueError, TypeError: lengths, shapes or devices that differ, what is no list of float tensors, or a decay
-            outside [0, 1]; nothing is changed then.
+        ValueError, TypeError: lengths, shapes or devices differ, an argument is not a list of float tensors, or decay
+            is outside [0, 1]; nothing is changed then.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: got {decay}, expected 0 to 1")
     for name, given in (("teacher", teacher), ("student", student)):
         if isinstance(given, Tensor) or not all(isinstance(x, Tensor) for x in given):
-            raise TypeError(f"{name}: got {type(given).__name__}, expected a list of tensors and nothing else")
+            raise TypeError(f"{name}: got {type(given).__name__}, expected a list of tensors")
     if len(teacher) != len(student):
-        raise ValueError(f"got {len(teacher)} teacher and {len(student)} student tensors, expected as many of each")
-    for i, (mine, theirs) in enumerate(zip(teacher, student, strict=True)):
-        if mine.shape != theirs.shape or mine.device != theirs.device:
+        raise ValueError(f"got {len(teacher)} teacher and {len(student)} student tensors, expected the same number")
+    for i, (average, new) in enumerate(zip(teacher, student, strict=True)):
+        if average.shape != new.shape or average.device != new.device:
             raise ValueError(
-                f"tensor {i}: got a teacher of {list(mine.shape)} on {mine.device} and a student of "
-                f"{list(theirs.shape)} on {theirs.device}, expected the same"
+                f"tensor {i}: got a teacher of {list(average.shape)} on {average.device} and a student of "
+                f"{list(new.shape)} on {new.device}, expected the same"
             )
-        for x in (mine, theirs):
+        for x in (average, new):
             if not x.is_floating_point():
-                raise ValueError(f"tensor {i}: got {x.dtype}, expected floats (an integer cannot move by a fraction)")
+                raise ValueError(f"tensor {i}: got {x.dtype}, expected a floating-point dtype")
     if not teacher:
         return
-    followed = [theirs.detach().to(mine.dtype) for mine, theirs in zip(teacher, student, strict=True)]
-    torch._foreach_lerp_([mine.detach() for mine in teacher], followed, 1 - decay)
+    targets = [new.detach().to(average.dtype) for average, new in zip(teacher, student, strict=True)]
+    torch._foreach_lerp_([average.detach() for average in teacher], targets, 1 - decay)

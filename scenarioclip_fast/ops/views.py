@@ -1,21 +1,20 @@
-"""focused_region and render_views: checks, geometry, choice of backend."""
+"""focused_region and render_views: argument checks, geometry, custom ops."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from scenarioclip_fast.dispatch import resolve
+from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.views import reference
-
-if TYPE_CHECKING:
-    from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,21 +32,21 @@ def focused_region(
     blur: str = "rgb",
     backend: str = "auto",
 ) -> Tensor:  # [H, W, 3] uint8
-    """The picture of a relation: two masks, each fading around its centre of mass, before a blurred background.
+    """The image of a relation: two masked regions that fade with distance from their centres, on a blurred background.
 
     Source: ScenarioCLIP (arXiv 2511.20274); formulas in kernels/views/README.md.
 
     Args:
         image: uint8 [H, W, 3].
         subject_mask, object_mask: bool [H, W] on the image's device; the result is symmetric in them.
-        sigma: width of the fading, in source pixels.
-        blur_sigma: width of the background's Gaussian in source pixels, cut at 4 sigma; 0 leaves it sharp.
-        blur: "rgb" blurs in the plane; "reference" also along the colour axis, as the published code does.
+        sigma: of the Gaussian falloff around each centre of mass, in source pixels.
+        blur_sigma: of the background's Gaussian blur in source pixels, truncated at 4 sigma; 0: no blur.
+        blur: "rgb": blurs the two image axes; "reference": also the colour axis, as the published code does.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:
-        TypeError: not tensors.
-        ValueError: an empty mask, or shapes, dtypes and numbers that do not fit.
+        TypeError: arguments that are not tensors.
+        ValueError: an empty mask, or shapes, dtypes or numbers that do not match.
     """
     for name, value in (("image", image), ("subject_mask", subject_mask), ("object_mask", object_mask)):
         _check_tensor(name, value)
@@ -61,14 +60,14 @@ def focused_region(
         if mask.device != image.device:
             raise ValueError(f"{name}: got a tensor on {mask.device}, expected {image.device} like the image")
     weights, colours = _blur(sigma, blur_sigma, blur)
-    backend = resolve("focused_region", backend, image.device.type)
+    backend = dispatch.resolve("focused_region", backend, image.device.type)
     region: Tensor = _focused_region(image, subject_mask, object_mask, sigma, weights, colours, backend)
     return region
 
 
 def render_views(
     images: Sequence[Tensor],  # [H_i, W_i, 3] uint8
-    views: Views,
+    views: ViewBatch,
     *,
     size: int = 224,
     mean: Sequence[float] = CLIP_MEAN,
@@ -86,8 +85,8 @@ def render_views(
 
     Args:
         images: uint8 [H_i, W_i, 3], all on one device.
-        views: what to render, `scenarioclip_fast.data.Views`.
-        size: side of a view in pixels.
+        views: what to render; `scenarioclip_fast.data.Views` makes it from scenes.
+        size: side of a view, in pixels.
         mean, std: of the colours, in [0, 1].
         dtype: float32, bfloat16 or float16.
         memory_format: torch.contiguous_format or torch.channels_last.
@@ -117,8 +116,8 @@ def render_views(
     device = images[0].device if len(images) else torch.device("cpu")
     for i, image in enumerate(images):
         if image.device != device:
-            raise ValueError(f"images[{i}]: got a tensor on {image.device}, expected {device} like the first")
-    backend = resolve("render_views", backend, device.type)
+            raise ValueError(f"images[{i}]: got a tensor on {image.device}, expected {device}, the device of images[0]")
+    backend = dispatch.resolve("render_views", backend, device.type)
     pixels: Tensor = _render_views(
         list(images),
         views.tensors,
@@ -164,11 +163,11 @@ def _focused_region(
     for name, mask in (("subject_mask", subject_mask), ("object_mask", object_mask)):
         if not mask.any():
             raise ValueError(f"{name}: got an empty mask, expected at least one pixel: it has no centre of mass")
-    run: Callable[..., Tensor] = (
-        reference.focused_region if backend == "reference" else torch.ops.scenarioclip_fast_C.focused_region
-    )
     masks = (subject_mask.contiguous(), object_mask.contiguous())
-    return run(image.contiguous(), *masks, sigma, weights, colours)
+    region: Tensor = dispatch.implementation("focused_region", backend).focused_region(
+        image.contiguous(), *masks, sigma, weights, colours
+    )
+    return region
 
 
 @_focused_region.register_fake
@@ -190,12 +189,9 @@ def _render_views(
     channels_last: bool,
     backend: str,
 ) -> Tensor:
-    # Here and not in the public function: what follows looks at values, which a compiled graph cannot do.
-    plan, augment, mask_runs, mask_start = plan_views(images, views, size)
-    run: Callable[..., Tensor] = (
-        reference.render_views if backend == "reference" else torch.ops.scenarioclip_fast_C.render_views
-    )
-    pixels = run(
+    # Not in the public function: this reads values, which a compiled graph cannot do.
+    plan, augment, mask_runs, mask_start = lower_views(images, views, size)
+    pixels: Tensor = dispatch.implementation("render_views", backend).render_views(
         [image.contiguous() for image in images],
         plan,
         augment,
@@ -210,7 +206,7 @@ def _render_views(
         dtype,
         channels_last,
     )
-    return pixels.permute(0, 3, 1, 2) if channels_last else pixels
+    return rearrange(pixels, "v h w c -> v c h w") if channels_last else pixels
 
 
 @_render_views.register_fake
@@ -232,89 +228,137 @@ def _(
     return torch.empty((views[0].shape[0], 3, size, size), dtype=dtype, device=device, memory_format=layout)
 
 
-def plan_views(
+def lower_views(
     images: list[Tensor],  # [H_i, W_i, 3] uint8
-    tensors: list[Tensor],  # Views.tensors
+    tensors: list[Tensor],  # ViewBatch.tensors
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [V, 16] int32, [V, 5] float32, [R] int32, [M + 1] int64
-    """Checks every view and gives each its row of the plan (see kernels/views/reference.py), in whole pixels."""
-    from scenarioclip_fast.data.views import Views, is_empty, pixel_box
-
-    views = Views(*(t.cpu() for t in tensors))
+    """Check every view and turn it into a row of the plan (see kernels/views/reference.py), in whole pixels."""
+    views = ViewBatch(*(t.cpu() for t in tensors))
     _check_arrays(views)
+    kind = _kinds(views)
+    shapes = _image_shapes(views, images)
+    source = _source_windows(views, shapes)
+    box = _pixel_boxes(views, shapes)
+    mask = _mask_rows(views, shapes)
+    resized, corner = _resized(views, source, size)
+    plan = np.concatenate([kind[:, None], views.image.numpy()[:, None], source, resized, corner, box, mask], axis=1)
+    rest = (views.augment.contiguous(), views.mask_runs.contiguous(), views.mask_start.contiguous())
+    return torch.from_numpy(plan.astype(np.int32)), *rest
 
-    def refuse(bad: ArrayLike, message: Callable[[int], str]) -> None:  # bad: bool [V]
-        if np.any(bad):
-            v = int(np.argmax(bad))
-            raise ValueError(f"{views.describe(v)}: {message(v)}")
 
-    kind, image = views.kind.numpy(), views.image.numpy()
-    refuse((kind < 0) | (kind >= len(reference.KIND_NAMES)), lambda v: f"got kind {kind[v]}, expected 0 to 3")
+def _reject(views: ViewBatch, bad: ArrayLike, message: Callable[[int], str]) -> None:  # bad: bool [V]
+    """Raise a ValueError that names the first bad view."""
+    if np.any(bad):
+        v = int(np.argmax(bad))
+        raise ValueError(f"{views.describe(v)}: {message(v)}")
+
+
+def _kinds(views: ViewBatch) -> NDArray[np.int32]:  # [V]
+    kind = views.kind.numpy()
+    _reject(views, (kind < 0) | (kind >= len(reference.KIND_NAMES)), lambda v: f"got kind {kind[v]}, expected 0 to 3")
+    return kind
+
+
+def _image_shapes(views: ViewBatch, images: list[Tensor]) -> NDArray[np.int64]:  # [V, 2] height, width
+    image = views.image.numpy()
     missing = (image < 0) | (image >= len(images))
-    refuse(missing, lambda v: f"got image {image[v]}, expected one of the {len(images)} given")
-    wrong = np.array([not _is_picture(i) for i in images], bool)
-    refuse(
-        wrong[image],
+    _reject(views, missing, lambda v: f"got image {image[v]}, expected one of the {len(images)} given")
+    malformed = np.array([not _is_rgb(i) for i in images], bool)
+    _reject(
+        views,
+        malformed[image],
         lambda v: (
             f"got an image {images[image[v]].dtype} {list(images[image[v]].shape)}, "
             "expected uint8 [H, W, 3] with H, W > 0"
         ),
     )
-    shapes = np.array([i.shape[:2] for i in images], np.int64).reshape(-1, 2)[image]
-    height, width = shapes[:, 0], shapes[:, 1]
+    return np.array([i.shape[:2] for i in images], np.int64).reshape(-1, 2)[image]
 
+
+def _source_windows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 4]
     source = views.source.numpy().astype(np.int64)
-    refuse(
+    _reject(
+        views,
         (source[:, 2:] <= source[:, :2]).any(1) | (np.abs(source) > 1 << 24).any(1),
         lambda v: f"got source window {source[v].tolist()}, expected x1 < x2 and y1 < y2",
     )
     inside = np.concatenate([source[:, :2].clip(0), np.minimum(source[:, 2:], shapes[:, ::-1])], axis=1)
-    refuse(
+    _reject(
+        views,
         is_empty(inside),
         lambda v: f"got source window {source[v].tolist()}, expected one that overlaps the image of {_size(shapes[v])}",
     )
+    return source
 
-    box = np.zeros_like(source)
-    masked = kind == reference.MASKED
-    box[masked] = pixel_box(views.box.numpy()[masked], height[masked], width[masked])
-    refuse(
+
+def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 4]
+    """The boxes of masked views, zeros for the others."""
+    masked = views.kind.numpy() == reference.MASKED
+    box = np.zeros((len(views), 4), np.int64)
+    box[masked] = pixel_box(views.box.numpy()[masked], shapes[masked, 0], shapes[masked, 1])
+    _reject(
+        views,
         masked & is_empty(box),
         lambda v: f"got box {views.box[v].tolist()}, expected one that overlaps the image of {_size(shapes[v])}",
     )
+    return box
 
-    relation, count = kind == reference.RELATION, len(views.mask_size)
-    mask = np.where(relation[:, None], views.mask.numpy(), -1)
-    missing = relation[:, None] & ((mask < 0) | (mask >= count))
-    refuse(missing.any(1), lambda v: f"got masks {mask[v].tolist()}, expected two of {count}")
-    # A mask -1 reads the last entry of these, which stands for a good mask.
-    mask_sizes = np.concatenate([views.mask_size.numpy(), np.zeros((1, 2), np.int32)])
+
+def _mask_rows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 2]
+    """The masks of relations, -1 for the others."""
+    relation, count = (views.kind.numpy() == reference.RELATION)[:, None], len(views.mask_size)
+    mask = np.where(relation, views.mask.numpy(), -1)
+    missing = relation & ((mask < 0) | (mask >= count))
+    _reject(views, missing.any(1), lambda v: f"got masks {mask[v].tolist()}, expected two of {count}")
+    # Row -1 reads the last entry of these, which stands for a valid mask.
+    sizes = np.concatenate([views.mask_size.numpy(), np.zeros((1, 2), np.int32)])
     areas, well_formed = _mask_areas(views)
+    for rows in mask.T:
+        _check_masks(views, rows, shapes, sizes, areas, well_formed)
+    return mask
 
-    def check_masks(rows: NDArray[np.int64]) -> None:
-        refuse(
-            (rows >= 0) & (mask_sizes[rows] != shapes).any(1),
-            lambda v: f"got a mask of {_size(mask_sizes[rows[v]])}, expected {_size(shapes[v])} like the image",
-        )
-        refuse(
-            ~well_formed[rows],
-            lambda v: f"the runs of mask {rows[v]} do not cover its {_size(mask_sizes[rows[v]])} pixels",
-        )
-        refuse(
-            areas[rows] == 0,
-            lambda v: f"mask {rows[v]} is empty, expected at least one pixel: it has no centre of mass",
-        )
 
-    check_masks(mask[:, 0])
-    check_masks(mask[:, 1])
+def _check_masks(
+    views: ViewBatch,
+    rows: NDArray[np.int64],  # [V], -1 for none
+    shapes: NDArray[np.int64],  # [V, 2] of the images
+    sizes: NDArray[np.int32],  # [M + 1, 2]
+    areas: NDArray[np.int64],  # [M + 1]
+    well_formed: NDArray[np.bool_],  # [M + 1]
+) -> None:
+    _reject(
+        views,
+        (rows >= 0) & (sizes[rows] != shapes).any(1),
+        lambda v: f"got a mask of {_size(sizes[rows[v]])}, expected {_size(shapes[v])} like the image",
+    )
+    _reject(
+        views,
+        ~well_formed[rows],
+        lambda v: f"the runs of mask {rows[v]} do not cover its {_size(sizes[rows[v]])} pixels",
+    )
+    _reject(
+        views,
+        areas[rows] == 0,
+        lambda v: f"mask {rows[v]} is empty, expected at least one pixel: it has no centre of mass",
+    )
 
-    # Short side to `size`, the long side cut off (not rounded) to whole pixels, then the middle, halves to even:
-    # what Pillow and torchvision do.
+
+def _resized(
+    views: ViewBatch,
+    source: NDArray[np.int64],  # [V, 4]
+    size: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [V, 2] width and height, [V, 2] left and top of the crop
+    """Resize the short side to `size`, the long side truncated to whole pixels, then crop the centre, halves to even.
+
+    This is what Pillow and torchvision do.
+    """
     tall, wide = source[:, 3] - source[:, 1], source[:, 2] - source[:, 0]
     shorter = np.minimum(tall, wide)
-    whole = views.stretch.numpy()
     resized = np.stack([wide, tall], axis=1) * size // shorter[:, None]
-    resized[whole] = size
-    refuse(
+    resized[views.stretch.numpy()] = size
+    _reject(
+        views,
         (resized >= 1 << 30).any(1),
         lambda v: (
             f"got source window {source[v].tolist()}, expected one that is not so narrow: it becomes "
@@ -322,14 +366,10 @@ def plan_views(
         ),
     )
     spare = resized - size
-    corner = spare // 2 + ((spare % 4) == 3)
-
-    plan = np.concatenate([kind[:, None], image[:, None], source, resized, corner, box, mask], axis=1)
-    mask_start = views.mask_start.contiguous()
-    return torch.from_numpy(plan.astype(np.int32)), views.augment.contiguous(), views.mask_runs.contiguous(), mask_start
+    return resized, spare // 2 + ((spare % 4) == 3)
 
 
-def _is_picture(image: Tensor) -> bool:
+def _is_rgb(image: Tensor) -> bool:
     return image.dtype == torch.uint8 and image.dim() == 3 and image.shape[2] == 3 and image.numel() > 0
 
 
@@ -337,8 +377,8 @@ def _size(height_width: NDArray[Any]) -> str:
     return f"{height_width[1]} x {height_width[0]}"
 
 
-def _mask_areas(views: Views) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # [M + 1], [M + 1]
-    """The number of set pixels of each mask, and whether its runs cover it exactly; then an entry for no mask."""
+def _mask_areas(views: ViewBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # [M + 1], [M + 1]
+    """Return the area of each mask and whether its runs cover it exactly; the last entry stands for no mask."""
     runs, start = views.mask_runs.numpy().astype(np.int64), views.mask_start.numpy()
     position = np.arange(len(runs)) - np.repeat(start[:-1], np.diff(start))
 
@@ -351,7 +391,7 @@ def _mask_areas(views: Views) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  #
     return np.append(per_mask(runs * (position % 2)), 1), np.append(well_formed, True)
 
 
-def _check_arrays(views: Views) -> None:
+def _check_arrays(views: ViewBatch) -> None:
     count, masks = len(views), len(views.mask_size)
     runs = views.mask_runs.shape[0]
     expected: dict[str, tuple[torch.dtype, list[int]]] = {

@@ -285,9 +285,8 @@ class Saver:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                contrastive = self.state.loss.contrastive
-                scales = {level: s.item() for level, s in zip(contrastive.levels, contrastive.scales, strict=True)}
-                model.save_pretrained(temporary, scales)
+                scales = self.state.loss.learned_scalars().get("logit_scale", {})
+                model.save_pretrained(temporary, {level: scale.item() for level, scale in scales.items()})
                 vocabulary.save(temporary / "vocabulary.json")
                 self.config.save(temporary / "config.yaml")
                 if averages is not None:

@@ -14,7 +14,8 @@ from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.data.views import CROP_MARGIN, Views, pixel_box
+from scenarioclip_fast.data.views import CROP_MARGIN, Views
+from scenarioclip_fast.ops.view_batch import pixel_box
 from scenarioclip_fast.ops.views import render_views
 
 HEIGHT, WIDTH = 40, 60

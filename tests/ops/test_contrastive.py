@@ -1,4 +1,4 @@
-"""contrastive_loss and multilevel_contrastive_loss against the paper's N x N form in float64, on every backend here."""
+"""contrastive_loss and multilevel_contrastive_loss against the paper's N x N form in float64, on every backend."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast import BackendError, requirements, use_backend
-from scenarioclip_fast.ops import contrastive, contrastive_loss, multilevel_contrastive_loss
-from scenarioclip_fast.ops.contrastive import contrastive_forward, log_sums
+from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops.contrastive import DUPLICATES, log_sums
+from scenarioclip_fast.ops.contrastive.levels import LevelInput
+from scenarioclip_fast.ops.contrastive.op import contrastive_counts, contrastive_forward, contrastive_means
+from scenarioclip_fast.ops.contrastive.validate import CHECK, assert_values
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if requirements.triton_interprets() else "cuda"}
 BACKENDS = ("reference", "cpu")
-# Triton needs a GPU here; test_triton_in_the_interpreter runs some of these tests without one.
+# Triton needs a GPU; test_triton_in_the_interpreter runs some of these tests without one.
 EVERY_BACKEND = [
     *BACKENDS,
     pytest.param("triton", marks=pytest.mark.gpu),
@@ -32,7 +35,7 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def run(image: Tensor, text: Tensor, scale: Tensor | float, backend: str, **options: Any) -> Tensor:
-    """contrastive_loss on the backend's device, back on the CPU."""
+    """contrastive_loss on the backend's device, its result on the CPU."""
     device = DEVICES[backend]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     scale = scale.to(device) if isinstance(scale, Tensor) else scale
@@ -40,7 +43,7 @@ def run(image: Tensor, text: Tensor, scale: Tensor | float, backend: str, **opti
 
 
 def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
-    """image [n, d], text [u, d], scale [], index [n] in which every text occurs, and image rows lean to their texts."""
+    """image [n, d] close to its texts, text [u, d], scale [], index [n] in which every text occurs."""
     g = torch.Generator().manual_seed(seed)
     text = torch.randn(u, d, generator=g, dtype=torch.float64)
     index = torch.cat([torch.arange(u), torch.randint(max(u, 1), (n - u,), generator=g)])[
@@ -52,7 +55,7 @@ def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, s
 
 
 class Dispatched(TorchDispatchMode):
-    """The names of the ops that run."""
+    """Records the names of the ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,19 +88,19 @@ def assert_as_good_as_eager(
     """Loss and gradients no further from float64 than twice eager PyTorch's in the same dtype."""
     image, text, scale = (t.double() for t in tensors)
     exact = gradients(eager, (image, text, scale), upstream)
-    ours, theirs = gradients(fused, tensors, upstream), gradients(eager, tensors, upstream)
-    # Losses and gradients are differences of numbers of these sizes, so that each may be off by some roundings
-    # (6e-8) of them where eager happens to be exact.
+    found, baseline = gradients(fused, tensors, upstream), gradients(eager, tensors, upstream)
+    # Losses and gradients are differences of numbers of these magnitudes: allow a few roundings (6e-8) of them where
+    # eager happens to be exact.
     sizes = [
         scale,
         upstream * scale / len(image) / image.norm(dim=1),
         upstream * scale / len(text) / text.norm(dim=1),
         upstream,
     ]
-    for name, mine, other, x, size in zip(
-        ("loss", "d image", "d text", "d scale"), ours, theirs, exact, sizes, strict=True
+    for name, f, b, x, size in zip(
+        ("loss", "d image", "d text", "d scale"), found, baseline, exact, sizes, strict=True
     ):
-        error, allowed = (mine - x).norm(), 2 * (other - x).norm() + 1e-6 * (x.norm() + torch.as_tensor(size).norm())
+        error, allowed = (f - x).norm(), 2 * (b - x).norm() + 1e-6 * (x.norm() + torch.as_tensor(size).norm())
         assert error <= allowed, (name, error, allowed)
 
 
@@ -132,7 +135,7 @@ def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
         eager,
         tensors,
     )
-    # The same classes given by identity: one text per row, equal ids merged.
+    # The same classes by id: one text per row, equal ids merged.
     assert_as_good_as_eager(
         lambda x, y, s: run(x, y[index], s, text_id=index, duplicates="positives", backend=backend),
         eager,
@@ -141,7 +144,7 @@ def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_diagonal_needs_no_index(backend: str) -> None:
+def test_no_index_means_the_diagonal(backend: str) -> None:
     image, text, scale, _ = make(65, 65, 32, 20.0, torch.float64)
     same = torch.arange(65)
     for duplicates in ("negatives", "positives"):
@@ -155,9 +158,9 @@ def test_diagonal_needs_no_index(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("s", [20.0, 2000.0])
 def test_texts_without_rows(backend: str, s: float) -> None:
-    """They take no part among "negatives", and are one more negative of every image row among "positives"."""
+    """Ignored with "negatives"; one more negative of every image row with "positives"."""
     image, text, scale, index = make(40, 10, 16, s, torch.float64)
-    more = torch.cat([text, image[:7]])  # as near as can be
+    more = torch.cat([text, image[:7]])  # hard negatives
     wanted = gradients(lambda x, y, s: reference.naive_loss(x, y[:10][index], s), (image, more, scale))
     found = gradients(
         lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), (image, more, scale)
@@ -221,7 +224,7 @@ def extreme(case: str, n: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("s", [100.0, 1000.0])
 def test_extreme_features(backend: str, case: str, s: float, n: int = 200) -> None:
-    """Sums without a running maximum vanish in most of these, and in the last ones the loss is next to nothing."""
+    """Sums without a running maximum underflow in most of these; in the last ones the loss is nearly 0."""
     assert_as_good_as_eager(
         lambda x, y, s: run(x, y, s, backend=backend), reference.naive_loss, (*extreme(case, n), torch.tensor(s))
     )
@@ -229,7 +232,7 @@ def test_extreme_features(backend: str, case: str, s: float, n: int = 200) -> No
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_random_units_at_high_scale(backend: str) -> None:
-    """Best cosines of a row below 1 - 87/s: with the scale itself as the offset every term would underflow."""
+    """The largest cosine of a row is below 1 - 87/s: with the scale as the offset every term would underflow."""
     g = torch.Generator().manual_seed(2)
     image, text = torch.randn(300, 1024, generator=g), torch.randn(200, 1024, generator=g)
     assert (F.normalize(image, dim=1) @ F.normalize(text, dim=1).T).max() < 0.15
@@ -253,7 +256,7 @@ def test_nan_stays_nan(backend: str, where: str) -> None:
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_nan_in_a_text_without_rows(backend: str, n: int = 70) -> None:
-    """It has no weight among "negatives", and still must not hide."""
+    """It has weight 0 with "negatives", and must not be hidden."""
     image, text, scale, index = make(n, 12, 16, 20.0)
     text = torch.cat([text, torch.full((1, 16), torch.nan)])
     assert run(image, text, scale, text_index=index, backend=backend).isnan()
@@ -275,14 +278,14 @@ def test_no_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("learns", ["image", "text", "scale", "image text", "image scale", "text scale"])
-def test_one_side_frozen(backend: str, learns: str) -> None:
+@pytest.mark.parametrize("trained", ["image", "text", "scale", "image text", "image scale", "text scale"])
+def test_partly_frozen(backend: str, trained: str) -> None:
     tensors = dict(zip(("image", "text", "scale"), make(60, 60, 16, 20.0, torch.float64)[:3], strict=True))
-    for name in learns.split():
+    for name in trained.split():
         tensors[name].requires_grad_()
-    wanted = torch.autograd.grad(reference.naive_loss(**tensors), [tensors[k] for k in learns.split()])
+    wanted = torch.autograd.grad(reference.naive_loss(**tensors), [tensors[k] for k in trained.split()])
     loss = contrastive_loss(tensors["image"], tensors["text"], tensors["scale"], backend=backend)
-    found = torch.autograd.grad(loss, [tensors[k] for k in learns.split()])
+    found = torch.autograd.grad(loss, [tensors[k] for k in trained.split()])
     torch.testing.assert_close(found, wanted)
 
 
@@ -313,7 +316,7 @@ def test_gradcheck(backend: str, duplicates: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_input(backend: str, dtype: torch.dtype, n: int = 200) -> None:
-    """Sums are float32: what is lost is the rounding of the input alone, and of the gradients on their way out."""
+    """Sums are float32: only the input and the returned gradients are rounded."""
     image, text, scale, index = make(n, 30, 64, 14.3)
     rounded = (image.to(dtype), text.to(dtype), scale)
     exact = gradients(lambda x, y, s: reference.naive_loss(x, y[index], s), tuple(t.double() for t in rounded))
@@ -345,7 +348,7 @@ def test_grad_scaler() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_grad_scaler_steps_and_skips(device: str) -> None:
-    """The scaled loss goes backward to unscaled gradients; an overflow skips the step and lowers the scale."""
+    """The scaler unscales the gradients of the scaled loss; an overflow skips the step and lowers the scale."""
     image, text, scale, _ = (t.to(device) for t in make(40, 40, 16, 14.3))
     weight = torch.eye(16, device=device).requires_grad_()
     (wanted,) = torch.autograd.grad(contrastive_loss(image @ weight, text, scale), weight)
@@ -362,23 +365,23 @@ def test_grad_scaler_steps_and_skips(device: str) -> None:
     assert torch.equal(weight.detach(), before) and scaler.get_scale() == 2.0**15
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_raise() -> None:
     image = X.clone().requires_grad_()
     (grad,) = torch.autograd.grad(contrastive_loss(image, Y, 10.0, text_index=INDEX), image, create_graph=True)
     with pytest.raises(RuntimeError, match="contrastive_loss has first derivatives only"):
         grad.sum().backward()
 
 
-def test_the_positive_never_exceeds_the_sum() -> None:
-    """A perfect match at a high scale: the loss is 0 up to rounding, never a negative number of consequence."""
+def test_loss_is_not_negative() -> None:
+    """Perfect matches at a high scale: the loss is 0 up to rounding."""
     image = F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(3)), dim=1)
     rows = contrastive_loss(image, image, 100.0, reduction="none")
     assert rows.min() > -2e-5  # one rounding of a float32 logit of 100
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_blocks_meet(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles smaller than the matrix, and not a divisor of it, in both directions."""
+def test_partial_tiles(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that are smaller than the matrix and do not divide it, in both dimensions."""
     monkeypatch.setattr(contrastive_cpu, "ROWS", 32)
     monkeypatch.setattr(contrastive_cpu, "COLUMNS", 48)
     for s in (14.3, 2000.0):  # 2000: the path with running maxima
@@ -402,7 +405,7 @@ def test_deterministic() -> None:
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("duplicates", ["negatives", "positives"])
 def test_levels(backend: str, duplicates: str) -> None:
-    """All levels at once are the levels one by one; one is empty, widths differ, and only some have an index."""
+    """A multilevel call equals one call per level; one level is empty, widths differ, and only some have an index."""
     device = DEVICES[backend]
     cases = [make(20, 20, 16, 10.0), make(50, 12, 16, 30.0), make(0, 0, 16, 5.0), make(9, 9, 24, 5.0)]
     indices = [None, cases[1][3].to(device), cases[2][3].to(device), None]
@@ -454,7 +457,7 @@ def test_compile_without_graph_break_for_all_sizes(duplicates: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_loss_looks_at_values_too(backend: str) -> None:
+def test_compiled_loss_checks_values(backend: str) -> None:
     torch._dynamo.reset()
     image, text, _, _ = make(5, 3, 8, 1.0)
     index = torch.tensor([0, 1, 2, 2, 2])
@@ -463,13 +466,13 @@ def test_a_compiled_loss_looks_at_values_too(backend: str) -> None:
         for scale in (torch.tensor(-3.0), torch.tensor(0.0), -3.0):
             with pytest.raises(ValueError, match=r"logit_scale: got (-3|0), expected a positive factor"):
                 compiled(image, text, scale, text_index=index, backend=backend)
-    # Compiled code may count from the end what the op refuses.
+    # Compiled code may wrap negative indices before the op rejects them.
     with pytest.raises((ValueError, IndexError, RuntimeError), match=r"text_index: got values from -1 to 2|out of"):
         compiled(image, text, torch.tensor(3.0), text_index=torch.tensor([-1, 1, 2, 2, 2]), backend=backend)
 
 
-def test_no_matrix_is_kept() -> None:
-    """What autograd holds between the passes is the features and a few numbers per row."""
+def test_no_matrix_is_saved_for_backward() -> None:
+    """Autograd saves the features and a few numbers per row."""
     image, text, scale, index = (t.clone() for t in make(300, 200, 8, 10.0))
     held: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
@@ -481,7 +484,7 @@ def test_no_matrix_is_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "u"), [(700, 350), (5000, 5000), (17000, 1100)])
 def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
-    """Grouped launches, several chunks of dS, several chunks of rows forward; against eager in the same dtype."""
+    """Grouped launches, several blocks of dS, several chunks of rows forward; against eager in the same dtype."""
     image, text, scale, index = (t.cuda() for t in make(n, u, 512, 14.3))
     rounded = (image.to(dtype), text.to(dtype), scale)
 
@@ -495,14 +498,14 @@ def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
         index = torch.arange(n, device="cuda")
     wide = tuple(t.double() for t in rounded)
     exact = gradients(lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend="reference"), wide)
-    ours = errors(gradients(lambda x, y, s: contrastive_loss(x, y, s, backend="triton", **given), rounded), exact)
-    theirs = errors(gradients(eager, rounded), exact)
-    # One rounding of the result beside what eager loses.
-    assert all(a <= 2 * b + torch.finfo(dtype).eps / 2 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    found = errors(gradients(lambda x, y, s: contrastive_loss(x, y, s, backend="triton", **given), rounded), exact)
+    baseline = errors(gradients(eager, rounded), exact)
+    # Beyond eager's error, one rounding of the result.
+    assert all(a <= 2 * b + torch.finfo(dtype).eps / 2 for a, b in zip(found, baseline, strict=True)), (found, baseline)
 
 
-def test_no_matrix_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither pass makes a tensor larger than a tile, where the matrix would be nine tiles."""
+def test_no_matrix_is_allocated_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither pass allocates more than a buffer of two tiles, where the matrix has nine."""
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -516,13 +519,13 @@ def test_no_matrix_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_cpu, "ROWS", 512)
     monkeypatch.setattr(contrastive_cpu, "COLUMNS", 2048)
     image, text, scale, index = make(3000, 3000, 8, 14.3)
-    for s in (scale, scale * 100):  # the second one goes through running maxima
+    for s in (scale, scale * 100):  # the second one takes the path with running maxima
         with Largest() as largest:
-            sums = contrastive_cpu.forward(image, text, s, index)
+            sums = contrastive_cpu.level_forward(image, text, s, index)
             grads = [torch.ones_like(v) for v in sums]
-            contrastive_cpu.backward(image, text, s, index, None, *sums[:2], *grads)
+            contrastive_cpu.level_backward(image, text, s, index, None, *sums[:2], *grads)
         tile = contrastive_cpu.ROWS * contrastive_cpu.COLUMNS
-        assert largest.numel <= 2 * tile < image.shape[0] * text.shape[0] / 4  # two tiles lie in one buffer
+        assert largest.numel <= 2 * tile < image.shape[0] * text.shape[0] / 4
 
 
 X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
@@ -549,7 +552,7 @@ X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
         ({"logit_scale": "3"}, TypeError, "logit_scale: got str"),
         ({"logit_scale": 1e300}, ValueError, r"logit_scale: got 1e\+300, expected a factor that float32 can hold"),
         ({"image": X[:, :0], "text": Y[:, :0]}, ValueError, "got width 0, expected at least 1"),
-        # What new_group gives ranks that are not in it.
+        # What new_group returns on ranks outside the group.
         ({"group": -100}, TypeError, "group: got int, expected a process group that this rank belongs to"),
         ({"duplicates": "ignore"}, ValueError, "duplicates: got 'ignore', expected one of 'negatives', 'positives'"),
         ({"reduction": "sum"}, ValueError, "reduction: got 'sum', expected 'mean' or 'none'"),
@@ -572,18 +575,18 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         ({"logit_scale": torch.tensor(0.0)}, "logit_scale: expected a positive factor"),
     ],
 )
-def test_assertions_on_the_device_name_the_argument(change: dict[str, Any], message: str) -> None:
-    """What a GPU is asked under SCENARIOCLIP_FAST_CHECK=1; on a CPU the same assertions raise."""
+def test_device_assertions_name_the_argument(change: dict[str, Any], message: str) -> None:
+    """The checks of SCENARIOCLIP_FAST_CHECK=1 on a GPU; on a CPU the same assertions raise."""
     good: dict[str, Any] = {"logit_scale": torch.tensor(10.0), "text_index": INDEX}
     for given, expectation in ((good, nullcontext()), ({**good, **change}, pytest.raises(RuntimeError, match=message))):
         with expectation:
-            contrastive._assert_values(contrastive._Level(X, Y, given["logit_scale"], given["text_index"], None), "")
+            assert_values(LevelInput(X, Y, given["logit_scale"], given["text_index"]), "")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_index_out_of_range_on_a_gpu(check: str) -> None:
-    """In a process of its own, which under the flag ends by an assertion that names the argument; without, NaN."""
+    """In a process of its own: with the flag a device-side assertion names the argument, without it the loss is NaN."""
     code = """
 import torch
 from scenarioclip_fast.ops import contrastive_loss
@@ -591,7 +594,7 @@ x = torch.ones(4, 64, device="cuda")
 loss = contrastive_loss(x, x, 10.0, text_index=torch.tensor([0, 1, 2, 4], device="cuda"))
 print(loss.item())
 """
-    environment = {**os.environ, contrastive.CHECK: check}
+    environment = {**os.environ, CHECK: check}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if check == "0":
         assert done.returncode == 0 and done.stdout.strip() == "nan", done.stderr
@@ -609,17 +612,17 @@ def test_a_scale_that_is_not_positive_on_a_gpu(backend: str) -> None:
         assert contrastive_loss(image, text, on_device, text_index=index, backend=backend).isnan()
 
 
-def test_the_reference_of_a_scale_that_is_not_positive() -> None:
-    """As for one on a GPU, which nothing looks at."""
+def test_reference_with_a_scale_that_is_not_positive() -> None:
+    """NaN, as on a GPU, where the value is not checked."""
     for scale in (0.0, -1.0):
-        for sums in reference.forward(X, Y, torch.tensor(scale)):
+        for sums in reference.level_forward(X, Y, torch.tensor(scale)):
             assert sums.isnan().all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(128, 700, 350), (5000,)])
 def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
-    """Both passes are captured, and a replay on other features gives what they give."""
+    """Both passes are captured; a replay with other features equals an eager call with them."""
 
     def inputs(seed: int) -> list[Tensor]:
         return [t.cuda() for n in rows for t in make(n, max(n // 2, 1), 512, 14.3 + seed, seed=seed)]
@@ -652,7 +655,7 @@ def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 def test_launches_of_three_levels() -> None:
-    """At a batch's sizes the launches are the cost. Ours: 18; beside them the sum over the levels and its gradient."""
+    """At a batch's sizes launches dominate the time: 18, plus the sum over the levels and its gradient."""
     cases = [[t.cuda() for t in make(n, u, 512, 14.3)] for n, u in ((128, 128), (700, 250), (350, 340))]
     images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
     leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
@@ -689,7 +692,7 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides about interpreting when a kernel is defined."""
+    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import warnings; warnings.simplefilter("ignore", RuntimeWarning)  # logarithms of sums that are then summed again
@@ -709,7 +712,7 @@ t.check_padding_of_gradients()
 t.check_unaligned_features()
 for dtype in (torch.bfloat16, torch.float16):
     t.test_low_precision_input("triton", dtype, n=40)
-t.check_features_as_they_come("triton")
+t.check_without_normalization("triton")
 t.test_nan_in_a_text_without_rows("triton", n=20)
 t.check_scale_not_positive()
 t.check_index_out_of_range()
@@ -731,7 +734,7 @@ print("checked")
 
 
 def check_chunks() -> None:
-    """A level too large for the grouped launches, forward and backward by chunks of its rows."""
+    """A level too large for the grouped launches: forward by chunks of rows, backward by blocks."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     before = {name: getattr(contrastive_triton, name) for name in ("GROUPED", "FORWARD_ROWS", "BLOCK_BYTES")}
@@ -746,17 +749,17 @@ def check_chunks() -> None:
             lambda x, y, s, own=own: reference.naive_loss(x, y[own], s),
             (image, text, scale),
         )
-        for frozen in (image, text):  # one product alone
+        for frozen in (image, text):  # only one of the two products
             leaves = [t.clone().requires_grad_(t is not frozen) for t in (image, text, scale)]
-            learning = [t for t in leaves if t.requires_grad]
-            found = torch.autograd.grad(run(*leaves, "triton", **given), learning)
-            torch.testing.assert_close(found, torch.autograd.grad(run(*leaves, "cpu", **given), learning))
+            trained = [t for t in leaves if t.requires_grad]
+            found = torch.autograd.grad(run(*leaves, "triton", **given), trained)
+            torch.testing.assert_close(found, torch.autograd.grad(run(*leaves, "cpu", **given), trained))
     for name, value in before.items():
         setattr(contrastive_triton, name, value)
 
 
 def check_rectangular_tiles() -> None:
-    """Tiles of the gradient need not be square: levels together, and one alone by blocks."""
+    """Gradient tiles that are not square: grouped levels, and one level by blocks."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton as triton
 
     with patch.object(triton.Plan, "gradient_tile", lambda _: triton.Tile(128, 64, 8)):
@@ -767,7 +770,7 @@ def check_rectangular_tiles() -> None:
 
 
 def check_padding_of_gradients() -> None:
-    """Whatever tiles of dS hold past the ends of a level, the products do not see it."""
+    """The products ignore the padding of dS tiles past the ends of a level."""
     from scenarioclip_fast.kernels.contrastive.triton_kernels import products
 
     rows, texts = [70, 3, 0, 0], [33, 5, 0, 0]
@@ -785,7 +788,7 @@ def check_padding_of_gradients() -> None:
 
 
 def check_unaligned_features() -> None:
-    """Features that kernels may read 16 bytes at a time, and such that lie, or are spaced, otherwise."""
+    """Features with and without the alignment and stride for reads of 16 bytes."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     g = torch.Generator().manual_seed(4)
@@ -813,7 +816,7 @@ def check_unaligned_features() -> None:
 
 
 def check_rounding_to_tf32() -> None:
-    """Unit rows of what the matrix units take in TF32 have its ten digits already, the nearest ones."""
+    """Unit rows that tensor cores multiply in TF32 are rounded to nearest TF32 already."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     image = make(40, 12, 33, 1.0)[0].half()
@@ -827,30 +830,30 @@ def check_rounding_to_tf32() -> None:
     assert unit[7].isnan().any() and unit[:, 33:].abs().nan_to_num().sum() == 0
     assert (unit[good].view(torch.int32) & 0x1FFF == 0).all()
     error = (unit[good, :33] - exact[good]).abs() / exact[good].abs().clamp_min(1e-30)
-    assert 2**-13 < error.max() <= 2**-11 * 1.001  # half of the last digit, and float32's own rounding before
+    assert 2**-13 < error.max() <= 2**-11 * 1.001  # half a unit in the last place, after float32's own rounding
 
 
 def check_small_ops() -> None:
     index, count = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([2, 1, 2], dtype=torch.int32)
-    torch.library.opcheck(contrastive.contrastive_counts, (index, [3, 2], [2, 1]))
+    torch.library.opcheck(contrastive_counts, (index, [3, 2], [2, 1], "triton"))
     sums = [torch.rand(n, dtype=torch.float64).requires_grad_() for n in (5, 3, 5)]
     for given in ((count, index), (None, None)):
         texts = [2, 1] if given[0] is not None else [3, 0]
-        torch.library.opcheck(contrastive.contrastive_means, (*sums, *given, [3, 2], texts, True))
-        losses, _ = contrastive.contrastive_means(*sums, *given, [3, 2], texts, True)
+        torch.library.opcheck(contrastive_means, (*sums, *given, [3, 2], texts, True, "triton"))
+        losses, _ = contrastive_means(*sums, *given, [3, 2], texts, True, "triton")
         with Dispatched() as dispatched:
             torch.autograd.grad(losses, sums, torch.ones_like(losses))
-        # The gradient of what has none would be zeros, made for nothing: a launch.
+        # No zeros are allocated as the gradient of the second output: that would be a launch.
         assert dispatched.names == ["ones_like", "contrastive_means_backward"]
 
 
 def check_five_levels() -> None:
-    """More than share a launch, some through chunks of levels of other sizes; duplicates of both kinds."""
-    check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], contrastive.DUPLICATES)
+    """More levels than share a launch; duplicates of both kinds."""
+    check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], DUPLICATES)
 
 
 def check_levels(sizes: list[tuple[int, int]], duplicates: Sequence[str]) -> None:
-    """Losses and gradients of levels of so many rows and texts, Triton's and those of the CPU."""
+    """Losses and gradients of levels of these (rows, texts): Triton against the CPU backend."""
     cases = [make(n, u, 8, 10.0, seed=n) for n, u in sizes]
     images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
     leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
@@ -874,19 +877,21 @@ def check_texts_without_weight(backend: str) -> None:
 
 
 def check_index_out_of_range() -> None:
-    """The interpreter's device is the CPU, where the index is looked at before: hence the ops themselves."""
+    """Calls the kernels: the ops check the index on the interpreter's device, the CPU."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
     image, text, scale, _ = make(5, 5, 16, 10.0)
     for bad in (5, -1):
         index = torch.tensor([0, 1, 2, 3, bad])
-        count = contrastive.contrastive_counts(index, [5], [5])
+        count = contrastive_triton.counts(index, [5], [5])
         assert count.tolist() == [1, 1, 1, 1, 0]
-        sums = contrastive_forward([image], [text], scale[None], index, count, True, "triton")
+        sums = contrastive_triton.forward([image], [text], scale[None], index, count, True)
         for positives in (False, True):
-            assert contrastive.contrastive_means(*sums, count, index, [5], [5], positives)[0].isnan().all()
+            assert contrastive_triton.means(*sums, count, index, [5], [5], positives)[0].isnan().all()
 
 
 def check_scale_not_positive() -> None:
-    """On a GPU nobody has looked at its value before the kernels do."""
+    """On a GPU the value is not checked before the kernels run."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     image, text, _, _ = make(5, 5, 16, 1.0)
@@ -895,7 +900,7 @@ def check_scale_not_positive() -> None:
         assert row.isnan().all() and column.isnan().all()
 
 
-def check_features_as_they_come(backend: str) -> None:
+def check_without_normalization(backend: str) -> None:
     image, text, scale, _ = make(30, 30, 8, 1.0)
     for length in (0.1, 20.0):  # 20: logits far above the scale
         x, y = (F.normalize(v, dim=1) * length for v in (image, text))
@@ -907,5 +912,5 @@ def check_features_as_they_come(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_features_as_they_come(backend: str) -> None:
-    check_features_as_they_come(backend)
+def test_without_normalization(backend: str) -> None:
+    check_without_normalization(backend)

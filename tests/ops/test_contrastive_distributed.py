@@ -18,12 +18,12 @@ from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 
 D = 12
 VOCABULARY = 9
-# Rows of each rank: uneven, one rank without any, all of them on one rank, nothing anywhere.
+# Rows of each rank: uneven, one empty rank, all rows on one rank, no rows at all.
 SHARES = {2: [(5, 8), (0, 6), (7, 0), (0, 0), (4, 4)], 4: [(3, 0, 6, 1), (1, 9, 2, 4)]}
 
 
 def share(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image rows [rows, D], their strings' ids [rows] and nothing else that differs between ranks."""
+    """A rank's image rows [rows, D], its distinct text ids [U], and the index [rows] of each row's text."""
     g = torch.Generator().manual_seed(100 * rank + rows)
     image = torch.randn(rows, D, dtype=torch.float64, generator=g)
     ids, index = torch.unique(torch.randint(VOCABULARY, (rows,), generator=g), return_inverse=True)
@@ -31,7 +31,7 @@ def share(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leaves(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A rank's images, the text table and the scale, each wanting a gradient as a replicated model would."""
+    """A rank's images, the text table and the scale, all requiring gradients, and text ids and indices [2, rows]."""
     table = torch.randn(VOCABULARY, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).requires_grad_()
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     image, ids, index = share(rank, rows)
@@ -54,7 +54,7 @@ def check(found: Any, wanted: Any) -> None:
 
 
 def averaged(grad: Tensor, group: Any) -> Tensor:
-    """What DistributedDataParallel does to a parameter's gradient."""
+    """A parameter's gradient as DistributedDataParallel averages it."""
     grad = grad.clone()
     dist.all_reduce(grad, group=group)
     return grad / group.size()
@@ -83,7 +83,7 @@ def check_mean(rows: tuple[int, ...], duplicates: str, with_ids: bool, backend: 
 
 
 def check_diagonal_and_none(rows: tuple[int, ...], group: Any) -> None:
-    """Row by row, each rank with a weight of its own: the gradient is that of the sum over ranks."""
+    """reduction="none", with a weight per rank: the gradient is that of the sum over ranks."""
     rank = group.rank()
     images = [share(r, n)[0].requires_grad_() for r, n in enumerate(rows)]
     texts = [share(r + 10, n)[0].requires_grad_() for r, n in enumerate(rows)]
@@ -120,7 +120,7 @@ def check_levels(shares: list[tuple[int, ...]], group: Any) -> None:
 
 
 def check_one_rank_frozen(group: Any) -> None:
-    """A rank whose share is empty and wants no gradient still takes part in the others' backward pass."""
+    """A rank with an empty share and no gradient takes part in the others' backward pass."""
     rank, rows = group.rank(), (6,) + (0,) * (group.size() - 1)
     image, table, _, (ids, index) = leaves(rank, rows[rank])
     own = torch.unique(ids)
@@ -140,24 +140,24 @@ def check_clip_loss(local_loss: bool, gather_with_grad: bool) -> None:
     texts = [share(r + 10, n)[0].requires_grad_() for r in range(world)]
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
 
-    def formula(me: int) -> Tensor:
-        # What rank `me` computes; without gather_with_grad the others' features are constants there.
+    def formula(own: int) -> Tensor:
+        # The loss of rank `own`; without gather_with_grad the others' features are constants there.
         x, y = (
-            [t if gather_with_grad or (k == me and not local_loss) else t.detach() for k, t in enumerate(ts)]
+            [t if gather_with_grad or (k == own and not local_loss) else t.detach() for k, t in enumerate(ts)]
             for ts in (images, texts)
         )
         if not local_loss:
             return reference.open_clip_loss(torch.cat(x), torch.cat(y), scale)
-        target = torch.arange(n) + me * n
-        by_image = torch.nn.functional.cross_entropy(scale * images[me] @ torch.cat(y).T, target)
-        return (by_image + torch.nn.functional.cross_entropy(scale * texts[me] @ torch.cat(x).T, target)) / 2
+        target = torch.arange(n) + own * n
+        by_image = torch.nn.functional.cross_entropy(scale * images[own] @ torch.cat(y).T, target)
+        return (by_image + torch.nn.functional.cross_entropy(scale * texts[own] @ torch.cat(x).T, target)) / 2
 
     loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world)(images[rank], texts[rank], scale)
     found = torch.autograd.grad(loss, (images[rank], texts[rank], scale))
     check(loss.detach(), formula(rank).detach())
-    # A gather with gradients brings back what every rank's loss has to say.
-    spoken = sum(formula(r) for r in range(world)) if gather_with_grad else formula(rank)
-    check(found[:2], torch.autograd.grad(spoken, (images[rank], texts[rank])))
+    # With gather_with_grad, features get gradients from the losses of all ranks.
+    total = sum(formula(r) for r in range(world)) if gather_with_grad else formula(rank)
+    check(found[:2], torch.autograd.grad(total, (images[rank], texts[rank])))
     own = sum(torch.autograd.grad(formula(r), scale)[0] for r in range(world)) / world
     check(averaged(found[2], group), own)
 
@@ -175,8 +175,8 @@ def check_all(group: Any) -> None:
         contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), 1.0, duplicates="positives", group=group)
 
 
-def check_misfits(group: Any) -> None:
-    """What would make collectives hang, or end the process, is an error on every rank."""
+def check_mismatches(group: Any) -> None:
+    """Mismatches that would make collectives hang or crash are errors on every rank."""
     first, features = group.rank() == 0, torch.ones(2, D)
     ids = torch.arange(2) if first else None
     for own, text_id in (
@@ -184,7 +184,7 @@ def check_misfits(group: Any) -> None:
         (features[:, 1:] if first else features, None),
         (features if first else features[:0], ids),
     ):
-        with pytest.raises(ValueError, match="group: got features of one dtype or width here and of another there"):
+        with pytest.raises(ValueError, match="group: got features of different dtypes or widths on different ranks"):
             contrastive_loss(own, own, 1.0, text_id=text_id, group=group)
 
 
@@ -198,7 +198,7 @@ def run(rank: int, store: str) -> None:
         # Pairs whose ranks in the group are not their ranks in the world.
         pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
         check_all(pairs[rank // 2])
-        check_misfits(pairs[rank // 2])
+        check_mismatches(pairs[rank // 2])
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -211,8 +211,8 @@ def test_ranks_equal_one_process(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
 @pytest.mark.parametrize("duplicates", ["negatives", "positives"])
-def test_a_group_of_gpus(backend: str, duplicates: str) -> None:
-    """One rank, which goes through all collectives; and nothing waits for the device where hosts can meet."""
+def test_group_on_a_gpu(backend: str, duplicates: str) -> None:
+    """One rank, which runs all collectives, without synchronising if the group has a CPU backend."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
     try:
         g = torch.Generator("cuda").manual_seed(0)
@@ -238,7 +238,7 @@ def test_a_group_of_gpus(backend: str, duplicates: str) -> None:
         first = torch.arange(30, device="cuda")
         wanted_loss = contrastive_loss(image, text[first], scale, text_index=index % 30, duplicates=duplicates)
         wanted = wanted_loss.detach(), *torch.autograd.grad(wanted_loss, (image, text, scale))
-        # Texts that stand for nothing are left out before or after the tiles are cut: other sums, and bf16 gradients.
+        # Merged texts are dropped before or after tiling, which changes the order of sums; gradients are bfloat16.
         for f, w in zip(found, wanted, strict=True):
             torch.testing.assert_close(f, w, rtol=2e-2, atol=1e-5)
     finally:

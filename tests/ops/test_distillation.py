@@ -1,4 +1,4 @@
-"""distillation_loss: every backend against the definition, in float64 where that is possible."""
+"""distillation_loss: every backend against the definition in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import scenarioclip_fast as scf
 from scenarioclip_fast import dispatch, requirements
 from scenarioclip_fast.ops import distillation_loss
 
-# Each backend where it runs; the Triton form runs on a CPU too, in a test of its own.
+# Device of each backend; test_triton_in_the_interpreter runs Triton on a CPU.
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -32,7 +32,7 @@ BACKENDS = [case(backend) for backend in DEVICES]
 
 
 def on(backend: str, p: dict[str, Tensor]) -> dict[str, Tensor]:
-    # The interpreter takes Triton's kernels on CPU tensors.
+    # Triton's interpreter runs kernels on CPU tensors.
     device = "cpu" if backend == "triton" and requirements.triton_interprets() else DEVICES[backend]
     return {name: t.to(device) for name, t in p.items()}
 
@@ -50,7 +50,7 @@ def problem(
     }
 
 
-def law(p: dict[str, Tensor], temperature: float, teacher_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def exact(p: dict[str, Tensor], temperature: float, teacher_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and temperature's gradient from the definition, by autograd, in float64."""
     student = p["student"].double().requires_grad_()
     t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ def law(p: dict[str, Tensor], temperature: float, teacher_temperature: float) ->
     return loss.detach(), *torch.autograd.grad(loss, (student, t))
 
 
-def ours(
+def evaluate(
     p: dict[str, Tensor], temperature: float, teacher_temperature: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = on(backend, p)
@@ -78,19 +78,19 @@ def ours(
         teacher_temperature=teacher_temperature,
         backend=backend,
     )
-    # An upstream gradient other than 1 shows a backward pass that forgets it.
+    # An upstream gradient other than 1 must not be ignored.
     return loss.detach().cpu(), *(g.cpu() / 3 for g in torch.autograd.grad(loss * 3, (student, t)))
 
 
 def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher_temperature: float = 0.07) -> None:
-    # float32 sums of D terms around 1/T = 14: an error of some 1e-6 of the largest term is what one must expect.
-    for mine, theirs in zip(
-        ours(p, temperature, teacher_temperature, backend),
-        law(p, temperature, teacher_temperature),
+    # float32 sums of D terms around 1/T = 14: expect errors of some 1e-6 of the largest term.
+    for found, wanted in zip(
+        evaluate(p, temperature, teacher_temperature, backend),
+        exact(p, temperature, teacher_temperature),
         strict=True,
     ):
-        scale = theirs.abs().amax().clamp_min(1e-12) if theirs.numel() else 1
-        torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=2e-5)
+        scale = wanted.abs().amax().clamp_min(1e-12) if wanted.numel() else 1
+        torch.testing.assert_close(found.double() / scale, wanted / scale, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,9 +103,9 @@ def test_sizes(backend: str, students: int, teachers: int, pairs: int, width: in
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_coordinate_has_nothing_to_teach(backend: str) -> None:
-    # The terms, some w s / T = 14, cancel up to their rounding.
-    for result in ours(problem(1, 1, 1, 1), 0.07, 0.07, backend):
+def test_one_coordinate_gives_zero(backend: str) -> None:
+    # The terms, around w s / T = 14, cancel up to rounding.
+    for result in evaluate(problem(1, 1, 1, 1), 0.07, 0.07, backend):
         assert result.abs() < 14 * 2**-22
 
 
@@ -118,13 +118,13 @@ def test_temperatures(backend: str, temperature: float, teacher_temperature: flo
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clamp_and_large_values(backend: str) -> None:
     p = problem(4, 4, 12, 32)
-    p["teacher"] *= 30  # nearly all of the softmax at one coordinate: the clamp decides about the rest
+    p["teacher"] *= 30  # a nearly one-hot softmax: the clamp determines the other coordinates
     p["student"] *= 10
     check(p, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_never_hidden(backend: str) -> None:
+def test_nan_propagates(backend: str) -> None:
     for name in ("student", "teacher"):
         p = problem(3, 3, 3, 16)
         p["student_index"] = p["teacher_index"] = torch.arange(3)
@@ -133,11 +133,11 @@ def test_nan_is_never_hidden(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_without_pairs_do_not_matter(backend: str) -> None:
+def test_rows_without_pairs_are_ignored(backend: str) -> None:
     p = problem(3, 2, 4, 16)
     p["student_index"] = torch.tensor([0, 2, 2, 0])
     p["student"][1] = torch.inf
-    loss, gradient, _ = ours(p, 0.07, 0.07, backend)
+    loss, gradient, _ = evaluate(p, 0.07, 0.07, backend)
     assert loss.isfinite()
     assert (gradient[1] == 0).all()
     assert gradient[[0, 2]].abs().sum() > 0
@@ -147,13 +147,13 @@ def test_rows_without_pairs_do_not_matter(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
     p = problem(9, 7, 30, 96, dtype=dtype)
-    loss, gradient, _ = ours(p, 0.07, 0.07, backend)
-    exact, exact_gradient, _ = law(p, 0.07, 0.07)
+    loss, gradient, _ = evaluate(p, 0.07, 0.07, backend)
+    wanted, wanted_gradient, _ = exact(p, 0.07, 0.07)
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
-    torch.testing.assert_close(loss.double(), exact, rtol=2e-5, atol=0)
-    # Rounded to the input's dtype by the op, and once more by the division in `ours`: 2^-8 each in bfloat16.
-    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2**-7, atol=1e-7)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-5, atol=0)
+    # Rounded to the input's dtype by the op, and once more by the division in `evaluate`: 2^-8 each in bfloat16.
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2**-7, atol=1e-7)
 
 
 def test_float64_passes_gradcheck() -> None:
@@ -180,7 +180,7 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_a_break_and_for_any_size(backend: str) -> None:
+def test_compiles_without_graph_break_for_any_size(backend: str) -> None:
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(student: Tensor, **rest: Tensor) -> Tensor:
         return distillation_loss(student * 2, **rest, backend=backend)
@@ -188,15 +188,15 @@ def test_compiles_without_a_break_and_for_any_size(backend: str) -> None:
     for sizes in ((5, 4, 11, 32), (6, 3, 17, 32)):
         p = on(backend, problem(*sizes))
         eager = p["student"].clone().requires_grad_()
-        mine = p.pop("student").requires_grad_()
-        loss = compiled(mine, **p)
+        student = p.pop("student").requires_grad_()
+        loss = compiled(student, **p)
         expected = distillation_loss(eager * 2, **p, backend=backend)
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(torch.autograd.grad(loss, mine), torch.autograd.grad(expected, eager))
+        torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, eager))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inputs_with_gaps(backend: str) -> None:
+def test_non_contiguous_inputs(backend: str) -> None:
     p = problem(6, 5, 12, 40)
     wide = torch.randn(6, 80)
     p["student"] = wide[:, ::2]
@@ -209,12 +209,12 @@ def test_a_temperature_is_a_number_or_a_tensor(backend: str) -> None:
     p = on(backend, problem(6, 5, 12, 40))
     t = torch.tensor(0.05, device=p["student"].device)
     number, tensor = (distillation_loss(**p, student_temperature=x, backend=backend) for x in (0.05, t))
-    # 0.05 reaches the kernels in float32 either way; the reference computes with float64 numbers beside float32 rows.
+    # The kernels receive 0.05 in float32 either way; the reference receives a number in float64.
     torch.testing.assert_close(number, tensor, rtol=1e-6, atol=0)
 
 
 class Dispatched(TorchDispatchMode):
-    """Names of the operators that torch is asked for, views and detaching left out: those launch nothing."""
+    """Records the names of the operators that run, except views and detach, which launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_one_launch_forward_and_one_backward(backend: str, learned: bool) -> Non
     def forward() -> Tensor:
         return distillation_loss(student, **p, student_temperature=t, backend=backend)
 
-    forward()  # compiles, and makes the stream's counter
+    forward()  # compiles, and allocates the stream's counter
     loss, names = launches(forward)
     assert len(names) == 1, names
     _, names = launches(lambda: torch.autograd.grad(loss, [student, t] if learned else student, upstream))
@@ -269,7 +269,7 @@ def test_one_launch_forward_and_one_backward(backend: str, learned: bool) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] in ("triton", "cuda")])
 def test_graphs_and_streams(backend: str) -> None:
-    """A graph replays beside other launches, and each stream counts its own blocks."""
+    """A graph replays beside other launches, and each stream has its own counter."""
     p = on(backend, problem(70, 9, 300, 512))
     expected = distillation_loss(**p, backend=backend)
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
@@ -295,7 +295,7 @@ def test_threads_do_not_change_the_result() -> None:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(ours(p, 0.07, 0.07, "cpu"))
+            results.append(evaluate(p, 0.07, 0.07, "cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -310,7 +310,7 @@ def test_threads_do_not_change_the_result() -> None:
         ),
         ({"teacher": torch.zeros(3, 9)}, "got widths 8 and 9"),
         ({"student_index": torch.zeros(4, dtype=torch.int32)}, "student_index: got torch.int32"),
-        ({"weight": torch.zeros(5)}, "expected as many of each"),
+        ({"weight": torch.zeros(5)}, "expected the same length"),
         (
             {"student_index": torch.tensor([0, 1, 2, 3])},
             "student_index: got indices from 0 to 3, expected 0 to 2",
@@ -332,7 +332,7 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         distillation_loss(**arguments)  # type: ignore[arg-type]
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_raise() -> None:
     p = problem(3, 3, 4, 8)
     student = p["student"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(distillation_loss(**{**p, "student": student}), student, create_graph=True)
@@ -345,12 +345,12 @@ def test_a_named_backend_never_falls_back() -> None:
     with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot serve cpu tensors"):
         distillation_loss(**p, backend="cuda")
     p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
-    with pytest.raises(scf.BackendError, match="it computes in float32, and float64 came; usable: reference"):
+    with pytest.raises(scf.BackendError, match="float32 only, and the input is float64; usable: reference"):
         distillation_loss(**p, backend="cpu")
 
 
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides about interpreting when a kernel is defined."""
+    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import torch, test_distillation as t
@@ -358,8 +358,8 @@ from scenarioclip_fast.kernels.distillation import distillation_triton
 for sizes in ((3, 2, 7, 5), (4, 5, 1030, 33), (5, 4, 0, 8), (0, 4, 0, 8)):
     t.check(t.problem(*sizes), "triton")
 t.test_a_temperature_is_a_number_or_a_tensor("triton")
-t.test_rows_without_pairs_do_not_matter("triton")
-# The counter is ready for the next launch.
+t.test_rows_without_pairs_are_ignored("triton")
+# The counter is 0 again after a launch.
 p, finished = t.problem(6, 5, 12, 33), torch.zeros((), dtype=torch.int32)
 first, second = (distillation_triton.forward(*p.values(), None, 0.07, 0.07, True, finished) for _ in range(2))
 assert finished == 0 and torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

@@ -1,4 +1,4 @@
-"""ema_update_: arithmetic, dtypes, and refusal before anything changes."""
+"""ema_update_: arithmetic, dtypes, and errors that leave the teacher unchanged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def test_follows_the_formula(device: str, decay: float, dtype: torch.dtype) -> N
     expected = [decay * t.double() + (1 - decay) * s.detach().double() for t, s in zip(teacher, student, strict=True)]
     pointers = [t.data_ptr() for t in teacher]
     ema_update_(teacher, student, decay)
-    for mine, theirs in zip(teacher, expected, strict=True):
+    for found, wanted in zip(teacher, expected, strict=True):
         # One multiplication and one addition: a couple of units in the last place.
-        torch.testing.assert_close(mine.double(), theirs, rtol=3e-7, atol=3e-7)
+        torch.testing.assert_close(found.double(), wanted, rtol=3e-7, atol=3e-7)
     assert pointers == [t.data_ptr() for t in teacher]
 
 
@@ -29,11 +29,11 @@ def test_a_float32_teacher_follows_a_bfloat16_student() -> None:
     teacher = [torch.zeros(1000)]
     for _ in range(3):
         ema_update_(teacher, [torch.ones(1000, dtype=torch.bfloat16)], 0.999)
-    # In bfloat16 the second step of 0.001 would be lost beside the first.
+    # In bfloat16 the second step of 0.001 would round to nothing.
     torch.testing.assert_close(teacher[0], torch.full((1000,), 1 - 0.999**3), rtol=1e-5, atol=0)
 
 
-def test_parameters_are_moved_without_a_graph() -> None:
+def test_parameters_are_updated_without_a_graph() -> None:
     teacher = torch.nn.Parameter(torch.zeros(3))
     student = torch.nn.Parameter(torch.ones(3))
     ema_update_([teacher], [student], 0.5)
@@ -60,7 +60,7 @@ def test_parameters_are_moved_without_a_graph() -> None:
             "tensor 1: got torch.int32",
         ),
         ([torch.zeros(2)], [torch.ones(2).to(torch.complex64)], 0.5, "tensor 0: got torch.complex64"),
-        ([torch.zeros(2)], [2.0], 0.5, "student: got list, expected a list of tensors and nothing else"),
+        ([torch.zeros(2)], [2.0], 0.5, "student: got list, expected a list of tensors"),
         (torch.zeros(2), [torch.ones(2)] * 2, 0.5, "teacher: got Tensor, expected a list of tensors"),
     ],
 )

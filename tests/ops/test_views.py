@@ -1,4 +1,4 @@
-"""focused_region and render_views against Pillow and SciPy done step by step, and the backends against each other."""
+"""focused_region and render_views against the same steps in Pillow and SciPy, and the backends against each other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import scenarioclip_fast.ops.views as views_module
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.data.views import Views, pixel_box
+from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.ops.view_batch import pixel_box
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 Image = pytest.importorskip("PIL.Image")
@@ -60,7 +61,7 @@ def render_views(images: Sequence[Tensor], views: Views, *, backend: str = "cpu"
     return views_module.render_views(images, views, backend=backend, **keywords).cpu()
 
 
-def picture(height: int, width: int, seed: int = 0, kind: str = "noise") -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0, kind: str = "noise") -> np.ndarray:
     rng = np.random.default_rng(seed)
     if kind == "noise":
         return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -71,7 +72,7 @@ def picture(height: int, width: int, seed: int = 0, kind: str = "noise") -> np.n
 
 
 def blob(height: int, width: int, seed: int) -> np.ndarray:
-    """An ellipse with a hole, perhaps cut by the border; never empty."""
+    """An ellipse with a hole, possibly clipped by the border; never empty."""
     rng = np.random.default_rng(seed)
     cy, cx = rng.random(2) * (height, width)
     ry, rx = (0.1 + 0.5 * rng.random(2)) * (height, width)
@@ -85,7 +86,7 @@ def blob(height: int, width: int, seed: int) -> np.ndarray:
 def scipy_region(
     image: np.ndarray, mask1: np.ndarray, mask2: np.ndarray, sigma: float, blur_sigma: float, blur: str
 ) -> np.ndarray:
-    """The method's formula in the published code's own tools; an undefined 0/0 becomes the mean, as ours."""
+    """The formula with the tools of the published code; an undefined 0/0 becomes the mean, as in this package."""
     y, x = np.indices(mask1.shape)
     (y1, x1), (y2, x2) = ndimage.center_of_mass(mask1), ndimage.center_of_mass(mask2)
     d1, d2 = np.sqrt((y - y1) ** 2 + (x - x1) ** 2), np.sqrt((y - y2) ** 2 + (x - x2) ** 2)
@@ -99,12 +100,12 @@ def scipy_region(
 
 
 def pillow_view(image: np.ndarray, size: int) -> np.ndarray:
-    """Short side to `size`, bicubic, antialiased; the middle."""
+    """Resize the short side to `size`, bicubic with antialiasing, and crop the centre."""
     height, width = image.shape[:2]
     short = min(height, width)
     wide, tall = (size, int(size * height / width)) if width == short else (int(size * width / height), size)
     left, top = round((wide - size) / 2), round((tall - size) / 2)
-    # Across, then down: what Pillow did in one call before version 13, which goes down first where a picture is tall.
+    # Horizontally, then vertically, as Pillow did before version 13, which resizes tall images vertically first.
     resized = Image.fromarray(image).resize((wide, height), Image.BICUBIC).resize((wide, tall), Image.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
@@ -116,10 +117,10 @@ def bytes_of(pixels: Tensor) -> np.ndarray:  # [3, S, S] -> [S, S, 3]
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, what: str = "", share: float = 0.999, most: float = 3) -> None:
-    """At most one byte apart on 99.9 % of the values, never more than three: truncation turns last-bit differences
-    between float32 and float64 into whole bytes, and resizing may add two of them."""
+    """99.9 % of the values differ by at most 1, none by more than 3: truncation turns last-bit differences between
+    float32 and float64 into whole levels, and resizing may add two of them."""
     difference = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-    assert difference.max(initial=0) <= most + 1e-3, f"{what}: {difference.max()} apart"
+    assert difference.max(initial=0) <= most + 1e-3, f"{what}: differ by {difference.max()}"
     assert (difference <= 1 + 1e-3).mean() >= share if difference.size else True, what
 
 
@@ -138,8 +139,8 @@ def scene(
 @pytest.mark.parametrize("blur", ["rgb", "reference"])
 @pytest.mark.parametrize("kind", ["noise", "waves"])
 @pytest.mark.parametrize("shape", SIZES)
-def test_region_is_scipys(shape: tuple[int, int], kind: str, blur: str, backend: str) -> None:
-    image, mask1, mask2 = picture(*shape, kind=kind), blob(*shape, 1), blob(*shape, 2)
+def test_region_equals_scipy(shape: tuple[int, int], kind: str, blur: str, backend: str) -> None:
+    image, mask1, mask2 = make_image(*shape, kind=kind), blob(*shape, 1), blob(*shape, 2)
     for sigma, blur_sigma in ((100.0, 2.0), (7.5, 1.0), (30.0, 3.3)):
         expected = scipy_region(image, mask1, mask2, sigma, blur_sigma, blur)
         got = focused_region(
@@ -149,14 +150,14 @@ def test_region_is_scipys(shape: tuple[int, int], kind: str, blur: str, backend:
             blur=blur,
             backend=backend,
         )
-        # Where a sum should be whole (one row only, or three equal colours), SciPy's truncation takes its rounding
-        # noise for a reason to go down by one, once for each of the passes; at sigma 2 that befalls one grey of 256.
+        # Where a sum should be an integer (one row only, or three equal colours), rounding noise makes SciPy's
+        # truncation lose one level per pass; at sigma 2 that affects one grey level of 256.
         assert_close(got.numpy(), expected, share=0.999 if min(shape) > 1 else 0.9, most=1 if min(shape) > 1 else 2)
         if min(shape) > 1:
             assert (got.numpy() == expected).mean() >= (0.999 if blur_sigma == 2 else 0.98)
 
 
-def test_flat_pictures_stay_flat(backend: str) -> None:
+def test_uniform_images_stay_uniform(backend: str) -> None:
     image = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 40, 3)
     mask = torch.zeros(40, 40, dtype=torch.bool)
     mask[0, 0] = True
@@ -168,7 +169,7 @@ def test_flat_pictures_stay_flat(backend: str) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (1, 9), (9, 1), (1, 1)])
 def test_region_special_masks(height: int, width: int, backend: str) -> None:
-    image = picture(height, width, 3)
+    image = make_image(height, width, 3)
     corner, full, last = (np.zeros((height, width), bool) for _ in range(3))
     corner[0, 0] = last[-1, -1] = full[:] = True
     for mask1, mask2 in ((corner, corner), (corner, last), (full, full), (full, corner), (last, full)):
@@ -176,7 +177,7 @@ def test_region_special_masks(height: int, width: int, backend: str) -> None:
         assert_close(got.numpy(), scipy_region(image, mask1, mask2, 100.0, 2.0, "rgb"), most=2)
         swapped = focused_region(*map(torch.from_numpy, (image, mask2, mask1)), backend=backend)
         assert torch.equal(got, swapped)
-    # Identical one-pixel masks: both weights are 1/2 and both fadings 1, so the pixel stays.
+    # Identical one-pixel masks: both weights are 1/2 and both factors 1, so the pixel keeps its value.
     assert torch.equal(
         focused_region(*map(torch.from_numpy, (image, corner, corner)), backend=backend)[0, 0],
         torch.from_numpy(image[0, 0]),
@@ -194,18 +195,18 @@ def test_region_special_masks(height: int, width: int, backend: str) -> None:
 @settings(max_examples=40, deadline=None)
 def test_region_of_random_masks(fast: str, height: int, width: int, seed: int, density: float, blur: str) -> None:
     rng = np.random.default_rng(seed)
-    image = picture(height, width, seed)
+    image = make_image(height, width, seed)
     masks = rng.random((2, height, width)) < density
     masks[:, rng.integers(height), rng.integers(width)] = True
     inputs = [torch.from_numpy(a) for a in (image, *masks)]
-    law = focused_region(*inputs, blur=blur, backend="reference")
+    exact = focused_region(*inputs, blur=blur, backend="reference")
     expected = scipy_region(image, *masks, 100.0, 2.0, blur)
-    # SciPy's own rounding noise (see above) shows where a picture has one row or column.
-    assert_close(law.numpy(), expected, most=1 if min(height, width) > 1 else 2, share=0.9)
+    # SciPy's rounding noise (see above) shows in images of one row or column.
+    assert_close(exact.numpy(), expected, most=1 if min(height, width) > 1 else 2, share=0.9)
     got = focused_region(*inputs, blur=blur, backend=fast)
-    # A weight that differs in float32's last bits may cross a whole number: one byte, rarely.
-    assert_close(got.numpy(), law.numpy(), most=1)
-    assert (got != law).sum() <= 2
+    # A weight that differs in float32's last bits may cross an integer: one level, rarely.
+    assert_close(got.numpy(), exact.numpy(), most=1)
+    assert (got != exact).sum() <= 2
 
 
 def photo_regions() -> list[tuple[str, Any, str, tuple[int, int]]]:
@@ -229,12 +230,12 @@ def photo_regions() -> list[tuple[str, Any, str, tuple[int, int]]]:
     return found
 
 
-def test_golden_pictures(backend: str) -> None:
+def test_golden_images(backend: str) -> None:
     if not PHOTOS.is_dir():
         pytest.skip(f"no photos at {PHOTOS}: set SCENARIOCLIP_FAST_PHOTOS")
     regions = photo_regions()
     assert len(regions) == 60
-    # The law takes seconds for what the CPU backend does in milliseconds, so it draws every fourth.
+    # The reference takes seconds where the CPU backend takes milliseconds: every fourth image is enough.
     different = total = 0
     for path, entry, image_path, pair in regions[:: 4 if backend == "reference" else 1]:
         image = np.asarray(Image.open(PHOTOS / image_path).convert("RGB"))
@@ -254,9 +255,9 @@ def test_golden_pictures(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [*SIZES, (7000, 40), (300, 401)])
 @pytest.mark.parametrize("size", [32, 17])
-def test_evaluation_views_are_pillows(shape: tuple[int, int], size: int, backend: str) -> None:
+def test_evaluation_views_equal_pillow(shape: tuple[int, int], size: int, backend: str) -> None:
     height, width = shape
-    image = picture(*shape, kind="waves" if max(shape) > 1000 else "noise")
+    image = make_image(*shape, kind="waves" if max(shape) > 1000 else "noise")
     box = (width * 0.2, height * 0.1, width * 0.9, height * 0.8)
     masks = [blob(*shape, 1), blob(*shape, 2)]
     views = Views.of_scenes([scene(image, [box], masks)])
@@ -269,13 +270,13 @@ def test_evaluation_views_are_pillows(shape: tuple[int, int], size: int, backend
     region = scipy_region(image, *masks, 100.0, 2.0, "rgb")
     for v, source, share in ((0, image, 1), (1, boxed, 1), (4, region, 0.999 if min(shape) > 1 else 0.9)):
         assert_close(bytes_of(got[v]), pillow_view(source, size), views.describe(v), share=share)
-    # Without a truncation before it, the resize itself is Pillow's to the byte.
+    # Without a truncation before it, the resize is bit-exact.
     assert np.abs(bytes_of(got[0]) - pillow_view(image, size)).max() < 1e-2
 
 
 @pytest.mark.parametrize("fast", FAST)
-def test_large_picture(fast: str) -> None:
-    image = picture(3000, 4000, kind="waves")
+def test_large_image(fast: str) -> None:
+    image = make_image(3000, 4000, kind="waves")
     masks = [blob(3000, 4000, 1), blob(3000, 4000, 2)]
     got = render_views([torch.from_numpy(image)], Views.of_scenes([scene(image, [], masks)]), size=64, backend=fast)
     assert np.abs(bytes_of(got[0]) - pillow_view(image, 64)).max() < 1e-2
@@ -283,7 +284,7 @@ def test_large_picture(fast: str) -> None:
 
 
 def test_blur_and_sigma_reach_the_views(backend: str) -> None:
-    image, masks = picture(60, 80), [blob(60, 80, 1), blob(60, 80, 2)]
+    image, masks = make_image(60, 80), [blob(60, 80, 1), blob(60, 80, 2)]
     views = Views.of_scenes([scene(image, [], masks)])
     for blur, sigma, blur_sigma in (("reference", 100.0, 2.0), ("rgb", 20.0, 1.0), ("rgb", 100.0, 0.0)):
         got = render_views(
@@ -298,7 +299,7 @@ def test_blur_and_sigma_reach_the_views(backend: str) -> None:
     [(10, 12, 30, 40), (0, 0, 80, 60), (70, 50, 80, 60), (33.3, 20.5, 33.9, 20.6), (5, 5, 5, 5), (-20, -9, 12, 200)],
 )
 def test_object_crops(box: tuple[float, ...], backend: str) -> None:
-    image = picture(60, 80)
+    image = make_image(60, 80)
     views = Views.of_scenes([scene(image, [box])], object_view="crop")
     x1, y1, x2, y2 = views.source[1].tolist()
     assert x2 - x1 == y2 - y1
@@ -311,8 +312,8 @@ def test_object_crops(box: tuple[float, ...], backend: str) -> None:
 
 
 def test_masked_object_may_fall_outside_the_centre(backend: str) -> None:
-    """The published view of an object near the border of a wide picture: all black. The crop shows it."""
-    image = picture(20, 100)
+    """The published view of an object near the border of a wide image is all black; the crop shows the object."""
+    image = make_image(20, 100)
     for object_view, black in (("masked", True), ("crop", False)):
         views = Views.of_scenes([scene(image, [(0, 3, 6, 17)])], object_view=object_view)
         got = bytes_of(render_views([torch.from_numpy(image)], views, size=16, backend=backend)[1])
@@ -325,25 +326,25 @@ def ragged_scenes() -> list[Scene]:
         height, width = shape
         boxes = [(width * 0.1, height * 0.2, width * 0.7, height * 0.9)] * (i % 3)
         masks = [blob(*shape, 10 * i + k) for k in range(i % 4)]
-        scenes.append(scene(picture(*shape, seed=i), boxes, masks, key=f"scene{i}"))
+        scenes.append(scene(make_image(*shape, seed=i), boxes, masks, key=f"scene{i}"))
     return scenes
 
 
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("fast", FAST)
-def test_fast_equals_the_law(fast: str, train: bool, object_view: str) -> None:
+def test_fast_equals_the_reference(fast: str, train: bool, object_view: str) -> None:
     scenes = ragged_scenes()
     images = [s.image for s in scenes]
     for epoch in range(6 if train else 1):
         views = Views.of_scenes(scenes, object_view=object_view, train=train, epoch=epoch)
-        law = render_views(images, views, size=19, backend="reference")  # type: ignore[arg-type]
+        exact = render_views(images, views, size=19, backend="reference")  # type: ignore[arg-type]
         got = render_views(images, views, size=19, backend=fast)  # type: ignore[arg-type]
         std = torch.tensor(CLIP_STD)[:, None, None]
-        difference = (got - law).abs() * std * 255
+        difference = (got - exact).abs() * std * 255
         assert difference.max() <= 3.001
         assert (difference <= 1.001).double().mean() >= 0.999
-        # Most views have no rounding to disagree about: a backend that is right elsewhere by luck would show here.
+        # Most values involve no rounding and must agree closely.
         assert (difference < 0.02).double().mean() >= 0.99
 
 
@@ -362,10 +363,10 @@ def test_fast_equals_the_law(fast: str, train: bool, object_view: str) -> None:
 )
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_augmentation(change: tuple[float, ...], size: int, backend: str) -> None:
-    """Against the same steps written with Pillow's and SciPy's own tools in float64."""
+    """Against the same steps with Pillow and SciPy in float64."""
     import colorsys
 
-    image = picture(40, 40, kind="waves")
+    image = make_image(40, 40, kind="waves")
     views = Views.of_scenes([scene(image)])
     views.augment[0] = torch.tensor(change)
     got = bytes_of(render_views([torch.from_numpy(image)], views, size=size, backend=backend)[0]) / 255
@@ -381,7 +382,7 @@ def test_augmentation(change: tuple[float, ...], size: int, backend: str) -> Non
         for axis in (0, 1):
             bell = np.exp(-0.5 * (np.arange(-4, 5) / blur) ** 2)
             x = ndimage.correlate1d(x, bell / bell.sum(), axis=axis, mode="mirror")
-    # float32 against float64; nothing is rounded to bytes after the resize.
+    # float32 against float64; no rounding to bytes after the resize.
     np.testing.assert_allclose(got, x, atol=2e-5)
 
 
@@ -398,18 +399,18 @@ def test_output_formats(dtype: torch.dtype, memory_format: torch.memory_format, 
 
 
 def test_zero_views(backend: str) -> None:
-    image = picture(5, 6)
+    image = make_image(5, 6)
     none = Views.of_scenes([scene(image)]).select(torch.zeros(0, dtype=torch.int64))
     assert render_views([torch.from_numpy(image)], none, size=8, backend=backend).shape == (0, 3, 8, 8)
-    if DEVICES[backend] == "cpu":  # no image, no device
+    if DEVICES[backend] == "cpu":  # no image, hence no device
         assert render_views([], Views.of_scenes([]), size=8, backend=backend).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("fast", FAST)
 def test_many_views(fast: str) -> None:
-    """More than the CUDA form takes at a time (64 MiB between its kernels), and wider than one of its blocks."""
+    """More views than the CUDA backend renders at a time (64 MiB between its kernels), wider than one of its blocks."""
     shapes = ((500, 700), (700, 500), (501, 699), (480, 640))
-    scenes = [scene(picture(*s, seed=i), [], [blob(*s, 1), blob(*s, 2)], str(i)) for i, s in enumerate(shapes)]
+    scenes = [scene(make_image(*s, seed=i), [], [blob(*s, 1), blob(*s, 2)], str(i)) for i, s in enumerate(shapes)]
     images = [s.image for s in scenes]
     views = Views.of_scenes(scenes, train=True)
     index = torch.randint(len(views), (200,), generator=torch.Generator().manual_seed(0))
@@ -418,15 +419,15 @@ def test_many_views(fast: str) -> None:
     assert torch.equal(many, once[index])
 
 
-def test_own_normalisation(backend: str) -> None:
-    image = picture(30, 30)
+def test_custom_normalisation(backend: str) -> None:
+    image = make_image(30, 30)
     views = Views.of_scenes([scene(image)])
     got = render_views([torch.from_numpy(image)], views, size=30, mean=(0, 0, 0), std=(1, 1, 1), backend=backend)
     np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy() * 255, image, atol=1e-4)
 
 
 def test_non_contiguous_images(backend: str) -> None:
-    image = torch.from_numpy(picture(31, 45))
+    image = torch.from_numpy(make_image(31, 45))
     views = Views.of_scenes([Scene("s", image, "resting")])
     turned = image.permute(1, 0, 2).contiguous().permute(1, 0, 2)
     assert not turned.is_contiguous()
@@ -436,21 +437,22 @@ def test_non_contiguous_images(backend: str) -> None:
 
 
 def test_rle_and_bool_masks_agree(backend: str) -> None:
-    image, masks = picture(30, 40), [blob(30, 40, 1), blob(30, 40, 2)]
-    drawn = scene(image, [], masks)
-    packed = scene(image, [], masks)
-    for entry, mask in zip(packed.objects, masks, strict=True):
+    image, masks = make_image(30, 40), [blob(30, 40, 1), blob(30, 40, 2)]
+    plain = scene(image, [], masks)
+    encoded = scene(image, [], masks)
+    for entry, mask in zip(encoded.objects, masks, strict=True):
         entry.mask = rle.encode(mask)
     first, second = (
-        render_views([torch.from_numpy(image)], Views.of_scenes([s]), size=16, backend=backend) for s in (drawn, packed)
+        render_views([torch.from_numpy(image)], Views.of_scenes([s]), size=16, backend=backend)
+        for s in (plain, encoded)
     )
     assert torch.equal(first, second)
 
 
 def test_compiles_without_a_graph_break(backend: str) -> None:
-    drawn = scene(picture(30, 40), [(3, 4, 20, 20)], [blob(30, 40, 1), blob(30, 40, 2)])
-    views = Views.of_scenes([drawn])
-    image, mask = drawn.image.to(DEVICES[backend]), torch.from_numpy(blob(30, 40, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
+    one = scene(make_image(30, 40), [(3, 4, 20, 20)], [blob(30, 40, 1), blob(30, 40, 2)])
+    views = Views.of_scenes([one])
+    image, mask = one.image.to(DEVICES[backend]), torch.from_numpy(blob(30, 40, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
 
     def both(image: Tensor, views: Views, mask: Tensor) -> tuple[Tensor, Tensor]:
         pixels = views_module.render_views([image], views, size=8, backend=backend)
@@ -462,14 +464,14 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 
 
 def test_opcheck(backend: str) -> None:
-    drawn = scene(picture(20, 30), [(3, 4, 20, 20)], [blob(20, 30, 1), blob(20, 30, 2)])
+    one = scene(make_image(20, 30), [(3, 4, 20, 20)], [blob(20, 30, 1), blob(20, 30, 2)])
     weights = reference.blur_weights(2.0)
-    image, mask = drawn.image.to(DEVICES[backend]), torch.from_numpy(blob(20, 30, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
+    image, mask = one.image.to(DEVICES[backend]), torch.from_numpy(blob(20, 30, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
     torch.library.opcheck(views_module._focused_region, (image, mask, mask, 100.0, weights, False, backend))
     for channels_last in (False, True):
         arguments = (
             [image],
-            Views.of_scenes([drawn]).tensors,
+            Views.of_scenes([one]).tensors,
             8,
             [0.5] * 3,
             [0.5] * 3,
@@ -487,8 +489,8 @@ def test_opcheck(backend: str) -> None:
 
 
 def good() -> tuple[list[Tensor], Views]:
-    drawn = scene(picture(30, 40), [(3, 4, 20, 20)], [blob(30, 40, 1), blob(30, 40, 2)])
-    return [drawn.image], Views.of_scenes([drawn])  # type: ignore[list-item]
+    one = scene(make_image(30, 40), [(3, 4, 20, 20)], [blob(30, 40, 1), blob(30, 40, 2)])
+    return [one.image], Views.of_scenes([one])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -514,7 +516,7 @@ def test_errors_name_the_view(field: str, index: int, value: Any, message: str, 
         render_views(images, views, size=8, backend=backend)
 
 
-def test_empty_mask_in_hand_made_views(backend: str) -> None:
+def test_empty_mask(backend: str) -> None:
     images, views = good()
     views.mask_runs, views.mask_start = torch.tensor([1200, 1200], dtype=torch.int32), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match=r"view 4 .*mask 0 is empty"):
@@ -551,7 +553,7 @@ def test_bad_arguments(keywords: dict[str, Any], message: str) -> None:
 
 
 def test_bad_regions(backend: str) -> None:
-    image, mask = torch.from_numpy(picture(5, 6)), torch.ones(5, 6, dtype=torch.bool)
+    image, mask = torch.from_numpy(make_image(5, 6)), torch.ones(5, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="object_mask: got an empty mask"):
         focused_region(image, mask, ~mask, backend=backend)
     with pytest.raises(ValueError, match=r"subject_mask: got torch.bool \[6, 5\], expected bool \[5, 6\]"):
@@ -560,7 +562,7 @@ def test_bad_regions(backend: str) -> None:
         focused_region(image[:, :, :1], mask, mask, backend=backend)
 
 
-def test_arguments_that_are_no_tensors() -> None:
+def test_arguments_that_are_not_tensors() -> None:
     images, views = good()
     mask = np.ones((30, 40), np.bool_)
     with pytest.raises(TypeError, match=r"subject_mask: got ndarray, expected a tensor; torch.from_numpy"):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scenarioclip_fast.data import Batch
-from scenarioclip_fast.ops import contrastive
+from scenarioclip_fast.ops.contrastive import validate
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
 
@@ -147,7 +147,7 @@ def test_a_step_asks_the_device_for_nothing(
     small: Callable[..., TrainConfig], pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On a CPU alone it looks at the values.
-    monkeypatch.setattr(contrastive, "_check_values", lambda *_: None)
+    monkeypatch.setattr(validate, "_check_values", lambda *_: None)
     layers = ("model.text.layers=2", "model.freeze.text_blocks=1", f"train.accumulate={pieces}")
     trainer = Watched(small("train.steps=4", "train.log_every=100", *layers))
     assert trainer.fit().completed

@@ -1,0 +1,232 @@
+"""The public functions: one level or several, one process or a group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast import dispatch
+from scenarioclip_fast.ops import collectives
+from scenarioclip_fast.ops.contrastive.levels import (
+    LevelInput,
+    PreparedLevel,
+    coefficients,
+    count_texts,
+    features,
+    joined_indices,
+    joined_weights,
+    lengths,
+    merge_equal_texts,
+    prepare,
+)
+from scenarioclip_fast.ops.contrastive.op import (
+    contrastive_counts,
+    contrastive_forward,
+    contrastive_means,
+    has_fused_means,
+)
+from scenarioclip_fast.ops.contrastive.ranks import gather_levels
+from scenarioclip_fast.ops.contrastive.validate import check_group, check_levels, check_lists, check_options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def contrastive_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    text_index: Tensor | None = None,  # [N] int64
+    text_id: Tensor | None = None,  # [U] int64
+    duplicates: str = "negatives",
+    reduction: str = "mean",
+    group: ProcessGroup | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [], or [N] for reduction="none"
+    """Symmetric softmax cross entropy between image rows and texts, as in CLIP (ScenarioCLIP, arXiv 2511.20274).
+
+    Formulas in kernels/contrastive/README.md. First derivatives only.
+
+    Args:
+        image, text: features of any floating dtype and any norm: rows are normalised here. Sums are float32
+            (float64 for float64 input); under autocast, float32 features are cast as for a matrix product.
+        logit_scale: positive factor of the cosines, already exponentiated and clamped.
+        text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text without
+            rows is ignored with "negatives" and is one more negative of every row with "positives".
+        text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
+            with equal ids are merged into the first of them. Required for "positives" with a group.
+        duplicates: "negatives" (as in the paper: rows with equal texts are each other's negatives) or "positives"
+            (equal texts are one class).
+        reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
+        group: rows and texts are this rank's share; shares may differ in size and may be empty. "mean" is over
+            all ranks' rows, the same value on every rank. Gradients are those of the sum of all ranks' results,
+            so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
+            process with all rows, logit_scale's included. On a GPU the host does not synchronise if the group also
+            has a CPU backend (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
+        deterministic: has no effect: every backend sums in a fixed order already, at no cost (atomics add integers
+            only).
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        0-d tensor, or [N] for "none", float32 (float64 for float64 input). No rows give 0 with zero gradients.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together; checked before anything runs. The values of
+            text_index and logit_scale are checked on the CPU only, since reading them from a GPU would synchronise.
+            With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them by device-side assertions that name the argument, at
+            the cost of a few launches. Without it the Triton backend returns NaN for a scale that is not positive
+            or an index that is out of range.
+    """
+    level = LevelInput(image, text, logit_scale, text_index, text_id)
+    return _losses([level], duplicates, reduction, group, backend).squeeze(0)
+
+
+def log_sums(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    text_index: Tensor | None = None,  # [N] int64
+    normalize: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
+    """Return the terms of softmax losses over the logits S = logit_scale * image text^T, with t = text_index.
+
+    row_i = log sum_u exp(S_iu), col_u = log sum_i exp(S_iu), positive_i = S_{i, t_i}; arguments as in
+    `contrastive_loss`. normalize=False skips the normalisation of the rows.
+    """
+    level = LevelInput(image, text, logit_scale, text_index)
+    name = _resolve_backend([level], backend)
+    rows, columns, positives = _log_sums(prepare([level]), name, normalize)
+    return rows[0], columns[0], positives[0]
+
+
+def multilevel_contrastive_loss(
+    images: Sequence[Tensor],  # levels x [N_l, D]
+    texts: Sequence[Tensor],  # levels x [U_l, D]
+    logit_scales: Sequence[Tensor | float],  # levels x []
+    *,
+    text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
+    text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
+    duplicates: str = "negatives",
+    group: ProcessGroup | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [levels]
+    """One `contrastive_loss` per level, in as few launches and collectives as possible; the same arguments, in lists.
+
+    Returns:
+        [levels], in the dtype of `contrastive_loss`.
+    """
+    lists: dict[str, Any] = {"images": images, "texts": texts, "logit_scales": logit_scales}
+    lists |= {"text_indices": text_indices, "text_ids": text_ids}
+    check_lists(lists)
+    indices = text_indices if text_indices is not None else [None] * len(images)
+    ids = text_ids if text_ids is not None else [None] * len(images)
+    levels = [LevelInput(*level) for level in zip(images, texts, logit_scales, indices, ids, strict=True)]
+    return _losses(levels, duplicates, "mean", group, backend)
+
+
+def distributed_dot_product_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    logit_scale: Tensor | float,  # []
+    group: ProcessGroup,
+) -> Tensor:  # []
+    """`contrastive_loss` over a group where row i has text i, without normalisation of the rows."""
+    level = LevelInput(image, text, logit_scale)
+    return _losses([level], "negatives", "mean", group, "auto", normalize=False).squeeze(0)
+
+
+def _losses(
+    inputs: list[LevelInput],
+    duplicates: str,
+    reduction: str,
+    group: ProcessGroup | None,
+    backend: str,
+    normalize: bool = True,
+) -> Tensor:  # [levels], or [1, N] for reduction="none"
+    check_options(duplicates, reduction)
+    check_group(group)
+    name = _resolve_backend(inputs, backend)
+    levels = prepare(inputs)
+    if group is None and reduction == "mean" and has_fused_means(name):
+        return _fused_means(levels, duplicates, name, normalize)
+    if group is None:
+        levels = [count_texts(level, duplicates) for level in levels]
+    else:
+        levels = gather_levels(levels, duplicates, group)
+
+    rows, columns, positives = _log_sums(levels, name, normalize)
+    dtype = levels[0].scale.dtype
+    if reduction == "none":
+        return _row_losses(levels[0], rows[0], columns[0], positives[0], group).to(dtype)[None]
+    return _mean_losses(levels, duplicates, rows, columns, positives, group).to(dtype)
+
+
+def _resolve_backend(levels: list[LevelInput], backend: str) -> str:
+    check_levels(levels)
+    float64 = any(torch.float64 in (level.image.dtype, level.text.dtype) for level in levels)
+    return dispatch.resolve("contrastive_loss", backend, levels[0].image.device.type, float64=float64)
+
+
+def _log_sums(
+    levels: list[PreparedLevel], backend: str, normalize: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Row log-sums, column log-sums and positive logits of each level."""
+    index, weight = joined_indices(levels), joined_weights(levels)
+    rows, columns, positives = contrastive_forward(*features(levels), index, weight, normalize, backend)
+    n, u = lengths(levels)
+    return list(rows.split(n)), list(columns.split(u)), list(positives.split(n))
+
+
+def _row_losses(
+    level: PreparedLevel, row: Tensor, column: Tensor, positive: Tensor, group: ProcessGroup | None
+) -> Tensor:  # [N]
+    if group is not None:
+        column = collectives.combine_columns(column, column.new_empty(0), group)[0]
+    own = column if level.text_index is None else column[level.text_index]
+    return (row + own) / 2 - positive
+
+
+def _mean_losses(
+    levels: list[PreparedLevel],
+    duplicates: str,
+    rows: list[Tensor],
+    columns: list[Tensor],
+    positives: list[Tensor],
+    group: ProcessGroup | None,
+) -> Tensor:  # [levels]
+    betas, kappas = zip(*(coefficients(level, duplicates) for level in levels), strict=True)
+    sums = [
+        row.sum() / max(level.rows, 1) - (positive * beta).sum()
+        for level, row, positive, beta in zip(levels, rows, positives, betas, strict=True)
+    ]
+    if group is not None:
+        packed, totals = collectives.combine_columns(torch.cat(columns), torch.stack(sums), group)
+        columns, sums = list(packed.split([len(c) for c in columns])), list(totals.unbind())
+    losses = [
+        # A text without rows has no weight, and its log-sum is -inf where there are no rows at all: 0 * -inf is not 0.
+        (total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2
+        for total, column, kappa in zip(sums, columns, kappas, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def _fused_means(levels: list[PreparedLevel], duplicates: str, backend: str, normalize: bool) -> Tensor:  # [levels]
+    """The mean losses of one process in few launches, by a backend that offers them."""
+    positives = duplicates == "positives"
+    levels = [merge_equal_texts(level) if positives else level for level in levels]
+    n, u = lengths(levels)
+    index, weight, count = joined_indices(levels), joined_weights(levels), None
+    if index is not None:
+        count = contrastive_counts(index, n, u, backend)
+        weight = weight if positives else count
+    sums = contrastive_forward(*features(levels), index, weight, normalize, backend)
+    losses, _ = contrastive_means(*sums, count, index, n, u, positives, backend)
+    return losses

@@ -1,0 +1,148 @@
+"""The levels of a call: as given, prepared for the op, with duplicate texts merged and counted."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.kernels.contrastive import reference
+
+
+@dataclass(frozen=True)
+class LevelInput:
+    """One level as the caller passed it."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [U, D]
+    scale: Tensor | float  # []
+    text_index: Tensor | None = None  # [N] int64
+    text_id: Tensor | None = None  # [U] int64
+
+
+@dataclass(frozen=True)
+class PreparedLevel:
+    """One level with features in the dtype that all levels share, and its scale as a tensor."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [U, D]
+    scale: Tensor  # [] in the dtype of the sums
+    text_index: Tensor | None  # [N] int64; None: row i has text i
+    text_id: Tensor | None  # [U] int64
+    rows: int  # over all ranks
+    count: Tensor | None = None  # [U] int64 rows of each text over all ranks; None: one each
+    weight: Tensor | None = None  # [U] of each text in the row sums; None: ones
+
+
+def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
+    """Cast the features of all levels to one dtype, and make the scales 0-d tensors in the dtype of the sums."""
+    device = levels[0].image.device
+    dtype = functools.reduce(torch.promote_types, [x.dtype for level in levels for x in (level.image, level.text)])
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    wide = reference.compute_dtype(dtype)
+
+    def scale(value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(device=device, dtype=wide)
+        return torch.full((), value, dtype=wide, device=device)
+
+    return [
+        PreparedLevel(
+            image=level.image.to(dtype),
+            text=level.text.to(dtype),
+            scale=scale(level.scale),
+            text_index=level.text_index,
+            text_id=level.text_id,
+            rows=len(level.image),
+        )
+        for level in levels
+    ]
+
+
+def merge_equal_texts(level: PreparedLevel) -> PreparedLevel:
+    """Point all rows of equal text ids at the first text of that id.
+
+    The other texts of an id stay, without rows and with weight 0, so that no size depends on the data.
+    """
+    if level.text_id is None:
+        return level
+    first = to_device(first_of(level.text_id), level.text.device)
+    index = first if level.text_index is None else first[level.text_index]
+    return replace(level, text_index=index, weight=(first == arange(level.text)).to(torch.float32))
+
+
+def count_texts(level: PreparedLevel, duplicates: str) -> PreparedLevel:
+    """Fill in the count and weight of each text, for one process."""
+    level = merge_equal_texts(level) if duplicates == "positives" else level
+    if level.text_index is None:
+        return level
+    count = count_rows(level.text_index, level.text)
+    weight = count.to(torch.float32) if duplicates == "negatives" else level.weight
+    return replace(level, count=count, weight=weight)
+
+
+def coefficients(level: PreparedLevel, duplicates: str) -> tuple[Tensor, Tensor]:  # beta [N] or [], kappa [U]
+    """Of loss = 1/2 (sum_i row_i / N - sum_i beta_i positive_i + sum_u kappa_u col_u)."""
+    rows = max(level.rows, 1)
+    dtype = reference.sums_dtype(level.text.device)
+    count = torch.ones_like(level.text[:, 0], dtype=dtype) if level.count is None else level.count.to(dtype)
+    if duplicates == "negatives" or level.text_index is None:
+        return count.new_full((), 2 / rows), count / rows
+    used = (count > 0).to(count.dtype)
+    texts = used.sum().clamp_min(1)
+    return 1 / rows + 1 / (count[level.text_index] * texts), used / texts
+
+
+def first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
+    """For each entry, the position of the first entry equal to it."""
+    ordered, order = ids.sort(stable=True)
+    return order[torch.searchsorted(ordered, ids)] if len(ids) else ids
+
+
+def count_rows(index: Tensor, text: Tensor) -> Tensor:  # [N], [U, D] -> [U] int64
+    return index.new_zeros(len(text)).index_add_(0, index, torch.ones_like(index))
+
+
+def arange(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without synchronising."""
+    if x.device == device or device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
+
+
+def features(levels: list[PreparedLevel]) -> tuple[list[Tensor], list[Tensor], Tensor]:  # images, texts, [levels]
+    return (
+        [level.image for level in levels],
+        [level.text for level in levels],
+        torch.stack([level.scale for level in levels]),
+    )
+
+
+def lengths(levels: list[PreparedLevel]) -> tuple[list[int], list[int]]:
+    return [level.image.shape[0] for level in levels], [level.text.shape[0] for level in levels]
+
+
+def joined_indices(levels: list[PreparedLevel]) -> Tensor | None:  # [sum N]
+    if all(level.text_index is None for level in levels):
+        return None
+    return _joined([arange(level.image) if level.text_index is None else level.text_index for level in levels])
+
+
+def joined_weights(levels: list[PreparedLevel]) -> Tensor | None:  # [sum U]
+    if all(level.weight is None for level in levels):
+        return None
+    return _joined(
+        [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # Contiguous: kernels index with stride 1.
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

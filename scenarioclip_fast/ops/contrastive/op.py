@@ -1,0 +1,240 @@
+"""The custom ops: log-sums of all levels at once and their gradients, and the optional fused means.
+
+`contrastive_forward` gives row and column log-sums and the positive logits, `contrastive_backward` turns gradients of
+those three into gradients of features and scale. The losses are plain torch on top, and collectives stay outside. A
+backend that defines `counts`, `means` and `means_backward` computes the mean losses of one process in two more ops:
+plain torch launches some fifty kernels for what two can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast import dispatch
+from scenarioclip_fast.kernels.contrastive import reference
+from scenarioclip_fast.ops.contrastive.validate import check_numbers, level_name
+
+
+def has_fused_means(backend: str) -> bool:
+    return dispatch.offers("contrastive_loss", backend, "means")
+
+
+def _implementation(backend: str) -> ModuleType:
+    return dispatch.implementation("contrastive_loss", backend)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_forward", mutates_args=())
+def contrastive_forward(
+    image: Sequence[Tensor],  # levels x [N_l, D_l], one dtype
+    text: Sequence[Tensor],  # levels x [U_l, D_l]
+    scale: Tensor,  # [levels]
+    index: Tensor | None,  # [sum N_l] int64: the text of each row within its level; None: row i has text i
+    weight: Tensor | None,  # [sum U_l] float32 or int32; None: ones
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], all float64
+    # The arguments of a compiled graph are first read here.
+    if scale.device.type == "cpu":
+        n, u = [len(x) for x in image], [len(y) for y in text]
+        indices = [None] * len(n) if index is None else index.split(n)
+        for k, numbers in enumerate(zip(scale.tolist(), indices, u, strict=True)):
+            check_numbers(*numbers, level_name(k, len(n)))
+    with torch.autocast(scale.device.type, enabled=False):
+        row, column, positive = _implementation(backend).forward(image, text, scale, index, weight, normalize)
+    return row, column, positive
+
+
+@contrastive_forward.register_fake
+def _(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = scale.new_empty(sum(x.shape[0] for x in image), dtype=reference.sums_dtype(scale.device))
+    return rows, rows.new_empty(sum(y.shape[0] for y in text)), torch.empty_like(rows)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_backward", mutates_args=())
+def contrastive_backward(
+    image: Sequence[Tensor],  # levels x [N_l, D_l]
+    text: Sequence[Tensor],  # levels x [U_l, D_l]
+    scale: Tensor,  # [levels]
+    index: Tensor | None,  # [sum N_l]
+    weight: Tensor | None,  # [sum U_l]
+    row_lse: Tensor,  # [sum N_l]
+    col_lse: Tensor,  # [sum U_l]
+    grad_row: Tensor,  # [sum N_l]
+    grad_col: Tensor,  # [sum U_l]
+    grad_positive: Tensor,  # [sum N_l]
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:  # d_image, d_text (empty tensors where not needed), d_scale [levels]
+    sums, grads = (row_lse, col_lse), (grad_row, grad_col, grad_positive)
+    with torch.autocast(scale.device.type, enabled=False):
+        d_image, d_text, d_scale = _implementation(backend).backward(
+            image, text, scale, index, weight, sums, grads, normalize, need_image, need_text
+        )
+    return d_image, d_text, d_scale
+
+
+@contrastive_backward.register_fake
+def _(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    scale: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    grad_row: Tensor,
+    grad_col: Tensor,
+    grad_positive: Tensor,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    d_image = [x.new_empty(x.shape if need_image else 0) for x in image]
+    return d_image, [y.new_empty(y.shape if need_text else 0) for y in text], torch.empty_like(scale)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    image, text, scale, index, weight, ctx.normalize, ctx.backend = inputs
+    ctx.levels = len(image)
+    ctx.save_for_backward(*image, *text, scale, index, weight, *output[:2])
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    levels = ctx.levels
+    image, text = ctx.saved_tensors[:levels], ctx.saved_tensors[levels : 2 * levels]
+    need_image, need_text = (any(ctx.needs_input_grad[k]) for k in (0, 1))
+    d_image, d_text, d_scale = contrastive_backward(
+        image,
+        text,
+        *ctx.saved_tensors[2 * levels :],
+        *(grad.contiguous() for grad in grads),
+        ctx.normalize,
+        need_image,
+        need_text,
+        ctx.backend,
+    )
+    nothing = [None] * levels
+    return d_image if need_image else nothing, d_text if need_text else nothing, d_scale, None, None, None, None
+
+
+contrastive_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError("contrastive_loss has first derivatives only: got create_graph=True and a gradient through it")
+
+
+contrastive_backward.register_autograd(_refuse)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_counts", mutates_args=())
+def contrastive_counts(
+    index: Tensor,  # [sum N_l] int64
+    rows: Sequence[int],
+    texts: Sequence[int],
+    backend: str,
+) -> Tensor:  # [sum U_l] int32: the rows of each text
+    counts: Tensor = _implementation(backend).counts(index, rows, texts)
+    return counts
+
+
+@contrastive_counts.register_fake
+def _(index: Tensor, rows: Sequence[int], texts: Sequence[int], backend: str) -> Tensor:
+    return index.new_empty(sum(texts), dtype=torch.int32)
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_means", mutates_args=())
+def contrastive_means(
+    row_lse: Tensor,  # [sum N_l]
+    col_lse: Tensor,  # [sum U_l]
+    positive: Tensor,  # [sum N_l]
+    count: Tensor | None,  # [sum U_l] int32; None: one row each
+    index: Tensor | None,  # [sum N_l]
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # losses [levels] float32, texts that have rows [levels] float64
+    means = _implementation(backend).means
+    losses, used = means(row_lse, col_lse, positive, count, index, rows, texts, positives)
+    return losses, used
+
+
+@contrastive_means.register_fake
+def _(
+    row_lse: Tensor,
+    col_lse: Tensor,
+    positive: Tensor,
+    count: Tensor | None,
+    index: Tensor | None,
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return row_lse.new_empty(len(rows), dtype=torch.float32), row_lse.new_empty(len(rows))
+
+
+@torch.library.custom_op("scenarioclip_fast::contrastive_means_backward", mutates_args=())
+def contrastive_means_backward(
+    grad: Tensor,  # [levels]
+    used: Tensor,  # [levels]
+    count: Tensor | None,  # [sum U_l]
+    index: Tensor | None,  # [sum N_l]
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # of row_lse, col_lse and positive
+    means_backward = _implementation(backend).means_backward
+    d_row, d_column, d_positive = means_backward(grad, used, count, index, rows, texts, positives)
+    return d_row, d_column, d_positive
+
+
+@contrastive_means_backward.register_fake
+def _(
+    grad: Tensor,
+    used: Tensor,
+    count: Tensor | None,
+    index: Tensor | None,
+    rows: Sequence[int],
+    texts: Sequence[int],
+    positives: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_rows = used.new_empty(sum(rows))
+    return of_rows, used.new_empty(sum(texts)), torch.empty_like(of_rows)
+
+
+def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *_, count, index, ctx.rows, ctx.texts, ctx.positives, ctx.backend = inputs
+    ctx.save_for_backward(output[1], count, index)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # allocate no zeros for the output without a gradient
+
+
+def _means_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    used, count, index = ctx.saved_tensors
+    options = (ctx.rows, ctx.texts, ctx.positives, ctx.backend)
+    return *contrastive_means_backward(grad, used, count, index, *options), *[None] * 6
+
+
+contrastive_means.register_autograd(_means_backward, setup_context=_setup_means)

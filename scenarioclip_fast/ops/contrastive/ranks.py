@@ -1,0 +1,126 @@
+"""Levels whose rows are spread over the ranks of a process group."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.ops import collectives
+from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, count_rows, first_of, to_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Every rank's share of the levels."""
+
+    rows: list[list[int]]  # ranks x levels: N
+    texts: list[list[int]]  # ranks x levels: U
+    image_requires_grad: bool  # on any rank
+    text_requires_grad: bool
+    ids_on_host: bool  # on all ranks
+
+
+def gather_levels(levels: list[PreparedLevel], duplicates: str, group: ProcessGroup) -> list[PreparedLevel]:
+    """Return the levels with every rank's texts (equal ids merged), and this rank's image rows pointing into them."""
+    if duplicates == "positives" and any(level.text_id is None for level in levels):
+        raise ValueError("text_id: got None, expected an id per text: duplicates='positives' with a group needs them")
+    shares = _exchange_shares(levels, group)
+    ids = _gather_ids(levels, shares, group)
+    gathered = [_gather_level(level, k, ids[k], shares, group) for k, level in enumerate(levels)]
+    counts = torch.cat([level.count for level in gathered if level.count is not None])
+    torch.distributed.all_reduce(counts, group=group)
+    split = counts.split([len(level.text) for level in gathered])
+    return [
+        replace(level, count=count, weight=count.to(torch.float32) if duplicates == "negatives" else None)
+        for level, count in zip(gathered, split, strict=True)
+    ]
+
+
+def _exchange_shares(levels: list[PreparedLevel], group: ProcessGroup) -> _Shares:
+    """Exchange what the collectives need to know of every rank, in one message; ValueError where ranks disagree."""
+    sizes = [size for level in levels for size in (len(level.image), len(level.text))]
+    # Collectives whose ranks differ in these hang, or end the process.
+    alike = [zlib.crc32(str(levels[0].image.dtype).encode())]
+    alike += [number for level in levels for number in (level.image.shape[1], level.text_id is not None)]
+    grad = torch.is_grad_enabled()
+    flags = [
+        grad and any(level.image.requires_grad for level in levels),
+        grad and any(level.text.requires_grad for level in levels),
+        all(level.text_id is None or level.text_id.device.type == "cpu" for level in levels),
+    ]
+    everyone = collectives.exchange([*sizes, *alike, *flags], levels[0].image.device, group)
+    if len({tuple(row[len(sizes) : len(sizes) + len(alike)]) for row in everyone}) > 1:
+        raise ValueError(
+            "group: got features of different dtypes or widths on different ranks, or text_id on some ranks only; "
+            "expected the same on all ranks, empty shares included"
+        )
+    *_, image_grads, text_grads, on_host = zip(*everyone, strict=True)
+    return _Shares(
+        rows=[row[: len(sizes) : 2] for row in everyone],
+        texts=[row[1 : len(sizes) : 2] for row in everyone],
+        image_requires_grad=any(image_grads),
+        text_requires_grad=any(text_grads),
+        ids_on_host=all(on_host),
+    )
+
+
+def _gather_level(
+    level: PreparedLevel, k: int, ids: Tensor | None, shares: _Shares, group: ProcessGroup
+) -> PreparedLevel:
+    """Gather the texts of level `k`; the counts are those of this rank's rows."""
+    # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
+    image = _requiring_grad(level.image, shares.image_requires_grad)
+    text = _requiring_grad(level.text, shares.text_requires_grad)
+    sizes = [of_rank[k] for of_rank in shares.texts]
+    text = torch.cat(collectives.gather_rows(text, sizes, group))
+    index = arange(image) if level.text_index is None else level.text_index
+    index = index + sum(sizes[: group.rank()])
+    if ids is not None:
+        kept, position = (to_device(part, text.device) for part in _deduplicate(ids))
+        text, index = text[kept], position[index]
+    return replace(
+        level,
+        image=image,
+        text=text,
+        text_index=index,
+        count=count_rows(index, text),
+        rows=sum(of_rank[k] for of_rank in shares.rows),
+    )
+
+
+def _requiring_grad(x: Tensor, required: bool) -> Tensor:
+    return x if x.requires_grad or not required else x.detach().requires_grad_()
+
+
+def _gather_ids(
+    levels: list[PreparedLevel], shares: _Shares, group: ProcessGroup
+) -> list[Tensor | None]:  # levels x [all ranks' U]
+    """Gather every rank's text ids, of all levels in one collective."""
+    with_ids = [k for k, level in enumerate(levels) if level.text_id is not None]
+    out: list[Tensor | None] = [None] * len(levels)
+    if with_ids:
+        on_hosts = shares.ids_on_host and collectives.has_cpu_backend(group)
+        device = torch.device("cpu") if on_hosts else levels[0].text.device
+        own = torch.cat([level.text_id.to(device) for level in levels if level.text_id is not None])
+        sizes = [[of_rank[k] for k in with_ids] for of_rank in shares.texts]
+        ranks = collectives.gather_rows(own, [sum(of_rank) for of_rank in sizes], group)
+        parts = [ids.split(of_rank) for ids, of_rank in zip(ranks, sizes, strict=True)]
+        for k, of_level in zip(with_ids, zip(*parts, strict=True), strict=True):
+            out[k] = torch.cat(of_level)
+    return out
+
+
+def _deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:  # [U] -> kept [V], position [U]
+    """Return the positions of the first entry of each id, and each entry's position among those."""
+    first = first_of(ids)
+    kept = (first == arange(first)).nonzero()[:, 0]
+    position = torch.empty_like(first)
+    position[kept] = arange(kept)
+    return kept, position[first]

@@ -1,0 +1,145 @@
+"""Argument checks of the contrastive losses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.ops.contrastive.levels import LevelInput
+
+DUPLICATES = ("negatives", "positives")
+# Set to 1: values on a GPU are checked too, by device-side assertions that name the argument.
+CHECK = "SCENARIOCLIP_FAST_CHECK"
+_LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+def check_options(duplicates: str, reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'none'")
+    if reduction == "none" and duplicates != "negatives":
+        raise ValueError(f"reduction='none' goes only with duplicates='negatives', got {duplicates!r}: use 'mean'")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
+
+
+def check_group(group: object) -> None:
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: got {_kind(group)}, expected a process group that this rank belongs to")
+
+
+def check_lists(lists: Mapping[str, Any]) -> None:
+    """Check that all lists of a multilevel call that are not None have as many entries as the first one."""
+    for name, given in lists.items():
+        if given is not None and not hasattr(given, "__len__"):
+            raise TypeError(f"{name}: got {_kind(given)}, expected a list with an entry per level")
+    first, count = next((name, len(given)) for name, given in lists.items())
+    for name, given in lists.items():
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name}: got {len(given)} levels, expected {count}, as many as {first}")
+    if count == 0:
+        raise ValueError(f"{first}: got no level, expected at least one")
+
+
+def check_levels(levels: Sequence[LevelInput]) -> None:
+    for i, level in enumerate(levels):
+        where = level_name(i, len(levels))
+        _check_features(level, where)
+        _check_labels(level, where)
+        _check_scale(level, where)
+        # Values can be read without a graph break in eager mode only.
+        if not torch.compiler.is_compiling():
+            _check_values(level, where)
+    devices = {level.image.device for level in levels}
+    if len(devices) > 1:
+        raise ValueError(f"images: got levels on {sorted(map(str, devices))}, expected one device")
+
+
+def level_name(i: int, count: int) -> str:
+    """Prefix of an error message."""
+    return f"level {i}: " if count > 1 else ""
+
+
+def _check_features(level: LevelInput, where: str) -> None:
+    image, text = level.image, level.text
+    for name, x in (("image", image), ("text", text)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{where}{name}: got {_kind(x)}, expected a floating-point tensor")
+        if x.dim() != 2:
+            raise ValueError(f"{where}{name}: got shape {list(x.shape)}, expected [rows, width]")
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"{where}image and text: got widths {image.shape[1]} and {text.shape[1]}, expected the same width"
+        )
+    if image.shape[1] == 0:
+        raise ValueError(f"{where}image and text: got width 0, expected at least 1")
+    if text.device != image.device:
+        raise ValueError(f"{where}text: got device {text.device}, expected {image.device} as for image")
+
+
+def _check_labels(level: LevelInput, where: str) -> None:
+    image, text = level.image, level.text
+    if level.text_index is None and len(image) != len(text):
+        raise ValueError(
+            f"{where}text: got {len(text)} texts for {len(image)} image rows, expected as many: "
+            "pass text_index, the text of each row"
+        )
+    for name, labels, rows in (("text_index", level.text_index, len(image)), ("text_id", level.text_id, len(text))):
+        if labels is None:
+            continue
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise TypeError(f"{where}{name}: got {_kind(labels)}, expected an int64 tensor")
+        if labels.dim() != 1 or len(labels) != rows:
+            raise ValueError(f"{where}{name}: got shape {list(labels.shape)}, expected [{rows}]")
+        if labels.device != image.device and not (name == "text_id" and labels.device.type == "cpu"):
+            raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device} as for image")
+
+
+def _check_scale(level: LevelInput, where: str) -> None:
+    if isinstance(level.scale, Tensor):
+        if not level.scale.is_floating_point():
+            raise TypeError(f"{where}logit_scale: got {_kind(level.scale)}, expected a floating-point tensor")
+        if level.scale.dim() != 0:
+            raise ValueError(f"{where}logit_scale: got shape {list(level.scale.shape)}, expected a 0-d tensor")
+    elif not isinstance(level.scale, (int, float)):
+        raise TypeError(f"{where}logit_scale: got {_kind(level.scale)}, expected a number or a 0-d tensor")
+
+
+def _check_values(level: LevelInput, where: str) -> None:
+    scale, index, texts = level.scale, level.text_index, len(level.text)
+    on_device = level.image.device.type != "cpu"
+    if on_device and os.environ.get(CHECK) == "1":
+        assert_values(level, where)
+    if isinstance(scale, Tensor):
+        scale = scale.item() if scale.device.type == "cpu" else 1.0
+    elif scale > _LARGEST_SCALE:
+        raise ValueError(f"{where}logit_scale: got {scale}, expected a factor that float32 can hold")
+    check_numbers(scale, None if on_device else index, texts, where)
+
+
+def check_numbers(scale: float, index: Tensor | None, texts: int, where: str) -> None:
+    """Check the values of one level on the CPU."""
+    if scale <= 0:
+        raise ValueError(f"{where}logit_scale: got {scale:g}, expected a positive factor (exp of the parameter)")
+    if index is not None and len(index):
+        low, high = (int(v) for v in index.aminmax())
+        if low < 0 or high >= texts:
+            raise ValueError(f"{where}text_index: got values from {low} to {high}, expected 0 to {texts - 1}")
+
+
+def assert_values(level: LevelInput, where: str) -> None:
+    """Check the values of one level on a GPU without synchronising: a failure is a device-side assertion."""
+    if isinstance(level.scale, Tensor):
+        torch._assert_async((level.scale <= 0).logical_not(), f"{where}logit_scale: expected a positive factor")
+    if level.text_index is not None:
+        low, high = level.text_index >= 0, level.text_index < len(level.text)
+        torch._assert_async(
+            (low & high).all(), f"{where}text_index: got a value outside 0 to {len(level.text) - 1}, the texts given"
+        )
+
+
+def _kind(x: object) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__}"
