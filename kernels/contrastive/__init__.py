@@ -1,1 +1,1 @@
-"""Symmetric contrastive softmax over distinct texts: the law (`reference`) and its backends."""
+"""Symmetric contrastive softmax over distinct texts: the reference and its backends."""

@@ -18,11 +18,11 @@ from torch import Tensor
 from . import per_level
 from .reference import unit_rows, unit_rows_backward
 
-# A float32 tile of 16 MB. Smaller ones (down to 512 x 1,024) are as fast on cores of one's own; on shared ones every
-# operation on a tile waits for the slowest thread, and few large operations wait least.
+# A float32 tile of 16 MB. Smaller tiles (down to 512 x 1,024) are as fast on dedicated cores; on shared cores every
+# operation on a tile waits for the slowest thread, so that few large operations are better.
 ROWS = 2048
 COLUMNS = 2048
-SLICE = 256  # rows of what goes row by row: intermediate results of half a megabyte at D = 512
+SLICE = 256  # rows at a time of row-wise operations: half a megabyte of intermediate results at D = 512
 
 # exp(HEADROOM) * 2^30 terms is finite in float32. A sum below FLOOR may have lost terms to underflow (exp(-87)) that
 # still count for it (2^-26 of it): exp(-87) * 2^26 = 1e-30.
@@ -48,7 +48,7 @@ def _offset(x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> float:
     bound = scale.item()
     if not normalize:
         bound *= (x.norm(dim=1).max() * y.norm(dim=1).max()).item()
-    return max(bound - HEADROOM, 0.0)  # moderate scales need none, and would lose digits to one
+    return max(bound - HEADROOM, 0.0)  # moderate scales need no offset, which would cost precision
 
 
 def _exp(tile: Tensor, offset: float) -> Tensor:
@@ -81,7 +81,7 @@ def level_forward(
     (buffer,) = _buffers(x, y, 1)
     for i, j in _tiles(n, u):
         e = _product(buffer, x[i], y[j])
-        # From the tile itself: another product may round to a positive above its own row's sum.
+        # From the tile itself: a separate product could round to a positive above the sum of its row.
         r, c = _own(own[i] - j.start, e.shape[1])
         positive[i][r] = e[r, c]
         _exp(e, offset)
@@ -105,7 +105,7 @@ def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> t
         col[j] = torch.logaddexp(col[j], (logits - top).exp_().sum(0).double().log_() + top)
         top = (
             logits.add_(log_w[j]).amax(1).nan_to_num_(nan=torch.nan, neginf=0.0)
-        )  # no text of the tile may have weight
+        )  # all texts of the tile may have zero weight
         row[i] = torch.logaddexp(row[i], logits.sub_(top[:, None]).exp_().sum(1).double().log_() + top)
     return row, col
 
@@ -130,7 +130,7 @@ def level_backward(
     offset = _offset(x, y, scale, normalize) if n and u else 0.0
     s = scale.to(x.dtype)
     x = x * s
-    need_x = need_image or not need_text  # d scale is read off one of the two products
+    need_x = need_image or not need_text  # d scale follows from either product
     d_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
     own = torch.arange(n, device=x.device) if index is None else index
@@ -147,7 +147,7 @@ def level_backward(
     for i, j in _tiles(n, u):
         grad = _product(buffer, x[i], y[j])
         if bounded:
-            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, the factor a product of rank two.
+            # exp(S - offset) (a_i w_u + b_u): one exponential for both softmaxes, times a rank-two product.
             _exp(grad, offset).mul_(_product(factors, row_factor[i], col_factor[:, j].T))
         else:
             by_column = _softmax(grad, col[j]).mul_(g_col[j])
@@ -158,8 +158,8 @@ def level_backward(
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
-    buffer.untyped_storage().resize_(0)  # given back before anything else is asked for
-    # sum_iu G_iu S_iu / s, from whichever product is there. Its terms cancel, so their sum is taken in float64.
+    buffer.untyped_storage().resize_(0)  # freed before the next allocation
+    # sum_iu G_iu S_iu / s from an available product, summed in float64 because its terms cancel.
     product, rows = (d_y, y) if need_text else (d_x, x)
     parts = zip(product.split(SLICE), rows.split(SLICE), strict=True)
     d_scale = torch.stack([(p * r).sum(dtype=torch.float64) for p, r in parts]).sum().to(s.dtype) / s
@@ -176,7 +176,7 @@ backward = partial(per_level.backward, level_backward)
 
 
 def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:
-    """exp(logits - log_sum) with the digits of a float64 log_sum, on a float32 tile."""
+    """exp(logits - log_sum) on a float32 tile, with the precision of a float64 log_sum."""
     high = log_sum.to(logits.dtype)
     return (logits - high).exp_().mul_((high - log_sum).exp().to(logits.dtype))
 

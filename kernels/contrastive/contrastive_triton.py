@@ -38,16 +38,16 @@ from .triton_kernels import (
 )
 
 PRODUCT_BLOCK = 64
-GROUPED = 4096 * 4096  # logits of all levels up to which a call goes through the grouped launches
-FORWARD_ROWS = 16384  # of a chunk: bounds the partial sums at 8 bytes per logit tile row
-BLOCK_BYTES = 2**28  # of a block of dS
-PRODUCT_TILE = (128, 256)  # of the matrix library's products, the likely one
-VECTOR = 1024  # entries of a program over vectors
+GROUPED = 4096 * 4096  # calls with at most so many logits over all levels use the grouped launches
+FORWARD_ROWS = 16384  # per chunk: bounds the partial sums at 8 bytes per logit tile row
+BLOCK_BYTES = 2**28  # per block of dS
+PRODUCT_TILE = (128, 256)  # the likely tile of cuBLAS
+VECTOR = 1024  # entries per program in kernels over vectors
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Of S: rows and texts, and how many warps and stages compute it. Registers and shared memory at sm_90a."""
+    """A tile of S: rows, texts, warps and stages. Registers and shared memory on sm_90a."""
 
     rows: int
     texts: int
@@ -67,7 +67,7 @@ def _interprets() -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one dtype and width is multiplied on one device."""
+    """How features of one dtype and width are multiplied on one device."""
 
     operand: torch.dtype
     precision: str
@@ -85,14 +85,14 @@ class Plan:
         if features.dtype == torch.bfloat16 and not _interprets():
             operand, precision, inner = torch.bfloat16, "tf32", 64
         else:
-            # float16 has TF32's digits and not its range. The interpreter gets bfloat16 wrong, and knows no TF32.
+            # float16 has the mantissa of TF32 but not its range. The interpreter computes bfloat16 wrongly and has no TF32.
             exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
             operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
         tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
         return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
 
     def sum_tile(self, alone: bool) -> Tile:
-        """Of the forward pass. A large level alone reads less with tall tiles; small levels fill the GPU with more."""
+        """The tile of the forward pass: tall tiles read less for a large level; more tiles fill the GPU for small ones."""
         if self.operand != torch.bfloat16:
             return Tile(128, 128, 8)
         return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
@@ -101,8 +101,8 @@ class Plan:
         return Tile(128, 128, 4 if self.operand == torch.bfloat16 else 8)
 
     def block_side(self, device: torch.device) -> int:
-        """Rows, and texts, of a block of dS: each of its two products is then one wave of the library's tiles, and
-        what a block adds to is small beside what it computes."""
+        """Rows, and texts, of a block of dS: each of its two products is then one wave of cuBLAS tiles, and the
+        accumulated operand is small compared with the work."""
         side = math.isqrt(BLOCK_BYTES // self.operand.itemsize)
         if device.type == "cuda":
             high, wide = PRODUCT_TILE
@@ -150,7 +150,7 @@ def _chunks(size: int, step: int) -> list[slice]:
 
 
 def _aligned(rows: Sequence[Tensor]) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may access 16 at once."""
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may access 16 bytes at once."""
     return all(
         t.data_ptr() % 16 == 0
         and t.shape[1] * t.element_size() % 16 == 0
@@ -189,7 +189,7 @@ def _units(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Up to LEVELS levels of one width: features, and one buffer for what is per row or per text."""
+    """Up to LEVELS levels of one width: features, and one buffer each for per-row and per-text values."""
 
     image: list[Tensor]
     text: list[Tensor]
@@ -220,7 +220,7 @@ def _batches(
     weight: Tensor | None,
     normalize: bool,
 ) -> list[tuple[slice, slice, _Batch]]:
-    """Neighbouring levels that go through the same launches, with the ranges of rows and texts each batch covers."""
+    """Consecutive levels that share launches, with the ranges of rows and texts that each batch covers."""
     groups: list[list[int]] = []
     for k, features in enumerate(image):
         members = [*(groups[-1] if groups else []), k]
@@ -251,7 +251,7 @@ def forward(
     weight: Tensor | None,  # [sum U_l] float32, or counts as int32
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], float64
-    with torch.cuda.device_of(scale):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(scale):  # Triton launches on the current device, not on that of its arguments
         parts = [_forward(batch) for _, _, batch in _batches(image, text, scale, index, weight, normalize)]
     if len(parts) == 1:
         return parts[0]
@@ -366,7 +366,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Factors:
-    """What the gradient of a logit needs of its row and of its text."""
+    """The per-row and per-text factors of a logit's gradient."""
 
     row_log: Tensor  # [sum N]
     row: Tensor  # [sum N]
@@ -400,7 +400,7 @@ def _backward(
             [torch.zeros_like(y) if need_text else nothing.clone() for y in batch.text],
             torch.zeros_like(batch.scale),
         )
-    # The gradient of the scale is read off one of the two products, so that one of them is always needed.
+    # The gradient of the scale follows from either product, so one of them is always needed.
     d_image = [_contiguous_like(x) for x in batch.image] if need_image or not need_text else None
     d_text = [_contiguous_like(y) for y in batch.text] if need_text else None
     each = _Factors.of(log_sums, grads)
@@ -428,7 +428,7 @@ def _tile_gradients(
     row_part: slice,
     text_part: slice,
 ) -> None:
-    """dS of some rows and texts; x, y, rows and texts are those of the parts."""
+    """dS of some rows and texts; x, y, rows and texts describe these parts."""
     plan, tile = batch.plan, batch.plan.gradient_tile()
     tile_gradients[(tile.count(rows, texts),)](
         plan.tiles(x, tile.rows),
@@ -456,7 +456,7 @@ def _tile_gradients(
 def _backward_together(
     batch: _Batch, each: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
 ) -> Tensor:  # d_scale [levels]
-    """All levels in the same launches, dS of all of them at once."""
+    """All levels in the same launches, with dS of all of them in memory."""
     plan, rows, texts = batch.plan, batch.rows, batch.texts
     n, u, tile, device = sum(rows), sum(texts), batch.plan.gradient_tile(), batch.scale.device
     x, x_inverse = _units(batch.image, plan, batch.normalize)
@@ -492,7 +492,7 @@ def _backward_together(
         num_warps=4,
         num_stages=3,
     )
-    # Every row of dS sums up to the gradient of the scale along with the row's own feature, and so does every column.
+    # The gradient of the scale is the sum over rows (or columns) of unit row . d_unit.
     along, sizes = None, rows
     if d_y is not None and d_text is not None:
         along, sizes = _finish(batch, batch.text, d_text, y_inverse, d_y), texts
@@ -505,9 +505,9 @@ def _backward_together(
 def _backward_by_blocks(
     batch: _Batch, each: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
 ) -> Tensor:  # d_scale [1]
-    """One level by blocks of dS, which the matrix library multiplies.
+    """One level by blocks of dS, multiplied by cuBLAS.
 
-    Kept for all texts: their unit rows, and d_y in float32. For images, only those of the rows at hand.
+    Memory: unit rows and float32 d_y of all texts; for images, only those of the current rows.
     """
     plan, device = batch.plan, batch.scale.device
     image, text = batch.image[0], batch.text[0]
@@ -539,7 +539,7 @@ def _backward_by_blocks(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out (+)= a b, low-precision operands and float32 sums."""
+    """out (+)= a b, with low-precision operands and float32 accumulation."""
     if a.dtype == torch.float32:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif accumulate and _accumulates(a.dtype, a.device):
@@ -552,9 +552,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 @functools.cache
 def _accumulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm takes float32 to add to beside operands of `dtype`: not every version of torch does.
+    """Whether addmm accepts a float32 accumulator beside operands of `dtype`, which depends on the version of torch.
 
-    Asked with empty matrices: the arguments are checked, and nothing is launched.
+    Tested with empty matrices: the arguments are checked, and nothing is launched.
     """
     out, empty = torch.empty(0, 0, device=device), torch.empty(0, 0, dtype=dtype, device=device)
     try:
@@ -601,7 +601,7 @@ def _quartets(rows: Sequence[int], texts: Sequence[int]) -> Iterator[tuple[slice
 
 
 def counts(index: Tensor, rows: Sequence[int], texts: Sequence[int]) -> Tensor:  # [sum N] -> [sum U] int32
-    """How many rows each text has. An index out of range counts for no text."""
+    """The number of rows of each text. An index out of range is ignored."""
     out = torch.zeros(sum(texts), dtype=torch.int32, device=index.device)
     with torch.cuda.device_of(index):
         for levels, row_part, text_part in _quartets(rows, texts):

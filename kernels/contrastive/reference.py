@@ -1,4 +1,4 @@
-"""The contrastive softmax in plain PyTorch: the law that every backend is held to.
+"""The contrastive softmax in plain PyTorch: the reference for every backend.
 
 With unit rows x_i (images) and y_u (distinct texts), S = s x y^T, the text t_i of image row i and a weight
 w_u >= 0 of each text:
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import per_level
 
-EPS = 1e-12  # rows shorter than this keep their direction and do not blow up, as in torch.nn.functional.normalize
+EPS = 1e-12  # minimum norm of a row, as in torch.nn.functional.normalize
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +39,7 @@ def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:  # [N, D] -> [N, D]
 
 
 def unit_rows_backward(x: Tensor, grad_unit: Tensor, normalize: bool = True) -> Tensor:  # [N, D], [N, D] -> [N, D]
-    """Gradient of `unit_rows`: the part of grad_unit across the row, over the row's length."""
+    """Gradient of `unit_rows`: the component of grad_unit orthogonal to the row, divided by the row's norm."""
     if not normalize:
         return grad_unit.to(x.dtype)
     wide = x.to(grad_unit.dtype)
@@ -57,7 +57,7 @@ def level_forward(
     normalize: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
     x, y = unit_rows(image, normalize), unit_rows(text, normalize)
-    scale = torch.where(scale > 0, scale, torch.nan)  # on a GPU nobody has looked at it
+    scale = torch.where(scale > 0, scale, torch.nan)  # not checked on a GPU, which would synchronise
     logits = ((scale.to(x.dtype) * x) @ y.T).to(sums_dtype(x.device))
     weighted = logits if weight is None else logits + weight.to(logits.dtype).log()
     positive = logits.diagonal() if index is None else logits.gather(1, index[:, None])[:, 0]
@@ -119,7 +119,7 @@ def naive_positives_loss(
     scale: Tensor | float,
     index: Tensor,  # [N] int64
 ) -> Tensor:  # []
-    """Equal texts as one class: cross entropy over rows, and over columns against the mean of a text's own images."""
+    """Equal texts as one class: cross entropy over rows, and over columns with the mean of a text's images as target."""
     logits = scale * (unit_rows(image) @ unit_rows(text).T)
     owns = F.one_hot(index, len(text)).to(logits.dtype)
     target = owns / owns.sum(0)

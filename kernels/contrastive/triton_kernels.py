@@ -1,33 +1,33 @@
-"""The contrastive softmax on the device: what contrastive_triton.py launches.
+"""The Triton kernels of the contrastive softmax, launched by contrastive_triton.py.
 
-Up to LEVELS levels share a launch; k-numbered arguments belong to level k, and buffers hold the levels one after the
-other. Logits are in base 2, k2 = scale * log2(e).
+Up to LEVELS levels share a launch; arguments numbered k belong to level k, and buffers hold the levels one after
+another. Logits are in base 2, k2 = scale * log2(e).
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments have no Python types; comments give their shapes)
+# (kernel arguments have no Python types; comments give their shapes)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LEVELS = 4  # in one launch; the kernels name the sizes of each
+LEVELS = 4  # per launch; the kernels take the sizes of each
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# exp2 flushes below 2^-126. Where the largest possible logit, k2, is above 100 it is moved to 100: a row then loses
-# terms only below a cosine of -0.57 (at scale 100), and 2^27 terms are finite. Smaller scales need no offset, and
-# would lose digits to one. Sums outside [LOW, HIGH] are done again with a running maximum.
+# exp2 flushes below 2^-126. Where the largest possible logit, k2, is above 100 it is shifted to 100: a row then loses
+# only terms below a cosine of -0.57 (at scale 100), and 2^27 terms stay finite. Smaller scales need no offset, which
+# would cost precision. Sums outside [LOW, HIGH] are recomputed with a running maximum.
 HEADROOM = tl.constexpr(100.0)
 LOW = tl.constexpr(2.0**-100)
 HIGH = tl.constexpr(2.0**127)
-# Log-sums of one tile closer together than this share one exponential in the backward pass.
+# Tiles whose log-sums differ by less than this use one exponential in the backward pass.
 SPREAD = tl.constexpr(60.0)
 
 _SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
-# A call's levels may go through several batches of launches, which get slices of whole buffers. Their alignment must
-# not trigger a recompilation, hence do_not_specialize_on_alignment. The alignment of features is handled by ALIGNED.
+# The levels of a call may need several batches of launches, which get slices of whole buffers. Their alignment must not
+# trigger a recompilation, hence do_not_specialize_on_alignment. ALIGNED handles the alignment of features.
 _FEATURES = [f"{side}{k}" for side in "ao" for k in range(LEVELS)]
 
 
@@ -43,7 +43,7 @@ def _before(level, a0, a1, a2):
 
 @triton.jit
 def _locate(pid, b0, b1, b2, b3):
-    """The level that block pid belongs to when level k has b_k blocks, and its number there."""
+    """The level of block pid when level k has b_k blocks, and the block's number within it."""
     level = (pid >= b0).to(tl.int32) + (pid >= b0 + b1).to(tl.int32) + (pid >= b0 + b1 + b2).to(tl.int32)
     return level, pid - _before(level, b0, b1, b2)
 
@@ -63,7 +63,7 @@ def _dot_tile(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x y^T of one tile. Entries past the ends are of other rows: finite where the features are, and to be masked."""
+    """x y^T of one tile. Entries past the ends come from other rows: finite if the features are, and to be masked."""
     acc = tl.zeros([BM, BN], tl.float32)
     if TMA:
         for k in range(0, WIDTH, BK):
@@ -81,7 +81,7 @@ def _dot_tile(
 
 @triton.jit
 def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexpr):
-    """Which tile of which level: level, its sizes, where its rows and texts begin, block row and block column."""
+    """Locates a tile: level, its sizes, offsets of its rows and texts, block row and block column."""
     level, tile = _locate(
         pid,
         tl.cdiv(n0, BM) * tl.cdiv(u0, BN),
@@ -90,7 +90,7 @@ def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexp
         tl.cdiv(n3, BM) * tl.cdiv(u3, BN),
     )
     n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
-    # Eight block rows at a time, so that neighbours in time share operands in the L2 cache.
+    # Eight block rows at a time, so that concurrent tiles share operands in L2.
     high, wide = tl.cdiv(n, BM), tl.cdiv(u, BN)
     first = tile // (8 * wide) * 8
     height = tl.minimum(high - first, 8)
@@ -108,8 +108,8 @@ def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def _own_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constexpr):
-    """The column of each row's positive, counted from start. `shift`: what lies in front of the block at hand, of
-    texts if there is an index, of texts less rows if there is none."""
+    """The column of each row's positive, relative to start. `shift`: the offset of this block, in texts with an
+    index, in texts minus rows without."""
     if HAS_INDEX:
         return (tl.load(index + row + rows, mask=mask, other=-1) - shift - start).to(tl.int32)
     else:
@@ -163,14 +163,14 @@ def unit_rows(
     x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32)
     scale = 1.0
     if NORMALIZE:
-        # By the largest entry first: squares of large or tiny float32 features leave the range.
+        # Divide by the largest entry first: squares of large or tiny float32 features overflow or underflow.
         largest = tl.max(tl.abs(x), 0)
         shrunk = tl.where(largest > 0, x / largest, x)
         length = largest * tl.sqrt(tl.sum(shrunk * shrunk, 0))
         scale = 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
     x *= scale
     if ROUND:
-        # To TF32: the matrix units cut the lower 13 bits off, which makes every cosine smaller. NaN would turn into 0.
+        # Round to TF32: the tensor cores truncate the lower 13 bits, which makes every cosine smaller. NaN would become 0.
         nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     tl.store(unit + pid.to(tl.int64) * WIDTH + d, x, mask=d < WIDTH)
@@ -216,7 +216,7 @@ def tile_sums(
     acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
     rows, columns = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     in_rows, in_columns = rows < n, columns < u
-    # From this accumulator: from another one it may exceed the log-sum that it is part of.
+    # From this accumulator: that of another product could exceed the log-sum.
     own = _own_column(index, row, rows, j * BN, shift, in_rows, HAS_INDEX)
     mine = in_rows & (own >= 0) & (own < tl.minimum(u - j * BN, BN))
     if tl.max(mine.to(tl.int32), 0) > 0:
@@ -286,7 +286,7 @@ def _log_sums(
             w = (columns < u).to(tl.float32)
             if HAS_WEIGHT:
                 w = tl.load(weight + column + columns, mask=columns < u, other=0).to(tl.float32)
-            # A text without weight leaves no trace, unless it is NaN.
+            # A text of weight zero contributes nothing, unless it is NaN.
             logits = tl.where((w > 0)[None, :] | (acc != acc), acc * k2, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -294,7 +294,7 @@ def _log_sums(
             top = higher
         again = tl.log2(terms.to(tl.float64)) + top.to(tl.float64)
         log_sum = tl.where(fine, log_sum, again)
-    # Nobody on the host has looked at the scale: one that is not positive must not give a plausible number.
+    # The host does not check the scale, which would synchronise: one that is not positive gives NaN.
     tl.store(out + row + rows, tl.where(k2 > 0, log_sum * LN2, float("nan")), mask=in_rows)
     if POSITIVE:
         own = tl.load(cosine + row + rows, mask=in_rows, other=0.0).to(tl.float64)
@@ -328,7 +328,7 @@ def log_sums(
     columns_total,
     row_count,
     column_count,
-    row_blocks,  # programs that do rows; the rest do columns
+    row_blocks,  # programs that process rows; the rest process columns
     WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -337,7 +337,7 @@ def log_sums(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the tiles' partial sums and takes logarithms; blocks whose sums left the range are summed again, slowly."""
+    """Adds the partial sums of tiles and takes logarithms; recomputes blocks whose sums are out of range."""
     pid = tl.program_id(0)
     if pid < row_blocks:
         _log_sums(
@@ -401,7 +401,7 @@ def _gradient(
     HAS_WEIGHT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dS of one tile: a_i w_u exp2(S - r_i) + b_u exp2(S - c_u), and the positives' own gradient."""
+    """dS of one tile: a_i w_u exp2(S - r_i) + b_u exp2(S - c_u), plus the gradient of the positives."""
     at = column + tl.minimum(start + tl.arange(0, BN), u - 1)
     c, b = tl.load(column_log + at), tl.load(column_factor + at)
     w = tl.full([BN], 1.0, tl.float32)
@@ -488,7 +488,7 @@ def tile_gradients(
 
 @triton.jit
 def _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM: tl.constexpr, BN: tl.constexpr):
-    """Where dS of a level begins, and the distance of its rows."""
+    """The offset of a level's dS, and the stride of its rows."""
     base = _before(
         level,
         (tl.cdiv(n0, BM) * BM).to(tl.int64) * (tl.cdiv(u0, BN) * BN),
@@ -521,7 +521,7 @@ def _product(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # dS is read in whole blocks, without a mask, so they must not reach beyond its padding.
+    # dS is read in whole blocks, without a mask, so blocks must not extend beyond its padding.
     tl.static_assert(ROW_TILE % BM == 0 and COLUMN_TILE % BM == 0 and ROW_TILE % BK == 0 and COLUMN_TILE % BK == 0)
     if SIDE == 0:
         level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
@@ -553,7 +553,7 @@ def _product(
                 input_precision=PRECISION,
             )
         if whole < deep:
-            # What tiles hold past the ends may be infinite, and times zero NaN.
+            # Entries past the ends may be infinite, and infinity times zero is NaN.
             inside = inner < deep - whole
             acc = tl.dot(
                 tl.where(inside[None, :], tl.load(a + whole * step), 0.0),
@@ -589,9 +589,9 @@ def products(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both products of all levels; program ids are block of rows, block of columns, side."""
+    """Both products of all levels; program ids: block of rows, block of columns, side."""
     pid = tl.program_id(0)
-    # The side is a constant in either branch: the compiler sees along which dimension dS is contiguous.
+    # The side is a constant in each branch, so that the compiler knows along which dimension dS is contiguous.
     if tl.program_id(2) + FIRST_SIDE == 0:
         _product(
             pid, grad, y, d_x, n0, n1, n2, n3, u0, u1, u2, u3, 0, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION
@@ -676,14 +676,14 @@ def count_rows(
     n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
     rows = i * BM + tl.arange(0, BM)
     text = tl.load(index + _before(level, n0, n1, n2) + rows, mask=rows < n, other=-1)
-    # Integers: their sum does not depend on the order.
+    # Integers: the sum does not depend on the order.
     at = count + _before(level, u0, u1, u2) + text
     tl.atomic_add(at, tl.full([BM], 1, tl.int32), mask=(text >= 0) & (text < u), sem="relaxed")
 
 
 @triton.jit
 def _counts_of(count, index, column, u, at, mask):
-    """How many rows share the text of each row; an index out of range, whose row is NaN anyway, reads nothing."""
+    """The number of rows that share the text of each row; an index out of range, whose row is NaN, reads nothing."""
     text = tl.load(index + at, mask=mask, other=0)
     return tl.load(count + column + text, mask=mask & (text >= 0) & (text < u), other=1).to(tl.float64)
 
@@ -712,7 +712,7 @@ def mean_losses(
     POSITIVES: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """The loss of each level, one program a level: sums in a fixed order."""
+    """The loss of each level, one program per level, with sums in a fixed order."""
     level = tl.program_id(0)
     n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
     row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
@@ -731,7 +731,7 @@ def mean_losses(
         if HAS_COUNT:
             c = tl.load(count + at, mask=mask, other=0).to(tl.float64)
         has = (c > 0).to(tl.float64)
-        # A text without rows has no share, and its log-sum is -inf where there are no rows at all.
+        # A text without rows does not count; its log-sum is -inf if there are no rows at all.
         log_sum = tl.load(column_lse + at, mask=mask & (c > 0), other=0.0)
         by_column += log_sum * has if POSITIVES else log_sum * c
         texts += has
@@ -763,12 +763,12 @@ def mean_gradients(
     u2,
     u3,
     grad_stride,
-    row_blocks,  # programs that do rows; the rest do columns
+    row_blocks,  # programs that process rows; the rest process columns
     HAS_COUNT: tl.constexpr,
     POSITIVES: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """What `mean_losses` asks of each log-sum and of each positive."""
+    """The gradient of `mean_losses` with respect to each log-sum and each positive."""
     pid = tl.program_id(0)
     if pid < row_blocks:
         level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
@@ -780,7 +780,7 @@ def mean_gradients(
         tl.store(grad_row + at, share, mask=mask)
         if POSITIVES:
             shared = _counts_of(count, index, _before(level, u0, u1, u2), u, at, mask)
-            # In float32, as what it is added to will be: a vector of float64 quotients needs a stack.
+            # In float32, like the value it is added to: a vector of float64 quotients would need the stack.
             tl.store(
                 grad_positive + at, -share - half / tl.load(used + level) * (1.0 / shared.to(tl.float32)), mask=mask
             )

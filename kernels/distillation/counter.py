@@ -1,4 +1,4 @@
-"""A counter on the device with which the block that finishes last knows that it is the last."""
+"""A device counter by which the last block of a kernel to finish recognises itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def counter(device: torch.device) -> Tensor:  # [] int32
-    """0 whenever a kernel of the current stream begins, given that each kernel leaves it at 0 again.
+    """Returns the counter of the current stream, which is 0 when a kernel begins, since each kernel resets it.
 
-    Each stream has its own, since kernels of one stream never overlap. A CUDA graph, which may be replayed on any
-    stream, gets one that the graph itself sets to 0.
+    One per stream, since kernels of one stream never overlap. A CUDA graph, which may be replayed on any stream, gets
+    a counter that the graph itself sets to 0.
     """
     if device.type == "cpu":  # Triton's interpreter
         return torch.zeros((), dtype=torch.int32)
@@ -24,8 +24,8 @@ def counter(device: torch.device) -> Tensor:  # [] int32
 
 @functools.cache
 def _of_stream(device: torch.device, stream: int) -> Tensor:
-    # Another thread allocates it: what this one allocates while torch.compile warms up a CUDA graph has to be gone at
-    # the end of that.
+    # Allocated by another thread: allocations of this one while torch.compile warms up a CUDA graph must be freed by
+    # the end of the warm-up.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_zero, device).result()
 

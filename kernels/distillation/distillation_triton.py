@@ -10,16 +10,16 @@ from torch import Tensor
 from .counter import counter
 from .reference import SMALLEST_TARGET
 
-# Pair indices looked through at once.
+# Pair indices scanned at a time.
 SCAN = 1024
-# Left to itself the assembler stops at a round number of registers and spills one.
+# Without a limit the assembler chooses a round number of registers and spills one.
 OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
 @triton.jit
 def _softmax(row, inverse_temperature, inside):
     z = row * inverse_temperature
-    # Infinities in a row would leave NaN in the softmax here as in torch; NaN itself passes through the sum.
+    # Infinities in a row give NaN in the softmax, as in torch; NaN propagates through the sum.
     largest = tl.max(tl.where(inside, z, -float("inf")), 0)
     e = tl.where(inside, tl.exp(z - largest), 0.0)
     total = tl.sum(e, 0)
@@ -33,11 +33,11 @@ def distillation(
     student_index,  # [P]
     teacher_index,  # [P]
     weight,  # [P]
-    student_temperature,  # [], or None: then student_temperature_value is it
+    student_temperature,  # [], or None: use student_temperature_value
     loss_out,  # []
     derivatives_out,  # [S * D + 1], or [1] without the gradient
-    shares,  # [2, S] scratch: each row's share of the loss and of its derivative by the temperature
-    finished,  # [] 0, and 0 again at the end: how many programs are through
+    shares,  # [2, S] scratch: contribution of each row to the loss and to its derivative with respect to the temperature
+    finished,  # [] number of finished programs; 0 before and after the kernel
     student_temperature_value,
     teacher_temperature,
     students,
@@ -56,11 +56,11 @@ def distillation(
         temperature = tl.load(student_temperature).to(tl.float32)
     inverse_temperature = 1 / temperature
     inverse_teacher_temperature = 1 / teacher_temperature
-    # One program runs even where there are no rows, since somebody must write zeros.
+    # One program runs even without rows, to write zeros.
     inside = inside & (s < students)
     row = tl.load(student + s * width + columns, mask=inside, other=0.0).to(tl.float32)
 
-    # Sums over the row's pairs, each with its share w / D; what belongs to the row alone is multiplied in at the end.
+    # Sums over the row's pairs, each weighted by w / D; factors of the row itself are applied at the end.
     mass = temperature * 0.0
     entropy = temperature * 0.0
     cross = temperature * 0.0
@@ -79,7 +79,7 @@ def distillation(
             scale = tl.load(weight + pair).to(tl.float32) / width
             target = tl.load(teacher + t * width + columns, mask=inside, other=0.0).to(tl.float32)
             p, _ignored = _softmax(target, inverse_teacher_temperature, inside)
-            # A comparison, not a maximum: NaN has to stay NaN.
+            # A comparison, not a maximum, so that NaN propagates.
             p = tl.where(inside, tl.where(p < smallest, smallest, p), 0.0)
             mass += scale * tl.sum(p, 0)
             entropy += scale * tl.sum(tl.where(inside, p * tl.log(tl.where(inside, p, 1.0)), 0.0), 0)
@@ -88,7 +88,7 @@ def distillation(
     q, log_sum = _softmax(row, inverse_temperature, inside)
     mean = tl.sum(tl.where(inside, q * row, 0.0), 0) * inverse_temperature
     divergence = entropy - cross + mass * log_sum
-    # A row without pairs may hold anything, infinities too.
+    # A row without pairs may hold anything, including infinities.
     if with_gradient:
         gradient = tl.where(found > 0, temperature * (mass * q - targets), 0.0)
         tl.store(derivatives_out + s * width + columns, gradient, mask=inside)
@@ -97,15 +97,15 @@ def distillation(
     tl.store(shares + s, loss, mask=s < students)
     tl.store(shares + students + s, d_temperature, mask=s < students)
 
-    # The program that finishes last adds up the shares, in the order of rows.
-    tl.debug_barrier()  # the atomic publishes what the whole program has written
+    # The last program to finish adds up the contributions in row order.
+    tl.debug_barrier()  # the atomic publishes the stores of the whole program
     programs = tl.num_programs(0)
     if tl.atomic_add(finished, 1) == programs - 1:
         total = tl.zeros([SCAN], tl.float64)
         d_total = tl.zeros([SCAN], tl.float64)
         for first in range(0, students, SCAN):
             rows = first + tl.arange(0, SCAN)
-            # From L2, where the other programs' values are.
+            # From L2: other programs have written them.
             total += tl.load(shares + rows, mask=rows < students, other=0.0, cache_modifier=".cg")
             d_total += tl.load(shares + students + rows, mask=rows < students, other=0.0, cache_modifier=".cg")
         last_derivative = derivatives_out

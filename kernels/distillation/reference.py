@@ -1,11 +1,11 @@
-"""The distillation loss in plain torch: the law that the other backends are held to."""
+"""The distillation loss in plain torch: the reference for the other backends."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# The published clamp of the teacher's probabilities; they are not normalised again afterwards.
+# The published clamp of the teacher's probabilities, without renormalisation.
 SMALLEST_TARGET = 1e-8
 
 
@@ -38,7 +38,7 @@ def forward(
     teacher_temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss [] and its derivatives in one tensor: by the student [S * D], where wanted, and by T_s [1] at the end.
+    """The loss [] and its derivatives in one tensor: by the student [S * D], if requested, and by T_s [1] at the end.
 
     T_s is `student_temperature` or, where that is None, `student_temperature_value`.
     """
@@ -64,10 +64,10 @@ def forward(
     d_temperature = (weight * temperature * (2 * kl + cross - mass[teacher_index] * mean)).sum()
     if not with_gradient:
         return loss, d_temperature[None]
-    # Written as sums over pairs grouped by student row; a row without pairs gets zero.
+    # Sums over pairs grouped by student row; a row without pairs gets zero.
     pull = s.new_zeros(rows, width).index_add(0, student_index, weight[:, None] * p)
     push = s.new_zeros(rows).index_add(0, student_index, weight * mass[teacher_index])
-    # A row without pairs may hold anything, infinities too: it must not turn 0 x NaN into a gradient.
+    # A row without pairs may hold anything, including infinities, and 0 x NaN must not become a gradient.
     q = torch.where(push[:, None] == 0, 0, log_q.exp())
     d_student = temperature * (push[:, None] * q - pull)
     return loss, torch.cat([d_student.flatten(), d_temperature[None]])

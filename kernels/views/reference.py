@@ -1,4 +1,4 @@
-"""Focused regions and rendered views in plain torch: the law that every backend is held to. See README.md."""
+"""Focused regions and rendered views in plain torch: the reference for every backend. See README.md."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 GLOBAL, MASKED, CROP, RELATION = range(4)
 KIND_NAMES = ("global", "masked object", "cropped object", "relation")
 
-# A view's row in the plan: int32 [V, PLAN_WIDTH]. The source window (which may reach beyond the picture: black) is
-# resized to `width` x `height`, and the output is the square of `size` pixels at (left, top) of that.
+# The columns of the plan, int32 [V, PLAN_WIDTH]. The source window (black outside the image) is resized to `width` x
+# `height`, and the output is the square of `size` pixels at (left, top) of that.
 (KIND, IMAGE, X1, Y1, X2, Y2, WIDTH, HEIGHT, LEFT, TOP, BOX_X1, BOX_Y1, BOX_X2, BOX_Y2, MASK_1, MASK_2) = range(16)
 PLAN_WIDTH = 16
 
-# A view's row of colour changes: float32 [V, 5].
+# The columns of the augmentation, float32 [V, 5].
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 
 BLUR_BITS = 24  # fixed point of the Gaussian: 255 * 2^24 still fits 32 unsigned bits
@@ -27,7 +27,7 @@ AUGMENT_RADIUS = 4  # the Gaussian of the augmentation has 9 taps
 
 
 def blur_weights(sigma: float) -> list[int]:
-    """Right half of a Gaussian cut at 4 sigma (centre first), in units of 2^-24; the whole sums to exactly 1."""
+    """Right half of a Gaussian truncated at 4 sigma (centre first), in units of 2^-24; the whole sums to exactly 1."""
     radius = int(4.0 * sigma + 0.5)
     bell = [math.exp(-0.5 * (k / sigma) ** 2) if k else 1.0 for k in range(radius + 1)]
     total = math.fsum(bell + bell[1:])
@@ -94,7 +94,7 @@ def focused_region(
     weights: Sequence[int],  # blur_weights(blur_sigma)
     colours: bool,
 ) -> Tensor:  # [H, W, 3] uint8
-    """The picture of a relation: weighted inside the two masks, blurred outside."""
+    """The composite of a relation: weighted inside the two masks, blurred outside."""
     weight = region_weight(subject_mask, object_mask, sigma)
     inside = (subject_mask | object_mask)[:, :, None]
     focused = (image * weight[:, :, None]).floor().to(torch.uint8)
@@ -103,8 +103,8 @@ def focused_region(
 
 def resize_matrix(
     source: int,  # pixels to read
-    resized: int,  # pixels that they become
-    first: int,  # the first of those wanted
+    resized: int,  # pixels to resize them to
+    first: int,  # the first one to compute
     count: int,
     device: torch.device,
 ) -> Tensor:  # [count, source] float64, integers
@@ -135,7 +135,7 @@ def resize(
     """Pillow's resize to width x height, of which the square of `size` at (left, top) is returned."""
     across = resize_matrix(image.shape[1], width, left, size, image.device)
     down = resize_matrix(image.shape[0], height, top, size, image.device)
-    # Integers below 2^53, so float64 is exact, whatever the order of the sums.
+    # Integers below 2^53, so float64 is exact in any order of summation.
     rows = _to_bytes(image.permute(2, 0, 1).double() @ across.T)
     return _to_bytes(down @ rows).to(torch.uint8)
 
@@ -164,7 +164,7 @@ def change_colours(
 
 
 def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """Adds `turn` (in whole turns) to the hue of HSV."""
+    """Rotates the hue of HSV by `turn` full turns."""
     red, green, blue = pixels
     value = pixels.amax(0)
     chroma = value - pixels.amin(0)
@@ -213,7 +213,7 @@ def composite(
     weights: Sequence[int],
     colours: bool,
 ) -> Tensor:  # [h, w, 3] uint8, the view's source window
-    """The picture of a view before it is resized."""
+    """The composite of a view before the resize."""
     height, width = image.shape[:2]
     if view[KIND] == MASKED:
         box = (slice(view[BOX_Y1], view[BOX_Y2]), slice(view[BOX_X1], view[BOX_X2]))
@@ -244,7 +244,7 @@ def render_views(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:  # [V, 3, size, size], or [V, size, size, 3] with channels_last
-    """Renders every view of the plan: composite, resize, change colours, soften, normalise."""
+    """Renders every view of the plan: composite, resize, colour changes, Gaussian, normalisation."""
     device = images[0].device if images else plan.device
     out = torch.empty((len(plan), 3, size, size), dtype=dtype, device=device)
     centre = torch.tensor(mean, device=device)[:, None, None]
