@@ -267,8 +267,8 @@ class RenderPlanner {
   RenderJobs jobs_;
   Wave wave_{};
   Bump scratch_;
-  std::vector<int64_t> mask_job_,
-      blur_job_;  // latest job of each mask and image; earlier waves are not reusable
+  // The latest job of each mask and image; those of earlier waves cannot be reused.
+  std::vector<int64_t> mask_job_, blur_job_;
 };
 
 }  // namespace scf
