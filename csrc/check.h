@@ -1,5 +1,5 @@
-// Checks of what reaches native code. The public functions have already told users what is wrong with their input, so
-// a message from here means that an op was called directly; it still says what came and what was expected.
+// Argument checks of native code. The public functions have validated user input already, so an error from here means
+// that an op was called directly; it still names what it got and what it expected.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +24,7 @@ constexpr bool kCuda = true;
 constexpr bool kCuda = false;
 #endif
 
-// A contiguous tensor of `dim` dimensions and of `dtype`, on this library's device unless told otherwise.
+// Requires a contiguous tensor of `dim` dimensions and of `dtype`, by default on this library's device.
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, ScalarType dtype, bool on_cuda = kCuda) {
   STD_TORCH_CHECK(tensor.is_cuda() == on_cuda, name, ": got a tensor on ",
                   tensor.is_cuda() ? "a CUDA device" : "the CPU", ", expected ", on_cuda ? "a CUDA device" : "the CPU");
@@ -44,7 +44,7 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 }
 
 #ifdef USE_CUDA
-// The stream that torch works on at present, on the tensor's device.
+// torch's current stream on the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

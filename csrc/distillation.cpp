@@ -1,4 +1,4 @@
-// Checks and allocation for kernels/distillation; compiled once for the CPU library, once more for the CUDA one.
+// Checks and allocation for kernels/distillation; compiled for the CPU library and, with USE_CUDA, for the CUDA one.
 #include "kernels/distillation/distillation.h"
 
 #include <optional>
@@ -18,8 +18,8 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 #endif
 
-// The loss [], and the derivatives in one tensor, so that one product scales them all: by the student [students *
-// width] where that is wanted, and by the temperature [1] at the end.
+// Returns the loss [] and all derivatives in one tensor, so that one multiplication scales them: with respect to the
+// student [students * width], if requested, and to the temperature [1] at the end.
 std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student,                             // [S, D]
                                                 const Tensor& teacher,                             // [T, D]
                                                 const Tensor& student_index,                       // [P]

@@ -1,5 +1,5 @@
-// Every native op's schema. The kernels register themselves in the file of their op; fake kernels and autograd belong
-// to the Python ops that call these (scenarioclip_fast/ops), which is why nothing else may call them.
+// The schemas of all native ops. Kernels are registered in the file of their op. Fake kernels and autograd belong to
+// the Python ops that call these (scenarioclip_fast/ops); nothing else may call them.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {

@@ -1,4 +1,4 @@
-// Checks and allocation for kernels/views; compiled once for the CPU library, once more for the CUDA one.
+// Checks and allocation for kernels/views; compiled for the CPU library and, with USE_CUDA, for the CUDA one.
 #include "kernels/views/views.h"
 
 #ifdef __linux__
@@ -93,7 +93,7 @@ void render_on_device(const RenderProblem& problem, const Tensor& like) {
   const DeviceGuard guard(like.get_device_index());
   const RenderJobs jobs = RenderPlanner(problem).plan();
   if (jobs.views.empty()) return;
-  // Pinned, so that the copy does not hold up this thread; torch keeps the memory until the copy is done.
+  // Pinned, so that the copy is asynchronous; torch keeps the memory until the copy is done.
   Tensor host = torch::stable::empty({jobs.table_bytes()}, ScalarType::Byte, std::nullopt,
                                      torch::stable::Device(torch::headeronly::DeviceType::CPU), true);
   jobs.write_tables(bytes_of(host));
@@ -104,7 +104,7 @@ void render_on_device(const RenderProblem& problem, const Tensor& like) {
   STD_TORCH_CHECK(error == nullptr, "render_views: ", error);
 }
 #else
-// A batch of views is fresh memory each time, and faulting it in by pages of 4 KiB costs as much as rendering it.
+// Each batch is newly allocated memory, and page faults of 4 KiB cost as much as rendering: request huge pages.
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
@@ -112,13 +112,13 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
   if (bytes < kWorthwhile) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  // A hint: where the kernel refuses, nothing changes.
+  // Only a hint: failure is harmless.
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 #endif
 
-// The plan and what comes with it stay on the CPU, wherever the images are: the host reads them.
+// The plan, the augmentation and the masks are on the CPU even if the images are not: the host reads them.
 Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     const Tensor& plan,          // [V, 16]
                     const Tensor& augment,       // [V, 5]

@@ -1,7 +1,7 @@
-// SCF_CLONES: a function that is compiled once more for AVX-512; the loader takes the one that the processor runs.
+// SCF_CLONES: a function that is also compiled for AVX-512; the dynamic loader selects the version for the processor.
 #pragma once
 
-#include <cstdlib>  // for __GLIBC__, whose loader can choose
+#include <cstdlib>  // for __GLIBC__, whose loader supports this
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX512F__) && !defined(__clang__)
 #define SCF_CLONES __attribute__((target_clones("avx512f", "default")))

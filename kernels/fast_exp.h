@@ -1,4 +1,4 @@
-// exp for float that a compiler can vectorise (libm's is a call per element), at most 2 units in the last place off.
+// exp for float that the compiler can vectorise (libm's is a call per element); the error is at most 2 ulp.
 #pragma once
 
 #include <bit>
@@ -6,7 +6,7 @@
 
 namespace scf {
 
-// Comparisons are written so that NaN goes through; below -87.3 the result is about 1e-38 instead of smaller.
+// Comparisons are written so that NaN propagates; below -87.3 the result is about 1e-38 instead of smaller.
 inline float fast_exp(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.3f ? -87.3f : x;

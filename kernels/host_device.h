@@ -1,4 +1,4 @@
-// Marks functions that compile for the CPU and for CUDA alike, so that CPU tests exercise the GPU's arithmetic.
+// Marks functions that compile for both the CPU and CUDA, so that CPU tests exercise the GPU's arithmetic.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-// Threads for the CPU kernels, without torch's headers: csrc/parallel.h hands in torch's own thread pool.
+// Threads for the CPU kernels without torch's headers: csrc/parallel.h passes in torch's thread pool.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ class Parallel {
 
   explicit Parallel(Run run) : run_(run) {}
 
-  // Calls body(begin, end) on ranges that cover [0, count), each of at least `grain` items but the last.
+  // Calls body(begin, end) on ranges that cover [0, count), each of at least `grain` items except the last.
   template <class F>
   void operator()(int64_t count, int64_t grain, F&& body) const {
     run_(

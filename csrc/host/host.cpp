@@ -19,7 +19,7 @@ std::string rle_compress(const Runs& runs) { return scf::rle_compress(runs.data(
 
 py::array_t<int64_t> rle_decompress(const py::bytes& counts) {
   const std::string_view text = counts;
-  // A number takes a character at least, so the text bounds what is allocated.
+  // A number takes at least one character, so the length of the text bounds the allocation.
   py::array_t<int64_t> runs(static_cast<py::ssize_t>(scf::rle_count(text)));
   scf::rle_decompress(text, runs.mutable_data());
   return runs;

@@ -1,4 +1,4 @@
-// The size of a JPEG from its frame header, without decoding and without reading past the data.
+// Reads the size of a JPEG from its frame header, without decoding, and never past the end of the data.
 #pragma once
 
 #include <cstdint>

@@ -27,7 +27,7 @@ inline std::string rle_compress(const int64_t* runs, int64_t count) {
   return text;
 }
 
-// How many numbers there are; every character is checked.
+// The number of runs; checks every character.
 inline int64_t rle_count(std::string_view text) {
   int64_t count = 0;
   int groups = 0;
@@ -48,7 +48,7 @@ inline int64_t rle_count(std::string_view text) {
   return count;
 }
 
-// A text that rle_count accepts.
+// Requires a text that rle_count accepts.
 inline void rle_decompress(std::string_view text, int64_t* runs) {
   size_t at = 0;
   for (int64_t i = 0; at < text.size(); ++i) {

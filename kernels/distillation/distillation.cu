@@ -1,6 +1,6 @@
-// One block per student row: it finds its own pairs, so that nothing is sorted and no sum depends on who comes first.
-// Each of its warps takes a pair at a time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of
-// 512 floats are 2 MB). The block that finishes last adds up the rows' shares, in the order of rows.
+// One block per student row, which finds its own pairs: no sort, and deterministic sums. Each warp processes one pair
+// at a time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2 MB). The last
+// block to finish adds up the contributions of all rows in row order.
 #include <cstdint>
 
 #include "kernels/distillation/distillation.h"
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 8;  // of a multiprocessor, in 64 registers: 1,056 rows at once on an H100
+constexpr int kBlocks = 8;  // per multiprocessor, with 64 registers: 1,056 rows at once on an H100
 // Shared memory: the row, and each warp's sums over its pairs.
 constexpr int kRows = 1 + kWarps;
-constexpr int kStaticShared = 48 * 1024;  // what a block may have without asking
+constexpr int kStaticShared = 48 * 1024;  // available to a block without cudaFuncSetAttribute
 
 struct Sum {
   template <class T>
@@ -23,22 +23,22 @@ struct Sum {
   }
 };
 struct Max {
-  // NaN wins, so that it reaches the loss.
+  // NaN propagates, so that it reaches the loss.
   __device__ float operator()(float a, float b) const { return (a > b || a != a) ? a : b; }
 };
 
-// The same value in every thread of the warp.
+// Returns the same value in every thread of the warp.
 template <class T, class Op>
 __device__ T warp_reduce(T value, Op op) {
   for (int offset = 16; offset > 0; offset >>= 1) value = op(value, __shfl_xor_sync(~0u, value, offset));
   return value;
 }
 
-// The same value in every thread of the block.
+// Returns the same value in every thread of the block.
 template <class T, class Op>
 __device__ T block_reduce(T value, Op op, T* shared /* [kWarps] */) {
   value = warp_reduce(value, op);
-  __syncthreads();  // the last reduction's readers are done
+  __syncthreads();  // readers of the previous reduction are done
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   value = shared[0];
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
   const float inverse_temperature = 1 / temperature;
   float loss = 0, d_temperature = 0;
 
-  // The grid has one block even where there are no rows, since somebody must write zeros.
+  // The grid has one block even without rows, to write zeros.
   if (s < p.students) {
     float* row = dynamic;
     float* targets = row + width;  // [kWarps, width]
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
     for (int64_t first = 0; first < p.pairs; first += kThreads) {
       const int64_t own = first + threadIdx.x;
       const unsigned ballot = __ballot_sync(~0u, own < p.pairs && p.student_index[own] == s);
-      __syncthreads();  // the row is there, and everybody has read the last round's matches
+      __syncthreads();  // the row is loaded, and the matches of the previous round have been read
       if (threadIdx.x % 32 == 0) matches[warp] = ballot;
       __syncthreads();
       for (int w = 0; w < kWarps; ++w) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
         }
       }
     }
-    // The same in every lane of a warp: one of them counts.
+    // The same in every lane of a warp: count it once.
     const bool counts = threadIdx.x % 32 == 0;
     sums.mass = block_reduce(counts ? sums.mass : 0, Sum(), reduction);
     sums.entropy = block_reduce(counts ? sums.entropy : 0, Sum(), reduction);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
       mean += probability * row[j];
       float target = 0;
       for (int w = 0; w < kWarps; ++w) target += targets[w * width + j];
-      // A row without pairs may hold anything, infinities too.
+      // A row without pairs may hold anything, including infinities.
       const float gradient = found == 0 ? 0 : row_d_student(sums.mass, probability, target, temperature);
       if (p.d_student != nullptr) p.d_student[s * p.width + j] = gradient;
     }
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
       d_temperatures[s] = d_temperature;
     }
     __threadfence();
-    // Wraps back to 0 at the last block, ready for the next launch.
+    // Wraps back to 0 at the last block, for the next launch.
     last = atomicInc(reinterpret_cast<unsigned*>(p.finished), gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
   __threadfence();
   double total = 0, d_total = 0;
   for (int64_t i = threadIdx.x; i < p.students; i += kThreads) {
-    total += __ldcg(losses + i);  // from L2, where the other blocks' values are
+    total += __ldcg(losses + i);  // from L2: other blocks have written them
     d_total += __ldcg(d_temperatures + i);
   }
   total = block_reduce(total, Sum(), reduction_64);
@@ -172,7 +172,7 @@ const char* distillation_forward_cuda(const DistillationProblem& problem, cudaSt
   const int64_t shared = kRows * problem.width * static_cast<int64_t>(sizeof(float));
   if (shared > kStaticShared - 1024 && cudaFuncSetAttribute(distillation, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                             static_cast<int>(shared)) != cudaSuccess) {
-    cudaGetLastError();  // reported here, not by whoever asks next
+    cudaGetLastError();  // clear the error: it is reported here, not by the next call
     return "a row and four sums of its size do not fit a block's shared memory: use backend=\"reference\"";
   }
   const auto blocks = static_cast<unsigned>(problem.students > 0 ? problem.students : 1);

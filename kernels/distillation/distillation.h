@@ -19,7 +19,7 @@ struct DistillationProblem {
   const int64_t* student_index;      // [pairs]
   const int64_t* teacher_index;      // [pairs]
   const float* weight;               // [pairs]
-  const float* student_temperature;  // [], or null: then student_temperature_value is it
+  const float* student_temperature;  // [], or null: use student_temperature_value
   float student_temperature_value;
   float teacher_temperature;
   int64_t students;
@@ -27,14 +27,15 @@ struct DistillationProblem {
   int64_t pairs;
   int64_t width;
   float* loss;               // []
-  float* d_student;          // [students, width], or null where no gradient is wanted
+  float* d_student;          // [students, width], or null if no gradient is requested
   float* d_temperature;      // []
   float* scratch;            // [distillation_scratch(problem)]
   int64_t* order = nullptr;  // CPU: [students + 1 + pairs]
-  int* finished = nullptr;   // CUDA: [] 0, and 0 again when the kernel ends: how many blocks are through
+  int* finished = nullptr;   // CUDA: [] number of finished blocks; 0 before and after the kernel
 };
 
-// Floats: each student row's share of the loss and of d_temperature and, on the CPU, the teacher's targets.
+// In floats: the contribution of each student row to the loss and to d_temperature and, on the CPU, the teacher
+// targets.
 inline int64_t distillation_scratch(const DistillationProblem& p, bool cuda) {
   return 2 * p.students + (cuda ? 0 : p.teachers * (p.width + 2));
 }
@@ -42,7 +43,7 @@ inline int64_t distillation_scratch(const DistillationProblem& p, bool cuda) {
 void distillation_forward_cpu(const DistillationProblem& problem, Parallel parallel);
 
 #if defined(__CUDACC__) || defined(USE_CUDA)
-// Null, or what CUDA said.
+// Null on success, otherwise CUDA's error message.
 const char* distillation_forward_cuda(const DistillationProblem& problem, cudaStream_t stream);
 #endif
 

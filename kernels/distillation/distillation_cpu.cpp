@@ -12,7 +12,7 @@
 namespace scf {
 namespace {
 
-// Rows a thread takes at least: about 10 microseconds of work at width 512.
+// Minimum rows per thread: about 10 microseconds of work at width 512.
 constexpr int64_t kGrain = 16;
 
 struct RowSums {
@@ -20,17 +20,17 @@ struct RowSums {
   float log_sum;  // log sum exp(row / temperature)
 };
 
-// out = exp((row - largest) / temperature). Inlined, so that it becomes part of its callers' clones.
+// out = exp((row - largest) / temperature). Inlined, so that it is compiled into each clone of its callers.
 [[gnu::always_inline]] inline RowSums exponentials(const float* row, int64_t width, float temperature, float* out) {
   float largest = -INFINITY;
   int poisoned = 0;
-  // Without the pragma the order of comparisons is kept: one after another, four cycles each.
+  // Without the pragma the comparisons stay sequential, at four cycles each.
 #pragma omp simd reduction(max : largest) reduction(| : poisoned)
   for (int64_t j = 0; j < width; ++j) {
     largest = row[j] > largest ? row[j] : largest;
     poisoned |= row[j] != row[j];
   }
-  if (poisoned) largest = NAN;  // the comparison drops NaN, and a plausible number must never come out of one
+  if (poisoned) largest = NAN;  // the comparison drops NaN, which must propagate
   const float inverse_temperature = 1 / temperature;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -65,8 +65,8 @@ SCF_CLONES void target_row(const DistillationProblem& p, int64_t t, const Target
   targets.entropy[t] = entropy;
 }
 
-// A student row with pairs[0, count): its gradient [width], and its shares of the loss and of d_temperature. q:
-// [width].
+// A student row with pairs[0, count): its gradient [width] and its contributions to the loss and to d_temperature.
+// q: [width] scratch.
 SCF_CLONES void student_row(const DistillationProblem& p, int64_t s, const int64_t* pairs, int64_t count,
                             const Targets& targets, float temperature, float* q, float* gradient, float& loss,
                             float& d_temperature) {
@@ -120,7 +120,7 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
     for (int64_t t = begin; t < end; ++t) target_row(p, t, targets);
   });
 
-  // Pairs by student row, in the order they came: sums do not depend on the number of threads.
+  // Pairs by student row, in their original order: sums do not depend on the number of threads.
   int64_t* starts = p.order;
   int64_t* pairs = p.order + p.students + 1;
   std::fill(starts, starts + p.students + 1, 0);

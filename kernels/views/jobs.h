@@ -1,7 +1,7 @@
-// What the CUDA kernels are told about every view, mask and image: worked out on the host, sent in one copy.
+// The tables of views, masks and blurs for the CUDA kernels: computed on the host, sent in one copy.
 //
-// Views are rendered in waves, each of which may use the whole scratch again, so that scratch stays bounded however
-// many views there are. Scratch is named by offsets in bytes, because it is allocated once all waves are known.
+// Views are rendered in waves that reuse the same scratch memory, which bounds it for any number of views. Scratch is
+// addressed by byte offsets, because it is allocated once all waves are known.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +15,12 @@
 
 namespace scf {
 
-// A wave ends between two images once it has more than the first, so that an image is blurred once, and with any view
-// once it has more than the second. What is written and read again should stay in L2 (50 MB on an H100), yet a wave
-// must fill the machine; where between those is best has not been measured.
+// A wave ends at an image boundary once it exceeds the first limit, so that an image is blurred once, and at any view
+// once it exceeds the second. Intermediate data should stay in L2 (50 MB on an H100), yet a wave must fill the machine;
+// the best value has not been measured.
 constexpr int64_t kWaveBytes = int64_t{64} << 20;
 constexpr int64_t kMostWaveBytes = int64_t{512} << 20;
-constexpr int64_t kWaveViews = 1 << 15;  // a grid's second and third dimension end at 65,535
+constexpr int64_t kWaveViews = 1 << 15;  // the second and third grid dimensions are limited to 65,535
 
 struct MaskJob {
   int64_t first_run;  // in the table of runs
@@ -37,20 +37,20 @@ struct BlurJob {
   int64_t blurred;  // scratch: uint32 [height, width], RGBX
 };
 
-// The picture of a view before it is resized, pixel by pixel in the image's own coordinates.
+// The composite of a view before the resize, in the coordinates of the image.
 struct Composite {
   const uint8_t* pixels;  // [height, width, 3]
   int64_t width;
   int32_t x1, y1, x2, y2;  // black outside
   bool relation;
-  int64_t blurred;  // of a relation: see BlurJob and MaskJob
+  int64_t blurred;  // for a relation: see BlurJob and MaskJob
   int64_t bits[2];
   int64_t sums[2];
 };
 
 struct AxisJob {
   Axis axis;
-  int32_t begin, end;  // the source pixels that the taps may touch
+  int32_t begin, end;  // the source pixels that the taps may read
   int32_t most_taps;
   int64_t taps;     // scratch: int32 [size, 2], first pixel and count
   int64_t weights;  // scratch: int32 [most_taps, size]
@@ -62,13 +62,13 @@ struct ViewJob {
   int32_t x1, y1;   // where in the image the source window begins
   int64_t view;     // row of the output
   int64_t between;  // scratch: uint32 [down.end - down.begin, size], resized across, RGBX
-  bool changed;     // by the augmentation, and then:
+  bool changed;     // by the augmentation; the fields below are then set
   float change[kAugmentWidth];
   int64_t bytes;  // scratch: uint32 [size, size], resized, RGBX
-  int64_t grey;   // scratch: float, the mean grey that contrast turns around
+  int64_t grey;   // scratch: float, the mean grey value for the contrast
 };
 
-// The jobs of a wave are [begin, end) of each table; its changed views come first.
+// The jobs of a wave are [begin, end) of each table; its augmented views come first.
 struct Wave {
   int64_t view_begin, view_end, changed_end;
   int64_t mask_begin, mask_end;
@@ -77,7 +77,7 @@ struct Wave {
 
 SCF_HD int64_t words_of(int64_t width) { return (width + 31) / 32; }
 
-// Hands out scratch.
+// Allocates scratch offsets.
 class Bump {
  public:
   int64_t take(int64_t bytes) {
@@ -143,7 +143,7 @@ class RenderPlanner {
       : p_(problem), mask_job_(problem.mask_count, -1), blur_job_(problem.image_count, -1) {}
 
   RenderJobs plan() {
-    // By image, so that a wave needs few of them.
+    // Sorted by image, so that a wave needs few images.
     std::vector<int64_t> order(p_.views);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row(a)[kImage] < row(b)[kImage]; });
@@ -267,7 +267,8 @@ class RenderPlanner {
   RenderJobs jobs_;
   Wave wave_{};
   Bump scratch_;
-  std::vector<int64_t> mask_job_, blur_job_;  // the latest job of each mask and image; an earlier wave's is no use
+  // The latest job of each mask and image; those of earlier waves cannot be reused.
+  std::vector<int64_t> mask_job_, blur_job_;
 };
 
 }  // namespace scf

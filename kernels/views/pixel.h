@@ -1,4 +1,4 @@
-// The arithmetic of one pixel, one tap, one run: compiled for the CPU and for CUDA alike. Formulas: README.md.
+// The arithmetic of one pixel, one tap, one run, compiled for both the CPU and CUDA. Formulas: README.md.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ constexpr int kBlurBits = 24;    // fixed point of the Gaussian: 255 * 2^24 fits
 constexpr int kResizeBits = 22;  // fixed point of the resize, Pillow's
 constexpr int kSoftenRadius = 4;
 
-// SciPy's "reflect": the edge pixel is repeated, and the picture goes on back and forth however small it is.
+// SciPy's "reflect": the edge pixel is repeated, and the image is mirrored repeatedly if it is small.
 SCF_HD int64_t reflect(int64_t i, int64_t size) {
   if (i >= 0 && i < size) return i;
   const int64_t period = 2 * size;
@@ -29,7 +29,7 @@ SCF_HD int64_t mirror(int64_t i, int64_t size) {
   return i < period - i ? i : period - i;
 }
 
-// How much of each colour every colour receives from a blur along an axis of three.
+// Weights of a blur along the colour axis of length three.
 struct ColourMix {
   uint32_t weight[3][3];  // [to][from], in units of 2^-24
 };
@@ -69,7 +69,7 @@ SCF_HD float exp_negative(float x) {
   return p * scale;
 }
 
-// A mask's sums in whole numbers, so that its centre does not depend on the order of the pixels.
+// Integer sums of a mask, so that its centre does not depend on the order of the pixels.
 struct MaskSums {
   int64_t area = 0;
   int64_t x = 0;
@@ -114,11 +114,11 @@ SCF_HD float region_weight(float dx1, float dy1, float in1, float dx2, float dy2
 #else
   const float d1 = __builtin_sqrtf(square1), d2 = __builtin_sqrtf(square2);
 #endif
-  // Both centres on this pixel: 0/0, and each mask gets half. No branch, so that loops over this vectorise.
+  // Both centres on this pixel: 0/0, each mask counts half. Branch-free, so that loops over it vectorise.
   const float both = d1 + d2;
   const float half = both > 0 ? 0.0f : 0.5f;
 #ifdef __CUDA_ARCH__
-  // Not fused with the addition, so that it does not matter which mask comes first.
+  // Not fused with the addition, so that the result is symmetric in the masks.
   const float share1 = __fmul_rn(r1, d2 + half), share2 = __fmul_rn(r2, d1 + half);
 #else
   const float share1 = r1 * (d2 + half), share2 = r2 * (d1 + half);
@@ -134,7 +134,7 @@ SCF_HD double bicubic(double x) {
   return 0;
 }
 
-// One axis of a resize: `source` pixels become `resized`, of which those from `first` on are wanted.
+// One axis of a resize from `source` to `resized` pixels; the output begins at `first`.
 struct Axis {
   int64_t source;
   int64_t resized;
@@ -150,7 +150,7 @@ struct Tap {
   int count;
 };
 
-// Which source pixels output pixel `i` reads.
+// The source pixels that output pixel `i` reads.
 SCF_HD Tap tap_of(const Axis& axis, int64_t i) {
   const double scale = static_cast<double>(axis.source) / static_cast<double>(axis.resized);
   Tap tap;
@@ -194,7 +194,7 @@ SCF_HD float hue_channel(float value, float chroma, float sextant) {
   return value - chroma * clamp_unit(sextant < other ? sextant : other);
 }
 
-// Adds `turn` (in whole turns) to the hue of HSV.
+// Rotates the hue of HSV by `turn` full turns.
 SCF_HD void turn_hue(float& red, float& green, float& blue, float turn) {
   const float value = red > green ? (red > blue ? red : blue) : (green > blue ? green : blue);
   const float least = red < green ? (red < blue ? red : blue) : (green < blue ? green : blue);

@@ -1,5 +1,5 @@
-// Eight 32-bit lanes: two RGBX pixels. GCC's vector types do the arithmetic on every processor; only the conversions to
-// and from bytes are written out for AVX2, because GCC makes scalar code of them.
+// Eight 32-bit lanes: two RGBX pixels. The arithmetic uses GCC's portable vector types; only the conversions to and
+// from bytes use AVX2 intrinsics, because GCC compiles them to scalar code.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// A wave of views (jobs.h) goes through a few simple kernels: masks from runs, blurred pictures, weights of the resize,
-// then across (which composes the source pixels as it reads them), down, and for changed views the augmentation.
-// Pixels in between are RGBX, four bytes, and stay in L2 or not far from it.
+// A wave of views (jobs.h) passes through a few simple kernels: masks from runs, blurred images, resize weights, the
+// horizontal pass (which composes source pixels as it reads them), the vertical pass, and the augmentation.
+// Intermediate pixels are RGBX, four bytes, and mostly stay in L2.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kMostBlocks = 128;  // along a ragged dimension: a block takes what is left in strides
+constexpr unsigned kMostBlocks = 128;  // along a ragged dimension; blocks loop over the rest with a stride
 constexpr int kBlurRows = 8;           // of a tile
 constexpr int kBlurColumns = 128;
 constexpr int kAcrossRows = 4;      // source rows that share their weights
@@ -25,7 +25,7 @@ constexpr int kDownRows = 8;        // output rows of a block
 constexpr int kTile = 16;           // side of a tile of the augmentation
 constexpr int kHalo = kTile + 2 * kSoftenRadius;
 
-// By value: kernel parameters are constant memory, where a warp reads one weight at a time for nothing.
+// Passed by value: kernel parameters are in constant memory, where a uniform read by a warp is free.
 struct BlurWeights {
   uint32_t value[kMaxBlurRadius + 1];  // centre first
   int radius;
@@ -50,11 +50,11 @@ __device__ T* at(uint8_t* scratch, int64_t offset) {
 __device__ uint32_t rgbx(uint32_t red, uint32_t green, uint32_t blue) { return red | green << 8 | blue << 16; }
 __device__ uint32_t byte_of(uint32_t pixel, int colour) { return pixel >> 8 * colour & 255; }
 
-// The sum of the block's values, in thread 0 alone.
+// The sum over the block, valid in thread 0.
 template <class T>
 __device__ T block_sum(T value, T* shared /* [kWarps] */) {
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_down_sync(~0u, value, offset);
-  __syncthreads();  // the last sum has been read
+  __syncthreads();  // the previous sum has been read
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -67,7 +67,7 @@ __device__ MaskSums block_sums(const MaskSums& own, int64_t* shared) {
   return {block_sum(own.area, shared), block_sum(own.x, shared), block_sum(own.y, shared)};
 }
 
-// Where each of a mask's runs ends; visible to the whole block afterwards.
+// Computes where each run of a mask ends; visible to the whole block afterwards.
 __device__ void end_runs(const int32_t* runs, int64_t count, int64_t* ends, int64_t* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t done = 0;
@@ -91,8 +91,8 @@ __device__ void end_runs(const int32_t* runs, int64_t count, int64_t* ends, int6
   }
 }
 
-// A block per mask: its bits, row by row, and its sums. A lane walks down a column, that is along its runs; each ballot
-// is a word of a row.
+// One block per mask: its bits, row by row, and its sums. Each lane walks down a column, along the runs; each ballot is
+// one word of a row.
 __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, const int32_t* all_runs, uint8_t* scratch) {
   __shared__ int64_t shared[kWarps];
   const MaskJob& job = jobs[blockIdx.x];
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, cons
     const int64_t x = word * 32 + threadIdx.x % 32;
     const bool real = x < job.width;
     int64_t pixel = x * height;
-    int64_t run = 0;  // the first that ends behind `pixel`
+    int64_t run = 0;  // the first run that ends after `pixel`
     for (int64_t stop = job.runs - 1; real && run < stop;) {
       const int64_t middle = (run + stop) / 2;
       if (ends[middle] > pixel) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, cons
   if (threadIdx.x == 0) *at<MaskSums>(scratch, job.sums) = sums;
 }
 
-// The same from a mask of bytes; the sums start at zero.
+// The same from a byte mask; the sums must be zero at the start.
 __global__ void __launch_bounds__(kThreads)
     pack_mask(const bool* mask, int64_t height, int64_t width, uint32_t* bits, MaskSums* total) {
   __shared__ int64_t shared[kWarps];
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   sums = block_sums(sums, shared);
   if (threadIdx.x == 0) {
-    // Whole numbers: the order of the additions does not matter.
+    // Integers: the order of the additions does not matter.
     atomicAdd(reinterpret_cast<unsigned long long*>(&total->area), static_cast<unsigned long long>(sums.area));
     atomicAdd(reinterpret_cast<unsigned long long*>(&total->x), static_cast<unsigned long long>(sums.x));
     atomicAdd(reinterpret_cast<unsigned long long*>(&total->y), static_cast<unsigned long long>(sums.y));
@@ -170,7 +170,7 @@ struct BlurSums {
 
 __device__ uint32_t load_rgb(const uint8_t* pixel) { return rgbx(pixel[0], pixel[1], pixel[2]); }
 
-// The tile's columns with `radius` more on both sides, blurred downwards, go to shared memory, from there along.
+// The columns of the tile plus `radius` on both sides are blurred vertically into shared memory, then horizontally.
 __device__ void blur_tile(const Picture& image, const BlurWeights& weights, int64_t x0, int64_t y0,
                           uint32_t* shared /* [kBlurRows, kBlurColumns + 2 radius] */, uint32_t* blurred) {
   const int radius = weights.radius, wide = kBlurColumns + 2 * radius;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads)
   blur_tiles(image, weights, blurred);
 }
 
-// Both centres of a relation, once a block.
+// Both centres of a relation, once per block.
 __device__ void load_centres(const Composite& c, uint8_t* scratch, Centre* centres /* shared [2] */) {
   if (c.relation && threadIdx.x < 2) centres[threadIdx.x] = centre_of(*at<MaskSums>(scratch, c.sums[threadIdx.x]));
   __syncthreads();
@@ -263,14 +263,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread per output pixel of an axis.
+// One thread per output pixel of an axis.
 __global__ void __launch_bounds__(kThreads) weigh(const ViewJob* jobs, int size, uint8_t* scratch) {
   const ViewJob& view = jobs[blockIdx.z];
   const AxisJob& job = blockIdx.y == 0 ? view.across : view.down;
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= size) return;
   Tap tap = tap_of(job.axis, i);
-  // The host has found the ends of the axis with the same function, but perhaps with other roundings.
+  // The host has computed the ends of the axis with the same function, but possibly with different rounding.
   const int end = min(tap.low + tap.count, job.end);
   tap.low = max(tap.low, job.begin);
   tap.count = min(end - tap.low, job.most_taps);
@@ -294,8 +294,8 @@ struct ResizeSums {
   __device__ uint32_t clipped() const { return rgbx(clip_byte(red), clip_byte(green), clip_byte(blue)); }
 };
 
-// A thread per output column, for a few source rows at a time: their pixels are composed once, into shared memory.
-// Without a number of blocks the assembler would rather spill than take more than 48 registers.
+// One thread per output column, for a few source rows at a time, whose pixels are composed once in shared memory.
+// Without a minimum number of blocks the assembler spills rather than use more than 48 registers.
 __global__ void __launch_bounds__(kThreads, 4)
     resize_across(const ViewJob* jobs, int size, float falloff, uint8_t* scratch) {
   __shared__ uint32_t pixels[kAcrossRows][kAcrossPixels];
@@ -308,9 +308,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   uint32_t* between = at<uint32_t>(scratch, job.between);
 
   const int first = blockIdx.z * kThreads, last = min(first + kThreads, size) - 1;
-  const int i = min(first + static_cast<int>(threadIdx.x), last);  // the last column may be made more than once
+  const int i = min(first + static_cast<int>(threadIdx.x), last);  // the last column may be computed more than once
   const int low = taps[2 * i], high = low + taps[2 * i + 1];
-  // Black pixels add nothing, so only the others are read.
+  // Black pixels add nothing and are not read.
   const int left = max(taps[2 * first], composite.x1 - job.x1);
   const int right = min(taps[2 * last] + taps[2 * last + 1], composite.x2 - job.x1);
   const int top = composite.y1 - job.y1, bottom = composite.y2 - job.y1;
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const bool black = row + rows <= top || row >= bottom;
     for (int begin = left; begin < right && !black; begin += kAcrossPixels) {
       const int end = min(begin + kAcrossPixels, right);
-      __syncthreads();  // the last pixels have been read
+      __syncthreads();  // the previous pixels have been read
       for (int t = threadIdx.x; t < kAcrossRows * kAcrossPixels; t += kThreads) {
         const int r = t / kAcrossPixels, x = begin + t % kAcrossPixels;
         if (x < end && r < rows) {
@@ -370,7 +370,7 @@ __device__ Rgb to_unit(uint32_t pixel) {
           static_cast<float>(byte_of(pixel, 2)) * unit};
 }
 
-// A thread per output column, for a few output rows. Changed views are kept as bytes for the augmentation.
+// One thread per output column, for a few output rows. Augmented views are kept as bytes for the augmentation.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     resize_down(const ViewJob* jobs, int size, const Output<T> out, uint8_t* scratch) {
@@ -399,7 +399,8 @@ __device__ Rgb brightened(const ViewJob& job, uint32_t pixel) {
   return {clamp_unit(factor * c.red), clamp_unit(factor * c.green), clamp_unit(factor * c.blue)};
 }
 
-// A block per changed view: the mean that contrast turns around. Double, so that no order of additions shows.
+// One block per augmented view: the mean grey value for the contrast. Double, so that the order of additions does not
+// change the rounded result.
 __global__ void __launch_bounds__(kThreads) mean_grey(const ViewJob* jobs, int size, uint8_t* scratch) {
   __shared__ double shared[kWarps];
   const ViewJob& job = jobs[blockIdx.x];
@@ -432,7 +433,7 @@ __device__ void add_weighted(Rgb& sum, float weight, const Rgb& c) {
   sum.blue += weight * c.blue;
 }
 
-// A block per tile of a changed view: colours of the tile and of what the Gaussian reaches, then across, then down.
+// One block per tile of an augmented view: colours of the tile and its halo, then the horizontal and vertical Gaussian.
 template <class T>
 __global__ void __launch_bounds__(kTile* kTile)
     augment(const ViewJob* jobs, int size, const Output<T> out, uint8_t* scratch) {

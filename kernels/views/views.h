@@ -55,7 +55,7 @@ struct Picture {
   int64_t width;
 };
 
-// The images, the masks of bytes and `out` are where the op runs; everything else is in host memory, for CUDA too.
+// Images, byte masks and `out` are on the device of the op; everything else is in host memory, also for CUDA.
 struct RegionProblem {
   Picture image;
   const bool* subject_mask;  // [height, width]
@@ -88,7 +88,7 @@ void render_views_cpu(const RenderProblem& problem, Parallel parallel);
 #if defined(__CUDACC__) || defined(USE_CUDA)
 struct RenderJobs;  // jobs.h
 
-// Null, or what CUDA said. `scratch` is device memory aligned to 256 bytes; it may hold anything.
+// Null on success, otherwise CUDA's error message. `scratch` is uninitialised device memory aligned to 256 bytes.
 int64_t focused_region_scratch(const Picture& image);
 const char* focused_region_cuda(const RegionProblem& problem,
                                 uint8_t* scratch,  // [focused_region_scratch(problem.image)]

@@ -1,8 +1,7 @@
-// One thread takes an image with all its views: the image and its blurred copy stay in that core's cache. A view is
-// made row by row: the composite of a source row (never of the whole picture), its horizontal resize, then the vertical
-// one.
+// One thread renders all views of an image: the image and its blurred copy stay in the cache of that core. A view is
+// processed row by row: composite of a source row (never of the whole image), horizontal resize, then vertical resize.
 //
-// Rows in the making are RGBX, four bytes a pixel, so that two pixels fill a vector of eight 32-bit lanes.
+// Intermediate rows are RGBX, four bytes per pixel, so that two pixels fill a vector of eight 32-bit lanes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,8 +15,8 @@
 namespace scf {
 namespace {
 
-constexpr int64_t kSlack = 64;  // bytes that vector loads and stores may touch behind a row
-constexpr int64_t kBlock = 32;  // bytes of a row that are resized at a time
+constexpr int64_t kSlack = 64;  // bytes past the end of a row that vector loads and stores may touch
+constexpr int64_t kBlock = 32;  // bytes of a row resized at a time
 
 struct Range {
   int64_t begin;
@@ -123,7 +122,7 @@ class Blur {
   ColourMix mix_;
 };
 
-// Puts the weighted pixels of a focused region over a row of its blurred picture.
+// Composites the weighted pixels of a focused region over a row of the blurred image.
 class Focus {
  public:
   Focus(Centre subject, Centre object, float sigma, int64_t width)
@@ -160,7 +159,7 @@ class Focus {
   }
 
  private:
-  // Two pixels: the image times the weight where there is a mask, what is there elsewhere.
+  // Two pixels: image times weight inside a mask, unchanged elsewhere.
   Int8 blend(int64_t i, const uint8_t* masks, const uint8_t* image_rgbx, const uint8_t* out_rgbx) const {
     const float a = weight_[i], b = weight_[i + 1];
     const int32_t in_a = masks[i], in_b = masks[i + 1];
@@ -225,8 +224,8 @@ Int8 join(Int8 a, Int8 b) {
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// Two source rows, from pixel `origin` on, to `size` output pixels each; two, so that weights are loaded half as often.
-// The rows are RGBX with slack.
+// Resizes two source rows, from pixel `origin` on, to `size` output pixels each; two at once halve the weight loads.
+// Rows are RGBX with slack.
 void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
                    uint8_t* const out[2]) {
   const int64_t width = taps.width();
@@ -242,7 +241,7 @@ void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& tap
     }
   };
   for (int64_t i = 0; i < size; i += 4) {
-    // Eight names, and no array: the compiler would keep one in memory.
+    // Eight variables instead of an array, which GCC would keep in memory.
     Int8 a0, a1, a2, a3, b0, b1, b2, b3;
     add(i, a0, b0);
     add(i + 1, a1, b1);
@@ -253,7 +252,7 @@ void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& tap
   }
 }
 
-// Output row i of rows that begin at source row `origin`, each `stride` bytes long, a multiple of kBlock.
+// Output row i from source rows that begin at `origin`, each `stride` bytes long, a multiple of kBlock.
 void resize_down(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
   const uint8_t* first = rows + (taps.low(i) - origin) * stride;
   const int32_t* weights = taps.weights(i);
@@ -304,7 +303,7 @@ struct Half {
 void convert(float value, BFloat16* out) { out->bits = to_bfloat16(value); }
 void convert(float value, Half* out) { out->bits = to_half(value); }
 
-// What a thread needs for its views, kept from one view to the next.
+// The buffers of a thread, reused from view to view.
 class Renderer {
  public:
   explicit Renderer(const RenderProblem& problem)
@@ -346,7 +345,7 @@ class Renderer {
             {std::max<int64_t>(columns.begin + plan[kX1], 0), std::min(columns.end + plan[kX1], image_->width)}};
   }
 
-  // The blurred picture, once, of all that the relation views will read.
+  // Blurs once everything that the relation views of the image will read.
   void blur(const int64_t* views, int64_t count) {
     blurred_rows_ = {image_->height, 0};
     blurred_columns_ = {image_->width, 0};
@@ -371,7 +370,7 @@ class Renderer {
     const int32_t* plan = this->plan(view);
     auto [rows, columns] = prepare(plan);
     const Range read_rows = down_.reach(), read_columns = across_.reach();
-    // What the weights of zero touch must be there too.
+    // Pixels with zero weight are read too.
     between_.resize((read_rows.size() + down_.width()) * stride_ + kSlack);
     const int64_t row_bytes = 4 * (read_columns.size() + across_.width()) + kSlack;
     row_.assign(2 * row_bytes, 0);
@@ -394,7 +393,7 @@ class Renderer {
       const uint8_t* drawn[2];
       uint8_t* resized[2];
       for (int64_t r = 0; r < 2; ++r) {
-        // A last row without a partner is its own.
+        // An unpaired last row is paired with itself.
         const int64_t mine = std::min(y + r, rows.end - 1);
         drawn[r] = row_.data() + r * row_bytes;
         resized[r] = first + (mine - rows.begin) * stride_;
@@ -425,7 +424,7 @@ class Renderer {
     focus(y, columns, masks_.data() + (y - rows.begin) * columns.size(), sharp_.data(), out);
   }
 
-  // Both masks of a relation as two bits a pixel, of the given part of the image; their centres from all of it.
+  // Both masks of a relation as two bits per pixel of the given part of the image; centres from the whole image.
   void draw_masks(const int32_t* plan, Range rows, Range columns) {
     masks_.assign(rows.size() * columns.size(), 0);
     mask_rows_ = {rows.end, rows.begin};
@@ -561,7 +560,7 @@ class Renderer {
 
   const RenderProblem& p_;
   const int64_t size_;
-  const int64_t stride_;  // bytes of a row of the view in the making
+  const int64_t stride_;  // bytes per row of the view being rendered
   const Picture* image_ = nullptr;
   const uint8_t* end_of_image_ = nullptr;
   Taps across_, down_;
@@ -571,7 +570,7 @@ class Renderer {
   Range mask_rows_{};
   std::vector<uint8_t> masks_;
   std::vector<uint8_t> row_, sharp_;  // RGBX: two source rows of the view, and a row of the image
-  std::vector<uint8_t> between_;      // resized across, not yet down
+  std::vector<uint8_t> between_;      // resized horizontally, not yet vertically
   std::vector<uint32_t> final_;       // the view, R in the low byte (as any little-endian machine stores RGBX)
   std::vector<float> colours_, softened_;
 };
@@ -618,7 +617,7 @@ void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
 }
 
 void render_views_cpu(const RenderProblem& p, Parallel parallel) {
-  // Views by image, in the order they came.
+  // Views by image, in their original order.
   std::vector<int64_t> starts(p.image_count + 1, 0), order(p.views);
   for (int64_t v = 0; v < p.views; ++v) ++starts[p.plan[v * kPlanWidth + kImage] + 1];
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
