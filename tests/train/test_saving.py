@@ -62,8 +62,10 @@ def test_a_disk_that_is_full_for_one_rank(small: Make, fork_server: Any) -> None
     running = fork_server.start(config, ranks=2, file_limit=100_000)
     assert running.wait() == [1, 1]
     out = running.text()
-    assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); the run goes on") == 1
-    assert out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest one left is none") == 2
+    assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); training continues") == 1
+    assert (
+        out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest complete checkpoint is none") == 2
+    )
     assert list((Path(config.run.dir) / "checkpoints").iterdir()) == []
 
 
@@ -86,7 +88,7 @@ def test_a_model_that_has_no_room(small: Make, monkeypatch: pytest.MonkeyPatch) 
 def test_a_whole_run_on_a_full_disk(small: Make, fork_server: Any) -> None:
     config = small("train.steps=20", "train.log_every=1", "train.checkpoint_every=10")
     out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes, for its log, too
-    assert "metrics.jsonl not written: [Errno 27] File too large; the run goes on" in out
+    assert "metrics.jsonl not written: [Errno 27] File too large; training continues" in out
     assert "checkpoint of step 10 not written" in out and "Traceback" not in out
 
 
@@ -120,7 +122,7 @@ def test_a_run_with_nothing_but_damage_does_not_start_anew(small: Make) -> None:
     Trainer(config).fit()
     for step in (2, 4):
         meta_file(config, step).unlink()
-    with pytest.raises(UserError, match=r"step-00000004: no checkpoint.*step-00000002: no.*set another run\.dir"):
+    with pytest.raises(UserError, match=r"step-00000004: not a checkpoint.*step-00000002: not.*set another run\.dir"):
         Trainer(config, resume="auto").fit()
     assert steps(config) == [2, 4]
 

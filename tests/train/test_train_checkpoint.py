@@ -17,10 +17,9 @@ from scenarioclip_fast.train.checkpoint import (
     NotWritten,
     examine,
     load,
-    random_state,
-    set_random_state,
     share,
 )
+from scenarioclip_fast.train.random_state import random_state, set_random_state
 
 
 def state(step: int) -> dict[str, Any]:

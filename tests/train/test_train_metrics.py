@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scenarioclip_fast.train import metrics
-from scenarioclip_fast.train.metrics import DataWait, MetricsLog, StepProfile, Verdict, read_metrics
+from scenarioclip_fast.train.metrics import MetricsLog, read_metrics
+from scenarioclip_fast.train.timing import BottleneckReport, DataWait, StepProfile
 
 
 def row(step: int, loss: float = 1.0, **more: float) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             log.write([row(step)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert out.getvalue().count("metrics.jsonl not written: [Errno 27] File too large; the run goes on") == 1
-    assert out.getvalue().count("TensorBoard's events are no longer written: [Errno 28] No space left") == 1
+    assert out.getvalue().count("metrics.jsonl not written: [Errno 27] File too large; training continues") == 1
+    assert out.getvalue().count("TensorBoard events are no longer written: [Errno 28] No space left") == 1
     assert len(read_metrics(log.path)) < 3
     log.write([row(9)])
     assert [r["step"] for r in read_metrics(log.path)] == list(range(1, 10))
@@ -84,7 +85,7 @@ def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
     for step in range(1, 11):
         now += 1
         log.write([row(step)])
-    log.say("a note")
+    log.log("a note")
     log.close()
     lines = out.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 1/10", "step 6/10", "step 10/10", "a note"]
@@ -108,7 +109,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     out = Terminal()
     log = MetricsLog(tmp_path, 4, 10, tensorboard=False, file=out)
     log.write([row(5), row(6)])
-    log.say("a note")
+    log.log("a note")
     log.close()
     assert "6/10" in out.getvalue() and "a note" in out.getvalue()
 
@@ -128,10 +129,10 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 def test_waiting_on_a_cpu_is_the_hosts() -> None:
     wait = DataWait(torch.device("cpu"))
     for seconds in (0.5, 0.25):
-        wait.step_begins(seconds)
-        wait.step_ends()
-    assert wait.take() == 0.75
-    assert wait.take() == 0
+        wait.begin_step(seconds)
+        wait.end_step()
+    assert wait.pop() == 0.75
+    assert wait.pop() == 0
 
 
 def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,26 +156,26 @@ def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatc
     def step(begins: float, ends: float, host: float) -> None:
         nonlocal now
         now = begins
-        wait.step_begins(host)
+        wait.begin_step(host)
         now = ends
-        wait.step_ends()
+        wait.end_step()
 
     step(0, 1000, host=5.0)  # the first: nothing ran before it
     step(1000, 2000, host=0.8)  # the host waited while the GPU was at work
     step(2300, 3000, host=0.8)  # for 300 ms, the GPU had nothing to do
-    assert wait.take() == pytest.approx(0.3)
+    assert wait.pop() == pytest.approx(0.3)
     step(4000, 5000, host=0.1)  # something else kept the host, a checkpoint for example
-    assert wait.take() == pytest.approx(0.1)
+    assert wait.pop() == pytest.approx(0.1)
 
 
-def test_the_verdict() -> None:
-    verdict = Verdict()
-    assert not verdict.add(100.0, 2.9)
-    assert str(verdict) == "bound by the step: it waited 2.9% of the time for data"
-    assert not verdict.add(100.0, 4.0)
-    assert str(verdict).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
-    assert verdict.add(150.0, 0.0)  # every five minutes
-    assert not verdict.add(1.0, 0.0)
+def test_the_bottleneck_report() -> None:
+    report = BottleneckReport()
+    assert not report.add(100.0, 2.9)
+    assert str(report) == "bound by the step: it waited 2.9% of the time for data"
+    assert not report.add(100.0, 4.0)
+    assert str(report).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
+    assert report.add(150.0, 0.0)  # every five minutes
+    assert not report.add(1.0, 0.0)
 
 
 def test_a_profile_holds_its_steps(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_referenc
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
-from scenarioclip_fast.train import trainer as trainer_module
+from scenarioclip_fast.train import signals
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
@@ -203,7 +203,7 @@ def test_a_signal_that_a_launcher_repeats_is_one_call(small: Make) -> None:
 
 
 def test_a_signal_that_is_sent_again_later_acts_at_once(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "_ECHO_S", 0.05)
+    monkeypatch.setattr(signals, "_ECHO_S", 0.05)
 
     def twice(t: Trainer, _: Batch) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -234,7 +234,10 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
     refused = {2}
     assert Trainer(config).fit().completed
     assert tried == [2, 4]
-    assert "checkpoint of step 2 not written: [Errno 28] No space left on device; the run" in capsys.readouterr().err
+    assert (
+        "checkpoint of step 2 not written: [Errno 28] No space left on device; training continues"
+        in capsys.readouterr().err
+    )
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000004"]
     refused = {3}
     with pytest.raises(TrainingFailed, match=r"step 3 not written: .*No space left"):
