@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -51,9 +52,14 @@ def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: Train
 
 
 def learned_scales(loss: ScenarioLoss) -> dict[str, float]:
-    """The factor of the cosines of each level, 1 / temperature."""
-    contrastive = loss.contrastive
-    return {level: s.item() for level, s in zip(contrastive.levels, contrastive.scales, strict=True)}
+    """The factor of the cosines of each level, 1 / temperature; empty for a loss that learns none."""
+    learned_scalars: Any = getattr(loss, "learned_scalars", None)
+    if learned_scalars is None:
+        contrastive: Any = loss.contrastive
+        scales = dict(zip(contrastive.levels, contrastive.scales, strict=True))
+    else:
+        scales = learned_scalars().get("logit_scale", {})
+    return {level: scale.item() for level, scale in scales.items()}
 
 
 def _whole_model(model: ScenarioCLIP, world: World) -> ScenarioCLIP:
