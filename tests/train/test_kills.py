@@ -97,7 +97,7 @@ def test_a_killed_rank_ends_the_other_with_one_error_line(small: Make, fork_serv
     out = running.text()
     errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ logs lines of its own
     assert len(errors) == 1, out
-    assert re.match(rf"error: rank {1 - victim} cannot go on: rank {victim}\b.* is gone", errors[0]), out
+    assert re.match(rf"error: rank {1 - victim} cannot continue: rank {victim}\b.* is gone", errors[0]), out
     assert "Traceback" not in out
 
 
@@ -110,7 +110,7 @@ def test_a_hung_rank_ends_the_other_in_bounded_time(small: Make, fork_server: An
         assert fork_server.request({"wait": running.pids[0], "seconds": 60}) == 1
     finally:
         running.send(signal.SIGKILL, rank=1)
-    assert re.search(r"error: rank 0 cannot go on: rank 1\b.*(is gone|not been heard of)", running.text())
+    assert re.search(r"error: rank 0 cannot continue: rank 1\b.*(is gone|no heartbeat)", running.text())
     assert running.wait()[1] == -signal.SIGKILL
 
 
@@ -120,7 +120,7 @@ def test_a_failed_rank_reports_the_reason_to_the_others(small: Make, fork_server
     assert running.wait() == [1, 2]
     lines = sorted(line for line in running.text().splitlines() if line.startswith("error"))
     assert len(lines) == 2 and lines[0].startswith("error: absent")
-    assert lines[1].startswith("error: rank 0 cannot go on: rank 1 ended with UserError: absent"), lines
+    assert lines[1].startswith("error: rank 0 cannot continue: rank 1 ended with UserError: absent"), lines
 
 
 def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:

@@ -365,7 +365,7 @@ def test_initial_weights(small: Make, tmp_path: Path) -> None:
 def test_initial_weights_that_contradict_the_freezing(small: Make, tmp_path: Path) -> None:
     Trainer(small("train.steps=1", "optim.lr=0.1", "optim.warmup=0", run="source")).fit()
     init = f"model.init={tmp_path / 'source' / 'model'}"
-    with pytest.raises(UserError, match=r"freeze as that model did"):
+    with pytest.raises(UserError, match=r"use the model"):
         Trainer(small("train.steps=1", init, "model.freeze.text_blocks=1", run="frozen")).fit()
 
 
