@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -38,9 +37,6 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 _META = "meta.json"  # beside .metadata, torch's own index
 _SCHEMA = 2
 _ROOT = "run"  # a single top-level entry: torch logs each of them, which is slow
-
-# Runs of one process are intended.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 TensorEntry = tuple[torch.Size, torch.dtype]  # of a saved tensor

@@ -123,7 +123,7 @@ class StepLog:
         totals = self._reduce(pending, status)
         self._progress.bad_samples = self._bad_before + totals.status.bad_samples
         speed = self._speed(totals)
-        self._count(totals)
+        self._record_pace(totals)
         rows = [self._row(pending, k, values[k], totals.counts[k], speed) for k in range(len(values))]
         if self._metrics is not None:
             self._metrics.write(rows)
@@ -168,7 +168,7 @@ class StepLog:
             speed["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return speed
 
-    def _count(self, totals: Totals) -> None:
+    def _record_pace(self, totals: Totals) -> None:
         self._views += sum(views for _, views, _ in totals.counts)
         self._seconds += totals.seconds
         if self.bottleneck.add(totals.seconds, totals.waited):

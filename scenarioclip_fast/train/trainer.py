@@ -39,6 +39,7 @@ from scenarioclip_fast.train.state import Progress, RunState
 from scenarioclip_fast.train.step import Phase, StepModule
 from scenarioclip_fast.train.step_log import SKIPPED_FILE, Status, StepLog
 from scenarioclip_fast.train.timing import StepProfile
+from scenarioclip_fast.train.warning_filters import expected_warnings_ignored
 
 _BAD_SAMPLES = "bad_samples.jsonl"
 _ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
@@ -120,6 +121,7 @@ class Trainer:
             self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(matmul_precision(self.config.run.precision))
+            stack.enter_context(expected_warnings_ignored())
             stack.enter_context(stop_on_signals(self.stop))
             self._build(stack)
             return self._run()
