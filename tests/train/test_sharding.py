@@ -73,7 +73,7 @@ def test_sharded_training_equals_ddp(small: Make, fork_server: Any, overrides: t
 
 
 def test_compiled_blocks_with_sharded_weights(small: Make, fork_server: Any) -> None:
-    options = ("train.steps=3", "train.parallel=fsdp", "optim.lr=1e-4", *TOWERS)
+    options = ("train.steps=2", "train.parallel=fsdp", "optim.lr=1e-4")
     plain, compiled = (small(*options, f"train.compile={x}", run=x) for x in ("false", "true"))
     fork_server.start(plain, ranks=2).finish()
     out = fork_server.start(compiled, ranks=2, compile_backend="eager").finish()
