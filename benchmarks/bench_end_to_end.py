@@ -44,7 +44,7 @@ from scenarioclip_fast.benchmarks.bench_step import OBJECTS, PHOTOS, RELATIONS, 
 from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
 from scenarioclip_fast.data import pack as pack_scenes
 from scenarioclip_fast.data.loader import scene_loader
-from scenarioclip_fast.train.metrics import DataWait
+from scenarioclip_fast.train.timing import DataWait
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ class Side:
         """The whole loop: the loss of every step."""
         asked = time.perf_counter()
         for batch in self.batches():
-            self.wait.step_begins(time.perf_counter() - asked)
+            self.wait.begin_step(time.perf_counter() - asked)
             loss = self.one_step(batch)
-            self.wait.step_ends()
+            self.wait.end_step()
             yield loss
             asked = time.perf_counter()
 
@@ -214,10 +214,10 @@ class Side:
 
     def finish_loop(self) -> list[float]:
         """The losses of the rest of the loop."""
-        self.wait.take()
+        self.wait.pop()
         began = time.perf_counter()
         losses = values(self.under_way)
-        self.waits.append(self.wait.take() / (time.perf_counter() - began))
+        self.waits.append(self.wait.pop() / (time.perf_counter() - began))
         return losses
 
     def begin_loading(self) -> None:

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a run."""
+"""The process groups of a run, and a watch that ends it when a rank is lost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from torch.distributed.rendezvous import rendezvous
 from scenarioclip_fast.errors import TrainingFailed, UserError
 
 _worlds = itertools.count()
-_GRACE_S = 10.0  # for a rank to end by itself once another is lost
+_GRACE_S = 10.0  # for a rank to end on its own once another is lost
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank's place and device. Both groups are None when the run is one process.
+    """A process's rank and device. Both groups are None in a run of one process.
 
-    group: for tensors on the device;  host: for what lies in host memory, and for use by other threads
+    group: for tensors on the device;  host: for data in host memory, and for use by other threads
     """
 
     rank: int
@@ -43,20 +43,20 @@ class World:
         return self.rank == 0
 
     def mean_(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, in place."""
+        """Average over the ranks, in place."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
             values /= self.size
         return values
 
     def sum_(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in place; `values` lies on the run's device."""
+        """Sum over the ranks, in place; `values` is on the run's device."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, on every rank."""
+        """All ranks' picklable values, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -70,22 +70,22 @@ class World:
 
 @contextmanager
 def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """The world that torchrun's variables or an initialised process group describe, left again at the end.
+    """Join the world that torchrun's variables or an initialised process group describe; leave it at the end.
 
-    A rank that dies, does not appear, or is silent for `timeout_s`, ends the others: with TrainingFailed, which says
-    what happened, or, where one waits for the dead rank and cannot be told, with one line and exit code 1.
+    A rank that dies, does not appear, or is silent for `timeout_s` ends the others: with TrainingFailed, which says
+    what happened, or, where a rank is blocked in a collective, with one line and exit code 1.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, local, several=size > 1)
     if size == 1:
-        # What names no device means this one: its random numbers, the wait for a checkpoint's copies.
+        # The current device, for calls without one: random numbers, synchronisation of a checkpoint's copies.
         with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
             yield World(0, 1, chosen, None)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if dist.is_initialized():  # by someone who looks after the ranks
+    if dist.is_initialized():  # by a launcher that watches the ranks
         yield _world(chosen, timeout_s)
         return
     store, rank = _meet(size, timeout_s)
@@ -103,50 +103,50 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
         world = _world(chosen, timeout_s)
         yield world
         watch.stop()
-        world.barrier()  # nobody leaves while another still listens for its heart
+        world.barrier()  # no rank leaves while another still watches its heartbeat
         failed = False
     except BaseException as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_of_collectives(error):
-            raise TrainingFailed(f"rank {rank} cannot go on: {watch.diagnose(error)}") from error
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_collective_error(error):
+            raise TrainingFailed(f"rank {rank} cannot continue: {watch.diagnose(error)}") from error
         watch.announce(f"rank {rank} ended with {type(error).__name__}: {_first_line(error)}")
         raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()  # NCCL's may wait for lost ranks: under the watch, which bounds it
+            dist.destroy_process_group()  # NCCL may wait for lost ranks here; the watch bounds that
         watch.stop()
         if failed:
             watch.linger()
 
 
 def _world(device: torch.device, timeout_s: float) -> World:
-    # Groups of their own: the loss's collectives must not interleave with those of the gradients' buckets, nor
-    # those of the thread that writes checkpoints with either.
+    # Separate groups: the loss's collectives must not interleave with those of the gradient buckets, nor those of the
+    # checkpoint thread with either.
     timeout = timedelta(seconds=timeout_s)
-    # The loss's takes sizes and ids from host to host, so that nothing waits for the device.
+    # The loss exchanges sizes and ids in host memory, so that nothing waits for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     groups = [dist.new_group(timeout=timeout, backend=name) for name in (backend, "gloo")]
     return World(dist.get_rank(), dist.get_world_size(), device, *groups)
 
 
 def _meet(size: int, timeout_s: float) -> tuple[Store, int]:
-    """The store where the ranks find one another, and this process's rank."""
+    """The store of the rendezvous, and this process's rank."""
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except ValueError as error:  # a variable is missing
-        what = _first_line(error).rpartition("rendezvous: ")[2]
-        raise UserError(f"WORLD_SIZE is {size}, but {what}: start the ranks with torchrun") from None
+        reason = _first_line(error).rpartition("rendezvous: ")[2]
+        raise UserError(f"WORLD_SIZE is {size}, but {reason}: start the ranks with torchrun") from None
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise TrainingFailed(f"the {size} ranks did not meet at {address}: {_first_line(error)}") from None
-    # The store may outlive a world: under torchrun it is that of the whole job.
+    # The store may outlive a world: under torchrun it belongs to the whole job.
     return PrefixStore(f"world-{next(_worlds)}", store), rank
 
 
 class RankWatch:
-    """Notices ranks that have died or hang, in a thread, by counters in the store that every rank keeps counting up.
+    """A thread that detects dead and hung ranks by heartbeats: counters in the store that every rank increments.
 
-    Each rank watches the next one; who finds one silent for `timeout_s`, or has a collective fail, writes down what
-    happened, and all others read it. A rank whose main thread does not end on that account is ended by the thread.
+    Each rank watches the next one. A rank that finds it silent for `timeout_s`, or has a collective fail, announces
+    what happened in the store, where the others read it. If a rank's main thread does not end then, this one ends it.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
@@ -154,7 +154,7 @@ class RankWatch:
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._every = min(2.0, timeout_s / 8)
         self._stopped = threading.Event()
-        self._told = False
+        self._reported = False
         self._gone = 0
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
         self._thread.start()
@@ -164,27 +164,27 @@ class RankWatch:
         self._thread.join()
 
     def announce(self, news: str) -> str:
-        """Tells the other ranks why this one ends; returns what was told first."""
+        """Announce why this rank ends; returns the first announcement of all ranks."""
         try:
             return str(self._store.compare_set("news", "", news).decode())
-        except RuntimeError:  # the store has gone first
+        except RuntimeError:  # the store is gone already
             return news
 
     def linger(self) -> None:
-        """Leaves the store, which rank 0 may hold, to the others for a while: they end for the same reason."""
+        """Keep the store, which rank 0 may hold, available to the other ranks while they end for the same reason."""
         try:
             self._store.add("left", 1)
             end = time.monotonic() + 4 * self._every
-            others_are_there = self._rank == 0
-            while others_are_there and time.monotonic() < end:
-                others_are_there = self._store.add("left", 0) < self._size - self._gone
+            others_remain = self._rank == 0
+            while others_remain and time.monotonic() < end:
+                others_remain = self._store.add("left", 0) < self._size - self._gone
                 time.sleep(0.05)
         except RuntimeError:
             return
 
     def diagnose(self, error: BaseException) -> str:
-        """Why a collective has failed, as far as the ranks' hearts tell."""
-        self._told = True
+        """Why a collective has failed, judging by the heartbeats."""
+        self._reported = True
         try:
             if (news := self._news()) is None:
                 before = self._beats()
@@ -194,10 +194,12 @@ class RankWatch:
                 after = self._beats()
                 silent = [str(r) for r in range(self._size) if before[r] == after[r] and r != self._rank]
                 self._gone = len(silent)
-                what = (
-                    f"rank {', '.join(silent)} is gone" if silent else "all ranks live, but one is stuck or far behind"
+                reason = (
+                    f"rank {', '.join(silent)} is gone"
+                    if silent
+                    else "all ranks are alive, but one is stuck or far behind"
                 )
-                news = self.announce(f"{what} ({_first_line(error)})")
+                news = self.announce(f"{reason} ({_first_line(error)})")
         except RuntimeError:
             return self._lost_store()
         return news
@@ -222,20 +224,20 @@ class RankWatch:
                 if beat != seen:
                     seen, since = beat, now
                 elif now - since > self._timeout_s:
-                    self.announce(f"rank {watched} has not been heard of for {now - since:.0f} s")
+                    self.announce(f"rank {watched} has sent no heartbeat for {now - since:.0f} s")
                 news = self._news()
             except RuntimeError:
                 news = self._lost_store()
-        # The main thread most likely waits for the lost rank: its collective fails by itself, or never.
+        # The main thread is probably blocked in a collective with the lost rank, which fails by itself or never.
         if news is None or self._stopped.wait(_GRACE_S):
             return
-        if not self._told:
-            print(f"error: rank {self._rank} cannot go on: {news}", file=sys.stderr, flush=True)
+        if not self._reported:
+            print(f"error: rank {self._rank} cannot continue: {news}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _is_of_collectives(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors that name its source files."""
+def _is_collective_error(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors that contain the names of its source files."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
@@ -257,6 +259,6 @@ def _device(name: str, local: int, several: bool) -> torch.device:
             raise UserError(f"run.device: got {name!r}, but torch sees no CUDA device; set run.device=cpu or auto")
         index = local if several else device.index or 0
         if index >= torch.cuda.device_count():
-            raise UserError(f"run.device: wants GPU {index}, but torch sees {torch.cuda.device_count()} of them")
+            raise UserError(f"run.device: got GPU {index}, but torch sees {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", index)
     return device

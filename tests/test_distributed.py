@@ -1,4 +1,4 @@
-"""A rank's place, and how it leaves."""
+"""Joining a world, and leaving it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from scenarioclip_fast.distributed import join_world
 
-# NCCL may wait for lost ranks when a rank that failed leaves its groups. Here that takes forever.
+# NCCL may wait for lost ranks when a failed rank destroys its groups. Here it waits forever.
 STUCK = """
 import os, time
 import torch.distributed as dist
@@ -27,7 +27,7 @@ with distributed.join_world("cpu", timeout_s=8):
 """
 
 
-def test_one_process_on_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_on_the_second_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     current = ["cuda:0"]
 
     @contextmanager
@@ -41,12 +41,12 @@ def test_one_process_on_another_gpu_than_the_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join_world("cuda:1") as world:
-        # Else torch.accelerator.synchronize() would not wait for a checkpoint's copies from this GPU.
+        # Otherwise torch.accelerator.synchronize() would not wait for copies from this GPU.
         assert current == ["cuda:1"] == [str(world.device)]
     assert current == ["cuda:0"]
 
 
-def test_a_rank_that_fails_ends_even_if_it_cannot_leave() -> None:
+def test_a_failed_rank_ends_even_if_destroying_its_groups_hangs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     done = subprocess.run(
@@ -57,4 +57,4 @@ def test_a_rank_that_fails_ends_even_if_it_cannot_leave() -> None:
         timeout=60,
     )
     assert done.returncode == 1
-    assert "cannot go on: rank" in done.stderr and "ValueError: a mistake" in done.stderr
+    assert "cannot continue: rank" in done.stderr and "ValueError: a mistake" in done.stderr

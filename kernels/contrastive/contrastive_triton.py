@@ -85,14 +85,14 @@ class Plan:
         if features.dtype == torch.bfloat16 and not _interprets():
             operand, precision, inner = torch.bfloat16, "tf32", 64
         else:
-            # float16 has the mantissa of TF32 but not its range. The interpreter computes bfloat16 wrongly and has no TF32.
+            # float16 has the mantissa of TF32, not its range. The interpreter is wrong in bfloat16 and has no TF32.
             exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
             operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
         tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
         return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
 
     def sum_tile(self, alone: bool) -> Tile:
-        """The tile of the forward pass: tall tiles read less for a large level; more tiles fill the GPU for small ones."""
+        """The tile of the forward pass: tall ones read less in a large level; small levels need many to fill the GPU."""
         if self.operand != torch.bfloat16:
             return Tile(128, 128, 8)
         return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)

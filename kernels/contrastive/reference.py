@@ -119,7 +119,7 @@ def naive_positives_loss(
     scale: Tensor | float,
     index: Tensor,  # [N] int64
 ) -> Tensor:  # []
-    """Equal texts as one class: cross entropy over rows, and over columns with the mean of a text's images as target."""
+    """Equal texts as one class: cross entropy over rows, and over columns with the mean of a text's images."""
     logits = scale * (unit_rows(image) @ unit_rows(text).T)
     owns = F.one_hot(index, len(text)).to(logits.dtype)
     target = owns / owns.sum(0)

@@ -170,7 +170,7 @@ def unit_rows(
         scale = 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
     x *= scale
     if ROUND:
-        # Round to TF32: the tensor cores truncate the lower 13 bits, which makes every cosine smaller. NaN would become 0.
+        # Round to TF32: the tensor cores truncate 13 bits, which makes every cosine smaller. NaN would become 0.
         nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     tl.store(unit + pid.to(tl.int64) * WIDTH + d, x, mask=d < WIDTH)

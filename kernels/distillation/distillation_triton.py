@@ -36,7 +36,7 @@ def distillation(
     student_temperature,  # [], or None: use student_temperature_value
     loss_out,  # []
     derivatives_out,  # [S * D + 1], or [1] without the gradient
-    shares,  # [2, S] scratch: contribution of each row to the loss and to its derivative with respect to the temperature
+    shares,  # [2, S] scratch: contribution of each row to the loss and to d loss / d temperature
     finished,  # [] number of finished programs; 0 before and after the kernel
     student_temperature_value,
     teacher_temperature,

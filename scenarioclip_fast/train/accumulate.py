@@ -1,127 +1,121 @@
-"""A step's backward pass in pieces, with the loss still over the whole batch: cached representations.
+"""Gradient accumulation with the loss over the whole batch: cached gradients, as in GradCache (arXiv 2101.06983).
 
-As in GradCache (arXiv 2101.06983): every piece is embedded without a graph; the loss over all embeddings gives their
-gradients; each piece is embedded again, now with a graph, and takes its share of them back to the weights. The last
-piece has its graph from the start and is embedded once. A piece is a run of the batch's scenes with all their views,
-and a run of each level's distinct texts. Only the order of sums differs from the step in one piece. The activations in
-memory are those of one piece; of the whole batch there are the pixels, the embeddings, and what the frozen stages make
-of the views (in float32 half the size of their pixels at ViT-B/32), which is computed once and serves both passes.
+Every microbatch is embedded without a graph; the loss over all embeddings gives their gradients; each microbatch is
+embedded again, now with a graph, and backpropagates its rows of those gradients. The last microbatch builds its graph
+in the first pass and is embedded once. A microbatch is a range of the batch's scenes with all their views, and a range
+of each level's unique texts. Only the order of sums differs from the undivided step.
+
+Activation memory is that of one microbatch. Of the whole batch, the pixels, the embeddings and the output of the frozen
+trunk stay in memory (in float32 half the size of the pixels at ViT-B/32); the trunk runs once and serves both passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch
-from scenarioclip_fast.losses import ScenarioLoss
-from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.model.scenarioclip import Begun, Embeddings
-from scenarioclip_fast.model.tokens import Distinct
-
-T = TypeVar("T")
-
-
-class StepModule(nn.Module):
-    """Model and loss as one module. A pass is a call with what to do, so that wrappers for several ranks, which hook
-    `forward`, see each of them."""
-
-    def __init__(self, model: ScenarioCLIP, loss: ScenarioLoss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss: nn.Module = loss
-
-    def forward(self, run: Callable[[StepModule], T]) -> T:
-        return run(self)
+from scenarioclip_fast.model import EMATeacher
+from scenarioclip_fast.model.scenarioclip import Begun as TrunkOutput
+from scenarioclip_fast.model.scenarioclip import Embeddings
+from scenarioclip_fast.model.tokens import Distinct as UniqueTexts
+from scenarioclip_fast.train.step import Phase, StepModule
 
 
-def backward_in_pieces(
-    step: StepModule,
-    wrapped: nn.Module,
-    batch: Batch,
-    distinct: Distinct,
-    teacher: EMATeacher | None,
-    pieces: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> dict[str, Tensor]:
-    """Leaves the gradients of the loss of `batch` in the trained parameters; returns the terms of ScenarioLoss.
+@dataclass(frozen=True)
+class GradCache:
+    """Backpropagates a batch in microbatches.
 
-    The model draws no random numbers, so that both passes over a piece give the same embeddings.
+    The model must be deterministic (it has no dropout), so that both passes over a microbatch give equal embeddings.
 
     Args:
-        wrapped: `step`, or its data-parallel wrapper, which then averages the gradients over the ranks once.
-        distinct: the batch's distinct texts.
-        pieces: how many; the same on every rank. Pieces beyond the batch's scenes are empty.
+        step: model and loss.
+        wrapped: `step`, or its data-parallel wrapper, which averages the gradients over the ranks once per batch.
+        microbatches: the same number on every rank; those beyond the batch's scenes are empty.
         autocast: makes the context of the forward passes.
     """
-    begun: list[Begun] = []
-    parts: list[Embeddings] = []
-    for k, (some, texts) in enumerate(zip(batch.split(pieces), distinct.split(pieces), strict=True)):
-        # The last piece keeps its graph; its backward pass comes first, so that another one's averages.
-        with torch.set_grad_enabled(k == pieces - 1), _averaging(wrapped, pieces == 1), autocast():
-            start, part = wrapped(partial(_embed, batch=some, distinct=texts, teacher=teacher))
-        begun.append(start)
-        parts.append(part)
 
-    whole = _joined(parts, batch, distinct)
-    leaves = [x.requires_grad_() for x in (*whole.image, *whole.text)]
-    temperatures = [p for p in step.loss.parameters() if p.requires_grad]
-    with autocast():
-        terms = step.loss(whole)
-    gradients = torch.autograd.grad(terms["loss"], [*leaves, *temperatures], allow_unused=True, materialize_grads=True)
-    rows = [[len(x) for x in (*part.image, *part.text)] for part in parts]
-    shares = [gradient.split(sizes) for gradient, *sizes in zip(gradients[: len(leaves)], *rows, strict=True)]
+    step: StepModule
+    wrapped: nn.Module
+    microbatches: int
+    autocast: Callable[[], AbstractContextManager[Any]]
 
-    order = [pieces - 1, *range(pieces - 1)]
-    for k in order:
-        last = k == order[-1]
-        with _averaging(wrapped, last):
-            if k == pieces - 1:
-                outputs = [*parts[k].image, *parts[k].text]
-            else:
-                with autocast():
-                    outputs = wrapped(partial(_embed_again, begun=begun[k]))
-            # The temperatures' gradients are known; with the last backward pass the wrapper averages them, too.
-            torch.autograd.backward(
-                [*outputs, *(temperatures if last else [])],
-                [*(share[k] for share in shares), *(gradients[len(leaves) :] if last else [])],
-            )
-    return {name: term.detach() for name, term in terms.items()}
+    def backward(self, batch: Batch, texts: UniqueTexts, teacher: EMATeacher | None) -> dict[str, Tensor]:
+        """Accumulate the gradients of the loss of `batch` in the trained parameters.
 
+        Args:
+            texts: the unique texts of the batch.
 
-def _embed(step: StepModule, batch: Batch, distinct: Distinct, teacher: EMATeacher | None) -> tuple[Begun, Embeddings]:
-    begun = step.model.begin(batch, distinct)
-    return begun, step.model.finish(begun, teacher)
+        Returns:
+            The terms of ScenarioLoss, detached.
+        """
+        trunks, parts = self._embed(batch, texts, teacher)
+        whole = _concatenate(parts, batch, texts)
+        rows = [x.requires_grad_() for x in (*whole.image, *whole.text)]
+        scalars = [p for p in self.step.loss.parameters() if p.requires_grad]
+        with self.autocast():
+            terms: dict[str, Tensor] = self.step.loss(whole)
+        gradients = torch.autograd.grad(terms["loss"], [*rows, *scalars], allow_unused=True, materialize_grads=True)
+        sizes = [[len(x) for x in (*part.image, *part.text)] for part in parts]
+        of_rows = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
 
+        first = self.microbatches - 1  # it has its graph already; another one is the last and averages over the ranks
+        order = [first, *range(first)]
+        for k in order:
+            is_last = k == order[-1]
+            with self._averaging(is_last):
+                if k == first:
+                    outputs = [*parts[k].image, *parts[k].text]
+                else:
+                    with self.autocast():
+                        outputs = self.wrapped(Phase.EMBED_AGAIN, trunks[k])
+                # The loss's scalars join the last backward pass, so that the wrapper averages their gradients, too.
+                torch.autograd.backward(
+                    [*outputs, *(scalars if is_last else [])],
+                    [*(gradient[k] for gradient in of_rows), *(gradients[len(rows) :] if is_last else [])],
+                )
+        return {name: term.detach() for name, term in terms.items()}
 
-def _embed_again(step: StepModule, begun: Begun) -> list[Tensor]:
-    embeddings = step.model.finish(begun)
-    return [*embeddings.image, *embeddings.text]
+    def _embed(
+        self, batch: Batch, texts: UniqueTexts, teacher: EMATeacher | None
+    ) -> tuple[list[TrunkOutput], list[Embeddings]]:
+        """Embed every microbatch, only the last one with a graph."""
+        trunks: list[TrunkOutput] = []
+        parts: list[Embeddings] = []
+        n = self.microbatches
+        for k, (scenes, of_scenes) in enumerate(zip(batch.split(n), texts.split(n), strict=True)):
+            with torch.set_grad_enabled(k == n - 1), self._averaging(n == 1), self.autocast():
+                trunk, part = self.wrapped(Phase.EMBED, scenes, of_scenes, teacher)
+            trunks.append(trunk)
+            parts.append(part)
+        return trunks, parts
+
+    def _averaging(self, enabled: bool) -> AbstractContextManager[Any]:
+        """The context of passes whose gradients DDP averages over the ranks, or does not."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not enabled:
+            return self.wrapped.no_sync()
+        return nullcontext()
 
 
 @torch.no_grad()
-def _joined(parts: list[Embeddings], batch: Batch, distinct: Distinct) -> Embeddings:
-    def teachers(rows: list[Tensor | None]) -> Tensor | None:
+def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> Embeddings:
+    def of_teacher(rows: list[Tensor | None]) -> Tensor | None:
         return None if rows[0] is None else torch.cat([x for x in rows if x is not None])
 
     return Embeddings(
         image=[torch.cat(rows) for rows in zip(*(part.image for part in parts), strict=True)],
         text=[torch.cat(rows) for rows in zip(*(part.text for part in parts), strict=True)],
-        text_index=distinct.index,
-        text_id=distinct.id,
+        text_index=texts.index,
+        text_id=texts.id,
         object_scene=batch.object_scene,
         relation_scene=batch.relation_scene,
-        teacher_image=teachers([part.teacher_image for part in parts]),
-        teacher_object_text=teachers([part.teacher_object_text for part in parts]),
-        teacher_relation_text=teachers([part.teacher_relation_text for part in parts]),
+        teacher_image=of_teacher([part.teacher_image for part in parts]),
+        teacher_object_text=of_teacher([part.teacher_object_text for part in parts]),
+        teacher_relation_text=of_teacher([part.teacher_relation_text for part in parts]),
     )
-
-
-def _averaging(wrapped: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not wanted else nullcontext()

@@ -1,18 +1,16 @@
-"""Checkpoints on disk: whole or not there, the last few and the best kept, damage noticed.
+"""Checkpoints on disk: written atomically, pruned to the newest and the best, checked for damage when read.
 
-torch.distributed.checkpoint writes them, each rank its share, in a thread, from copies in host memory: the run goes on
-meanwhile. The leading rank gives the directory its name once all shares are on the disk.
+torch.distributed.checkpoint writes them, each rank its share, in a thread, from copies in host memory, while training
+continues. Rank 0 renames the temporary directory once all shares are on disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -36,47 +34,51 @@ from torch.distributed.tensor import DTensor
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
-_META, _INDEX = "meta.json", ".metadata"  # ours, torch's
+_META = "meta.json"  # beside .metadata, torch's own index
 _SCHEMA = 2
-_ROOT = "run"  # one entry for torch, which logs, and takes its time for, each of those at the top
+_ROOT = "run"  # a single top-level entry: torch logs each of them, which is slow
 
-# Runs of one process are no mistake.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+TensorEntry = tuple[torch.Size, torch.dtype]  # of a saved tensor
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint that cannot be read, and why."""
+    """A checkpoint cannot be read; the message says why."""
 
 
 class NotWritten(OSError):
-    """A checkpoint that could not be written, and why; the earlier ones are untouched."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `examine` finds: `meta` is plain JSON (step, config, ...), `names` those of everything saved."""
+    """What `examine` finds.
+
+    meta: plain JSON (step, config, ...);  names: of everything saved;  tensors: size and dtype of the tensors among it
+    """
 
     path: Path
     meta: dict[str, Any]
     names: frozenset[str]
+    tensors: dict[str, TensorEntry]
 
 
 class PendingSave:
     """A checkpoint that is being written."""
 
-    def __init__(self, step: int, future: Future[Any], give_up: Callable[[], None]) -> None:
+    def __init__(self, step: int, future: Future[Any], clean_up: Callable[[], None]) -> None:
         self.step = step
-        self._future, self._give_up = future, give_up
+        self._future, self._clean_up = future, clean_up
 
     def done(self) -> bool:
         return self._future.done()
 
     def wait(self) -> None:
-        """Until the checkpoint is there, on every rank alike; NotWritten says why it is not."""
+        """Wait until the checkpoint is complete. Raises NotWritten, on every rank alike, if that fails."""
         try:
             self._future.result()
         except (Exception, CheckpointException) as error:
-            self._give_up()
+            self._clean_up()
             raise NotWritten(f"checkpoint of step {self.step} not written: {_reason(error)}") from error
 
 
@@ -84,9 +86,9 @@ class Checkpoints:
     """The folder of a run's checkpoints: `step-00000500/{meta.json, .metadata, __0_0.distcp, ...}`.
 
     Args:
-        directory: the folder, seen by all ranks.
-        keep: how many of the newest stay, beside the best.
-        group: all ranks, of a backend for host memory (gloo); None: one process.
+        directory: the folder, on a file system that all ranks share.
+        keep: how many of the newest to keep, in addition to the best.
+        group: all ranks, with a backend for host memory (gloo); None: one process.
     """
 
     def __init__(self, directory: Path, keep: int, group: dist.ProcessGroup | None = None) -> None:
@@ -95,39 +97,39 @@ class Checkpoints:
         self._stager: DefaultStager | None = None
 
     def sweep(self) -> None:
-        """Removes what processes that died have left behind."""
+        """Remove what killed processes have left behind."""
         for prefix in (_WRITING, _REMOVING):
             for path in self.directory.glob(f"{prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def paths(self) -> list[Path]:
-        """Newest first."""
+        """All checkpoints, newest first."""
         if not self.directory.is_dir():
             return []
         return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=_step, reverse=True)
 
     def best(self) -> Path | None:
-        """The one with the lowest loss, the newer of equal ones."""
+        """The checkpoint with the lowest loss; the newest of equal ones."""
         return min(self.paths(), key=_loss, default=None)
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> PendingSave:
-        """Copies `state` into host memory and leaves the writing to a thread; all ranks call it together.
+        """Copy `state` into host memory and write it in a thread; all ranks call it together.
 
-        Earlier checkpoints are pruned once this one is whole, and so are those of later steps, which a run that was
-        taken up again at an older checkpoint has left behind. One save at a time: the next one takes the same copies.
+        Once this checkpoint is complete, earlier ones are pruned, and so are those of later steps, which are left when
+        a run resumes from an older checkpoint. One save at a time: the next one reuses the host buffers.
 
         Args:
-            state: name -> tensor, number or text. Of a DTensor each rank writes its shards; anything else is written
+            state: name -> tensor, number or text. Each rank writes its shards of a DTensor; anything else is written
                 by the rank that has its name, see `share`.
-            meta: plain JSON; "loss" is what `best` compares.
+            meta: plain JSON; `best` compares "loss".
         """
         final = self.directory / f"step-{step:08d}"
-        # A number of its own: the leading rank may still clear a failed attempt away.
+        # Numbered: rank 0 may still be removing a failed attempt.
         self._attempts += 1
         temporary = self.directory / f"{_WRITING}{final.name}-{self._attempts}"
         publish = partial(self._publish, temporary, final, {"schema": _SCHEMA, "step": step, **meta})
-        if self._stager is None or torch.__version__ < "2.13":  # stagers of earlier versions serve once
-            # Pinned buffers, and copies that do not wait for one another.
+        if self._stager is None or torch.__version__ < "2.13":  # stagers of earlier versions can be used once
+            # Pinned buffers and non-blocking copies.
             gpu = any(isinstance(value, Tensor) and value.is_cuda for value in state.values())
             self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
         future = async_save(
@@ -138,18 +140,19 @@ class Checkpoints:
             no_dist=self.group is None,
         )
         assert isinstance(future, Future)
-        leads = self.group is None or self.group.rank() == 0
-        return PendingSave(step, future, partial(shutil.rmtree, temporary, ignore_errors=True) if leads else _nothing)
+        is_main_process = self.group is None or self.group.rank() == 0
+        clean_up = partial(shutil.rmtree, temporary, ignore_errors=True) if is_main_process else _do_nothing
+        return PendingSave(step, future, clean_up)
 
     def _publish(self, temporary: Path, final: Path, meta: dict[str, Any]) -> None:
-        """On the leading rank, when every rank's share is on the disk: no reader ever sees half a checkpoint."""
+        """On rank 0, once every rank's share is on disk: readers never see a partial checkpoint."""
         files = {path.name: path.stat().st_size for path in temporary.iterdir()}
         with open(temporary / _META, "w", encoding="utf-8") as file:
             json.dump({**meta, "files": files}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync(temporary)
-        if final.exists():  # one that could not be read, or of an abandoned branch
+        if final.exists():  # it could not be read, or belongs to an abandoned branch
             _remove(final)
         os.rename(temporary, final)
         _sync(self.directory)
@@ -160,12 +163,12 @@ class Checkpoints:
         kept = {*before[: self.keep], min(before, key=_loss)}
         for path in self.paths():
             if path not in kept:
-                with suppress(OSError):  # the new checkpoint is written, whatever becomes of an old one
+                with suppress(OSError):  # failing to remove an old checkpoint is harmless
                     _remove(path)
 
 
 class _Writer(FileSystemWriter):
-    """Calls `publish` when all ranks' files and the index are written."""
+    """Calls `publish` once all ranks' files and the index are written."""
 
     def __init__(self, path: Path, publish: Callable[[], None]) -> None:
         super().__init__(path)
@@ -176,11 +179,11 @@ class _Writer(FileSystemWriter):
             return super().write_data(plan, planner)
         except Exception as error:
             failure: Exception = error
-            behind = error.__context__  # torch's archive writer speaks of positions; this is the system's own word
-            if isinstance(error, RuntimeError) and isinstance(behind, OSError):
-                failure = OSError(behind.errno, behind.strerror)
+            cause = error.__context__  # torch's archive writer reports file positions; the system's error is behind it
+            if isinstance(error, RuntimeError) and isinstance(cause, OSError):
+                failure = OSError(cause.errno, cause.strerror)
             # The frames hold views of io.BytesIO in cycles, on which the garbage collector of Python 3.12.1 crashes.
-            for part in (error, behind):
+            for part in (error, cause):
                 if part is not None:
                     traceback.clear_frames(part.__traceback__)
         raise failure
@@ -197,31 +200,36 @@ class _Writer(FileSystemWriter):
 
 
 def examine(path: Path) -> Checkpoint:
-    """Reads what a checkpoint says about itself; BadCheckpoint when it is not whole."""
+    """Read a checkpoint's metadata and check that its files are complete; else raise BadCheckpoint."""
     if not (path / _META).is_file():
-        raise BadCheckpoint(
-            f"{path}: no checkpoint, for there is no {_META}" if path.exists() else f"{path}: not there"
-        )
+        raise BadCheckpoint(f"{path}: not a checkpoint, {_META} is missing" if path.exists() else f"{path}: not found")
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         if meta["schema"] != _SCHEMA:
-            raise BadCheckpoint(f"{path}: its schema is {meta['schema']}, this version reads {_SCHEMA}")
+            raise BadCheckpoint(f"{path}: got schema {meta['schema']}, expected {_SCHEMA}")
         for name, size in meta["files"].items():
             found = (path / name).stat().st_size
             if found != size:
-                raise BadCheckpoint(f"{path}: {name} has {found} bytes, {size} were written")
-        names = [name.removeprefix(f"{_ROOT}.") for name in FileSystemReader(path).read_metadata().state_dict_metadata]
+                raise BadCheckpoint(f"{path}: {name} has {found} bytes, expected {size}")
+        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = {name.removeprefix(f"{_ROOT}."): entry for name, entry in saved.items()}
     except BadCheckpoint:
         raise
     except Exception as error:  # damaged JSON and pickles can fail in any way
         raise BadCheckpoint(f"{path}: {_reason(error)}") from error
-    return Checkpoint(path, meta, frozenset(names))
+    tensors = {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    return Checkpoint(path, meta, frozenset(entries), tensors)
 
 
 def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fills the tensors of `state` in place and replaces its other values; all ranks call it together.
+    """Fill the tensors of `state` in place and replace its other values; all ranks call it together.
 
-    BadCheckpoint, on every rank, when one of them cannot read its part; tensors are then old or new.
+    Raises:
+        BadCheckpoint: on every rank, if one of them cannot read its part; some tensors may have changed by then.
     """
     tree = {_ROOT: state}
     try:
@@ -237,7 +245,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
 
 
 def share(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """What rank `rank` writes: its shards, and of the tensors that all ranks hold alike as many bytes as any other."""
+    """What rank `rank` writes: its shards, and an equal share of the bytes of the tensors that all ranks hold alike."""
     mine: dict[str, Tensor] = {}
     written = [0] * size
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
@@ -251,34 +259,8 @@ def share(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tens
     return mine
 
 
-def random_state() -> dict[str, Any]:
-    """Of Python and torch, the current GPU included; plain values, fit for JSON."""
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(internal), gauss], "torch": _hex(torch.get_rng_state())}
-    if torch.cuda.is_available():
-        state["cuda"] = _hex(torch.cuda.get_rng_state())
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Takes over what `random_state` gave."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(_unhex(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_unhex(state["cuda"]))
-
-
-def _hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _unhex(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
 def _reason(error: BaseException) -> str:
-    """One line: the first rank's reason where ranks failed."""
+    """One line; if ranks failed, the reason of the first of them."""
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
         return f"{_reason(cause)} (rank {rank})" if rank or len(error.failures) > 1 else _reason(cause)
@@ -299,15 +281,15 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """In one move, so that a process that dies here leaves nothing that looks like a checkpoint."""
+    """By a rename first: a process killed here leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f"{_REMOVING}{path.name}")
-    if doomed.exists():  # what was left of an earlier one of this step
+    if doomed.exists():  # left by an earlier attempt
         shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 

@@ -100,8 +100,9 @@ class LossSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    """AdamW with linear warm-up and a cosine to zero."""
+    """The optimiser, with linear warm-up and a cosine to zero."""
 
+    name: str = "adamw"  # one of train.optim.OPTIMIZERS
     lr: float = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

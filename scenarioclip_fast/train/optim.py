@@ -1,35 +1,109 @@
-"""AdamW's parameter groups and the learning rate of a step."""
+"""Optimisers by name, their parameter groups, the learning rate, and the guarded optimiser step.
+
+To add an optimiser, see docs/new-optimiser.md.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.train.config import OptimSection
 
+ParamGroup = dict[str, Any]  # "params", "weight_decay", and "lr_multiple" of the scheduled rate
+OptimizerFactory = Callable[[list[ParamGroup], OptimSection], Optimizer]
 
-def build_optimizer(model: nn.Module, loss: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of `model` and `loss` (the temperatures).
 
-    Weight decay reaches matrices only: biases, norms and the class embedding are vectors. The loss's logit_scale
-    parameters are scalars; the published run decays them all the same (optim.decay_logit_scale).
+def adamw(groups: list[ParamGroup], config: OptimSection) -> Optimizer:
+    """AdamW, fused."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def sgd(groups: list[ParamGroup], config: OptimSection) -> Optimizer:
+    """SGD with Nesterov momentum optim.betas[0]; weight decay is added to the gradient (L2)."""
+    momentum = config.betas[0]
+    parameters = [p for group in groups for p in group["params"]]
+    fused = not any(isinstance(p, DTensor) for p in parameters)  # which the fused kernel does not accept
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    if momentum > 0:  # torch's fused step leaves new buffers uninitialised if `found_inf` skips it
+        for p in parameters:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "sgd": sgd}
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Parameters with a learning rate and weight decay of their own: the first rule that matches one holds.
+
+    pattern: a regular expression for the whole name, such as "model.vision.global.blocks.0.norm.weight" or
+        "loss.contrastive.logit_scale.object";  min_dims: the least number of dimensions
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    scales = [p for p in loss.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2]
-    plain = [p for p in trainable if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        # A group of their own: one fused update does not take whole tensors together with sharded ones (FSDP2).
-        {"params": scales, "weight_decay": config.weight_decay if config.decay_logit_scale else 0.0},
+
+    pattern: str
+    weight_decay: float
+    min_dims: int = 0
+    lr_multiple: float = 1.0
+
+    def matches(self, name: str, parameter: Tensor) -> bool:
+        return parameter.ndim >= self.min_dims and re.fullmatch(self.pattern, name) is not None
+
+
+def group_rules(config: OptimSection) -> list[GroupRule]:
+    """Weight decay for matrices only: biases, norms and the class embedding are vectors.
+
+    The loss's temperatures are scalars; the published run decays them all the same (optim.decay_logit_scale). They are
+    a group of their own also because one fused update cannot mix whole tensors with sharded ones (FSDP2).
+    """
+    return [
+        GroupRule(r"model\..*", config.weight_decay, min_dims=2),
+        GroupRule(r"model\..*", 0.0),
+        GroupRule(r"loss\..*", config.weight_decay if config.decay_logit_scale else 0.0),
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+
+
+def trained_parameters(model: nn.Module, loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that the optimiser updates, with names that start with "model." or "loss."."""
+    modules = (("model", model), ("loss", loss))
+    return [(f"{part}.{name}", p) for part, m in modules for name, p in m.named_parameters() if p.requires_grad]
+
+
+def parameter_groups(parameters: Iterable[tuple[str, Tensor]], rules: list[GroupRule]) -> list[ParamGroup]:
+    """One group per rule that matches a parameter, in the order of the rules."""
+    groups: list[ParamGroup] = [
+        {"params": [], "weight_decay": rule.weight_decay, "lr_multiple": rule.lr_multiple} for rule in rules
+    ]
+    for name, parameter in parameters:
+        group = next(g for g, rule in zip(groups, rules, strict=True) if rule.matches(name, parameter))
+        group["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_factory(name: str) -> OptimizerFactory:
+    """The entry of OPTIMIZERS; UserError for an unknown name."""
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"optim.name: got {name!r}, {hint}expected one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def build_optimizer(model: nn.Module, loss: nn.Module, config: OptimSection) -> Optimizer:
+    """The optimiser `config.name` over the trainable parameters of `model` and `loss` (the temperatures)."""
+    groups = parameter_groups(trained_parameters(model, loss), group_rules(config))
+    return optimizer_factory(config.name)(groups, config)
 
 
 def learning_rate(step: int, total: int, config: OptimSection) -> float:
@@ -40,33 +114,65 @@ def learning_rate(step: int, total: int, config: OptimSection) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def guarded_step(optimizer: torch.optim.AdamW, loss: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Clips the gradients to `clip_norm` and steps, unless `loss` or a gradient is not finite: then nothing moves.
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """The scheduled rate, times each group's "lr_multiple"."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiple"]
 
-    Both decisions are taken on the device, by the scale and the skip flag that fused optimisers take from a gradient
-    scaler: the host does not wait, and the gradients are not rewritten in a pass of their own. Clears the gradients.
 
-    Returns the gradients' norm before clipping and whether the step was skipped (bool), both 0-d on the device.
+def guarded_step(optimizer: Optimizer, loss: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip the gradients to `clip_norm` and step, unless `loss` or a gradient is not finite: then nothing changes.
+
+    Both decisions are made on the device, without a host synchronisation. Fused optimisers receive them as the scale
+    and skip flag of a gradient scaler, so the gradients are not rewritten in a pass of their own. Clears the gradients.
+
+    Returns:
+        The gradients' norm before clipping and whether the step was skipped (bool), both [] on the device.
     """
     norm = _total_norm(_gradients(optimizer))
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
-    optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]  # as clip_grad_norm_
-    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-    optimizer.step()
+    scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # as clip_grad_norm_
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    else:
+        _step_unless(skipped, optimizer, scale)
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
 
 
+@torch.no_grad()
+def _step_unless(skipped: Tensor, optimizer: Optimizer, scale: Tensor) -> None:
+    """For optimisers without the fused flag: a step that is undone if `skipped`, from copies of weights and state.
+
+    State that the optimiser creates in a skipped step is that of a step with zero gradients. Counters in host memory
+    count skipped steps: the flag is on the device, and reading it would wait.
+    """
+    for gradient in map(_local, _gradients(optimizer)):
+        gradient.copy_(torch.where(skipped, 0.0, gradient / scale))
+    changing = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    changing += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    before = [(t, t.clone()) for t in map(_local, changing) if t.device == skipped.device]
+    optimizer.step()
+    for t, old in before:
+        t.copy_(torch.where(skipped, old, t))
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all of them together, over all ranks where they are sharded; [] on the device."""
+    """Of all gradients together, over all ranks where they are sharded; [] on the device."""
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
     if not sharded:
         return norm
-    of_all = torch.nn.utils.get_total_norm(sharded)
-    assert isinstance(of_all, DTensor)
-    return torch.hypot(norm, of_all.full_tensor())
+    sharded_norm = torch.nn.utils.get_total_norm(sharded)
+    assert isinstance(sharded_norm, DTensor)
+    return torch.hypot(norm, sharded_norm.full_tensor())
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,13 +1,11 @@
-"""FSDP2: trained weights, their gradients, moments and averages spread over the ranks, for towers that are too large.
+"""FSDP2: shards trained weights, their gradients, optimiser state and averages over the ranks, for large towers.
 
-A stage of an encoder (embedding, norm, block, head) is gathered when it runs and let go again. Frozen weights stay
-whole on every rank: they have no gradients, moments or averages, and so take 4 bytes each where a trained weight takes
-16 to 20. The loss's temperatures are scalars, which cannot be cut: DistributedDataParallel averages their gradients.
+A stage of an encoder (embedding, norm, block, head) is gathered when it runs and freed afterwards. Frozen weights stay
+whole on every rank: without gradients, optimiser state or averages they take 4 bytes each, where a trained weight takes
+16 to 20. The temperatures of the loss are scalars, which cannot be sharded: DDP averages their gradients.
 """
 
 from __future__ import annotations
-
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -19,16 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.model import EMATeacher
-from scenarioclip_fast.train.accumulate import StepModule
-
-# The terms of the loss are views, and nobody changes them in place.
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+from scenarioclip_fast.train.step import StepModule
 
 
 def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Module:
-    """Spreads what trains in `step`, and its averages in `teacher`, over all ranks, in place; before the optimiser.
+    """Shard the trained weights of `step`, and their averages in `teacher`, in place; call it before the optimiser.
 
-    The gradients are averaged over the ranks, as the losses of this package expect.
+    Gradients are averaged over the ranks, as the losses of this package expect.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     with torch.no_grad():
@@ -37,7 +32,7 @@ def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Modu
     whole = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
     step.loss = DistributedDataParallel(step.loss, gradient_as_bucket_view=True)
     encoders = list(step.model.encoders())
-    if teacher is not None:  # below the same root, which gathers one stage while another runs
+    if teacher is not None:  # under the same root, which prefetches one stage while another runs
         averaged = list(dict.fromkeys(teacher.encoders.values()))
         step.teacher = nn.ModuleList(averaged)
         encoders += averaged
@@ -52,5 +47,5 @@ def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Modu
 
 
 def whole_tensor(t: Tensor) -> Tensor:
-    """A tensor that may be spread over the ranks, gathered; then all ranks call it together."""
+    """A tensor, gathered if it is sharded; all ranks call it together."""
     return t.full_tensor() if isinstance(t, DTensor) else t

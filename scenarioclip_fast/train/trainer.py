@@ -1,94 +1,96 @@
-"""The trainer: typed parts made in a fixed order, and one readable step."""
+"""The trainer: typed parts built in a fixed order, and one readable step."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import resource
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from scenarioclip_fast.data import Batch, SceneLoader, scene_loader
 from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.dispatch import use_backend
 from scenarioclip_fast.distributed import join_world
-from scenarioclip_fast.errors import TrainingFailed, UserError
-from scenarioclip_fast.losses import ScenarioLoss
-from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.operations import peak_flops, step_operations
-from scenarioclip_fast.model.tokens import Distinct
-from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
+from scenarioclip_fast.model.tokens import Distinct as UniqueTexts
+from scenarioclip_fast.train.accumulate import GradCache
+from scenarioclip_fast.train.build import build_loss, build_model, build_teacher, wrap
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
-from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
-from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, run_dir_of
-from scenarioclip_fast.train.sharding import shard
-from scenarioclip_fast.train.weights import load_initial_weights
+from scenarioclip_fast.train.converters import convert
+from scenarioclip_fast.train.export import export
+from scenarioclip_fast.train.metrics import MetricsLog
+from scenarioclip_fast.train.optim import (
+    build_optimizer,
+    guarded_step,
+    learning_rate,
+    optimizer_factory,
+    set_learning_rate,
+)
+from scenarioclip_fast.train.precision import autocast, matmul_precision
+from scenarioclip_fast.train.run_dir import open_run_dir
+from scenarioclip_fast.train.saving import Resume, Saver
+from scenarioclip_fast.train.signals import stop_on_signals
+from scenarioclip_fast.train.state import Progress, RunState
+from scenarioclip_fast.train.step import Phase, StepModule
+from scenarioclip_fast.train.step_log import SKIPPED_FILE, Status, StepLog
+from scenarioclip_fast.train.timing import StepProfile
+from scenarioclip_fast.train.warning_filters import expected_warnings_ignored
 
-_FEW_KEYS = 10  # in a message
-_SKIPPED, _BAD_SAMPLES = "skipped.jsonl", "bad_samples.jsonl"
+_BAD_SAMPLES = "bad_samples.jsonl"
 _ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
-# Launchers pass on a signal that the system has sent to every process already: what comes so soon is the same call.
-_ECHO_S = 2.0
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended. `completed` is False when a signal or `Trainer.stop` ended it early."""
+    """How a run ended. `completed` is False if a signal or `Trainer.stop` ended it early."""
 
     run_dir: Path
     model_dir: Path | None  # the trained model, once completed
     step: int
     total_steps: int
     completed: bool
-    first_loss: float  # mean over the first steps of this process
+    first_loss: float  # mean over the first steps of the run
     last_loss: float  # mean over its last steps
     scenes: int
     views: int
     seconds: float  # of this process
-    views_per_s: float  # of this process, checkpoints and start-up left aside
+    views_per_s: float  # of this process, start-up and checkpoints excluded
     skipped: int  # steps without an update, because the loss or a gradient was not finite
     stopped_by: str | None
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A few lines for the terminal."""
         end = "trained" if self.completed else f"stopped by {self.stopped_by}"
         lines = [
             f"{end}: step {self.step} of {self.total_steps}, {self.scenes} scenes, {self.views} views; "
             f"{self.seconds:.0f} s, {self.views_per_s:.0f} views/s",
-            # Of few steps both means are of all of them.
+            # In a short run both means are over all steps.
             f"loss {self.first_loss:.4f}" + f" -> {self.last_loss:.4f}" * (self.first_loss != self.last_loss),
         ]
         if self.skipped:
             lines.append(
-                f"steps skipped: {self.skipped}, as loss or gradient was not finite: {self.run_dir / _SKIPPED}"
+                f"skipped steps: {self.skipped}, loss or gradient not finite: see {self.run_dir / SKIPPED_FILE}"
             )
         if self.model_dir is not None:
             lines.append(f"model: {self.model_dir}")
         else:
-            lines.append("run the same command with --resume to go on")
+            lines.append("run the same command with --resume to continue")
         return "\n".join(lines)
 
 
 class Trainer:
-    """Trains as `config` says.
+    """Trains a model as `config` describes.
 
     Args:
         config: a TrainConfig.
-        resume: True or "auto" to go on from the newest good checkpoint of config.run.dir (or to start, when it has
-            none), "best" from the one with the lowest loss, or the path of one checkpoint.
+        resume: True or "auto" to resume from the newest readable checkpoint of config.run.dir (or to start, if it has
+            none), "best" from the one with the lowest loss, or the path of a checkpoint.
 
     On several ranks, every rank makes the same Trainer and calls `fit`; batch sizes, losses and metrics are those of
     all ranks together.
@@ -99,9 +101,9 @@ class Trainer:
         self.resume = resume
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
-        self._timed_views, self._timed_seconds = 0, 0.0
         self._stop: str | None = None
-        self._due = False  # a checkpoint, by the clock
+        self._save_due = False  # by the clock
+        self._metrics: MetricsLog | None = None
 
     @property
     def step(self) -> int:
@@ -109,123 +111,102 @@ class Trainer:
         return self.progress.step
 
     def fit(self) -> FitResult:
-        """Trains until the budget is spent, or until a signal or `stop`; the state is saved either way.
+        """Train until the budget is spent, a signal arrives or `stop` is called; saves the state in each case.
 
-        Raises UserError for a mistake in the config, the data or the checkpoint, and RuntimeError when
-        train.max_skipped steps in a row had a loss or a gradient that is not finite.
+        Raises:
+            UserError: for a mistake in the config, the data or the checkpoint.
+            TrainingFailed: train.max_skipped steps in a row had a loss or a gradient that is not finite, or the last
+                checkpoint or the model cannot be written.
         """
         with ExitStack() as stack:
             self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
             stack.enter_context(use_backend(self.config.run.backend))
-            stack.enter_context(_matmul_precision(self.config.run.precision))
-            stack.enter_context(self._signals())
+            stack.enter_context(matmul_precision(self.config.run.precision))
+            stack.enter_context(expected_warnings_ignored())
+            stack.enter_context(stop_on_signals(self.stop))
             self._build(stack)
             return self._run()
 
     def stop(self, reason: str = "a call of stop()") -> None:
-        """Asks the run to save and end: after the step under way, or on several ranks at the next log interval."""
+        """Request that the run saves and ends: after the current step, or on several ranks at the next log interval."""
         self._stop = reason
 
+    def log(self, text: str) -> None:
+        """Log one line, on the main process."""
+        if self._metrics is not None:
+            self._metrics.log(text)
+
     def train_step(self, batch: Batch) -> None:
-        """One optimiser step. Nothing in it waits for the device, but for what ranks tell one another in the loss."""
+        """One optimiser step. The host does not wait for the device, except where the loss's collectives require it."""
         rate = learning_rate(self.step, self.total_steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         assert self.model.tokens is not None
-        distinct = self.model.tokens.distinct(batch.host_ids)
-        terms = self._backward(batch, distinct)
-        values = self.world.mean_(torch.stack([term.detach().float() for term in terms.values()]))
-        norm, skipped = guarded_step(self.optimizer, values[list(terms).index("loss")], self.config.optim.clip_norm)
+        texts = self.model.tokens.distinct(batch.host_ids)
+        terms = self._backward(batch, texts)
+        values = dict(zip(terms, self._mean_over_ranks(terms), strict=True))
+        norm, skipped = guarded_step(self.optimizer, values["loss"], self.config.optim.clip_norm)
         if self.teacher is not None:
             self.teacher.update(self.model)
         self.progress.step += 1
-        views = [batch.num_scenes, batch.num_objects, batch.num_relations]
-        lengths = [of_texts.tolist() for of_texts in distinct.lengths]
-        operations = step_operations(self.model.config, views, lengths, teacher=self.teacher is not None)
-        names = [*terms, "grad_norm", "skipped"]
-        self._pending.add(self.step, batch, operations, rate, names, (*values, norm, skipped))
+        operations = self._operations(batch, texts)
+        self._steps.add(self.step, batch, operations, rate, {**values, "grad_norm": norm, "skipped": skipped})
 
-    def _backward(self, batch: Batch, distinct: Distinct) -> dict[str, Tensor]:
-        """Leaves the gradients of the batch's loss in the parameters; returns its terms."""
+    def _backward(self, batch: Batch, texts: UniqueTexts) -> dict[str, Tensor]:
+        """Accumulate the gradients of the batch's loss in the parameters; returns the loss's terms."""
         if self.config.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the graphs' memory of the step before is free again
-        pieces = self.config.train.accumulate
-        if pieces > 1:
-            return backward_in_pieces(self.module, self.parallel, batch, distinct, self.teacher, pieces, self._autocast)
+            torch.compiler.cudagraph_mark_step_begin()  # frees the graphs' memory of the previous step
+        if self.grad_cache is not None:
+            return self.grad_cache.backward(batch, texts, self.teacher)
         with self._autocast():
-            terms = self.parallel(lambda step: step.loss(step.model(batch, self.teacher, distinct)))
+            terms: dict[str, Tensor] = self.parallel(Phase.LOSS, batch, texts, self.teacher)
         terms["loss"].backward()
         return terms
 
+    def _mean_over_ranks(self, terms: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self.world.mean_(torch.stack([term.detach().float() for term in terms.values()])).unbind()
+
+    def _operations(self, batch: Batch, texts: UniqueTexts) -> float:
+        views = [batch.num_scenes, batch.num_objects, batch.num_relations]
+        lengths = [of_level.tolist() for of_level in texts.lengths]  # on the host
+        return step_operations(self.model.config, views, lengths, teacher=self.teacher is not None)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.config.run.precision, self.world.device)
+
     def _build(self, stack: ExitStack) -> None:
+        """Build all parts, restore the checkpoint to resume from, and log what will be trained."""
         config, world = self.config, self.world
+        optimizer_factory(config.optim.name)  # fails early on a wrong name
         if config.train.cuda_graphs and world.device.type != "cuda":
             raise UserError(
                 f"train.cuda_graphs: got true on {world.device}, expected a GPU: set train.cuda_graphs=false"
             )
-        stack.enter_context(run_dir_of(config, world, self.resume))
+        stack.enter_context(open_run_dir(config, world, bool(self.resume)))
         torch.manual_seed(config.run.seed)
         self.loader = stack.enter_context(self._make_loader())
         self.vocabulary = self.loader.vocabulary
-        self.model = self._make_model().to(world.device)
-        self.loss = ScenarioLoss(
-            init_temperature=config.loss.init_temperature,
-            max_scale=config.loss.max_scale,
-            duplicates=config.loss.duplicates,
-            distillation_scale=config.loss.distillation_scale,
-            group=world.group,
-        ).to(world.device)
+
+        self.model = build_model(config.model, self.vocabulary, world.device)
+        self.loss = build_loss(config.loss, world)
+        self.teacher = build_teacher(config, self.model)
+        notes = convert(self.model, self.teacher, config, world)
         self.module = StepModule(self.model, self.loss).train()
-        self.parallel: nn.Module = self.module
-        if world.size > 1 and config.train.parallel == "ddp":
-            self.parallel = _data_parallel(self.module)
-        self.teacher: EMATeacher | None = None
-        if config.model.variant == "scenarioclip1" and config.loss.distillation_scale > 0:
-            self.teacher = EMATeacher(
-                self.model,
-                decay=config.loss.teacher_decay,
-                warmup=config.loss.teacher_warmup,
-                scope=config.loss.teacher_scope,
-            )
-        self.model.set_checkpointing(config.train.activation_checkpointing)
-        if config.train.compiles_on(world.device.type):
-            self.model.compile_blocks(config.train.cuda_graphs)
-            if self.teacher is not None:
-                self.teacher.compile_blocks(config.train.cuda_graphs)
-        if world.size > 1 and config.train.parallel == "fsdp":
-            self.parallel = shard(self.module, self.teacher, world)
+        self.parallel = wrap(self.module, self.teacher, config, world)
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)
+        self.grad_cache: GradCache | None = None
+        if config.train.accumulate > 1:
+            self.grad_cache = GradCache(self.module, self.parallel, config.train.accumulate, self._autocast)
+
         self.total_steps = self._count_steps()
-        traced = config.train.profile
-        if traced is not None and traced[0] > self.total_steps:
-            raise UserError(
-                f"train.profile: got {list(traced)}, expected steps of the run, which has {self.total_steps}"
-            )
-        self._peak: float | None = None
-        if world.device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(world.device), config.run.precision)
-            self._peak = peak and peak * world.size
-        state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
-        self.saver = Saver(config, world, state, self.total_steps, self._say)
-        notes = self.saver.restore(self.resume)
-        self._log: MetricsLog | None = None
-        if world.is_main_process:
-            try:
-                config.save(self.run_dir / "config.yaml")
-                self._log = MetricsLog(self.run_dir, self.step, self.total_steps, config.train.tensorboard)
-            except OSError as error:
-                raise UserError(f"run.dir: cannot write to {self.run_dir}: {error.strerror}") from None
-            stack.callback(self._log.close)
+        self._profile = self._make_profile()
+        self.state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
+        self.saver = Saver(config, world, self.state, self.total_steps, self.log)
+        notes = [*self.saver.restore(self.resume), *notes, *self._warnings()]
+        self._metrics = self._make_metrics_log(stack)
+        self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)
         stack.callback(self.saver.close)
-        freeze = config.model.freeze
-        if config.model.init is None and (freeze.vision_blocks or freeze.text_blocks):
-            notes.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
-        if config.train.compiles_on(world.device.type):
-            notes.append("the transformer blocks are compiled: the first steps may take a minute or more")
-        assert self.model.tokens is not None
-        notes += filter(None, [self.model.tokens.describe_truncated()])
         for note in (self._describe(), *notes):
-            self._say(note)
+            self.log(note)
 
     def _make_loader(self) -> SceneLoader:
         data, world = self.config.data, self.world
@@ -255,13 +236,35 @@ class Trainer:
             on_bad=BadSampleLog(self.run_dir / _BAD_SAMPLES),
         )
 
-    def _make_model(self) -> ScenarioCLIP:
-        section = self.config.model
-        model = ScenarioCLIP(section.architecture)
-        if section.init is not None:
-            load_initial_weights(model, section.init)
-        model.set_vocabulary(self.vocabulary)
-        return model
+    def _make_profile(self) -> StepProfile | None:
+        """The profiler of train.profile, on the main process."""
+        steps = self.config.train.profile
+        if steps is None:
+            return None
+        if steps[0] > self.total_steps:
+            raise UserError(
+                f"train.profile: got {list(steps)}, expected steps of the run, which has {self.total_steps}"
+            )
+        return StepProfile(self.run_dir / "profile", *steps) if self.world.is_main_process else None
+
+    def _make_metrics_log(self, stack: ExitStack) -> MetricsLog | None:
+        """Save the config and open the metrics, on the main process."""
+        if not self.world.is_main_process:
+            return None
+        try:
+            self.config.save(self.run_dir / "config.yaml")
+            metrics = MetricsLog(self.run_dir, self.step, self.total_steps, self.config.train.tensorboard)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {self.run_dir}: {error.strerror}") from None
+        stack.callback(metrics.close)
+        return metrics
+
+    def _peak_flops(self) -> float | None:
+        """Of all ranks' GPUs, or None if unknown."""
+        if self.world.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.world.device), self.config.run.precision)
+        return peak and peak * self.world.size
 
     def _count_steps(self) -> int:
         budget = self.config.train
@@ -275,6 +278,16 @@ class Trainer:
             return ceil(budget.views / (per_scene * self.config.data.batch_size))
         raise UserError("no budget: set one of train.steps, train.epochs and train.views")
 
+    def _warnings(self) -> list[str]:
+        config = self.config.model
+        lines = []
+        if config.init is None and (config.freeze.vision_blocks or config.freeze.text_blocks):
+            lines.append("model.init is null, so the frozen blocks keep random weights: set model.init or model.freeze")
+        assert self.model.tokens is not None
+        if truncated := self.model.tokens.describe_truncated():
+            lines.append(truncated)
+        return lines
+
     def _describe(self) -> str:
         parameters = [*self.model.parameters(), *self.loss.parameters()]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -287,54 +300,21 @@ class Trainer:
         )
 
     def _run(self) -> FitResult:
+        """Train, save, and export the model if the budget is spent."""
         started = time.perf_counter()
-        train = self.config.train
-        batches = iter(self.loader)
-        profile = (
-            StepProfile(self.run_dir / "profile", *train.profile)
-            if train.profile and self.world.is_main_process
-            else None
-        )
-        self._bad_before = self.progress.bad_samples
-        self._wait, self._pace = DataWait(self.world.device), Verdict()
-        self._pending = PendingSteps()
-        first = self.step
-        ended_by: str | None = None
-        while self.step < self.total_steps and ended_by is None:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
-            if self.step == first:  # the start of the loader says nothing about the pace
-                self._pending.started, waited = time.perf_counter(), 0.0
-            if profile is not None:
-                profile.before(self.step + 1)
-            self._wait.step_begins(waited)
-            self.train_step(batch)
-            self._wait.step_ends()
-            ended = time.perf_counter()
-            if profile is not None and (written := profile.after(self.step)):
-                self._say(written)
-                self._pending.started += time.perf_counter() - ended
-            save = self.step % train.checkpoint_every == 0
-            alone = self.world.size == 1 and self._stop is not None
-            if save or alone or self.step % train.log_every == 0 or self.step == self.total_steps:
-                ended_by = self._flush()
-            if save or self._due:
-                self._save()
+        stopped_by = self._train()
         completed = self.step == self.total_steps
-        if profile is not None and (written := profile.close()):
-            self._say(written)
-        if self._pace.seconds:
-            self._say(str(self._pace))
+        if self._profile is not None and (line := self._profile.close()):
+            self.log(line)
+        if self._steps.bottleneck.seconds:
+            self.log(str(self._steps.bottleneck))
         self._save(last=True)
         model_dir = None
         if completed:
             model_dir = self.run_dir / "model"
-            self.saver.export(model_dir, self.vocabulary)
+            export(model_dir, self.state, self.vocabulary, self.config, self.world)
         else:
-            self._say(
-                f"stopped by {ended_by} after step {self.step} of {self.total_steps}; --resume goes on from there"
-            )
+            self.log(f"stopped by {stopped_by} after step {self.step} of {self.total_steps}; --resume continues there")
         return FitResult(
             run_dir=self.run_dir,
             model_dir=model_dir,
@@ -346,151 +326,65 @@ class Trainer:
             scenes=self.progress.scenes,
             views=self.progress.views,
             seconds=time.perf_counter() - started,
-            views_per_s=self._timed_views / self._timed_seconds if self._timed_seconds else 0.0,
+            views_per_s=self._steps.views_per_s,
             skipped=self.progress.skipped,
-            stopped_by=ended_by,
+            stopped_by=stopped_by,
         )
 
+    def _train(self) -> str | None:
+        """Train until the budget is spent or a stop is requested; returns the reason of the stop."""
+        train, steps = self.config.train, self._steps
+        batches = iter(self.loader)
+        first = self.step
+        stopped_by: str | None = None
+        while self.step < self.total_steps and stopped_by is None:
+            requested = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - requested
+            if self.step == first:  # starting the loader is not part of the pace
+                steps.start_clock()
+                waited = 0.0
+            if self._profile is not None:
+                self._profile.before(self.step + 1)
+            steps.wait.begin_step(waited)
+            self.train_step(batch)
+            steps.wait.end_step()
+            self._write_profile()
+            save = self.step % train.checkpoint_every == 0
+            stop = self.world.size == 1 and self._stop is not None  # several ranks agree at a log interval
+            if save or stop or self.step % train.log_every == 0 or self.step == self.total_steps:
+                stopped_by = self._flush()
+            if save or self._save_due:
+                self._save()
+        return stopped_by
+
+    def _write_profile(self) -> None:
+        ended = time.perf_counter()
+        if self._profile is not None and (line := self._profile.after(self.step)):
+            self.log(line)
+            self._steps.exclude(time.perf_counter() - ended)
+
     def _flush(self) -> str | None:
-        """Reads the steps since the last flush from the device and logs them; returns why the run must end, if so."""
-        pending, self._pending = self._pending, PendingSteps()
-        if not pending.rows:
+        """Write the steps since the last flush; returns the reason if the run must stop."""
+        if not self._steps.has_steps:
             return self._stop if self.world.size == 1 else None
-        table = torch.stack(pending.rows).tolist()  # here the host waits for the device
-        seconds = time.perf_counter() - pending.started
-        waits = [(0, 0, 0)] * self.world.size
-        waits[self.world.rank] = (round(1e6 * self._wait.take()), 0, 0)
-        told = (self._stop is not None, self.saver.due(), sum(self.loader.bad.values()))
-        counts = torch.tensor([*pending.counts, *waits, told], device=self.world.device)
-        *counted, (stops, due, bad) = self.world.sum_(counts).tolist()
-        counted, waits = counted[: len(table)], counted[len(table) :]
-        waited = max(micros for micros, *_ in waits) / 1e6  # ranks wait for the slowest
-        scenes, views, operations = (sum(column) / seconds for column in zip(*counted, strict=True))
-        speed: dict[str, float] = {
-            "scenes_per_s": scenes,
-            "views_per_s": views,
-            "tflop_per_s": operations / 1e12,
-            "data_wait": waited / seconds,
-            "bad_samples": self._bad_before + bad,
-        }
-        self.progress.bad_samples = self._bad_before + bad
-        if self._peak is not None:
-            speed["mfu"] = operations / self._peak
-        if self.world.device.type == "cuda":
-            speed["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
-        else:
-            speed["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self._due = due > 0
+        bad_samples = sum(self.loader.bad.values())
+        of_all = self._steps.flush(Status(self._stop is not None, self.saver.due(), bad_samples))
+        self._save_due = of_all.save > 0
         self.saver.poll()
-        self._timed_views += sum(views for _, views, _ in counted)
-        self._timed_seconds += seconds
-        if self._pace.add(seconds, waited):
-            self._say(str(self._pace))
-        rows: list[dict[str, Any]] = []
-        for k, values in enumerate(table):
-            self.progress.scenes += counted[k][0]
-            self.progress.views += counted[k][1]
-            row = dict(readable(name, v) for name, v in zip(pending.names, values, strict=True))
-            row |= {"step": pending.steps[k], "skipped": int(row["skipped"]), "lr": pending.rates[k]}
-            rows.append({"step": row.pop("step"), **row, "views": self.progress.views, **speed})
-            if row["skipped"]:
-                self._note_skipped(row, rows[-1]["step"], pending.keys[k])
-            else:
-                self.progress.skipped_in_row = 0
-                self.progress.recent_losses.append(row["loss"])
-                if len(self.progress.first_losses) < FEW:
-                    self.progress.first_losses.append(row["loss"])
-        if self._log is not None:
-            self._log.write(rows)
-        if not self.progress.scenes:  # data.max_bad_fraction=1 has let it come so far
+        if not self.progress.scenes:  # possible with data.max_bad_fraction=1
             raise UserError(
                 f"{self.config.data.shards}: no scene of the train split can be used; {self.run_dir / _BAD_SAMPLES} "
                 "says why"
             )
-        if self.progress.skipped_in_row >= self.config.train.max_skipped:
-            raise TrainingFailed(
-                f"{self.progress.skipped_in_row} steps in a row had a loss or a gradient that is not finite (the last: "
-                f"step {self.step}); the weights are those before them. Their scenes are in {self.run_dir / _SKIPPED}. "
-                "Lower optim.lr, or set run.precision=float32; --resume starts from the last checkpoint"
-            )
-        return next(filter(None, self.world.gather(self._stop))) if stops else None
-
-    def _note_skipped(self, row: dict[str, Any], step: int, keys: list[str]) -> None:
-        self.progress.skipped += 1
-        self.progress.skipped_in_row += 1
-        keys = [key for share in self.world.gather(keys) for key in share]
-        self._say(
-            f"step {step} skipped: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}; "
-            f"scenes {', '.join(keys[:_FEW_KEYS])}{' ...' if len(keys) > _FEW_KEYS else ''}"
-        )
-        if self.world.is_main_process:
-            try:
-                with open(self.run_dir / _SKIPPED, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, "scenes": keys}) + "\n")
-            except OSError as error:
-                self._say(f"{self.run_dir / _SKIPPED} not written: {error}; the run goes on")
+        self._steps.check_skipped()
+        return next(filter(None, self.world.gather(self._stop))) if of_all.stop else None
 
     def _save(self, last: bool = False) -> None:
         began = time.perf_counter()
         self.saver.save(last)
-        self._due = False
-        self._pending.started += time.perf_counter() - began
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.run.precision == "bf16":
-            return torch.autocast(self.world.device.type, torch.bfloat16)
-        return nullcontext()
-
-    def _say(self, text: str) -> None:
-        if self._log is not None:
-            self._log.say(text)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 and SIGINT ask the run to save and end; one that is sent again later acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        asked: dict[int, float] = {}
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            now = time.monotonic()
-            if now - asked.setdefault(number, now) <= _ECHO_S:
-                self.stop(signal.Signals(number).name)
-            else:
-                signal.signal(number, before[signal.Signals(number)])
-                signal.raise_signal(number)
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        for number in before:
-            signal.signal(number, handle)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 for float32 products under "tf32", full float32 otherwise; the old settings come back at the end."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def _data_parallel(module: nn.Module) -> DistributedDataParallel:
-    # The model's buffers are caches, which each rank fills for itself. torch has renamed the switch on the way.
-    names = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, Any] = {"gradient_as_bucket_view": True, switch: False}
-    return DistributedDataParallel(module, **options)
+        self._save_due = False
+        self._steps.exclude(time.perf_counter() - began)
 
 
 def _mean(values: list[float]) -> float:

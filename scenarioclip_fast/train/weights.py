@@ -1,4 +1,4 @@
-"""Weights into a run (model.init), out of it (the teacher's) and from there into an evaluation."""
+"""Initial weights of a run (model.init), and the teacher's weights as a file."""
 
 from __future__ import annotations
 
@@ -14,53 +14,57 @@ from scenarioclip_fast.requirements import require
 
 
 def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
-    """Fills `model` from a `save_pretrained` directory or a CLIP checkpoint.
+    """Load `model` from a `save_pretrained` directory or a CLIP checkpoint.
 
-    A ScenarioCLIP of the same variant is taken over level by level; of any other model, one pair of towers is
-    copied to all levels. What is frozen may differ. UserError for another architecture.
+    A ScenarioCLIP of the same variant is copied level by level; of any other model, one pair of towers is copied to all
+    levels. model.freeze may differ.
+
+    Raises:
+        UserError: the path does not exist or has another architecture.
     """
     if not Path(path).exists():
         raise UserError(f"model.init: {path} does not exist")
-    ours = _is_ours(Path(path))
-    if ours:
+    is_scenarioclip = _is_scenarioclip(Path(path))
+    if is_scenarioclip:
         other = ScenarioCLIP.from_pretrained(path)
-    else:  # where the checkpoint does not say its activation, the config does
+    else:  # the config decides if the checkpoint does not record its activation
         other = ScenarioCLIP.from_clip(path, activation=model.config.vision.activation)
-    if not ours or other.config.variant != model.config.variant:
+    if not is_scenarioclip or other.config.variant != model.config.variant:
         model.init_towers_from(other)
         return
     problems = model.config.differences(other.config, "embed_dim", "vision", "text")
     if problems:
-        raise UserError(f"model.init: {path} has another architecture (here, there): {'; '.join(problems)}")
+        raise UserError(f"model.init: {path} has another architecture (config, file): {'; '.join(problems)}")
     _copy_levels(model, other, path)
 
 
 @torch.no_grad()
 def _copy_levels(model: ScenarioCLIP, other: ScenarioCLIP, path: str | Path) -> None:
-    theirs = dict(other.named_parameters(remove_duplicate=False))
+    source = dict(other.named_parameters(remove_duplicate=False))
     filled: dict[int, str] = {}
-    for name, mine in model.named_parameters(remove_duplicate=False):
-        first = filled.setdefault(id(mine), name)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = filled.setdefault(id(p), name)
         if first == name:
-            mine.copy_(theirs[name])
-        elif not torch.equal(theirs[first], theirs[name]):
+            p.copy_(source[name])
+        elif not torch.equal(source[first], source[name]):
             raise UserError(
                 f"model.init: {name} of {path} differs from {first}, but model.freeze makes the levels share it; "
-                "freeze as that model did"
+                "use the model.freeze of that model"
             )
 
 
 def save_teacher(state: dict[str, Any], path: Path) -> None:
-    """EMATeacher's state: the averaged tensors as safetensors; step, decay, warm-up and scope in its metadata."""
+    """Write EMATeacher's state: the averaged tensors as safetensors; step, decay, warm-up and scope as metadata."""
     tensors = {name: t.contiguous() for name, t in state.pop("tensors").items()}
     require("safetensors.torch").save_file(tensors, path, metadata={k: str(v) for k, v in state.items()})
 
 
 @torch.no_grad()
 def load_teacher(model: ScenarioCLIP, path: Path) -> None:
-    """Puts the averaged weights that `save_teacher` wrote in place of `model`'s own.
+    """Replace the weights of `model` by the averaged ones that `save_teacher` wrote.
 
-    UserError where they are not there, do not fit, or are those of a part of the encoders.
+    Raises:
+        UserError: the file does not exist, does not fit, or has averages of only some of the encoders.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: this run had no teacher (model.variant, loss.distillation_scale)")
@@ -69,7 +73,7 @@ def load_teacher(model: ScenarioCLIP, path: Path) -> None:
         averaged = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if scope != "all":
         raise UserError(
-            f"{path} averages only the encoders that distillation asks for, not a whole model; "
+            f"{path} averages only the encoders that distillation uses, not the whole model; "
             "train with loss.teacher_scope=all to evaluate the teacher"
         )
     own = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -81,7 +85,7 @@ def load_teacher(model: ScenarioCLIP, path: Path) -> None:
         own[name].copy_(value)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_scenarioclip(path: Path) -> bool:
     try:
         return "variant" in json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):

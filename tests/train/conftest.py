@@ -41,7 +41,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 drawn scenes of the train split, packed."""
+    """20 synthetic scenes of the train split, packed."""
     directory = tmp_path_factory.mktemp("shards")
     pack(generate_scenes(20, seed=0, val=0.0, test=0.0), directory)
     return directory
@@ -59,23 +59,23 @@ def small(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @dataclass
 class Running:
-    """A started run: one process a rank."""
+    """A started run, with one process per rank."""
 
     server: ForkServer
     pids: list[int]
     log: Path
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
-        """To one rank, or to all."""
+        """Send a signal to one rank, or to all."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             os.kill(pid, number)
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """Each rank's exit code, negative for the signal that ended it, None if it has not ended."""
-        return [self.server.ask({"wait": pid, "seconds": seconds}) for pid in self.pids]
+        """Each rank's exit code: negative for the signal that ended it, None if it still runs after `seconds`."""
+        return [self.server.request({"wait": pid, "seconds": seconds}) for pid in self.pids]
 
     def finish(self, code: int = 0) -> str:
-        """Waits for all ranks to exit with `code`; returns what they wrote."""
+        """Wait for all ranks to exit with `code`; returns their output."""
         codes = self.wait()
         assert codes == [code] * len(self.pids), (codes, self.text())
         return self.text()
@@ -96,7 +96,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
         )
 
-    def ask(self, request: dict[str, Any]) -> Any:
+    def request(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -111,9 +111,16 @@ class ForkServer:
         poisoned: Sequence[int] = (),
         file_limit: int | None = None,
         keys: Path | None = None,
+        compile_backend: str | None = None,
     ) -> Running:
-        """last_rank, poisoned, file_limit: options, steps (from 1) with pixels that are not finite, and the largest
-        file that can be written, for that rank alone; keys: a file that gets the scenes of each step and rank."""
+        """Start a run.
+
+        Args:
+            last_rank, poisoned, file_limit: for the last rank alone, more options, steps (from 1) whose pixels are NaN,
+                and the size in bytes beyond which writing a file fails.
+            keys: a file to which each step and rank appends its scenes.
+            compile_backend: a Dynamo backend in place of Inductor, which takes minutes.
+        """
         run = Path(config.run.dir)
         run.parent.mkdir(parents=True, exist_ok=True)
         path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
@@ -123,8 +130,8 @@ class ForkServer:
             port = probe.getsockname()[1]
         pids = []
         for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}} if ranks > 1 else {}
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}} if ranks > 1 else {}
             last = rank == ranks - 1
             request = {
                 "args": ["train", "-c", str(path), *options, *(last_rank if last else ())],
@@ -133,8 +140,9 @@ class ForkServer:
                 "keys": None if keys is None else str(keys),
                 "poisoned": list(poisoned) if last else [],
                 "file_limit": file_limit if last else None,
+                "compile_backend": compile_backend,
             }
-            pids.append(self.ask(request))
+            pids.append(self.request(request))
         return Running(self, pids, log)
 
     def close(self) -> None:
@@ -145,7 +153,7 @@ class ForkServer:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Runs in processes of their own that start at once."""
+    """Starts runs in processes of their own, at once."""
     server = ForkServer()
     yield server
     server.close()

@@ -1,8 +1,9 @@
-"""Runs `scenarioclip-fast` in forks of one process that has imported everything: a run starts in no time.
+"""Runs `scenarioclip-fast` in forks of a process that has imported everything, so that runs start at once.
 
-A line of JSON asks for a run or waits for one: {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
-"poisoned": [STEP, ...], "file_limit": BYTES or null} is answered with its process id, {"wait": PID, "seconds": S} with
-its exit code (negative: the signal), or null.
+Each line of JSON is a request. {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
+"poisoned": [STEP, ...], "file_limit": BYTES or null, "compile_backend": NAME or null} starts a run; the answer is its
+process id.
+{"wait": PID, "seconds": S} waits for one; the answer is its exit code (negative: the signal), or null after S seconds.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-import instant_clip_tokenizer  # noqa: F401  # like the next ones, what runs import later on
+import instant_clip_tokenizer  # noqa: F401  # these are imported late by runs
 import safetensors.torch  # noqa: F401
 import simplejpeg  # noqa: F401
-import torch._dynamo  # noqa: F401  # by the first optimiser: a second
+import torch
+import torch._dynamo  # by the first optimiser; takes a second
 import yaml  # noqa: F401
 
 from scenarioclip_fast.cli import main
@@ -30,9 +32,9 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["env"])
-    if request["file_limit"] is not None:  # a larger file cannot be written, as on a full disk
+    if request["file_limit"] is not None:  # writing a larger file fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
-    meddle(request["keys"], request["poisoned"])
+    instrument(request["keys"], request["poisoned"], request["compile_backend"])
     code = 1
     try:
         code = main.main(request["args"])
@@ -44,11 +46,18 @@ def run(request: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
-def meddle(keys: str | None, poisoned: list[int]) -> None:
-    """Appends each step and the scenes that this rank sees in it to a file; spoils the pixels of some steps."""
-    train_step = trainer.Trainer.train_step
+def instrument(keys: str | None, poisoned: list[int], compile_backend: str | None) -> None:
+    """Log each step and this rank's scenes to a file; make the pixels of some steps NaN; replace Inductor."""
+    train_step, compile_module = trainer.Trainer.train_step, torch.nn.Module.compile
 
-    def meddled(self: trainer.Trainer, batch: Any) -> None:
+    if compile_backend is not None:
+
+        def compile_with_backend(module: torch.nn.Module, **options: Any) -> None:
+            compile_module(module, **{**options, "backend": compile_backend})
+
+        torch.nn.Module.compile = compile_with_backend  # type: ignore[method-assign,assignment]
+
+    def instrumented(self: trainer.Trainer, batch: Any) -> None:
         if self.step + 1 in poisoned:
             batch.pixels.fill_(float("nan"))
         train_step(self, batch)
@@ -56,7 +65,7 @@ def meddle(keys: str | None, poisoned: list[int]) -> None:
             with open(keys, "a") as file:
                 file.write(json.dumps([self.step, batch.keys]) + "\n")
 
-    trainer.Trainer.train_step = meddled  # type: ignore[method-assign]
+    trainer.Trainer.train_step = instrumented  # type: ignore[method-assign]
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -74,11 +83,11 @@ def wait(pid: int, seconds: float) -> int | None:
 
 ended: dict[int, int] = {}
 for line in sys.stdin:
-    asked = json.loads(line)
-    if "wait" in asked:
-        answer = wait(asked["wait"], asked["seconds"])
+    request = json.loads(line)
+    if "wait" in request:
+        answer = wait(request["wait"], request["seconds"])
     else:
         answer = os.fork()
         if answer == 0:
-            run(asked)
+            run(request)
     print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and resumed, on one and two ranks, without torchrun's help."""
+"""Runs that are killed, stopped and resumed, on one and two ranks, without torchrun."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
     """Bit for bit: every number of every step, and the weights."""
     assert rows(a) == rows(b)
     for file in ("model.safetensors", "teacher.safetensors"):
-        mine, theirs = (load_file(Path(config.run.dir) / "model" / file) for config in (a, b))
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        weights_a, weights_b = (load_file(Path(config.run.dir) / "model" / file) for config in (a, b))
+        assert weights_a.keys() == weights_b.keys()
+        assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
 
 
-def wait_until(what: Callable[[], bool], running: Any, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], running: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end, running.text()
         time.sleep(0.005)
 
@@ -52,7 +52,7 @@ def leftovers(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_forty_steps_are_twenty_a_kill_and_twenty(small: Make, fork_server: Any, ranks: int) -> None:
+def test_a_run_killed_after_20_steps_resumes_to_the_same_40(small: Make, fork_server: Any, ranks: int) -> None:
     whole, parts = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("whole", "parts"))
     fork_server.start(whole, ranks=ranks).finish()
     checkpoint = Path(parts.run.dir) / "checkpoints" / "step-00000020"
@@ -64,7 +64,9 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(small: Make, fork_server: Any,
     assert_same_run(parts, whole)
 
 
-def test_two_ranks_then_one_keep_the_order_of_scenes(small: Make, fork_server: Any, tmp_path: Path) -> None:
+def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
+    small: Make, fork_server: Any, tmp_path: Path
+) -> None:
     def scenes(file: Path) -> dict[int, list[str]]:
         steps: dict[int, list[str]] = defaultdict(list)
         for line in file.read_text().splitlines():
@@ -85,44 +87,44 @@ def test_two_ranks_then_one_keep_the_order_of_scenes(small: Make, fork_server: A
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_the_other_with_one_line(small: Make, fork_server: Any, victim: int) -> None:
+def test_a_killed_rank_ends_the_other_with_one_error_line(small: Make, fork_server: Any, victim: int) -> None:
     config = small("train.steps=100000", "run.timeout_s=8")
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
     running.send(signal.SIGKILL, rank=victim)
-    codes = running.wait(seconds=40)  # the bound is that of the watch, 8 + 10, if the collective does not fail before
+    codes = running.wait(seconds=40)  # RankWatch's bound is 8 + 10 s, unless the collective fails earlier
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
     out = running.text()
-    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ has words of its own
+    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ logs lines of its own
     assert len(errors) == 1, out
-    assert re.match(rf"error: rank {1 - victim} cannot go on: rank {victim}\b.* is gone", errors[0]), out
+    assert re.match(rf"error: rank {1 - victim} cannot continue: rank {victim}\b.* is gone", errors[0]), out
     assert "Traceback" not in out
 
 
-def test_a_rank_that_hangs_ends_the_other_in_bounded_time(small: Make, fork_server: Any) -> None:
+def test_a_hung_rank_ends_the_other_in_bounded_time(small: Make, fork_server: Any) -> None:
     config = small("train.steps=100000", "run.timeout_s=5")
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
     running.send(signal.SIGSTOP, rank=1)
     try:
-        assert fork_server.ask({"wait": running.pids[0], "seconds": 60}) == 1
+        assert fork_server.request({"wait": running.pids[0], "seconds": 60}) == 1
     finally:
         running.send(signal.SIGKILL, rank=1)
-    assert re.search(r"error: rank 0 cannot go on: rank 1\b.*(is gone|not been heard of)", running.text())
+    assert re.search(r"error: rank 0 cannot continue: rank 1\b.*(is gone|no heartbeat)", running.text())
     assert running.wait()[1] == -signal.SIGKILL
 
 
-def test_a_rank_that_fails_tells_the_others_why(small: Make, fork_server: Any) -> None:
+def test_a_failed_rank_reports_the_reason_to_the_others(small: Make, fork_server: Any) -> None:
     config = small("train.steps=5", "run.timeout_s=8")
     running = fork_server.start(config, ranks=2, last_rank=["data.shards=absent"])
     assert running.wait() == [1, 2]
     lines = sorted(line for line in running.text().splitlines() if line.startswith("error"))
     assert len(lines) == 2 and lines[0].startswith("error: absent")
-    assert lines[1].startswith("error: rank 0 cannot go on: rank 1 ended with UserError: absent"), lines
+    assert lines[1].startswith("error: rank 0 cannot continue: rank 1 ended with UserError: absent"), lines
 
 
 def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:
-    chance = random.Random(KILLS)
+    rng = random.Random(KILLS)
     budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
@@ -136,15 +138,15 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
         checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=2)
         codes: list[int | None] = []
         while codes != [0] * ranks:
-            before = [examine(path).meta["step"] for path in checkpoints.paths()]  # each of them is whole
+            before = [examine(path).meta["step"] for path in checkpoints.paths()]  # all are complete
             running = fork_server.start(config, "--resume", "auto", ranks=ranks)
             if killed < KILLS:
-                number = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
-                in_the_start = chance.random() < 0.2
-                if not in_the_start:
+                number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+                during_start = rng.random() < 0.2
+                if not during_start:
                     wait_until(lambda running=running: "parameters train" in running.text(), running)
-                time.sleep(chance.random())
-                running.send(number, rank=chance.choice([None, *range(ranks)]))
+                time.sleep(rng.random())
+                running.send(number, rank=rng.choice([None, *range(ranks)]))
                 killed += 1
             codes = running.wait()
             out = running.text()

@@ -1,4 +1,4 @@
-"""When a run saves, and what it can be taken up from."""
+"""When a run saves, and what it can resume from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.export import learned_scales
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 
@@ -30,44 +33,46 @@ def meta_file(config: TrainConfig, step: int) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_by_the_clock_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
-    # 6 ms, which two steps take: every log interval, on the leading rank's word, and no step in between
+def test_saves_by_the_clock_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
+    # 6 ms, less than two steps: at every log interval, as rank 0 decides, and at no step in between
     config = small("train.steps=8", "train.checkpoint_minutes=1e-4", "train.keep_checkpoints=9")
     fork_server.start(config, ranks=ranks).finish()
     assert steps(config) == [3, 6, 8]
-    assert len(list(meta_file(config, 8).parent.glob("*.distcp"))) == ranks  # each has written its share
+    assert len(list(meta_file(config, 8).parent.glob("*.distcp"))) == ranks  # each rank has written its share
 
 
-def test_the_run_goes_on_while_a_checkpoint_is_written(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, two_steps_on = FileSystemWriter.finish, threading.Event()
+def test_training_continues_while_a_checkpoint_is_written(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, two_steps_later = FileSystemWriter.finish, threading.Event()
 
     def slow(self: FileSystemWriter, *args: Any) -> None:
-        assert two_steps_on.wait(timeout=60)
+        assert two_steps_later.wait(timeout=60)
         finish(self, *args)
 
-    class Told(Trainer):
+    class Signalling(Trainer):
         def train_step(self, batch: Batch) -> None:
             super().train_step(batch)
             if self.step == 5:
-                two_steps_on.set()
+                two_steps_later.set()
 
     monkeypatch.setattr(FileSystemWriter, "finish", slow)
     config = small("train.steps=6", "train.checkpoint_every=3")
-    assert Told(config).fit().completed
+    assert Signalling(config).fit().completed
     assert steps(config) == [3, 6]
 
 
-def test_a_disk_that_is_full_for_one_rank(small: Make, fork_server: Any) -> None:
+def test_a_full_disk_on_one_rank(small: Make, fork_server: Any) -> None:
     config = small("train.steps=4", "train.checkpoint_every=2")
     running = fork_server.start(config, ranks=2, file_limit=100_000)
     assert running.wait() == [1, 1]
     out = running.text()
-    assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); the run goes on") == 1
-    assert out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest one left is none") == 2
+    assert out.count("checkpoint of step 2 not written: [Errno 27] File too large (rank 1); training continues") == 1
+    assert (
+        out.count("step 4 not written: [Errno 27] File too large (rank 1); the newest complete checkpoint is none") == 2
+    )
     assert list((Path(config.run.dir) / "checkpoints").iterdir()) == []
 
 
-def test_a_model_that_has_no_room(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_full_for_the_model(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small("train.steps=2")
 
     def full(*_: Any) -> None:
@@ -85,17 +90,26 @@ def test_a_model_that_has_no_room(small: Make, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_whole_run_on_a_full_disk(small: Make, fork_server: Any) -> None:
     config = small("train.steps=20", "train.log_every=1", "train.checkpoint_every=10")
-    out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes, for its log, too
-    assert "metrics.jsonl not written: [Errno 27] File too large; the run goes on" in out
+    out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes; also of its log
+    assert "metrics.jsonl not written: [Errno 27] File too large; training continues" in out
     assert "checkpoint of step 10 not written" in out and "Traceback" not in out
 
 
-def test_the_mean_loss_is_that_of_the_steps_before(small: Make) -> None:
+def test_a_checkpoint_records_the_mean_loss_so_far(small: Make) -> None:
     config = small("train.steps=4", "train.checkpoint_every=2")
     Trainer(config).fit()
     losses = [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
     for step in (2, 4):
         assert json.loads(meta_file(config, step).read_text())["loss"] == pytest.approx(sum(losses[:step]) / step)
+
+
+def test_only_learned_scales_are_saved_with_the_model() -> None:
+    loss: Any = ScenarioLoss(init_temperature=0.1)
+    assert learned_scales(loss) == pytest.approx({"global": 10.0, "object": 10.0, "relation": 10.0})
+    loss.learned_scalars = lambda: {"logit_scale": {"object": torch.tensor(2.0)}, "margin": {"object": torch.ones(())}}
+    assert learned_scales(loss) == {"object": 2.0}
+    loss.learned_scalars = lambda: {}
+    assert learned_scales(loss) == {}
 
 
 def test_resume_from_the_best(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,26 +129,28 @@ def test_resume_from_another_run(small: Make, tmp_path: Path, capsys: pytest.Cap
     assert "run/checkpoints/step-00000002 at step 2" in capsys.readouterr().err
 
 
-def test_a_run_with_nothing_but_damage_does_not_start_anew(small: Make) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(small: Make) -> None:
     config = small("train.steps=4", "train.checkpoint_every=2")
     Trainer(config).fit()
     for step in (2, 4):
         meta_file(config, step).unlink()
-    with pytest.raises(UserError, match=r"step-00000004: no checkpoint.*step-00000002: no.*set another run\.dir"):
+    with pytest.raises(
+        UserError, match=r"step-00000004: not a checkpoint.*step-00000002: not.*set another run\.dir to start over"
+    ):
         Trainer(config, resume="auto").fit()
     assert steps(config) == [2, 4]
 
 
-def test_teachers_come_and_go(small: Make) -> None:
+def test_resume_with_and_without_a_teacher(small: Make) -> None:
     config = small("train.steps=2", "loss.distillation_scale=0")
     Trainer(config).fit()
-    assert Trainer(small("train.steps=3"), resume=True).fit().completed  # with one from now on
+    assert Trainer(small("train.steps=3"), resume=True).fit().completed  # with a teacher from here on
     with pytest.raises(UserError, match=r"lacks \d+ tensors of this run, such as teacher/"):
         Trainer(small("train.steps=4", "loss.teacher_scope=all"), resume=True).fit()
     assert Trainer(small("train.steps=4", "loss.distillation_scale=0"), resume=True).fit().completed
 
 
-def test_a_teacher_that_comes_starts_from_the_student(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_teacher_starts_from_the_student(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     Trainer(small("train.steps=2", "loss.distillation_scale=0")).fit()
     train_step, apart = Trainer.train_step, []
 
@@ -151,12 +167,12 @@ def test_a_teacher_that_comes_starts_from_the_student(small: Make, monkeypatch: 
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_is_taken_up_again(small: Make) -> None:
+def test_resume_on_a_gpu(small: Make) -> None:
     def losses(config: TrainConfig) -> list[float]:
         return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
 
     whole, parts = (small("train.steps=4", "train.checkpoint_every=2", "run.device=cuda", run=r) for r in ("a", "b"))
     Trainer(whole).fit()
     Trainer(parts, resume=meta_file(whole, 2).parent).fit()
-    # float32 sums in an order that varies from run to run, and three steps that carry it on
+    # float32 sums in an order that varies from run to run, amplified over the steps
     assert losses(parts) == pytest.approx(losses(whole)[2:], rel=1e-3)

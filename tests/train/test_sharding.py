@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU ranks against DistributedDataParallel."""
+"""FSDP2 on two CPU ranks, compared with DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
 Make = Callable[..., TrainConfig]
-# Two blocks, the first frozen and run once for all levels: sharded and whole weights side by side.
+# Two blocks, the first one frozen and shared by all levels: sharded and whole weights side by side.
 TOWERS = (
     "model.text.layers=2",
     "model.freeze.text_blocks=1",
@@ -39,11 +39,11 @@ def checkpoint(config: TrainConfig, step: int) -> Path:
 
 
 def assert_close(a: TrainConfig, b: TrainConfig, start: int = 0) -> None:
-    """`a`, begun at step `start`, trained as `b` did."""
-    for mine, theirs in zip(rows(a), rows(b)[start:], strict=True):
-        # float32 sums in another order, magnified step by step
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    """`a`, started at step `start`, trained as `b` did."""
+    for row_a, row_b in zip(rows(a), rows(b)[start:], strict=True):
+        # float32 sums in another order, amplified step by step
+        assert row_a["loss"] == pytest.approx(row_b["loss"], rel=1e-5)
+        assert row_a["grad_norm"] == pytest.approx(row_b["grad_norm"], rel=1e-3)
     for file in ("model.safetensors", "teacher.safetensors"):
         assert weights(a, file).keys() == weights(b, file).keys()
         for name, w in weights(a, file).items():
@@ -54,9 +54,9 @@ def assert_close(a: TrainConfig, b: TrainConfig, start: int = 0) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [TOWERS, ("train.accumulate=2", "train.activation_checkpointing=true", "loss.teacher_scope=all")],
-    ids=["frozen blocks", "in pieces, with checkpointing"],
+    ids=["frozen blocks", "microbatches and activation checkpointing"],
 )
-def test_the_same_training_as_without_sharding(small: Make, fork_server: Any, overrides: tuple[str, ...]) -> None:
+def test_sharded_training_equals_ddp(small: Make, fork_server: Any, overrides: tuple[str, ...]) -> None:
     ddp, fsdp = (
         small("train.steps=6", f"train.parallel={kind}", "optim.lr=1e-4", *overrides, run=kind)
         for kind in ("ddp", "fsdp")
@@ -72,7 +72,16 @@ def test_the_same_training_as_without_sharding(small: Make, fork_server: Any, ov
         assert chunks[name] == 2, name  # half of it on each rank
 
 
-def test_checkpoints_go_from_any_number_of_ranks_to_any(small: Make, fork_server: Any) -> None:
+def test_compiled_blocks_with_sharded_weights(small: Make, fork_server: Any) -> None:
+    options = ("train.steps=2", "train.parallel=fsdp", "optim.lr=1e-4")
+    plain, compiled = (small(*options, f"train.compile={x}", run=x) for x in ("false", "true"))
+    fork_server.start(plain, ranks=2).finish()
+    out = fork_server.start(compiled, ranks=2, compile_backend="eager").finish()
+    assert out.count("the transformer blocks are compiled") == 1
+    assert_close(compiled, plain)
+
+
+def test_checkpoints_load_on_another_number_of_ranks(small: Make, fork_server: Any) -> None:
     def run(name: str, ranks: int, *options: str) -> TrainConfig:
         config = small("train.steps=6", "train.checkpoint_every=3", "train.parallel=fsdp", "optim.lr=1e-4", run=name)
         fork_server.start(config, *options, ranks=ranks).finish()
@@ -89,7 +98,7 @@ def test_checkpoints_go_from_any_number_of_ranks_to_any(small: Make, fork_server
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_steps_that_are_not_finite_are_skipped_on_every_rank(small: Make, fork_server: Any, parallel: str) -> None:
+def test_non_finite_steps_are_skipped_on_every_rank(small: Make, fork_server: Any, parallel: str) -> None:
     config = small("train.steps=6", f"train.parallel={parallel}")
     out = fork_server.start(config, ranks=2, poisoned=[3]).finish()  # one rank's pixels
     assert [row["skipped"] for row in rows(config)] == [0, 0, 1, 0, 0, 0]

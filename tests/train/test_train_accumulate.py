@@ -1,4 +1,4 @@
-"""A step in pieces against the step in one piece: loss, terms and every gradient; on one process and on two ranks."""
+"""A step in microbatches against the undivided step: loss, terms and every gradient; on one process and two ranks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
+from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
+from scenarioclip_fast.train.step import Phase, StepModule
 from scenarioclip_fast.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
 END = 30
 
 
-class Words:
-    """Twelve texts a level, of two to five tokens."""
+class FixedVocabulary:
+    """Twelve texts per level, of two to five tokens."""
 
     def tokens(self, level: str) -> list[list[int]]:
         return [[29, *range(1, 1 + i % 4), END] for i in range(12)]
@@ -45,7 +46,7 @@ def make_step(variant: str, freeze: FreezeConfig, duplicates: str, group: Any = 
         freeze=freeze,
     )
     model = ScenarioCLIP(config)
-    model.set_vocabulary(Words())  # type: ignore[arg-type]
+    model.set_vocabulary(FixedVocabulary())  # type: ignore[arg-type]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)  # levels differ, and so do student and teacher below
@@ -65,7 +66,7 @@ def make_teacher(step: StepModule) -> EMATeacher | None:
 
 
 def make_batch(objects: list[int], relations: list[int], seed: int = 1) -> Batch:
-    """So many objects and relations in each scene."""
+    """`objects` and `relations`: how many each scene has."""
     g = torch.Generator().manual_seed(seed)
     scene = torch.arange(len(objects))
     counts = (len(objects), sum(objects), sum(relations))
@@ -84,14 +85,14 @@ def gradients(step: StepModule) -> dict[str, Tensor]:
     return found
 
 
-def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeacher | None, pieces: int) -> None:
-    """The step in `pieces` against the step in one."""
+def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeacher | None, microbatches: int) -> None:
+    """The step in microbatches against the undivided step."""
     assert step.model.tokens is not None
-    wanted = wrapped(lambda s: s.loss(s.model(batch, teacher)))
+    wanted = wrapped(Phase.LOSS, batch, step.model.tokens.distinct(batch.host_ids), teacher)
     wanted["loss"].backward()
     wanted_gradients = gradients(step)
-    distinct = step.model.tokens.distinct(batch.host_ids)
-    terms = backward_in_pieces(step, wrapped, batch, distinct, teacher, pieces, nullcontext)
+    texts = step.model.tokens.distinct(batch.host_ids)
+    terms = GradCache(step, wrapped, microbatches, nullcontext).backward(batch, texts, teacher)
     found = gradients(step)
     assert terms.keys() == wanted.keys()
     for name, term in wanted.items():
@@ -119,13 +120,13 @@ BATCHES = {
         ("pyramidclip", FreezeConfig(1, 1, pre_layernorm=False), "negatives"),
     ],
 )
-def test_pieces_change_no_number(
+def test_microbatches_do_not_change_the_gradients(
     variant: str, freeze: FreezeConfig, duplicates: str, sizes: tuple[list[int], list[int]]
 ) -> None:
     step = make_step(variant, freeze, duplicates)
     teacher = make_teacher(step)
-    for pieces in (1, 2, 3, 7):  # more pieces than scenes among them: empty ones
-        compare(step, step, make_batch(*sizes), teacher, pieces)
+    for microbatches in (1, 2, 3, 7):  # 7 is more than there are scenes: some are empty
+        compare(step, step, make_batch(*sizes), teacher, microbatches)
 
 
 def on_a_rank(rank: int, store: str) -> None:
@@ -136,13 +137,13 @@ def on_a_rank(rank: int, store: str) -> None:
         teacher = make_teacher(step)
         wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)
         for objects, relations in [([3, 0, 2], [2, 1, 0]), ([5, 1], [4, 1])][:: 1 - 2 * rank]:  # ranks differ
-            for pieces in (2, 3):
-                compare(step, wrapped, make_batch(objects, relations, seed=rank), teacher, pieces)
-        # Every rank has the same gradient in the end: it took the average.
+            for microbatches in (2, 3):
+                compare(step, wrapped, make_batch(objects, relations, seed=rank), teacher, microbatches)
+        # All ranks end up with the same, averaged gradient.
         assert step.model.tokens is not None
         batch = make_batch([2, 1], [1, 1], seed=rank)
-        distinct = step.model.tokens.distinct(batch.host_ids)
-        backward_in_pieces(step, wrapped, batch, distinct, teacher, 2, nullcontext)
+        texts = step.model.tokens.distinct(batch.host_ids)
+        GradCache(step, wrapped, 2, nullcontext).backward(batch, texts, teacher)
         mine = torch.cat([g.flatten() for g in gradients(step).values()])
         theirs = mine.clone()
         dist.broadcast(theirs, 0)
@@ -151,68 +152,68 @@ def on_a_rank(rank: int, store: str) -> None:
         dist.destroy_process_group()
 
 
-def test_pieces_change_no_number_on_two_ranks(tmp_path: Path) -> None:
+def test_microbatches_do_not_change_the_gradients_on_two_ranks(tmp_path: Path) -> None:
     mp.spawn(on_a_rank, (str(tmp_path / "store"),), nprocs=2)
 
 
-class Kept:
-    """What autograd keeps for the backward pass: bytes at the moment, and at most."""
+class SavedActivations:
+    """Bytes that autograd keeps for the backward pass: now, and at most."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self.now = self.peak = 0
 
     def pack(self, x: Tensor) -> Any:
-        kept = self
+        outer = self
 
         class Held:
             def __init__(self) -> None:
-                self.bytes = 0 if x.untyped_storage().data_ptr() in kept.weights else x.nbytes
-                kept.now += self.bytes
-                kept.peak = max(kept.peak, kept.now)
+                self.bytes = 0 if x.untyped_storage().data_ptr() in outer.weights else x.nbytes
+                outer.now += self.bytes
+                outer.peak = max(outer.peak, outer.now)
                 self.x = x
 
             def __del__(self) -> None:
-                kept.now -= self.bytes
+                outer.now -= self.bytes
 
         return Held()
 
 
-def test_the_memory_is_that_of_a_piece() -> None:
+def test_activation_memory_is_that_of_one_microbatch() -> None:
     step = make_step("scenarioclip0", FreezeConfig.nothing(), "negatives")
     batch = make_batch([3] * 16, [2] * 16)
     assert step.model.tokens is not None
-    distinct = step.model.tokens.distinct(batch.host_ids)
+    texts = step.model.tokens.distinct(batch.host_ids)
     peaks = []
-    for pieces in (1, 8):
-        kept = Kept(step)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.x):
-            backward_in_pieces(step, step, batch, distinct, None, pieces, nullcontext)
-        peaks.append(kept.peak)
-    # An eighth, the loss's own share aside.
+    for microbatches in (1, 8):
+        saved = SavedActivations(step)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.x):
+            GradCache(step, step, microbatches, nullcontext).backward(batch, texts, None)
+        peaks.append(saved.peak)
+    # An eighth, plus the loss's own share.
     assert peaks[1] < 0.2 * peaks[0]
 
 
-def test_a_run_in_pieces_is_the_run_in_one(small: Make) -> None:
+def test_a_run_in_microbatches_equals_the_undivided_run(small: Make) -> None:
     curves = []
-    for pieces in (1, 4):
-        config = small("train.steps=4", f"train.accumulate={pieces}", run=f"in {pieces}")
+    for microbatches in (1, 4):
+        config = small("train.steps=4", f"train.accumulate={microbatches}", run=f"in {microbatches}")
         Trainer(config).fit()
         rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
         curves.append(torch.tensor([[row[name] for name in ("loss", "grad_norm", "distillation")] for row in rows]))
-    # float32: sums of 24 bits in another order; AdamW, whose first steps divide gradients by their own size, magnifies
-    # what differs from step to step.
+    # float32 sums in another order; AdamW, whose first steps divide gradients by their own size, amplifies the
+    # difference from step to step.
     torch.testing.assert_close(curves[1][0], curves[0][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
 
 
-def test_bf16_in_pieces(small: Make) -> None:
+def test_bf16_in_microbatches(small: Make) -> None:
     config = small("train.steps=2", "train.accumulate=2", "run.precision=bf16")
     result = Trainer(config).fit()
     assert result.completed and result.skipped == 0
 
 
-@pytest.mark.parametrize("pieces", [3, 16])
-def test_pieces_that_do_not_divide_the_batch(small: Make, pieces: int) -> None:
-    with pytest.raises(UserError, match=rf"train\.accumulate: got {pieces}, expected a divisor of the 8 scenes"):
-        Trainer(small("train.steps=1", f"train.accumulate={pieces}")).fit()
+@pytest.mark.parametrize("microbatches", [3, 16])
+def test_microbatches_must_divide_the_batch(small: Make, microbatches: int) -> None:
+    with pytest.raises(UserError, match=rf"train\.accumulate: got {microbatches}, expected a divisor of the 8 scenes"):
+        Trainer(small("train.steps=1", f"train.accumulate={microbatches}")).fit()

@@ -17,10 +17,9 @@ from scenarioclip_fast.train.checkpoint import (
     NotWritten,
     examine,
     load,
-    random_state,
-    set_random_state,
     share,
 )
+from scenarioclip_fast.train.random_state import random_state, set_random_state
 
 
 def state(step: int) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path / "checkpoints", keep=2), 7, config={"a": 1})
     found = examine(path)
     assert (found.meta["step"], found.meta["config"]) == (7, {"a": 1})
@@ -54,20 +53,20 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_state_is_that_of_the_call_not_of_the_write(tmp_path: Path, device: str) -> None:
+def test_the_state_is_copied_when_save_is_called(tmp_path: Path, device: str) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     live = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state(1).items()}
     pending = checkpoints.save(1, live, {})
     live["model/w"].fill_(-1)
     pending.wait()
     live["model/w"].fill_(2)
-    checkpoints.save(2, live, {}).wait()  # the buffers of the first copies serve again
+    checkpoints.save(2, live, {}).wait()  # reuses the host buffers
     first, second = (loaded(path) for path in reversed(checkpoints.paths()))
     assert torch.equal(first["model/w"], torch.ones(3))
     assert torch.equal(second["model/w"], torch.full((3,), 2.0))
 
 
-def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.paths() == [] and checkpoints.best() is None
     for step, loss in ((5, 3.0), (7, 2.0), (8, 2.5), (10, 2.5), (100_000_000, None)):
@@ -77,33 +76,33 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 3
 
 
-def test_an_old_one_that_cannot_go_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_to_remove_an_old_checkpoint_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1, loss=2.0)
     (tmp_path / ".removing-step-00000001").mkdir()
-    (tmp_path / ".removing-step-00000001" / ".nfs1").touch()  # was open elsewhere when its directory went
+    (tmp_path / ".removing-step-00000001" / ".nfs1").touch()  # an NFS file that was open when its directory was removed
     save(checkpoints, 2, loss=1.0)
     assert names(tmp_path) == ["step-00000002"]
 
-    def stays(path: Path) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "_remove", stays)
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
     save(checkpoints, 3, loss=0.5)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_an_abandoned_branch_goes_with_the_first_new_checkpoint(tmp_path: Path) -> None:
+def test_the_first_new_checkpoint_removes_an_abandoned_branch(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=5)
     for step in (2, 4, 6):
         save(checkpoints, step, loss=1.0)
-    save(checkpoints, 4, loss=2.0)  # taken up again at step 2
+    save(checkpoints, 4, loss=2.0)  # resumed from step 2
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
     assert examine(tmp_path / "step-00000004").meta["loss"] == 2.0
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("archive writer\nstack")])
-def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(
+def test_a_failed_write_leaves_only_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -123,8 +122,8 @@ def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(
     assert names(tmp_path) == ["step-00000002"]
 
 
-@pytest.mark.parametrize("moment", ["before the index", "before the name", "while an old one goes"])
-def test_a_writer_that_dies_leaves_no_half_checkpoint(
+@pytest.mark.parametrize("moment", ["before the index", "before the rename", "while pruning"])
+def test_a_killed_writer_leaves_no_partial_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -135,14 +134,14 @@ def test_a_writer_that_dies_leaves_no_half_checkpoint(
 
     if moment == "before the index":
         monkeypatch.setattr(FileSystemWriter, "finish", die)
-    elif moment == "before the name":
+    elif moment == "before the rename":
         monkeypatch.setattr(checkpoint.os, "rename", die)
-    # The process is gone before any clean-up.
+    # The process is killed before any clean-up.
     monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
     with pytest.raises((SystemExit, NotWritten)):
         save(checkpoints, 2)
     monkeypatch.undo()
-    newest = 2 if moment == "while an old one goes" else 1
+    newest = 2 if moment == "while pruning" else 1
     assert len(names(tmp_path)) == 2
     assert [examine(path).meta["step"] for path in checkpoints.paths()] == [newest]
     checkpoints.sweep()
@@ -150,7 +149,7 @@ def test_a_writer_that_dies_leaves_no_half_checkpoint(
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbage", "no index", "garbage index", "no meta", "schema"])
-def test_a_damaged_checkpoint_says_so(tmp_path: Path, damage: str) -> None:
+def test_damage_is_reported(tmp_path: Path, damage: str) -> None:
     path = save(Checkpoints(tmp_path, keep=1), 1)
     files = {"no index": ".metadata", "garbage index": ".metadata", "no meta": "meta.json", "schema": "meta.json"}
     file = path / files.get(damage, "__0_0.distcp")
@@ -167,22 +166,22 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_this_host_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_missing_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.os, "listdir", lambda path: [])
     with pytest.raises(NotWritten, match=r"__0_0\.distcp of other ranks are not in .*that all hosts share"):
         save(Checkpoints(tmp_path, keep=1), 1)
 
 
-def test_ranks_share_the_writing(tmp_path: Path) -> None:
+def test_ranks_share_the_bytes_equally(tmp_path: Path) -> None:
     tensors = {f"w{i}": torch.zeros(i % 7 + 1) for i in range(100)}
     shares = [share(tensors, rank, 3) for rank in range(3)]
     assert sorted(name for part in shares for name in part) == sorted(tensors)
     sizes = [sum(t.nbytes for t in part.values()) for part in shares]
-    assert max(sizes) - min(sizes) <= 4 * 7  # at most one tensor apart
+    assert max(sizes) - min(sizes) <= 4 * 7  # at most one tensor more
     assert share(tensors, 0, 1) == tensors
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_numbers_continue_after_a_round_trip(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, {"rank/0": json.dumps(random_state())}, {}).wait()
     expected = random.random(), torch.rand(3)

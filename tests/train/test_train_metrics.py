@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scenarioclip_fast.train import metrics
-from scenarioclip_fast.train.metrics import DataWait, MetricsLog, StepProfile, Verdict, read_metrics
+from scenarioclip_fast.train.metrics import MetricsLog, read_metrics
+from scenarioclip_fast.train.timing import BottleneckReport, DataWait, StepProfile
 
 
 def row(step: int, loss: float = 1.0, **more: float) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def row(step: int, loss: float = 1.0, **more: float) -> dict[str, Any]:
     return {"step": step, "loss": loss, "contrastive/global": 0.5, "lr": 1e-3, "grad_norm": 2.0, **speed, **more}
 
 
-def test_rows_are_json_lines_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_rows_are_json_lines_with_null_for_non_finite_numbers(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0, 10, tensorboard=False, file=io.StringIO())
     log.write([row(1), row(2, math.nan), row(3, math.inf)])
     log.close()
@@ -29,7 +30,7 @@ def test_rows_are_json_lines_and_what_is_not_finite_is_null(tmp_path: Path) -> N
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0, 10, tensorboard=False, file=io.StringIO())
     log.write([row(s) for s in range(1, 6)])
     log.close()
@@ -44,7 +45,7 @@ def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 700, b"\xff\n", b'{"st\n', b"7\n{}\n"])
-def test_a_damaged_log_stops_no_resume(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_log_does_not_prevent_resuming(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps(row(step)).encode() + b"\n" for step in (1, 2, 3)]
     path.write_bytes(good[0] + damage + b"\n" + good[1] + good[2])
@@ -52,7 +53,7 @@ def test_a_damaged_log_stops_no_resume(tmp_path: Path, damage: bytes) -> None:
     assert [r["step"] for r in read_metrics(path)] == [1, 2]
 
 
-def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -60,21 +61,21 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = io.StringIO()
     log = MetricsLog(tmp_path, 0, 10, file=out)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # larger files cannot be written, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # writing larger files fails, as on a full disk
     try:
         for step in range(1, 9):
             log.write([row(step)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert out.getvalue().count("metrics.jsonl not written: [Errno 27] File too large; the run goes on") == 1
-    assert out.getvalue().count("TensorBoard's events are no longer written: [Errno 28] No space left") == 1
+    assert out.getvalue().count("metrics.jsonl not written: [Errno 27] File too large; training continues") == 1
+    assert out.getvalue().count("TensorBoard events are no longer written: [Errno 28] No space left") == 1
     assert len(read_metrics(log.path)) < 3
     log.write([row(9)])
     assert [r["step"] for r in read_metrics(log.path)] == list(range(1, 10))
     log.close()
 
 
-def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
+def test_lines_without_a_terminal_are_rare_but_include_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -84,7 +85,7 @@ def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
     for step in range(1, 11):
         now += 1
         log.write([row(step)])
-    log.say("a note")
+    log.log("a note")
     log.close()
     lines = out.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 1/10", "step 6/10", "step 10/10", "a note"]
@@ -92,7 +93,7 @@ def test_lines_off_a_terminal_are_few_and_the_last_step_is_told(
     assert lines[0].endswith("0.125 TFLOP/s, waiting for data 25%")
 
 
-def test_a_gpus_line_has_its_share_of_the_peak_and_its_memory(tmp_path: Path) -> None:
+def test_a_line_on_a_gpu_has_mfu_and_memory(tmp_path: Path) -> None:
     out = io.StringIO()
     log = MetricsLog(tmp_path, 0, 10, tensorboard=False, file=out)
     log.write([row(1, mfu=0.4567, memory_gib=12.34, bad_samples=3)])
@@ -100,7 +101,7 @@ def test_a_gpus_line_has_its_share_of_the_peak_and_its_memory(tmp_path: Path) ->
     assert "MFU 45.7%, waiting for data 25%, 12.3 GiB, 3 bad samples\n" in out.getvalue()
 
 
-def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+def test_a_terminal_has_a_progress_bar(tmp_path: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -108,12 +109,12 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     out = Terminal()
     log = MetricsLog(tmp_path, 4, 10, tensorboard=False, file=out)
     log.write([row(5), row(6)])
-    log.say("a note")
+    log.log("a note")
     log.close()
     assert "6/10" in out.getvalue() and "a note" in out.getvalue()
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -125,16 +126,16 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 4.0), (2, 3.0)]
 
 
-def test_waiting_on_a_cpu_is_the_hosts() -> None:
+def test_data_wait_on_a_cpu_is_the_time_of_the_host() -> None:
     wait = DataWait(torch.device("cpu"))
     for seconds in (0.5, 0.25):
-        wait.step_begins(seconds)
-        wait.step_ends()
-    assert wait.take() == 0.75
-    assert wait.take() == 0
+        wait.begin_step(seconds)
+        wait.end_step()
+    assert wait.pop() == 0.75
+    assert wait.pop() == 0
 
 
-def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_wait_on_a_gpu_is_at_most_its_idle_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0  # ms, of the GPU
 
     class Event:
@@ -155,42 +156,42 @@ def test_waiting_on_a_gpu_is_no_more_than_its_gap(monkeypatch: pytest.MonkeyPatc
     def step(begins: float, ends: float, host: float) -> None:
         nonlocal now
         now = begins
-        wait.step_begins(host)
+        wait.begin_step(host)
         now = ends
-        wait.step_ends()
+        wait.end_step()
 
     step(0, 1000, host=5.0)  # the first: nothing ran before it
-    step(1000, 2000, host=0.8)  # the host waited while the GPU was at work
-    step(2300, 3000, host=0.8)  # for 300 ms, the GPU had nothing to do
-    assert wait.take() == pytest.approx(0.3)
-    step(4000, 5000, host=0.1)  # something else kept the host, a checkpoint for example
-    assert wait.take() == pytest.approx(0.1)
+    step(1000, 2000, host=0.8)  # the host waited while the GPU was busy
+    step(2300, 3000, host=0.8)  # the GPU was idle for 300 ms
+    assert wait.pop() == pytest.approx(0.3)
+    step(4000, 5000, host=0.1)  # the host was busy with something else, such as a checkpoint
+    assert wait.pop() == pytest.approx(0.1)
 
 
-def test_the_verdict() -> None:
-    verdict = Verdict()
-    assert not verdict.add(100.0, 2.9)
-    assert str(verdict) == "bound by the step: it waited 2.9% of the time for data"
-    assert not verdict.add(100.0, 4.0)
-    assert str(verdict).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
-    assert verdict.add(150.0, 0.0)  # every five minutes
-    assert not verdict.add(1.0, 0.0)
+def test_the_bottleneck_report() -> None:
+    report = BottleneckReport()
+    assert not report.add(100.0, 2.9)
+    assert str(report) == "bound by the step: it waited 2.9% of the time for data"
+    assert not report.add(100.0, 4.0)
+    assert str(report).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
+    assert report.add(150.0, 0.0)  # every five minutes
+    assert not report.add(1.0, 0.0)
 
 
-def test_a_profile_holds_its_steps(tmp_path: Path) -> None:
+def test_a_profile_has_its_steps(tmp_path: Path) -> None:
     profile = StepProfile(tmp_path / "profile", 2, 3)
-    told = []
+    lines = []
     for step in range(1, 6):
         profile.before(step)
         torch.ones(step).cumsum(0)
-        told.append(profile.after(step))
-    assert [text is not None for text in told] == [False, False, True, False, False]
-    assert str(profile.path) in str(told[2])
+        lines.append(profile.after(step))
+    assert [text is not None for text in lines] == [False, False, True, False, False]
+    assert str(profile.path) in str(lines[2])
     events = json.loads(gzip.decompress(profile.path.read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "aten::cumsum" for event in events) == 2
 
 
-def test_a_profile_that_the_run_did_not_finish_is_written(tmp_path: Path) -> None:
+def test_an_unfinished_profile_is_written(tmp_path: Path) -> None:
     profile = StepProfile(tmp_path, 2, 30)
     assert profile.close() is None
     assert not profile.path.exists()
@@ -199,9 +200,9 @@ def test_a_profile_that_the_run_did_not_finish_is_written(tmp_path: Path) -> Non
     assert gzip.decompress(profile.path.read_bytes())
 
 
-def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+def test_failing_to_write_a_profile_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     profile = StepProfile(tmp_path / "file", 1, 1)
     profile.before(1)
-    told = profile.after(1)
-    assert told is not None and told.startswith("profile not written: ")
+    line = profile.after(1)
+    assert line is not None and line.startswith("profile not written: ")

@@ -7,11 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.train import optim
 from scenarioclip_fast.train.config import OptimSection
-from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
+from scenarioclip_fast.train.optim import (
+    GroupRule,
+    ParamGroup,
+    build_optimizer,
+    guarded_step,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
-class Scales(nn.Module):
+class Temperature(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(2.6))
@@ -25,16 +35,40 @@ def make_model() -> nn.Module:
 
 
 @pytest.mark.parametrize("decay_scale", [False, True])
-def test_decay_reaches_matrices_only(decay_scale: bool) -> None:
-    model, loss = make_model(), Scales()
+def test_weight_decay_applies_to_matrices_only(decay_scale: bool) -> None:
+    model, loss = make_model(), Temperature()
     optimizer = build_optimizer(model, loss, OptimSection(decay_logit_scale=decay_scale))
-    decayed, plain, scales = optimizer.param_groups
-    rates = [group["weight_decay"] for group in (decayed, plain, scales)]
-    assert rates == [0.2, 0.0, 0.2 if decay_scale else 0.0]
-    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
-    assert [id(p) for p in scales["params"]] == [id(loss.logit_scale)]
+    matrices, vectors, temperatures = optimizer.param_groups
+    decays = [group["weight_decay"] for group in (matrices, vectors, temperatures)]
+    assert decays == [0.2, 0.0, 0.2 if decay_scale else 0.0]
+    assert [id(p) for p in matrices["params"]] == [id(model[0].weight)]
+    assert [id(p) for p in temperatures["params"]] == [id(loss.logit_scale)]
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad}
+
+
+def test_the_first_rule_that_matches_a_parameter_holds() -> None:
+    parameters = [(name, p) for name, p in make_model().named_parameters()]
+    rules = [GroupRule(r"0\..*", 0.1, min_dims=2, lr_multiple=0.5), GroupRule(r"9\..*", 0.3), GroupRule(r".*", 0.0)]
+    first, last = parameter_groups(parameters, rules)  # no parameter matches the second rule
+    assert (first["weight_decay"], len(first["params"])) == (0.1, 1)
+    assert (last["weight_decay"], len(last["params"])) == (0.0, 5)
+    optimizer = torch.optim.SGD([first, last], lr=1.0)
+    set_learning_rate(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adam", r"optim\.name: got 'adam', did you mean adamw\? expected one of adamw, sgd"),
+        ("AdamW", r"did you mean adamw\?"),
+        ("lbfgs-b", r"optim\.name: got 'lbfgs-b', expected one of adamw, sgd"),
+    ],
+)
+def test_an_unknown_optimizer(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_optimizer(make_model(), Temperature(), OptimSection(name=name))
 
 
 def test_the_rate_is_torchs_linear_then_cosine_schedule() -> None:
@@ -65,21 +99,36 @@ def backward(model: nn.Module, scale: float) -> Tensor:
     return loss
 
 
+def adagrad(groups: list[ParamGroup], config: OptimSection) -> torch.optim.Optimizer:
+    """One without a fused kernel, which `guarded_step` must undo."""
+    return torch.optim.Adagrad(groups, lr=config.lr, fused=False)
+
+
+@pytest.fixture(autouse=True)
+def register_adagrad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(optim.OPTIMIZERS, "adagrad", adagrad)
+
+
+NAMES = ["adamw", "sgd", "adagrad"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1e-3, 10.0])  # below and above the clipping norm
-def test_a_step_is_torchs_clipping_and_adamw(scale: float) -> None:
+def test_a_step_is_torchs_clipping_and_optimizer(name: str, scale: float) -> None:
     ours, theirs = make_model(), make_model()
-    config = OptimSection(lr=1e-2, weight_decay=0.2)
-    fused = build_optimizer(ours, Scales(), config)
-    plain = torch.optim.AdamW(
-        [
-            {"params": [theirs[0].weight], "weight_decay": 0.2},
-            {"params": [theirs[0].bias, *theirs[1].parameters(), theirs[2].bias], "weight_decay": 0.0},
-        ],
-        lr=1e-2,
-        fused=False,
-    )
+    config = OptimSection(name=name, lr=1e-2, weight_decay=0.2)
+    guarded = build_optimizer(ours, Temperature(), config)
+    groups = [
+        {"params": [theirs[0].weight], "weight_decay": 0.2},
+        {"params": [theirs[0].bias, *theirs[1].parameters(), theirs[2].bias], "weight_decay": 0.0},
+    ]
+    plain: torch.optim.Optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, fused=False),
+        "sgd": lambda: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True, fused=False),
+        "adagrad": lambda: torch.optim.Adagrad(groups, lr=1e-2),
+    }[name]()
     for _ in range(3):
-        norm, skipped = guarded_step(fused, backward(ours, scale), 1.0)
+        norm, skipped = guarded_step(guarded, backward(ours, scale), 1.0)
         backward(theirs, scale)
         expected = nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 1.0)
         plain.step()
@@ -92,13 +141,14 @@ def test_a_step_is_torchs_clipping_and_adamw(scale: float) -> None:
         assert a.grad is None
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", ["loss", "nan", "inf"])
-def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(bad: str, name: str) -> None:
     model = make_model()
-    optimizer = build_optimizer(model, Scales(), OptimSection(lr=0.1))
+    optimizer = build_optimizer(model, Temperature(), OptimSection(name=name, lr=0.1))
     guarded_step(optimizer, backward(model, 1.0), 1.0)
     weights = [p.clone() for p in model.parameters()]
-    moments = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()}
+    states = {k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()}
     loss = backward(model, 1.0)
     if bad == "loss":
         loss = loss * math.inf
@@ -109,13 +159,32 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
     for before, after in zip(weights, model.parameters(), strict=True):
         assert torch.equal(before, after)
     for k, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(moments[k][n], v) for n, v in state.items())  # the step count included
+        assert all(torch.equal(states[k][n], v) for n, v in state.items())  # the step count included
     _, skipped = guarded_step(optimizer, backward(model, 1.0), 1.0)
     assert not skipped
     assert not torch.equal(weights[0], model[0].weight)
 
 
-def test_the_host_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_step_that_is_not_finite_leaves_a_clean_state(name: str) -> None:
+    models = make_model(), make_model()
+    for model in models:
+        optimizer = build_optimizer(model, Temperature(), OptimSection(name=name, lr=0.1, weight_decay=0.0))
+        if model is models[1]:
+            guarded_step(optimizer, backward(model, math.nan), 1.0)
+        guarded_step(optimizer, backward(model, 1.0), 1.0)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "nesterov without a fused kernel"])
+def test_the_host_does_not_wait_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        optim.OPTIMIZERS,
+        "nesterov without a fused kernel",
+        lambda groups, config: torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=False),
+    )
+
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append(str(func))
@@ -123,9 +192,9 @@ def test_the_host_never_waits_for_the_device() -> None:
 
     seen: list[str] = []
     model = make_model()
-    optimizer = build_optimizer(model, Scales(), OptimSection())
+    optimizer = build_optimizer(model, Temperature(), OptimSection(name=name))
     loss = backward(model, 10.0)
     with Reads():
         guarded_step(optimizer, loss, 1.0)
-    assert any("_fused_adamw_" in name for name in seen)
-    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in seen)
+    assert any(f"_fused_{name}_" in op for op in seen) or name not in ("adamw", "sgd")
+    assert not any("_local_scalar_dense" in op or "nonzero" in op for op in seen)

@@ -1,4 +1,4 @@
-"""Runs as their users start them: the command, alone and under torchrun."""
+"""Runs started as users start them: by the command, alone and under torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., TrainConfig]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs in this process compute like those of `start`: the number of threads decides about the last bits."""
+    """Runs in this process compute as those of `start`: the last bits depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,14 +54,14 @@ def saved(config: TrainConfig) -> Path:
     return path
 
 
-def test_two_ranks_are_one_process(small: Make) -> None:
+def test_two_ranks_train_as_one_process(small: Make) -> None:
     one, two = (small("train.steps=20", "data.batch_size=10", run=name) for name in ("one", "two"))
     assert main.main(["train", "-c", str(saved(one))]) == 0
     out = finish(start(two, ranks=2))
     assert "x 2 ranks" in out
     assert out.count("model: ") == 1
     for a, b in zip(rows(one), rows(two), strict=True):
-        # float32 sums in another order, magnified step by step
+        # float32 sums in another order, amplified step by step
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         assert (a["views"], a["lr"]) == (b["views"], b["lr"])
@@ -76,7 +76,7 @@ def test_two_ranks_are_one_process(small: Make) -> None:
         (["data.shards=absent"], "absent"),
     ],
 )
-def test_mistakes_exit_with_2(
+def test_user_errors_exit_with_2(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -88,7 +88,7 @@ def test_mistakes_exit_with_2(
     assert message in capsys.readouterr().err
 
 
-def test_resume_may_stand_before_an_override(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_may_precede_an_override(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = small("train.steps=5")
     assert main.main(["train", "-c", str(saved(config)), "--resume", "train.steps=1"]) == 0
     assert "step 1 of 1" in capsys.readouterr().out

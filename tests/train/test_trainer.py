@@ -20,7 +20,7 @@ from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_referenc
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.model import ScenarioCLIP
-from scenarioclip_fast.train import trainer as trainer_module
+from scenarioclip_fast.train import signals
 from scenarioclip_fast.train.checkpoint import Checkpoints
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
@@ -46,7 +46,7 @@ def hooked(config: TrainConfig, before: Callable[[Trainer, Batch], None], resume
 
 
 def stop_at(step: int) -> Callable[[Trainer, Batch], None]:
-    """Asks for the end during step `step` (from 1)."""
+    """Request a stop during step `step` (from 1)."""
     return lambda trainer, _: trainer.stop("the test") if trainer.step == step - 1 else None
 
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small: Make, overrid
     assert_same(weights(parts, "teacher.safetensors"), weights(whole, "teacher.safetensors"))
 
 
-def test_a_run_that_dies_goes_on_from_its_last_good_checkpoint(small: Make) -> None:
+def test_a_killed_run_resumes_from_its_newest_intact_checkpoint(small: Make) -> None:
     whole, parts = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("whole", "parts"))
     Trainer(whole).fit()
 
@@ -97,13 +97,13 @@ def test_a_run_that_dies_goes_on_from_its_last_good_checkpoint(small: Make) -> N
         hooked(parts, die).fit()
     newest, older = Checkpoints(Path(parts.run.dir) / "checkpoints", keep=2).paths()
     assert (newest.name, older.name) == ("step-00000004", "step-00000002")
-    (newest / "__0_0.distcp").write_bytes(b"")  # and the newest is damaged
+    (newest / "__0_0.distcp").write_bytes(b"")  # the newest is damaged
     Trainer(parts, resume=True).fit()
     assert rows(parts) == rows(whole)
     assert_same(weights(parts), weights(whole))
 
 
-def test_the_model_directory_holds_all_that_an_evaluation_needs(small: Make) -> None:
+def test_the_model_directory_is_complete(small: Make) -> None:
     config = small("train.steps=2")
     trainer = Trainer(config)
     result = trainer.fit()
@@ -135,13 +135,11 @@ def test_bf16_follows_float32(small: Make) -> None:
         Trainer(config).fit()
         curves.append(torch.tensor([row["loss"] for row in rows(config)]))
     assert not torch.equal(*curves)
-    # bf16 has 8 bits of mantissa, and a temperature of 0.07 magnifies the logits' errors 14-fold
+    # bf16 has 8 bits of mantissa, and a temperature of 0.07 amplifies the errors of the logits 14-fold
     torch.testing.assert_close(curves[1], curves[0], rtol=0.05, atol=0)
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
-    small: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_non_finite_step_is_skipped_counted_and_logged(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = small("train.steps=6")
     keys: list[str] = []
     kept: dict[str, torch.Tensor] = {}
@@ -165,7 +163,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     assert all(torch.isfinite(w).all() for w in weights(config, "teacher.safetensors").values())
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run(small: Make) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_run(small: Make) -> None:
     config = small("train.steps=20", "train.max_skipped=4", "train.checkpoint_every=2")
 
     def poison(trainer: Trainer, batch: Batch) -> None:
@@ -192,7 +190,7 @@ def test_a_signal_saves_and_ends_the_run(
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_signal_that_a_launcher_repeats_is_one_call(small: Make) -> None:
+def test_an_echo_of_a_signal_is_ignored(small: Make) -> None:
     def twice(t: Trainer, _: Batch) -> None:
         if t.step == 1:
             for _ in range(2):
@@ -202,8 +200,8 @@ def test_a_signal_that_a_launcher_repeats_is_one_call(small: Make) -> None:
     assert (result.completed, result.step, result.stopped_by) == (False, 2, "SIGINT")
 
 
-def test_a_signal_that_is_sent_again_later_acts_at_once(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "_ECHO_S", 0.05)
+def test_a_signal_repeated_later_acts_at_once(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_ECHO_S", 0.05)
 
     def twice(t: Trainer, _: Batch) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -234,7 +232,10 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
     refused = {2}
     assert Trainer(config).fit().completed
     assert tried == [2, 4]
-    assert "checkpoint of step 2 not written: [Errno 28] No space left on device; the run" in capsys.readouterr().err
+    assert (
+        "checkpoint of step 2 not written: [Errno 28] No space left on device; training continues"
+        in capsys.readouterr().err
+    )
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-00000004"]
     refused = {3}
     with pytest.raises(TrainingFailed, match=r"step 3 not written: .*No space left"):
@@ -257,21 +258,21 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
         ((), r"no budget: set one of train\.steps"),
     ],
 )
-def test_mistakes_are_one_line(small: Make, overrides: tuple[str, ...], message: str) -> None:
+def test_user_errors_are_one_line(small: Make, overrides: tuple[str, ...], message: str) -> None:
     budget = ("train.steps=2",) if overrides else ()
     with pytest.raises(UserError, match=message) as caught:
         Trainer(small(*budget, *overrides)).fit()
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_smaller_than_the_world(small: Make) -> None:
+def test_a_batch_smaller_than_the_number_of_ranks(small: Make) -> None:
     trainer = Trainer(small("data.batch_size=1"))
     trainer.world = World(0, 2, torch.device("cpu"), None)
     with pytest.raises(UserError, match=r"data\.batch_size: got 1, expected a multiple of the 2 ranks"):
         trainer._make_loader()
 
 
-def test_bad_samples_are_counted_over_all_parts_of_a_run(small: Make, shards: Path, tmp_path: Path) -> None:
+def test_bad_samples_are_counted_across_resumes(small: Make, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "damaged")
     for name, scenes in json.loads((tmp_path / "damaged" / "index.json").read_text())["shards"].items():
         with open(tmp_path / "damaged" / name, "r+b") as shard:
@@ -292,7 +293,7 @@ def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
         Trainer(config).fit()
 
 
-def test_a_run_directory_is_one_run_s_alone(small: Make) -> None:
+def test_a_run_directory_is_locked(small: Make) -> None:
     config = small("train.steps=2")
 
     def start_another(trainer: Trainer, _: Batch) -> None:
@@ -300,7 +301,7 @@ def test_a_run_directory_is_one_run_s_alone(small: Make) -> None:
             Trainer(config, resume=True).fit()
 
     assert hooked(config, start_another).fit().completed
-    assert Trainer(config, resume=True).fit().completed  # the lock is gone with the run
+    assert Trainer(config, resume=True).fit().completed  # the lock ends with the run
 
 
 def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +309,7 @@ def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.Capture
     assert "nothing to resume" in capsys.readouterr().err
 
 
-def test_resume_takes_changed_settings_but_not_another_model(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_accepts_changed_settings_but_not_another_model(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(small("train.steps=2")).fit()
     with pytest.raises(UserError, match=r"another model: model\.vision\.layers was 1, is 2"):
         Trainer(small("train.steps=4", "model.vision.layers=2"), resume=True).fit()
@@ -337,7 +338,7 @@ def test_the_budget_in_steps(small: Make, budget: str, steps: int) -> None:
 def test_the_budget_in_views(small: Make) -> None:
     result = Trainer(small("train.views=600")).fit()
     assert result.completed
-    # short by less than a step's views, or above by as much as batches differ from the mean
+    # rounded up to whole steps, whose views differ from the mean
     assert result.views == pytest.approx(600, rel=0.3)
 
 
@@ -361,21 +362,21 @@ def test_initial_weights(small: Make, tmp_path: Path) -> None:
         Trainer(small("train.steps=1", init, "model.vision.width=64", run="wider")).fit()
 
 
-def test_initial_weights_that_the_freezing_cannot_hold(small: Make, tmp_path: Path) -> None:
+def test_initial_weights_that_contradict_the_freezing(small: Make, tmp_path: Path) -> None:
     Trainer(small("train.steps=1", "optim.lr=0.1", "optim.warmup=0", run="source")).fit()
     init = f"model.init={tmp_path / 'source' / 'model'}"
-    with pytest.raises(UserError, match=r"freeze as that model did"):
+    with pytest.raises(UserError, match=r"use the model"):
         Trainer(small("train.steps=1", init, "model.freeze.text_blocks=1", run="frozen")).fit()
 
 
-def test_the_log_tells_the_pace(
+def test_speed_and_bottleneck_are_logged(
     small: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = small("train.steps=4", "data.cache_gib=0.1", run="fast")
     Trainer(fast).fit()
     found = read_metrics(Path(fast.run.dir) / "metrics.jsonl")
     assert all(row["tflop_per_s"] > 0 and "mfu" not in row for row in found)  # a CPU has no known peak
-    assert all(0.05 < row["memory_gib"] < 64 for row in found)  # torch alone takes more
+    assert all(0.05 < row["memory_gib"] < 64 for row in found)  # torch alone uses more
     assert capsys.readouterr().err.count("bound by") == 1
 
     iterate = SceneLoader.__iter__
@@ -399,8 +400,8 @@ def test_a_profile_of_some_steps(small: Make, capsys: pytest.CaptureFixture[str]
     assert names.count("Optimizer.step#AdamW.step") == 2
 
 
-class Hasty(Trainer):
-    """Steps, after the first ones, which fill caches, fail where they would wait for the device."""
+class FailOnSync(Trainer):
+    """Steps fail at a host synchronisation, except the first three, which fill caches."""
 
     def train_step(self, batch: Batch) -> None:
         torch.cuda.set_sync_debug_mode("error" if self.step >= 3 else "default")
@@ -411,11 +412,11 @@ class Hasty(Trainer):
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_device(small: Make) -> None:
-    """See test_waits.py, too, which needs no GPU."""
-    # The mode is one of the whole process: no thread may prepare batches meanwhile, which waits.
+def test_a_step_does_not_synchronise_on_a_gpu(small: Make) -> None:
+    """test_waits.py has a check that needs no GPU."""
+    # The mode holds for the whole process: no thread may prepare batches meanwhile, which synchronises.
     options = ("data.prefetch=0", "run.device=cuda", "run.precision=bf16")
-    assert Hasty(small("train.steps=8", "train.log_every=100", *options)).fit().completed
+    assert FailOnSync(small("train.steps=8", "train.log_every=100", *options)).fit().completed
 
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"

@@ -1,4 +1,4 @@
-"""Switches of the run that must change nothing but memory and speed, and the teacher's way into an evaluation."""
+"""Options that must change only memory and speed, and the evaluation of the teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
-# Towers of two widths, as in ViT-B/32: each of two blocks, the lower one frozen.
+# Towers of different widths, as in ViT-B/32, with two blocks each, the lower one frozen.
 FROZEN = (
     "model.text.width=16",
     "model.text.layers=2",
@@ -34,7 +34,7 @@ def losses(config: TrainConfig) -> list[float]:
     return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
 
 
-def test_activation_checkpointing_changes_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing_does_not_change_the_loss(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from scenarioclip_fast.model import encoders
 
     plain, saving = (
@@ -48,13 +48,13 @@ def test_activation_checkpointing_changes_no_number(small: Make, monkeypatch: py
     Trainer(plain).fit()
     assert not calls
     Trainer(saving).fit()
-    # The trained block of each of the six encoders, three times; the frozen ones have no backward pass to save for.
+    # The trained block of each of the six encoders, in three steps; frozen blocks have no backward pass.
     assert len(calls) == 18 and all(isinstance(stage, Block) for stage in calls)
     # The same operations in the same order.
     assert losses(saving) == losses(plain)
 
 
-def test_compiled_blocks_change_no_number(
+def test_compiled_blocks_do_not_change_the_loss(
     small: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled: list[torch.nn.Module] = []
@@ -62,8 +62,8 @@ def test_compiled_blocks_change_no_number(
 
     def capture(module: torch.nn.Module, **options: Any) -> None:
         compiled.append(module)
-        # Dynamo's graphs run as they are: a code generator would take minutes here. With fullgraph, more versions of a
-        # block than Dynamo keeps are an error, not a silent return to eager.
+        # Dynamo's graphs without Inductor, which would take minutes. With fullgraph, exceeding the recompile limit is
+        # an error, not a silent fallback to eager.
         compile_module(module, **{**options, "backend": "eager", "fullgraph": True})
 
     monkeypatch.setattr(torch.nn.Module, "compile", capture)
@@ -77,15 +77,15 @@ def test_compiled_blocks_change_no_number(
     assert "the transformer blocks are compiled: the first steps may take a minute" in capsys.readouterr().err
     # Two blocks of each of six encoders, and of the teacher's three.
     assert len(set(map(id, compiled))) == 18
-    with torch.inference_mode():  # an evaluation behind it in the same process finds room, too
+    with torch.inference_mode():  # a later evaluation in the same process stays below the limit
         pixels = torch.randn(3, 3, 32, 32)
         trainer.model.encode_text(trainer.vocabulary.tokens("object"), "object")
         assert torch.isfinite(trainer.model.encode_image(pixels, "relation")).all()
-    # The same operations, some of them in a decomposed form, and sums over pieces: a rounding each.
+    # The same operations, some decomposed, and sums over microbatches: roundings differ.
     torch.testing.assert_close(losses(fast), losses(plain), rtol=1e-5, atol=0)
 
 
-def test_cuda_graphs_of_the_vision_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_vision_blocks_use_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: dict[torch.nn.Module, dict[str, Any]] = {}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.update({module: options}))
     model = ScenarioCLIP(ModelConfig.preset("tiny"))
@@ -96,15 +96,15 @@ def test_cuda_graphs_of_the_vision_blocks_alone(monkeypatch: pytest.MonkeyPatch)
     encoders = [*model.encoders(), *teacher.encoders.values()]
     assert len(compiled) == sum(len(encoder.blocks) for encoder in encoders)
     for encoder in encoders:
-        seen = isinstance(encoder, VisionEncoder)  # texts come in too many sizes
+        seen = isinstance(encoder, VisionEncoder)  # texts have too many sizes
         assert all(compiled[block] == (graphs if seen else {"dynamic": True}) for block in encoder.blocks)
         assert getattr(encoder, "bucketed", False) is seen
 
 
-def test_rows_in_buckets_change_no_number(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bucketed_rows_do_not_change_the_loss(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [bucket(n) for n in range(1, 1025)]
     assert all(n <= size <= 1.25 * n for n, size in enumerate(sizes, 1))
-    assert len(set(sizes[127:])) == 4 * 3 + 1  # four a doubling: few graphs
+    assert len(set(sizes[127:])) == 4 * 3 + 1  # four sizes per doubling: few graphs
     rows: list[int] = []
     forward = VisionBlock.forward
 
@@ -121,11 +121,11 @@ def test_rows_in_buckets_change_no_number(small: Make, monkeypatch: pytest.Monke
         curves.append(losses(config))
     assert any(n != bucket(n) for n in rows[: len(rows) // 2])
     assert all(n == bucket(n) for n in rows[len(rows) // 2 :])
-    # Products of more rows may sum in another order: a rounding each.
+    # Products of more rows may sum in another order: roundings differ.
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
 
 
-def test_cuda_graphs_want_a_gpu(small: Make) -> None:
+def test_cuda_graphs_require_a_gpu(small: Make) -> None:
     with pytest.raises(UserError, match=r"train\.cuda_graphs: got true on cpu, expected a GPU"):
         Trainer(small("train.steps=1", "train.cuda_graphs=true", "train.compile=true")).fit()
     with pytest.raises(UserError, match=r"train\.cuda_graphs: got true on cpu, expected a GPU"):
@@ -139,23 +139,21 @@ def test_cuda_graphs_want_a_gpu(small: Make) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.compiles
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_cuda_graphs_change_no_number(small: Make, pieces: int) -> None:
-    common = ("train.steps=8", "run.device=cuda", "train.compile=true", f"train.accumulate={pieces}", *FROZEN)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_cuda_graphs_do_not_change_the_loss(small: Make, microbatches: int) -> None:
+    common = ("train.steps=8", "run.device=cuda", "train.compile=true", f"train.accumulate={microbatches}", *FROZEN)
     torch._dynamo.reset()
     curves = []
     for graphs in ("false", "true"):
         config = small(*common, f"train.cuda_graphs={graphs}", run=graphs)
         Trainer(config).fit()
         curves.append(losses(config))
-    # Products of more rows may sum in another order, which AdamW's first steps magnify; memory that a graph overwrote
-    # too early would show in the first digit.
+    # Products of more rows may sum in another order, which AdamW's first steps amplify; memory overwritten too early by
+    # a graph would change the first digit.
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
 
 
-def test_the_teacher_is_evaluated_where_it_is_whole(
-    small: Make, shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_a_whole_teacher_is_evaluated(small: Make, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small("train.steps=4", "loss.teacher_scope=all", *FROZEN, run="all")
     trainer = Trainer(config)
     trainer.fit()
@@ -185,9 +183,7 @@ def test_the_teacher_is_evaluated_where_it_is_whole(
         open_checkpoint(none.run.dir, weights="teacher")
 
 
-def test_texts_that_are_cut_are_counted_for_the_user(
-    small: Make, shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_texts_are_reported(small: Make, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small("train.steps=1", "model.text.context_length=5")
     trainer = Trainer(config)
     trainer.fit()

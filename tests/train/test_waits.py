@@ -1,7 +1,7 @@
-"""Nothing in a training step waits for the device, as far as a CPU can tell.
+"""A training step makes no host synchronisation, checked on a CPU.
 
-tests/train/test_trainer.py asks a GPU itself. Here a CPU's tensors are told apart: those that would lie on a GPU, and
-those of the host.
+tests/train/test_trainer.py has the same check on a GPU. Here tensors are labelled: those that would be on a GPU, and
+those that would be in host memory.
 """
 
 from __future__ import annotations
@@ -22,26 +22,45 @@ from scenarioclip_fast.ops.contrastive import validate
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
 
-# Ops whose result, or its size, is read by the host. A mask as an index is one more.
-READ = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
-# What reads a tensor without an op where it is on a CPU.
-METHODS = {"tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__format__"}
-# What copies from memory that is not pinned, if it is for the device.
+# Ops whose result, or its size, the host reads. Indexing with a mask is another.
+SYNCHRONISING_OPS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+}
+# Methods that read a CPU tensor without calling an op.
+READING_METHODS = {
+    "tolist",
+    "numpy",
+    "cpu",
+    "item",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__array__",
+    "__format__",
+}
+# Functions that copy from memory that is not pinned, if given a device.
 UPLOADS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 
 
-class Waits(AssertionError):
-    """Something that would wait for a GPU."""
+class HostSync(AssertionError):
+    """An operation that would wait for a GPU."""
 
 
 class Memory:
-    """Which memory would be the device's, and which the host's. What an op makes of both, or of one, follows; what is
-    made out of nothing may be either's."""
+    """Which storages would be on the device, and which on the host. Results of ops inherit the label of their inputs;
+    tensors made without inputs have none and may be used with either."""
 
     def __init__(self) -> None:
         self.device: set[int] = set()
         self.host: set[int] = set()
-        self._kept: list[Any] = []  # so that no address comes again
+        self._kept: list[Any] = []  # so that no address is reused
 
     def add(self, kind: set[int], tensors: Iterable[Any]) -> None:
         for t in tensors:
@@ -61,12 +80,12 @@ class Methods(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        if name in METHODS and self.memory.on(self.memory.device, args):
-            raise Waits(f"{name} of a tensor on the device")
+        if name in READING_METHODS and self.memory.on(self.memory.device, args):
+            raise HostSync(f"{name} of a tensor on the device")
         out = function(*args, **kwargs)
         if name in UPLOADS:
             if kwargs.get("device") is not None:
-                raise Waits(f"{name} with a device: a copy from memory that is not pinned")
+                raise HostSync(f"{name} with a device: a copy from memory that is not pinned")
             self.memory.add(self.memory.host, [out])
         return out
 
@@ -81,17 +100,17 @@ class Ops(TorchDispatchMode):
         kwargs = kwargs or {}
         memory, name = self.memory, op.overloadpacket.__name__
         on_device = memory.on(memory.device, (args, kwargs))
-        # A tensor without dimensions is a number, which goes with the launch.
+        # A 0-d tensor is a number, passed with the launch.
         on_host = [t for t in memory.on(memory.host, (args, kwargs)) if t.dim()]
         if on_device:
             self.seen.add(name)
             masks = [t for t in on_device if t.dtype == torch.bool] if name in ("index", "index_put_") else []
             counted = name == "repeat_interleave" and kwargs.get("output_size") is None
-            if name in READ or counted or any(t is not args[0] for t in masks):
-                raise Waits(f"{op} of a tensor on the device")
+            if name in SYNCHRONISING_OPS or counted or any(t is not args[0] for t in masks):
+                raise HostSync(f"{op} of a tensor on the device")
             if on_host:
-                raise Waits(f"{op} of tensors on the device and on the host")
-        with torch._C.DisableTorchFunction():  # an op of ours may look at a CPU's values
+                raise HostSync(f"{op} of tensors on the device and on the host")
+        with torch._C.DisableTorchFunction():  # this package's ops may check values on a CPU
             out = op(*args, **kwargs)
         if on_device or on_host:
             memory.add(memory.device if on_device else memory.host, tree_leaves(out))
@@ -105,13 +124,13 @@ def watched(memory: Memory) -> Iterator[Ops]:
 
 
 class Watched(Trainer):
-    """From the third step on, when caches are full."""
+    """Watches the steps from the third one on, when caches are full."""
 
     def train_step(self, batch: Batch) -> None:
         tokens = self.model.tokens
         assert tokens is not None
         if self.step == 0:
-            # Copies, where a CPU's buffers are the host's tensors, too.
+            # A copy: on a CPU the buffers of both are the same tensor.
             tokens._host_lengths = tokens._host_lengths.clone()
             self.seen: set[str] = set()
         if self.step < 2:
@@ -127,7 +146,7 @@ class Watched(Trainer):
         memory.add(memory.host, [*batch.host, tokens._host_lengths, tokens._filled])
         upload = tokens._upload
 
-        def uploaded(parts: list[Tensor]) -> list[Tensor]:  # pinned, and not waited for
+        def uploaded(parts: list[Tensor]) -> list[Tensor]:  # pinned and non-blocking
             with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
                 copies = [part.clone() for part in upload(parts)]
             memory.add(memory.device, copies)
@@ -142,13 +161,13 @@ class Watched(Trainer):
         self.seen |= ops.seen
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_a_step_asks_the_device_for_nothing(
-    small: Callable[..., TrainConfig], pieces: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_does_not_synchronise(
+    small: Callable[..., TrainConfig], microbatches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On a CPU alone it looks at the values.
-    monkeypatch.setattr(validate, "_check_values", lambda *_: None)
-    layers = ("model.text.layers=2", "model.freeze.text_blocks=1", f"train.accumulate={pieces}")
+    # It checks values on a CPU only.
+    monkeypatch.setattr(validate, "assert_values", lambda *_: None)
+    layers = ("model.text.layers=2", "model.freeze.text_blocks=1", f"train.accumulate={microbatches}")
     trainer = Watched(small("train.steps=4", "train.log_every=100", *layers))
     assert trainer.fit().completed
     # Forward, backward, clipping, optimiser, teacher.
@@ -167,19 +186,19 @@ FAULTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "where by a mask": lambda device, host: device.masked_select(device > 0),
     "unique": lambda device, host: torch.unique(device),
     "repeat": lambda device, host: device.repeat_interleave(device.long()),
-    "host's index": lambda device, host: device[host.long()],
+    "index on the host": lambda device, host: device[host.long()],
     "upload": lambda device, host: device + torch.tensor([1.0, 2.0, 3.0], device=device.device),
-    "host's numbers": lambda device, host: device * torch.tensor([1.0, 2.0, 3.0]),
+    "numbers on the host": lambda device, host: device * torch.tensor([1.0, 2.0, 3.0]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_would_wait_is_noticed(fault: str) -> None:
+def test_synchronisation_is_detected(fault: str) -> None:
     device, host, memory = torch.ones(3), torch.arange(3.0), Memory()
     memory.add(memory.device, [device])
     memory.add(memory.host, [host])
     with watched(memory):
-        # What is the host's may be looked at, and numbers go along with launches.
+        # Host tensors may be read, and numbers are passed with launches.
         assert host.sum().item() == 3 and (device * torch.tensor(2.0) * host[1]).shape == (3,)
-        with pytest.raises(Waits):
+        with pytest.raises(HostSync):
             FAULTS[fault](device, host)

@@ -1,0 +1,56 @@
+"""Changes to the model between its construction and its parallel wrapper: one function each, listed in CONVERTERS.
+
+To add one (FP8 layers, for example), write a function with the signature of `Converter` and add it to CONVERTERS.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from scenarioclip_fast.distributed import World
+from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.train.config import TrainConfig
+
+
+class Converter(Protocol):
+    def __call__(
+        self, model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World
+    ) -> str | None:
+        """Change the model (and its teacher, whose encoders are copies) in place if `config` requests it.
+
+        Parameters must keep their names and shapes, which checkpoints rely on.
+
+        Returns:
+            One line for the log, or None.
+        """
+
+
+def checkpoint_activations(
+    model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World
+) -> str | None:
+    """train.activation_checkpointing; the teacher has no backward pass."""
+    model.set_checkpointing(config.train.activation_checkpointing)
+    return None
+
+
+def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
+    """train.compile and train.cuda_graphs."""
+    if not config.train.compiles_on(world.device.type):
+        return None
+    model.compile_blocks(config.train.cuda_graphs)
+    if teacher is not None:
+        teacher.compile_blocks(config.train.cuda_graphs)
+    return "the transformer blocks are compiled: the first steps may take a minute or more"
+
+
+# In the order in which they apply.
+CONVERTERS: dict[str, Converter] = {
+    "activation_checkpointing": checkpoint_activations,
+    "compile": compile_blocks,
+}
+
+
+def convert(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> list[str]:
+    """Apply all converters; returns their lines for the log."""
+    lines = [converter(model, teacher, config, world) for converter in CONVERTERS.values()]
+    return [line for line in lines if line is not None]

@@ -1,0 +1,81 @@
+"""The trained model of a run, as a directory for evaluation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from scenarioclip_fast.data import Vocabulary
+from scenarioclip_fast.distributed import World
+from scenarioclip_fast.errors import TrainingFailed
+from scenarioclip_fast.losses import ScenarioLoss
+from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.requirements import require
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.sharding import whole_tensor
+from scenarioclip_fast.train.state import RunState
+from scenarioclip_fast.train.weights import save_teacher
+
+
+def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: TrainConfig, world: World) -> None:
+    """Write all that an evaluation needs, in one atomic step; all ranks call it together.
+
+    Raises:
+        TrainingFailed: the directory cannot be written.
+    """
+    model, teacher = _whole_model(run.model, world), run.teacher
+    averages = None if teacher is None else teacher.state_dict()
+    if averages is not None:
+        averages["tensors"] = _gather(averages["tensors"], world)
+    if world.is_main_process:
+        temporary = directory.with_name(f".writing-{directory.name}")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            model.save_pretrained(temporary, learned_scales(run.loss))
+            vocabulary.save(temporary / "vocabulary.json")
+            config.save(temporary / "config.yaml")
+            if averages is not None:
+                save_teacher(averages, temporary / "teacher.safetensors")
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
+        except (OSError, require("safetensors").SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingFailed(
+                f"{directory} not written: {error}; the last checkpoint is intact: free some space, then --resume"
+            ) from error
+    world.barrier()
+
+
+def learned_scales(loss: ScenarioLoss) -> dict[str, float]:
+    """The factor of the cosines of each level, 1 / temperature; empty for a loss that learns none."""
+    scales = loss.learned_scalars().get("logit_scale", {})
+    return {level: scale.item() for level, scale in scales.items()}
+
+
+def _whole_model(model: ScenarioCLIP, world: World) -> ScenarioCLIP:
+    """The model; if its weights are sharded, a copy in host memory on the main process."""
+    state = model.state_dict()
+    if not any(isinstance(t, DTensor) for t in state.values()):
+        return model
+    whole = _gather(state, world)
+    if world.is_main_process:
+        model = ScenarioCLIP(model.config)
+        model.load_state_dict(whole)
+    return model
+
+
+def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """All tensors on the main process, sharded ones in host memory.
+
+    One at a time: together they may exceed the memory of one device.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        gathered = whole_tensor(t)
+        if world.is_main_process:
+            whole[name] = gathered.cpu() if isinstance(t, DTensor) else gathered
+    return whole

@@ -1,0 +1,119 @@
+"""What a run consists of, as named tensors for a checkpoint, and how far it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from scenarioclip_fast.data import SceneLoader
+from scenarioclip_fast.losses import ScenarioLoss
+from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.train.checkpoint import TensorEntry
+from scenarioclip_fast.train.optim import trained_parameters
+
+SUMMARY_STEPS = 10  # losses in the means of a run's summary
+# Losses in the mean by which checkpoints are compared: single steps are noise, and equal counts compare like with like,
+# however far apart checkpoints are.
+_BEST_OVER_STEPS = 100
+
+
+@dataclass
+class Progress:
+    """How far a run is, over all its processes."""
+
+    step: int = 0
+    scenes: int = 0
+    views: int = 0
+    skipped: int = 0  # steps without an update
+    skipped_in_row: int = 0
+    bad_samples: int = 0  # found so far, over all ranks
+    first_losses: list[float] = field(default_factory=list)
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=_BEST_OVER_STEPS))
+
+    @property
+    def last_losses(self) -> list[float]:
+        return list(self.recent_losses)[-SUMMARY_STEPS:]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        return {**asdict(self), "recent_losses": list(self.recent_losses)}
+
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """Restore what `to_dict` returned."""
+        for name, value in values.items():
+            setattr(self, name, deque(value, _BEST_OVER_STEPS) if name == "recent_losses" else value)
+
+
+@dataclass
+class RunState:
+    """Everything that a run resumes from."""
+
+    model: ScenarioCLIP
+    loss: ScenarioLoss
+    teacher: EMATeacher | None
+    optimizer: Optimizer
+    loader: SceneLoader
+    progress: Progress
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and averages, which all ranks share, under names that do not depend on wrappers."""
+        found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        found |= {f"loss/{name}": t for name, t in self.loss.state_dict().items()}
+        if self.teacher is not None:
+            found |= {f"teacher/{name}": t for name, t in self.teacher.state_dict()["tensors"].items()}
+        return found
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state under "optimizer/PARAMETER/KEY", whatever its groups; empty before the first step."""
+        found: dict[str, Tensor] = {}
+        for name, p in self._trained():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                if not isinstance(value, Tensor):
+                    kind = type(self.optimizer).__name__
+                    raise TypeError(
+                        f"{kind}: state {key!r} is {value!r}, expected a tensor, to be saved in checkpoints"
+                    )
+                found[f"{name}/{key}"] = value
+        return found
+
+    def empty_optimizer_tensors(self, saved: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+        """Tensors to load the optimiser state of a checkpoint into; `saved` lists the checkpoint's tensors.
+
+        The checkpoint decides what there is: optimisers create their state in their first step only.
+        """
+        keys: dict[str, list[str]] = defaultdict(list)
+        for full in saved:
+            if full.startswith("optimizer/"):
+                name, _, key = full.rpartition("/")
+                keys[name].append(key)
+        found: dict[str, Tensor] = {}
+        for name, p in self._trained():
+            for key in keys[name]:
+                size, dtype = saved[f"{name}/{key}"]
+                like_parameter = size == p.shape and p.ndim > 0  # also sharded like it
+                found[f"{name}/{key}"] = (
+                    torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                    if like_parameter
+                    else torch.zeros(size, dtype=dtype)  # load_state_dict moves it to the optimiser's device
+                )
+        return found
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the optimiser the state from `empty_optimizer_tensors`; its hyperparameters stay as configured."""
+        keys: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for full, tensor in tensors.items():
+            name, _, key = full.rpartition("/")
+            keys[name][key] = tensor
+        index = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        state = {index[p]: keys[name] for name, p in self._trained() if name in keys}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        parameters = trained_parameters(self.model, self.loss)
+        return [(f"optimizer/{name.replace('.', '/', 1)}", p) for name, p in parameters]
