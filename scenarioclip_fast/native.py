@@ -1,7 +1,7 @@
 """The compiled parts: which were built, and loading them.
 
-Two libraries of the libtorch stable ABI, so that the CPU one loads where there is no CUDA, and one pybind11 module
-(`host`) for work on Python objects. setup.py leaves them, and build.json, in the folder `_native`.
+Two libraries on the libtorch stable ABI, so that the CPU one loads where there is no CUDA, and one pybind11 module
+(`host`) for work on Python objects. setup.py writes them, and build.json, to the folder `_native`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from scenarioclip_fast import requirements
 
 FOLDER = Path(__file__).parent / "_native"
 REBUILD = "reinstall from a source tree (`make install`)"
@@ -19,7 +22,7 @@ REBUILD = "reinstall from a source tree (`make install`)"
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What setup.py built and what it left out: {"built": [...], "left_out": {part: reason}, "march": ...}."""
+    """What setup.py built and what it skipped: {"built": [...], "left_out": {part: reason}, "march": ...}."""
     path = FOLDER / "build.json"
     if not path.exists():
         return {"built": [], "left_out": {}, "march": ""}
@@ -29,11 +32,12 @@ def build_info() -> dict[str, Any]:
 
 @functools.cache
 def why_not(part: str) -> str | None:
-    """None when `part` ("cpu", "cuda" or "host") is loaded or loads now, otherwise the reason."""
+    """Load `part` ("cpu", "cuda" or "host"): None on success, otherwise the reason why it cannot be loaded."""
     info = build_info()
     if part not in info["built"]:
         reason = info["left_out"].get(part, "the package was installed without its compiled parts")
         return f"the {part} library was not built: {reason}"
+    problem = None if part == "host" else requirements.unsupported_torch()
     if part != "cuda" and info["march"] == "x86-64-v3":
         import torch
 
@@ -48,17 +52,19 @@ def why_not(part: str) -> str | None:
 
             if part == "cuda" and torch.version.cuda is None:
                 return "this torch is a CPU build: install a CUDA build of torch"
-            if part == "cuda" and (problem := why_not("cpu")):
-                return f"the schemas of the ops come with the cpu library: {problem}"
+            if part == "cuda" and (obstacle := why_not("cpu")):
+                return f"the cpu library, which holds the schemas of the ops, is missing: {obstacle}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
-        # torch names the file alone; what the loader said is behind it.
+        # torch names only the file; the loader's message is the cause.
         reason = str(error.__cause__ or error).splitlines()[0]
-        return f"the {part} library does not load ({reason}): {REBUILD}"
+        return f"the {part} library does not load ({reason}): {problem or REBUILD}"
+    if problem:
+        warnings.warn(problem, stacklevel=2)
     return None
 
 
 @functools.cache
 def host() -> ModuleType | None:
-    """The pybind11 module, or None where it was not built."""
+    """The pybind11 module, or None where it cannot be loaded."""
     return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")
