@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from scenarioclip_fast import requirements
+from scenarioclip_fast.errors import UserError
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -93,5 +94,5 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _checked(name: str, source: str) -> str:
     if name not in (*NAMES, "auto"):
-        raise ValueError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
+        raise UserError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
     return name

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from scenarioclip_fast import __version__
 from scenarioclip_fast.cli.completion import SHELLS
+from scenarioclip_fast.dispatch import BackendError
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError, TrainingFailed, UserError
 from scenarioclip_fast.requirements import check_installed, missing_dependency
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
             return _run(sys.argv[1:] if argv is None else argv, prog)
         finally:
             sys.stdout.flush()  # a closed pipe shows here, not while Python exits
-    except (UserError, MissingDependencyError, InstallationError) as error:
+    except (UserError, BackendError, MissingDependencyError, InstallationError) as error:
         return _fail(str(error))
     except TrainingFailed as error:
         return _fail(str(error), 1)

@@ -119,7 +119,7 @@ def test_precedence_of_backend_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         with scf.use_backend("cuda"), pytest.raises(scf.BackendError, match="from use_backend"):
             dispatch.resolve(op, "auto", "cpu")
     monkeypatch.setenv(dispatch.VARIABLE, "quick")
-    with pytest.raises(ValueError, match=f"{dispatch.VARIABLE}: got 'quick'"):
+    with pytest.raises(scf.UserError, match=f"{dispatch.VARIABLE}: got 'quick'"):
         dispatch.resolve(op, "auto", "cpu")
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from scenarioclip_fast.cli import doctor
 from scenarioclip_fast.cli.main import COMMANDS, build_parser, main
+from scenarioclip_fast.dispatch import BackendError
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.config_reference import sections
 
@@ -52,6 +53,14 @@ def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatc
     fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(OSError, match="Input/output error"):
         main(["doctor"])
+
+
+def test_a_backend_that_cannot_serve_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(monkeypatch, BackendError("render_views: backend 'cuda' cannot serve cpu tensors"))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: render_views: backend 'cuda' cannot serve cpu tensors\n"
 
 
 def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
