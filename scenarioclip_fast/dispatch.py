@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from scenarioclip_fast import requirements
+from scenarioclip_fast.errors import UserError
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
 
@@ -153,5 +154,5 @@ offers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _checked(name: str, source: str) -> str:
     if name not in (*NAMES, "auto"):
-        raise ValueError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
+        raise UserError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
     return name

@@ -1,4 +1,4 @@
-"""What works on this machine, and why the rest does not: `scenarioclip-fast doctor`."""
+"""Versions, devices and available backends of this machine: `scenarioclip-fast doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from scenarioclip_fast import dispatch, native
-from scenarioclip_fast.requirements import OPTIONAL, import_problem, triton_interprets
+from scenarioclip_fast.requirements import OPTIONAL, import_problem, triton_interprets, unsupported_torch
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,18 @@ class Report:
 
 
 def collect() -> Report:
-    """Looks at versions, devices, compiled parts and backends, and says the reason for whatever is missing."""
+    """Probe versions, devices, compiled parts and backends, with the reason for each that is missing."""
     rows = [("versions", "python", platform.python_version(), sys.executable)]
-    rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "source tree", ""))
+    rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "not installed", ""))
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    rows.append(("versions", "torch", torch.__version__, cuda))
+    rows.append(("versions", "torch", torch.__version__, unsupported_torch() or cuda))
     rows += [("versions", name, _version(name) or "missing", "") for name in ("numpy", "einops")]
     for module, (distribution, _, use) in OPTIONAL.items():
         problem = import_problem(module)
-        rows.append(
-            (
-                "versions",
-                distribution,
-                _found_version(module, distribution) if not problem else "missing",
-                problem or use,
-            )
-        )
+        version = "missing" if problem else _module_version(module, distribution)
+        rows.append(("versions", distribution, version, problem or use))
     rows.append(("versions", "nvcc", *_nvcc()))
     rows.append(("devices", "cpu", f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability()))
     rows += _gpus()
@@ -60,13 +54,13 @@ def collect() -> Report:
 
 
 def report() -> None:
-    """Prints the table of versions, devices and backends (the same as `scenarioclip-fast doctor`)."""
+    """Print the table of versions, devices and backends, as `scenarioclip-fast doctor` does."""
     print(collect())
 
 
-def _found_version(module: str, distribution: str) -> str:
-    # DALI's distribution carries the CUDA version in its name, so ask the module before the metadata.
-    return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "present"))
+def _module_version(module: str, distribution: str) -> str:
+    # The name of DALI's distribution depends on the CUDA version, so its metadata may be found under another name.
+    return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "installed"))
 
 
 def _version(distribution: str) -> str | None:
@@ -79,18 +73,18 @@ def _version(distribution: str) -> str | None:
 def _nvcc() -> tuple[str, str]:
     path = shutil.which("nvcc")
     if path is None:
-        return "missing", "not on PATH: CUDA sources cannot be compiled here"
+        return "missing", "not on PATH: CUDA sources cannot be compiled"
     out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     release = next((line for line in out.splitlines() if "release" in line), "")
-    return release.partition("release ")[2].partition(",")[0] or "present", path
+    return release.partition("release ")[2].partition(",")[0] or "installed", path
 
 
 def _gpus() -> list[tuple[str, str, str, str]]:
     import torch
 
     if not torch.cuda.is_available():
-        why = "no GPU is visible to torch" if torch.version.cuda else "this torch is a CPU build"
-        return [("devices", "cuda", "none", why)]
+        reason = "no GPU is visible to torch" if torch.version.cuda else "this torch is a CPU build"
+        return [("devices", "cuda", "none", reason)]
     gpus = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -103,7 +97,8 @@ def _native_rows() -> list[tuple[str, str, str, str]]:
     rows = []
     for part in ("cpu", "host", "cuda"):
         problem = native.why_not(part)
-        detail = problem or (f"built for {info['march'] or 'the default processor'}" if part == "cpu" else "")
+        target = f"built for {info['march'] or 'the default processor'}" if part == "cpu" else ""
+        detail = problem or target
         rows.append(("compiled parts", part, "missing" if problem else "loaded", detail))
     return rows
 

@@ -1,15 +1,19 @@
-"""The errors that the package raises on purpose."""
+"""The exceptions that the package raises for its users; the command line prints each as one line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in a path, a file, a data set or a config: the command line prints it as one line and exits with 2."""
+    """A mistake in a path, a file, a data set or a config. Exit code 2."""
 
 
 class MissingDependencyError(ImportError):
-    """An optional package that is not here: the message names it, says why it is wanted and how to get it."""
+    """An optional package is not installed: the message names it, its use and how to install it. Exit code 2."""
+
+
+class InstallationError(ImportError):
+    """The package itself is not installed, or installed incompletely. Exit code 2."""
 
 
 class TrainingFailed(RuntimeError):
-    """A run that cannot go on, and what to change: the command line prints it as one line and exits with 1."""
+    """A run that cannot continue, with the setting to change. Exit code 1."""

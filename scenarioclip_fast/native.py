@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from scenarioclip_fast import requirements
 
 FOLDER = Path(__file__).parent / "_native"
 REBUILD = "reinstall from a source tree (`make install`)"
@@ -34,6 +37,7 @@ def why_not(part: str) -> str | None:
     if part not in info["built"]:
         reason = info["left_out"].get(part, "the package was installed without its compiled parts")
         return f"the {part} library was not built: {reason}"
+    problem = None if part == "host" else requirements.unsupported_torch()
     if part != "cuda" and info["march"] == "x86-64-v3":
         import torch
 
@@ -48,13 +52,15 @@ def why_not(part: str) -> str | None:
 
             if part == "cuda" and torch.version.cuda is None:
                 return "this torch is a CPU build: install a CUDA build of torch"
-            if part == "cuda" and (problem := why_not("cpu")):
-                return f"it needs the cpu library, which holds the op schemas: {problem}"
+            if part == "cuda" and (obstacle := why_not("cpu")):
+                return f"the cpu library, which holds the schemas of the ops, is missing: {obstacle}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
-        # torch's message has the file name only; its cause is the loader's message.
+        # torch names only the file; the loader's message is the cause.
         reason = str(error.__cause__ or error).splitlines()[0]
-        return f"the {part} library does not load ({reason}): {REBUILD}"
+        return f"the {part} library does not load ({reason}): {problem or REBUILD}"
+    if problem:
+        warnings.warn(problem, stacklevel=2)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
-# Logs are read by people: about this many lines for a job of known length, and never more often than the interval.
+# About this many lines for a job of known length, and never more often than the interval, so that logs stay readable.
 _LINES = 10
 _INTERVAL_S = 10.0
 
@@ -22,7 +22,14 @@ def progress(
     *,
     file: TextIO | None = None,
 ) -> Iterator[T]:
-    """Yields the items of `iterable` and reports on `file` (standard error) how far it is."""
+    """Yield the items of `iterable` and report the progress.
+
+    Args:
+        total: number of items (default: `len(iterable)`, where it has one).
+        desc: what is being done, before each report.
+        unit: name of an item.
+        file: where to report (default: standard error).
+    """
     out = file or sys.stderr
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)

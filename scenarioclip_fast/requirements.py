@@ -1,34 +1,46 @@
-"""Optional packages and compiled parts: what is here, and why the rest is not."""
+"""The package's own installation, its dependencies and its compiled parts: what is missing, why, and what to do."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import re
+from pathlib import Path
 from types import ModuleType
 
-from scenarioclip_fast.errors import MissingDependencyError
+from scenarioclip_fast.errors import InstallationError, MissingDependencyError
 
-# module -> (distribution, extra that brings it, what it is for)
+# Supported from the first version on, and below the second: as in pyproject.toml.
+TORCH = ((2, 11), (2, 14))
+_TORCH = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
+
+# module -> (distribution, extra that installs it, use)
 OPTIONAL = {
     "triton": ("triton", "triton", "the Triton kernels"),
     "nvidia.dali": ("nvidia-dali-cuda130", "dali", "decoding JPEGs with DALI"),
     "simplejpeg": ("simplejpeg", "train", "decoding JPEGs on the CPU"),
-    "PIL": ("pillow", "train", "writing pictures and reading odd image formats"),
-    "instant_clip_tokenizer": ("instant-clip-tokenizer", "train", "turning texts into CLIP's token ids"),
+    "PIL": ("pillow", "train", "writing pictures and reading less common image formats"),
+    "instant_clip_tokenizer": ("instant-clip-tokenizer", "train", "tokenizing texts for CLIP"),
     "safetensors": ("safetensors", "train", "reading and writing weights"),
     "yaml": ("pyyaml", "train", "reading configs"),
     "tqdm": ("tqdm", "train", "progress bars"),
     "matplotlib": ("matplotlib", "train", "plots and reports"),
-    "fsspec": ("fsspec", "remote", "reading shards that are not on this machine"),
+    "fsspec": ("fsspec", "remote", "reading shards from a URL"),
     "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
     "pytest": ("pytest", "bench", "running benchmarks"),
+    "shtab": ("shtab", "train", "shell completion"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
 }
 
 
 def require(module: str) -> ModuleType:
-    """Imports an optional package, or raises MissingDependencyError that names it, its use and how to get it."""
+    """Import an optional package.
+
+    Raises:
+        MissingDependencyError: it cannot be imported; names its use and how to install it.
+    """
     distribution, extra, use = OPTIONAL[module.split(".")[0] if module not in OPTIONAL else module]
     try:
         return importlib.import_module(module)
@@ -39,13 +51,18 @@ def require(module: str) -> ModuleType:
         ) from error
 
 
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+@functools.cache
+def import_problem(module: str) -> str | None:
+    """The message of `require` for an optional package, or None when it can be imported."""
+    try:
+        require(module)
+    except MissingDependencyError as error:
+        return str(error)
+    return None
 
 
 def missing(need: str) -> str | None:
-    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met here, or None when it is."""
+    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met, or None when it is."""
     if need.startswith("native-"):
         from scenarioclip_fast import native
 
@@ -55,11 +72,69 @@ def missing(need: str) -> str | None:
     raise AssertionError(f"unknown need {need!r}")
 
 
+def missing_dependency(error: ModuleNotFoundError) -> str | None:
+    """The one-line message for a required package that is not installed, or None for any other module."""
+    requirement = {"torch": _TORCH, "numpy": "numpy", "einops": "einops"}.get(error.name or "")
+    return requirement and f"{error.name} is not installed: run `pip install '{requirement}'`"
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unsupported_torch() -> str | None:
+    """Why the installed torch is not supported, or None when it is."""
+    import torch
+
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if TORCH[0] <= version < TORCH[1]:
+        return None
+    age = "old" if version < TORCH[0] else "new"
+    return f"torch {torch.__version__} is too {age}: run `pip install '{_TORCH}'` and reinstall scenarioclip-fast"
+
+
 @functools.cache
-def import_problem(module: str) -> str | None:
-    """What `require` would say of an optional package, or None when it loads."""
-    try:
-        require(module)
-    except MissingDependencyError as error:
-        return str(error)
+def check_installed() -> None:
+    """Check that the package was imported from an installation, editable or not.
+
+    Only an installation maps the checkout's folder kernels/ to scenarioclip_fast.kernels. Python started in a checkout
+    imports the package from there, whatever is installed elsewhere.
+
+    Raises:
+        InstallationError: it was not, with what to do.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    spec = importlib.util.find_spec("scenarioclip_fast.kernels")
+    if spec is not None and spec.origin is not None:
+        kernels = Path(spec.origin).resolve().parent
+        if kernels in ((package / "kernels").resolve(), (checkout / "kernels").resolve()):
+            return
+        raise InstallationError(
+            f"scenarioclip_fast was imported from {package}, but its installation is that of {kernels.parent}: "
+            "start Python in another directory, or run `pip install -e .` in the checkout that you use"
+        )
+    if not (checkout / "setup.py").is_file() or not (checkout / "kernels").is_dir():
+        raise InstallationError(
+            f"{package} has no kernels: the installation is incomplete, reinstall scenarioclip-fast"
+        )
+    if (other := _installed_package()) is not None:
+        raise InstallationError(
+            f"scenarioclip_fast was imported from the checkout {checkout} instead of the installed package in {other}: "
+            "start Python in another directory, or run `pip install -e .` in the checkout"
+        )
+    raise InstallationError(
+        f"the checkout {checkout} is not installed: run `pip install -e .` there, or `make install` and use .venv/bin"
+    )
+
+
+def _installed_package() -> Path | None:
+    import importlib.metadata
+
+    # setuptools leaves metadata in the checkout too, so look for the package behind each.
+    for distribution in importlib.metadata.distributions(name="scenarioclip-fast"):
+        folder = Path(str(distribution.locate_file("scenarioclip_fast"))).resolve()
+        if folder != Path(__file__).resolve().parent and (folder / "__init__.py").is_file():
+            return folder.parent
     return None

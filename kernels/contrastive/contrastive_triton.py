@@ -92,7 +92,7 @@ class Plan:
         return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
 
     def sum_tile(self, alone: bool) -> Tile:
-        """The tile of the forward pass: tall ones read less in a large level; small levels need many to fill the GPU."""
+        """The tile of the forward pass: tall ones read less in a large level; small levels need more of them."""
         if self.operand != torch.bfloat16:
             return Tile(128, 128, 8)
         return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)

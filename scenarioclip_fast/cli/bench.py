@@ -1,4 +1,4 @@
-"""`scenarioclip-fast bench`: this package against reference and rivals, same inputs, same run; and what records say."""
+"""`scenarioclip-fast bench`: time this package beside its reference and other packages, and report the records."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure against reference and rivals, or report records",
-        description="Runs the benchmarks, compares each result with the reference before timing it, and writes "
-        "DIR/record.json, pictures, report.html and report.md. Runs on the GPU if there is one.",
+        help="run the benchmarks, or report their records",
+        description="Run the benchmarks of this package, its reference and other packages, on the GPU where there is "
+        "one. Each result is checked against the reference before it is timed. Writes record.json, plots, report.html "
+        "and report.md to DIR.",
     )
     parser.add_argument(
         "what", nargs="*", metavar="WHAT", help="kernels, data, step, or a benchmark's name (default: everything)"
@@ -23,11 +24,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         default=Path("runs/bench"),
         metavar="DIR",
-        help="where record and report go; {date} and {device} are filled in (default: runs/bench)",
+        help="output directory; {date} and {device} are replaced (default: runs/bench)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
-        "--limit", type=float, metavar="S", help="seconds a benchmark file may take (default: no limit)"
+        "--limit", type=float, metavar="S", help="time limit of each benchmark file, in seconds (default: none)"
     )
     parser.add_argument(
         "--rehearse",
@@ -39,12 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         nargs="+",
         metavar="RECORD",
-        help="measure nothing: report these records, directories or record.json files, on one page",
+        help="run nothing; report these records, directories or record.json files, on one page",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, or only reports; 1 where a benchmark failed."""
+    """Run or report the benchmarks; 1 where one failed."""
     from scenarioclip_fast.bench.record import FILE, read_record
     from scenarioclip_fast.bench.report import markdown, write_report
     from scenarioclip_fast.bench.runner import measure
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from scenarioclip_fast.requirements import require
 
     if args.report and args.what:
-        raise UserError(f"bench: got {' '.join(args.what)} and --report: either measure or report")
+        raise UserError(f"bench: got {' '.join(args.what)} and --report, expected only one of them")
     if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
     if args.report:
@@ -65,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"record: {out / FILE}")
     try:
         print(f"report: {write_report([record], out)}")
-    except MissingDependencyError as error:  # what was measured is safe
-        print(f"no pictures: {error}", file=sys.stderr)
-    bad = [part.name for part in record.parts if not part.ok]
-    if bad:
-        print(f"error: not everything was measured: {', '.join(bad)} (the record says why)", file=sys.stderr)
-    return int(bool(bad))
+    except MissingDependencyError as error:  # the record is written
+        print(f"no report: {error}", file=sys.stderr)
+    failed = [part.name for part in record.parts if not part.ok]
+    if failed:
+        print(f"error: benchmarks failed: {', '.join(failed)} (reasons: {out / FILE})", file=sys.stderr)
+    return int(bool(failed))

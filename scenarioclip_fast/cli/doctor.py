@@ -1,4 +1,4 @@
-"""`scenarioclip-fast doctor`: what works here, and why the rest does not."""
+"""`scenarioclip-fast doctor`: versions, devices and available backends."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import argparse
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     subparsers.add_parser(
         "doctor",
-        help="what works here, and why not",
-        description="Versions, devices, compiled parts, and the backends that each op has here, with the reason for "
-        "each that it has not.",
+        help="check versions, devices and available backends",
+        description="Print versions, devices, compiled parts and the backends that each op can use here, with the "
+        "reason for each that it cannot.",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table of scenarioclip_fast.env."""
+    """Print the table of scenarioclip_fast.env."""
     from scenarioclip_fast import env
 
     env.report()

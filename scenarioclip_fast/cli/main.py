@@ -1,70 +1,99 @@
-"""The command `scenarioclip-fast`: finds the subcommand, and turns a user's mistake into one line.
+"""The command `scenarioclip-fast`: parse the arguments, run one command, print a user's mistake as one line.
 
-Exit codes: 0 done, 2 wrong usage or input, 1 anything else.
+Exit codes: 0 success; 2 wrong usage or input; 75 training stopped by a signal, state saved; 130 interrupted; 1 any
+other failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from scenarioclip_fast import __version__
-from scenarioclip_fast.errors import MissingDependencyError, TrainingFailed, UserError
+from scenarioclip_fast.cli.completion import SHELLS
+from scenarioclip_fast.dispatch import BackendError
+from scenarioclip_fast.errors import InstallationError, MissingDependencyError, TrainingFailed, UserError
+from scenarioclip_fast.requirements import check_installed, missing_dependency
 
-# Each module has add_parser(subparsers) and run(args) -> exit code, and imports what is heavy inside run.
+# Each module has add_parser(subparsers) and run(args) -> exit code, and imports heavy packages inside run.
 COMMANDS = ("demo", "scenes", "pack", "inspect", "train", "eval", "ablate", "report", "bench", "export", "doctor")
+PROGRAM = "scenarioclip-fast"
 
 
 class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, with the nearest valid choice."""
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
         sys.exit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = _did_you_mean(str(value), choices) or f", expected one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"got {value!r}{hint}")
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    parser = _Parser(prog="scenarioclip-fast", description="High-throughput ScenarioCLIP: data, training, evaluation.")
+
+class _PrintCompletion(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: object, shell: Any, option_string: str | None = None
+    ) -> None:
+        from scenarioclip_fast.cli.completion import script
+
+        print(script(build_parser(), shell))
+        parser.exit()
+
+
+def build_parser(prog: str = PROGRAM, commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of these subcommands, whose modules are imported."""
+    parser = _Parser(
+        prog=prog,
+        description="High-throughput ScenarioCLIP: data, training, evaluation.",
+        epilog=f"Shell completion: `source <({PROGRAM} --print-completion bash)`; requires shtab.",
+    )
     parser.add_argument("--version", action="version", version=f"scenarioclip-fast {__version__}")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print a completion script for this shell"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name in COMMANDS:
+    for name in commands:
         importlib.import_module(f"scenarioclip_fast.cli.{name}").add_parser(subparsers)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.prog += f" {args.command}"
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # `train a=1 -c FILE b=2`: argparse takes the first stretch of positional arguments alone
-        args.overrides += rest
-    command = importlib.import_module(f"scenarioclip_fast.cli.{args.command}")
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the arguments (default: the process's).
+        prog: the program's name in usage messages.
+    """
     try:
-        code: int = command.run(args)
-        return code
-    except (UserError, MissingDependencyError) as error:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv, prog)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, not while Python exits
+    except (UserError, BackendError, MissingDependencyError, InstallationError) as error:
         return _fail(str(error))
     except TrainingFailed as error:
         return _fail(str(error), 1)
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-        FileExistsError,
-    ) as error:
+    except ModuleNotFoundError as error:
+        if (message := missing_dependency(error)) is None:
+            raise
+        return _fail(message)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError) as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone: nothing is wrong, and nothing more may be written.
+        # The reader (`| head`) has exited: no error, but nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -73,10 +102,49 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename or 'while writing'}: {error.strerror}", 1)
 
 
+def _run(argv: Sequence[str], prog: str) -> int:
+    # Importing the modules of the other commands would only cost time.
+    parser = build_parser(prog, argv[:1] if argv and argv[0] in COMMANDS else COMMANDS)
+    args, rest = parser.parse_known_args(argv)
+    takes_overrides = hasattr(args, "overrides")
+    if rest and (not takes_overrides or any(text.startswith("-") for text in rest)):
+        parser.prog += f" {args.command}"
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), takes_overrides)}")
+    if rest:  # `train a=1 -c FILE b=2`: argparse accepts only the first group of positional arguments
+        args.overrides += rest
+    check_installed()
+    code: int = importlib.import_module(f"scenarioclip_fast.cli.{args.command}").run(args)
+    return code
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The option strings of a parser and its subcommands."""
+    options: list[str] = []
+    for action in parser._actions:
+        options += action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                options += _options(subparser)
+    return options
+
+
+def _hint(arguments: Sequence[str], options: Sequence[str], takes_overrides: bool) -> str:
+    option = next((text for text in arguments if text.startswith("-")), "")
+    key = option.lstrip("-")
+    if takes_overrides and "." in key.partition("=")[0]:
+        return f": did you mean {key}{'' if '=' in key else '=VALUE'}, without dashes?"
+    return _did_you_mean(option.partition("=")[0], options)
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def _fail(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m scenarioclip_fast.cli.main"))

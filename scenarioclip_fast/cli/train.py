@@ -1,42 +1,65 @@
-"""`scenarioclip-fast train`: trains as a config says, on one process or under torchrun."""
+"""`scenarioclip-fast train`: train a model as a config describes, in one process or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+from pathlib import Path
+from typing import Any
 
-# EX_TEMPFAIL: ended by a signal with everything saved, so a batch system may queue it again with --resume.
+from scenarioclip_fast.errors import UserError
+
+# EX_TEMPFAIL: ended by a signal with everything saved, so a batch system may queue the run again with --resume.
 STOPPED = 75
 
 
+class _Help(argparse.Action):
+    """Prints the usage, then every config key."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from scenarioclip_fast.train.config_reference import text
+
+        print(parser.format_help(), text(), sep="\n")
+        parser.exit()
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "train",
         help="train a model; under torchrun on many GPUs",
-        description="Trains as FILE says. Keys: scenarioclip_fast/train/config.py; ready files: configs/.",
-        epilog=f"Exit code {STOPPED}: ended early by a signal, state saved; run again with --resume.",
+        description="Train the model that FILE and the overrides describe. `configs/` has ready files.",
+        epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; run again with --resume.",
+        add_help=False,
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; left out: the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of FILE: optim.lr=1e-4")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message and every config key, and exit")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file (default: the defaults of every key)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of FILE: optim.lr=1e-4")
     parser.add_argument(
         "--resume",
         nargs="?",
         const=True,
         default=False,
         metavar="auto|best|PATH",
-        help="go on from the newest good checkpoint of run.dir, if it has one (auto, as without a value), from the one "
-        "with the lowest loss (best), or from PATH, a checkpoint or another run's directory",
+        help="resume from the newest valid checkpoint of run.dir, or start anew if there is none (auto, the default "
+        "without a value); from the checkpoint with the lowest loss (best); or from PATH, a checkpoint or the "
+        "directory of another run",
     )
+    parser.add_argument("--print-config", action="store_true", help="print the resulting config as YAML, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and prints a summary."""
+    """Train and print a summary."""
     from scenarioclip_fast.train.config import TrainConfig
 
     if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: no path, an override
         args.overrides.append(args.resume)
         args.resume = True
+    _check_resume(args.resume)
     config = TrainConfig.load(args.config, args.overrides) if args.config else TrainConfig.of({}, args.overrides)
+    if args.print_config:
+        print(config.to_yaml(), end="")
+        return 0
     from scenarioclip_fast.train.trainer import Trainer
 
     trainer = Trainer(config, resume=args.resume)
@@ -44,3 +67,11 @@ def run(args: argparse.Namespace) -> int:
     if trainer.world.is_main_process:
         print(result.summary())
     return 0 if result.completed else STOPPED
+
+
+def _check_resume(resume: str | bool) -> None:
+    words = ("auto", "best")
+    if isinstance(resume, bool) or resume in words or Path(resume).exists():
+        return
+    if near := difflib.get_close_matches(resume, words, n=1):
+        raise UserError(f"--resume: got {resume!r}, which does not exist: did you mean {near[0]}?")

@@ -31,18 +31,30 @@ class LoaderConfig:
         UserError: a value out of range; the message names the field.
     """
 
-    object_view: ObjectView = "masked"  # see Views.of_scenes
-    relation_view: RelationView = "focused"  # "box", "scene": ablations without focused regions
-    blur: Blur = "rgb"  # around a relation's masks; "reference" is the published quirk
-    augment: bool = True  # random crops, colour jitter and blur; False: evaluation views
-    decoder: DecoderName = "auto"  # "auto": DALI on a GPU where it is installed, else "torch"
-    prefetch: int = 2  # batches prepared ahead by background threads; 0: each is prepared on request
-    threads: int | None = None  # for reading and decoding; null: one per core, at most 16
-    cache_gib: float = 0.0  # memory of the device for decoded images, for data sets of few scenes
-    shard_cache_dir: str | None = None  # local cache of remote shards; null: ~/.cache/scenarioclip-fast/shards
-    shard_cache_gib: float = CACHE_GIB  # size limit of that cache; scenes of other shards are read one by one
-    max_pixels: int = MAX_PIXELS  # larger images are rejected by their header
-    max_bad_fraction: float = 0.1  # a larger share of unusable scenes ends the run
+    object_view: ObjectView = "masked"
+    """Object views: the whole image, black outside the box (masked), or the box with a margin (crop)."""
+    relation_view: RelationView = "focused"
+    """Relation views: the focused region, or for ablations the box around both objects or the whole scene."""
+    blur: Blur = "rgb"
+    """Blur around the masks of a relation: spatial (rgb), or along the colour axis too, as published (reference)."""
+    augment: bool = True
+    """Random crops, colour jitter and blur; false: the views of the evaluation."""
+    decoder: DecoderName = "auto"
+    """JPEG decoder; auto: DALI on a GPU where it is installed, torch elsewhere."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step by background threads; 0: each is prepared on request."""
+    threads: int | None = None
+    """Threads that read and decode; null: one per core, at most 16."""
+    cache_gib: float = 0.0
+    """Memory of the device for decoded images, in GiB; worth it for a data set that is seen many times."""
+    shard_cache_dir: str | None = None
+    """Local directory that caches shards read from a URL; null: ~/.cache/scenarioclip-fast/shards."""
+    shard_cache_gib: float = CACHE_GIB
+    """Size limit of that directory, in GiB; shards that do not fit are read scene by scene."""
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are rejected from their header."""
+    max_bad_fraction: float = 0.1
+    """Share of unreadable scenes above which the run ends with an error."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -1,4 +1,7 @@
-"""What a ScenarioCLIP is made of. Every error names the field to change."""
+"""The architecture of a ScenarioCLIP. Every error names the field to change.
+
+The string below a field is its meaning in the configuration reference (train/config_reference.py).
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,23 @@ def _check_choice(name: str, got: object, choices: Any) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer on square images of `image_size` pixels, cut into patches of `patch_size`.
-
-    stem: "linear" projects raw patches, as CLIP does; "conv" puts strided 3 x 3 convolutions before the
-    transformer, which learn much faster from scratch on small images, and needs a power of two as patch size.
-    """
+    """A vision transformer on square images."""
 
     image_size: int = 224
+    """Side of an image, in pixels; a multiple of patch_size."""
     patch_size: int = 32
+    """Side of a patch, in pixels."""
     width: int = 768
+    """Width of the transformer; a multiple of heads."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 12
+    """Attention heads."""
     stem: Stem = "linear"
+    """Patch embedding: a linear projection, as in CLIP, or strided 3 x 3 convolutions (conv), which learn much faster
+    from scratch on small images and require a power of two as patch_size."""
     activation: Activation = "quick_gelu"
+    """Activation of the MLPs; OpenAI's CLIP weights require quick_gelu."""
 
     def __post_init__(self) -> None:
         _check_sizes("vision", self, "image_size", "patch_size", "width", "layers", "heads")
@@ -74,7 +81,7 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """The class token and one token a patch."""
+        """Tokens per image: the class token and one per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
@@ -83,11 +90,17 @@ class TextConfig:
     """A causal text transformer. The last id of the vocabulary is end-of-text, as in CLIP."""
 
     context_length: int = 77
+    """Tokens per text, start and end included; longer texts are truncated."""
     vocab_size: int = 49408
+    """Size of the token vocabulary."""
     width: int = 512
+    """Width of the transformer; a multiple of heads."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 8
+    """Attention heads."""
     activation: Activation = "quick_gelu"
+    """Activation of the MLPs; OpenAI's CLIP weights require quick_gelu."""
 
     def __post_init__(self) -> None:
         _check_sizes("text", self, "context_length", "vocab_size", "width", "layers", "heads")
@@ -102,19 +115,20 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """What never trains, and is therefore one and the same at the three levels and in the teacher.
+    """The frozen weights, which the three levels and the teacher share.
 
-    vision_blocks, text_blocks: how many blocks are frozen, from the input on
-    embeddings: patch, class, position and token embeddings
-    pre_layernorm: the vision encoder's layernorm before block 0. The published reference trains it, which
-        costs a backward pass through the frozen blocks; False reproduces that.
     `FreezeConfig.nothing()` trains everything.
     """
 
     vision_blocks: int = 6
+    """Frozen blocks of the vision encoder, counted from the input."""
     text_blocks: int = 10
+    """Frozen blocks of the text encoder, counted from the input."""
     embeddings: bool = True
+    """Freeze the patch, class, position and token embeddings."""
     pre_layernorm: bool = True
+    """Freeze the vision encoder's layernorm before block 0. The published run trains it (false), which costs a backward
+    pass through the frozen blocks."""
 
     def __post_init__(self) -> None:
         for name in ("vision_blocks", "text_blocks"):
@@ -130,15 +144,13 @@ class FreezeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Variant, sizes and freezing of a ScenarioCLIP; the defaults are the paper's (ViT-B/32).
-
-    variant: "scenarioclip1" (six encoders, EMA teacher and distillation: the method), "scenarioclip0" (six
-        encoders, contrastive only) or "pyramidclip" (one vision and one text encoder for all levels)
-    embed_dim: width D of the embeddings
-    """
+    """Variant, sizes and freezing of a ScenarioCLIP; the defaults are the paper's (ViT-B/32)."""
 
     variant: Variant = "scenarioclip1"
+    """scenarioclip1: six encoders, EMA teacher and distillation, the method; scenarioclip0: six encoders, contrastive
+    losses only; pyramidclip: one vision and one text encoder for all levels."""
     embed_dim: int = 512
+    """Width D of the embeddings."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
@@ -176,7 +188,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:
-        """The reverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
+        """The inverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
         if not isinstance(record, Mapping):
             raise UserError(f"model config: got {record!r}, expected a mapping")
         parts = {"vision": VisionConfig, "text": TextConfig, "freeze": FreezeConfig}
@@ -186,10 +198,10 @@ class ModelConfig:
         return _from_mapping(cls, values, "")
 
     def differences(self, other: ModelConfig, *fields: str) -> list[str]:
-        """Lines such as "vision.width: 768 and 1024", one a field; `fields` limits them to these sections."""
+        """Lines such as "vision.width: 768 and 1024", one per field that differs, in `fields` only if given."""
         mine, theirs = flat(self.to_dict()), flat(other.to_dict())
-        wanted = [key for key in mine if not fields or key.split(".")[0] in fields]
-        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in wanted if mine[key] != theirs[key]]
+        compared = [key for key in mine if not fields or key.split(".")[0] in fields]
+        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in compared if mine[key] != theirs[key]]
 
 
 PRESETS = ("vit-b-32", "tiny")
@@ -207,7 +219,7 @@ def _from_mapping(cls: Any, record: object, prefix: str) -> Any:
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
+    """Flatten a nested mapping to dotted keys."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scenarioclip_fast.lazy import attach
+from scenarioclip_fast.requirements import check_installed
+
+check_installed()  # every use of scenarioclip_fast.kernels imports this package first
 
 if TYPE_CHECKING:
     from scenarioclip_fast.ops.contrastive import contrastive_loss, multilevel_contrastive_loss

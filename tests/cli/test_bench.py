@@ -89,7 +89,7 @@ def test_what_is_measured_and_what_is_not(
     out = checkout({"sums": SOURCE})
     assert main(["bench", "--out", str(out), "--device", "cpu"]) == 1
     printed = capsys.readouterr()
-    assert "bench sums: 7/7" in printed.err and "error: not everything was measured: sums" in printed.err
+    assert "bench sums: 7/7" in printed.err and "error: benchmarks failed: sums" in printed.err
     (part,) = read_record(out).parts
     assert [r.form for r in part.results] == ["theirs", "ours: quick", "ours: late", "ours: device"]
     assert [len(r.samples) for r in part.results] == [4, 4, 4, 2]
@@ -154,7 +154,7 @@ def test_choice() -> None:
     [
         (["kernel"], "bench: got 'kernel', expected kernels, data, step, or one of "),
         (["--report", "nowhere"], "nowhere: no record here, expected a directory that holds record.json, or that file"),
-        (["views", "--report", "nowhere"], "bench: got views and --report: either measure or report"),
+        (["views", "--report", "nowhere"], "bench: got views and --report, expected only one of them"),
         (["--limit", "0"], "--limit: got 0, expected seconds above 0"),
         (["--limit", "nan"], "--limit: got nan, expected seconds above 0"),
         (["--device", "cuda"], "--device cuda: no GPU is visible to torch"),

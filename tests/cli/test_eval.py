@@ -166,7 +166,7 @@ def test_two_ranks_say_what_one_process_says(
             [
                 *torchrun,
                 "-m",
-                "scenarioclip_fast.cli.main",
+                "scenarioclip_fast",
                 *command(place, kind, "--json", str(two), "--batch-size", "4", shards=shards),
             ],
             env=environment,

@@ -1,18 +1,40 @@
+"""The command line: one line for every mistake of a user, help, completion and start-up."""
+
+from __future__ import annotations
+
 import argparse
 import errno
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from scenarioclip_fast.cli import doctor
 from scenarioclip_fast.cli.main import COMMANDS, build_parser, main
+from scenarioclip_fast.dispatch import BackendError
+from scenarioclip_fast.train.config import TrainConfig
+from scenarioclip_fast.train.config_reference import sections
+
+ROOT = Path(__file__).parents[2]
+MODULE = [sys.executable, "-m", "scenarioclip_fast"]
 
 
-def fail_with(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(args: object) -> int:
         raise error
 
     monkeypatch.setattr(doctor, "run", run)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return {name: sub for choices in found for name, sub in (choices or {}).items()}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
@@ -22,22 +44,116 @@ def test_a_full_disk_is_one_line(
     fail_with(monkeypatch, OSError(code, os.strerror(code), "out.json"))
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == f"error: out.json: {os.strerror(code)}\n"
-    fail_with(monkeypatch, OSError(code, os.strerror(code)))  # from a write, which knows no name
+    fail_with(monkeypatch, OSError(code, os.strerror(code)))  # from a write, which has no file name
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == f"error: while writing: {os.strerror(code)}\n"
 
 
-def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(OSError, match="Input/output error"):
         main(["doctor"])
 
 
-def test_every_command_says_what_it_does_and_writes_defaults_alike() -> None:
-    def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-        found = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-        return {name: sub for choices in found for name, sub in (choices or {}).items()}
+def test_a_backend_that_cannot_serve_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(monkeypatch, BackendError("render_views: backend 'cuda' cannot serve cpu tensors"))
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: render_views: backend 'cuda' cannot serve cpu tensors\n"
 
+
+def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(monkeypatch, ModuleNotFoundError("No module named 'torch'", name="torch"))
+    assert main(["doctor"]) == 2
+    assert re.fullmatch(r"error: torch is not installed: run `pip install 'torch>=.*'`\n", capsys.readouterr().err)
+    fail_with(monkeypatch, ModuleNotFoundError("No module named 'nonsense'", name="nonsense"))
+    with pytest.raises(ModuleNotFoundError):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("trian", "argument COMMAND: got 'trian': did you mean train?"),
+        ("zzz", "argument COMMAND: got 'zzz', expected one of demo, scenes, pack, "),
+        ("doctor --fast", "unrecognized arguments: --fast (see `scenarioclip-fast doctor --help`)"),
+        ("doctor now", "unrecognized arguments: now"),
+        ("eval zerosht RUN SHARDS", "argument KIND: got 'zerosht': did you mean zeroshot?"),
+        ("eval zeroshot RUN SHARDS --spilt test", "unrecognized arguments: --spilt test: did you mean --split?"),
+        ("eval zeroshot RUN SHARDS --weights teachr", "argument --weights: got 'teachr': did you mean teacher?"),
+        ("pack DIR", "the following arguments are required: --out (see `scenarioclip-fast pack --help`)"),
+        ("scenes --out DIR -n many", "argument -n: invalid int value: 'many'"),
+        ("train --resmue", "unrecognized arguments: --resmue: did you mean --resume?"),
+        ("train --optim.lr=1e-4", "unrecognized arguments: --optim.lr=1e-4: did you mean optim.lr=1e-4, without"),
+        ("train --optim.lr 1e-4", "did you mean optim.lr=VALUE, without dashes?"),
+        ("train -c", "argument -c/--config: expected one argument"),
+        ("--print-completion csh", "argument --print-completion: got 'csh': did you mean tcsh?"),
+    ],
+)
+def test_wrong_usage_is_one_line(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train", "data.shards is not set: expected the directory that"),
+        ("train tiny.yaml", "got 'tiny.yaml', expected key=value: did you mean -c tiny.yaml?"),
+        ("train -c missing.yaml", "cannot read the config missing.yaml: No such file or directory"),
+        ("train -c .", "cannot read the config .: Is a directory"),
+        ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
+        ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
+        ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a number"),
+        ("pack missing --out packed", "missing: no such directory or tar"),
+        ("inspect missing", "missing: no such directory"),
+        ("report missing", "missing does not exist"),
+        ("scenes --out /dev/null", "/dev/null"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_ends_a_running_command(tmp_path: Path) -> None:
+    out = tmp_path / "scenes"
+    command = [*MODULE, "scenes", "--out", str(out), "-n", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and not any(out.rglob("*.jpg")):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, error = process.communicate(timeout=60)
+    # CPython itself ends by SIGINT where one arrived in an exec() of an import; a shell sees 130 in both cases.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{' '.join(MODULE)} train --help | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_command_describes_itself_and_writes_defaults_alike() -> None:
     parsers = subcommands(build_parser())
     assert tuple(parsers) == COMMANDS
     for name, parser in {**parsers, **subcommands(parsers["eval"])}.items():
@@ -45,3 +161,79 @@ def test_every_command_says_what_it_does_and_writes_defaults_alike() -> None:
         text = " ".join(parser.format_help().split())
         assert "%%" not in text
         assert "(default " not in text.replace("(default)", ""), f"{name}: write (default: VALUE)"
+
+
+def test_python_m_shows_its_own_name() -> None:
+    done = subprocess.run([*MODULE, "train", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m scenarioclip_fast train ")
+
+
+def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for section in sections():
+        for key in section.keys:
+            assert re.search(rf"^  {re.escape(key.name)} .*{re.escape(key.default)}$", text, re.MULTILINE), key.name
+
+
+def test_print_config_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["optim.lr=3e-4", "data.shards=x", "train.profile=[2, 3]"]
+    assert main(["train", "-c", str(ROOT / "configs" / "tiny.yaml"), "--print-config", *overrides]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    config = TrainConfig.load(tmp_path / "printed.yaml")
+    assert config == TrainConfig.load(ROOT / "configs" / "tiny.yaml", overrides)
+    assert config.optim.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "--print-config"], ["pack", "--help"]]
+)
+def test_help_and_config_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys\nfrom scenarioclip_fast.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+        "print(*{'torch', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tra"], ["train"]),
+        (["train", "optim.we"], ["optim.weight_decay="]),
+        (["train", "-c", "FILE", "data.shards=x", "train.accum"], ["train.accumulate="]),
+        (["train", "--res"], ["--resume"]),
+        (["train", "-c", "conf"], ["configs"]),
+        (["eval", "retr"], ["retrieval"]),
+        (["eval", "zeroshot", "--weights", "t"], ["teacher"]),
+        (["pack", "--out", "conf"], ["configs"]),
+    ],
+)
+def test_bash_completes_commands_options_paths_and_keys(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    script = tmp_path / "completion.bash"
+    with script.open("w") as file:
+        subprocess.run([*MODULE, "--print-completion", "bash"], stdout=file, check=True)
+    (tmp_path / "configs").mkdir()
+    line = ["scenarioclip-fast", *words]
+    press_tab = (
+        f"source {script}; COMP_WORDS=({' '.join(line)}); COMP_CWORD={len(line) - 1}; _scenarioclip_fast; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", press_tab], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts_name_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", shell])
+    assert stop.value.code == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)

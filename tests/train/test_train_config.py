@@ -10,7 +10,9 @@ import yaml
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
+from scenarioclip_fast.train import config_reference
 from scenarioclip_fast.train.config import ModelSection, TrainConfig
+from scenarioclip_fast.train.config_parse import dotted_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -114,6 +116,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("model.freeze.text_blocks=13", r"model\.freeze\.text_blocks: got 13, expected at most"),
         ("model.preset=huge", r"model\.preset: got 'huge', expected one of vit-b-32, tiny"),
         ("optim.lr", r"got 'optim\.lr', expected key=value"),
+        ("tiny.yaml", r"got 'tiny\.yaml', expected key=value: did you mean -c tiny\.yaml\?"),
         ("optim.lr=[", r"optim\.lr: got '\[', which is not a YAML value"),
         ("train.steps=0", r"train\.steps: got 0, expected above 0"),
         ("train.accumulate=0", r"train\.accumulate: got 0, expected above 0"),
@@ -142,9 +145,14 @@ def test_a_malformed_file_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml"):
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml: No such file"):
         TrainConfig.load(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        TrainConfig.load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("run: {dir: é}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.yaml: byte 11 is not UTF-8 text"):
+        TrainConfig.load(tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -162,3 +170,36 @@ def test_reference_keeps_the_quirks_and_fast_does_not() -> None:
     assert (reference.loss.distillation_scale, fast.loss.distillation_scale) == (1, fast.model.embed_dim)
     assert replace(fast.loss, distillation_scale=1.0) == reference.loss
     assert (reference.optim.lr, reference.data.batch_size, reference.train.epochs) == (2e-5, 128, 12)
+
+
+def test_every_key_and_section_has_a_meaning() -> None:
+    """The meaning is the string literal below the field of the dataclass."""
+    sections = config_reference.sections()
+    keys = [key for section in sections for key in section.keys]
+    assert [key.name for key in keys if not key.meaning] == []
+    assert [section.name for section in sections if not section.description] == []
+    names = {key.name for key in keys} | {section.name for section in sections}
+    assert names == {*dotted_keys(TrainConfig), "model.preset"}
+
+
+def test_the_reference_shows_types_and_defaults_as_yaml_writes_them() -> None:
+    keys = {key.name: key for section in config_reference.sections() for key in section.keys}
+    assert [keys["train.compile"].type, keys["train.compile"].default] == ["true | false | auto", "false"]
+    assert [keys["optim.betas"].type, keys["optim.betas"].default] == ["[float, float]", "[0.9, 0.999]"]
+    assert [keys["train.epochs"].type, keys["train.epochs"].default] == ["float | null", "null"]
+    assert keys["model.preset"].type == "vit-b-32 | tiny"
+    overrides = [f"{key.name}={key.default}" for key in keys.values()]
+    assert TrainConfig.of({}, [text for text in overrides if text != 'data.shards=""']) == TrainConfig()
+
+
+def test_the_reference_as_text_and_as_a_page() -> None:
+    text = config_reference.text(width=80)
+    assert max(map(len, text.splitlines())) <= 100  # the longest list of choices
+    page = config_reference.markdown()
+    for section in config_reference.sections():
+        assert f"\n{section.name}: " in text
+        assert f"\n## {section.name}\n" in page
+        for key in section.keys:
+            assert f"\n  {key.name} " in text
+            assert f"\n| `{key.name}` |" in page
+    assert "| `model.vision.image_size` | `224` | `64` |" in page

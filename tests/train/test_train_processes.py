@@ -32,7 +32,7 @@ def start(config: TrainConfig, *options: str, ranks: int = 1) -> subprocess.Pope
     path = Path(config.run.dir).with_suffix(".yaml")
     config.save(path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "scenarioclip_fast.cli.main", "train", "-c", str(path), *options]
+    command = [sys.executable, *launcher, "-m", "scenarioclip_fast", "train", "-c", str(path), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -1,0 +1,237 @@
+"""Convert YAML values and `key=value` overrides to config dataclasses.
+
+Every mistake (an unknown key, a wrong type) is one UserError that names the dotted key. Knows the dataclasses only
+through their type hints, so a new field needs no change here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from scenarioclip_fast.data.config import LoaderConfig
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
+from scenarioclip_fast.requirements import require
+
+C = TypeVar("C")
+
+# Keys of other trainers -> ours.
+ALIASES = {
+    "learning_rate": "optim.lr",
+    "rate": "optim.lr",
+    "max_steps": "train.steps",
+    "max_epochs": "train.epochs",
+    "output_dir": "run.dir",
+    "gradient_accumulation_steps": "train.accumulate",
+    "accumulate_grad_batches": "train.accumulate",
+    "accum_freq": "train.accumulate",
+}
+
+
+class RawValue(str):
+    """The text of an override; the type of its key decides what it means."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read the nested mapping of a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or YAML, or holds something other than a mapping.
+    """
+    yaml = require("yaml")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the config {path}: byte {error.start} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: got {_kind(values)}, expected a mapping of config sections")
+    return values or {}
+
+
+def parse_override(text: str) -> tuple[list[str], RawValue]:
+    """Split `dotted.key=value` into the path of the key and its value."""
+    key, equals, value = text.partition("=")
+    if not equals and Path(text).suffix in (".yaml", ".yml"):
+        raise UserError(f"got {text!r}, expected key=value: did you mean -c {text}?")
+    if not equals or not key.strip():
+        raise UserError(f"got {text!r}, expected key=value, for example optim.lr=1e-4")
+    return key.strip().split("."), RawValue(value.strip())
+
+
+def set_value(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a leaf of a nested mapping, creating or replacing what is on the way."""
+    for part in path[:-1]:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = tree[part] = {}
+        tree = inner
+    tree[path[-1]] = value
+
+
+def plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Copy a nested mapping to dicts; an empty section of a file (None) becomes an empty mapping."""
+    copy: dict[str, Any] = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise UserError(f"{prefix}{key!r}: got a key of type {type(key).__name__}, expected a name")
+        if value is None and not prefix:
+            value = {}
+        copy[key] = plain(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+    return copy
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Overlay one nested mapping on another."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace tuples by lists, as YAML and JSON read them back."""
+    return {
+        name: with_lists(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
+        for name, v in values.items()
+    }
+
+
+def dotted_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a config dataclass, sections included."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        yield prefix + f.name
+        if is_dataclass(hints[f.name]):
+            yield from dotted_keys(hints[f.name], f"{prefix}{f.name}.")
+
+
+def build(cls: type[C], tree: Mapping[str, Any], extra_keys: Iterable[str] = ()) -> C:
+    """Build the config dataclass `cls` from a nested mapping.
+
+    Args:
+        extra_keys: dotted keys that are valid but no fields, for "did you mean".
+    """
+    return _section("", cls, tree, [*dotted_keys(cls), *extra_keys])
+
+
+def convert(key: str, wanted: Any, value: Any, known: Sequence[str] = ()) -> Any:
+    """Convert `value` to the type `wanted`, or raise a UserError that names `key`."""
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        return _section(key, wanted, value, known)
+    origin = get_origin(wanted)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, RawValue) and value.lower() in ("null", "none", "~", "")):
+            return None
+        return convert(key, next(a for a in get_args(wanted) if a is not type(None)), value)
+    if origin is Literal:
+        return _choice(key, get_args(wanted), value)
+    if wanted is str:
+        if isinstance(value, str):
+            return str(value)
+        raise _wrong_type(key, wanted, value)
+    if isinstance(value, RawValue):
+        value = _scalar(key, value)
+    if origin is tuple:
+        inner = get_args(wanted)
+        if not isinstance(value, list | tuple) or len(value) != len(inner):
+            raise _wrong_type(key, wanted, value)
+        return tuple(convert(f"{key}[{i}]", t, v) for i, (t, v) in enumerate(zip(inner, value, strict=True)))
+    number = _number(value)
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if wanted is float and number is not None:
+        return number
+    if wanted is int and number is not None and number.is_integer():
+        return int(value) if isinstance(value, int) else int(number)
+    raise _wrong_type(key, wanted, value)
+
+
+def shown(value: object) -> str:
+    """A default or a choice as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(shown, value))}]"
+    return str(value) if value != "" else '""'
+
+
+def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:
+    hints = get_type_hints(cls)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{key}: got {_described(value)}, expected a section with {', '.join(hints)}")
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            raise _unknown(prefix + name, [prefix + n for n in hints], known)
+    converted = {name: convert(prefix + name, hints[name], v, known) for name, v in value.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        if issubclass(cls, ModelConfig | VisionConfig | TextConfig | FreezeConfig):
+            raise UserError(f"model.{error}") from None  # the model's configs do not know their place in the tree
+        if issubclass(cls, LoaderConfig):
+            raise UserError(f"{key}.{error}") from None
+        raise
+
+
+def _unknown(key: str, siblings: list[str], known: Sequence[str]) -> UserError:
+    # The last part may be right and the section wrong (train.lr), or the other way round (optim.decay).
+    name = key.rpartition(".")[2]
+    near = [ALIASES[name]] if name in ALIASES else [k for k in known if k.rpartition(".")[2] == name]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return UserError(f"unknown config key {key}: did you mean {near[0]}?")
+    nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)[0]
+    return UserError(f"unknown config key {key}: the nearest is {nearest}; expected one of {', '.join(siblings)}")
+
+
+def _choice(key: str, choices: Sequence[Any], value: Any) -> Any:
+    if isinstance(value, RawValue) and bool in map(type, choices):
+        value = _scalar(key, value)
+    for choice in choices:
+        if choice == value and isinstance(value, type(choice)):  # 1 is not true
+            return choice
+    raise UserError(f"{key}: got {_described(value)}, expected one of {', '.join(map(shown, choices))}")
+
+
+def _scalar(key: str, text: str) -> Any:
+    yaml = require("yaml")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: got {str(text)!r}, which is not a YAML value") from None
+
+
+def _number(value: Any) -> float | None:
+    """YAML 1.1 reads 1e-3 as a string, so such strings count as numbers; NaN and infinity do not."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) != float("inf") and number == number else None
+
+
+def _wrong_type(key: str, wanted: Any, value: Any) -> UserError:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    expected = names.get(wanted) or f"a list of {len(get_args(wanted))} numbers"
+    return UserError(f"{key}: got {_described(value)}, expected {expected}")
+
+
+def _described(value: Any) -> str:
+    return repr(str(value)) if isinstance(value, str) else f"{value!r} ({_kind(value)})"
+
+
+def _kind(value: Any) -> str:
+    return {"dict": "a mapping", "list": "a list", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)

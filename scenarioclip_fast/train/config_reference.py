@@ -1,0 +1,173 @@
+"""Document every key of TrainConfig, for `train --help` and for docs/configuration.md.
+
+    python -m scenarioclip_fast.train.config_reference > docs/configuration.md
+
+Types and defaults come from the dataclasses; meanings are the strings below their fields, which documentation tools
+and editors show too. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from scenarioclip_fast.model.config import PRESETS, ModelConfig, flat
+from scenarioclip_fast.train.config import PRESET_KEY, TrainConfig
+from scenarioclip_fast.train.config_parse import ALIASES, shown
+
+_PRESET_MEANING = "Architecture that the other model keys change."
+_INTRODUCTION = """\
+# Configuration
+
+`scenarioclip-fast train -c FILE [KEY=VALUE ...]` reads a YAML file with the sections below; every key is optional but
+`data.shards` and one of `train.steps`, `train.epochs` and `train.views`. `KEY=VALUE` arguments, such as
+`optim.lr=1e-4`, take precedence over the file; a budget among them replaces the file's budget.
+`train --print-config` prints the resulting config, and `train --help` this reference. The files in `configs/` are
+ready to use.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its dotted name, type and default as YAML writes them, and meaning ("" where none is written)."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """The keys of one dataclass, and its description."""
+
+    name: str
+    description: str
+    keys: tuple[Key, ...]
+
+
+def sections() -> list[Section]:
+    """All sections in the order of the config, nested ones after the section that holds them."""
+    return list(_sections("", TrainConfig()))
+
+
+def meanings(cls: Any) -> dict[str, str]:
+    """Field -> the string literal below it, in `cls` and its base dataclasses; fields without one are absent."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if "__dataclass_fields__" not in vars(base):
+            continue
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # installed without sources
+            continue
+        definition = ast.parse(textwrap.dedent(source)).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement, below in zip(definition.body, definition.body[1:], strict=False):
+            match statement, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def text(width: int | None = None) -> str:
+    """The reference for a terminal of `width` columns (default: this one's)."""
+    width = min(width or shutil.get_terminal_size().columns, 120)
+    every = sections()
+    columns = [max(len(getattr(key, column)) for s in every for key in s.keys) for column in ("name", "type")]
+    lines: list[str] = []
+    for section in every:
+        lines += ["", *textwrap.wrap(f"{section.name}: {section.description}", width, subsequent_indent="  ")]
+        for key in section.keys:
+            lines.append(f"  {key.name:<{columns[0]}}  {key.type:<{columns[1]}}  {key.default}".rstrip())
+            lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    heading = f"  {'key':<{columns[0]}}  {'type':<{columns[1]}}  default"
+    return "\n".join(["config keys:", heading, *lines])
+
+
+def markdown() -> str:
+    """The reference as a Markdown page."""
+    parts = [_INTRODUCTION]
+    for section in sections():
+        parts += [
+            f"## {section.name}\n",
+            f"{section.description}\n",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        parts += [
+            f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.meaning)} |" for key in section.keys
+        ]
+        parts.append("")
+    presets = {name: flat(ModelConfig.preset(name).to_dict()) for name in PRESETS}
+    parts += [
+        "## Presets\n",
+        f"Values that `{PRESET_KEY}` sets; a key that is given beside it wins.\n",
+        f"| key | {' | '.join(f'`{name}`' for name in PRESETS)} |",
+        f"|---|{'---|' * len(PRESETS)}",
+    ]
+    for key in presets[PRESETS[0]]:
+        values = [shown(preset[key]) for preset in presets.values()]
+        if len(set(values)) > 1:
+            parts.append(f"| `model.{key}` | {' | '.join(f'`{value}`' for value in values)} |")
+    parts += [
+        "",
+        "## Names in other trainers\n",
+        "The error for one of these names suggests ours.\n",
+        "| there | here |",
+        "|---|---|",
+    ]
+    parts += [f"| `{theirs}` | `{here}` |" for theirs, here in ALIASES.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _sections(prefix: str, config: Any) -> Iterator[Section]:
+    cls = type(config)
+    hints = get_type_hints(cls)
+    documented = meanings(cls)
+    keys: list[Key] = []
+    nested: list[Section] = []
+    for f in fields(cls):
+        name, value = prefix + f.name, getattr(config, f.name)
+        if is_dataclass(hints[f.name]):
+            nested += _sections(f"{name}.", value)
+        else:
+            keys.append(Key(name, type_name(hints[f.name]), shown(value), documented.get(f.name, "")))
+    if PRESET_KEY.startswith(prefix) and "." not in PRESET_KEY.removeprefix(prefix):
+        keys.insert(0, Key(PRESET_KEY, type_name(Literal[PRESETS]), PRESETS[0], _PRESET_MEANING))
+    if keys:
+        yield Section(prefix.rstrip("."), _first_paragraph(cls), tuple(keys))
+    yield from nested
+
+
+def type_name(hint: Any) -> str:
+    """A type as YAML users read it: "int", "float | null", "[int, int]", or the allowed values."""
+    if hint is type(None):
+        return "null"
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(map(shown, inner))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(type_name, inner))
+    if origin is tuple:
+        return f"[{', '.join(map(type_name, inner))}]"
+    name: str = hint.__name__
+    return name
+
+
+def _first_paragraph(cls: type) -> str:
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
