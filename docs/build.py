@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -27,6 +28,8 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FETCHED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(?:https?:)?//[^\"]*|<link\b[^>]*\bhref=\"https?://[^\"]*"
 )
+
+_LINK = re.compile(r"\bhref=\"(?![a-z]+:|//|/|#)([^\"#?]+)")
 
 
 def config_reference() -> str:
@@ -61,6 +64,17 @@ def fetched_resources() -> list[str]:
     return [f"{page.relative_to(SITE)}: fetches {found}" for page, text in pages for found in _FETCHED.findall(text)]
 
 
+def dead_links() -> list[str]:
+    """Relative links of the built pages that lead nowhere; Zensical checks only those between pages."""
+    found = []
+    for page in sorted(SITE.rglob("*.html")):
+        for link in sorted(set(_LINK.findall(page.read_text(encoding="utf-8")))):
+            target = (page.parent / unquote(link)).resolve()
+            if not (target / "index.html").is_file() and not target.is_file():
+                found.append(f"{page.relative_to(SITE)}: dead link {link}")
+    return found
+
+
 def main() -> int:
     CONFIG.parent.mkdir(parents=True, exist_ok=True)
     CONFIG.write_text(config_reference(), encoding="utf-8")
@@ -72,7 +86,7 @@ def main() -> int:
     print(output, end="")
     problems += [found[0] for found in _WARNING.finditer(output)]
     if done.returncode == 0:
-        problems += fetched_resources()
+        problems += fetched_resources() + dead_links()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems or done.returncode else 0
