@@ -29,7 +29,7 @@ _FETCHED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(?:https?:)?//[^\"]*|<link\b[^>]*\bhref=\"https?://[^\"]*"
 )
 
-_LINK = re.compile(r"\bhref=\"(?![a-z]+:|//|/|#)([^\"#?]+)")
+_LINK = re.compile(r"<a\b[^>]*\bhref=\"(?![a-z]+:|//|/|#)(?P<path>[^\"#?]+)[^>]*>(?P<text>.*?)</a>", re.DOTALL)
 
 
 def config_reference() -> str:
@@ -64,15 +64,24 @@ def fetched_resources() -> list[str]:
     return [f"{page.relative_to(SITE)}: fetches {found}" for page, text in pages for found in _FETCHED.findall(text)]
 
 
-def dead_links() -> list[str]:
-    """Relative links of the built pages that lead nowhere; Zensical checks only those between pages."""
-    found = []
+def repair_links() -> list[str]:
+    """Turn links to source files, which work on GitHub only, into text; return the dead links."""
+    dead = []
     for page in sorted(SITE.rglob("*.html")):
-        for link in sorted(set(_LINK.findall(page.read_text(encoding="utf-8")))):
-            target = (page.parent / unquote(link)).resolve()
-            if not (target / "index.html").is_file() and not target.is_file():
-                found.append(f"{page.relative_to(SITE)}: dead link {link}")
-    return found
+
+        def repaired(link: re.Match[str], page: Path = page) -> str:
+            target = (page.parent / unquote(link["path"])).resolve()
+            if (target / "index.html").is_file() or target.is_file():
+                return link[0]
+            if target.is_relative_to(SITE.parent) and (ROOT / target.relative_to(SITE.parent)).exists():
+                return link["text"]
+            dead.append(f"{page.relative_to(SITE)}: dead link {link['path']}")
+            return link[0]
+
+        text = page.read_text(encoding="utf-8")
+        if (new := _LINK.sub(repaired, text)) != text:
+            page.write_text(new, encoding="utf-8")
+    return dead
 
 
 def main() -> int:
@@ -86,7 +95,7 @@ def main() -> int:
     print(output, end="")
     problems += [found[0] for found in _WARNING.finditer(output)]
     if done.returncode == 0:
-        problems += fetched_resources() + dead_links()
+        problems += fetched_resources() + repair_links()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems or done.returncode else 0

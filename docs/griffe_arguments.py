@@ -1,6 +1,6 @@
-"""Griffe extension: split `a, b: text` in a docstring's arguments into one entry per name.
+"""Griffe extension: split `a, b: text` among a docstring's arguments or attributes into one entry per name.
 
-Griffe then finds the type of each, and an entry that names no argument of the signature is a warning.
+Griffe then finds the type of each, and warns about an entry that names no argument of the signature.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
+_SECTION = re.compile(r"^(Args|Attributes):\n(?: .*\n?)+", re.MULTILINE)
 _ENTRY = re.compile(
     r"^(?P<indent> +)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)+)(?P<text>: .*(?:\n(?P=indent) +.*)*)", re.MULTILINE
 )
@@ -17,13 +18,11 @@ _ENTRY = re.compile(
 
 def split_arguments(docstring: str) -> str:
     """Repeat the text of an entry for each of its names."""
-    before, heading, after = docstring.partition("\nArgs:\n")
-    section, blank, rest = after.partition("\n\n")
 
     def split(entry: re.Match[str]) -> str:
         return "\n".join(f"{entry['indent']}{name}{entry['text']}" for name in entry["names"].split(", "))
 
-    return before + heading + _ENTRY.sub(split, section) + blank + rest
+    return _SECTION.sub(lambda section: _ENTRY.sub(split, section[0]), docstring)
 
 
 class SplitArguments(Extension):
