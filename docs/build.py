@@ -6,6 +6,7 @@ API reference comes from static analysis of the sources. Neither the build nor i
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -58,6 +59,20 @@ def nav_problems(nav: list[Any]) -> list[str]:
     return missing + [f"docs/{page}: not in the nav of mkdocs.yml" for page in sorted(present - set(listed))]
 
 
+def undocumented_names() -> list[str]:
+    """Public names of the packages on API pages that their page lacks, for want of a docstring."""
+    missing = []
+    for page in sorted((DOCS / "api").glob("*.md")):
+        built = SITE / "api" / page.stem / "index.html" if page.stem != "index" else SITE / "api" / "index.html"
+        for package in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            source = ROOT.joinpath(*package.split("."), "__init__.py")
+            for statement in ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else []:
+                if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+                    names = [f"{package}.{name}" for name in ast.literal_eval(statement.value)]
+                    missing += [name for name in names if f'id="{name}"' not in built.read_text(encoding="utf-8")]
+    return [f"{name}: public, but not in the API reference: it has no docstring" for name in missing]
+
+
 def fetched_resources() -> list[str]:
     """Resources that the built pages would fetch from other sites."""
     pages = ((page, page.read_text(encoding="utf-8")) for page in sorted(SITE.rglob("*.html")))
@@ -95,7 +110,7 @@ def main() -> int:
     print(output, end="")
     problems += [found[0] for found in _WARNING.finditer(output)]
     if done.returncode == 0:
-        problems += fetched_resources() + repair_links()
+        problems += undocumented_names() + fetched_resources() + repair_links()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems or done.returncode else 0

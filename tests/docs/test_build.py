@@ -47,6 +47,18 @@ def test_resources_of_other_sites_are_found(build: ModuleType) -> None:
     assert "cdn.example.org" in found
 
 
+def test_public_names_must_be_documented(build: ModuleType) -> None:
+    files = {
+        "docs/api/index.md": "::: package\n\n::: package.module.function\n",
+        "package/__init__.py": '__all__ = ["shown", "absent"]\n',
+        "build/site/api/index.html": '<h2 id="package.shown">',
+    }
+    for path, text in files.items():
+        (build.ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+        (build.ROOT / path).write_text(text)
+    assert build.undocumented_names() == ["package.absent: public, but not in the API reference: it has no docstring"]
+
+
 def test_nav_and_pages_must_agree(build: ModuleType) -> None:
     problems = build.nav_problems([{"Home": "index.md"}, {"Guide": [{"Gone": "gone.md"}]}])
     assert problems == ["mkdocs.yml: nav: gone.md does not exist", "docs/lost.md: not in the nav of mkdocs.yml"]
