@@ -1,4 +1,4 @@
-"""The losses in a LightningModule: the temperature is a parameter of the module like any other. Run:
+"""A contrastive loss in a LightningModule, with the temperature as one of its parameters. Run:
 
 pip install lightning
 python examples/loss_in_lightning_module.py
@@ -16,24 +16,24 @@ from scenarioclip_fast.losses import ContrastiveLoss
 
 
 class TwoTowers(L.LightningModule):
-    """Vectors for images and for texts, embedded by a matrix each."""
+    """A linear encoder for image vectors and one for text vectors."""
 
     def __init__(self, meaning: Tensor, lr: float = 3e-3) -> None:  # [texts, width]
         super().__init__()
         width = meaning.shape[1]
         self.register_buffer("meaning", meaning)
         self.image_encoder, self.text_encoder = nn.Linear(width, width), nn.Linear(width, width)
-        self.criterion = ContrastiveLoss(duplicates="positives")  # rows with an equal text are one class
+        self.criterion = ContrastiveLoss(duplicates="positives")  # rows with equal texts form one class
         self.lr = lr
         self.losses: list[float] = []
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:  # the loss sees the rows of all ranks; Lightning averages the gradients
+        if self.trainer.world_size > 1:  # compare the rows of all ranks; Lightning averages the gradients
             self.criterion.group = dist.group.WORLD
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:  # [N, width], [N] int64
         images, text = batch
-        distinct, index = text.unique(return_inverse=True)  # a text that occurs often is embedded once
+        distinct, index = text.unique(return_inverse=True)  # each distinct text is embedded once
         features = self.image_encoder(images), self.text_encoder(self.meaning[distinct])
         loss = self.criterion(*features, index, text_id=distinct)
         self.losses.append(loss.item())
@@ -44,7 +44,7 @@ class TwoTowers(L.LightningModule):
 
 
 def main(steps: int = 60, rows: int = 256, texts: int = 40, width: int = 64) -> list[float]:
-    """Fits the module to noisy pairs of vectors; returns the loss of every step."""
+    """Fit the module to noisy pairs of vectors; return the loss of every step."""
     torch.manual_seed(0)
     meaning = torch.randn(texts, width)
     text = torch.randint(texts, (steps * rows,))

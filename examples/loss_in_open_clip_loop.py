@@ -1,4 +1,4 @@
-"""A step as open_clip's training loop takes it, with ClipLoss in place of open_clip's class of that name. Run:
+"""A training step as in open_clip, with ClipLoss in place of open_clip's class of that name. Run:
 
 python examples/loss_in_open_clip_loop.py
 torchrun --nproc-per-node 2 examples/loss_in_open_clip_loop.py
@@ -18,7 +18,7 @@ from scenarioclip_fast.losses import ClipLoss
 
 
 class TwoTowers(nn.Module):
-    """What open_clip's CLIP.forward returns: unit features and the scale that multiplies their cosines."""
+    """Returns what open_clip's CLIP does: normalised features and the scale of their cosines."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class TwoTowers(nn.Module):
 
 
 def main(steps: int = 60, batch_size: int = 128, width: int = 64) -> list[float]:
-    """Fits two towers to noisy pairs; returns the loss of every step."""
+    """Fit two towers to noisy pairs of vectors; return the loss of every step."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         dist.init_process_group("gloo")

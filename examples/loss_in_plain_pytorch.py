@@ -1,6 +1,6 @@
-"""The losses in a loop of one's own: nothing of the trainer or the data pipeline is needed.
+"""A contrastive loss in a plain PyTorch loop, without the trainer or the data pipeline of this package.
 
-Rows of images point into the distinct texts of the batch: a name that occurs 300 times is embedded once. Run:
+Image rows point into the distinct texts of the batch, so a name that occurs 300 times is embedded once. Run:
 
     python examples/loss_in_plain_pytorch.py
 """
@@ -14,11 +14,11 @@ from scenarioclip_fast.losses import ContrastiveLoss
 
 
 def main(steps: int = 60, rows: int = 256, texts: int = 40, width: int = 64) -> list[float]:
-    """Fits two small encoders to noisy pairs of vectors; returns the loss of every step."""
+    """Fit two small encoders to noisy pairs of vectors; return the loss of every step."""
     torch.manual_seed(0)
     meaning = torch.randn(texts, width)
     image_encoder, text_encoder = nn.Linear(width, width), nn.Linear(width, width)
-    # "positives": rows with an equal text are one class; the default takes them as each other's negatives.
+    # Rows with equal texts form one class; by default they are each other's negatives.
     criterion = ContrastiveLoss(duplicates="positives")
     parameters = [p for m in (image_encoder, text_encoder, criterion) for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Trains on two nodes of eight GPUs each, across as many jobs as it takes. From the checkout:
+# Trains on two nodes with eight GPUs each, in as many jobs as it takes. From the checkout:
 #
 #   sbatch examples/train.slurm.sh data.shards=/scratch/psg model.init=/scratch/clip-vit-base-patch32 run.dir=/scratch/run
 #
-# Arguments replace keys of configs/fast.yaml. Five minutes before the time limit, Slurm signals every rank; they save and
-# exit with 75, and the job goes back into the queue, where it resumes from that checkpoint. Any other exit code ends it.
-# One task is one rank: torchrun between Slurm and the ranks would keep both the signal and the exit code to itself.
+# Arguments override keys of configs/fast.yaml. Five minutes before the time limit, Slurm signals every rank; they save and
+# exit with 75, and the job is requeued and resumes from that checkpoint. Any other exit code ends it.
+# Each task is one rank: torchrun between Slurm and the ranks would pass on neither the signal nor the exit code.
 
 #SBATCH --job-name=scenarioclip
 #SBATCH --nodes=2
@@ -25,8 +25,9 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 
-# A rank that dies ends the others within run.timeout_s. One that has saved and left must not: the others still write.
-# shellcheck disable=SC2016 # each task expands its own numbers
+# If a rank dies, the others end within run.timeout_s. A rank that has saved and exited must not end the others, which
+# may still be writing.
+# shellcheck disable=SC2016 # expanded by each task
 srun --kill-on-bad-exit=0 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec scenarioclip-fast train -c configs/fast.yaml --resume "$@"' \
     rank "data.threads=$SLURM_CPUS_PER_TASK" "$@"

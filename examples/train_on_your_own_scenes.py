@@ -1,9 +1,9 @@
-"""From one's own annotations to a trained model: make Scenes, pack them, train, embed a picture. Run:
+"""From your own annotations to a trained model: build Scenes, pack them, train, embed texts. Run:
 
     python examples/train_on_your_own_scenes.py OUT_DIR
 
-The scenes are drawn here; yours come from your own files. A Scene wants the encoded image, a short caption of the whole
-(the action), named boxes with masks, and subject-predicate-object triples.
+This script draws its scenes; replace `my_scenes` with a reader of your files. A Scene has the encoded image (or its
+pixels), a short caption of the whole (the action), named boxes with masks, and subject-predicate-object triples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def my_scenes(count: int) -> Iterator[Scene]:
 
 
 def main(out: Path, count: int = 64, steps: int = 30) -> float:
-    """Packs, trains and returns the last loss over the first."""
+    """Pack, train, and return the ratio of the last loss to the first."""
     pack(my_scenes(count), out / "shards")
     config = scf.TrainConfig.of(
         {

@@ -75,13 +75,13 @@ def lines(out: Path, machine: Mapping[str, Any], rows: Sequence[Row], commit: st
 
 
 def _claims(record: Record) -> Iterator[str]:
-    for claim in [*readme.GPU, *readme.GPU_ASKED]:
+    for claim in [*readme.GPU, *readme.GPU_TARGETS]:
         if (found := readme.find(claim, [record])) is None:
             continue
-        met = claim.asked is not None and found.ratio >= claim.asked
-        target = "" if claim.asked is None else f", target {claim.asked:g} x: {'met' if met else 'missed'}"
-        speeds = f"ours {found.speed(found.ours)}, theirs {found.speed(found.rival)}"
-        yield f"{claim.what}, against {claim.rival}: {times(found.ratio)} ({speeds}){target}"
+        met = claim.target is not None and found.ratio >= claim.target
+        target = "" if claim.target is None else f", target {claim.target:g} x: {'met' if met else 'missed'}"
+        speeds = f"ours {found.speed(found.ours)}, theirs {found.speed(found.baseline)}"
+        yield f"{claim.what}, against {claim.baseline}: {times(found.ratio)} ({speeds}){target}"
 
 
 def _ours(record: Record) -> Iterator[str]:

@@ -12,8 +12,8 @@ from scenarioclip_fast.errors import UserError
 
 SCHEMA = 1
 
-# bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}
 Mask = Tensor | dict[str, Any]
+"""bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}."""
 
 
 @dataclass(slots=True, eq=False)

@@ -39,6 +39,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class SampleScene:
+    """The answers for the views of one scene."""
+
     key: str
     action: Answer
     objects: list[Answer] = field(default_factory=list)

@@ -67,7 +67,7 @@ def test_claims_find_their_groups_and_forms(rehearsed: list[dict[str, Any]]) -> 
     results = [Result(**{key: row[key] for key in keys}) for row in rehearsed]
     part = Part("all", "pytest", "c", "2026-01-01T08:00:00", 1.0, 0, {}, {}, results)
     record = Record({"device": "a GPU", "kind": "cuda", "versions": {}}, [part], "here")
-    claims = [c for c in [*readme.GPU, *readme.GPU_ASKED] if "training step" in c.group or "end to end" in c.group]
+    claims = [c for c in [*readme.GPU, *readme.GPU_TARGETS] if "training step" in c.group or "end to end" in c.group]
     assert len(claims) >= 3 and all(readme.find(claim, [record]) is not None for claim in claims)
 
 

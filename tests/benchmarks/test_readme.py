@@ -1,8 +1,9 @@
-"""README's tables say what the records say, and nothing that they do not."""
+"""The generated tables and the chart show what the records hold, and nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from scenarioclip_fast.benchmarks import readme
@@ -21,12 +22,12 @@ def record(name: str, started: str, theirs: float, ours: float | None, kind: str
 CLAIM = readme.Claim("a view", "views, *", "step by step", "Pillow", "ours: cpu", 4)
 
 
-def test_readme_is_in_step_with_the_records() -> None:
+def test_generated_text_is_up_to_date() -> None:
     for path, text in readme.rendered().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path} is out of step: run python benchmarks/readme.py"
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run python benchmarks/readme.py"
 
 
-def test_the_newest_record_with_both_sides_counts() -> None:
+def test_newest_record_with_both_sides_is_used() -> None:
     records = [
         record("old", "2026-01-01T08:00:00", 1.0, 1.0),
         record("new", "2026-01-01T09:00:00", 4.0, 1.0),
@@ -38,37 +39,45 @@ def test_the_newest_record_with_both_sides_counts() -> None:
     assert readme.rows([CLAIM], records)[-1] == "| a view | Pillow | 2 s | 250 ms | **8.00 x** |"
 
 
-def test_what_no_record_has() -> None:
-    row = "| a view | Pillow | not yet measured | not yet measured |  |"
-    assert readme.rows([CLAIM], [record("half", "2026-01-02", 9.0, None)])[-1] == row
-    text = readme.benchmarks([])
-    assert text.count("Not yet measured.") == 2 and " x**" not in text
-    # What was measured on a CPU says nothing of a GPU.
-    gpu = readme.benchmarks([record("here", "2026-01-01", 1.0, 1.0)]).partition("**GPU**")[2]
-    assert gpu and " x**" not in gpu
+def test_claims_that_nobody_measured_are_omitted() -> None:
+    assert len(readme.rows([CLAIM], [record("half", "2026-01-02", 9.0, None)])) == 2  # the head alone
+    assert readme.tables([]) == "Nothing has been measured yet."
+    assert "GPU" not in readme.tables([readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")])
 
 
-def test_a_missed_target_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chart_has_a_bar_per_measured_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "CHART", [CLAIM, readme.Claim("absent", "no group", "a", "a", "b")])
+    svg = readme.chart([record("new", "2026-01-01T09:00:00", 4.0, 1.0)])
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}text")]
+    assert "a view" in texts and "8.00 x" in texts and "absent" not in texts
+
+
+def test_every_bar_of_the_chart_is_measured() -> None:
+    records = [readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")]
+    assert all(readme.find(claim, records) is not None for claim in readme.CHART)
+
+
+def test_missed_target_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "CPU", [CLAIM])
     record("x", "2026-01-01T09:00:00", 1.0, 1.0).write(tmp_path)
     (tmp_path / "sections.csv").write_text("section,result,seconds\nbuild,passed,61\n")
     text = readme.record_readme(tmp_path)
-    assert "| a view | Pillow | at least 4 x | 2.00 x (500 ms, ours 250 ms) | **missed** |" in text
+    assert "| a view | Pillow | at least 4 x | 2.00 x (500 ms, this package 250 ms) | **missed** |" in text
     assert "| build | passed | 61 |" in text
-    # Words around the markers stay.
+    # Text around the markers is kept.
     (tmp_path / "README.md").write_text(text + "\nA second core was busy.\n")
     record("x", "2026-01-01T10:00:00", 4.0, 1.0).write(tmp_path)
     (tmp_path / "sections.csv").write_text("section,result,seconds\nbuild,passed,61\nbench_x,timed out,9\n")
     again = readme.record_readme(tmp_path)
     assert "| build | passed | 61 |\n| bench_x | timed out | 9 |\n<!-- end" in again
-    assert "| 8.00 x (2 s, ours 250 ms) | met |" in again and again.endswith("A second core was busy.\n")
+    assert "| 8.00 x (2 s, this package 250 ms) | met |" in again and again.endswith("A second core was busy.\n")
     (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(SystemExit, match="no markers <!-- generated: asked and measured -->"):
+    with pytest.raises(SystemExit, match="no markers <!-- generated: targets and results -->"):
         readme.record_readme(tmp_path)
 
 
-def test_what_is_asked_of_a_gpu_names_what_is_measured() -> None:
-    """Groups and forms as the benchmarks write them, so that the first record of a GPU has a verdict on each."""
+def test_gpu_targets_name_existing_benchmark_groups() -> None:
+    """With groups and forms as the benchmarks write them, the first GPU record decides every target."""
     from scenarioclip_fast.benchmarks import bench_contrastive, bench_end_to_end, bench_step
 
     groups = [f"contrastive, forward + backward, {n} x {n} x 512, cuda" for n in bench_contrastive.ROWS["cuda"]]
@@ -79,14 +88,14 @@ def test_what_is_asked_of_a_gpu_names_what_is_measured() -> None:
     results = [Result("t", group, form, [1.0], extra={"scenes": 1}) for group in groups for form in forms]
     part = Part("all", "pytest", "c", "2026-01-01T08:00:00", 1.0, 0, {}, {}, results)
     record = Record({"device": "a GPU", "kind": "cuda", "versions": {}}, [part], "here")
-    asked = [claim for claim in [*readme.GPU, *readme.GPU_ASKED] if claim.asked is not None]
-    assert len(asked) == 9
-    for claim in asked:
+    targets = [claim for claim in [*readme.GPU, *readme.GPU_TARGETS] if claim.target is not None]
+    assert len(targets) == 9
+    for claim in targets:
         assert readme.find(claim, [record]) is not None, claim
-    assert readme.asked_and_measured(record).count("**missed**") == 7  # as fast as four products is enough
+    assert readme.targets_and_results(record).count("**missed**") == 7  # as fast as four products is enough
 
 
-def test_every_committed_record_is_whole() -> None:
+def test_committed_records_are_complete() -> None:
     for path in readme.RECORDS.glob(f"*/{FILE}"):
         found = readme.read_record(path)
         assert list(found.results()) and all(r.samples for r in found.results())

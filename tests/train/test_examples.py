@@ -1,4 +1,4 @@
-"""The examples run as they are shipped."""
+"""The examples run as shipped."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ def load(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["loss_in_plain_pytorch", "loss_in_open_clip_loop"])
-def test_a_loop_of_ones_own(name: str) -> None:
+def test_losses_in_other_training_loops(name: str) -> None:
     losses = load(name).main(steps=40)
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_own_scenes(tmp_path: Path) -> None:
+def test_train_on_your_own_scenes(tmp_path: Path) -> None:
     assert load("train_on_your_own_scenes").main(tmp_path, count=32, steps=15) < 0.9
 
 
-def test_a_lightning_module() -> None:
+def test_loss_in_lightning_module() -> None:
     pytest.importorskip("lightning")
     losses = load("loss_in_lightning_module").main(steps=40)
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_the_slurm_script_starts_every_rank_and_goes_back_into_the_queue(
-    tmp_path: Path, code: int, requeued: bool
-) -> None:
-    """Slurm's commands and ours played by scripts that write down how they were called."""
+def test_slurm_script_starts_every_rank_and_requeues_itself(tmp_path: Path, code: int, requeued: bool) -> None:
+    """Stubs of Slurm's commands and of scenarioclip-fast record how they are called."""
     commands = {
-        # Three tasks on two nodes, and the highest of their exit codes.
+        # Runs three tasks on two nodes and returns the highest of their exit codes.
         "srun": """
             while [[ "$1" == --* ]]; do shift; done
             worst=0
