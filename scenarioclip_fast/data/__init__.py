@@ -1,4 +1,4 @@
-"""Scenes: drawn, read from the published layout, packed into shards and loaded as batches."""
+"""Scenes: generated, read from data sets, packed into shards and loaded as batches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from scenarioclip_fast.lazy import attach
 if TYPE_CHECKING:
     from scenarioclip_fast.data.loader import Batch, SceneLoader, scene_loader
     from scenarioclip_fast.data.packing import PackReport, pack
-    from scenarioclip_fast.data.reference_layout import load_reference
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
     from scenarioclip_fast.data.shards import BadSample, ShardSet
+    from scenarioclip_fast.data.sources.base import Reader, Source
+    from scenarioclip_fast.data.sources.published import load_reference
     from scenarioclip_fast.data.synthetic import generate_scenes, write_reference_layout
     from scenarioclip_fast.data.views import Views
     from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -21,9 +22,10 @@ else:
         {
             "loader": ["Batch", "SceneLoader", "scene_loader"],
             "packing": ["PackReport", "pack"],
-            "reference_layout": ["load_reference"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
             "shards": ["BadSample", "ShardSet"],
+            "sources.base": ["Reader", "Source"],
+            "sources.published": ["load_reference"],
             "synthetic": ["generate_scenes", "write_reference_layout"],
             "views": ["Views"],
             "vocabulary": ["Vocabulary"],
@@ -35,11 +37,13 @@ __all__ = [
     "Batch",
     "Mask",
     "PackReport",
+    "Reader",
     "Relation",
     "Scene",
     "SceneLoader",
     "SceneObject",
     "ShardSet",
+    "Source",
     "Views",
     "Vocabulary",
     "generate_scenes",

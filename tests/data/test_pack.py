@@ -148,7 +148,7 @@ def test_splits_follow_from_a_hash_of_the_key(drawn: list[Scene], tmp_path: Path
     with pytest.raises(UserError, match="workers: got 0, expected at least 1"):
         quiet(bare, tmp_path / "d", workers=0)
     (tmp_path / "notes.txt").write_text("no tar")
-    with pytest.raises(UserError, match=r"notes\.txt: neither a directory nor a tar"):
+    with pytest.raises(UserError, match=r"notes\.txt: not a data set of a known format"):
         quiet(tmp_path / "notes.txt", tmp_path / "d")
 
 
@@ -267,7 +267,7 @@ def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert main(["pack", str(own_source), "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error:") and "no scene is left to pack: 6 missing_image" in error
+    assert error.startswith("error:") and "no valid scene to pack: 6 missing_image" in error
     assert not out.exists()
     assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 6
 
@@ -275,8 +275,8 @@ def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "no such directory"),
-        (lambda d: d.mkdir(), "no metadata*.json and no .tar in it"),
+        (lambda d: None, "no such file or directory"),
+        (lambda d: d.mkdir(), "not a data set of a known format"),
         (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": []}')), "the data set is empty"),
         (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": [')), "metadata.json: not readable as JSON"),
     ],
@@ -293,7 +293,7 @@ def test_other_peoples_files_are_safe(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"not a pack \(thesis\.tex\)"):
+    with pytest.raises(UserError, match=r"not part of a pack \(thesis\.tex\)"):
         quiet(source, out)
     quiet(source, out, force=True)
     assert (out / "thesis.tex").read_text() == "years of work" and len(ShardSet(out)) > 0
@@ -303,14 +303,14 @@ def test_other_peoples_files_are_safe(source: Path, tmp_path: Path) -> None:
 
 def test_the_source_is_safe(source: Path, tmp_path: Path) -> None:
     quiet(source, tmp_path / "out")
-    for directory, found in ((source, "not a pack"), (tmp_path / "out", "the source lies there")):
+    for directory, found in ((source, "not part of a pack"), (tmp_path / "out", "this directory holds the source")):
         with pytest.raises(UserError, match=found):
             quiet(directory, directory)
-        with pytest.raises(UserError, match="the source lies there"):
+        with pytest.raises(UserError, match="this directory holds the source"):
             quiet(directory, directory / ".." / directory.name, force=True)
     (tmp_path / "out" / "manifest.json").unlink()
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds tars that are no whole pack \(test-000000\.tar\)"):
+    with pytest.raises(UserError, match=r"contains an incomplete pack \(test-000000\.tar\)"):
         quiet(source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -318,7 +318,7 @@ def test_the_source_is_safe(source: Path, tmp_path: Path) -> None:
 def test_a_pack_of_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
     quiet(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')
-    with pytest.raises(UserError, match="holds a pack of schema 7"):
+    with pytest.raises(UserError, match="contains a pack of schema 7"):
         quiet(source, tmp_path / "out")
     quiet(source, tmp_path / "out", force=True)
     assert len(ShardSet(tmp_path / "out")) > 0
@@ -329,7 +329,7 @@ def test_a_failed_run_keeps_the_old_pack(source: Path, own_source: Path, tmp_pat
     before = contents(tmp_path / "out")
     for path in (own_source / "images").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no scene is left"):
+    with pytest.raises(UserError, match="no valid scene"):
         quiet(own_source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -345,7 +345,7 @@ def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> Non
         assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), option, "0"]) == 2
     capsys.readouterr()
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--max-pixels", "99"]) == 2
-    assert re.search(r"no scene is left to pack: \d+ image_too_large", capsys.readouterr().err)
+    assert re.search(r"no valid scene to pack: \d+ image_too_large", capsys.readouterr().err)
 
 
 def test_texts_that_are_no_unicode(own_source: Path, tmp_path: Path) -> None:

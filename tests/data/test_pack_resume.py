@@ -98,13 +98,13 @@ def test_it_goes_on_after_the_last_finished_shard(
     command = ["pack", str(source), "--out", str(out), "--shard-size", str(SHARD)]
     images = Interrupted(monkeypatch, 40)
     assert main(command) == 130
-    said = re.search(r"\.out\.partial keeps (\d) finished shards: the same command goes on", capsys.readouterr().err)
+    said = re.search(r"\.out\.partial keeps (\d) finished shards: re-run the command", capsys.readouterr().err)
     assert said is not None and not out.exists()
     kept = int(said[1])
     assert kept >= 3 and len(list((tmp_path / ".out.partial").glob("*.tar"))) - kept in (0, 1)
     images.left, images.decoded = 1000, 0
     assert main(command) == 0
-    assert f"going on after the {kept} shards that the run before has finished" in capsys.readouterr().err
+    assert f"resuming after {kept} finished shards" in capsys.readouterr().err
     assert images.decoded <= 60 - (kept - 1) * SHARD, "what was finished is not read again"
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not (tmp_path / ".out.partial").exists()
@@ -128,7 +128,7 @@ def test_another_source_or_other_options_start_anew(
     mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
     assert len(list(stage.glob("*.tar"))) >= 3
     pack(source, out, shard_size=SHARD)
-    assert "nothing of it can be used: packing from the start" in capsys.readouterr().err
+    assert "left nothing to resume from: packing from the start" in capsys.readouterr().err
     quiet(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):
@@ -177,8 +177,8 @@ def test_what_a_journal_says_is_checked(
     spoil(stage)
     pack(tars, tmp_path / "out", shard_size=SHARD)
     said = capsys.readouterr().err
-    assert kept is None or f"going on after the {kept} shards" in said
-    assert kept is not None or "going on" not in said
+    assert kept is None or f"resuming after {kept} finished shards" in said
+    assert kept is not None or "resuming" not in said
     quiet(tars, tmp_path / "undisturbed")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
@@ -196,7 +196,7 @@ def test_a_pack_that_is_up_to_date_is_left_alone(
     table = capsys.readouterr().out
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "nothing to do" in printed.err and printed.out == table and images.decoded == first
+    assert "up to date" in printed.err and printed.out == table and images.decoded == first
     assert quiet(source, out, shard_size=1000).up_to_date and not (tmp_path / ".out.partial").exists()
     assert main([*command, "--force"]) == 0
     assert images.decoded == 2 * first and contents(out) == before, "packing again gives the same bytes"
@@ -361,7 +361,9 @@ def test_a_directory_that_may_not_be_written_is_noticed_first(
     images = Interrupted(monkeypatch, 0)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "out")
     assert main(["pack", str(tars), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: not writable; name another directory for the pack\n"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'out'}: not writable; choose another directory for the pack\n"
+    )
     assert images.decoded == 0
 
 

@@ -16,7 +16,8 @@ from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
 from scenarioclip_fast.data.check import REASONS, safe_key
 from scenarioclip_fast.data.packing import PackReport
-from scenarioclip_fast.data.webdataset_layout import MAX_RECORD_BYTES, WebDatasetLayout
+from scenarioclip_fast.data.sources.tar_index import MAX_RECORD_BYTES
+from scenarioclip_fast.data.sources.webdataset import WebDatasetSource
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60
@@ -97,7 +98,7 @@ def test_a_tar_of_other_writers(tmp_path: Path) -> None:
     ]
     report, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
     assert not rejected and report.ignored == {".*.jpg": 1, ".cls": 1, "no suffix": 1}
-    assert "passed over: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
+    assert "ignored: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
     first, second = scenes(tmp_path / "out")
     assert (first.key, second.key) == ("first", safe_key("more_deep_2nd", raw="more/deep/2nd"))
     assert first.image == image and first.action == "sleeping in" and first.relation_text(0) == "cat on mat"
@@ -166,7 +167,7 @@ def test_splits(many: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_processes_changes_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(many, tmp_path / "1", shard_size=5, workers=1)
-    monkeypatch.setattr(WebDatasetLayout, "large", True)  # so that headers are read by several too
+    monkeypatch.setattr(WebDatasetSource, "large", True)  # so that headers are read by several too
     packed(many, tmp_path / "2", shard_size=5, workers=2)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
@@ -200,8 +201,8 @@ def test_a_scene_of_two_splits_is_held_out(tmp_path: Path) -> None:
         assert report.rejected == {"duplicate_id": 4, "split_conflict": 2}
         conflicts = {row["entry"]: row["detail"] for row in rejected if row["reason"] == "split_conflict"}
         assert conflicts == {
-            "train-0.tar: b": "the val split has this id too, and keeps it",
-            "val-0.tar: c": "the test split has this id too, and keeps it",
+            "train-0.tar: b": "the id is also in the val split, which keeps it",
+            "val-0.tar: c": "the id is also in the test split, which keeps it",
         }
 
 
@@ -349,17 +350,17 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "cut in a member": ("unexpected end of data|ends behind the end", lambda good: good[:-1500]),
+    "cut in a member": ("unexpected end of data|extends past the end", lambda good: good[:-1500]),
     "cut in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
     "rubbish behind": ("no header at byte", lambda good: good + b"rubbish" * 200),
-    "member longer than the file": ("behind the end", lambda good: good + header("b.jpg", 1 << 20)),
+    "member longer than the file": ("past the end", lambda good: good + header("b.jpg", 1 << 20)),
     "negative size": ("negative size", lambda good: good + header("b.jpg", -4096)),
     "attributes of 4 GiB": ("header of 4294967296 bytes", lambda good: good + header("x", 1 << 32, tarfile.XHDTYPE)),
     "name of 4 GiB": (
         "header of 4294967296 bytes",
         lambda good: good + header("x", 1 << 32, tarfile.GNUTYPE_LONGNAME),
     ),
-    "name of two lines": ("two.nlines.jpg ends behind", lambda good: good + header("two\nlines.jpg", 1 << 20)),
+    "name of two lines": ("two.nlines.jpg extends past", lambda good: good + header("two\nlines.jpg", 1 << 20)),
     "attributes of negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
     "attributes of attributes": (
         "recursion",
@@ -397,10 +398,10 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         return lines[-1]
 
     source = tmp_path / "set"
-    assert "no such directory or tar" in error(str(source))
-    assert "no such directory or tar" in error(str(source / "*.tar"))
+    assert "no such file or directory" in error(str(source))
+    assert "no such file or directory" in error(str(source / "*.tar"))
     source.mkdir()
-    assert "no metadata*.json and no .tar in it" in error(str(source))
+    assert "not a data set of a known format (published: a directory with metadata*.json; " in error(str(source))
     assert "no .tar there" in error(str(source), "--format", "webdataset")
     good = write(source / "a.tar", sample("a"))
     assert "no metadata*.json in it" in error(str(source), "--format", "published")
@@ -410,27 +411,27 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "b.tar: compressed (gzip)" in error(str(source))
     (source / "b.tar").unlink()
     (source / "metadata.json").write_text("{}")
-    assert "holds metadata*.json and tars; say which" in error(str(source))
-    assert "only tars can be packed together" in error(str(good), str(good), "--format", "published")
+    assert "recognised as published and webdataset; choose one with --format" in error(str(source))
+    assert "got 2 sources, expected one directory" in error(str(good), str(good), "--format", "published")
     (source / "metadata.json").unlink()
-    assert "gone.tar: No such file" in error(str(good), str(source / "gone.tar"))
+    assert "gone.tar: no such file or directory" in error(str(good), str(source / "gone.tar"))
     (source / "d.tar").mkdir()
     assert "d.tar: not a regular file" in error(str(source))
     (source / "d.tar").rmdir()
     good.write_bytes(b"")
-    assert "no scene is left to pack: 1 damaged_tar" in error(str(source))
+    assert "no valid scene to pack: 1 damaged_tar" in error(str(source))
     write(good, [("a.png", b""), ("a.txt", b"")])
-    assert "no scene is left to pack: 1 .png passed over, 1 .txt passed over" in error(str(source))
+    assert "no valid scene to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
 
 
 def test_a_tar_that_changes_meanwhile(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", sample("a"))
-    layout = WebDatasetLayout(path)
-    layout.scan(1, False)
-    (item,) = layout.items(lambda key, given: "train")
+    source = WebDatasetSource(path)
+    source.scan(1, False)
+    (item,) = source.items(lambda key, given: "train")
     os.truncate(path, 600)
-    with pytest.raises(UserError, match="the file has changed meanwhile"):
-        layout.reader().read(item)
+    with pytest.raises(UserError, match="the file changed while packing"):
+        source.reader().read(item)
     path.unlink()
     with pytest.raises(UserError, match="No such file"):
-        layout.reader().read(item)
+        source.reader().read(item)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Scene, load_reference, pack
 from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection, safe_key
-from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks
+from scenarioclip_fast.data.sources.masks_npz import MAX_MASK_BYTES, read_masks
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60
@@ -425,7 +425,7 @@ def test_an_id_of_two_splits_is_held_out(data: DataSet, tmp_path: Path) -> None:
     rejected: list[Rejection] = []
     assert {s.key: s.split for s in load_reference(data.directory, rejected.append)} == {"a": "test", "b": "train"}
     assert [(r.entry, r.detail) for r in rejected if r.reason == "split_conflict"] == [
-        (f"metadata_{name}.json: entry 0 (a)", "the test split has this id too, and keeps it")
+        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, which keeps it")
         for name in ("train", "val")
     ]
     report = pack(data.directory, tmp_path / "out", progress=False)
@@ -611,12 +611,12 @@ def test_a_long_table_of_contents_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         for i in range(12_000):
             archive.writestr(f"a-member-with-quite-a-long-name-{i:030}", b"")
-    with pytest.raises(ValueError, match=r"got a table of contents of \d{7} bytes, expected at most"):
+    with pytest.raises(ValueError, match=r"got a zip directory of \d{7} bytes, expected at most"):
         read_masks(path, ["cat"], (4, 4))
     whole = _npz(tmp_path / "b.npz", mask=good).read_bytes()
     for name, end in {"huge": whole[-22:-10] + b"\xff" * 4 + whole[-6:], "other end": whole[-22:]}.items():
         path.write_bytes(whole[:-22] + end + (b"PK\5\6" + b"\xff" * 18) * (name == "other end"))
-        with pytest.raises(ValueError, match=r"got a table of contents of 4294967295 bytes"):
+        with pytest.raises(ValueError, match=r"got a zip directory of 4294967295 bytes"):
             read_masks(path, ["cat"], (4, 4))
     path.write_bytes(whole[:-22] + b"PK\6\7" + bytes(16) + whole[-22:])
     with pytest.raises(ValueError, match="zip64"):
@@ -625,11 +625,11 @@ def test_a_long_table_of_contents_is_refused(tmp_path: Path) -> None:
 
 def test_large_files_are_not_read(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(data.npz, **data.arrays)
-    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
+    monkeypatch.setattr("scenarioclip_fast.data.sources.published.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
     scenes, (rejection,) = data.load()
     assert not scenes and rejection.reason == "image_too_large" and "bytes, the limit is" in rejection.detail
     monkeypatch.undo()
-    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
+    monkeypatch.setattr("scenarioclip_fast.data.sources.masks_npz.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
     _, rejected = data.load()
     assert rejected[0].reason == "bad_masks" and "bytes, expected at most" in rejected[0].detail
 
