@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.errors import UserError
 
 # reason -> description. First the reasons that reject a whole scene, then those that drop one object, mask or relation.
 REASONS = {
@@ -167,6 +169,17 @@ class CheckedScene:
     scene: Scene
     size: tuple[int, int]
     rejected: list[Rejection]
+
+
+@contextmanager
+def malformed_entries() -> Iterator[None]:
+    """Turn errors that fields of wrong types cause into BadEntry("malformed_entry")."""
+    try:
+        yield
+    except (BadEntry, UserError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadEntry("malformed_entry", f"{type(error).__name__}: {error}") from error
 
 
 class SceneChecker:

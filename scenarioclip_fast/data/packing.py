@@ -107,7 +107,8 @@ class PackOptions:
         found = source.fingerprint()
         if found is None:
             return None
-        options = [SCHEMA, _EDITION, self.shard_size, self.val, self.test, self.split, self.max_pixels]
+        shares = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
+        options = [SCHEMA, _EDITION, self.shard_size, *shares, self.split, self.max_pixels]
         return hashlib.sha256(json.dumps([found, *options]).encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from scenarioclip_fast.data.check import CheckedScene, Rejection
+from scenarioclip_fast.data.check import BadEntry, CheckedScene, Rejection, safe_key
 from scenarioclip_fast.data.shards import SPLITS
 
 T = TypeVar("T")
@@ -119,13 +119,22 @@ class SourceFormat(Protocol):
         ...
 
 
-def by_split(items: Iterable[T], split: Callable[[T], str]) -> Iterator[T]:
-    """Yield `items` in the order that `Source.items` requires: train, val, test; the order within a split is kept."""
-    groups: dict[str, list[T]] = {name: [] for name in SPLITS}
+def by_split(items: Iterable[T], split_of: SplitOf, identify: Callable[[T], tuple[str, str | None]]) -> Iterator[T]:
+    """Yield items in the order that `Source.items` requires: train, val, test. The order within a split is kept.
+
+    Args:
+        identify: returns the id of an item's scene, and the split that the data set assigns (None if it assigns none).
+    """
+    groups: dict[str, list[T]] = {split: [] for split in SPLITS}
     for item in items:
-        groups[split(item)].append(item)
-    for name in SPLITS:
-        yield from groups[name]
+        name, given = identify(item)
+        try:
+            key = safe_key(name)
+        except BadEntry:  # any place will do: reading the item rejects it
+            key = ""
+        groups[split_of(key, given)].append(item)
+    for split in SPLITS:
+        yield from groups[split]
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, short
+from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries, short
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Source, SplitOf
@@ -72,15 +72,11 @@ class MemoryReader:
             BadEntry: the whole scene is unusable.
         """
         scene = item.scene
-        try:
+        with malformed_entries():
             if scene.split not in (None, *SPLITS):
                 raise BadEntry("malformed_entry", f"got split {scene.split!r}, expected one of {', '.join(SPLITS)}")
             image = scene.image if isinstance(scene.image, bytes) else _encode(scene.image)
             return self._checker.check(replace(scene, image=image), str(item))
-        except BadEntry:
-            raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # fields of wrong types
-            raise BadEntry("malformed_entry", f"{type(error).__name__}: {error}") from error
 
 
 def _encode(image: Tensor) -> bytes:

@@ -32,8 +32,7 @@ from scenarioclip_fast.data.check import (
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.data.shards import SPLITS
-from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf
+from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf, by_split
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.errors import UserError
@@ -130,15 +129,14 @@ class PublishedSource(Source):
         """Report the entries whose id another split keeps."""
         return Scan(self.conflicts)
 
-    def items(self, split_of: SplitOf) -> Sequence[Entry]:
+    def items(self, split_of: SplitOf) -> Iterator[Entry]:
         """The entries split by split, shuffled within each by a hash of the id."""
-        entries: dict[str, list[tuple[bytes, int]]] = {split: [] for split in SPLITS}
-        for i, entry in enumerate(self.entries):
-            # Neighbours in a metadata file are often similar (same video, same photographer); shuffling separates them
-            # for readers that go through a shard in order.
-            order = hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
-            entries[split_of(_key_or_empty(entry.id), entry.split)].append((order, i))
-        return [self.entries[i] for split in SPLITS for _, i in sorted(entries[split])]
+        # Neighbours in a metadata file are often similar (same video, same photographer); shuffling separates them for
+        # readers that go through a shard in order.
+        shuffled = sorted(
+            self.entries, key=lambda entry: hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
+        )
+        return by_split(shuffled, split_of, lambda entry: (entry.id, entry.split))
 
     def fingerprint(self) -> str:
         """A hash of the metadata, the classes, and the sizes and times of images and mask files."""
@@ -332,13 +330,6 @@ def _parse_entry(record: Any) -> tuple[str, PurePosixPath, str]:
         if len(record[name]) > MAX_ITEMS:
             raise BadEntry("malformed_entry", f"got {len(record[name])} {name}, expected at most {MAX_ITEMS}")
     return safe_key(str(record["id"])), _safe_path(record["image_path"]), action
-
-
-def _key_or_empty(raw: str) -> str:
-    try:
-        return safe_key(raw)
-    except BadEntry:
-        return ""
 
 
 def _safe_path(name: str) -> PurePosixPath:

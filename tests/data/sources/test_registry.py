@@ -129,4 +129,5 @@ def _this_module() -> Any:
 
 def test_by_split_keeps_the_order() -> None:
     splits = {"a": "test", "b": "train", "c": "val", "d": "train"}
-    assert list(by_split("abcd", splits.__getitem__)) == ["b", "d", "c", "a"]
+    items = by_split(["a", "b", "/", "c", "d"], lambda key, given: given or "train", lambda x: (x, splits.get(x)))
+    assert list(items) == ["b", "/", "d", "c", "a"]
