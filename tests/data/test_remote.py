@@ -23,7 +23,8 @@ import torch
 
 from scenarioclip_fast.data import Scene, SceneLoader, SceneObject, ShardSet, pack, scene_loader
 from scenarioclip_fast.data import remote as remote_module
-from scenarioclip_fast.data.remote import ShardCache, Store
+from scenarioclip_fast.data.remote import Store
+from scenarioclip_fast.data.shard_cache import ShardCache
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 
 pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -122,7 +123,7 @@ def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, count:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "pause", 0.02)
-    monkeypatch.setattr(remote_module, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(remote_module, "_POLL_S", 0.05)
 
 
 @pytest.fixture
@@ -282,7 +283,10 @@ def test_what_has_been_given_up_fails_at_once_until_it_is_asked_again(
 def test_a_server_without_ranges_is_refused(packed: Path, cache: Path) -> None:
     with (
         serving(packed, lambda name, count: "all") as server,
-        pytest.raises(UserError, match=r"ignores byte ranges \(got \d+ bytes for a range of 1\), without which"),
+        pytest.raises(
+            UserError,
+            match=r"ignores byte ranges \(got \d+ bytes for a range of 1\), which",
+        ),
     ):
         ShardSet(server.url, shard_cache_dir=cache)
     assert not cache.exists()
@@ -303,7 +307,7 @@ def test_a_shard_with_a_wrong_checksum_is_not_kept_and_its_sound_scenes_are_used
         loader = load(server.url, cache, max_bad_fraction=0.5)
         with loader:
             keys = [key for batch in loader for key in batch.keys]
-            wait_for(lambda: caplog.text.count("its checksum is not the manifest's") == 2)
+            wait_for(lambda: caplog.text.count("its checksum differs from the manifest's") == 2)
             wait_for(lambda: len(cached(cache)) == 4)
     assert sorted(keys) == sorted(set(ShardSet(packed).keys) - lost.keys())
     assert loader.bad == Counter(lost.values())
@@ -371,14 +375,14 @@ def test_a_full_disk_is_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(os, "posix_fallocate", full)
     shards = ShardCache(cache, 1000)
     assert put(shards, b"x") is None
-    assert "no room for a shard: No space left on device" in caplog.text
+    assert "cannot allocate a shard: No space left on device" in caplog.text
     shards.close()
     assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
 def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
     code = (
-        "import os, sys, signal; from pathlib import Path; from scenarioclip_fast.data.remote import ShardCache\n"
+        "import os, sys, signal; from pathlib import Path; from scenarioclip_fast.data.shard_cache import ShardCache\n"
         "cache = ShardCache(Path(sys.argv[1]), 300)\n"
         "fd = cache.reserve('a' * 64, 100); cache.commit('a' * 64, fd)\n"
         "fd = cache.reserve('b' * 64, 200)\n"
@@ -472,7 +476,7 @@ def test_copies_read_too(packed: Path, cache: Path) -> None:
 def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nope://x: not a URL that fsspec can open"):
         ShardSet("nope://x")
-    with pytest.raises(UserError, match=r"memory://nothing/manifest.json: no such file; is this what"):
+    with pytest.raises(UserError, match=r"memory://nothing/manifest.json: no such file; expected the output of"):
         ShardSet("memory://nothing")
     with serving(packed) as server:
         gone = server.url
@@ -483,14 +487,14 @@ def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypat
             ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
     (changed / "vocabulary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocabulary.json: its checksum is not the manifest's"):
+    with pytest.raises(UserError, match=r"vocabulary.json: its checksum differs from the manifest's"):
         _ = ShardSet(changed.as_uri()).vocabulary
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot hold the cache of shards"):
+    with pytest.raises(UserError, match="file: cannot hold the shard cache"):
         ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file").read(0)
     # no scene's fault
     with (
-        pytest.raises(UserError, match="file: cannot hold the cache of shards"),
+        pytest.raises(UserError, match="file: cannot hold the shard cache"),
         load(packed.as_uri(), tmp_path / "file", max_bad_fraction=1.0) as loader,
     ):
         next(iter(loader))
