@@ -105,4 +105,4 @@ def test_command_with_a_file_in_place_of_a_directory(tmp_path: Path, capsys: pyt
     assert main(["inspect", str(tmp_path / "file"), "--out", str(tmp_path / "out")]) == 2
     assert "file: is a file; `scenarioclip-fast pack" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
-    assert "file is a file; name a directory for the pictures" in capsys.readouterr().err
+    assert "file: is a file; choose a directory for the pictures" in capsys.readouterr().err

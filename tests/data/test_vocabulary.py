@@ -29,7 +29,7 @@ def test_ids_are_positions_in_sorted_texts() -> None:
 
 
 def test_unknown_texts_and_levels() -> None:
-    with pytest.raises(UserError, match=r"unknown object text 'dog'.*2 of the vocabulary"):
+    with pytest.raises(UserError, match=r"unknown object text 'dog'.*2 in the vocabulary"):
         example().object_id("dog")
     with pytest.raises(ValueError, match="got 'objects', expected one of global, object, relation"):
         example().tokens("objects")
@@ -67,8 +67,8 @@ def test_file_round_trip_needs_no_tokenizer(tmp_path: Path, monkeypatch: pytest.
         (lambda r: r.update(schema=9), "got schema 9, expected 1"),
         (lambda r: r.pop("object"), "malformed vocabulary"),
         (lambda r: r["object"]["train_counts"].pop(), "malformed vocabulary"),
-        (lambda r: r["object"]["tokens"].pop(), "one token list per text"),
-        (lambda r: r["object"]["texts"].reverse(), "sorted and distinct"),
+        (lambda r: r["object"]["tokens"].pop(), "numbers of token lists and texts differ"),
+        (lambda r: r["object"]["texts"].reverse(), "not sorted or not distinct"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, break_it: object, message: str) -> None:
