@@ -66,7 +66,7 @@ def test_uncompressed_and_bytes() -> None:
     assert torch.equal(rle.decode({"size": [2, 3], "counts": rle.encode(mask)["counts"].encode()}), mask)
 
 
-def test_empty_picture() -> None:
+def test_empty_image() -> None:
     assert rle.decode(rle.encode(np.zeros((0, 5), bool))).shape == (0, 5)
 
 
