@@ -72,14 +72,14 @@ def photographed(size: tuple[int, int], count: int) -> list[Scene]:
     if not PHOTOS.is_dir() or import_problem("simplejpeg"):
         return scenes
     from scenarioclip_fast.data.check import BadEntry
-    from scenarioclip_fast.data.reference_layout import Entry, ReferenceLayout
+    from scenarioclip_fast.data.sources.published import Entry, PublishedSource
 
-    layout = ReferenceLayout(PHOTOS)
-    reader = layout.reader()
+    source = PublishedSource(PHOTOS)
+    reader = source.reader()
 
     def read(entry: Entry) -> Scene | None:
         try:
-            scene, _, _ = reader.read(entry)
+            scene = reader.read(entry).scene
         except BadEntry:
             return None
         return resized(scene, size) if scene.relations else None
@@ -88,8 +88,8 @@ def photographed(size: tuple[int, int], count: int) -> list[Scene]:
     try:
         # A torch operator in one of these threads must not start as many again.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for start in range(0, len(layout), count):
-                scenes += filter(None, pool.map(read, layout.entries[start : start + count]))
+            for start in range(0, source.total, count):
+                scenes += filter(None, pool.map(read, source.entries[start : start + count]))
                 if len(scenes) >= count:
                     break
     finally:

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast pack`: checks and packs a data set."""
+"""`scenarioclip-fast pack`: check and pack a data set."""
 
 from __future__ import annotations
 
@@ -6,60 +6,80 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-_SHOWN = 10  # rejections printed; all are in the report
+_SHOWN = 10  # rejections printed; rejected.jsonl lists all
+
+
+class _Formats:
+    """The registered formats, looked up only when the option is used or its help is shown."""
+
+    def __iter__(self) -> Iterator[str]:
+        from scenarioclip_fast.data.sources import format_names
+
+        return iter(format_names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "pack",
         help="check and pack a data set into shards",
-        description="Checks every scene of a data set and packs the sound ones into WebDataset shards. After a kill "
-        "the same command goes on from the last finished shard; where the pack is up to date it does nothing.",
+        description="Check every scene of a data set and pack the valid ones into WebDataset shards. Re-run the "
+        "command to resume; packing an up-to-date data set is a no-op.",
         epilog="A record KEY.json of a tar: "
         '{"schema": 1, "size": [height, width], "action": "riding a bike", '
-        '"objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": COCO run lengths or null}, ...], '
+        '"objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": COCO RLE or null}, ...], '
         '"relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}',
     )
     parser.add_argument(
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a directory in the published layout; or WebDataset tars of KEY.jpg and KEY.json, or their directory",
+        help="a directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; or a "
+        "data set in another registered format",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pack goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the pack")
     parser.add_argument(
-        "--format", choices=("auto", "published", "webdataset"), default="auto", help="of SOURCE (default: look)"
+        "--format",
+        choices=_Formats(),
+        default="auto",
+        metavar="FORMAT",
+        help="format of SOURCE: one of %(choices)s (default: auto, which recognises it)",
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(
-        "--val", type=float, default=0.1, metavar="SHARE", help="of val among scenes of no split (default: 0.1)"
+        "--val", type=float, default=0.1, metavar="SHARE", help="val share of scenes without a split (default: 0.1)"
     )
     parser.add_argument(
-        "--test", type=float, default=0.2, metavar="SHARE", help="of test among scenes of no split (default: 0.2)"
+        "--test", type=float, default=0.2, metavar="SHARE", help="test share of scenes without a split (default: 0.2)"
     )
     parser.add_argument(
         "--split",
         choices=("given", "hash"),
         default="given",
-        help="given (default): what metadata_SPLIT.json or SPLIT-*.tar says, else as hash; hash: from the key alone",
+        help="given (default): the split that the data set assigns, otherwise a hash of the key; hash: always the hash",
     )
     parser.add_argument(
         "--max-pixels",
         type=int,
         metavar="N",
-        help="larger images are rejected by their header (default: 67108864; for training, see data.max_pixels)",
+        help="reject larger images (default: 67108864; for training, see data.max_pixels)",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one, or all cores for a large data set)"
     )
-    parser.add_argument("--force", action="store_true", help="write beside other things; pack even what is up to date")
+    parser.add_argument(
+        "--force", action="store_true", help="write into a directory with other files; pack even if up to date"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Packs, names the first things that were rejected, and prints the counts."""
+    """Pack, and print the first rejections and the counts."""
     from scenarioclip_fast.data.config import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
 

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast scenes`: draws synthetic scenes in the published layout."""
+"""`scenarioclip-fast scenes`: generate synthetic scenes in the published layout."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "scenes",
-        help="draw synthetic scenes in the published layout",
-        description="Draws scenes with exact boxes, masks and relations, in the layout that `pack` reads.",
+        help="generate synthetic scenes in the published layout",
+        description="Generate scenes with exact boxes, masks and relations, in the layout that `pack` reads.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument("-n", type=int, default=2500, metavar="N", help="number of scenes (default: 2500)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same scenes (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(
         "--val", type=float, default=0.05, metavar="SHARE", help="share of the val split (default: 0.05)"
     )
@@ -28,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and says what was written."""
+    """Generate, and print the number of scenes per file."""
     from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 
     counts = draw_reference_layout(args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers)

@@ -1,4 +1,4 @@
-"""Scenes: read from data sets or generated, packed into shards, and loaded as batches."""
+"""Scenes: generated, read from data sets, packed into shards and loaded as batches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.config import LoaderConfig
     from scenarioclip_fast.data.loader import SceneLoader, scene_loader
     from scenarioclip_fast.data.packing import PackReport, pack
-    from scenarioclip_fast.data.reference_layout import load_reference
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
     from scenarioclip_fast.data.shards import BadSample, ShardSet
+    from scenarioclip_fast.data.sources.base import Reader, Source
+    from scenarioclip_fast.data.sources.published import load_reference
     from scenarioclip_fast.data.synthetic import generate_scenes, write_reference_layout
     from scenarioclip_fast.data.views import Views
     from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -25,9 +26,10 @@ else:
             "config": ["LoaderConfig"],
             "loader": ["SceneLoader", "scene_loader"],
             "packing": ["PackReport", "pack"],
-            "reference_layout": ["load_reference"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
             "shards": ["BadSample", "ShardSet"],
+            "sources.base": ["Reader", "Source"],
+            "sources.published": ["load_reference"],
             "synthetic": ["generate_scenes", "write_reference_layout"],
             "views": ["Views"],
             "vocabulary": ["Vocabulary"],
@@ -40,11 +42,13 @@ __all__ = [
     "LoaderConfig",
     "Mask",
     "PackReport",
+    "Reader",
     "Relation",
     "Scene",
     "SceneLoader",
     "SceneObject",
     "ShardSet",
+    "Source",
     "Views",
     "Vocabulary",
     "generate_scenes",

@@ -1,67 +1,70 @@
-"""What a scene must be to be used, and the record of what was turned away."""
+"""Validation of scenes, and the record of what was rejected and why."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from scenarioclip_fast.data.decode import DecodeError
+from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.errors import UserError
 
-# reason -> what it says about an entry. Reasons of one scene are listed before those of its objects and relations,
-# which cost the scene no more than that object, mask or relation.
+# reason -> description. First the reasons that reject a whole scene, then those that drop one object, mask or relation.
 REASONS = {
-    "malformed_entry": "the entry is not of the published form, or the record not of our schema",
-    "unsafe_id": "the id is empty, too long, or holds a path separator or a control character",
-    "duplicate_id": "the id has been used before",
-    "split_conflict": "the id is in several splits, and this is not the one that is held out most: test, then val",
+    "malformed_entry": "the entry does not match the published layout, or the record does not match this schema",
+    "unsafe_id": "the id is empty, too long, or contains a path separator or a control character",
+    "duplicate_id": "another scene has the same id",
+    "split_conflict": "the id occurs in several splits; only the one held out most (test, then val) keeps it",
     "unsafe_path": "the image path is absolute or leads out of the directory",
-    "unsafe_member": "the tar's member is a link or a device, or its name is absolute or leads out",
-    "damaged_tar": "the tar is none, or ends too early: what stands behind is lost",
-    "missing_image": "there is no such image file",
-    "missing_record": "the tar has an image of this key, and no .json",
-    "other_size": "the image is not of the size that its record names",
-    "image_truncated": "the image ends too early",
+    "unsafe_member": "the tar member is a link or a device, or its name is absolute or leads out of the directory",
+    "damaged_tar": "the file is not a tar or is truncated; members after the damage are lost",
+    "missing_image": "the image file does not exist",
+    "missing_record": "the tar has an image with this key but no .json",
+    "other_size": "the image size differs from the size in the record",
+    "image_truncated": "the image is truncated",
     "image_corrupt": "the image is damaged",
-    "image_too_large": "the image has more pixels or bytes than the limit",
+    "image_too_large": "the image exceeds the limit on pixels or bytes",
     "image_not_an_image": "the file is not an image",
     "image_undecodable": "the image cannot be decoded",
     "unknown_action": "the action is not in classes.json",
-    "missing_masks": "the scene has no file of masks",
-    "bad_masks": "the file of masks is not of the published form",
+    "missing_masks": "the scene has no mask file",
+    "bad_masks": "the mask file does not match the published layout",
     "malformed_object": "the object is not [name, [x1, y1, x2, y2]]",
     "unknown_object": "the name is not in classes.json",
-    "box_outside": "the box is empty, not finite, or leaves the image",
-    "empty_mask": "the mask has no pixel",
-    "bad_mask": "the mask is not one of the image's size",
+    "box_outside": "the box is empty, not finite, or outside the image",
+    "empty_mask": "the mask has no set pixel",
+    "bad_mask": "the mask is malformed or its size differs from the image's",
     "malformed_relation": "the relation is not [path, [subject, predicate, object]]",
     "unknown_relation": "the relation is not in classes.json",
-    "relation_unknown_label": "the relation names something that is not among the objects",
+    "relation_unknown_label": "the relation names an object that is not in the scene",
     "relation_without_object": "the relation's subject or object was rejected",
-    "relation_with_itself": "the relation's subject and object are one and the same",
+    "relation_with_itself": "the relation's subject and object are the same object",
     "relation_without_mask": "the relation's subject or object has no mask",
 }
 
-# A box may leave the image by this much, in pixels: annotations are often rounded outwards. It is clipped.
+# Pixels by which a box may exceed the image before it is rejected instead of clipped: annotations are often rounded up.
 BOX_SLACK = 1.0
 
 MAX_ITEMS = 1024  # objects, and relations, of one scene
 MAX_KEY = 90  # a tar header holds 100 bytes of name
-MAX_IMAGE_BYTES = 1 << 28  # of an encoded image: more than MAX_PIXELS take without compression
+MAX_IMAGE_BYTES = 1 << 28  # of an encoded image; uncompressed MAX_PIXELS take less
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Something of a data set that is not used: `entry` says where it stands, `reason` is a key of REASONS.
+    """A rejected part of a data set: `entry` locates it, `reason` is a key of REASONS.
 
-    Names and texts of a data set may be endless, or hold what moves a terminal's cursor: both texts fit into a line.
+    `entry` and `detail` are cut to one printable line: text from a data set may be arbitrarily long or contain
+    terminal control sequences.
     """
 
     entry: str
@@ -77,7 +80,7 @@ class Rejection:
 
 
 def _line(text: str) -> str:
-    """At most 300 printable characters; such a text stays as it is."""
+    """Escape and shorten `text` to at most 300 printable characters. Idempotent."""
     if len(text) > 300:
         text = f"{text[:200]} ... {text[-60:]}"
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -85,7 +88,7 @@ def _line(text: str) -> str:
 
 
 class BadEntry(ValueError):
-    """A whole scene is unusable."""
+    """A whole scene is unusable. `reason` is a key of REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS, reason
@@ -94,19 +97,19 @@ class BadEntry(ValueError):
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces: the form of every text of a vocabulary."""
-    # JSON can spell half of a surrogate pair, which is no character and no UTF-8.
+    """Lower-case a text and collapse its whitespace: the form of every text in a vocabulary."""
+    # JSON can contain lone surrogates, which UTF-8 cannot encode.
     return " ".join(text.encode("utf-8", "ignore").decode().lower().split())
 
 
 def safe_key(name: str, raw: str | None = None) -> str:
-    """A file name's stem for an id. A dot would end a WebDataset key, so that it and other signs become "_".
+    """Turn an id into a WebDataset key: characters other than letters, digits, "_" and "-" become "_".
 
-    A hash of `raw`, what the name was made from, follows where it is not the same: names that differ have keys that
-    differ. A key is its own key.
+    If the key differs from `raw` (the original id, default `name`), a hash of `raw` is appended so that distinct ids
+    get distinct keys. Idempotent.
 
     Raises:
-        BadEntry: empty, too long, or with a path separator or a control character.
+        BadEntry: `name` is empty, too long, or contains a path separator or a control character.
     """
     if not name or len(name) > MAX_KEY or re.search(r"[/\\\x00-\x1f\x7f]", name):
         raise BadEntry("unsafe_id", f"{short(name)}: expected 1 to {MAX_KEY} characters, no path separators")
@@ -118,7 +121,7 @@ def safe_key(name: str, raw: str | None = None) -> str:
 
 
 def given_splits(named: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    """The split of each id that is given one. Of several it is the one held out most: test, then val."""
+    """Map each id to its assigned split. An id in several splits gets the one held out most: test, then val."""
     given: dict[str, str] = {}
     for name, split in named:
         if split is not None:
@@ -127,14 +130,21 @@ def given_splits(named: Iterable[tuple[str, str | None]]) -> dict[str, str]:
 
 
 def split_conflict(entry: str, keeps: str) -> Rejection:
-    """What becomes of an entry of another split than the one, `keeps`, that `given_splits` says."""
-    return Rejection(entry, "split_conflict", f"the {keeps} split has this id too, and keeps it")
+    """Reject an entry whose id is kept by another split, `keeps`."""
+    return Rejection(entry, "split_conflict", f"the id is also in the {keeps} split, which keeps it")
 
 
 def normalised(scene: Scene) -> Scene:
-    """The scene with its texts in the form of a vocabulary. BadEntry if one is empty, or if there are too many."""
+    """Normalise the texts of a scene.
+
+    Raises:
+        BadEntry: a text is empty, or there are more than MAX_ITEMS objects or relations.
+    """
     if max(len(scene.objects), len(scene.relations)) > MAX_ITEMS:
-        raise BadEntry("malformed_entry", f"got {len(scene.objects)} objects and {len(scene.relations)} relations")
+        raise BadEntry(
+            "malformed_entry",
+            f"got {len(scene.objects)} objects and {len(scene.relations)} relations, expected at most {MAX_ITEMS} each",
+        )
     objects = [replace(item, name=normalise(item.name)) for item in scene.objects]
     relations = [replace(relation, predicate=normalise(relation.predicate)) for relation in scene.relations]
     action = normalise(scene.action)
@@ -143,19 +153,103 @@ def normalised(scene: Scene) -> Scene:
     return replace(scene, action=action, objects=objects, relations=relations)
 
 
-def image_reason(error: DecodeError) -> str:
-    """The rejection that a decoder's error stands for."""
-    known = ("truncated", "corrupt", "too_large", "not_an_image")
-    return f"image_{error.reason}" if error.reason in known else "image_undecodable"
-
-
 def short(value: object) -> str:
-    """A value's repr, cut to what fits into a message."""
+    """The repr of a value, cut to 80 characters for messages."""
     try:
         text = repr(value)
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class CheckedScene:
+    """A valid scene, the (H, W) of its image, and the parts of it that were rejected."""
+
+    scene: Scene
+    size: tuple[int, int]
+    rejected: list[Rejection]
+
+
+@contextmanager
+def malformed_entries() -> Iterator[None]:
+    """Turn errors that fields of wrong types cause into BadEntry("malformed_entry")."""
+    try:
+        yield
+    except (BadEntry, UserError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadEntry("malformed_entry", f"{type(error).__name__}: {error}") from error
+
+
+class SceneChecker:
+    """Checks scenes and their images. Picklable: each process creates its own decoder.
+
+    Args:
+        max_pixels: larger images are rejected.
+        classes: the known "actions", "objects" and "relations"; None accepts any text.
+    """
+
+    def __init__(self, max_pixels: int = MAX_PIXELS, classes: Mapping[str, Collection[str]] | None = None) -> None:
+        self._max_pixels = max_pixels
+        self._classes = None if classes is None else {level: frozenset(texts) for level, texts in classes.items()}
+        self._decoder: TorchDecoder | None = None
+
+    def check(self, scene: Scene, entry: str) -> CheckedScene:
+        """Normalise and validate a scene whose image is encoded bytes; encode its masks as RLE.
+
+        Args:
+            entry: how rejections refer to the scene.
+
+        Raises:
+            BadEntry: the whole scene is unusable.
+        """
+        assert isinstance(scene.image, bytes)
+        size = self.image_size(scene.image)
+        scene = replace(normalised(scene), key=safe_key(scene.key))
+        self.check_action(scene.action)
+        return self.clean(scene, size, entry)
+
+    def image_size(self, image: bytes, where: str = "") -> tuple[int, int]:
+        """Decode an image to make sure that it is intact, and return its (H, W).
+
+        Args:
+            where: prefix of the error's detail.
+
+        Raises:
+            BadEntry: the image is damaged, not an image, or too large.
+        """
+        if self._decoder is None:
+            self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
+        height, width = decode_checked(self._decoder, image, where).shape[:2]
+        return height, width
+
+    def knows(self, level: str, text: str) -> bool:
+        """Whether `text` is a known class of `level`: "actions", "objects" or "relations"."""
+        return self._classes is None or text in self._classes[level]
+
+    def check_action(self, action: str) -> None:
+        """Raise BadEntry if the action is not a known class."""
+        if not self.knows("actions", action):
+            raise BadEntry("unknown_action", f"{action!r} is not a known action")
+
+    def clean(self, scene: Scene, size: tuple[int, int], entry: str, *, encode: bool = True) -> CheckedScene:
+        """Drop the invalid parts of a scene; see `clean_scene`."""
+        clean, rejected = clean_scene(scene, size, entry, encode=encode, classes=self._classes)
+        return CheckedScene(clean, size, rejected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_decoder": None}
+
+
+def decode_checked(decoder: TorchDecoder, image: bytes, where: str = "") -> Tensor:  # uint8 [H, W, 3]
+    """Decode one image, raising BadEntry with the matching reason if that fails."""
+    (pixels,) = decoder.decode([image])
+    if isinstance(pixels, DecodeError):
+        known = ("truncated", "corrupt", "too_large", "not_an_image")
+        reason = f"image_{pixels.reason}" if pixels.reason in known else "image_undecodable"
+        raise BadEntry(reason, f"{where}{pixels.detail}")
+    return pixels
 
 
 def clean_scene(
@@ -166,23 +260,45 @@ def clean_scene(
     encode: bool = False,
     classes: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Scene, list[Rejection]]:
-    """Keeps what is sound of a scene whose image is `size` = (H, W).
+    """Drop the invalid parts of a scene whose image is `size` = (H, W).
 
-    Objects with an impossible box go, and the relations of such objects. An unusable mask becomes None, and a
-    relation of an object without a mask goes: it has no focused region.
+    Objects with an invalid box are dropped, and with them their relations. An unusable mask becomes None, and
+    relations of an object without a mask are dropped because they have no focused region.
 
     Args:
-        entry: how to name the scene in a rejection.
-        encode: turn masks into RLE, of COCO's compressed form; otherwise they stay as they are.
-        classes: the "objects" and "relations" that are known; None: whatever occurs.
+        entry: how rejections refer to the scene.
+        encode: convert masks to compressed COCO RLE; otherwise they are kept as they are.
+        classes: the known "objects" and "relations"; None accepts any text.
     """
-    bad: list[Rejection] = []
-    kept: dict[int, int] = {}  # position before -> position after
+    objects, kept, bad = _clean_objects(scene, size, entry, encode, classes)
+    relations: list[Relation] = []
+    for k, relation in enumerate(scene.relations):
+        ends = (relation.subject, relation.object)
+        reason, detail = _relation_problem(ends, kept, objects, len(scene.objects))
+        if not reason and classes is not None and (text := scene.relation_text(k)) not in classes["relations"]:
+            reason, detail = "unknown_relation", f"{text!r} is not a known relation"
+        if reason:
+            bad.append(Rejection(f"{entry}: relation {k}", reason, detail))
+        else:
+            relations.append(Relation(kept[ends[0]], relation.predicate, kept[ends[1]]))
+    return replace(scene, objects=objects, relations=relations), bad
+
+
+def _clean_objects(
+    scene: Scene,
+    size: tuple[int, int],
+    entry: str,
+    encode: bool,
+    classes: Mapping[str, Collection[str]] | None,
+) -> tuple[list[SceneObject], dict[int, int], list[Rejection]]:
+    """The valid objects, a map from old to new positions, and the rejections."""
     objects: list[SceneObject] = []
+    kept: dict[int, int] = {}
+    bad: list[Rejection] = []
     for i, item in enumerate(scene.objects):
         here = f"{entry}: object {i} ({item.name})"
         if classes is not None and item.name not in classes["objects"]:
-            bad.append(Rejection(here, "unknown_object", "the name is not among the objects of the vocabulary"))
+            bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
             continue
         box = _clip_box(item.box, size)
         if box is None:
@@ -194,17 +310,7 @@ def clean_scene(
             bad.append(Rejection(here, reason, detail))
         kept[i] = len(objects)
         objects.append(SceneObject(item.name, box, mask))
-    relations: list[Relation] = []
-    for k, relation in enumerate(scene.relations):
-        ends = (relation.subject, relation.object)
-        reason, detail = _relation_problem(ends, kept, objects, len(scene.objects))
-        if not reason and classes is not None and (text := scene.relation_text(k)) not in classes["relations"]:
-            reason, detail = "unknown_relation", f"{text!r} is not among the relations of the vocabulary"
-        if reason:
-            bad.append(Rejection(f"{entry}: relation {k}", reason, detail))
-        else:
-            relations.append(Relation(kept[ends[0]], relation.predicate, kept[ends[1]]))
-    return replace(scene, objects=objects, relations=relations), bad
+    return objects, kept, bad
 
 
 def _clip_box(
@@ -222,25 +328,21 @@ def _clip_box(
 
 def _usable_mask(mask: Mask | None, size: tuple[int, int], encode: bool) -> tuple[Mask | None, str, str]:
     """(mask, "", "") or (None, reason, detail)."""
-    from scenarioclip_fast.data import rle
-
     if mask is None:
         return None, "", ""
     try:
         shape: Any = tuple(mask.shape) if isinstance(mask, Tensor) else tuple(mask["size"])
         if shape != size:
-            return None, "bad_mask", f"got a mask of {list(shape)}, expected the image's {list(size)}"
+            return None, "bad_mask", f"got a mask of size {list(shape)}, expected the image size {list(size)}"
         empty = not bool(mask.any()) if isinstance(mask, Tensor) else rle.area(mask) == 0
         if empty:
-            return None, "empty_mask", "the mask has no pixel; the object's box is kept"
+            return None, "empty_mask", "the mask has no set pixel; the object keeps its box"
         return (_compressed(mask) if encode else mask), "", ""
     except (KeyError, TypeError, ValueError) as error:
         return None, "bad_mask", str(error)
 
 
 def _compressed(mask: Mask) -> dict[str, Any]:
-    from scenarioclip_fast.data import rle
-
     if isinstance(mask, Tensor):
         return rle.encode(mask)
     height, width, runs = rle.read_runs(mask)
@@ -253,7 +355,10 @@ def _relation_problem(
 ) -> tuple[str, str]:
     for i in ends:
         if not 0 <= i < n:
-            return "relation_unknown_label", f"got object {i}, expected one of {n}"
+            return (
+                "relation_unknown_label",
+                f"got object {i}, but the scene has {n} objects",
+            )
         if i not in kept:
             return "relation_without_object", f"object {i} was rejected"
     if ends[0] == ends[1]:

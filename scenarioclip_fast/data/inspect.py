@@ -1,4 +1,4 @@
-"""What is in a packed data set: counts, histograms, and a sheet of scenes with the views that a model would see."""
+"""Statistics and pictures of a packed data set: counts, histograms, and a contact sheet of scenes with their views."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from scenarioclip_fast.requirements import require
 
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"
-MOST_SCENES = 40  # on a sheet: Matplotlib's layout takes time with the square of them
-MOST_PIXELS = 1024  # the side of a view: far more than the sheet shows
-# The kernel's 0 to 1 as Matplotlib wants it: no normalisation to undo.
-_PLAIN: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+MAX_SCENES = 40  # on a sheet: the time of Matplotlib's layout grows with their square
+MAX_SIDE = 1024  # pixels of a view: far more than the sheet resolves
+# Views without normalisation: values from 0 to 1, as Matplotlib expects.
+_UNNORMALISED: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 @dataclass
 class Census:
-    """Counts over a split."""
+    """Counts of a split."""
 
     scenes: int = 0
     objects: list[int] = field(default_factory=list)  # per scene
     relations: list[int] = field(default_factory=list)  # per scene
-    mask_area: list[float] = field(default_factory=list)  # per mask, as a share of its image
+    mask_area: list[float] = field(default_factory=list)  # per mask, fraction of the image
     without_mask: int = 0
-    black: int = 0  # masked object views whose box lies outside the centre crop
+    black: int = 0  # masked object views that are all black: the box is outside the centre crop
     bad: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         objects, relations = sum(self.objects), sum(self.relations)
         lines = [
             f"scenes     {self.scenes}",
-            f"objects    {objects}  ({_spread(self.objects)} a scene)",
-            f"relations  {relations}  ({_spread(self.relations)} a scene; {self.relations.count(0)} scenes have none)",
+            f"objects    {objects}  ({_spread(self.objects)} per scene)",
+            f"relations  {relations}  ({_spread(self.relations)} per scene; {self.relations.count(0)} scenes without)",
             f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
             f"image; {self.without_mask} objects have none)",
             f"all black  {self.black} of {objects} masked object views ({_percent(self.black / max(objects, 1))}): "
-            "the box lies outside the centre crop; object_view=crop shows them",
+            "the box is outside the centre crop; object_view=crop shows them",
         ]
         if self.bad:
             lines.append("unusable   " + ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common()))
@@ -61,7 +61,7 @@ class Census:
 
 
 def take_census(scenes: Iterable[Scene | BadSample]) -> Census:
-    """Counts scenes; a BadSample, or a scene that no views can be made of, is counted by its reason."""
+    """Count scenes. BadSamples and scenes without valid views are counted by reason."""
     census = Census()
     for scene in scenes:
         if isinstance(scene, BadSample):
@@ -88,9 +88,9 @@ def _area(mask: Mask) -> int:
 
 
 def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which boxes do not reach into the middle square of the image, which is all that a masked view shows."""
-    many = np.full(len(boxes), 1)
-    pixels = pixel_box(boxes.numpy(), many * height, many * width)
+    """Which boxes do not intersect the centre crop of the image, the only part that a masked view shows."""
+    ones = np.ones(len(boxes), int)
+    pixels = pixel_box(boxes.numpy(), ones * height, ones * width)
     side = min(height, width)
     corner = np.array([(width - side) / 2, (height - side) / 2])
     low, high = np.maximum(pixels[:, :2], np.floor(corner)), np.minimum(pixels[:, 2:], np.ceil(corner + side))
@@ -98,7 +98,7 @@ def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, n
 
 
 def read_scenes(shards: ShardSet, indices: Iterable[int]) -> Iterable[Scene | BadSample]:
-    """Scenes in the order of `indices`, or why one cannot be read."""
+    """Yield scenes in the order of `indices`, or the BadSample of one that cannot be read."""
     for i in indices:
         try:
             yield shards.read(i)
@@ -107,7 +107,7 @@ def read_scenes(shards: ShardSet, indices: Iterable[int]) -> Iterable[Scene | Ba
 
 
 def draw_histograms(census: Census, out: Path) -> None:
-    """Writes a PNG: objects and relations per scene, mask areas."""
+    """Write a PNG with histograms of objects and relations per scene and of mask areas."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
@@ -116,7 +116,7 @@ def draw_histograms(census: Census, out: Path) -> None:
     panels: list[tuple[str, Sequence[float], Any]] = [
         ("objects per scene", census.objects, np.arange(max(census.objects, default=0) + 2) - 0.5),
         ("relations per scene", census.relations, np.arange(max(census.relations, default=0) + 2) - 0.5),
-        ("mask area, share of the image", census.mask_area, np.geomspace(1e-5, 1, 31)),
+        ("mask area (fraction of the image)", census.mask_area, np.geomspace(1e-5, 1, 31)),
     ]
     for k, (axis, (title, values, bins)) in enumerate(zip(axes, panels, strict=True)):
         axis.hist(np.maximum(values, 1e-5) if k == 2 else values, bins=bins, color=COLOURS[1], rwidth=0.9)
@@ -125,7 +125,7 @@ def draw_histograms(census: Census, out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     for axis in axes[:2]:
-        axis.xaxis.get_major_locator().set_params(integer=True)  # half a relation is none
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.yaxis.get_major_locator().set_params(integer=True)
     axes[2].set_xscale("log")
@@ -149,14 +149,14 @@ def draw_sheet(
     blur: str = "rgb",
     most: int = 4,
 ) -> None:
-    """Writes a PNG: for each scene its image with boxes and masks, its global view, and views of its first objects
-    and relations, `most` of each, with their texts."""
+    """Write a PNG: for each scene its image with boxes and masks, its global view, and captioned views of its first
+    `most` objects and relations."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
     images = [scene.image for scene in scenes if isinstance(scene.image, Tensor)]
     views = Views.of_scenes(scenes, object_view=object_view, relation_view=relation_view)
-    pixels = render_views(images, views, size=size, blur=blur, **_PLAIN).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+    pixels = render_views(images, views, size=size, blur=blur, **_UNNORMALISED).clamp(0, 1).permute(0, 2, 3, 1).cpu()
     figure = Figure(figsize=(3 + 1.9 * (1 + most), 3.6 * len(scenes)), layout="constrained")
     rows = figure.subfigures(len(scenes), 1, squeeze=False)[:, 0]
     object_at, relation_at = len(scenes), len(scenes) + sum(len(scene.objects) for scene in scenes)
@@ -193,7 +193,7 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor, most: int) -> None:
         x1, y1, x2, y2 = entry.box
         axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-        # above its box, inside at the upper edge; growing to the left in the right half: never cut off
+        # Above the box, or inside it at the upper edge; right-aligned in the right half, so that it is never clipped.
         inside, leftwards = y1 < 0.06 * height, x1 + x2 > width
         x, edge = (x2 - 1, "right") if leftwards else (x1, "left")
         below = "top" if inside else "bottom"
@@ -213,7 +213,7 @@ def _draw_view(axis: Any, picture: Tensor, text: str, colour: str) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    # A dollar would start Matplotlib's own mathematics.
+    # A dollar sign would start Matplotlib mathtext.
     return "\n".join(textwrap.wrap(text, width)[:3]).replace("$", r"\$")
 
 
@@ -229,20 +229,20 @@ def inspect_shards(
     blur: str = "rgb",
     seed: int = 0,
 ) -> Census:
-    """Counts a split, and writes `histograms.png` and `scenes.png` (randomly chosen scenes) into `out`.
+    """Count a split, and write `histograms.png` and `scenes.png` (randomly chosen scenes) into `out`.
 
     Raises:
-        UserError: no packed data set, no usable scene in the split, or numbers out of range.
+        UserError: no packed data set, no usable scene in the split, or an argument out of range.
     """
-    if not 1 <= scenes <= MOST_SCENES:
-        raise UserError(f"scenes: got {scenes}, expected 1 to {MOST_SCENES} on one sheet; another seed shows others")
+    if not 1 <= scenes <= MAX_SCENES:
+        raise UserError(f"scenes: got {scenes}, expected 1 to {MAX_SCENES} per sheet; another seed selects others")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
-    if not 1 <= size <= MOST_PIXELS:
-        raise UserError(f"size: got {size}, expected 1 to {MOST_PIXELS} pixels")
+    if not 1 <= size <= MAX_SIDE:
+        raise UserError(f"size: got {size}, expected 1 to {MAX_SIDE} pixels")
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a directory for the pictures")
+        raise UserError(f"{out}: is a file; choose a directory for the pictures")
     shards = ShardSet(directory, split)
     census = take_census(read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting")))
     if census.scenes == 0:

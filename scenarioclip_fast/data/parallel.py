@@ -1,4 +1,4 @@
-"""A map over processes that keeps the order, runs only a little ahead, and notices a process that died."""
+"""An ordered map over worker processes, with bounded look-ahead and detection of dead workers."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 _CHUNK = 8
-_AHEAD = 4  # chunks per worker whose results may wait
+_AHEAD = 4  # chunks in flight per worker
 
 
 def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: int = _CHUNK) -> Iterator[B]:
-    """`map(job, items)` in `workers` processes, `chunk` items at a time; in this one if it is a single worker.
+    """`map(job, items)` in `workers` processes, `chunk` items at a time; in this process if `workers` is 1.
 
-    The processes end with this one, however it ends.
+    The worker processes exit with this one, even if it is killed.
 
     Raises:
-        RuntimeError: a process died without saying why.
+        RuntimeError: a worker process died.
     """
     if workers <= 1:
         yield from map(job, items)
         return
     source = iter(items)
     chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
-    # spawn: a fork of a process that has used torch's threads can hang
+    # spawn, because a process that has used torch's threads may hang after a fork
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise)
     waiting: deque[tuple[list[A], Future[list[B]]]] = deque()
     try:
-        for some in chunks:
-            with _without_interrupts():
-                waiting.append((some, pool.submit(partial(_run, job), some)))
+        for items_ in chunks:
+            with _block_interrupts():
+                waiting.append((items_, pool.submit(partial(_run, job), items_)))
             if len(waiting) > _AHEAD * workers:
                 yield from _result(job, *waiting.popleft())
         while waiting:
             yield from _result(job, *waiting.popleft())
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died, killed or out of memory; fewer workers need less memory") from error
+        raise RuntimeError("a worker process died (killed or out of memory?); try fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -60,13 +60,13 @@ def _run(job: Callable[[A], B], chunk: Sequence[A]) -> list[B]:
 def _result(job: Callable[[A], B], chunk: list[A], future: Future[list[B]]) -> list[B]:
     try:
         return future.result()
-    except RecursionError:  # an item is nested too deeply to be sent to a process
+    except RecursionError:  # an item is nested too deeply to be pickled
         return _run(job, chunk)
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that start in it never see Ctrl-C, which a terminal sends to all: it is this process's to handle."""
+def _block_interrupts() -> Iterator[None]:
+    """Processes started in this context ignore Ctrl-C, which a terminal sends to all; only this process handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -74,15 +74,14 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin() -> None:
-    # Runs before the job, and with it torch, is imported.
+def _initialise() -> None:
+    # Runs before the job is unpickled, which imports torch.
     os.environ["OMP_NUM_THREADS"] = "1"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # A pool's process holds both ends of the pipe that it reads from, so that it would wait for ever for a parent that
-    # was killed.
+def _exit_with_parent() -> None:
+    # A pool's worker holds both ends of the pipe that it reads from, so it would wait forever for a killed parent.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,8 +1,8 @@
 """COCO run-length masks: {"size": [H, W], "counts": str}, byte-compatible with pycocotools.
 
-A mask is read column by column; its run lengths alternate between 0 and 1 and start with 0 (possibly of
-length zero). From the fourth run on, each is stored as the difference to the run two before; each number is
-written in groups of five bits, low group first, bit 5 saying "more follows", plus 48 to make it printable.
+A mask is stored column by column as run lengths that alternate between 0 and 1, starting with 0 (possibly of length
+zero). From the fourth run on, each is stored as the difference to the run two before. Numbers are written in groups of
+five bits, low group first, with bit 5 as continuation bit, plus 48 to make them printable.
 Source: the COCO API's `maskApi.c` (format only).
 """
 
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from scenarioclip_fast import native
 
-MAX_PIXELS = 1 << 28  # nobody has a mask of 268 megapixels; a malformed size must not ask for the memory
-MAX_GROUPS = 7  # 35 bits hold every run of MAX_PIXELS, and its difference
+MAX_PIXELS = 1 << 28  # 268 megapixels; bounds the memory that a malformed size can request
+MAX_GROUPS = 7  # 35 bits hold every run up to MAX_PIXELS and every difference
 
 
 def encode(mask: Tensor | NDArray[Any]) -> dict[str, Any]:
-    """Encodes a bool [H, W] mask. Raises ValueError for another shape or dtype."""
+    """Encode a bool [H, W] mask.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
     array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
         raise ValueError(f"got a mask of shape {list(array.shape)}, {array.dtype}, expected bool [H, W]")
@@ -31,7 +35,11 @@ def encode(mask: Tensor | NDArray[Any]) -> dict[str, Any]:
 
 
 def decode(rle: dict[str, Any]) -> Tensor:  # bool [H, W]
-    """Decodes a mask. Raises ValueError for anything but a well-formed RLE of the size that it names."""
+    """Decode a mask.
+
+    Raises:
+        ValueError: malformed RLE, or run lengths that do not match its size.
+    """
     height, width, runs = read_runs(rle)
     values = np.arange(len(runs), dtype=np.uint8) & 1
     flat = np.repeat(values, runs).view(np.bool_)
@@ -39,12 +47,16 @@ def decode(rle: dict[str, Any]) -> Tensor:  # bool [H, W]
 
 
 def area(rle: dict[str, Any]) -> int:
-    """Number of set pixels, without decoding the mask."""
+    """Count the set pixels without decoding the mask."""
     return int(read_runs(rle)[2][1::2].sum())
 
 
 def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
-    """(H, W, run lengths) of an RLE; the lengths are >= 0 and sum to H * W, else ValueError."""
+    """Read (H, W, run lengths) of an RLE; the lengths are >= 0 and sum to H * W.
+
+    Raises:
+        ValueError: malformed RLE.
+    """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise ValueError(f'got {_short(rle)} as RLE, expected {{"size": [H, W], "counts": str}}')
     size, counts = rle["size"], rle["counts"]
@@ -73,7 +85,7 @@ def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
 def mask_runs(
     mask: NDArray[Any],  # bool [H, W]
 ) -> NDArray[np.int64]:  # [runs]
-    """Run lengths of a mask in column order, starting with a run of zeros."""
+    """Compute the run lengths of a mask in column order, starting with a run of zeros."""
     flat = mask.T.astype(np.bool_).ravel()
     if flat.size == 0:
         return np.zeros(1, np.int64)
@@ -83,14 +95,14 @@ def mask_runs(
 
 
 def compress(runs: NDArray[np.int64]) -> str:
-    """COCO's string form of run lengths."""
+    """Encode run lengths as a COCO string."""
     if (host := native.host()) is not None:
         return str(host.rle_compress(runs))
     delta = runs.copy()
     delta[3:] -= runs[1:-2]
     groups = delta[:, None] >> (5 * np.arange(MAX_GROUPS))
     low = groups & 31
-    # A number ends with the first group after which only its sign is left, in bit 4 of that group.
+    # A number ends with the first group whose bit 4 equals the sign and after which only sign bits remain.
     last = (groups >> 5) == -(low >> 4)
     length = last.argmax(1) + 1
     position = np.arange(MAX_GROUPS)
@@ -99,7 +111,11 @@ def compress(runs: NDArray[np.int64]) -> str:
 
 
 def decompress(counts: str | bytes) -> NDArray[np.int64]:
-    """Run lengths of COCO's string form; ValueError where it is malformed."""
+    """Decode the run lengths of a COCO string.
+
+    Raises:
+        ValueError: malformed string.
+    """
     try:
         data = counts.encode("ascii") if isinstance(counts, str) else counts
     except UnicodeEncodeError as error:

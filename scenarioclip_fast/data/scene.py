@@ -27,7 +27,7 @@ class SceneObject:
 
 @dataclass(slots=True)
 class Relation:
-    """`subject` and `object` are positions in the scene's list of objects."""
+    """A relation between two objects, given as positions in the scene's list of objects."""
 
     subject: int
     predicate: str
@@ -38,8 +38,8 @@ class Relation:
 class Scene:
     """An image with its action, objects and relations.
 
-    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` names the split a data set assigned, None
-    if it assigned none.
+    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` is the split that the data set assigns, None if it
+    assigns none.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Scene:
 
 
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
-    """The KEY.json of a packed scene; `size` is (H, W). Masks must be RLE or None."""
+    """Convert a scene to the KEY.json of a pack; `size` is (H, W). Masks must be RLE or None."""
     return {
         "schema": SCHEMA,
         "size": list(size),
@@ -67,21 +67,25 @@ def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) -> Scene:
-    """The inverse of `scene_to_json`. Raises ValueError for a record of another schema or shape."""
+    """Invert `scene_to_json`.
+
+    Raises:
+        ValueError: another schema, or a malformed record.
+    """
     schema = record.get("schema") if isinstance(record, Mapping) else None
     if schema != SCHEMA:
         raise ValueError(f"scene {key}: got schema {schema!r}, expected {SCHEMA}")
     try:
-        height, width = (_whole(n) for n in record["size"])
+        height, width = (_integer(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in record["objects"]]
         relations = [
-            Relation(_whole(r["subject"]), _text(r["predicate"]), _whole(r["object"])) for r in record["relations"]
+            Relation(_integer(r["subject"]), _text(r["predicate"]), _integer(r["object"])) for r in record["relations"]
         ]
         action = _text(record["action"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
-        raise ValueError(f"scene {key}: a relation names an object that is not among its {len(objects)} objects")
+        raise ValueError(f"scene {key}: a relation refers to an object outside its {len(objects)} objects")
     return Scene(key, image, action, objects, relations)
 
 
@@ -89,23 +93,23 @@ def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> Sce
     x1, y1, x2, y2 = (float(v) for v in record["box"])
     mask = record["mask"]
     if mask is not None and list(mask["size"]) != [height, width]:
-        raise ValueError(f"mask size {mask['size']} differs from the image's {[height, width]}")
+        raise ValueError(f"mask size {mask['size']} differs from the image size {[height, width]}")
     return SceneObject(_text(record["name"]), (x1, y1, x2, y2), None if mask is None else dict(mask))
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"got {value!r} for an integer")
+        raise TypeError(f"got {value!r}, expected an integer")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"got a {type(value).__name__} for a text")
+        raise TypeError(f"got a {type(value).__name__}, expected a string")
     return value
 
 
 def check_shares(val: float, test: float) -> None:
-    """UserError unless the val and test splits can take these shares of all scenes."""
+    """Raise UserError unless `val` and `test` are valid shares of all scenes."""
     if not (val >= 0 and test >= 0 and val + test <= 1):
-        raise UserError(f"got shares val={val:g} and test={test:g}, expected them to be >= 0 and to add up to <= 1")
+        raise UserError(f"got shares val={val:g} and test={test:g}, expected shares >= 0 whose sum is <= 1")

@@ -12,25 +12,20 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.remote import (
-    CACHE_GIB,
-    NoRanges,
-    RemoteShard,
-    RemoteShards,
-    Store,
-    default_cache_dir,
-    is_url,
-)
+from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
 from scenarioclip_fast.data.scene import SCHEMA, Scene, scene_from_json
+from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
-_OPEN_FILES = 256  # at a time: a process may have 1024, and a large data set has more shards
+# key, shard number, JPEG offset and size, JSON offset and size
+_IndexEntry = tuple[str, int, int, int, int, int]
+_OPEN_FILES = 256  # at a time: the usual limit is 1024 per process, and a large data set has more shards
 
 
 class BadSample(ValueError):
-    """One scene of a shard cannot be used. `reason` is a short name to count by."""
+    """A scene of a shard is unusable. `reason` is a short name to count by."""
 
     def __init__(self, key: str, reason: str, detail: str) -> None:
         super().__init__(key, reason, detail)
@@ -43,21 +38,21 @@ class BadSample(ValueError):
 class ShardSet:
     """The scenes of one split, in the order of the index.
 
-    Reads are positioned (`pread`), so threads may share one ShardSet; a copy sent to another process opens
-    its own files. Remote shards come by byte ranges and, as many as fit, into a cache on disk (see `remote`), which the
-    first read sets going: whoever looks at the keys or the vocabulary alone fetches no shard.
+    Reads are positioned (`pread`), so threads may share one ShardSet; a pickled copy opens its own files. Remote shards
+    are read by byte ranges and, as far as they fit, fetched into a disk cache (see `remote`). Fetching starts at the
+    first read: reading only the keys or the vocabulary fetches no shard.
 
     Args:
-        source: what `scenarioclip-fast pack` wrote: a directory, or the URL of one ("s3://...", "https://...",
-            whatever fsspec knows; "file://..." caches what lies on a slow mount).
+        source: the output of `scenarioclip-fast pack`: a directory, or its URL ("s3://...", "https://...", any protocol
+            of fsspec; "file://..." caches a slow mount).
         split: "train", "val" or "test".
-        shard_cache_dir: where remote shards are cached, on a local disk; processes may share it. None:
+        shard_cache_dir: cache of remote shards on a local disk, which processes may share. None:
             ~/.cache/scenarioclip-fast/shards.
-        shard_cache_gib: how much of that disk they may fill; 0 caches nothing.
+        shard_cache_gib: size limit of the cache; 0 caches nothing.
 
     Raises:
-        UserError: no packed data set, one that cannot be reached, or no such split; at the first read, a cache
-            directory that cannot be written.
+        UserError: no packed data set, an unreachable one, or no such split; at the first read, a cache directory that
+            is not writable.
         MissingDependencyError: fsspec, or its package for this kind of storage, is not installed.
     """
 
@@ -78,35 +73,13 @@ class ShardSet:
         if not self.is_remote and not Path(source).is_dir():
             problem = "is a file" if Path(source).exists() else "no such directory"
             raise UserError(
-                f"{source}: {problem}; `scenarioclip-fast pack SOURCE --out DIR` makes a directory of shards"
+                f"{source}: {problem}; `scenarioclip-fast pack SOURCE --out DIR` creates a directory of shards"
             )
         self._cache = (Path(shard_cache_dir or default_cache_dir()), int(shard_cache_gib * 2**30))
         store = Store(self.source) if self.is_remote else None
         self.manifest = self._read_json("manifest.json", store)
-        index = self._read_json("index.json", store)
-        try:
-            shards = [
-                RemoteShard(str(shard["name"]), str(shard["sha256"]), int(shard["bytes"]))
-                for shard in self.manifest["splits"][split]["shards"]
-            ]
-            entries = [
-                (str(key), number, int(jo), int(js), int(to), int(ts))
-                for number, shard in enumerate(shards)
-                for key, jo, js, to, ts in index["shards"][shard.name]
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{source}: malformed index ({type(error).__name__}: {error}); pack it again") from None
-        for shard in shards:
-            if os.path.basename(shard.name) != shard.name:
-                raise UserError(f"{self._where('manifest.json')}: a shard's name leads out of the directory")
-            if len(shard.sha256) != 64 or set(shard.sha256) - set("0123456789abcdef"):  # a file's name in the cache
-                raise UserError(f"{self._where('manifest.json')}: {shard.name} has no SHA-256; pack it again")
-        for key, number, *members in entries:
-            jo, js, to, ts = members
-            if min(members) < 0 or max(jo + js, to + ts) > shards[number].size:
-                raise UserError(f"{source}: malformed index: {key} lies outside of its shard; pack it again")
-        self._shards, self._entries = shards, entries
-        self.keys = [entry[0] for entry in entries]
+        self._shards, self._entries = self._parse_index(self._read_json("index.json", store))
+        self.keys = [entry[0] for entry in self._entries]
         self._vocabulary: Vocabulary | None = None
         self._files: dict[int, _File] = {}
         self._fetching: RemoteShards | None = None
@@ -114,12 +87,40 @@ class ShardSet:
         if store is not None:
             self._check_ranges(store)
 
+    def _parse_index(self, index: dict[str, Any]) -> tuple[list[RemoteShard], list[_IndexEntry]]:
+        try:
+            shards = [
+                RemoteShard(str(shard["name"]), str(shard["sha256"]), int(shard["bytes"]))
+                for shard in self.manifest["splits"][self.split]["shards"]
+            ]
+            entries = [
+                (str(key), number, int(jo), int(js), int(to), int(ts))
+                for number, shard in enumerate(shards)
+                for key, jo, js, to, ts in index["shards"][shard.name]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.source}: malformed index ({type(error).__name__}: {error}); pack it again"
+            ) from None
+        for shard in shards:  # names and digests become file names
+            if os.path.basename(shard.name) != shard.name:
+                raise UserError(f"{self._where('manifest.json')}: the name of a shard leads out of the directory")
+            if len(shard.sha256) != 64 or set(shard.sha256) - set(
+                "0123456789abcdef"
+            ):  # becomes a file name in the cache
+                raise UserError(f"{self._where('manifest.json')}: {shard.name} has no SHA-256; pack it again")
+        for key, number, *members in entries:
+            jo, js, to, ts = members
+            if min(members) < 0 or max(jo + js, to + ts) > shards[number].size:
+                raise UserError(f"{self.source}: malformed index: {key} is outside its shard; pack it again")
+        return shards, entries
+
     def __len__(self) -> int:
         return len(self._entries)
 
     @functools.cached_property
     def digest(self) -> int:
-        """Of the keys in their order: shards that differ in it hold other scenes."""
+        """Checksum of the keys in order, to detect shards with other scenes."""
         return functools.reduce(lambda crc, key: zlib.crc32(key.encode(), crc), self.keys, 0)
 
     @property
@@ -131,13 +132,13 @@ class ShardSet:
         return self._vocabulary
 
     def read(self, i: int) -> Scene:
-        """Scene `i`: `image` holds the JPEG's bytes, masks are RLE. BadSample if it is not there whole."""
+        """Read scene `i`: `image` holds JPEG bytes, masks are RLE. BadSample if it is missing or truncated."""
         key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
         try:
             file = self._open(shard)
             if file is not None:
                 image, record = file.read(jpg_offset, jpg_size), file.read(json_offset, json_size)
-            else:  # in one request: `pack` writes them side by side
+            else:  # in one request, since `pack` writes them side by side
                 start = min(jpg_offset, json_offset)
                 data = self._remote().read(shard, start, max(jpg_offset + jpg_size, json_offset + json_size))
                 image, record = (
@@ -159,7 +160,7 @@ class ShardSet:
         return scene
 
     def close(self) -> None:
-        """Closes the shard files and ends what waits for remote ones; the next read opens them again."""
+        """Close the shard files and stop fetching; the next read opens them again."""
         with self._lock:
             fetching = self._fetching
             self._files, self._fetching = {}, None
@@ -167,7 +168,7 @@ class ShardSet:
             fetching.close()
 
     def _open(self, shard: int) -> _File | None:
-        """The shard's file, None while it is not on this machine."""
+        """The open file of a shard; None while it is not on this machine."""
         with self._lock:
             if (file := self._files.get(shard)) is not None:
                 return file
@@ -190,8 +191,8 @@ class ShardSet:
             store.read("manifest.json", 0, 1)
         except NoRanges as error:
             raise UserError(
-                f"{self.source}: this server ignores byte ranges ({error}), without which single scenes cannot be "
-                "read; use another server, or copy the shards to a disk"
+                f"{self.source}: the server ignores byte ranges ({error}), which reading single scenes requires; use "
+                "another server, or copy the shards to a local disk"
             ) from None
         except OSError as error:
             raise UserError(f"{self.source}: not readable ({error})") from None
@@ -206,19 +207,19 @@ class ShardSet:
         return f"{self.source.rstrip('/')}/{name}"
 
     def _read_file(self, name: str, store: Store | None) -> bytes:
-        """A small file whole, checked against the manifest where it came from afar."""
+        """Read a small file, and verify it against the manifest if it is remote."""
         try:
             if store is None:
                 return Path(self.source, name).read_bytes()
             data = store.read(name)
         except FileNotFoundError:
             raise UserError(
-                f"{self._where(name)}: no such file; is this what `scenarioclip-fast pack` wrote?"
+                f"{self._where(name)}: no such file; expected the output of `scenarioclip-fast pack`"
             ) from None
         except OSError as error:
             raise UserError(f"{self._where(name)}: not readable ({error.strerror or error})") from None
         if name != "manifest.json" and hashlib.sha256(data).hexdigest() != self.manifest.get("sha256", {}).get(name):
-            raise UserError(f"{self._where(name)}: its checksum is not the manifest's; copy the data set there again")
+            raise UserError(f"{self._where(name)}: its checksum differs from the manifest's; copy the data set again")
         return data
 
     def _read_json(self, name: str, store: Store | None) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class ShardSet:
 
 
 class _File:
-    """An open shard. Closed when nobody holds it any more: neither the ShardSet nor a thread that reads."""
+    """An open shard, closed when neither the ShardSet nor a reading thread references it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

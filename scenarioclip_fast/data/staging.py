@@ -1,13 +1,13 @@
-"""Where a pack grows beside its place: locked, with a journal of what is finished, and moved to its place when whole.
+"""The staging directory of a pack: locked, with a journal of finished shards, moved into place when complete.
 
-    .DIR.partial/journal.jsonl   {"fingerprint"}, then a line for every finished shard
-    .DIR.partial/*               finished shards, the one that is being written, at the end the other files
+    .DIR.partial/journal.jsonl   {"fingerprint"}, then one line per finished shard
+    .DIR.partial/*               finished shards, the shard being written, at the end the other files
 
-A run that was killed leaves this directory. The next one of the same fingerprint goes on after the last shard in the
-journal; if all was written, it moves what has not been moved. A line of the journal is written when the shard is on the
-disk, the manifest when everything is, and each is on the disk before anything relies on it.
+An interrupted run leaves this directory behind. The next run with the same fingerprint resumes after the last shard in
+the journal, or finishes moving a complete pack. A shard is synced to disk before its journal line is written, and all
+files before the manifest.
 
-Where files cannot be moved from there into DIR, a mount point for one, the directory is DIR/.partial.
+Where files cannot be moved from there into DIR (a mount point, for example), the directory is DIR/.partial.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _JOURNAL = "journal.jsonl"
 
 
 class Stage:
-    """The directory, under a lock, for one run; a context manager that removes it unless it is worth going on from.
+    """The locked staging directory of one run; a context manager that removes it unless a later run can resume from it.
 
     Raises:
         UserError: another process is packing into `out`.
@@ -48,13 +48,13 @@ class Stage:
 
     @staticmethod
     def beside(out: Path) -> Path:
-        """The directory for the pack `out`: of a fixed name, so that it is found again."""
+        """The staging directory of the pack `out`; its name is fixed so that a later run finds it."""
         out = out.resolve()
-        return out / INSIDE if _is_apart(out) else out.parent / f".{out.name}.partial"
+        return out / INSIDE if _on_other_device(out) else out.parent / f".{out.name}.partial"
 
     @classmethod
-    def waits_for(cls, out: Path) -> bool:
-        """Whether a run was killed while it moved a pack to `out`."""
+    def is_complete(cls, out: Path) -> bool:
+        """Whether a complete pack is staged because a run was killed while moving it to `out`."""
         return (cls.beside(out) / "manifest.json").exists()
 
     def _locked(self) -> int:
@@ -66,7 +66,7 @@ class Stage:
                 continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run that had it may have removed it since it was opened.
+                # Another run may have removed the directory since it was opened.
                 if self.path.exists() and os.path.samestat(os.fstat(lock), self.path.stat()):
                     return lock
             except BlockingIOError:
@@ -84,24 +84,28 @@ class Stage:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether another run could go on from here."""
-        return (self._fingerprint is not None and self.finished > 0) or self.waits_for(self.out)
+        """Whether a later run could resume from here."""
+        return (self._fingerprint is not None and self.finished > 0) or self.is_complete(self.out)
 
     def complete_installation(self) -> None:
-        """Goes on where a run was killed while it moved a whole pack to its place."""
-        if self.waits_for(self.out):
+        """Finish moving a complete pack that an interrupted run left."""
+        if self.is_complete(self.out):
             self.install()
 
     def resume(self, fingerprint: str | None) -> bool:
-        """Keeps what a run of the same fingerprint has finished, removes the rest. Whether anything was there.
+        """Keep the shards that a run with the same fingerprint finished, and remove other files.
 
-        None: nothing can be known about the source, so that nothing is kept.
+        Args:
+            fingerprint: None keeps nothing, because the source is unknown.
+
+        Returns:
+            Whether an interrupted run left a journal.
         """
         journal = self.path / _JOURNAL
-        there = journal.exists()
+        exists = journal.exists()
         kept: list[str] = []
         end = 0
-        if there and fingerprint is not None:
+        if exists and fingerprint is not None:
             with journal.open("rb") as lines:
                 for line in lines:
                     name = self._intact(line, fingerprint, first=end == 0)
@@ -117,10 +121,10 @@ class Stage:
             file.truncate(end)
         if end == 0:
             self._append({"fingerprint": fingerprint})
-        return there
+        return exists
 
     def _intact(self, line: bytes, fingerprint: str, first: bool) -> str | None:
-        """The file of a line of the journal, for the first the journal; None where one cannot go on from it."""
+        """The file that a journal line refers to (the first line: the journal itself); None if it is unusable."""
         try:
             record = json.loads(line) if line.endswith(b"\n") else {}
         except ValueError:
@@ -133,13 +137,13 @@ class Stage:
         return path.name if path.is_file() and path.stat().st_size == record.get("bytes") else None
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The finished shards, in the order in which they were finished."""
+        """Yield the records of finished shards in the order in which they were finished."""
         with (self.path / _JOURNAL).open("rb") as lines:
             next(lines)
             yield from map(json.loads, lines)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Notes a finished shard: "name", and whatever is needed to go on."""
+        """Add a finished shard, "name", to the journal with the state that resuming needs."""
         path = self.path / record["name"]
         _sync(path)
         _sync(self.path)
@@ -153,7 +157,7 @@ class Stage:
             os.fsync(file.fileno())
 
     def finish(self, manifest: dict[str, Any], names: list[str]) -> None:
-        """Writes the manifest of a whole pack, whose other small files are `names`, and moves all to its place."""
+        """Write the manifest of a complete pack, whose other small files are `names`, and move all into place."""
         for name in names:
             _sync(self.path / name)
         written = self.path / "manifest.tmp"
@@ -164,9 +168,9 @@ class Stage:
         self.install()
 
     def install(self) -> None:
-        """Moves a whole pack to its place, from whatever point a killed run has left; what else lies there stays.
+        """Move a complete pack into place, continuing an interrupted move. Files that are not part of a pack are kept.
 
-        The old manifest goes first and the new one comes last: a directory with a manifest holds a whole pack.
+        The old manifest is removed first and the new one moved last: a directory with a manifest holds a complete pack.
         """
         manifest = self.path / "manifest.json"
         new = _files(json.loads(manifest.read_bytes()))
@@ -184,33 +188,66 @@ class Stage:
         (self.path / _JOURNAL).unlink()
 
 
-def _is_apart(out: Path) -> bool:
-    """Whether files cannot be moved from the directory above into `out`."""
+def _on_other_device(out: Path) -> bool:
+    """Whether files cannot be moved from the parent directory into `out`."""
     if not out.is_dir():
         return False
     if not os.access(out.parent, os.W_OK | os.X_OK):
         return True
     name = uuid.uuid4().hex
     try:
-        os.rename(out.parent / name, out / name)  # there is no such file: the system says so if it would move it
+        os.rename(out.parent / name, out / name)  # EXDEV takes precedence over ENOENT
     except OSError as error:
         return error.errno == errno.EXDEV
     return False
 
 
-def holds(out: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of the whole pack in `out` if it was made from a source of this fingerprint."""
+def check_target(out: Path, force: bool) -> None:
+    """Raise UserError if a pack may not be written to `out`; `force` permits other files and foreign packs there."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a directory for the pack")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: not writable; choose another directory for the pack")
+    foreign = sorted(path.name for path in out.iterdir() if path.name != INSIDE and not OWN_FILES.fullmatch(path.name))
+    if foreign and not force:
+        raise UserError(
+            f"{out}: contains files that are not part of a pack ({foreign[0]}); choose another directory or use --force"
+        )
+    if force:
+        return
+    manifest = out / "manifest.json"
+    if not manifest.exists():
+        tars = sorted(out.glob("*.tar"))
+        if tars and not Stage.is_complete(out):
+            raise UserError(
+                f"{out}: contains an incomplete pack ({tars[0].name}); choose another directory or use --force"
+            )
+    else:
+        try:
+            schema = json.loads(manifest.read_bytes()).get("schema")
+        except (ValueError, AttributeError):
+            schema = None
+        if schema != SCHEMA:
+            raise UserError(
+                f"{out}: contains a pack of schema {schema}, this version writes {SCHEMA}; use --force to replace it"
+            )
+
+
+def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of the pack in `out` if it is complete and has this fingerprint."""
     try:
         manifest = json.loads((out / "manifest.json").read_bytes())
         source = json.loads((out / "source.json").read_bytes())
         if manifest["schema"] != SCHEMA or source["fingerprint"] != fingerprint:
             return None
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        whole = all((out / shard["name"]).stat().st_size == shard["bytes"] for shard in shards)
-        whole = whole and all(sha256(out / name) == digest for name, digest in manifest["sha256"].items())
+        intact = all((out / shard["name"]).stat().st_size == shard["bytes"] for shard in shards)
+        intact = intact and all(sha256(out / name) == digest for name, digest in manifest["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if whole else None
+    return manifest if intact else None
 
 
 def _files(manifest: dict[str, Any]) -> set[str]:
@@ -227,11 +264,11 @@ def _sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256 in hex."""
+    """The SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump(record: Any) -> bytes:
-    """A line of JSON. What is no character (half of a surrogate pair, as in a tar's or a file's name) is escaped."""
+    """Serialise a record as one line of JSON. Lone surrogates, as in undecodable file names, are escaped."""
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"

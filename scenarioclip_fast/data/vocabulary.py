@@ -1,4 +1,4 @@
-"""The strings a data set can be asked about, their ids and their CLIP token ids."""
+"""The texts of a data set, their ids and their CLIP token ids."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def _tokenizer() -> Any:
 
 
 def tokenize(text: str, context_length: int | None = CONTEXT_LENGTH) -> list[int]:
-    """CLIP token ids of `text`, lower-cased, with start and end tokens, unpadded, cut to `context_length` if given."""
+    """Tokenise a lower-cased text for CLIP with start and end tokens, unpadded, cut to `context_length` if given."""
     ids = _tokenizer().encode(" ".join(text.lower().split()))
     return [START_OF_TEXT, *(ids if context_length is None else ids[: context_length - 2]), END_OF_TEXT]
 
 
 class Vocabulary:
-    """Sorted distinct strings of the three levels; a string's id is its position.
+    """Sorted distinct texts of the three levels; the id of a text is its position.
 
     Args:
-        actions, objects, relations: strings of the levels "global", "object" and "relation".
-        train_counts: per level, how often a string occurs in the train split; strings left out count 0.
+        actions, objects, relations: texts of the levels "global", "object" and "relation".
+        train_counts: per level, occurrences of each text in the train split; missing texts count 0.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class Vocabulary:
         return self._texts["relation"]
 
     def texts(self, level: str) -> list[str]:
-        """The strings of `level` in the order of their ids."""
+        """The texts of a level in the order of their ids."""
         return self._texts[self._level(level)]
 
     def id(self, level: str, text: str) -> int:
-        """The id of `text`; UserError if the vocabulary has no such string."""
+        """The id of a text; UserError if it is not in the vocabulary."""
         try:
             return self._ids[self._level(level)][text]
         except KeyError:
             raise UserError(
-                f"unknown {level} text {text!r}: not among the {len(self._texts[level])} of the vocabulary; "
-                "pack the data set again so that its vocabulary covers it"
+                f"unknown {level} text {text!r}: not among the {len(self._texts[level])} in the vocabulary; "
+                "pack the data set again so that its vocabulary includes it"
             ) from None
 
     def action_id(self, text: str) -> int:
@@ -88,14 +88,14 @@ class Vocabulary:
         return self.id("relation", text)
 
     def tokens(self, level: str) -> list[list[int]]:
-        """CLIP token ids of every string of `level`, with start and end tokens, neither padded nor cut to a context."""
+        """CLIP token ids of every text of a level, with start and end tokens, neither padded nor truncated."""
         level = self._level(level)
         if level not in self._tokens:
             self._tokens[level] = [tokenize(text, None) for text in self._texts[level]]
         return self._tokens[level]
 
     def train_counts(self, level: str) -> list[int]:
-        """How often each string of `level` occurs in the train split; 0 means held out of training."""
+        """Occurrences of each text of a level in the train split; 0 means that it is held out of training."""
         return self._counts[self._level(level)]
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +114,11 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Reads what `save` wrote; needs no tokenizer. UserError if it is missing or something else."""
+        """Read a file that `save` wrote, without a tokenizer.
+
+        Raises:
+            UserError: missing or malformed file.
+        """
         path = Path(path)
         try:
             record = json.loads(path.read_text("utf-8"))
@@ -126,7 +130,14 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, record: Any, where: str) -> Vocabulary:
-        """The inverse of `to_json`. UserError, which says `where`, for anything else."""
+        """Invert `to_json`.
+
+        Args:
+            where: the file name for errors.
+
+        Raises:
+            UserError: malformed record.
+        """
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             got = record.get("schema") if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{where}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
@@ -140,9 +151,9 @@ class Vocabulary:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: malformed vocabulary ({type(error).__name__}: {error})") from None
         if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):
-            raise UserError(f"{where}: the texts are not sorted and distinct; pack the data set again")
+            raise UserError(f"{where}: the texts are not sorted or not distinct; pack the data set again")
         if any(len(tokens[level]) != len(vocabulary._texts[level]) for level in LEVELS):
-            raise UserError(f"{where}: not one token list per text; pack the data set again")
+            raise UserError(f"{where}: the numbers of token lists and texts differ; pack the data set again")
         vocabulary._tokens = tokens
         return vocabulary
 

@@ -276,7 +276,7 @@ def test_shards_from_afar_go_where_they_are_told_to(
     assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of no size"
     capsys.readouterr()
     for option, value, message in (
-        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the cache of shards"),
+        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the shard cache"),
         ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a number"),
         ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
     ):

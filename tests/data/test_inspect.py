@@ -42,7 +42,7 @@ def test_census() -> None:
     assert (census.scenes, census.objects, census.relations) == (3, [3, 3, 1], [2, 2, 0])
     assert census.without_mask == 1 and len(census.mask_area) == 6
     assert census.mask_area[:3] == [12 * 15 / 3200, 20 * 20 / 3200, 20 * 40 / 3200]
-    assert census.black == 4  # the first and the last thing of two scenes lie outside the middle 40 x 40
+    assert census.black == 4  # the first and the last object of two scenes are outside the centre 40 x 40
     assert dict(census.bad) == {"short_shard": 1, "no_views": 1}
     assert "4 of 7 masked object views" in str(census) and "1 short_shard" in str(census)
 
@@ -56,14 +56,14 @@ def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
     objects = [SceneObject("thing", (float(x), float(y), float(x) + 6, float(y) + 6)) for x, y in corners]
     scene = Scene("a", white, "resting", objects)
     views = Views.of_scenes([scene])
-    # At the middle square's own size nothing is resampled, so no filter reaches past its edge.
+    # At the size of the centre crop nothing is resampled, so no filter reaches past its edge.
     pixels = render_views([white], views, size=min(size), mean=(0, 0, 0), std=(1, 1, 1))
     black = int((pixels[views.kind == 1].amax((1, 2, 3)) == 0).sum())
     assert take_census([scene]).black == black
     assert (black > 0) == (height != width)
 
 
-def test_sheet_is_drawn(tmp_path: Path) -> None:
+def test_sheet(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for views in ({"object_view": "masked"}, {"object_view": "crop"}, {"relation_view": "scene"}):
         out = tmp_path / f"{views}.png"
@@ -105,4 +105,4 @@ def test_command_with_a_file_in_place_of_a_directory(tmp_path: Path, capsys: pyt
     assert main(["inspect", str(tmp_path / "file"), "--out", str(tmp_path / "out")]) == 2
     assert "file: is a file; `scenarioclip-fast pack" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
-    assert "file is a file; name a directory for the pictures" in capsys.readouterr().err
+    assert "file: is a file; choose a directory for the pictures" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from scenarioclip_fast.data.synthetic import vocabulary, write_reference_layout
 from scenarioclip_fast.errors import UserError
 
 
-def quiet(source: Any, out: Path, **options: Any) -> Any:
+def pack_quietly(source: Any, out: Path, **options: Any) -> Any:
     return pack(source, out, progress=False, **options)
 
 
@@ -31,31 +31,31 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Scene]:
+def synthetic() -> list[Scene]:
     return list(generate_scenes(40, seed=11))
 
 
 @pytest.fixture(scope="module")
-def source(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source") / "set"
-    write_reference_layout(drawn, directory, classes=vocabulary())
+    write_reference_layout(synthetic, directory, classes=vocabulary())
     return directory
 
 
 @pytest.fixture
-def own_source(drawn: list[Scene], tmp_path: Path) -> Path:
-    """A small one that a test may spoil."""
-    write_reference_layout([replace(scene, split=None) for scene in drawn[:6]], tmp_path / "set")
+def small_source(synthetic: list[Scene], tmp_path: Path) -> Path:
+    """A small source that a test may damage."""
+    write_reference_layout([replace(scene, split=None) for scene in synthetic[:6]], tmp_path / "set")
     return tmp_path / "set"
 
 
-def test_what_is_written(source: Path, drawn: list[Scene], tmp_path: Path) -> None:
+def test_pack_contents(source: Path, synthetic: list[Scene], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = quiet(source, out, shard_size=12)
-    splits = Counter(s.split for s in drawn)
+    report = pack_quietly(source, out, shard_size=12)
+    splits = Counter(s.split for s in synthetic)
     assert {split: n["scenes"] for split, n in report.splits.items()} == splits
-    assert sum(n["objects"] for n in report.splits.values()) == sum(len(s.objects) for s in drawn)
-    assert sum(n["relations"] for n in report.splits.values()) == sum(len(s.relations) for s in drawn)
+    assert sum(n["objects"] for n in report.splits.values()) == sum(len(s.objects) for s in synthetic)
+    assert sum(n["relations"] for n in report.splits.values()) == sum(len(s.relations) for s in synthetic)
     assert report.rejected == {} and (out / "rejected.jsonl").read_bytes() == b""
     manifest = json.loads((out / "manifest.json").read_text())
     index = json.loads((out / "index.json").read_text())
@@ -73,18 +73,18 @@ def test_what_is_written(source: Path, drawn: list[Scene], tmp_path: Path) -> No
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in members} == {(0, 0, 0, "", 0o644)}
     for name, digest in manifest["sha256"].items():
         assert digest == hashlib.sha256((out / name).read_bytes()).hexdigest()
-    assert not list(tmp_path.glob(".*")), "nothing is left beside the pack"
+    assert not list(tmp_path.glob(".*")), "no temporary files remain"
 
 
-def test_images_are_untouched(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
+def test_image_bytes_are_copied(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
     shards = ShardSet(tmp_path / "out")
     for i, key in enumerate(shards.keys):
         assert shards.read(i).image == (source / "images" / f"{key}.jpg").read_bytes()
 
 
-def test_any_webdataset_reader_opens_the_shards(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
+def test_shards_are_webdataset_tars(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
     groups: dict[str, set[str]] = {}
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         for member in tar:
@@ -93,8 +93,8 @@ def test_any_webdataset_reader_opens_the_shards(source: Path, tmp_path: Path) ->
     assert groups and set(map(frozenset, groups.values())) == {frozenset({"jpg", "json"})}
 
 
-def test_the_vocabulary_covers_the_classes_and_counts_training(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
+def test_vocabulary_contains_all_classes_and_train_counts(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
     words = Vocabulary.load(tmp_path / "out" / "vocabulary.json")
     assert {"actions": words.actions, "objects": words.objects, "relations": words.relations} == vocabulary()
     train = ShardSet(tmp_path / "out")
@@ -108,19 +108,19 @@ def test_the_vocabulary_covers_the_classes_and_counts_training(source: Path, tmp
         assert words.train_counts(level) == [counter[text] for text in words.texts(level)]
 
 
-def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "a", shard_size=7)
+def test_packing_is_deterministic(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "a", shard_size=7)
     first = contents(tmp_path / "a")
-    quiet(source, tmp_path / "a", shard_size=7)
+    pack_quietly(source, tmp_path / "a", shard_size=7)
     assert contents(tmp_path / "a") == first
-    quiet(source, tmp_path / "b", shard_size=7, workers=2)
+    pack_quietly(source, tmp_path / "b", shard_size=7, workers=2)
     assert contents(tmp_path / "b") == first
-    quiet(source, tmp_path / "a", shard_size=100)
+    pack_quietly(source, tmp_path / "a", shard_size=100)
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert "train-000001.tar" not in names, "shards of the pack that was replaced are gone"
+    assert "train-000001.tar" not in names, "shards of the replaced pack are removed"
 
 
-def test_two_runs_do_not_write_the_same_pack(source: Path, tmp_path: Path) -> None:
+def test_concurrent_runs_are_refused(source: Path, tmp_path: Path) -> None:
     import fcntl
 
     stage = tmp_path / ".out.partial"
@@ -128,32 +128,32 @@ def test_two_runs_do_not_write_the_same_pack(source: Path, tmp_path: Path) -> No
     lock = os.open(stage, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another process is packing into it"):
-        quiet(source, tmp_path / "out")
+        pack_quietly(source, tmp_path / "out")
     os.close(lock)
-    quiet(source, tmp_path / "out")
+    pack_quietly(source, tmp_path / "out")
 
 
-def test_splits_follow_from_a_hash_of_the_key(drawn: list[Scene], tmp_path: Path) -> None:
-    bare = [replace(scene, split=None) for scene in drawn]
-    quiet(bare, tmp_path / "a", val=0.2, test=0.3)
-    quiet(bare[::-1][:25], tmp_path / "b", val=0.2, test=0.3)
+def test_splits_by_hash_of_the_key(synthetic: list[Scene], tmp_path: Path) -> None:
+    bare = [replace(scene, split=None) for scene in synthetic]
+    pack_quietly(bare, tmp_path / "a", val=0.2, test=0.3)
+    pack_quietly(bare[::-1][:25], tmp_path / "b", val=0.2, test=0.3)
     split = {key: s for s in ("train", "val", "test") for key in ShardSet(tmp_path / "a", s).keys}
     assert Counter(split.values()).keys() == {"train", "val", "test"}
     for s in ("train", "val", "test"):
         assert all(split[key] == s for key in ShardSet(tmp_path / "b", s).keys)
-    quiet(bare, tmp_path / "c", val=0.0, test=0.0)
+    pack_quietly(bare, tmp_path / "c", val=0.0, test=0.0)
     assert len(ShardSet(tmp_path / "c")) == len(bare)
     with pytest.raises(UserError, match=r"got shares val=0\.7 and test=0\.6"):
-        quiet(bare, tmp_path / "d", val=0.7, test=0.6)
+        pack_quietly(bare, tmp_path / "d", val=0.7, test=0.6)
     with pytest.raises(UserError, match="workers: got 0, expected at least 1"):
-        quiet(bare, tmp_path / "d", workers=0)
+        pack_quietly(bare, tmp_path / "d", workers=0)
     (tmp_path / "notes.txt").write_text("no tar")
-    with pytest.raises(UserError, match=r"notes\.txt: neither a directory nor a tar"):
-        quiet(tmp_path / "notes.txt", tmp_path / "d")
+    with pytest.raises(UserError, match=r"notes\.txt: not a data set of a known format"):
+        pack_quietly(tmp_path / "notes.txt", tmp_path / "d")
 
 
-def test_scenes_in_memory_are_checked_too(drawn: list[Scene], tmp_path: Path) -> None:
-    first = replace(drawn[0], split="train")
+def test_scenes_in_memory_are_checked(synthetic: list[Scene], tmp_path: Path) -> None:
+    first = replace(synthetic[0], split="train")
     spoiled = [
         first,
         replace(first, key="again/and/again"),
@@ -163,7 +163,7 @@ def test_scenes_in_memory_are_checked_too(drawn: list[Scene], tmp_path: Path) ->
         replace(first, key="d", relations=[Relation(0, "near", 9), Relation(0, "near", 0)]),
         replace(first, key="e", objects=[replace(o, mask=torch.zeros(3, 3) > 0) for o in first.objects]),
     ]
-    report = quiet(spoiled, tmp_path / "out")
+    report = pack_quietly(spoiled, tmp_path / "out")
     assert report.splits["train"]["scenes"] == 3
     assert report.rejected == {
         "bad_mask": len(first.objects),
@@ -181,8 +181,8 @@ def _of_one_object(scene: Scene, **change: Any) -> Scene:
     return replace(scene, objects=[replace(scene.objects[0], **change)], relations=[])
 
 
-# What becomes of a scene whose fields are not of their types, and what must not become of the next one.
-ODD: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
+# Scenes with malformed fields: the expected reason (None: valid) and the change.
+MALFORMED: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
     "no scene": ("malformed_entry", lambda s: None),
     "key of several lines": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
     "key of a number": ("malformed_entry", lambda s: replace(s, key=7)),
@@ -207,11 +207,11 @@ ODD: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ODD)
-def test_an_odd_scene_in_memory_does_not_stop_the_others(drawn: list[Scene], tmp_path: Path, case: str) -> None:
-    reason, change = ODD[case]
-    first, second = (replace(scene, split="train") for scene in drawn[:2])
-    report = quiet([second, change(first), replace(second, key="last")], tmp_path / "out")
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_scene_in_memory_does_not_affect_others(synthetic: list[Scene], tmp_path: Path, case: str) -> None:
+    reason, change = MALFORMED[case]
+    first, second = (replace(scene, split="train") for scene in synthetic[:2])
+    report = pack_quietly([second, change(first), replace(second, key="last")], tmp_path / "out")
     assert report.splits["train"]["scenes"] == 2 + (reason is None)
     assert report.rejected == ({reason: 1} if reason else {})
     for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines():
@@ -220,16 +220,16 @@ def test_an_odd_scene_in_memory_does_not_stop_the_others(drawn: list[Scene], tmp
         assert (row["entry"] + row["detail"]).isprintable()
 
 
-def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Path, capsys: Any) -> None:
-    metadata = json.loads((own_source / "metadata.json").read_text())
+def test_bad_entries_are_rejected_and_counted(small_source: Path, tmp_path: Path, capsys: Any) -> None:
+    metadata = json.loads((small_source / "metadata.json").read_text())
     keys = [entry["id"] for entry in metadata["data"]]
-    (own_source / "images" / f"{keys[0]}.jpg").unlink()
-    truncated = own_source / "images" / f"{keys[1]}.jpg"
+    (small_source / "images" / f"{keys[0]}.jpg").unlink()
+    truncated = small_source / "images" / f"{keys[1]}.jpg"
     truncated.write_bytes(truncated.read_bytes()[:2000])
     metadata["data"][2]["objects"][0][1] = [0, 0, 9999, 20]
     metadata["data"].append("nonsense")
-    (own_source / "metadata.json").write_text(json.dumps(metadata))
-    assert main(["pack", str(own_source), "--out", str(tmp_path / "out"), "--val", "0", "--test", "0"]) == 0
+    (small_source / "metadata.json").write_text(json.dumps(metadata))
+    assert main(["pack", str(small_source), "--out", str(tmp_path / "out"), "--val", "0", "--test", "0"]) == 0
     printed = capsys.readouterr()
     assert f"rejected: metadata.json: entry 0 ({keys[0]}): missing_image: images/{keys[0]}.jpg" in printed.err
     assert re.search(r"^train +4 ", printed.out, re.MULTILINE) and "missing_image" in printed.out
@@ -245,15 +245,15 @@ def test_bad_entries_are_passed_over_and_counted(own_source: Path, tmp_path: Pat
     assert manifest["rejected"] == dict(sorted(reasons.items()))
 
 
-def test_an_entry_nested_too_deeply_for_a_process(own_source: Path, tmp_path: Path) -> None:
-    """A file may be just shallow enough to be read, and too deep to be sent to another process."""
-    text = (own_source / "metadata.json").read_text()
+def test_an_entry_nested_too_deeply_to_be_pickled(small_source: Path, tmp_path: Path) -> None:
+    """JSON may be shallow enough to be parsed, but too deep to be pickled."""
+    text = (small_source / "metadata.json").read_text()
     for depth in range(1000, 0, -2):
         nested = text.replace('"objects":', f'"relations": {"[" * depth}{"]" * depth}, "objects":', 1)
         nested = nested.replace('"relations":', '"others":', 2).replace('"others":', '"relations":', 1)
-        (own_source / "metadata.json").write_text(nested)
+        (small_source / "metadata.json").write_text(nested)
         try:
-            report = quiet(own_source, tmp_path / "out", workers=2)
+            report = pack_quietly(small_source, tmp_path / "out", workers=2)
             break
         except UserError as error:
             assert "not readable as JSON" in str(error)
@@ -261,13 +261,13 @@ def test_an_entry_nested_too_deeply_for_a_process(own_source: Path, tmp_path: Pa
     assert sum(n["scenes"] for n in report.splits.values()) == 6
 
 
-def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
-    for path in (own_source / "images").iterdir():
+def test_no_valid_scene(small_source: Path, tmp_path: Path, capsys: Any) -> None:
+    for path in (small_source / "images").iterdir():
         path.unlink()
     out = tmp_path / "out"
-    assert main(["pack", str(own_source), "--out", str(out)]) == 2
+    assert main(["pack", str(small_source), "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error:") and "no scene is left to pack: 6 missing_image" in error
+    assert error.startswith("error:") and "no valid scene to pack: 6 missing_image" in error
     assert not out.exists()
     assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 6
 
@@ -275,13 +275,13 @@ def test_none_left(own_source: Path, tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "no such directory"),
-        (lambda d: d.mkdir(), "no metadata*.json and no .tar in it"),
+        (lambda d: None, "no such file or directory"),
+        (lambda d: d.mkdir(), "not a data set of a known format"),
         (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": []}')), "the data set is empty"),
         (lambda d: (d.mkdir(), (d / "metadata.json").write_text('{"data": [')), "metadata.json: not readable as JSON"),
     ],
 )
-def test_an_unusable_source_is_one_line(tmp_path: Path, capsys: Any, prepare: Any, message: str) -> None:
+def test_unusable_sources_are_reported_in_one_line(tmp_path: Path, capsys: Any, prepare: Any, message: str) -> None:
     prepare(tmp_path / "set")
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -289,52 +289,52 @@ def test_an_unusable_source_is_one_line(tmp_path: Path, capsys: Any, prepare: An
     assert not (tmp_path / "out").exists()
 
 
-def test_other_peoples_files_are_safe(source: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_kept(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"not a pack \(thesis\.tex\)"):
-        quiet(source, out)
-    quiet(source, out, force=True)
+    with pytest.raises(UserError, match=r"not part of a pack \(thesis\.tex\)"):
+        pack_quietly(source, out)
+    pack_quietly(source, out, force=True)
     assert (out / "thesis.tex").read_text() == "years of work" and len(ShardSet(out)) > 0
     with pytest.raises(UserError, match="is a file"):
-        quiet(source, out / "thesis.tex")
+        pack_quietly(source, out / "thesis.tex")
 
 
-def test_the_source_is_safe(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
-    for directory, found in ((source, "not a pack"), (tmp_path / "out", "the source lies there")):
+def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
+    for directory, found in ((source, "not part of a pack"), (tmp_path / "out", "this directory holds the source")):
         with pytest.raises(UserError, match=found):
-            quiet(directory, directory)
-        with pytest.raises(UserError, match="the source lies there"):
-            quiet(directory, directory / ".." / directory.name, force=True)
+            pack_quietly(directory, directory)
+        with pytest.raises(UserError, match="this directory holds the source"):
+            pack_quietly(directory, directory / ".." / directory.name, force=True)
     (tmp_path / "out" / "manifest.json").unlink()
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds tars that are no whole pack \(test-000000\.tar\)"):
-        quiet(source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"contains an incomplete pack \(test-000000\.tar\)"):
+        pack_quietly(source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
-def test_a_pack_of_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
+def test_a_pack_with_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')
-    with pytest.raises(UserError, match="holds a pack of schema 7"):
-        quiet(source, tmp_path / "out")
-    quiet(source, tmp_path / "out", force=True)
+    with pytest.raises(UserError, match="contains a pack of schema 7"):
+        pack_quietly(source, tmp_path / "out")
+    pack_quietly(source, tmp_path / "out", force=True)
     assert len(ShardSet(tmp_path / "out")) > 0
 
 
-def test_a_failed_run_keeps_the_old_pack(source: Path, own_source: Path, tmp_path: Path) -> None:
-    quiet(source, tmp_path / "out")
+def test_a_failed_run_keeps_the_old_pack(source: Path, small_source: Path, tmp_path: Path) -> None:
+    pack_quietly(source, tmp_path / "out")
     before = contents(tmp_path / "out")
-    for path in (own_source / "images").iterdir():
+    for path in (small_source / "images").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no scene is left"):
-        quiet(own_source, tmp_path / "out")
+    with pytest.raises(UserError, match="no valid scene"):
+        pack_quietly(small_source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
-def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> None:
+def test_command_line_from_scenes_to_shards(tmp_path: Path, capsys: Any) -> None:
     assert main(["scenes", "--out", str(tmp_path / "set"), "-n", "20", "--seed", "5"]) == 0
     assert "metadata_train.json: 15 scenes" in capsys.readouterr().out
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
@@ -345,24 +345,24 @@ def test_command_line_from_nothing_to_shards(tmp_path: Path, capsys: Any) -> Non
         assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), option, "0"]) == 2
     capsys.readouterr()
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--max-pixels", "99"]) == 2
-    assert re.search(r"no scene is left to pack: \d+ image_too_large", capsys.readouterr().err)
+    assert re.search(r"no valid scene to pack: \d+ image_too_large", capsys.readouterr().err)
 
 
-def test_texts_that_are_no_unicode(own_source: Path, tmp_path: Path) -> None:
-    metadata = json.loads((own_source / "metadata.json").read_text())
+def test_lone_surrogates_in_texts(small_source: Path, tmp_path: Path) -> None:
+    metadata = json.loads((small_source / "metadata.json").read_text())
     metadata["data"][0]["action"] = "half a \ud800 character"
     metadata["data"][1]["id"] = "\ud800"
     metadata["data"][2]["objects"][0][0] = "\udfff"
-    (own_source / "metadata.json").write_text(json.dumps(metadata))
-    (own_source / "classes.json").unlink()
-    quiet(own_source, tmp_path / "out", val=0, test=0)
+    (small_source / "metadata.json").write_text(json.dumps(metadata))
+    (small_source / "classes.json").unlink()
+    pack_quietly(small_source, tmp_path / "out", val=0, test=0)
     assert "half a character" in Vocabulary.load(tmp_path / "out" / "vocabulary.json").actions
     rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
     assert r"(\ud800)" in "".join(row["entry"] for row in rows)
 
 
 def test_real_photos(photos: Path, tmp_path: Path) -> None:
-    report = quiet(photos, tmp_path / "out")
+    report = pack_quietly(photos, tmp_path / "out")
     assert report.rejected == {}
     totals = {what: sum(n[what] for n in report.splits.values()) for what in ("scenes", "objects", "relations")}
     assert totals == {"scenes": 128, "objects": 642, "relations": 343}

@@ -39,20 +39,20 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())} if directory.exists() else {}
 
 
-def quiet(source: Any, out: Path, **options: Any) -> Any:
+def pack_quietly(source: Any, out: Path, **options: Any) -> Any:
     return pack(source, out, progress=False, **{"shard_size": SHARD} | options)
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Scene]:
+def synthetic() -> list[Scene]:
     return [replace(scene, split=None) for scene in generate_scenes(60, seed=2)]
 
 
 @pytest.fixture(scope="module")
-def published(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some scenes are bad, in whole or in part, so that what is rejected must come out the same too."""
+def published(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some scenes are bad, entirely or partly, so that rejections are compared too."""
     directory = tmp_path_factory.mktemp("published") / "set"
-    write_reference_layout(drawn, directory)
+    write_reference_layout(synthetic, directory)
     images = sorted((directory / "images").iterdir())
     for path in images[::9]:
         path.write_bytes(path.read_bytes()[:500])
@@ -62,9 +62,9 @@ def published(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def tars(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tars(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tars")
-    pack(drawn, directory / "pack", shard_size=20, progress=False)
+    pack(synthetic, directory / "pack", shard_size=20, progress=False)
     (directory / "set").mkdir()
     for i, path in enumerate(sorted((directory / "pack").glob("*.tar"))):
         damaged = bytearray(path.read_bytes())
@@ -74,7 +74,7 @@ def tars(drawn: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Interrupted:
-    """Counts what is decoded and, after `n` images, interrupts as Ctrl-C does."""
+    """Counts decoded images and raises KeyboardInterrupt after `n` of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
         self.left, self.decoded = n, 0
@@ -90,22 +90,22 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("kind", ["published", "tars"])
-def test_it_goes_on_after_the_last_finished_shard(
+def test_resume_after_the_last_finished_shard(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     source, out = request.getfixturevalue(kind), tmp_path / "out"
-    quiet(source, tmp_path / "undisturbed")
+    pack_quietly(source, tmp_path / "undisturbed")
     command = ["pack", str(source), "--out", str(out), "--shard-size", str(SHARD)]
     images = Interrupted(monkeypatch, 40)
     assert main(command) == 130
-    said = re.search(r"\.out\.partial keeps (\d) finished shards: the same command goes on", capsys.readouterr().err)
-    assert said is not None and not out.exists()
-    kept = int(said[1])
+    message = re.search(r"\.out\.partial keeps (\d) finished shards: re-run the command", capsys.readouterr().err)
+    assert message is not None and not out.exists()
+    kept = int(message[1])
     assert kept >= 3 and len(list((tmp_path / ".out.partial").glob("*.tar"))) - kept in (0, 1)
     images.left, images.decoded = 1000, 0
     assert main(command) == 0
-    assert f"going on after the {kept} shards that the run before has finished" in capsys.readouterr().err
-    assert images.decoded <= 60 - (kept - 1) * SHARD, "what was finished is not read again"
+    assert f"resuming after {kept} finished shards" in capsys.readouterr().err
+    assert images.decoded <= 60 - (kept - 1) * SHARD, "finished shards are not read again"
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not (tmp_path / ".out.partial").exists()
 
@@ -114,11 +114,11 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int
     with monkeypatch.context() as patch:
         Interrupted(patch, n)
         with pytest.raises(KeyboardInterrupt):
-            quiet(source, out)
+            pack_quietly(source, out)
     return out.parent / f".{out.name}.partial"
 
 
-def test_another_source_or_other_options_start_anew(
+def test_a_changed_source_or_option_starts_over(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     source, out = tmp_path / "set", tmp_path / "out"
@@ -128,63 +128,63 @@ def test_another_source_or_other_options_start_anew(
     mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
     assert len(list(stage.glob("*.tar"))) >= 3
     pack(source, out, shard_size=SHARD)
-    assert "nothing of it can be used: packing from the start" in capsys.readouterr().err
-    quiet(source, tmp_path / "undisturbed")
+    assert "left nothing to resume from: packing from the start" in capsys.readouterr().err
+    pack_quietly(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):
         shutil.rmtree(out)
         interrupted(source, out, monkeypatch)
         pack(source, out, **{"shard_size": SHARD} | options)
         assert "packing from the start" in capsys.readouterr().err
-        quiet(source, tmp_path / str(options), **options)
+        pack_quietly(source, tmp_path / str(options), **options)
         assert contents(out) == contents(tmp_path / str(options))
 
 
-def _tear(stage: Path) -> None:
+def _tear_last_line(stage: Path) -> None:
     journal = stage / "journal.jsonl"
     os.truncate(journal, journal.stat().st_size - 30)
 
 
-def _zeros(stage: Path) -> None:
+def _append_zeros(stage: Path) -> None:
     journal = stage / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + bytes(4096))
 
 
-def _cut(stage: Path) -> None:
+def _truncate_shard(stage: Path) -> None:
     os.truncate(sorted(stage.glob("train-*.tar"))[1], 1024)
 
 
-# What is left: so many shards, or (from 0 down) so many less than were there, or none
-SPOILED: dict[str, tuple[Callable[[Path], Any], int | None]] = {
-    "torn line": (_tear, -1),
-    "zeros behind": (_zeros, 0),
-    "shard lost": (lambda stage: sorted(stage.glob("train-*.tar"))[2].unlink(), 2),
-    "shard cut": (_cut, 1),
-    "journal lost": (lambda stage: (stage / "journal.jsonl").unlink(), None),
-    "journal of nonsense": (lambda stage: (stage / "journal.jsonl").write_bytes(b"[]\n\n"), None),
-    "something else there": (lambda stage: (stage / "index.json").write_bytes(b"{"), 0),
+# The damage, and the shards that remain usable: their number, 0 or less relative to those present, None for no resume.
+DAMAGED_STAGES: dict[str, tuple[Callable[[Path], Any], int | None]] = {
+    "torn line": (_tear_last_line, -1),
+    "trailing zeros": (_append_zeros, 0),
+    "missing shard": (lambda stage: sorted(stage.glob("train-*.tar"))[2].unlink(), 2),
+    "truncated shard": (_truncate_shard, 1),
+    "missing journal": (lambda stage: (stage / "journal.jsonl").unlink(), None),
+    "malformed journal": (lambda stage: (stage / "journal.jsonl").write_bytes(b"[]\n\n"), None),
+    "foreign file": (lambda stage: (stage / "index.json").write_bytes(b"{"), 0),
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_what_a_journal_says_is_checked(
+@pytest.mark.parametrize("case", DAMAGED_STAGES)
+def test_the_journal_is_verified(
     case: str, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    spoil, kept = SPOILED[case]
+    damage, kept = DAMAGED_STAGES[case]
     stage = interrupted(tars, tmp_path / "out", monkeypatch)
     if kept is not None and kept <= 0:
         kept += len((stage / "journal.jsonl").read_bytes().splitlines()) - 1
-    spoil(stage)
+    damage(stage)
     pack(tars, tmp_path / "out", shard_size=SHARD)
-    said = capsys.readouterr().err
-    assert kept is None or f"going on after the {kept} shards" in said
-    assert kept is not None or "going on" not in said
-    quiet(tars, tmp_path / "undisturbed")
+    message = capsys.readouterr().err
+    assert kept is None or f"resuming after {kept} finished shards" in message
+    assert kept is not None or "resuming" not in message
+    pack_quietly(tars, tmp_path / "undisturbed")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("kind", ["published", "tars"])
-def test_a_pack_that_is_up_to_date_is_left_alone(
+def test_an_up_to_date_pack_is_left_alone(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     source, out = tmp_path / "set", tmp_path / "out"
@@ -196,39 +196,39 @@ def test_a_pack_that_is_up_to_date_is_left_alone(
     table = capsys.readouterr().out
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert "nothing to do" in printed.err and printed.out == table and images.decoded == first
-    assert quiet(source, out, shard_size=1000).up_to_date and not (tmp_path / ".out.partial").exists()
+    assert "up to date" in printed.err and printed.out == table and images.decoded == first
+    assert pack_quietly(source, out, shard_size=1000).up_to_date and not (tmp_path / ".out.partial").exists()
     assert main([*command, "--force"]) == 0
     assert images.decoded == 2 * first and contents(out) == before, "packing again gives the same bytes"
-    for spoil in (
+    for damage in (
         lambda: os.truncate(out / "train-000000.tar", 512),
         lambda: (out / "index.json").write_text("{}"),
         lambda: (out / "source.json").unlink(),
         lambda: os.utime(next(path for path in sorted(source.rglob("*.[jt][pa][gr]"))), (1, 1)),
     ):
-        spoil()
-        assert not quiet(source, out, shard_size=1000).up_to_date
+        damage()
+        assert not pack_quietly(source, out, shard_size=1000).up_to_date
         assert contents(out).keys() == before.keys()
         assert all(data == before[name] for name, data in contents(out).items() if name != "source.json")
 
 
 @pytest.mark.parametrize("kind", ["published", "tars"])
-def test_a_pack_of_another_edition_is_made_anew(
+def test_a_pack_of_another_edition_is_remade(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = request.getfixturevalue(kind), tmp_path / "out"
-    quiet(source, out)
-    assert quiet(source, out).up_to_date
+    pack_quietly(source, out)
+    assert pack_quietly(source, out).up_to_date
     monkeypatch.setattr(packing, "_EDITION", packing._EDITION + 1)
-    assert not quiet(source, out).up_to_date
+    assert not pack_quietly(source, out).up_to_date
 
 
-def test_what_an_edition_writes(tmp_path: Path) -> None:
-    """If this fails, `pack` makes another pack of what it has packed before: raise packing._EDITION with the digest."""
+def test_output_of_the_edition(tmp_path: Path) -> None:
+    """If this fails, the output of `pack` has changed: raise packing._EDITION and update the digest."""
     box = torch.zeros(24, 40, dtype=torch.bool)
     box[3:9, 5:30] = True
     objects = [SceneObject("Dining  Table", (5.0, 3.0, 30.25, 9.0), box), SceneObject("cat", (-0.5, 2, 39, 7), ~box)]
-    # of the same name: told apart when the published layout is read
+    # of the same name: resolved by position when the published layout is read
     objects.append(SceneObject("cat", (1.5, 1.0, 4.0, 20.0), box.flip(1)))
     scenes = [
         Scene(key, torch.full((24, 40, 3), 90, dtype=torch.uint8), " Sitting Down", objects, relations)
@@ -241,15 +241,15 @@ def test_what_an_edition_writes(tmp_path: Path) -> None:
     digest = hashlib.sha256()
     write_reference_layout(scenes, tmp_path / "set")
     (tmp_path / "set/images/a.jpg").write_bytes(b"")
-    quiet(tmp_path / "set", tmp_path / "published", split="hash", shard_size=1)
-    quiet(tmp_path / "published", tmp_path / "tars", split="hash", val=0.5, test=0.5)
+    pack_quietly(tmp_path / "set", tmp_path / "published", split="hash", shard_size=1)
+    pack_quietly(tmp_path / "published", tmp_path / "tars", split="hash", val=0.5, test=0.5)
     for out in (tmp_path / "published", tmp_path / "tars"):
         for path in sorted(out.glob("*.tar")):
             digest.update(path.name.encode())
             with tarfile.open(path) as tar:
                 for member in tar:
                     digest.update(member.name.encode())
-                    if member.name.endswith(".json"):  # an image's bytes are a matter of its encoder's version
+                    if member.name.endswith(".json"):  # image bytes depend on the encoder version
                         digest.update(cast(Any, tar.extractfile(member)).read())
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
@@ -258,20 +258,20 @@ def test_what_an_edition_writes(tmp_path: Path) -> None:
 
 
 def test_scenes_from_memory_are_packed_from_the_start(
-    drawn: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         Interrupted(patch, 40)
         with pytest.raises(KeyboardInterrupt):
-            quiet(drawn, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [], "nothing is kept that cannot be gone on with"
-    quiet(drawn, tmp_path / "out")
-    assert not quiet(drawn, tmp_path / "out").up_to_date
+            pack_quietly(synthetic, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "nothing is kept that cannot be resumed"
+    pack_quietly(synthetic, tmp_path / "out")
+    assert not pack_quietly(synthetic, tmp_path / "out").up_to_date
 
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing past `size` bytes fails, as it does on a full disk."""
+    """Writing more than `size` bytes to a file fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -283,8 +283,8 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [20_000, 130_000])
-def test_no_room(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
-    quiet(tars, tmp_path / "undisturbed")
+def test_full_disk(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
+    pack_quietly(tars, tmp_path / "undisturbed")
     largest = max(path.stat().st_size for path in (tmp_path / "undisturbed").iterdir())
     assert largest > room
     command = ["pack", str(tars), "--out", str(tmp_path / "out"), "--shard-size", str(SHARD)]
@@ -298,7 +298,7 @@ def test_no_room(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def _other_mount(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
-    """As if `out` were a mount point: nothing can be moved into it."""
+    """Simulate that `out` is a mount point: nothing can be moved into it."""
 
     def across(move: Any) -> Any:
         def moved(old: Any, new: Any) -> None:
@@ -312,8 +312,8 @@ def _other_mount(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     monkeypatch.setattr(os, "replace", across(os.replace))
 
 
-def _closed_above(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
-    """As if the directory above `out` belonged to somebody else; root, who may run this, can write everywhere."""
+def _parent_not_writable(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """Simulate an unwritable parent directory, also for root."""
     access, mkdir = os.access, os.mkdir
 
     def refused(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -325,48 +325,50 @@ def _closed_above(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     monkeypatch.setattr(os, "mkdir", refused)
 
 
-@pytest.mark.parametrize("closed", [_other_mount, _closed_above])
-def test_a_directory_that_nothing_can_be_moved_into(
+@pytest.mark.parametrize("closed", [_other_mount, _parent_not_writable])
+def test_staging_inside_the_target_directory(
     closed: Callable[[pytest.MonkeyPatch, Path], None], tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet(tars, tmp_path / "undisturbed")
+    pack_quietly(tars, tmp_path / "undisturbed")
     out = tmp_path / "out"
     out.mkdir()
     closed(monkeypatch, out)
     with monkeypatch.context() as patch:
         images = Interrupted(patch, 40)
         with pytest.raises(KeyboardInterrupt):
-            quiet(tars, out)
+            pack_quietly(tars, out)
         assert [path.name for path in out.iterdir()] == [".partial"]
         images.left, images.decoded = 1000, 0
-        quiet(tars, out)
-        assert images.decoded < 40, "it goes on"
+        pack_quietly(tars, out)
+        assert images.decoded < 40, "it resumes"
     assert contents(out) == contents(tmp_path / "undisturbed")
-    assert quiet(tars, out).up_to_date and not (out / ".partial").exists()
+    assert pack_quietly(tars, out).up_to_date and not (out / ".partial").exists()
 
 
-def test_a_link_to_a_directory(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symlinked_target(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk/pack")
     _other_mount(monkeypatch, tmp_path / "disk")
-    quiet(tars, tmp_path / "out")
+    pack_quietly(tars, tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "pack" / "manifest.json").exists()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["disk", "out", "pack"]
 
 
-def test_a_directory_that_may_not_be_written_is_noticed_first(
+def test_unwritable_targets_are_detected_first(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "out").mkdir()
     images = Interrupted(monkeypatch, 0)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "out")
     assert main(["pack", str(tars), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: not writable; name another directory for the pack\n"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'out'}: not writable; choose another directory for the pack\n"
+    )
     assert images.decoded == 0
 
 
 def run_children(*arguments: object) -> dict[str, Any]:
-    """This file as a script: it loads the package once, and packs in children of it, which are killed."""
+    """Run this file as a script, which imports the package once and kills forked children while they pack."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -374,7 +376,7 @@ def run_children(*arguments: object) -> dict[str, Any]:
     return result
 
 
-# Starting processes takes seconds: one kill of that kind will do where many are not asked for.
+# Starting worker processes takes seconds: by default one such run is killed once.
 RUNS = [("published", 1, KILLS), ("tars", 1, KILLS), ("tars", 2, KILLS if KILLS > 3 else 1)]
 
 
@@ -386,19 +388,19 @@ def test_killed_at_random_moments(
     print(kind, workers, result)
     assert sum(result["killed"].values()) == kills and result["orphans"] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed") != {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"], "no temporary files are left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"], "no temporary files remain"
 
 
-def test_killed_at_every_step_that_touches_the_disk(tars: Path, tmp_path: Path) -> None:
+def test_killed_at_every_disk_operation(tars: Path, tmp_path: Path) -> None:
     steps = run_children("steps", tars, tmp_path, 1 if KILLS > 3 else 5)["steps"]
-    assert steps >= 50, "shards, journal, the other files, moving, clearing up"
+    assert steps >= 50, "shards, journal, other files, moving, cleanup"
 
 
 def _forked(source: str, out: Path, **options: Any) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            quiet(source, out, **options)
+            pack_quietly(source, out, **options)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -406,8 +408,8 @@ def _forked(source: str, out: Path, **options: Any) -> int:
     return pid
 
 
-def _end(pid: int) -> bool:
-    """Waits. Whether the child was killed; False if it came to its end."""
+def _wait_for_exit(pid: int) -> bool:
+    """Wait for a child; returns whether it was killed."""
     status = os.waitpid(pid, 0)[1]
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "packing failed"
     return os.WIFSIGNALED(status)
@@ -423,12 +425,12 @@ def _phase(out: Path) -> str:
 def _tars(stage: Path) -> int:
     try:
         return sum(name.endswith(".tar") for name in os.listdir(stage))
-    except FileNotFoundError:  # not there yet, or removed at this very moment
+    except FileNotFoundError:  # not created yet, or just removed
         return 0
 
 
 def _wait_for_a_shard(pid: int, out: Path) -> None:
-    """Until a shard is being written that was not there, or the process has ended."""
+    """Wait until a new shard is being written or the process has exited."""
     stage = out.parent / f".{out.name}.partial"
     before = _tars(stage)
     while _tars(stage) <= before and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -440,9 +442,9 @@ def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dic
     start = time.monotonic()
     pid = _forked(source, undisturbed, workers=workers)
     _wait_for_a_shard(pid, undisturbed)
-    begun = time.monotonic()
-    assert not _end(pid)
-    starting, writing = begun - start, time.monotonic() - begun
+    first_shard = time.monotonic()
+    assert not _wait_for_exit(pid)
+    starting, writing = first_shard - start, time.monotonic() - first_shard
     killed: Counter[str] = Counter()
     orphans: set[int] = set()
     rng = random.Random(kills + workers)
@@ -456,12 +458,12 @@ def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dic
         with suppress(FileNotFoundError):
             orphans |= {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
         os.kill(pid, signal.SIGKILL)
-        if _end(pid):
+        if _wait_for_exit(pid):
             killed[_phase(out)] += 1
         else:
             assert contents(out) == contents(undisturbed)
             shutil.rmtree(out)
-    assert not _end(_forked(source, out, workers=workers))
+    assert not _wait_for_exit(_forked(source, out, workers=workers))
     limit = time.monotonic() + 60
     while time.monotonic() < limit and (orphans := {pid for pid in orphans if Path(f"/proc/{pid}").exists()}):
         time.sleep(0.1)
@@ -469,7 +471,7 @@ def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dic
 
 
 def _kill_at(n: int) -> None:
-    """From now on this process is killed right before its `n`-th step that touches the disk."""
+    """Make this process kill itself right before its `n`-th disk operation."""
     count = 0
 
     def counted(step: Any) -> Any:
@@ -488,21 +490,21 @@ def _kill_at(n: int) -> None:
 
 def _kill_at_every_step(source: str, directory: Path, stride: int) -> dict[str, Any]:
     old, new, out = directory / "old", directory / "new", directory / "out"
-    quiet(source, old, shard_size=4)
-    quiet(source, new, shard_size=20)
-    whole = [contents(old), contents(new)]
+    pack_quietly(source, old, shard_size=4)
+    pack_quietly(source, new, shard_size=20)
+    complete = [contents(old), contents(new)]
     n = 1
     while True:
         shutil.copytree(old, out)
         pid = os.fork()
         if pid == 0:
             _kill_at(n)
-            quiet(source, out, shard_size=20)
+            pack_quietly(source, out, shard_size=20)
             os._exit(0)
-        killed = _end(pid)
-        assert not (out / "manifest.json").exists() or contents(out) in whole, f"step {n}: half a pack with a manifest"
-        assert not _end(_forked(source, out, shard_size=20))
-        assert contents(out) == whole[1], f"step {n}"
+        killed = _wait_for_exit(pid)
+        assert not (out / "manifest.json").exists() or contents(out) in complete, f"step {n}: incomplete pack"
+        assert not _wait_for_exit(_forked(source, out, shard_size=20))
+        assert contents(out) == complete[1], f"step {n}"
         assert sorted(path.name for path in directory.iterdir()) == ["new", "old", "out"], f"step {n}"
         shutil.rmtree(out)
         if not killed:

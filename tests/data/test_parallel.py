@@ -17,7 +17,7 @@ def triple(n: int) -> int:
     return 3 * n
 
 
-def refuse_seven(n: int) -> int:
+def raise_at_seven(n: int) -> int:
     if n == 7:
         raise ValueError("seven")
     return n
@@ -33,13 +33,13 @@ def blocked(n: int) -> bool:
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
-def test_ctrl_c_is_not_for_the_processes() -> None:
-    """A terminal sends it to all; one that is still importing would print a traceback."""
+def test_workers_ignore_ctrl_c() -> None:
+    """A terminal sends it to the whole process group; a worker that is still importing would print a traceback."""
     assert list(ordered_map(blocked, range(2), 2)) == [True, True]
     assert not blocked(0)
 
 
-def test_results_are_in_order() -> None:
+def test_results_are_ordered() -> None:
     assert list(ordered_map(triple, range(10), 1)) == [3 * n for n in range(10)]
     taken = []
 
@@ -50,21 +50,21 @@ def test_results_are_in_order() -> None:
 
     results = ordered_map(triple, source(), 2)
     assert next(results) == 0
-    assert len(taken) < 150, "it reads only a little ahead"
+    assert len(taken) < 150, "look-ahead is bounded"
     assert list(results) == [3 * n for n in range(1, 300)]
 
 
-def test_an_error_comes_through() -> None:
+def test_errors_propagate() -> None:
     with pytest.raises(ValueError, match="seven"):
-        list(ordered_map(refuse_seven, range(20), 2))
+        list(ordered_map(raise_at_seven, range(20), 2))
 
 
-def test_a_process_that_dies_is_noticed() -> None:
+def test_a_dead_worker_is_detected() -> None:
     with pytest.raises(RuntimeError, match="a worker process died"):
         list(ordered_map(die_at_seven, range(20), 2))
 
 
-def test_processes_end_with_a_parent_that_is_killed() -> None:
+def test_workers_exit_when_the_parent_is_killed() -> None:
     code = (
         "import time\n"
         "from scenarioclip_fast.data.parallel import ordered_map\n"
@@ -84,4 +84,4 @@ def test_processes_end_with_a_parent_that_is_killed() -> None:
     limit = time.monotonic() + 60
     while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not left, "a process waits for a parent that is gone"
+    assert not left, "a worker outlived its parent"

@@ -24,7 +24,8 @@ import torch
 from scenarioclip_fast.data import Scene, SceneLoader, SceneObject, ShardSet, pack, scene_loader
 from scenarioclip_fast.data import remote as remote_module
 from scenarioclip_fast.data.bad_samples import BadSampleLog
-from scenarioclip_fast.data.remote import ShardCache, Store
+from scenarioclip_fast.data.remote import Store
+from scenarioclip_fast.data.shard_cache import ShardCache
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 
 pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -53,13 +54,13 @@ def shards_of(folder: Path) -> list[dict[str, Any]]:
 class Server:
     """Serves a directory over HTTP with byte ranges.
 
-    `fault(name, count)` says what becomes of the count-th request of a file: "" (served), "error", "cut" (in the middle
-    of the answer), "silent", "gone" or "all" (the range is ignored).
+    `fault(name, count)` decides the count-th response for a file: "" (normal), "error", "cut" (closed midway), "silent"
+    (hangs), "gone" or "all" (ignores the range).
     """
 
     def __init__(self, folder: Path, fault: Callable[[str, int], str]) -> None:
         self.requests: Counter[str] = Counter()
-        self.whole: Counter[str] = Counter()  # of them, those for whole files
+        self.whole: Counter[str] = Counter()  # requests that returned a whole file
         self.silence = threading.Event()
         counting = threading.Lock()
 
@@ -80,8 +81,8 @@ class Server:
                     return handler.send_error(404)
                 data = path.read_bytes()
                 start, end = 0, len(data)
-                if (asked := handler.headers.get("Range")) and how != "all":
-                    start, end = (int(x) for x in asked.removeprefix("bytes=").split("-"))
+                if (requested := handler.headers.get("Range")) and how != "all":
+                    start, end = (int(x) for x in requested.removeprefix("bytes=").split("-"))
                     if start >= len(data):
                         return handler.send_error(416)
                     end = min(end + 1, len(data))
@@ -121,9 +122,9 @@ def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, count:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "pause", 0.02)
-    monkeypatch.setattr(remote_module, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(remote_module, "_POLL_S", 0.05)
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def cached(cache: Path, suffix: str = ".tar") -> list[Path]:
 def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
     give_up = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < give_up, "has not come to pass"
+        assert time.monotonic() < give_up, "timed out"
         time.sleep(0.01)
 
 
@@ -167,19 +168,19 @@ def source(kind: str, packed: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "http"])
-def test_batches_from_afar_are_those_from_here(packed: Path, cache: Path, kind: str) -> None:
-    with source(kind, packed) as url, load(packed, cache, epochs=2) as here, load(url, cache, epochs=2) as there:
-        for x, y in zip(here, there, strict=True):
+def test_remote_batches_equal_local_ones(packed: Path, cache: Path, kind: str) -> None:
+    with source(kind, packed) as url, load(packed, cache, epochs=2) as local, load(url, cache, epochs=2) as remote:
+        for x, y in zip(local, remote, strict=True):
             assert x.keys == y.keys and torch.equal(x.pixels, y.pixels)
             assert all(torch.equal(a, b) for a, b in zip(x.tensors, y.tensors, strict=True))
-        assert there.vocabulary == here.vocabulary
+        assert remote.vocabulary == local.vocabulary
         wait_for(lambda: len(cached(cache)) == SCENES // SHARD)
     contents = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stem for path in cached(cache)}
     assert contents == {shard["sha256"]: shard["sha256"] for shard in shards_of(packed)}
     assert sorted(path.name for path in cache.iterdir() if path.suffix != ".tar") == ["lock"]
 
 
-def test_what_is_cached_is_not_asked_for_again(packed: Path, cache: Path) -> None:
+def test_cached_shards_are_not_requested_again(packed: Path, cache: Path) -> None:
     with serving(packed) as server:
         with load(server.url, cache) as first:
             next(iter(first))
@@ -193,7 +194,7 @@ def failing_at_first(name: str, count: int) -> str:
     return ("error", "cut", "")[min(count - 1, 2)]
 
 
-def test_passing_failures_and_cut_transfers_cost_nothing_but_time(packed: Path, cache: Path) -> None:
+def test_transient_failures_and_truncated_transfers_are_retried(packed: Path, cache: Path) -> None:
     with serving(packed, failing_at_first) as server:
         loader = load(server.url, cache)
         assert sorted(keys_of(loader)) == sorted(ShardSet(packed).keys)
@@ -202,7 +203,7 @@ def test_passing_failures_and_cut_transfers_cost_nothing_but_time(packed: Path, 
 
 
 @pytest.mark.parametrize("room", [0.0, 0.5, 1.5])
-def test_a_cache_that_is_too_small_is_neither_overrun_nor_churned(packed: Path, cache: Path, room: float) -> None:
+def test_a_small_cache_neither_overflows_nor_thrashes(packed: Path, cache: Path, room: float) -> None:
     size = max(shard["bytes"] for shard in shards_of(packed))
     with serving(packed) as server, load(server.url, cache, shard_cache_gib=room * size / 2**30, epochs=3) as loader:
         keys, most = Counter[str](), 0
@@ -216,24 +217,24 @@ def test_a_cache_that_is_too_small_is_neither_overrun_nor_churned(packed: Path, 
 
 
 def test_two_processes_share_a_cache_and_fetch_each_shard_once(packed: Path, cache: Path) -> None:
-    code = (  # without torch, which takes longer to import than all this
+    code = (  # imports no torch, which would take longer than the test
         "import hashlib, json, sys; from pathlib import Path\n"
         "from scenarioclip_fast.data.remote import RemoteShard, RemoteShards, Store\n"
         "url, cache, shards = sys.argv[1], Path(sys.argv[2]), [RemoteShard(*x) for x in json.loads(sys.argv[3])]\n"
         "remote = RemoteShards(Store(url), shards, cache, 1 << 30)\n"
         "remote.store.read('manifest.json')\n"
-        "afar = [hashlib.sha256(remote.read(i, 1, shard.size)).hexdigest() for i, shard in enumerate(shards)]\n"
+        "digests = [hashlib.sha256(remote.read(i, 1, shard.size)).hexdigest() for i, shard in enumerate(shards)]\n"
         "for thread in remote._fetchers: thread.join(60); assert not thread.is_alive()\n"
-        "here = [hashlib.sha256(remote.path(i).read_bytes()[1:]).hexdigest() for i in range(len(shards))]\n"
-        "remote.close(); print('same' if afar == here else 'different')"
+        "local = [hashlib.sha256(remote.path(i).read_bytes()[1:]).hexdigest() for i in range(len(shards))]\n"
+        "remote.close(); print('same' if digests == local else 'different')"
     )
     shards = [(shard["name"], shard["sha256"], shard["bytes"]) for shard in shards_of(packed)]
-    both_are_here = threading.Event()
+    both_started = threading.Event()
 
     def hold_shards_back(name: str, count: int) -> str:
         if name == "manifest.json" and count == 2:
-            both_are_here.set()
-        return "" if name == "manifest.json" or both_are_here.wait(60) else "gone"
+            both_started.set()
+        return "" if name == "manifest.json" or both_started.wait(60) else "gone"
 
     with serving(packed, hold_shards_back) as server:
         command = [sys.executable, "-c", code, server.url, str(cache), json.dumps(shards)]
@@ -244,7 +245,7 @@ def test_two_processes_share_a_cache_and_fetch_each_shard_once(packed: Path, cac
 
 
 @pytest.mark.parametrize("how", ["gone", "error", "silent"])
-def test_a_shard_that_cannot_be_had_costs_its_scenes_and_no_more(
+def test_an_unreachable_shard_loses_only_its_scenes(
     packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(Store, "timeout", 0.3)
@@ -260,9 +261,7 @@ def test_a_shard_that_cannot_be_had_costs_its_scenes_and_no_more(
         assert any("not reachable" in detail for detail in details)
 
 
-def test_what_has_been_given_up_fails_at_once_until_it_is_asked_again(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_files_fail_fast_until_the_next_attempt(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     down = True
     with serving(packed, lambda name, count: "error" if down else "") as server:
         store = Store(server.url)
@@ -270,7 +269,7 @@ def test_what_has_been_given_up_fails_at_once_until_it_is_asked_again(
             store.read("train-000000.tar", 0, 10)
         with pytest.raises(OSError, match="the next attempt is at most 60 s away"):
             store.read("train-000000.tar", 0, 10)
-        with pytest.raises(OSError, match="in one attempt"):  # the whole server seems to be down
+        with pytest.raises(OSError, match="in one attempt"):  # while no read succeeds
             store.read("train-000001.tar", 0, 10)
         assert server.requests == {"train-000000.tar": 4, "train-000001.tar": 1}
         down = False
@@ -280,16 +279,19 @@ def test_what_has_been_given_up_fails_at_once_until_it_is_asked_again(
         assert len(store.read("train-000000.tar", 0, 10)) == 10
 
 
-def test_a_server_without_ranges_is_refused(packed: Path, cache: Path) -> None:
+def test_a_server_without_byte_ranges_is_rejected(packed: Path, cache: Path) -> None:
     with (
         serving(packed, lambda name, count: "all") as server,
-        pytest.raises(UserError, match=r"ignores byte ranges \(got \d+ bytes for a range of 1\), without which"),
+        pytest.raises(
+            UserError,
+            match=r"ignores byte ranges \(got \d+ bytes for a range of 1\), which",
+        ),
     ):
         ShardSet(server.url, shard_cache_dir=cache)
     assert not cache.exists()
 
 
-def test_a_shard_with_a_wrong_checksum_is_not_kept_and_its_sound_scenes_are_used(
+def test_a_shard_with_a_wrong_checksum_is_not_cached_but_its_valid_scenes_are_used(
     packed: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = shutil.copytree(packed, tmp_path / "damaged")
@@ -304,14 +306,14 @@ def test_a_shard_with_a_wrong_checksum_is_not_kept_and_its_sound_scenes_are_used
         loader = load(server.url, cache, max_bad_fraction=0.5)
         with loader:
             keys = [key for batch in loader for key in batch.keys]
-            wait_for(lambda: caplog.text.count("its checksum is not the manifest's") == 2)
+            wait_for(lambda: caplog.text.count("its checksum differs from the manifest's") == 2)
             wait_for(lambda: len(cached(cache)) == 4)
     assert sorted(keys) == sorted(set(ShardSet(packed).keys) - lost.keys())
     assert loader.bad == Counter(lost.values())
     assert not {path.stem for path in cached(cache)} & {shard["sha256"] for shard in shards_of(packed)[:2]}
 
 
-def test_closing_does_not_wait_for_a_silent_server(packed: Path, cache: Path) -> None:
+def test_closing_does_not_wait_for_a_hanging_server(packed: Path, cache: Path) -> None:
     scenes: list[str] = []
 
     def silent_from_the_fourth_batch_on(name: str, count: int) -> str:
@@ -342,7 +344,7 @@ def put(cache: ShardCache, content: bytes) -> str | None:
     return digest
 
 
-def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> None:
+def test_eviction_is_lru_and_spares_files_in_use(cache: Path) -> None:
     first = ShardCache(cache, 300)
     names = [put(first, bytes([i]) * 100) for i in range(3)]
     assert put(first, b"x" * 100) is None, "all are in use"
@@ -353,10 +355,10 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> N
     assert second.claim([str(names[1]), "missing"]) == {names[1]}
     newest = put(third, b"y" * 100)
     assert {path.stem for path in cached(cache)} == {names[1], names[2], newest}
-    assert put(third, b"z" * 250) is None, "and nothing is evicted in vain"
+    assert put(third, b"z" * 250) is None, "nothing is evicted if that cannot make enough room"
     assert len(cached(cache)) == 3
     second.close()
-    time.sleep(0.02)  # times of files count in ticks of the kernel
+    time.sleep(0.02)  # longer than the granularity of file times
     third.close()
     smaller = ShardCache(cache, 100)
     smaller.trim()
@@ -365,21 +367,21 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use(cache: Path) -> N
     smaller.close()
 
 
-def test_a_full_disk_is_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     shards = ShardCache(cache, 1000)
     assert put(shards, b"x") is None
-    assert "no room for a shard: No space left on device" in caplog.text
+    assert "cannot allocate a shard: No space left on device" in caplog.text
     shards.close()
     assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
-def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
+def test_files_of_a_killed_process_are_removed(cache: Path) -> None:
     code = (
-        "import os, sys, signal; from pathlib import Path; from scenarioclip_fast.data.remote import ShardCache\n"
+        "import os, sys, signal; from pathlib import Path; from scenarioclip_fast.data.shard_cache import ShardCache\n"
         "cache = ShardCache(Path(sys.argv[1]), 300)\n"
         "fd = cache.reserve('a' * 64, 100); cache.commit('a' * 64, fd)\n"
         "fd = cache.reserve('b' * 64, 200)\n"
@@ -389,13 +391,13 @@ def test_what_a_killed_process_leaves_is_cleared(cache: Path) -> None:
     assert len(cached(cache, ".part")) == len(cached(cache, ".claims")) == 1
     after = ShardCache(cache, 300)
     assert put(after, b"c" * 200) is not None
-    assert [path.stem for path in cached(cache, ".tar") if path.stem == "a" * 64], "the part was enough"
+    assert [path.stem for path in cached(cache, ".tar") if path.stem == "a" * 64], "the partial file was evicted"
     assert put(after, b"d" * 100) is not None
     assert not cached(cache, ".part") and len(cached(cache, ".claims")) == 1 and len(cached(cache)) == 2
     again = ShardCache(cache, 300)
     descriptor = again.reserve("e" * 64, 0)
     assert descriptor is not None
-    for busy in ("e" * 64, cached(cache)[0].stem):  # on its way, and here
+    for busy in ("e" * 64, cached(cache)[0].stem):  # being fetched, and cached
         with pytest.raises(BlockingIOError):
             after.reserve(busy, 0)
     again.drop("e" * 64, descriptor)
@@ -409,7 +411,7 @@ def test_nothing_is_fetched_or_evicted_before_the_first_read(packed: Path, cache
     filled.close()
     before = cached(cache)
     with serving(packed) as server:
-        shards = ShardSet(server.url, shard_cache_dir=cache, shard_cache_gib=1e-9)  # there is room for nothing
+        shards = ShardSet(server.url, shard_cache_dir=cache, shard_cache_gib=1e-9)  # no room for any shard
         assert len(shards) == SCENES and shards.vocabulary.actions == ["resting"]
         loader = load(server.url, cache)
         assert len(loader) == 5
@@ -422,7 +424,7 @@ def test_nothing_is_fetched_or_evicted_before_the_first_read(packed: Path, cache
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_fetched_shard_is_on_the_disk_before_it_has_its_name(
+def test_a_fetched_shard_is_synced_before_it_is_renamed(
     packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
     done: list[str] = []
@@ -460,20 +462,20 @@ def _target(descriptor: str) -> str:
         return ""
 
 
-def test_copies_read_too(packed: Path, cache: Path) -> None:
+def test_pickled_copies_can_read(packed: Path, cache: Path) -> None:
     shards = ShardSet(packed.as_uri(), shard_cache_dir=cache)
     copy = pickle.loads(pickle.dumps(shards))
     assert [copy.read(i).key for i in range(SCENES)] == shards.keys
     copy.close()
-    assert copy.read(3).key == shards.keys[3], "a closed set starts again"
+    assert copy.read(3).key == shards.keys[3], "a closed set can be reopened"
     copy.close()
     shards.close()
 
 
-def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nope://x: not a URL that fsspec can open"):
         ShardSet("nope://x")
-    with pytest.raises(UserError, match=r"memory://nothing/manifest.json: no such file; is this what"):
+    with pytest.raises(UserError, match=r"memory://nothing/manifest.json: no such file; expected the output of"):
         ShardSet("memory://nothing")
     with serving(packed) as server:
         gone = server.url
@@ -484,14 +486,14 @@ def test_mistakes_are_named(packed: Path, cache: Path, tmp_path: Path, monkeypat
             ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
     (changed / "vocabulary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocabulary.json: its checksum is not the manifest's"):
+    with pytest.raises(UserError, match=r"vocabulary.json: its checksum differs from the manifest's"):
         _ = ShardSet(changed.as_uri()).vocabulary
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot hold the cache of shards"):
+    with pytest.raises(UserError, match="file: cannot hold the shard cache"):
         ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file").read(0)
-    # no scene's fault
+    # not counted as bad samples
     with (
-        pytest.raises(UserError, match="file: cannot hold the cache of shards"),
+        pytest.raises(UserError, match="file: cannot hold the shard cache"),
         load(packed.as_uri(), tmp_path / "file", max_bad_fraction=1.0) as loader,
     ):
         next(iter(loader))

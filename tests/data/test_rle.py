@@ -17,7 +17,7 @@ MASKS = hnp.arrays(np.bool_, st.tuples(st.integers(1, 23), st.integers(1, 23)))
 
 @pytest.fixture(params=["numpy", "native"], autouse=True, scope="module")
 def codec(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs every test with both codecs: they answer alike."""
+    """Run every test with both codecs."""
     if request.param == "native" and native.host() is None:
         pytest.skip("scenarioclip_fast._native.host is not built")
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def test_uncompressed_and_bytes() -> None:
     assert torch.equal(rle.decode({"size": [2, 3], "counts": rle.encode(mask)["counts"].encode()}), mask)
 
 
-def test_empty_picture() -> None:
+def test_empty_image() -> None:
     assert rle.decode(rle.encode(np.zeros((0, 5), bool))).shape == (0, 5)
 
 

@@ -38,16 +38,16 @@ def test_json_round_trip() -> None:
         ({"size": [4]}, "malformed record"),
         ({"objects": [{"name": "cat"}]}, "malformed record"),
         ({"objects": [{"name": "cat", "box": [0, 0, 1], "mask": None}]}, "malformed record"),
-        ({"size": [4, 7]}, "differs from the image's"),
-        ({"relations": [{"subject": 0, "predicate": "on", "object": 2}]}, "not among its 2 objects"),
-        ({"relations": [{"subject": -1, "predicate": "on", "object": 0}]}, "not among its 2 objects"),
+        ({"size": [4, 7]}, "differs from the image size"),
+        ({"relations": [{"subject": 0, "predicate": "on", "object": 2}]}, "outside its 2 objects"),
+        ({"relations": [{"subject": -1, "predicate": "on", "object": 0}]}, "outside its 2 objects"),
         ({"action": None, "objects": None}, "malformed record"),
-        ({"size": [4.0, 4]}, "got 4.0 for an integer"),
-        ({"relations": [{"subject": "0", "predicate": "on", "object": 0}]}, "got '0' for an integer"),
-        ({"relations": [{"subject": 0, "predicate": "on", "object": True}]}, "got True for an integer"),
+        ({"size": [4.0, 4]}, "got 4.0, expected an integer"),
+        ({"relations": [{"subject": "0", "predicate": "on", "object": 0}]}, "got '0', expected an integer"),
+        ({"relations": [{"subject": 0, "predicate": "on", "object": True}]}, "got True, expected an integer"),
     ],
 )
-def test_a_bad_record_is_refused(change: dict[str, object], message: str) -> None:
+def test_bad_records_are_rejected(change: dict[str, object], message: str) -> None:
     record = scene_to_json(example(), (4, 6)) | change
     with pytest.raises(ValueError, match=message):
         scene_from_json("a", b"", record)

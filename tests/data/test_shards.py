@@ -17,33 +17,33 @@ from scenarioclip_fast.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, Scene]:
+def synthetic() -> dict[str, Scene]:
     return {scene.key: scene for scene in generate_scenes(30, seed=7)}
 
 
 @pytest.fixture
-def packed(drawn: dict[str, Scene], tmp_path: Path) -> Path:
-    pack(list(drawn.values()), tmp_path / "pack", shard_size=10, progress=False)
+def packed(synthetic: dict[str, Scene], tmp_path: Path) -> Path:
+    pack(list(synthetic.values()), tmp_path / "pack", shard_size=10, progress=False)
     return tmp_path / "pack"
 
 
-def test_scenes_come_back(packed: Path, drawn: dict[str, Scene]) -> None:
+def test_round_trip(packed: Path, synthetic: dict[str, Scene]) -> None:
     keys = []
     for split in ("train", "val", "test"):
         shards = ShardSet(packed, split)
         assert len(shards) == len(shards.keys) == shards.manifest["splits"][split]["scenes"]
         keys += shards.keys
         for i, key in enumerate(shards.keys):
-            scene, original = shards.read(i), drawn[key]
+            scene, original = shards.read(i), synthetic[key]
             assert (scene.key, scene.split, scene.action) == (key, original.split, original.action)
             assert scene.split == split and scene.relations == original.relations
             assert [(o.name, o.box) for o in scene.objects] == [(o.name, o.box) for o in original.objects]
             for item, other in zip(scene.objects, original.objects, strict=True):
                 assert torch.equal(decode(item.mask), other.mask)  # type: ignore[arg-type]
-    assert sorted(keys) == sorted(drawn)
+    assert sorted(keys) == sorted(synthetic)
 
 
-def test_offsets_are_those_of_the_tar(packed: Path) -> None:
+def test_offsets_match_the_tar(packed: Path) -> None:
     shards = ShardSet(packed)
     name = shards.manifest["splits"]["train"]["shards"][0]["name"]
     with tarfile.open(packed / name) as tar:
@@ -52,7 +52,7 @@ def test_offsets_are_those_of_the_tar(packed: Path) -> None:
         assert shards.read(i).image == members[f"{key}.jpg"]
 
 
-def test_threads_and_copies_may_read(packed: Path) -> None:
+def test_threads_and_pickled_copies_can_read(packed: Path) -> None:
     shards = ShardSet(packed)
     expected = [shards.read(i).image for i in range(len(shards))]
     with ThreadPoolExecutor(8) as pool:
@@ -64,11 +64,11 @@ def test_threads_and_copies_may_read(packed: Path) -> None:
     assert copy.vocabulary == shards.vocabulary
 
 
-def test_open_files_are_few_whatever_the_number_of_shards(
-    drawn: dict[str, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_number_of_open_files_is_bounded(
+    synthetic: dict[str, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "_OPEN_FILES", 3)
-    pack(list(drawn.values()), tmp_path / "many", shard_size=2, val=0, test=0, progress=False)
+    pack(list(synthetic.values()), tmp_path / "many", shard_size=2, val=0, test=0, progress=False)
     shards = ShardSet(tmp_path / "many")
 
     def open_now() -> int:
@@ -84,23 +84,23 @@ def test_open_files_are_few_whatever_the_number_of_shards(
     assert open_now() == 0
 
 
-def test_a_shard_cut_short(packed: Path) -> None:
+def test_truncated_shard(packed: Path) -> None:
     shards = ShardSet(packed)
     path = packed / "train-000000.tar"
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(BadSample) as error:
         shards.read(9)
     assert (error.value.key, error.value.reason) == (shards.keys[9], "short_shard")
-    assert shards.read(10).key == shards.keys[10], "other shards still serve"
+    assert shards.read(10).key == shards.keys[10], "other shards are still readable"
 
 
-def test_a_shard_that_vanished(packed: Path) -> None:
+def test_missing_shard(packed: Path) -> None:
     (packed / "train-000000.tar").unlink()
     with pytest.raises(BadSample, match=r"unreadable_shard: train-000000\.tar: No such file"):
         ShardSet(packed).read(0)
 
 
-def test_a_record_that_is_damaged(packed: Path) -> None:
+def test_damaged_record(packed: Path) -> None:
     shards = ShardSet(packed)
     index = json.loads((packed / "index.json").read_text())["shards"]["train-000000.tar"]
     path = packed / "train-000000.tar"
@@ -137,7 +137,7 @@ def manifest_of(name: str, sha256: str = "0" * 64, size: int = 2048) -> str:
         ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
         ("manifest.json", manifest_of("../x.tar"), "leads out of the directory"),
         ("manifest.json", manifest_of("x.tar", sha256="../x"), "x.tar has no SHA-256"),
-        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a lies outside of its shard"),
+        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a is outside its shard"),
     ],
 )
 def test_malformed_files(packed: Path, name: str, content: str, message: str) -> None:

@@ -66,14 +66,14 @@ def same(a: Scene, b: Scene) -> bool:
     )
 
 
-def test_a_scene_is_a_function_of_seed_and_index() -> None:
+def test_scenes_depend_only_on_seed_and_index() -> None:
     again = list(generate_scenes(5, seed=3, start=100))
     assert all(same(a, b) for a, b in zip(scenes()[100:105], again, strict=True))
     other = list(generate_scenes(5, seed=4, start=100))
     assert not any(torch.equal(image(a)[:100, :100], image(b)[:100, :100]) for a, b in zip(again, other, strict=True))
 
 
-def test_there_is_enough_variety() -> None:
+def test_variety() -> None:
     words_ = vocabulary()
     assert len(KINDS) >= 24 and len(COLOURS) >= 4 and len(ACTIONS) == 10
     assert len({t.predicate for t in TEMPLATES}) >= 8
@@ -87,7 +87,7 @@ def test_there_is_enough_variety() -> None:
     assert {template(s, k)[0] for s in scenes() for k in range(len(s.relations))} == set(TEMPLATES)
 
 
-def test_every_text_is_in_the_vocabulary() -> None:
+def test_the_vocabulary_contains_every_text() -> None:
     known = {level: set(texts) for level, texts in vocabulary().items()}
     for scene in scenes():
         assert scene.action in known["actions"]
@@ -104,14 +104,14 @@ def test_boxes_bound_the_visible_masks() -> None:
             assert m.shape == (height, width) and m.dtype == torch.bool
             rows, columns = np.nonzero(m.numpy())
             assert item.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            assert m.sum() >= 100, f"{item.name} can hardly be seen"
+            assert m.sum() >= 100, f"{item.name} is hardly visible"
             covered += m
-        assert covered.max() <= 1, "a pixel shows one object"
+        assert covered.max() <= 1, "each pixel belongs to at most one object"
 
 
 def test_masks_show_the_colour_of_their_object() -> None:
-    # An object's own colour is the largest of the palette's within its mask: neither a mask that is off by a few
-    # pixels nor a name that belongs to a neighbour would pass. Nearest by hue, for tints and shades are drawn too.
+    # An object's own colour is the most frequent palette colour within its mask: a mask that is off by a few pixels or
+    # a name swapped with a neighbour would fail. Compared by hue, because tints and shades occur too.
     names = sorted(COLOURS)
     palette = torch.tensor([COLOURS[n] for n in names], dtype=torch.float32)
     palette = torch.nn.functional.normalize(palette - palette.mean(1, keepdim=True), dim=1)
@@ -127,13 +127,13 @@ def test_masks_show_the_colour_of_their_object() -> None:
     assert right / total > 0.97
 
 
-def test_predicates_are_true_of_the_picture() -> None:
+def test_predicates_hold_in_the_image() -> None:
     seen = Counter[str]()
     for scene in scenes():
         for relation in scene.relations:
             s, o = scene.objects[relation.subject], scene.objects[relation.object]
             seen[relation.predicate] += 1
-            assert TRUE_OF[relation.predicate](scene, relation.subject, relation.object), (
+            assert HOLDS[relation.predicate](scene, relation.subject, relation.object), (
                 scene.key,
                 s.name,
                 relation.predicate,
@@ -141,7 +141,7 @@ def test_predicates_are_true_of_the_picture() -> None:
                 s.box,
                 o.box,
             )
-    assert set(seen) == set(TRUE_OF) and min(seen.values()) >= 15
+    assert set(seen) == set(HOLDS) and min(seen.values()) >= 15
 
 
 def _centre(scene: Scene, i: int) -> tuple[float, float]:
@@ -150,7 +150,7 @@ def _centre(scene: Scene, i: int) -> tuple[float, float]:
 
 
 def _left_of(scene: Scene, a: int, b: int) -> bool:
-    """Side by side: centres apart, and at most a sliver of overlap."""
+    """Side by side: centres apart, at most a small overlap."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = scene.objects[a].box, scene.objects[b].box
     overlap = ax2 - bx1
     return overlap < 0.25 * min(ax2 - ax1, bx2 - bx1) and _centre(scene, a)[0] < bx1 and min(ay2, by2) > max(ay1, by1)
@@ -176,7 +176,7 @@ def _under(scene: Scene, a: int, b: int) -> bool:
 
 
 def _inside(scene: Scene, a: int, b: int) -> bool:
-    # The opening: the container's near wall hides the foot of what is inside, which shows above that wall.
+    # The near wall of the container hides the foot of its content, which is visible above that wall.
     rows = np.nonzero(mask(scene, a).numpy())[0]
     below = mask(scene, b)[rows.max() + 1 :].sum()
     return _touch(scene, a, b) and _within(scene, a, b, 0) and bool(below > 0.3 * mask(scene, b).sum())
@@ -199,11 +199,11 @@ def _riding(scene: Scene, a: int, b: int) -> bool:
 
 
 def _holding(scene: Scene, a: int, b: int) -> bool:
-    # What is held is on a string above the head; the hand has the lower end of the string.
+    # The toy is on a string above the head; the hand holds the lower end.
     return _touch(scene, a, b) and scene.objects[b].box[1] < scene.objects[a].box[1]
 
 
-TRUE_OF = {
+HOLDS = {
     "left of": _left_of,
     "right of": lambda scene, a, b: _left_of(scene, b, a),
     "on": _on,
@@ -216,8 +216,8 @@ TRUE_OF = {
 }
 
 
-def test_relations_lie_in_the_centre_square() -> None:
-    """A relation view shows no more of a picture than that."""
+def test_relations_are_inside_the_centre_crop() -> None:
+    """Relation views show only the centre crop."""
     for scene in scenes():
         height, width = image(scene).shape[:2]
         side = min(height, width)
@@ -228,7 +228,7 @@ def test_relations_lie_in_the_centre_square() -> None:
                 assert left - 4 <= x1 and x2 <= left + side + 4 and top - 4 <= y1 and y2 <= top + side + 4
 
 
-def test_the_action_follows_from_the_relations() -> None:
+def test_relations_determine_the_action() -> None:
     for scene in scenes():
         assert scene.action == action_of(template(scene, k)[0] for k in range(len(scene.relations)))
         assert (scene.action == "waiting") == (not scene.relations)
@@ -237,12 +237,12 @@ def test_the_action_follows_from_the_relations() -> None:
     assert all(35 < counts[action] < 105 for action in ACTIONS)
 
 
-def test_no_two_kinds_are_related_both_ways() -> None:
+def test_kinds_are_related_in_one_order_only() -> None:
     assert len({frozenset((t.subject, t.object)) for t in TEMPLATES}) == len({(t.subject, t.object) for t in TEMPLATES})
 
 
-def test_a_picture_has_one_relation_text_for_a_pair() -> None:
-    """No other pair of the scene could be meant by a relation's words, and bystanders are related to nobody."""
+def test_relation_texts_are_unambiguous() -> None:
+    """The text of a relation fits no other pair of the scene, and bystanders are related to nothing."""
     for scene in scenes():
         names = [o.name for o in scene.objects]
         related = {frozenset((r.subject, r.object)) for r in scene.relations}
@@ -254,7 +254,7 @@ def test_a_picture_has_one_relation_text_for_a_pair() -> None:
                     assert frozenset((i, j)) in related
 
 
-def test_held_out_relations_are_not_in_the_train_split() -> None:
+def test_held_out_relations_are_absent_from_the_train_split() -> None:
     pairs = defaultdict(set)
     for t, subject, object_ in HELD_OUT:
         pairs[t].add((subject, object_))
@@ -269,20 +269,20 @@ def test_held_out_relations_are_not_in_the_train_split() -> None:
     assert 0.15 < share < 0.35
 
 
-def test_each_word_of_a_held_out_relation_is_trained_on_its_side() -> None:
+def test_each_colour_of_a_held_out_relation_is_trained_in_its_role() -> None:
     for t in TEMPLATES:
         shown = {(s, o) for s in COLOURS for o in COLOURS if s != o and (t, s, o) not in HELD_OUT}
         assert {s for s, _ in shown} == {o for _, o in shown} == set(COLOURS)
 
 
-def test_splits_keep_their_shares() -> None:
+def test_split_shares() -> None:
     for n in (100, 2500):
         counts = Counter(split_of(i) for i in range(n))
         assert abs(counts["val"] - 0.05 * n) <= 2 and abs(counts["test"] - 0.15 * n) <= 2
 
 
-def test_nothing_but_the_picture_tells_the_action() -> None:
-    """Key, size and order of the listing are independent of the action (and of the roles of the objects)."""
+def test_only_the_image_reveals_the_action() -> None:
+    """Key, size and listing order are independent of the action (and of the roles of the objects)."""
     by_action = defaultdict(list)
     for scene in scenes():
         by_action[scene.action].append(scene)
@@ -299,7 +299,7 @@ def test_nothing_but_the_picture_tells_the_action() -> None:
     assert len(places) > 3, "the first object listed is not always of the same kind"
 
 
-def test_the_background_does_not_tell_the_action() -> None:
+def test_the_background_does_not_reveal_the_action() -> None:
     means = defaultdict(list)
     for scene in scenes():
         outside = ~torch.stack([mask(scene, i) for i in range(len(scene.objects))]).any(0)
@@ -319,13 +319,13 @@ def test_bad_arguments(bad: dict[str, float]) -> None:
 
 
 def test_published_layout_round_trip(tmp_path: Path) -> None:
-    drawn = scenes()[:40]
-    counts = write_reference_layout(drawn, tmp_path / "set")
-    assert counts == {f"metadata_{s}.json": n for s, n in sorted(Counter(s.split for s in drawn).items())}
+    written = scenes()[:40]
+    counts = write_reference_layout(written, tmp_path / "set")
+    assert counts == {f"metadata_{s}.json": n for s, n in sorted(Counter(s.split for s in written).items())}
     rejected: list[object] = []
     back = {s.key: s for s in load_reference(tmp_path / "set", rejected.append)}
-    assert not rejected and len(back) == len(drawn)
-    for scene in drawn:
+    assert not rejected and len(back) == len(written)
+    for scene in written:
         other = back[scene.key]
         assert (
             isinstance(other.image, bytes)
@@ -336,7 +336,7 @@ def test_published_layout_round_trip(tmp_path: Path) -> None:
         assert all(torch.equal(mask(scene, i), mask(other, i)) for i in range(len(scene.objects)))
 
 
-def test_the_jpegs_show_the_scenes_and_nothing_else(tmp_path: Path) -> None:
+def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
     import simplejpeg
 
     write_reference_layout(scenes()[:10], tmp_path)
@@ -347,7 +347,7 @@ def test_the_jpegs_show_the_scenes_and_nothing_else(tmp_path: Path) -> None:
         assert b"Exif" not in data and b"\xff\xfe" not in data[:200], "no metadata, no comment"
 
 
-def test_files_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_files_are_independent_of_the_number_of_processes(tmp_path: Path) -> None:
     for workers in (1, 2):
         draw_reference_layout(24, tmp_path / str(workers), seed=1, workers=workers)
     one, two = ({p.relative_to(r): p.read_bytes() for p in r.rglob("*.*")} for r in (tmp_path / "1", tmp_path / "2"))
@@ -356,7 +356,7 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     assert classes == vocabulary()
 
 
-def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_nonempty_directories_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty directory"):
         draw_reference_layout(1, tmp_path)

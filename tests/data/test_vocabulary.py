@@ -29,13 +29,13 @@ def test_ids_are_positions_in_sorted_texts() -> None:
 
 
 def test_unknown_texts_and_levels() -> None:
-    with pytest.raises(UserError, match=r"unknown object text 'dog'.*2 of the vocabulary"):
+    with pytest.raises(UserError, match=r"unknown object text 'dog'.*2 in the vocabulary"):
         example().object_id("dog")
     with pytest.raises(ValueError, match="got 'objects', expected one of global, object, relation"):
         example().tokens("objects")
 
 
-def test_tokens_are_clips() -> None:
+def test_tokens_match_clip() -> None:
     # Ids of the original CLIP tokenizer.
     assert tokenize("a photo of a cat") == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert tokenize("a diagram") == [49406, 320, 22697, 49407]
@@ -44,11 +44,11 @@ def test_tokens_are_clips() -> None:
     assert tokenize("  A  Photo\tof a CAT ") == tokenize("a photo of a cat")
 
 
-def test_tokens_are_cut_to_the_context() -> None:
+def test_tokens_are_truncated_to_the_context() -> None:
     ids = tokenize("cat " * 100)
     assert (len(ids), ids[0], ids[-1]) == (77, 49406, 49407)
     assert len(tokenize("cat " * 75)) == 77
-    # The vocabulary keeps all of it: the model knows its context, cuts and counts.
+    # The vocabulary stores all tokens; the model truncates them to its context.
     assert len(Vocabulary(["cat " * 100], [], []).tokens("global")[0]) == 102
 
 
@@ -67,11 +67,11 @@ def test_file_round_trip_needs_no_tokenizer(tmp_path: Path, monkeypatch: pytest.
         (lambda r: r.update(schema=9), "got schema 9, expected 1"),
         (lambda r: r.pop("object"), "malformed vocabulary"),
         (lambda r: r["object"]["train_counts"].pop(), "malformed vocabulary"),
-        (lambda r: r["object"]["tokens"].pop(), "one token list per text"),
-        (lambda r: r["object"]["texts"].reverse(), "sorted and distinct"),
+        (lambda r: r["object"]["tokens"].pop(), "numbers of token lists and texts differ"),
+        (lambda r: r["object"]["texts"].reverse(), "not sorted or not distinct"),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path: Path, break_it: object, message: str) -> None:
+def test_malformed_files(tmp_path: Path, break_it: object, message: str) -> None:
     record = example().to_json()
     break_it(record)  # type: ignore[operator]
     path = tmp_path / "v.json"
@@ -80,7 +80,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, break_it: object, message: str) -
         Vocabulary.load(path)
 
 
-def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"v\.json: no such file"):
         Vocabulary.load(tmp_path / "v.json")
     (tmp_path / "v.json").write_text("{")

@@ -1,10 +1,10 @@
-"""Drawn scenes with exact boxes, masks and relations, and an action that follows from the relations."""
+"""Synthetic scenes with exact boxes, masks and relations, and an action determined by the relations."""
 
 from __future__ import annotations
 
 from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS
 from scenarioclip_fast.data.synthetic.events import ACTIONS, HELD_OUT, TEMPLATES, Template, action_of
-from scenarioclip_fast.data.synthetic.scenes import draw_scene, generate_scenes, vocabulary
+from scenarioclip_fast.data.synthetic.scenes import generate_scenes, render_scene, vocabulary
 from scenarioclip_fast.data.synthetic.write import write_reference_layout
 
 __all__ = [
@@ -15,8 +15,8 @@ __all__ = [
     "TEMPLATES",
     "Template",
     "action_of",
-    "draw_scene",
     "generate_scenes",
+    "render_scene",
     "vocabulary",
     "write_reference_layout",
 ]

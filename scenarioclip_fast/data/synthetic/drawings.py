@@ -1,9 +1,8 @@
-"""What each kind of object looks like: flat shapes with dark outlines, in a unit box with y pointing down.
+"""Drawings of each kind of object: flat shapes with dark outlines, in a unit box with y pointing down.
 
-A drawing takes a `Pen` and the name of a part: "whole", or a pose or layer that the kind knows ("back" and
-"front" of something that things are put into). Shapes are drawn twice, as colour and as the number of their
-object, so that a mask is exactly what is left to see of the object when everything in front of it has been
-drawn.
+A drawing function takes a `Pen` and the name of a part: "whole", or a pose or layer of the kind ("back" and "front" of
+a container). Shapes are drawn twice, as colour and as the object's number, so that a mask is exactly the visible part
+of the object once everything in front of it has been drawn.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ COLOURS: dict[str, RGB] = {
     "yellow": (250, 215, 30),
 }
 
-# Details that have the same colour on every object; the object's own colour covers most of its area.
+# Colours of details, the same for every object; the object's own colour covers most of its area.
 _FIXED: dict[str, RGB] = {
     "black": (35, 35, 40),
     "white": (245, 245, 245),
@@ -40,7 +39,7 @@ def _mix(a: RGB, b: RGB, share: float) -> RGB:
 
 
 class Pen:
-    """Draws in the unit box of one object on a canvas and its map of object numbers.
+    """Draws in the unit box of one object, on the canvas and on the map of object numbers.
 
     Args:
         colour: `ImageDraw` of the supersampled RGB canvas.
@@ -81,7 +80,7 @@ class Pen:
             draw.ellipse((left, top, right, bottom), fill=ink, outline=outline, width=self._line)
 
     def disc(self, x: float, y: float, radius: float, fill: str = "own") -> None:
-        """A circle that stays one in a box that is not square; `radius` in heights of the box."""
+        """Draw a circle, also in boxes that are not square; `radius` is a fraction of the box height."""
         x0, y0, x1, y1 = self._box
         rx = radius * (y1 - y0) / (x1 - x0)
         self.oval(x - rx, y - radius, x + rx, y + radius, fill)
@@ -95,7 +94,7 @@ class Pen:
             draw.pieslice((left, top, right, bottom), start, end, fill=ink, outline=outline, width=self._line)
 
     def stroke(self, points: Sequence[Point], width: float, fill: str = "own") -> None:
-        """A line of `width` heights of the box, with the outline around it."""
+        """Draw an outlined line; `width` is a fraction of the box height."""
         path = self._points(points)
         thick = max(2, round(width * (self._box[3] - self._box[1])))
         for draw, ink, outline in self._inks(fill):
@@ -105,14 +104,14 @@ class Pen:
                     draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=colour)
 
     def wire(self, points: Sequence[Point], fill: str = "black") -> None:
-        """A thin line: strings, whiskers, seams."""
+        """Draw a thin line: strings, whiskers, seams."""
         path = self._points(points)
         for draw, ink, _ in self._inks(fill):
             draw.line(path, fill=ink, width=self._line, joint="curve")
 
 
 def person(p: Pen, part: str) -> None:
-    if part == "ride":  # seated, the near leg in front of what is ridden
+    if part == "ride":  # seated, the near leg in front of the mount
         p.stroke([(0.42, 0.55), (0.72, 0.70), (0.62, 0.93)], 0.13, "dark")
         p.poly([(0.22, 0.26), (0.66, 0.26), (0.66, 0.64), (0.22, 0.64)])
         p.stroke([(0.48, 0.34), (0.88, 0.48)], 0.11)
@@ -383,7 +382,7 @@ def lamp(p: Pen, part: str) -> None:
     p.poly([(0.12, 0.36), (0.88, 0.36), (0.96, 0.46), (0.04, 0.46)], "light")
 
 
-# kind -> (drawing, width over height)
+# kind -> (drawing function, aspect ratio: width / height)
 KINDS: dict[str, tuple[Callable[[Pen, str], None], float]] = {
     "apple": (apple, 0.95),
     "ball": (ball, 1.0),

@@ -1,11 +1,11 @@
-"""What happens in a scene: which kinds take part, where they stand, which relations hold, what the action is.
+"""Events of synthetic scenes: the kinds of objects that take part, their placement, their relations and the action.
 
-An event is laid out in a unit square with y pointing down. Its first two places are the subject and the
-object of the main relation, from which the action follows. A third may join one of them by a relation that no
-action follows from.
+An event is laid out in a unit square with y pointing down. Its first two places are the subject and the object of the
+main relation, which determines the action. A third object may be related to one of them; that relation does not affect
+the action.
 
-Any two kinds are related in one order only ("person left of robot", never "robot right of person"): a focused
-region looks the same in both orders, so only this gives a picture one true text.
+Any two kinds are related in one order only ("person left of robot", never "robot right of person"): a focused region
+looks the same in both orders, so each picture has exactly one correct text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scenarioclip_fast.data.synthetic.drawings import COLOURS
 
 
 class Template(NamedTuple):
-    """A relation between two kinds, before they are given colours."""
+    """A relation between two kinds, without colours."""
 
     subject: str
     predicate: str
@@ -26,7 +26,7 @@ class Template(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an object stands in the unit square: the middle of its foot and its height; `part`: its pose."""
+    """Position of an object in the unit square: bottom centre (x, foot) and height; `part` is its pose."""
 
     kind: str
     x: float
@@ -39,9 +39,9 @@ class Place(NamedTuple):
 class Event:
     """A layout of two or three objects.
 
-    `join` is the predicate of the third object and the place (0 or 1) that it is related to. `order` lists
-    (place, part) from back to front where that differs from the order of the places: what holds another thing
-    is drawn in two layers around it.
+    `join` is the predicate of the third object and the place (0 or 1) that it is related to. `order` lists (place,
+    part) from back to front if that differs from the order of the places: a container is drawn in two layers around
+    its content.
     """
 
     predicate: str
@@ -51,7 +51,7 @@ class Event:
 
     @property
     def relations(self) -> tuple[tuple[int, str, int], ...]:
-        """(subject, predicate, object) with places for the two objects, the main relation first."""
+        """(subject place, predicate, object place), the main relation first."""
         main = ((0, self.predicate, 1),)
         return main if self.join is None else (*main, (2, *self.join))
 
@@ -65,7 +65,7 @@ class Event:
 
 
 def _event(predicate: str, *places: Place, join: tuple[str, int] | None = None, order: str = "") -> Event:
-    """`order` as places from back to front, each with a letter for its layer: w(hole), b(ack), f(ront)."""
+    """Create an event; `order` lists places from back to front with their layer: w(hole), b(ack) or f(ront)."""
     parts = {"w": "", "b": "back", "f": "front"}
     layers = tuple((int(step[0]), parts[step[1]] or places[int(step[0])].part) for step in order.split())
     return Event(predicate, places, join, layers)
@@ -133,7 +133,7 @@ def _parking(vehicle: str, height: float) -> tuple[Event, ...]:
     )
 
 
-# action -> the main relations it follows from; each with its layouts, without and with a third object
+# action -> main relations that determine it -> layouts, without and with a third object
 ACTIONS: dict[str, tuple[tuple[Event, ...], ...]] = {
     "riding": (
         (
@@ -214,7 +214,7 @@ ACTIONS: dict[str, tuple[tuple[Event, ...], ...]] = {
         ),
     ),
     "packing": (_packing("apple"), _packing("ball")),
-    "waiting": (),  # objects that have nothing to do with each other
+    "waiting": (),  # unrelated objects only
 }
 
 
@@ -233,12 +233,12 @@ ACTION_OF: dict[Template, str] = {
     for event in events
 }
 
-# Related objects differ in colour, or the two would run into each other.
+# Related objects differ in colour so that they stay distinguishable where they touch.
 COLOUR_PAIRS = [(subject, object_) for subject in COLOURS for object_ in COLOURS if subject != object_]
 
 
 def _held_out() -> frozenset[tuple[Template, str, str]]:
-    """Two pairs of colours of every template; each colour stays in training on both sides of the template."""
+    """Two colour pairs per template; each colour still occurs in training as subject and as object of the template."""
     names = list(COLOURS)
     n = len(names)
     return frozenset(
@@ -248,13 +248,12 @@ def _held_out() -> frozenset[tuple[Template, str, str]]:
     )
 
 
-# (template, colour of the subject, colour of the object) that no picture of the train split shows as a
-# relation
+# (template, subject colour, object colour) that never occur as relations in the train split
 HELD_OUT = _held_out()
 
 
 def action_of(templates: Iterable[Template]) -> str:
-    """The action that follows from the relations of a picture: its main relation's, else "waiting"."""
+    """The action determined by the relations of a picture: that of its main relation, else "waiting"."""
     found = {ACTION_OF[template] for template in templates if template in ACTION_OF}
-    assert len(found) <= 1, f"relations of {len(found)} actions in one picture: {sorted(found)}"
+    assert len(found) <= 1, f"relations of {len(found)} actions in one scene: {sorted(found)}"
     return found.pop() if found else "waiting"

@@ -1,4 +1,4 @@
-"""Draws scenes: scene `index` of a seed is a pure function of the two."""
+"""Renders synthetic scenes: each is a pure function of the seed and its index."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from scenarioclip_fast.data.synthetic.events import (
 )
 from scenarioclip_fast.requirements import require
 
-# Bystanders: kinds that belong to no event, so that none of them hints at an action.
+# Bystanders: kinds in no event, so that they do not correlate with an action.
 BYSTANDERS = ("boat", "cactus", "fish", "lamp", "umbrella", "flower", "mushroom", "cup")
-HELD_OUT_SHARE = 0.25  # of the relations of val and test scenes
+HELD_OUT_SHARE = 0.25  # fraction of the relations of val and test scenes
 
 Box = tuple[float, float, float, float]
 
 
 class Item(NamedTuple):
-    """One object to draw: its name's two words and its unit box in source pixels."""
+    """An object to draw: the two words of its name, and its unit box in source pixels."""
 
     kind: str
     colour: str
@@ -40,32 +40,32 @@ class Item(NamedTuple):
 
 
 def split_of(index: int, val: float = 0.05, test: float = 0.15) -> str:
-    """The split of scene `index`: keeps the shares for any number of scenes, whatever is drawn."""
+    """The split of scene `index`: the shares hold for any number of scenes, independent of their content."""
     u = (index * 0.6180339887498949) % 1.0
     return "test" if u < test else "val" if u < test + val else "train"
 
 
 def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05, test: float = 0.15) -> Iterator[Scene]:
-    """Draws scenes `start` to `start + n - 1`.
+    """Generate synthetic scenes `start` to `start + n - 1`.
 
     Args:
-        n: how many; 0 yields none.
-        seed: not negative. Scene `index` depends on (seed, index, its split) alone.
-        val, test: shares of those splits. Only their scenes show the relations in `HELD_OUT`.
+        n: number of scenes, at least 0.
+        seed: at least 0. Scene `index` depends only on (seed, index, split).
+        val, test: shares of these splits. Only their scenes contain the relations in `HELD_OUT`.
 
     Yields:
-        Scenes whose image is uint8 [H, W, 3], with bool masks of what is to be seen of each object, boxes
-        that bound these masks, and a split.
+        Scenes whose image is uint8 [H, W, 3], with bool masks of the visible part of each object, the bounding boxes of
+        these masks, and a split.
     """
     if n < 0 or seed < 0 or start < 0:
-        raise ValueError(f"got n={n}, seed={seed}, start={start}, expected none of them to be negative")
+        raise ValueError(f"got n={n}, seed={seed}, start={start}, expected values >= 0")
     check_shares(val, test)
     for index in range(start, start + n):
-        yield draw_scene(seed, index, split_of(index, val, test))
+        yield render_scene(seed, index, split_of(index, val, test))
 
 
-def draw_scene(seed: int, index: int, split: str = "train") -> Scene:
-    """Scene `index` of `seed`; "train" keeps away from the relations in `HELD_OUT`."""
+def render_scene(seed: int, index: int, split: str = "train") -> Scene:
+    """Render scene `index` of `seed`; the split "train" avoids the relations in `HELD_OUT`."""
     rng = np.random.default_rng([seed, index])
     height = int(rng.integers(120, 193))
     width = round(height * rng.uniform(1.0, 1.34))
@@ -85,12 +85,12 @@ def draw_scene(seed: int, index: int, split: str = "train") -> Scene:
         items = []
         bystanders = _scatter(rng, items, int(rng.integers(2, 5)), (0.36, 0.48), height, width, tuple(KINDS))
     canvas.draw(bystanders, [(i, "whole") for i in range(len(bystanders))])
-    image, masks = canvas.develop()
+    image, masks = canvas.render()
     return _scene(rng, f"{seed:04d}{index:06d}", image, masks, action, items + bystanders, relations, split)
 
 
 def vocabulary() -> dict[str, list[str]]:
-    """Every text that a drawn scene can carry, in the form of the published classes.json."""
+    """Every text that a synthetic scene can contain, in the form of classes.json."""
     relations = [f"{s} {t.subject} {t.predicate} {o} {t.object}" for t in TEMPLATES for s, o in COLOUR_PAIRS]
     objects = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
     return {"actions": sorted(ACTIONS), "objects": sorted(objects), "relations": sorted(relations)}
@@ -98,7 +98,7 @@ def vocabulary() -> dict[str, list[str]]:
 
 def _event_items(rng: np.random.Generator, event: Event, height: int, width: int, *, held_out: bool) -> list[Item]:
     colours = _event_colours(rng, event, held_out)
-    # The event stays inside the centre square, which is what the relation views show of a picture.
+    # The event stays inside the centre crop, the only part that relation views show.
     side = min(height, width)
     sx, sy = side * rng.uniform(0.88, 0.98, 2)
     left = (width - side) / 2 + rng.uniform(0, side - sx)
@@ -116,16 +116,16 @@ def _unit_box(place: Place, shift: float) -> Box:
 
 
 def _event_colours(rng: np.random.Generator, event: Event, held_out: bool) -> list[str]:
-    """One colour for each place: every relation is of the training ones or, if allowed, at times held out."""
+    """One colour per place, so that each relation is a training one or, if `held_out`, sometimes a held-out one."""
     main, *joined = event.relations
     pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_SHARE)
     colours = list(pairs[rng.integers(len(pairs))])
     for subject, predicate, anchor in joined:
         template = event.template((subject, predicate, anchor))
-        wanted = held_out and rng.random() < HELD_OUT_SHARE
-        fitting = [s for s, o in _pairs(template, wanted) if o == colours[anchor]]
-        fitting = fitting or [s for s, o in _pairs(template, False) if o == colours[anchor]]
-        colours.append(fitting[rng.integers(len(fitting))])
+        use_held_out = held_out and rng.random() < HELD_OUT_SHARE
+        candidates = [s for s, o in _pairs(template, use_held_out) if o == colours[anchor]]
+        candidates = candidates or [s for s, o in _pairs(template, False) if o == colours[anchor]]
+        colours.append(candidates[rng.integers(len(candidates))])
     return colours
 
 
@@ -143,7 +143,7 @@ def _scatter(
     width: int,
     kinds: tuple[str, ...],
 ) -> list[Item]:
-    """Up to `n` more objects, clear of all others, and of no kind that could be related to another."""
+    """Place up to `n` more objects that overlap no other and whose kind is related to no other."""
     placed = list(items)
     for _ in range(n):
         for _ in range(12):
@@ -152,7 +152,7 @@ def _scatter(
                 continue
             h = min(height, width) * rng.uniform(*heights)
             w = h * KINDS[kind][1]
-            # A long thing is as large as a tall one: the height above is that of a square one.
+            # Keep the area that a square object of this height has.
             h, w = h / max(1.0, KINDS[kind][1]) ** 0.5, w / max(1.0, KINDS[kind][1]) ** 0.5
             if w > width - 4 or h > height - 4:
                 continue
@@ -174,7 +174,7 @@ def _scene(
     relations: list[tuple[int, str, int]],
     split: str,
 ) -> Scene:
-    """Lists objects and relations in random order, for their order in the event would tell which is which."""
+    """Build a scene with objects and relations in random order: the order in the event would reveal their roles."""
     order = rng.permutation(len(items))
     position = {int(i): k for k, i in enumerate(order)}
     objects = [SceneObject(f"{items[i].colour} {items[i].kind}", _bounds(masks[i]), masks[i]) for i in order]
@@ -188,7 +188,7 @@ def _bounds(mask: Tensor) -> Box:
 
 
 class _Canvas:
-    """A supersampled picture and the number of the object at each of its pixels."""
+    """A supersampled picture with the object number of each pixel."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self._rng, self._size, self._count = rng, (height, width), 0
@@ -198,7 +198,7 @@ class _Canvas:
         self._draws = image_draw.Draw(self._picture), image_draw.Draw(self._numbers)
 
     def draw(self, items: list[Item], layers: Any) -> None:
-        """Draws (item, part) after (item, part), each over those before."""
+        """Draw (item, part) layers from back to front."""
         tints = [_tint(self._rng, COLOURS[item.colour]) for item in items]
         for i, part in layers:
             draw, _ = KINDS[items[i].kind]
@@ -206,8 +206,8 @@ class _Canvas:
             draw(Pen(*self._draws, (x0, y0, x1, y1), tints[i], self._count + i + 1), part)
         self._count += len(items)
 
-    def develop(self) -> tuple[Tensor, Tensor]:
-        """The picture, uint8 [H, W, 3], and the visible part of each object, bool [n, H, W]."""
+    def render(self) -> tuple[Tensor, Tensor]:
+        """Downsample to the image, uint8 [H, W, 3], and the visible masks of the objects, bool [n, H, W]."""
         height, width = self._size
         image = np.asarray(self._picture.reduce(SUPERSAMPLING), np.int16)
         y, x = self._rng.integers(0, 512 - height), self._rng.integers(0, 512 - width)
@@ -228,7 +228,7 @@ def _tint(rng: np.random.Generator, rgb: RGB) -> RGB:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Any:
-    """A cloudy, nearly grey wall with a weak pattern: stripes, tiles or dots."""
+    """A cloudy, nearly grey background with a faint pattern: stripes, tiles, dots or none."""
     image_draw, image = require("PIL.ImageDraw"), require("PIL.Image")
     base = rng.uniform(120, 215) + rng.uniform(-14, 14, 3)
     clouds = base + rng.normal(0, 9, (6, 8, 1)) + rng.normal(0, 3, (6, 8, 3))

@@ -1,4 +1,4 @@
-"""Writes scenes in the published layout, so that drawn scenes come in through the same door as real ones."""
+"""Writes scenes in the published layout, so that synthetic scenes are read by the same code as real ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene, check_shares
-from scenarioclip_fast.data.synthetic.scenes import draw_scene, split_of, vocabulary
+from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
@@ -26,21 +26,21 @@ def write_reference_layout(
     *,
     classes: Mapping[str, list[str]] | None = None,
 ) -> dict[str, int]:
-    """Writes metadata, classes, images and masks of scenes in the published layout.
+    """Write scenes in the published layout.
 
-    `metadata_SPLIT.json` (`metadata.json` for scenes of no split), `classes.json`, `images/KEY.jpg` and
-    `sam_results/KEY_grounding_sam.npz`.
+    The files are `metadata_SPLIT.json` (`metadata.json` for scenes without a split), `classes.json`, `images/KEY.jpg`
+    and `sam_results/KEY_grounding_sam.npz`.
 
     Args:
         scenes: images as uint8 [H, W, 3] or JPEG bytes; every object with a bool mask.
-        out_dir: made if it does not exist; must be empty.
-        classes: "actions", "objects" and "relations" of classes.json; those that occur if None.
+        out_dir: created if missing; must be empty.
+        classes: "actions", "objects" and "relations" of classes.json; None uses the texts that occur.
 
     Returns:
-        The number of scenes of each metadata file.
+        The number of scenes in each metadata file.
 
     Raises:
-        UserError: `out_dir` has something in it.
+        UserError: `out_dir` is not empty.
     """
     out = _prepare(out_dir)
     return _write_metadata(((scene.split, _write_scene(scene, out)) for scene in scenes), out, classes)
@@ -49,30 +49,30 @@ def write_reference_layout(
 def draw_reference_layout(
     n: int, out_dir: str | Path, *, seed: int = 0, val: float = 0.05, test: float = 0.15, workers: int = 1
 ) -> dict[str, int]:
-    """`write_reference_layout` of `generate_scenes(n, seed)`, in `workers` processes, with progress shown.
+    """Write `n` synthetic scenes in the published layout, in `workers` processes, with a progress report.
 
-    The files are the same for any number of workers.
+    The files do not depend on the number of workers.
     """
     if n <= 0 or workers <= 0:
-        raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
+        raise UserError(f"got {n} scenes and {workers} workers, expected at least one each")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
     check_shares(val, test)
     out = _prepare(out_dir)
-    job = partial(_draw_and_write, seed=seed, val=val, test=test, out=out)
+    job = partial(_write_one, seed=seed, val=val, test=test, out=out)
     entries = ordered_map(job, range(n), workers)
-    return _write_metadata(progress(entries, n, "drawing", "scenes"), out, vocabulary())
+    return _write_metadata(progress(entries, n, "rendering", "scenes"), out, vocabulary())
 
 
-def _draw_and_write(index: int, *, seed: int, val: float, test: float, out: Path) -> tuple[str | None, dict[str, Any]]:
-    scene = draw_scene(seed, index, split_of(index, val, test))
+def _write_one(index: int, *, seed: int, val: float, test: float, out: Path) -> tuple[str | None, dict[str, Any]]:
+    scene = render_scene(seed, index, split_of(index, val, test))
     return scene.split, _write_scene(scene, out)
 
 
 def _prepare(out_dir: str | Path) -> Path:
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: not an empty directory; name a new one, or empty it first")
+        raise UserError(f"{out}: not an empty directory; choose a new one, or empty it first")
     for folder in ("images", "sam_results"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     return out

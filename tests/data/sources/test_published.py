@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Scene, load_reference, pack
 from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection, safe_key
-from scenarioclip_fast.data.reference_layout import MAX_MASK_BYTES, read_masks
+from scenarioclip_fast.data.sources.masks_npz import MAX_MASK_BYTES, read_masks
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60
@@ -39,8 +39,8 @@ def box_mask(box: Sequence[float]) -> np.ndarray:
     return mask
 
 
-class DataSet:
-    """A good entry, a place to spoil it, and what came of it."""
+class Dataset:
+    """A data set with one valid entry, which a test may damage before loading it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -74,15 +74,15 @@ class DataSet:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> DataSet:
-    return DataSet(tmp_path)
+def data(tmp_path: Path) -> Dataset:
+    return Dataset(tmp_path)
 
 
 def texts(scene: Scene) -> list[str]:
     return [scene.relation_text(k) for k in range(len(scene.relations))]
 
 
-def test_a_good_entry(data: DataSet) -> None:
+def test_valid_entry(data: Dataset) -> None:
     (scene,), rejected = data.load()
     assert not rejected
     assert (scene.key, scene.action, scene.split) == ("a", "sitting", None)
@@ -94,7 +94,7 @@ def test_a_good_entry(data: DataSet) -> None:
         assert torch.equal(item.mask, torch.from_numpy(box_mask(BOXES[item.name])))
 
 
-def test_the_best_candidate_counts(data: DataSet) -> None:
+def test_the_mask_with_the_best_score_is_used(data: Dataset) -> None:
     good = data.arrays["mask"]
     data.arrays["mask"] = np.concatenate([~good, good, ~good], 1)
     data.arrays["score"] = np.array([[0.1, 0.9, 0.2], [np.nan, 0.3, 0.1], [-2, -1, -3]], np.float32)
@@ -103,7 +103,7 @@ def test_the_best_candidate_counts(data: DataSet) -> None:
     assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
 
 
-def test_masks_in_another_order_go_by_their_labels(data: DataSet) -> None:
+def test_masks_are_matched_by_label(data: Dataset) -> None:
     order = [2, 0, 1]
     data.arrays["mask"] = np.asfortranarray(data.arrays["mask"][order])
     data.arrays["labels"] = data.arrays["labels"][order]
@@ -112,7 +112,7 @@ def test_masks_in_another_order_go_by_their_labels(data: DataSet) -> None:
     assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
 
 
-def test_the_nearest_pair_is_taken_where_labels_repeat(data: DataSet) -> None:
+def test_repeated_labels_resolve_to_the_nearest_pair(data: Dataset) -> None:
     boxes = [[0, 0, 10, 10], [30, 0, 40, 10], [44, 0, 54, 10], [11, 0, 21, 10]]
     names = ["cup", "plate", "cup", "cup"]  # distances to the plate: 30, 14, 19
     data.entry["objects"] = [[n, b] for n, b in zip(names, boxes, strict=True)]
@@ -127,7 +127,7 @@ def test_the_nearest_pair_is_taken_where_labels_repeat(data: DataSet) -> None:
     assert [(r.subject, r.object) for r in scene.relations] == [(2, 1), (0, 3)]
 
 
-def test_file_names_give_the_split(data: DataSet) -> None:
+def test_file_names_assign_the_split(data: Dataset) -> None:
     data.load()
     rows = {}
     for name in ("metadata_train.json", "metadata_val.json", "metadata_openpsg_test.json", "metadata_all.json"):
@@ -146,24 +146,24 @@ def test_file_names_give_the_split(data: DataSet) -> None:
     assert {r.reason for r in rejected} == {"missing_masks", "relation_without_mask"}
 
 
-def _entry(**change: Any) -> Callable[[DataSet], None]:
+def _entry(**change: Any) -> Callable[[Dataset], None]:
     return lambda data: data.entry.update(change)
 
 
-def _object(i: int, value: Any) -> Callable[[DataSet], None]:
+def _object(i: int, value: Any) -> Callable[[Dataset], None]:
     return lambda data: data.entry["objects"].__setitem__(i, value)
 
 
-def _relation(i: int, value: Any) -> Callable[[DataSet], None]:
+def _relation(i: int, value: Any) -> Callable[[Dataset], None]:
     return lambda data: data.entry["relations"].__setitem__(i, value)
 
 
-def _array(**change: Any) -> Callable[[DataSet], None]:
+def _array(**change: Any) -> Callable[[Dataset], None]:
     return lambda data: data.arrays.update(change)
 
 
-def _file(make: Callable[[DataSet], tuple[Path, bytes | None]]) -> Callable[[DataSet], None]:
-    def spoil(data: DataSet) -> None:
+def _file(make: Callable[[Dataset], tuple[Path, bytes | None]]) -> Callable[[Dataset], None]:
+    def spoil(data: Dataset) -> None:
         path, content = make(data)
         if content is None:
             path.unlink()
@@ -173,15 +173,15 @@ def _file(make: Callable[[DataSet], tuple[Path, bytes | None]]) -> Callable[[Dat
     return spoil
 
 
-def _empty_mask(data: DataSet) -> None:
+def _empty_mask(data: Dataset) -> None:
     data.arrays["mask"][0] = False
 
 
-def _no_masks(data: DataSet) -> None:
+def _no_masks(data: Dataset) -> None:
     data.arrays = {}
 
 
-def _classes(data: DataSet, **drop: str) -> None:
+def _classes(data: Dataset, **drop: str) -> None:
     classes = {
         "actions": ["sitting"],
         "objects": list(BOXES),
@@ -190,7 +190,7 @@ def _classes(data: DataSet, **drop: str) -> None:
     data.classes = {level: [t for t in names if t != drop.get(level)] for level, names in classes.items()}
 
 
-WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
+BAD_SCENES: dict[str, tuple[str, Callable[[Dataset], None]]] = {
     "not an object": ("malformed_entry", lambda data: setattr(data, "entry", ["a"])),
     "no action": ("malformed_entry", lambda data: data.entry.pop("action")),
     "empty action": ("malformed_entry", _entry(action="  ")),
@@ -227,8 +227,8 @@ WHOLE_SCENE: dict[str, tuple[str, Callable[[DataSet], None]]] = {
     ),
 }
 
-# reason, what is left: names of objects, objects with a mask, relations
-IN_PART: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[DataSet], None]]] = {
+# reasons, then what is kept: names of objects, of objects with a mask, relations; and the damage
+PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[Dataset], None]]] = {
     "no npz": (["missing_masks", "relation_without_mask"], list(BOXES), [], [], _no_masks),
     "masks of another size": (
         ["bad_masks", "relation_without_mask"],
@@ -360,9 +360,9 @@ IN_PART: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[D
 }
 
 
-@pytest.mark.parametrize("case", WHOLE_SCENE)
-def test_a_bad_scene_is_rejected(data: DataSet, case: str) -> None:
-    reason, spoil = WHOLE_SCENE[case]
+@pytest.mark.parametrize("case", BAD_SCENES)
+def test_bad_scenes_are_rejected(data: Dataset, case: str) -> None:
+    reason, spoil = BAD_SCENES[case]
     np.savez(data.npz, **data.arrays)
     spoil(data)
     scenes, rejected = data.load()
@@ -373,9 +373,9 @@ def test_a_bad_scene_is_rejected(data: DataSet, case: str) -> None:
     assert rejection.detail and str(rejection).isprintable() and len(str(rejection)) < 400
 
 
-@pytest.mark.parametrize("case", IN_PART)
-def test_what_is_sound_of_a_scene_is_kept(data: DataSet, case: str) -> None:
-    reasons, names, masked, relations, spoil = IN_PART[case]
+@pytest.mark.parametrize("case", PARTLY_BAD)
+def test_valid_parts_of_a_scene_are_kept(data: Dataset, case: str) -> None:
+    reasons, names, masked, relations, spoil = PARTLY_BAD[case]
     spoil(data)
     (scene,), rejected = data.load()
     assert sorted({r.reason for r in rejected}) == sorted(reasons)
@@ -386,13 +386,13 @@ def test_what_is_sound_of_a_scene_is_kept(data: DataSet, case: str) -> None:
     assert texts(scene) == relations
 
 
-def test_boxes_rounded_outwards_are_clipped(data: DataSet) -> None:
+def test_boxes_rounded_up_are_clipped(data: Dataset) -> None:
     data.entry["objects"][1][1] = [-0.5, 20, 60.9, 40.4]
     (scene,), rejected = data.load()
     assert not rejected and scene.objects[1].box == (0, 20, 60, 40)
 
 
-def test_duplicate_ids(data: DataSet) -> None:
+def test_duplicate_ids(data: Dataset) -> None:
     data.load()
     (data.directory / "metadata.json").write_text(json.dumps({"data": [data.entry, data.entry]}))
     rejected: list[Rejection] = []
@@ -400,7 +400,7 @@ def test_duplicate_ids(data: DataSet) -> None:
     assert [(r.entry, r.reason) for r in rejected] == [("metadata.json: entry 1 (a)", "duplicate_id")]
 
 
-def write_split(data: DataSet, **entries: list[dict[str, Any]]) -> None:
+def write_split(data: Dataset, **entries: list[dict[str, Any]]) -> None:
     data.load()
     (data.directory / "metadata.json").unlink()
     for name, rows in entries.items():
@@ -408,8 +408,8 @@ def write_split(data: DataSet, **entries: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_that_a_file_gives_beats_the_hash(data: DataSet, tmp_path: Path, split: str) -> None:
-    # Without a split the scene would be hashed into another one.
+def test_an_assigned_split_overrides_the_hash(data: Dataset, tmp_path: Path, split: str) -> None:
+    # By its hash the scene would be in another split.
     shares = {"val": 0.0, "test": 0.0} if split != "train" else {"val": 0.0, "test": 1.0}
     for k, entry in enumerate([data.entry, data.entry | {"image_path": "images/gone.jpg"}]):
         write_split(data, **{"": [data.entry], f"_{split}": [entry]})
@@ -419,13 +419,13 @@ def test_a_split_that_a_file_gives_beats_the_hash(data: DataSet, tmp_path: Path,
         assert [scene.split for scene in load_reference(data.directory, lambda _: None)] == [split]
 
 
-def test_an_id_of_two_splits_is_held_out(data: DataSet, tmp_path: Path) -> None:
+def test_an_id_in_two_splits_is_held_out(data: Dataset, tmp_path: Path) -> None:
     other = data.entry | {"id": "b"}
     write_split(data, _train=[data.entry, other, {}], _val=[data.entry], _test=[{}, data.entry])
     rejected: list[Rejection] = []
     assert {s.key: s.split for s in load_reference(data.directory, rejected.append)} == {"a": "test", "b": "train"}
     assert [(r.entry, r.detail) for r in rejected if r.reason == "split_conflict"] == [
-        (f"metadata_{name}.json: entry 0 (a)", "the test split has this id too, and keeps it")
+        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, which keeps it")
         for name in ("train", "val")
     ]
     report = pack(data.directory, tmp_path / "out", progress=False)
@@ -433,7 +433,7 @@ def test_an_id_of_two_splits_is_held_out(data: DataSet, tmp_path: Path) -> None:
     assert report.rejected == dict(sorted(Counter(r.reason for r in rejected).items()))
 
 
-def test_rejections_are_logged_where_nobody_asks(data: DataSet, caplog: pytest.LogCaptureFixture) -> None:
+def test_rejections_are_logged_by_default(data: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     data.load()
     data.image.unlink()
     assert list(load_reference(data.directory)) == []
@@ -466,9 +466,9 @@ def test_unusable_directories(tmp_path: Path) -> None:
     assert "classes.json: expected" in message()
 
 
-def test_ids_become_safe_file_names() -> None:
+def test_ids_become_safe_keys() -> None:
     assert safe_key("COCO_train2014-000000001") == "COCO_train2014-000000001"
-    # What is lost is told by a hash, so that ids that differ still do, and a key stays as it is when packed again.
+    # A hash keeps distinct ids distinct, and a key is unchanged when packed again.
     changed = {raw: safe_key(raw) for raw in ("a.jpg", "a_jpg", "a b..é", "a b..è", "é" * 90, "è" * 90, "\udce9")}
     assert changed["a.jpg"] == "a_jpg-509b0d46" and changed["a_jpg"] == "a_jpg"
     assert len(set(changed.values())) == len(changed)
@@ -503,14 +503,14 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
     return file.getvalue()
 
 
-def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
+def test_npz_members_are_not_unpickled(tmp_path: Path) -> None:
     pickled = _npy_header((1,), "|O") + pickle.dumps(np.array([_Bomb()], dtype=object))
     good = _npy(np.ones((1, 1, 4, 4), bool))
     with pytest.raises(ValueError, match="got mask of type object, expected bool"):
         read_masks(_npz(tmp_path / "a.npz", mask=pickled), ["cat"], (4, 4))
     with pytest.raises(ValueError, match="got score of type object"):
         read_masks(_npz(tmp_path / "b.npz", mask=good, score=pickled), ["cat"], (4, 4))
-    # Labels are of use only where rows are out of order: pickled ones are passed over, unread.
+    # Labels only matter if rows are out of order: pickled ones are ignored without being read.
     (mask,) = read_masks(_npz(tmp_path / "c.npz", mask=good, labels=pickled), ["cat"], (4, 4))
     assert mask.all()
 
@@ -530,7 +530,7 @@ def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
         b"\0",
     ],
 )
-def test_a_damaged_header_is_a_reason(tmp_path: Path, header: bytes) -> None:
+def test_damaged_npy_headers_are_rejected(tmp_path: Path, header: bytes) -> None:
     npy = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
     for path in (_npz(tmp_path / "a.npz", mask=npy), _npz(tmp_path / "b.npz", labels=npy, mask=_npy(np.ones(1)))):
         with pytest.raises(ValueError, match=r"damaged header of (mask|labels)") as error:
@@ -540,7 +540,7 @@ def test_a_damaged_header_is_a_reason(tmp_path: Path, header: bytes) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damage_anywhere_in_an_npz_is_a_reason(save: Callable[..., None], tmp_path: Path) -> None:
+def test_damage_anywhere_in_an_npz_is_rejected(save: Callable[..., None], tmp_path: Path) -> None:
     masks = np.stack([box_mask(box) for box in BOXES.values()])[:, None, :8, :8]
     path = tmp_path / "a.npz"
     save(path, mask=masks, score=np.ones((3, 1), np.float32), labels=np.array(list(BOXES)))
@@ -569,17 +569,15 @@ def test_damage_anywhere_in_an_npz_is_a_reason(save: Callable[..., None], tmp_pa
         ((1, 64, 4, 4), "ends after 0 of"),
     ],
 )
-def test_memory_is_not_asked_for_before_the_header_is_checked(
-    tmp_path: Path, shape: tuple[int, ...], message: str
-) -> None:
+def test_headers_are_checked_before_memory_is_allocated(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
     assert MAX_MASK_BYTES <= 1 << 30
     path = _npz(tmp_path / "a.npz", mask=_npy_header(shape, "|b1"))
     with pytest.raises(ValueError, match=message):
         read_masks(path, ["cat"], (4, 4))
 
 
-def test_the_shape_is_checked_before_the_data_are_read(tmp_path: Path) -> None:
-    # A gigabyte of zeros takes a megabyte in the file: nothing of it may be unpacked for an image of 4 x 4.
+def test_shapes_are_checked_before_data_is_read(tmp_path: Path) -> None:
+    # A gigabyte of zeros compresses to a megabyte; none of it may be decompressed for a 4 x 4 image.
     path = _npz(tmp_path / "a.npz", mask=_npy_header((1, 1, 1 << 15, 1 << 14), "|b1") + bytes(1 << 20))
     read = zipfile.ZipExtFile.read
     sizes: list[int] = []
@@ -591,7 +589,7 @@ def test_the_shape_is_checked_before_the_data_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compression_that_unpacks_without_a_bound_is_refused(tmp_path: Path, method: int) -> None:
+def test_unbounded_compression_methods_are_rejected(tmp_path: Path, method: int) -> None:
     good = _npy(np.ones((1, 1, 4, 4), bool))
     with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
         archive.writestr("mask.npy", good)
@@ -599,42 +597,42 @@ def test_compression_that_unpacks_without_a_bound_is_refused(tmp_path: Path, met
         read_masks(tmp_path / "a.npz", ["cat"], (4, 4))
 
 
-def test_a_long_header_is_refused(tmp_path: Path) -> None:
+def test_long_headers_are_rejected(tmp_path: Path) -> None:
     bomb = b"\x93NUMPY\x02\x00" + (1 << 31).to_bytes(4, "little") + b" " * (1 << 16)
     with pytest.raises(ValueError, match=r"npy version \(2, 0\)"):
         read_masks(_npz(tmp_path / "a.npz", mask=bomb), ["cat"], (4, 4))
 
 
-def test_a_long_table_of_contents_is_refused(tmp_path: Path) -> None:
+def test_large_zip_directories_are_rejected(tmp_path: Path) -> None:
     good = _npy(np.ones((1, 1, 4, 4), bool))
     path = _npz(tmp_path / "a.npz", mask=good)
     with zipfile.ZipFile(path, "a") as archive:
         for i in range(12_000):
             archive.writestr(f"a-member-with-quite-a-long-name-{i:030}", b"")
-    with pytest.raises(ValueError, match=r"got a table of contents of \d{7} bytes, expected at most"):
+    with pytest.raises(ValueError, match=r"got a zip directory of \d{7} bytes, expected at most"):
         read_masks(path, ["cat"], (4, 4))
     whole = _npz(tmp_path / "b.npz", mask=good).read_bytes()
     for name, end in {"huge": whole[-22:-10] + b"\xff" * 4 + whole[-6:], "other end": whole[-22:]}.items():
         path.write_bytes(whole[:-22] + end + (b"PK\5\6" + b"\xff" * 18) * (name == "other end"))
-        with pytest.raises(ValueError, match=r"got a table of contents of 4294967295 bytes"):
+        with pytest.raises(ValueError, match=r"got a zip directory of 4294967295 bytes"):
             read_masks(path, ["cat"], (4, 4))
     path.write_bytes(whole[:-22] + b"PK\6\7" + bytes(16) + whole[-22:])
     with pytest.raises(ValueError, match="zip64"):
         read_masks(path, ["cat"], (4, 4))
 
 
-def test_large_files_are_not_read(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_not_read(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(data.npz, **data.arrays)
-    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
+    monkeypatch.setattr("scenarioclip_fast.data.sources.published.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
     scenes, (rejection,) = data.load()
     assert not scenes and rejection.reason == "image_too_large" and "bytes, the limit is" in rejection.detail
     monkeypatch.undo()
-    monkeypatch.setattr("scenarioclip_fast.data.reference_layout.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
+    monkeypatch.setattr("scenarioclip_fast.data.sources.masks_npz.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
     _, rejected = data.load()
     assert rejected[0].reason == "bad_masks" and "bytes, expected at most" in rejected[0].detail
 
 
-def test_pipes_are_not_waited_for(data: DataSet) -> None:
+def test_pipes_do_not_block(data: Dataset) -> None:
     data.image.unlink()
     os.mkfifo(data.image)
     _, (rejection,) = data.load()
@@ -647,8 +645,8 @@ def test_pipes_are_not_waited_for(data: DataSet) -> None:
     assert rejected[0].reason == "bad_masks" and "not a regular file" in rejected[0].detail
 
 
-def test_half_characters_are_dropped(data: DataSet) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+def test_lone_surrogates_are_dropped(data: Dataset) -> None:
+    """JSON can contain lone surrogates, which UTF-8 cannot encode."""
     data.entry["action"] = "sit\ud800ting"
     (scene,), rejected = data.load()
     assert scene.action == "sitting" and not rejected
@@ -694,5 +692,5 @@ def test_real_photos(photos: Path) -> None:
         assert isinstance(item.mask, Tensor)
         rows, columns = np.nonzero(item.mask.numpy())
         off.append(np.subtract((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), item.box))
-    # A box is that of a polygon, whose thin tips cover no pixel's centre; most sides agree to the pixel all the same.
+    # Boxes come from polygons, whose thin tips cover no pixel centre; still most sides agree to the pixel.
     assert np.median(np.abs(off)) < 0.5 and (np.abs(off) < 1).mean() > 0.9

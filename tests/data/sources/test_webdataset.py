@@ -16,7 +16,8 @@ from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
 from scenarioclip_fast.data.check import REASONS, safe_key
 from scenarioclip_fast.data.packing import PackReport
-from scenarioclip_fast.data.webdataset_layout import MAX_RECORD_BYTES, WebDatasetLayout
+from scenarioclip_fast.data.sources.tar_index import MAX_RECORD_BYTES
+from scenarioclip_fast.data.sources.webdataset import WebDatasetSource
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60
@@ -31,7 +32,7 @@ def jpeg(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> bytes:
 
 
 def record(**change: Any) -> dict[str, Any]:
-    """A cat (left half) on a mat (all but the first column); COCO's run lengths as a list."""
+    """A cat (left half) on a mat (all but the first column), with uncompressed RLE."""
     half = [0, HEIGHT * WIDTH // 2, HEIGHT * WIDTH // 2]
     rest = [HEIGHT, HEIGHT * (WIDTH - 1)]
     size = [HEIGHT, WIDTH]
@@ -83,7 +84,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def test_a_tar_of_other_writers(tmp_path: Path) -> None:
+def test_a_tar_from_another_writer(tmp_path: Path) -> None:
     image = jpeg(seed=1)
     members: list[Member] = [
         special("./", tarfile.DIRTYPE),
@@ -97,7 +98,7 @@ def test_a_tar_of_other_writers(tmp_path: Path) -> None:
     ]
     report, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
     assert not rejected and report.ignored == {".*.jpg": 1, ".cls": 1, "no suffix": 1}
-    assert "passed over: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
+    assert "ignored: 1 .*.jpg, 1 .cls, 1 no suffix" in str(report)
     first, second = scenes(tmp_path / "out")
     assert (first.key, second.key) == ("first", safe_key("more_deep_2nd", raw="more/deep/2nd"))
     assert first.image == image and first.action == "sleeping in" and first.relation_text(0) == "cat on mat"
@@ -117,7 +118,7 @@ def test_long_names_in_every_tar_format(tmp_path: Path, format: int) -> None:
     assert scene.key.startswith(key.replace("/", "_")[:80]) and len(scene.key) <= 90
 
 
-def test_what_webdataset_writes(tmp_path: Path) -> None:
+def test_interoperability_with_webdataset(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset", reason="WebDataset is not installed")
     (tmp_path / "tars").mkdir()
     with webdataset.ShardWriter(str(tmp_path / "tars" / "val-%03d.tar"), maxcount=2, verbose=0) as writer:
@@ -126,21 +127,21 @@ def test_what_webdataset_writes(tmp_path: Path) -> None:
     report, rejected = packed(tmp_path / "tars", tmp_path / "out")
     assert not rejected and report.splits["val"]["scenes"] == 5
     assert [scene.image for scene in scenes(tmp_path / "out", "val")] == [jpeg(seed=i) for i in range(5)]
-    # And what we write, WebDataset reads.
+    # The reverse: WebDataset reads our shards.
     (shard,) = (tmp_path / "out").glob("val-*.tar")
     read = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert [row["__key__"] for row in read] == [f"scene{i}" for i in range(5)]
     assert json.loads(read[0]["json"])["action"] == "sleeping in"
 
 
-def test_packing_a_pack_gives_the_same_pack(tmp_path: Path) -> None:
-    drawn = list(generate_scenes(30, seed=4))
-    pack(drawn, tmp_path / "a", shard_size=8, progress=False)
+def test_packing_a_pack_reproduces_it(tmp_path: Path) -> None:
+    synthetic = list(generate_scenes(30, seed=4))
+    pack(synthetic, tmp_path / "a", shard_size=8, progress=False)
     packed(tmp_path / "a", tmp_path / "b", shard_size=8)
     one, two = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert two.pop("source.json")
     assert one.keys() == two.keys()
-    # Shards are listed in the order in which they were finished, which for scenes from memory is another.
+    # Shards are listed in the order in which they were finished, which differs for scenes from memory.
     assert {name for name in one if one[name] != two[name]} <= {"index.json", "manifest.json"}
     assert json.loads(one["index.json"]) == json.loads(two["index.json"])
 
@@ -164,18 +165,18 @@ def test_splits(many: Path, tmp_path: Path) -> None:
     assert {by_hash[f"0-{i}"] for i in range(12)} > {"train"}
 
 
-def test_the_number_of_processes_changes_nothing(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_independent_of_workers(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(many, tmp_path / "1", shard_size=5, workers=1)
-    monkeypatch.setattr(WebDatasetLayout, "large", True)  # so that headers are read by several too
+    monkeypatch.setattr(WebDatasetSource, "large", True)  # so that several processes read headers too
     packed(many, tmp_path / "2", shard_size=5, workers=2)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_an_image_is_never_joined_with_the_record_of_another(tmp_path: Path) -> None:
+def test_images_are_paired_with_their_own_records(tmp_path: Path) -> None:
     names = ["a/b_c", "a_b/c", "a_b_c", "a b_c", "a-b", "é", "è", "ü/é", "caf\udce9"]
     images = {name: jpeg(seed=i) for i, name in enumerate(names)}
     members = [(f"{name}.jpg", image) for name, image in images.items()]
-    # In another order, and one record has no image of its own.
+    # In another order; one record has no image.
     members += [(f"{n}.json", json.dumps(record(action=f"scene {i}")).encode()) for i, n in enumerate(names)][::-1]
     del members[1]
     _, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
@@ -189,7 +190,7 @@ def test_an_image_is_never_joined_with_the_record_of_another(tmp_path: Path) -> 
     assert not again and ShardSet(tmp_path / "again").keys == ShardSet(tmp_path / "out").keys
 
 
-def test_a_scene_of_two_splits_is_held_out(tmp_path: Path) -> None:
+def test_a_key_in_two_splits_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name, keys in {"train-0": "ab", "val-0": "bc", "test-0": "cd", "other": "abcde"}.items():
         write(tmp_path / "set" / f"{name}.tar", [m for key in keys for m in sample(key)])
@@ -200,12 +201,12 @@ def test_a_scene_of_two_splits_is_held_out(tmp_path: Path) -> None:
         assert report.rejected == {"duplicate_id": 4, "split_conflict": 2}
         conflicts = {row["entry"]: row["detail"] for row in rejected if row["reason"] == "split_conflict"}
         assert conflicts == {
-            "train-0.tar: b": "the val split has this id too, and keeps it",
-            "val-0.tar: c": "the test split has this id too, and keeps it",
+            "train-0.tar: b": "the id is also in the val split, which keeps it",
+            "val-0.tar: c": "the id is also in the test split, which keeps it",
         }
 
 
-def test_ways_to_name_tars(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directories_globs_and_lists_of_tars(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed(many / "train-0.tar", tmp_path / "file")
     packed(str(many / "t*.tar"), tmp_path / "pattern")
     packed([many / "train-0.tar", str(many / "test-0.tar")], tmp_path / "list")
@@ -221,7 +222,7 @@ def test_ways_to_name_tars(many: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "rejected: y/0.tar: c: missing_record" in capsys.readouterr().err
 
 
-def test_the_classes_of_a_directory(tmp_path: Path) -> None:
+def test_classes_of_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", [*sample("a"), *sample("b", action="jumping")])
     classes = {"actions": ["sleeping in", "flying"], "objects": ["Cat"], "relations": ["cat on mat"]}
     (tmp_path / "classes.json").write_text(json.dumps(classes))
@@ -243,7 +244,7 @@ BIG = tarfile.TarInfo("big.json")
 BIG.size = MAX_RECORD_BYTES + 1
 SPARSE = special("s.jpg", tarfile.GNUTYPE_SPARSE)
 
-REFUSED: dict[str, tuple[str, list[Member]]] = {
+BAD_SAMPLES: dict[str, tuple[str, list[Member]]] = {
     "absolute path": ("unsafe_member", sample("/etc/a")),
     "path that leads out": ("unsafe_member", sample("../../a")),
     "path that leads out from inside": ("unsafe_member", sample("a/../../b")),
@@ -287,9 +288,9 @@ REFUSED: dict[str, tuple[str, list[Member]]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(tmp_path: Path, case: str) -> None:
-    reason, members = REFUSED[case]
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_bad_samples_are_rejected(tmp_path: Path, case: str) -> None:
+    reason, members = BAD_SAMPLES[case]
     write(tmp_path / "a.tar", [*sample("good"), *members, *sample("last")])
     report, rejected = packed(tmp_path, tmp_path / "out")
     assert [scene.key for scene in scenes(tmp_path / "out")] == ["good", "last"], "the others are not harmed"
@@ -302,7 +303,7 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
 
 
 MASK = {"size": [HEIGHT, WIDTH], "counts": [0, 1200, 1200]}
-PARTLY: dict[str, tuple[list[str], Any]] = {
+PARTLY_BAD: dict[str, tuple[list[str], Any]] = {
     "box outside": (["box_outside", "relation_without_object"], {"box": [0, 0, 600, 40]}),
     "box that is not a number": (["box_outside", "relation_without_object"], {"box": [float("nan"), 0, 30, 40]}),
     "no mask": (["relation_without_mask"], {"mask": None}),
@@ -313,9 +314,9 @@ PARTLY: dict[str, tuple[list[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", PARTLY)
-def test_what_is_sound_of_a_sample_is_kept(tmp_path: Path, case: str) -> None:
-    reasons, change = PARTLY[case]
+@pytest.mark.parametrize("case", PARTLY_BAD)
+def test_valid_parts_of_a_sample_are_kept(tmp_path: Path, case: str) -> None:
+    reasons, change = PARTLY_BAD[case]
     objects = record()["objects"]
     objects[0] |= change
     write(tmp_path / "a.tar", sample("a", objects=objects))
@@ -325,8 +326,8 @@ def test_what_is_sound_of_a_sample_is_kept(tmp_path: Path, case: str) -> None:
     assert scene.relations == [] and scene.objects[-1].name == "mat"
 
 
-def test_sizes_are_checked_on_headers(tmp_path: Path) -> None:
-    """What a header promises is asked of neither the disk nor the memory."""
+def test_sizes_in_headers_are_checked(tmp_path: Path) -> None:
+    """A size in a header does not make anything read or allocate that much."""
     members = sample("good")
     with tarfile.open(write(tmp_path / "a.tar", members), "a") as tar:
         header = tarfile.TarInfo("big.json")
@@ -349,17 +350,17 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "cut in a member": ("unexpected end of data|ends behind the end", lambda good: good[:-1500]),
+    "cut in a member": ("unexpected end of data|extends past the end", lambda good: good[:-1500]),
     "cut in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
     "rubbish behind": ("no header at byte", lambda good: good + b"rubbish" * 200),
-    "member longer than the file": ("behind the end", lambda good: good + header("b.jpg", 1 << 20)),
+    "member longer than the file": ("past the end", lambda good: good + header("b.jpg", 1 << 20)),
     "negative size": ("negative size", lambda good: good + header("b.jpg", -4096)),
     "attributes of 4 GiB": ("header of 4294967296 bytes", lambda good: good + header("x", 1 << 32, tarfile.XHDTYPE)),
     "name of 4 GiB": (
         "header of 4294967296 bytes",
         lambda good: good + header("x", 1 << 32, tarfile.GNUTYPE_LONGNAME),
     ),
-    "name of two lines": ("two.nlines.jpg ends behind", lambda good: good + header("two\nlines.jpg", 1 << 20)),
+    "name of two lines": ("two.nlines.jpg extends past", lambda good: good + header("two\nlines.jpg", 1 << 20)),
     "attributes of negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
     "attributes of attributes": (
         "recursion",
@@ -381,7 +382,7 @@ def test_damaged_tars(tmp_path: Path, case: str) -> None:
     assert "good" in ShardSet(tmp_path / "out").keys
 
 
-def test_a_tar_without_an_end_marker_is_whole(tmp_path: Path) -> None:
+def test_a_tar_without_end_marker_is_accepted(tmp_path: Path) -> None:
     good = write(tmp_path / "a.tar", sample("good")).read_bytes()
     (tmp_path / "a.tar").write_bytes(good[: len(good.rstrip(b"\0")) // 512 * 512 + 512])
     _, rejected = packed(tmp_path, tmp_path / "out")
@@ -397,10 +398,10 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         return lines[-1]
 
     source = tmp_path / "set"
-    assert "no such directory or tar" in error(str(source))
-    assert "no such directory or tar" in error(str(source / "*.tar"))
+    assert "no such file or directory" in error(str(source))
+    assert "no such file or directory" in error(str(source / "*.tar"))
     source.mkdir()
-    assert "no metadata*.json and no .tar in it" in error(str(source))
+    assert "not a data set of a known format (published: a directory with metadata*.json; " in error(str(source))
     assert "no .tar there" in error(str(source), "--format", "webdataset")
     good = write(source / "a.tar", sample("a"))
     assert "no metadata*.json in it" in error(str(source), "--format", "published")
@@ -410,27 +411,27 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "b.tar: compressed (gzip)" in error(str(source))
     (source / "b.tar").unlink()
     (source / "metadata.json").write_text("{}")
-    assert "holds metadata*.json and tars; say which" in error(str(source))
-    assert "only tars can be packed together" in error(str(good), str(good), "--format", "published")
+    assert "recognised as published and webdataset; choose one with --format" in error(str(source))
+    assert "got 2 sources, expected one directory" in error(str(good), str(good), "--format", "published")
     (source / "metadata.json").unlink()
-    assert "gone.tar: No such file" in error(str(good), str(source / "gone.tar"))
+    assert "gone.tar: no such file or directory" in error(str(good), str(source / "gone.tar"))
     (source / "d.tar").mkdir()
     assert "d.tar: not a regular file" in error(str(source))
     (source / "d.tar").rmdir()
     good.write_bytes(b"")
-    assert "no scene is left to pack: 1 damaged_tar" in error(str(source))
+    assert "no valid scene to pack: 1 damaged_tar" in error(str(source))
     write(good, [("a.png", b""), ("a.txt", b"")])
-    assert "no scene is left to pack: 1 .png passed over, 1 .txt passed over" in error(str(source))
+    assert "no valid scene to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
 
 
-def test_a_tar_that_changes_meanwhile(tmp_path: Path) -> None:
+def test_a_tar_that_changes_while_packing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", sample("a"))
-    layout = WebDatasetLayout(path)
-    layout.scan(1, False)
-    (item,) = layout.items(lambda key, given: "train")
+    source = WebDatasetSource(path)
+    source.scan(1, False)
+    (item,) = source.items(lambda key, given: "train")
     os.truncate(path, 600)
-    with pytest.raises(UserError, match="the file has changed meanwhile"):
-        layout.reader().read(item)
+    with pytest.raises(UserError, match="the file changed while packing"):
+        source.reader().read(item)
     path.unlink()
     with pytest.raises(UserError, match="No such file"):
-        layout.reader().read(item)
+        source.reader().read(item)

@@ -1,0 +1,219 @@
+"""Writes packed scenes into shards, and the files that describe a finished pack."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from scenarioclip_fast.data.check import CheckedScene, Rejection
+from scenarioclip_fast.data.scene import SCHEMA, scene_to_json
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.sources.base import Scan
+from scenarioclip_fast.data.staging import Stage, dump, sha256
+from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+
+COUNTS = ("scenes", "objects", "relations")
+
+
+@dataclass
+class PackedItem:
+    """A scene ready to be written, or (key None) the rejections of an item that is unusable."""
+
+    key: str | None
+    split: str = ""
+    image: bytes = b""
+    record: bytes = b""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    rejected: list[Rejection] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, checked: CheckedScene, split: str) -> PackedItem:
+        """Serialise a checked scene."""
+        scene = checked.scene
+        assert isinstance(scene.image, bytes)
+        texts = {
+            "global": [scene.action],
+            "object": [o.name for o in scene.objects],
+            "relation": [scene.relation_text(k) for k in range(len(scene.relations))],
+        }
+        record = dump(scene_to_json(scene, checked.size))
+        return cls(scene.key, split, scene.image, record, texts, checked.rejected)
+
+
+@dataclass
+class _OpenShard:
+    name: str
+    tar: tarfile.TarFile
+    rows: list[list[Any]] = field(default_factory=list)
+    texts: dict[str, Counter[str]] = field(default_factory=lambda: {level: Counter() for level in LEVELS})
+
+    def add(self, item: PackedItem) -> None:
+        row: list[Any] = [item.key]
+        for suffix, data in (("jpg", item.image), ("json", item.record)):
+            header = tarfile.TarInfo(f"{item.key}.{suffix}")  # time, owner and mode keep TarInfo's constant defaults
+            header.size = len(data)
+            row += [self.tar.offset + tarfile.BLOCKSIZE, len(data)]
+            self.tar.addfile(header, io.BytesIO(data))
+        self.rows.append(row)
+        for level, texts in item.texts.items():
+            self.texts[level].update(texts)
+
+
+class ShardWriter:
+    """Writes shards into a stage, then the index, the vocabulary, the rejections and the manifest.
+
+    Args:
+        ordered: all scenes of a split come before those of the next. At most one shard is then open at a time, and
+            `end`, the number of items before the first that is in no finished shard, is where a later run resumes.
+    """
+
+    def __init__(self, stage: Stage, shard_size: int, ordered: bool) -> None:
+        self._stage, self._size, self._ordered = stage, shard_size, ordered
+        self._open: dict[str, _OpenShard] = {}
+        self._numbers = Counter[str]()  # of shards opened, by split
+        self._keys: set[str] = set()
+        self._texts: dict[str, set[str]] = {level: set() for level in LEVELS}
+        self._train: dict[str, Counter[str]] = {level: Counter() for level in LEVELS}
+        # Hashes a finished shard, syncs it to disk and adds it to the journal, one at a time and in order.
+        self._finisher = ThreadPoolExecutor(1, "finish")
+        self._finishing: Future[None] | None = None
+        self.rejected: list[Rejection] = []  # since the last shard was closed
+        self.end = 0
+        for record in stage.records():
+            self.end = record["end"]
+            self._numbers[record["split"]] += 1
+            self._keys.update(row[0] for row in record["rows"])
+            self._count(record["split"], record["texts"])
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finisher.shutdown()  # waits: a shard in progress is worth keeping
+        for shard in self._open.values():
+            with suppress(OSError):  # of a full disk, already reported
+                shard.tar.close()
+
+    @property
+    def scenes(self) -> int:
+        """The number of scenes written, including those of the run that is resumed."""
+        return len(self._keys)
+
+    def write(self, packed: Iterable[PackedItem]) -> None:
+        """Write scenes, the first of which is item number `end`, and close every shard."""
+        i = self.end - 1
+        for i, item in enumerate(packed, self.end):
+            if item.key is None:
+                self.rejected += item.rejected
+            elif item.key in self._keys:
+                self.rejected.append(Rejection(item.key, "duplicate_id", "another scene with this id has been packed"))
+            else:
+                self._add(item, i)
+        for split in list(self._open):
+            self._close(split, i + 1)
+
+    def _add(self, item: PackedItem, i: int) -> None:
+        assert item.key is not None
+        if item.split not in self._open:
+            for split in list(self._open) if self._ordered else ():
+                self._close(split, i)
+            name = f"{item.split}-{self._numbers[item.split]:06d}.tar"
+            self._numbers[item.split] += 1
+            tar = tarfile.open(self._stage.path / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._open[item.split] = _OpenShard(name, tar)
+        self.rejected += item.rejected
+        self._keys.add(item.key)
+        shard = self._open[item.split]
+        shard.add(item)
+        if len(shard.rows) == self._size:
+            self._close(item.split, i + 1)
+
+    def _close(self, split: str, end: int) -> None:
+        shard = self._open.pop(split)
+        shard.tar.close()
+        self._count(split, shard.texts)
+        rejected, self.rejected = self.rejected, []
+        counts = (len(shard.rows), shard.texts["object"].total(), shard.texts["relation"].total())
+        record = {
+            "split": split,
+            "name": shard.name,
+            "end": end,
+            "counts": dict(zip(COUNTS, counts, strict=True)),
+            "rows": shard.rows,
+            "texts": shard.texts,
+            "rejected": [[r.entry, r.reason, r.detail] for r in rejected],
+        }
+        self._wait()
+        self._finishing = self._finisher.submit(self._stage.add, record)
+
+    def _wait(self) -> None:
+        if self._finishing is not None:
+            self._finishing.result()
+
+    def _count(self, split: str, texts: Mapping[str, Mapping[str, int]]) -> None:
+        for level in LEVELS:
+            self._texts[level].update(texts[level])
+            if split == "train":
+                self._train[level].update(texts[level])
+
+    def finish(self, scan: Scan, classes: dict[str, list[str]] | None, fingerprint: str | None) -> dict[str, Any]:
+        """Write the other files, move the pack into place, and return its manifest."""
+        self._wait()
+        directory = self._stage.path
+        splits, reasons = self._write_index(scan.rejected)
+        vocabulary = self._vocabulary(classes)
+        vocabulary.save(directory / "vocabulary.json")
+        names = ["index.json", "rejected.jsonl", "vocabulary.json"]
+        manifest = {
+            "schema": SCHEMA,
+            "splits": splits,
+            "vocabulary": {level: len(vocabulary.texts(level)) for level in LEVELS},
+            "rejected": dict(sorted(reasons.items())),
+            "ignored": scan.ignored,
+            "sha256": {name: sha256(directory / name) for name in names},
+        }
+        if fingerprint is not None:
+            (directory / "source.json").write_bytes(dump({"schema": SCHEMA, "fingerprint": fingerprint}))
+            names.append("source.json")
+        self._stage.finish(manifest, names)
+        return manifest
+
+    def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+        """Write index.json and rejected.jsonl shard by shard; returns the manifest's splits, and counts of reasons."""
+        directory = self._stage.path
+        splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
+        reasons = Counter(r.reason for r in scanned + self.rejected)
+        with (directory / "index.json").open("wb") as index, (directory / "rejected.jsonl").open("wb") as listing:
+            index.write(b'{"schema":%d,"shards":{' % SCHEMA)
+            listing.writelines(rejection_lines(scanned))
+            for i, record in enumerate(self._stage.records()):
+                found = splits[record["split"]]
+                found["shards"].append({name: record[name] for name in ("name", "sha256", "bytes")})
+                found["shards"][-1]["scenes"] = record["counts"]["scenes"]
+                for name in COUNTS:
+                    found[name] += record["counts"][name]
+                index.write(b"," * (i > 0) + dump({record["name"]: record["rows"]}).strip()[1:-1])
+                rejected = [Rejection(*row) for row in record["rejected"]]
+                reasons.update(r.reason for r in rejected)
+                listing.writelines(rejection_lines(rejected))
+            listing.writelines(rejection_lines(self.rejected))
+            index.write(b"}}\n")
+        return splits, reasons
+
+    def _vocabulary(self, classes: dict[str, list[str]] | None) -> Vocabulary:
+        if classes is None:
+            texts = [sorted(self._texts[level]) for level in LEVELS]
+        else:
+            texts = [classes[level] for level in ("actions", "objects", "relations")]
+        return Vocabulary(texts[0], texts[1], texts[2], self._train)
+
+
+def rejection_lines(rejected: Iterable[Rejection]) -> Iterator[bytes]:
+    """The lines of rejected.jsonl."""
+    return (dump({"entry": r.entry, "reason": r.reason, "detail": r.detail}) for r in rejected)

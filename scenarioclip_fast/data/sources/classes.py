@@ -1,0 +1,36 @@
+"""Reads classes.json: the texts that a data set may contain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.data.check import normalise
+from scenarioclip_fast.errors import UserError
+
+
+def load_json(path: Path) -> tuple[bytes, Any]:
+    """The content of a JSON file, raw and parsed; UserError if it cannot be read."""
+    try:
+        content = path.read_bytes()
+        return content, json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def load_classes(path: Path) -> dict[str, list[str]] | None:
+    """Read the normalised texts of a classes.json by "actions", "objects" and "relations"; None if the file is missing.
+
+    Raises:
+        UserError: the file is malformed.
+    """
+    if not path.exists():
+        return None
+    _, record = load_json(path)
+    levels = ("actions", "objects", "relations")
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(level), list) and all(isinstance(text, str) for text in record[level]) for level in levels
+    ):
+        raise UserError(f"{path}: expected {{{', '.join(f'{level!r}: [texts]' for level in levels)}}}")
+    return {level: sorted({normalise(text) for text in record[level]}) for level in levels}

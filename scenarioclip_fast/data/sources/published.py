@@ -1,0 +1,386 @@
+"""The published layout: metadata*.json, classes.json, images and SAM-style masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from scenarioclip_fast.data.check import (
+    MAX_IMAGE_BYTES,
+    MAX_ITEMS,
+    BadEntry,
+    CheckedScene,
+    Rejection,
+    SceneChecker,
+    clean_scene,
+    given_splits,
+    normalise,
+    safe_key,
+    short,
+    split_conflict,
+)
+from scenarioclip_fast.data.decode import MAX_PIXELS
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
+from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf, by_split
+from scenarioclip_fast.data.sources.classes import load_classes, load_json
+from scenarioclip_fast.data.sources.masks_npz import read_masks
+from scenarioclip_fast.errors import UserError
+
+_LARGE = 2000  # entries for which starting worker processes pays off
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One element of a metadata file, unparsed."""
+
+    file: str
+    position: int
+    record: Any
+    split: str | None
+
+    @property
+    def id(self) -> str:
+        """The id as written; empty if it is not a valid type."""
+        name = self.record.get("id") if isinstance(self.record, dict) else None
+        return str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+
+    def __str__(self) -> str:
+        return f"{self.file}: entry {self.position}" + (f" ({short(self.id)[1:-1]})" if self.id else "")
+
+
+class PublishedSource(Source):
+    """A directory in the published layout. The constructor reads its JSON files; images and masks are read per entry.
+
+    Raises:
+        UserError: no such directory, no metadata, malformed JSON, or no entry at all.
+    """
+
+    expects = "a directory with metadata*.json"
+
+    def __init__(self, directory: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.directory, self._max_pixels = Path(directory), max_pixels
+        if not self.directory.is_dir():
+            raise UserError(f"{directory}: no such directory; expected a data set in the published layout")
+        files = sorted(self.directory.glob("metadata*.json"), key=lambda path: (_split_of(path) is None, path.name))
+        if not files:
+            raise UserError(f"{directory}: no metadata*.json in it; expected a data set in the published layout")
+        self._files: dict[str, str] = {}  # metadata file -> SHA-256
+        entries = [entry for path in files for entry in self._load(path)]
+        if not entries:
+            raise UserError(f"{directory}: the data set is empty: no entry in {', '.join(p.name for p in files)}")
+        self.entries, self.conflicts = _resolve_splits(entries)
+        self._classes = load_classes(self.directory / "classes.json")
+
+    @classmethod
+    def recognises(cls, paths: Sequence[str | Path]) -> bool:
+        """Whether `paths` is one directory with metadata*.json."""
+        return len(paths) == 1 and any(Path(paths[0]).glob("metadata*.json"))
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> PublishedSource:
+        """Open the one directory in `paths`."""
+        if len(paths) != 1:
+            raise UserError(f"got {len(paths)} sources, expected one directory in the published layout")
+        return cls(paths[0], max_pixels)
+
+    def _load(self, path: Path) -> Iterator[Entry]:
+        content, record = load_json(path)
+        data = record.get("data") if isinstance(record, dict) else None
+        if not isinstance(data, list):
+            raise UserError(f'{path}: got {short(record)}, expected {{"data": [entries]}}')
+        self._files[path.name] = hashlib.sha256(content).hexdigest()
+        split = _split_of(path)
+        return (Entry(path.name, i, record, split) for i, record in enumerate(data))
+
+    @property
+    def total(self) -> int:
+        """The number of entries."""
+        return len(self.entries)
+
+    @property
+    def classes(self) -> dict[str, list[str]] | None:
+        """The content of classes.json, None if there is none."""
+        return self._classes
+
+    @property
+    def directories(self) -> set[Path]:
+        """The data set's directory."""
+        return {self.directory.resolve()}
+
+    @property
+    def large(self) -> bool:
+        """Whether worker processes pay off."""
+        return len(self.entries) >= _LARGE
+
+    def scan(self, workers: int, progress: bool) -> Scan:
+        """Report the entries whose id another split keeps."""
+        return Scan(self.conflicts)
+
+    def items(self, split_of: SplitOf) -> Iterator[Entry]:
+        """The entries split by split, shuffled within each by a hash of the id."""
+        # Neighbours in a metadata file are often similar (same video, same photographer); shuffling separates them for
+        # readers that go through a shard in order.
+        shuffled = sorted(
+            self.entries, key=lambda entry: hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
+        )
+        return by_split(shuffled, split_of, lambda entry: (entry.id, entry.split))
+
+    def fingerprint(self) -> str:
+        """A hash of the metadata, the classes, and the sizes and times of images and mask files."""
+        digest = hashlib.sha256(json.dumps([self._files, self._classes]).encode())
+        for entry in self.entries:
+            record = entry.record if isinstance(entry.record, dict) else {}
+            for path in (str(record.get("image_path")), f"sam_results/{record.get('id')}_grounding_sam.npz"):
+                try:
+                    status = os.stat(os.path.join(self.directory, path))
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+                except (OSError, ValueError):  # ValueError: not a valid file name
+                    digest.update(b"none\n")
+        return digest.hexdigest()
+
+    def reader(self, *, encode: bool = True) -> PublishedReader:
+        """Create the reader; with `encode=False` masks are bool [H, W]."""
+        return PublishedReader(self.directory, SceneChecker(self._max_pixels, self._classes), encode)
+
+
+class PublishedReader:
+    """Reads single entries. Holds no entries itself, so that it is cheap to pickle."""
+
+    def __init__(self, directory: Path, checker: SceneChecker, encode: bool) -> None:
+        self._directory, self._checker, self._encode = directory, checker, encode
+
+    def read(self, entry: Entry) -> CheckedScene:
+        """Read and check an entry. The image is decoded to make sure that it is intact, and kept as bytes.
+
+        Raises:
+            BadEntry: the whole scene is unusable.
+        """
+        key, image_path, action = _parse_entry(entry.record)
+        self._checker.check_action(action)
+        image, size = self._image(image_path)
+        bad: list[Rejection] = []
+        objects = self._objects(entry, bad)
+        for item, mask in zip(objects, self._masks(entry, objects, size, bad), strict=True):
+            if item is not None:
+                item.mask = mask
+        relations = self._relations(entry, objects, bad)
+        # Rejected objects stay as None until here because masks and relations refer to objects by position.
+        kept = [item for item in objects if item is not None]
+        position = {i: k for k, i in enumerate(i for i, item in enumerate(objects) if item is not None)}
+        relations = [Relation(position[r.subject], r.predicate, position[r.object]) for r in relations]
+        scene = Scene(key, image, action, kept, relations, entry.split)
+        scene, more = clean_scene(scene, size, str(entry), encode=self._encode)
+        return CheckedScene(scene, size, bad + more)
+
+    def _image(self, path: PurePosixPath) -> tuple[bytes, tuple[int, int]]:
+        try:
+            status = (self._directory / path).stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+                raise BadEntry("missing_image", f"{path}: not a regular file")
+            if status.st_size > MAX_IMAGE_BYTES:
+                raise BadEntry("image_too_large", f"{path}: {status.st_size} bytes, the limit is {MAX_IMAGE_BYTES}")
+            data = (self._directory / path).read_bytes()
+        except OSError as error:
+            raise BadEntry("missing_image", f"{path}: {error.strerror}") from None
+        except UnicodeEncodeError as error:
+            raise BadEntry("unsafe_path", f"{path}: {error.reason}") from None
+        return data, self._checker.image_size(data, f"{path}: ")
+
+    def _objects(self, entry: Entry, bad: list[Rejection]) -> list[SceneObject | None]:
+        objects: list[SceneObject | None] = []
+        for i, record in enumerate(entry.record["objects"]):
+            here = f"{entry}: object {i}"
+            item = _parse_object(record)
+            if item is None:
+                bad.append(Rejection(here, "malformed_object", f"got {short(record)}"))
+            elif not self._checker.knows("objects", item.name):
+                bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
+                item = None
+            objects.append(item)
+        return objects
+
+    def _masks(
+        self, entry: Entry, objects: list[SceneObject | None], size: tuple[int, int], bad: list[Rejection]
+    ) -> list[Tensor | None]:
+        none: list[Tensor | None] = [None] * len(objects)
+        if not objects:
+            return none
+        path = self._directory / "sam_results" / f"{entry.record['id']}_grounding_sam.npz"
+        try:
+            names = [None if item is None else item.name for item in objects]
+            return list(read_masks(path, names, size))
+        except FileNotFoundError:
+            bad.append(Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}"))
+        except ValueError as error:
+            bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {error}"))
+        return none
+
+    def _relations(self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection]) -> list[Relation]:
+        relations = []
+        names = {normalise(r[0]) for r in entry.record["objects"] if _parse_object(r) is not None}
+        for k, record in enumerate(entry.record["relations"]):
+            here = f"{entry}: relation {k}"
+            triple = _parse_triple(record)
+            if triple is None:
+                bad.append(Rejection(here, "malformed_relation", f"got {short(record)}"))
+                continue
+            text = " ".join(triple)
+            missing = [name for name in (triple[0], triple[2]) if name not in names]
+            pair = _nearest_pair(objects, triple[0], triple[2])
+            if missing:
+                bad.append(Rejection(here, "relation_unknown_label", f"{text!r}: no object {missing[0]!r}"))
+            elif not self._checker.knows("relations", text):
+                bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation"))
+            elif isinstance(pair, str):
+                bad.append(Rejection(here, pair, repr(text)))
+            else:
+                relations.append(Relation(pair[0], triple[1], pair[1]))
+        return relations
+
+
+def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None] | None = None) -> Iterator[Scene]:
+    """Read every scene of a directory in the published layout.
+
+    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` assign a split, other `metadata*.json` do not;
+    an id in several splits stays in the one held out most (test, then val). Texts are lower-cased. Where the label of
+    a relation occurs more than once, the two objects with the nearest box centres are chosen.
+
+    Args:
+        metadata_dir: holds metadata*.json, images, sam_results/ID_grounding_sam.npz and, optionally, classes.json.
+        on_bad: called with every rejection; None logs a warning.
+
+    Yields:
+        Scenes whose image is the file's bytes (decoded once to make sure that it is intact) and whose masks are bool
+        [H, W], the candidate with the best score, or None.
+
+    Raises:
+        UserError: no such directory, no metadata, malformed JSON, or no entry at all.
+    """
+    source = PublishedSource(metadata_dir)  # here, not in the generator: unusable directories raise at once
+    return _scenes(source, on_bad or (lambda rejection: _log.warning("%s", rejection)))
+
+
+def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Iterator[Scene]:
+    reader = source.reader(encode=False)
+    seen: set[str] = set()
+    for rejection in source.conflicts:
+        report(rejection)
+    for entry in source.entries:
+        try:
+            found = reader.read(entry)
+            if found.scene.key in seen:
+                raise BadEntry("duplicate_id", f"an earlier entry has the id {found.scene.key}")
+        except BadEntry as error:
+            report(Rejection(str(entry), error.reason, error.detail))
+            continue
+        seen.add(found.scene.key)
+        for rejection in found.rejected:
+            report(rejection)
+        yield found.scene
+
+
+def _resolve_splits(entries: list[Entry]) -> tuple[list[Entry], list[Rejection]]:
+    """Assign entries without a split the one that another file gives their id, and reject ids in several splits."""
+    given = given_splits((entry.id, entry.split) for entry in entries if entry.id)
+    resolved: list[Entry] = []
+    conflicts: list[Rejection] = []
+    for entry in entries:
+        split = given.get(entry.id)
+        if entry.split not in (None, split) and split is not None:
+            conflicts.append(split_conflict(str(entry), split))
+        else:
+            resolved.append(replace(entry, split=split) if entry.split != split and split is not None else entry)
+    return resolved, conflicts
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "id": (str, int),
+    "image_path": (str,),
+    "action": (str,),
+    "objects": (list,),
+    "relations": (list,),
+}
+
+
+def _parse_entry(record: Any) -> tuple[str, PurePosixPath, str]:
+    """Key, image path and action of an entry; its objects and relations are then known to be lists."""
+    if not isinstance(record, dict):
+        raise BadEntry("malformed_entry", f"got {short(record)}, expected an object")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(record.get(name), kinds) or isinstance(record[name], bool):
+            got = short(record[name]) if name in record else "nothing"
+            raise BadEntry("malformed_entry", f"got {got} as {name!r}, expected {kinds[0].__name__}")
+    action = normalise(record["action"])
+    if not action:
+        raise BadEntry("malformed_entry", "the action is empty")
+    for name in ("objects", "relations"):
+        if len(record[name]) > MAX_ITEMS:
+            raise BadEntry("malformed_entry", f"got {len(record[name])} {name}, expected at most {MAX_ITEMS}")
+    return safe_key(str(record["id"])), _safe_path(record["image_path"]), action
+
+
+def _safe_path(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00]", name):
+        raise BadEntry("unsafe_path", f"{short(name)}: expected a path inside the data set's directory")
+    return path
+
+
+def _parse_object(record: Any) -> SceneObject | None:
+    if not isinstance(record, list) or len(record) != 2 or not isinstance(record[0], str):
+        return None
+    name, box = normalise(record[0]), record[1]
+    if not name or not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
+        return None
+    try:
+        x1, y1, x2, y2 = (float(v) for v in box)
+    except OverflowError:
+        return None
+    return SceneObject(name, (x1, y1, x2, y2))
+
+
+def _parse_triple(record: Any) -> tuple[str, str, str] | None:
+    """The texts of [path, [subject, predicate, object], ...]; anything after them (negative samples) is ignored."""
+    if not isinstance(record, list) or len(record) < 2 or not isinstance(record[1], list) or len(record[1]) != 3:
+        return None
+    if not all(isinstance(word, str) and word.strip() for word in record[1]):
+        return None
+    subject, predicate, object_ = (normalise(word) for word in record[1])
+    return subject, predicate, object_
+
+
+def _nearest_pair(objects: list[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:
+    """The two different objects of these names with the nearest box centres, or the reason why there are none."""
+    ends = [[i for i, item in enumerate(objects) if item is not None and item.name == n] for n in (subject, object_)]
+    if not all(ends):
+        return "relation_without_object"
+    pairs = [(i, j) for i in ends[0] for j in ends[1] if i != j]
+    if not pairs:
+        return "relation_with_itself"
+    return min(pairs, key=lambda pair: (_distance(objects[pair[0]], objects[pair[1]]), pair))
+
+
+def _distance(a: SceneObject | None, b: SceneObject | None) -> float:
+    assert a is not None and b is not None
+    distance = math.hypot(*(a.box[k] + a.box[k + 2] - b.box[k] - b.box[k + 2] for k in (0, 1)))
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _split_of(path: Path) -> str | None:
+    found = re.fullmatch(r"metadata.*_(train|val|test)", path.stem)
+    return found[1] if found else None

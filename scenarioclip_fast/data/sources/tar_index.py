@@ -1,0 +1,185 @@
+"""Lists the samples of an untrusted, uncompressed tar from its headers alone. Nothing is extracted."""
+
+from __future__ import annotations
+
+import io
+import stat
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, safe_key, short
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.errors import UserError
+
+MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; a thousand objects with masks take less
+COMPRESSED_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAX_HEADER = 1 << 20  # names and attributes of one member
+_IMAGES = ("jpg", "jpeg")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_SPECIAL = {
+    tarfile.SYMTYPE: "symbolic link",
+    tarfile.LNKTYPE: "hard link",
+    tarfile.FIFOTYPE: "pipe",
+    tarfile.CHRTYPE: "device",
+    tarfile.BLKTYPE: "device",
+    tarfile.GNUTYPE_SPARSE: "sparse file",
+}
+
+# (offset, size) of the image and of the record of a sample, None where not seen
+_Extents = list[tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar on disk: `name` is relative to the common directory of all tars, `split` follows from its prefix."""
+
+    path: Path
+    name: str
+    split: str | None
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class TarIndex:
+    """The samples of one tar, stored compactly because there may be many millions."""
+
+    keys: str = ""  # one per line
+    extents: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    rejected: list[Rejection] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def open_tar(path: Path, name: str) -> Tar:
+    """Check that `path` is an uncompressed regular file; UserError if not."""
+    if path.name.endswith(COMPRESSED_SUFFIXES):
+        raise _compressed(path, path.suffix)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file, expected a tar")
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    for magic, how in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise _compressed(path, how)
+    prefix, dash, _ = path.name.partition("-")
+    return Tar(path, name, prefix if dash and prefix in SPLITS else None, status.st_size, status.st_mtime_ns)
+
+
+def _compressed(path: Path, how: str) -> UserError:
+    return UserError(f"{path}: compressed ({how}), which prevents random access to samples; unpack it to a plain .tar")
+
+
+def index_tar(tar: Tar) -> TarIndex:
+    """List every sample of a tar, and what was rejected or ignored."""
+    index = TarIndex()
+    found: dict[str, _Extents] = {}  # member name without the suffix -> extents
+    try:
+        with tar.path.open("rb") as file:
+            for member in _members(file, tar.size):
+                if member.isdir():
+                    continue
+                if member.offset_data + member.size > tar.size:
+                    raise tarfile.ReadError(f"{member.name} extends past the end of the file")
+                _add_member(tar, member, found, index)
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        _reject(index, tar, "the tar", "damaged_tar", f"{error}; {len(found)} samples were found before")
+    except OSError as error:
+        raise UserError(f"{tar.path}: {error.strerror}") from None
+    for name, (image, record) in found.items():
+        if image is None:
+            _reject(index, tar, name, "missing_image", "there is a .json but no .jpg or .jpeg")
+        elif record is None:
+            _reject(index, tar, name, "missing_record", "there is an image but no .json")
+    complete = [(_key(name), *image, *record) for name, (image, record) in found.items() if image and record]
+    index.keys = "\n".join(row[0] for row in complete)
+    index.extents = np.array([row[1:] for row in complete], np.int64).reshape(-1, 4)
+    return index
+
+
+def _add_member(tar: Tar, member: tarfile.TarInfo, found: dict[str, _Extents], index: TarIndex) -> None:
+    try:
+        kind, name = _kind(member)
+        if kind is None:
+            index.ignored[name] += 1
+            return
+        _key(name)
+    except BadEntry as error:
+        _reject(index, tar, member.name, error.reason, error.detail)
+        return
+    extents = found.setdefault(name, [None, None])
+    if extents[kind] is None:
+        extents[kind] = (member.offset_data, member.size)
+    else:
+        what = "a record" if kind else "an image"
+        _reject(index, tar, name, "duplicate_id", f"the tar already has {what} of this name")
+
+
+def _reject(index: TarIndex, tar: Tar, name: str, reason: str, detail: str) -> None:
+    index.rejected.append(Rejection(f"{tar.name}: {name}", reason, detail))
+
+
+def _key(name: str) -> str:
+    """The key of a member's name without its suffix; directories become part of it. BadEntry if it is not valid."""
+    return safe_key(name.replace("/", "_"), name)
+
+
+def _kind(member: tarfile.TarInfo) -> tuple[int | None, str]:
+    """(0 for an image or 1 for a record, its name without the suffix), or (None, suffix) for other files.
+
+    Raises:
+        BadEntry: unsafe name, not a regular file, or too large.
+    """
+    path = PurePosixPath(member.name)
+    stem, _, suffix = path.name.partition(".")
+    suffix = suffix.lower()
+    if path.is_absolute() or ".." in path.parts:
+        raise BadEntry("unsafe_member", "the name is absolute or leads out of the directory")
+    if suffix not in (*_IMAGES, "json"):
+        more, _, last = suffix.rpartition(".")
+        return None, (".*." if more else ".") + short(last)[1:-1] if suffix else "no suffix"
+    if not member.isreg() or member.issparse():
+        raise BadEntry("unsafe_member", f"a {_SPECIAL.get(member.type, 'special file')}, expected a regular file")
+    limit = MAX_RECORD_BYTES if suffix == "json" else MAX_IMAGE_BYTES
+    if member.size > limit:
+        reason = "malformed_entry" if suffix == "json" else "image_too_large"
+        raise BadEntry(reason, f"{member.size} bytes, the limit is {limit}")
+    return int(suffix == "json"), "/".join((*path.parts[:-1], stem))
+
+
+def _members(file: io.BufferedReader, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the members in order; tarfile.ReadError if the tar is damaged."""
+    tar: Any = tarfile.TarFile(fileobj=_HeaderFile(file))  # type: ignore[arg-type]
+    before = -1
+    while (member := tar.next()) is not None:
+        # A negative size would make tarfile loop forever.
+        if member.size < 0 or tar.offset <= before:
+            raise tarfile.ReadError(f"{member.name}: a header with a negative size")
+        before = tar.offset
+        yield member
+        tar.members.clear()  # tarfile would keep every member in memory
+    file.seek(tar.offset)
+    if tar.offset < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
+
+
+class _HeaderFile:
+    """A file that refuses reads longer than a header: tarfile trusts the sizes that it finds in headers."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"got a header of {size} bytes, expected at most {_MAX_HEADER}")
+        return self._file.read(size)

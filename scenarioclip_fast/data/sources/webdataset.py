@@ -1,0 +1,250 @@
+"""WebDataset tars whose samples are KEY.jpg (or .jpeg) and KEY.json in this package's schema.
+
+KEY.json is the output of `scene.scene_to_json`:
+
+    {"schema": 1, "size": [H, W], "action": "riding a bike",
+     "objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": {"size": [H, W], "counts": "..."} or null}, ...],
+     "relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}
+
+Members of one key may come in any order, directories become part of the key (see `check.safe_key`), and other members
+are ignored and counted. Nothing is extracted: samples are read in place by the offsets in the headers.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.data.check import (
+    BadEntry,
+    CheckedScene,
+    SceneChecker,
+    given_splits,
+    normalised,
+    split_conflict,
+)
+from scenarioclip_fast.data.decode import MAX_PIXELS
+from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.data.scene import Scene, scene_from_json
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf
+from scenarioclip_fast.data.sources.classes import load_classes
+from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarIndex, index_tar, open_tar
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.progress import progress as show_progress
+
+_LARGE = 1 << 28  # bytes of tars for which starting worker processes pays off
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of tar number `tar`: (offset, size) of its image and of its record."""
+
+    tar: int
+    name: str
+    key: str
+    split: str | None
+    image: tuple[int, int]
+    record: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.key}"
+
+
+def find_tars(source: str | Path) -> list[Path]:
+    """The tars, sorted by name, that a directory, file name or glob pattern refers to."""
+    suffixes = (".tar", *COMPRESSED_SUFFIXES)
+    path = Path(source)
+    if path.is_dir():
+        found = [entry for entry in path.iterdir() if entry.name.endswith(suffixes)]
+    elif path.exists():
+        found = [path] if path.name.endswith(suffixes) else []
+    else:
+        found = [Path(name) for name in glob.glob(str(source)) if name.endswith(suffixes)]
+    return sorted(found)
+
+
+class WebDatasetSource(Source):
+    """WebDataset tars. A tar whose name starts with train-, val- or test- assigns that split.
+
+    A key in several splits stays in the one held out most (test, then val).
+
+    Args:
+        source: a directory, a tar, a glob pattern, or several paths of tars. The classes.json of a directory, or the
+            vocabulary of a pack in it, lists the known texts; without one every text is accepted.
+        max_pixels: larger images are rejected.
+
+    Raises:
+        UserError: no such file, no tar, or a compressed one.
+    """
+
+    expects = ".tar files of KEY.jpg and KEY.json"
+
+    def __init__(self, source: str | Path | Sequence[str | Path], max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+        single = source if isinstance(source, (str, Path)) else None
+        paths = sorted(set(map(Path, source))) if not isinstance(source, (str, Path)) else find_tars(source)
+        if not paths:
+            raise UserError(f"{single or 'the source'}: no .tar there, expected {self.expects}")
+        common = os.path.commonpath([path.absolute().parent for path in paths])
+        self._tars = [open_tar(path, os.path.relpath(path, common)) for path in paths]
+        self._indexes: list[TarIndex] = []
+        self._given: dict[str, str] = {}  # key -> split, unless the names of the tars determine it
+        self._classes: dict[str, list[str]] | None = None
+        if single is not None and Path(single).is_dir():
+            self._classes = load_classes(Path(single) / "classes.json") or _classes_of_pack(Path(single))
+
+    @classmethod
+    def recognises(cls, paths: Sequence[str | Path]) -> bool:
+        """Whether every path refers to tars."""
+        return bool(paths) and all(find_tars(path) for path in paths)
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> WebDatasetSource:
+        """Open the tars in `paths`."""
+        return cls(paths[0] if len(paths) == 1 else paths, max_pixels)
+
+    @property
+    def total(self) -> int:
+        """The number of samples that `scan` found."""
+        return sum(len(index.extents) for index in self._indexes)
+
+    @property
+    def classes(self) -> dict[str, list[str]] | None:
+        """The known texts, None if every text is accepted."""
+        return self._classes
+
+    @property
+    def directories(self) -> set[Path]:
+        """The directories of the tars."""
+        return {tar.path.resolve().parent for tar in self._tars}
+
+    @property
+    def large(self) -> bool:
+        """Whether worker processes pay off."""
+        return sum(tar.size for tar in self._tars) >= _LARGE
+
+    def fingerprint(self) -> str:
+        """A hash of the classes and of the names, sizes and times of the tars."""
+        tars = [[tar.name, tar.size, tar.mtime_ns] for tar in self._tars]
+        return hashlib.sha256(json.dumps([tars, self._classes]).encode()).hexdigest()
+
+    def scan(self, workers: int, progress: bool) -> Scan:
+        """Read the headers of all tars."""
+        indexes = ordered_map(index_tar, self._tars, min(workers, len(self._tars)), chunk=1)
+        if progress:
+            indexes = show_progress(indexes, len(self._tars), "reading headers", "tars")
+        self._indexes = list(indexes)
+        self._resolve_splits()
+        ignored: Counter[str] = Counter()
+        for index in self._indexes:
+            ignored.update(index.ignored)
+        rejected = [rejection for index in self._indexes for rejection in index.rejected]
+        return Scan(rejected, dict(sorted(ignored.items())))
+
+    def _resolve_splits(self) -> None:
+        """Assign keys without a split the one that another tar gives them, and reject keys in several splits."""
+        if len({tar.split for tar in self._tars}) == 1:
+            return
+        indexed = list(zip(self._tars, self._indexes, strict=True))
+        self._given = given_splits((key, tar.split) for tar, index in indexed for key in index.keys.splitlines())
+        for tar, index in indexed:
+            keys = index.keys.splitlines()
+            kept = [i for i, key in enumerate(keys) if tar.split in (None, self._given.get(key))]
+            for i in sorted(set(range(len(keys))) - set(kept)):
+                index.rejected.append(split_conflict(f"{tar.name}: {keys[i]}", self._given[keys[i]]))
+            index.keys, index.extents = "\n".join(keys[i] for i in kept), index.extents[kept]
+
+    def items(self, split_of: SplitOf) -> Iterable[Sample]:
+        """The samples split by split, in tar order: tars are usually shuffled, and sequential reads are fast."""
+        for split in SPLITS:
+            for i, (tar, index) in enumerate(zip(self._tars, self._indexes, strict=True)):
+                for key, extents in zip(index.keys.splitlines(), index.extents, strict=True):
+                    given = self._given.get(key, tar.split)
+                    if split_of(key, given) == split:
+                        a, b, c, d = extents.tolist()
+                        yield Sample(i, tar.name, key, given, (a, b), (c, d))
+
+    def reader(self) -> SampleReader:
+        """Create the reader of the samples."""
+        return SampleReader([tar.path for tar in self._tars], self._classes, self._max_pixels)
+
+
+class SampleReader:
+    """Reads single samples. Cheap to pickle: each process opens its own files."""
+
+    def __init__(self, paths: list[Path], classes: dict[str, list[str]] | None, max_pixels: int) -> None:
+        self._paths = paths
+        self._checker = SceneChecker(max_pixels, classes)
+        self._open: tuple[int, int] | None = None  # tar number, file descriptor
+
+    def read(self, sample: Sample) -> CheckedScene:
+        """Read and check a sample. The image is decoded to make sure that it is intact, and kept as bytes.
+
+        Raises:
+            BadEntry: the whole scene is unusable.
+            UserError: the tar can no longer be read.
+        """
+        image = self._pread(sample, *sample.image)
+        scene, stated = _parse(sample.key, image, self._pread(sample, *sample.record))
+        self._checker.check_action(scene.action)
+        size = self._checker.image_size(image)
+        if stated != size:
+            raise BadEntry(
+                "other_size", f"the image is {size[1]} x {size[0]}, but its record says {stated[1]} x {stated[0]}"
+            )
+        scene.split = sample.split
+        return self._checker.clean(scene, size, str(sample))
+
+    def _pread(self, sample: Sample, offset: int, size: int) -> bytes:
+        path = self._paths[sample.tar]
+        try:
+            if self._open is None or self._open[0] != sample.tar:
+                self.close()
+                self._open = (sample.tar, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            data = os.pread(self._open[1], size, offset)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; is its file system still mounted?") from None
+        if len(data) != size:
+            raise UserError(f"{path}: got {len(data)} of {size} bytes at {offset}: the file changed while packing")
+        return data
+
+    def close(self) -> None:
+        """Close the open tar."""
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+
+def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, int]]:
+    """The scene of a record, with normalised texts, and the (H, W) in the record."""
+    try:
+        record = json.loads(content)
+        scene = normalised(scene_from_json(key, image, record))
+        height, width = (int(n) for n in record["size"])
+    except BadEntry:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadEntry("malformed_entry", str(error)) from None
+    return scene, (height, width)
+
+
+def _classes_of_pack(directory: Path) -> dict[str, list[str]] | None:
+    if not (directory / "manifest.json").exists() or not (directory / "vocabulary.json").exists():
+        return None
+    vocabulary = Vocabulary.load(directory / "vocabulary.json")
+    return {"actions": vocabulary.actions, "objects": vocabulary.objects, "relations": vocabulary.relations}

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import ShardSet, generate_scenes, pack
+from scenarioclip_fast.data.check import CheckedScene, SceneChecker
+from scenarioclip_fast.data.sources import Source, SplitOf, by_split, format_names, open_source, register, registry
+from scenarioclip_fast.data.sources.memory import Indexed, MemoryReader
+from scenarioclip_fast.errors import UserError
+
+
+class CountedReader:
+    def read(self, item: int) -> CheckedScene:
+        (scene,) = generate_scenes(1, start=item)
+        return MemoryReader(SceneChecker()).read(Indexed(item, replace(scene, split=None)))
+
+
+class CountedSource(Source):
+    """A directory with a file count.txt, which stands for that many synthetic scenes."""
+
+    expects = "a directory with count.txt"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def recognises(cls, paths: Sequence[str | Path]) -> bool:
+        return len(paths) == 1 and Path(paths[0], "count.txt").exists()
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> CountedSource:
+        return cls(Path(paths[0]))
+
+    @property
+    def directories(self) -> set[Path]:
+        return {self.path.resolve()}
+
+    def items(self, split_of: SplitOf) -> Iterable[int]:
+        return range(int((self.path / "count.txt").read_text()))
+
+    def reader(self) -> CountedReader:
+        return CountedReader()
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(registry, "_FORMATS", dict(registry._FORMATS))
+    register("counted", CountedSource)
+    directory = tmp_path / "counted"
+    directory.mkdir()
+    (directory / "count.txt").write_text("6")
+    yield directory
+
+
+def test_built_in_formats() -> None:
+    assert format_names()[:3] == ["auto", "published", "webdataset"]
+
+
+@pytest.mark.parametrize("format", ["auto", "counted"])
+def test_pack_reads_a_registered_format(counted: Path, tmp_path: Path, format: str) -> None:
+    report = pack(counted, tmp_path / "out", format=format, progress=False)
+    assert sum(n["scenes"] for n in report.splits.values()) == 6 and not report.up_to_date
+    report = pack(counted, tmp_path / "out", format=format, progress=False)
+    assert not report.up_to_date, "a source without a fingerprint is packed from the start"
+
+
+def test_the_command_line_reads_the_registry(counted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["pack", str(counted), "--out", str(tmp_path / "out"), "--val", "0", "--test", "0", "--format"]
+    assert main([*args, "counted"]) == 0
+    assert len(ShardSet(tmp_path / "out")) == 6
+    with pytest.raises(SystemExit):
+        main([*args, "unheard-of"])
+    error = capsys.readouterr().err
+    assert "unheard-of" in error and "published" in error and "counted" in error
+    with pytest.raises(SystemExit):
+        main(["pack", "--help"])
+    assert "counted" in capsys.readouterr().out
+
+
+def test_unrecognised_and_ambiguous_sources(counted: Path, tmp_path: Path) -> None:
+    (counted / "a.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"counted: recognised as webdataset and counted; choose one with --format"):
+        open_source([counted], max_pixels=1)
+    with pytest.raises(UserError, match=r"none: no such file or directory$"):
+        open_source([tmp_path / "none"], max_pixels=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"\(published: .*; webdataset: .*; counted: a directory with count\.txt\)$"):
+        open_source([tmp_path / "empty"], max_pixels=1)
+    with pytest.raises(UserError, match="format: got 'psq', expected one of auto, published, webdataset, counted"):
+        pack(counted, tmp_path / "out", format="psq")
+
+
+def test_a_name_is_registered_once(counted: Path) -> None:
+    register("counted", CountedSource)
+    for name in ("auto", "published", "counted"):
+        with pytest.raises(ValueError, match=f"format '{name}' is already registered"):
+            register(name, "elsewhere:Source")
+
+
+def test_formats_of_other_packages(counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register("broken", "no_such_module:Source")
+    with pytest.raises(UserError, match="format 'broken': cannot import no_such_module:Source"):
+        open_source([counted], "broken", max_pixels=1)
+    dist = tmp_path / "site" / "other-1.0.dist-info"
+    dist.mkdir(parents=True)
+    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (dist / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\nother = {__name__}:CountedSource\n")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    registry._load_entry_points.cache_clear()
+    assert "other" in format_names()
+    assert isinstance(open_source([counted], "other", max_pixels=1), CountedSource)
+
+
+def _this_module() -> Any:
+    import types
+
+    module = types.ModuleType(__name__)
+    module.CountedSource = CountedSource  # type: ignore[attr-defined]
+    return module
+
+
+def test_by_split_keeps_the_order() -> None:
+    splits = {"a": "test", "b": "train", "c": "val", "d": "train"}
+    items = by_split(["a", "b", "/", "c", "d"], lambda key, given: given or "train", lambda x: (x, splits.get(x)))
+    assert list(items) == ["b", "/", "d", "c", "a"]
