@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -39,9 +38,6 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 _META, _INDEX = "meta.json", ".metadata"  # ours, torch's
 _SCHEMA = 2
 _ROOT = "run"  # one entry for torch, which logs, and takes its time for, each of those at the top
-
-# Runs of one process are no mistake.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 class BadCheckpoint(ValueError):

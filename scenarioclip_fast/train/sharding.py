@@ -7,8 +7,6 @@ whole on every rank: they have no gradients, moments or averages, and so take 4 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.model import EMATeacher
 from scenarioclip_fast.train.accumulate import StepModule
-
-# The terms of the loss are views, and nobody changes them in place.
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Module:
