@@ -27,8 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Exports, and prints what was written."""
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
-    from scenarioclip_fast.model import LEVELS, export_hf
-    from scenarioclip_fast.model.weights import CLIP_START_SCALE
+    from scenarioclip_fast.levels import LEVELS
+    from scenarioclip_fast.model.export_hf import CLIP_INITIAL_SCALE, export_hf
 
     trained = open_checkpoint(args.checkpoint)
     model, scales = trained.model, trained.scales
@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {args.out / 'model.safetensors'}")
         return 0
     for level in LEVELS:
-        export_hf(model, args.out / level, level, scales.get(level, CLIP_START_SCALE))
+        export_hf(model, args.out / level, level, scales.get(level, CLIP_INITIAL_SCALE))
         print(f"wrote {args.out / level}: CLIPModel, and the head behind it in projection.safetensors")
     return 0

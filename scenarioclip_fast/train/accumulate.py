@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.model.scenarioclip import Begun, Embeddings
-from scenarioclip_fast.model.tokens import Distinct
+from scenarioclip_fast.model.scenarioclip import Embeddings, TrunkOutput
+from scenarioclip_fast.model.tokens import UniqueTexts
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def backward_in_pieces(
     step: StepModule,
     wrapped: nn.Module,
     batch: Batch,
-    distinct: Distinct,
+    distinct: UniqueTexts,
     teacher: EMATeacher | None,
     pieces: int,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -60,7 +60,7 @@ def backward_in_pieces(
         pieces: how many; the same on every rank. Pieces beyond the batch's scenes are empty.
         autocast: makes the context of the forward passes.
     """
-    begun: list[Begun] = []
+    begun: list[TrunkOutput] = []
     parts: list[Embeddings] = []
     for k, (some, texts) in enumerate(zip(batch.split(pieces), distinct.split(pieces), strict=True)):
         # The last piece keeps its graph; its backward pass comes first, so that another one's averages.
@@ -95,18 +95,20 @@ def backward_in_pieces(
     return {name: term.detach() for name, term in terms.items()}
 
 
-def _embed(step: StepModule, batch: Batch, distinct: Distinct, teacher: EMATeacher | None) -> tuple[Begun, Embeddings]:
+def _embed(
+    step: StepModule, batch: Batch, distinct: UniqueTexts, teacher: EMATeacher | None
+) -> tuple[TrunkOutput, Embeddings]:
     begun = step.model.begin(batch, distinct)
     return begun, step.model.finish(begun, teacher)
 
 
-def _embed_again(step: StepModule, begun: Begun) -> list[Tensor]:
+def _embed_again(step: StepModule, begun: TrunkOutput) -> list[Tensor]:
     embeddings = step.model.finish(begun)
     return [*embeddings.image, *embeddings.text]
 
 
 @torch.no_grad()
-def _joined(parts: list[Embeddings], batch: Batch, distinct: Distinct) -> Embeddings:
+def _joined(parts: list[Embeddings], batch: Batch, distinct: UniqueTexts) -> Embeddings:
     def teachers(rows: list[Tensor | None]) -> Tensor | None:
         return None if rows[0] is None else torch.cat([x for x in rows if x is not None])
 

@@ -26,14 +26,15 @@ from scenarioclip_fast.distributed import join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.model.operations import peak_flops, step_operations
-from scenarioclip_fast.model.tokens import Distinct
+from scenarioclip_fast.model.flops import peak_flops, step_flops
+from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.accumulate import StepModule, backward_in_pieces
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import DataWait, MetricsLog, PendingSteps, StepProfile, Verdict, readable
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step, learning_rate
 from scenarioclip_fast.train.saving import FEW, Progress, Resume, RunState, Saver, run_dir_of
 from scenarioclip_fast.train.sharding import shard
+from scenarioclip_fast.train.warning_filters import expected_warnings_ignored
 from scenarioclip_fast.train.weights import load_initial_weights
 
 _FEW_KEYS = 10  # in a message
@@ -117,6 +118,7 @@ class Trainer:
             self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(_matmul_precision(self.config.run.precision))
+            stack.enter_context(expected_warnings_ignored())
             stack.enter_context(self._signals())
             self._build(stack)
             return self._run()
@@ -140,11 +142,11 @@ class Trainer:
         self.progress.step += 1
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
         lengths = [of_texts.tolist() for of_texts in distinct.lengths]
-        operations = step_operations(self.model.config, views, lengths, teacher=self.teacher is not None)
+        operations = step_flops(self.model.config, views, lengths, teacher=self.teacher is not None)
         names = [*terms, "grad_norm", "skipped"]
         self._pending.add(self.step, batch, operations, rate, names, (*values, norm, skipped))
 
-    def _backward(self, batch: Batch, distinct: Distinct) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, distinct: UniqueTexts) -> dict[str, Tensor]:
         """Leaves the gradients of the batch's loss in the parameters; returns its terms."""
         if self.config.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the graphs' memory of the step before is free again

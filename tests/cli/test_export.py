@@ -10,7 +10,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.model.weights import read_scales
+from scenarioclip_fast.model.pretrained import read_scales
 from scenarioclip_fast.ops.views import CLIP_STD, render_views
 
 Image = pytest.importorskip("PIL.Image")

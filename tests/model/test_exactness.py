@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import (
     EMATeacher,
@@ -25,7 +26,6 @@ from scenarioclip_fast.model import (
 )
 from scenarioclip_fast.model.encoders import Encoder, Packing
 
-LEVELS = ("global", "object", "relation")
 END = 30  # the last id of the small vocabulary
 TEXTS = {
     "global": [[29, 3, END], [29, 4, 5, 6, END], [29, 7, END]],
@@ -284,7 +284,7 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
 
 
 def test_cached_text_features_outlive_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_TOGETHER", 2)  # a batch leaves most strings to the next one
+    monkeypatch.setattr(tokens, "_CHUNK", 2)  # a batch leaves most strings to the next one
     model = make(FREEZES["part"])
     with torch.inference_mode():
         model(BATCHES["one of each"])

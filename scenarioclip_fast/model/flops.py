@@ -38,13 +38,13 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((peaks[precision] for name, peaks in _PEAKS.items() if name in device_name), None)
 
 
-def batch_operations(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
-    """`step_operations` of a batch whose ids speak of the strings in `table`."""
+def batch_flops(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
+    """`step_flops` of a batch whose ids speak of the strings in `table`."""
     lengths = [of_level.tolist() for of_level in table.distinct(batch.host_ids).lengths]
-    return step_operations(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
+    return step_flops(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
 
 
-def step_operations(
+def step_flops(
     config: ModelConfig, views: Sequence[int], text_lengths: Sequence[Sequence[int]], *, teacher: bool
 ) -> float:
     """Operations of one step: forward, backward and contrastive logits; optimiser and elementwise work are left out.

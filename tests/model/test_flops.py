@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.model.operations import batch_operations, peak_flops, step_operations
+from scenarioclip_fast.model.flops import batch_flops, peak_flops, step_flops
 
 END = 30
 FREEZES = {
@@ -44,10 +44,10 @@ def test_by_hand() -> None:
     tower = keys_and_values + read_token + head + attention
     logits = 2
     trained = 3 * (stem + 3 * (2 * tower + logits))
-    assert step_operations(small, [1, 1, 1], [[2]] * 3, teacher=False) == trained
+    assert step_flops(small, [1, 1, 1], [[2]] * 3, teacher=False) == trained
     # The teacher sees the whole image, the object's text and the relation's.
-    assert step_operations(small, [1, 1, 1], [[2]] * 3, teacher=True) == trained + 3 * tower
-    assert step_operations(small, [0, 0, 0], [[], [], []], teacher=True) == 0
+    assert step_flops(small, [1, 1, 1], [[2]] * 3, teacher=True) == trained + 3 * tower
+    assert step_flops(small, [0, 0, 0], [[], [], []], teacher=True) == 0
 
 
 def test_texts_by_hand() -> None:
@@ -56,9 +56,9 @@ def test_texts_by_hand() -> None:
     whole = 5 * 24 * 2**2 + 4 * 2 * (1 + 2 + 1 + 2 + 3)  # each token looks at itself and those before it
     last = 5 * 4 * 2**2 + 2 * 20 * 2**2 + 4 * 2 * (2 + 3)
     head = 2 * 2 * 2 * 5
-    counted = step_operations(some, [0, 0, 0], [[], [2, 3], []], teacher=False)
+    counted = step_flops(some, [0, 0, 0], [[], [2, 3], []], teacher=False)
     assert counted == 3 * (whole + last + head)
-    assert step_operations(some, [0, 0, 0], [[], [2, 3], []], teacher=True) == 4 * (whole + last + head)
+    assert step_flops(some, [0, 0, 0], [[], [2, 3], []], teacher=True) == 4 * (whole + last + head)
 
 
 class Words:
@@ -91,7 +91,7 @@ def test_torch_counts_the_same(freeze: str, stem: str) -> None:
         torch.stack([x.sum() for x in (*e.image, *e.text)]).sum().backward()
     logits = 6 * 12 * (2 * 2 + 4 * 3 + 1 * 1)
     assert model.tokens is not None
-    assert batch_operations(some, batch, model.tokens, teacher=True) - logits == counter.get_total_flops()
+    assert batch_flops(some, batch, model.tokens, teacher=True) - logits == counter.get_total_flops()
 
 
 def test_peaks() -> None:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
+from scenarioclip_fast.levels import LEVELS
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.model.export_hf import export_hf
 from scenarioclip_fast.train.weights import load_initial_weights
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-LEVELS = ("global", "object", "relation")
+
 FREEZE = FreezeConfig(1, 1)
 TOKENS = [[29, 3, 30], [29, 4, 5, 6, 7, 8, 30], [29, 30]]
 PADDED = torch.tensor([ids + [30] * (7 - len(ids)) for ids in TOKENS])
@@ -398,7 +400,7 @@ def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> N
     record = torch.load(path, weights_only=True)
     for change, message in (
         ({"model.global_adapter.weight": torch.zeros(2)}, "unexpected global_adapter.weight: the published code"),
-        ({"model.object_text_norm.bias": None}, "text encoder of level 'object', .*missing head.out_norm.bias"),
+        ({"model.object_text_norm.bias": None}, "text encoder of level 'object': .*missing head.out_norm.bias"),
     ):
         state = {k: v for k, v in (record["state_dict"] | change).items() if v is not None}
         torch.save({"state_dict": state}, path)
@@ -538,13 +540,13 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"state_dict: got a .*, expected a dictionary of tensors"):
                 read(tmp_path / "list.pt")
     torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="not a dictionary of tensors: 1 are something else"):
+    with pytest.raises(UserError, match="expected a dictionary of tensors, but 1 are not tensors"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
     torch.save({"ema": torch.zeros(1)}, tmp_path / "ema.pt")
     with pytest.raises(UserError, match="no EMA teacher in it"):
         ScenarioCLIP.from_reference(tmp_path / "ema.pt", teacher=True)
     torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="not a dictionary of tensors: lr are something else"):
+    with pytest.raises(UserError, match="expected a dictionary of tensors, but lr are not tensors"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match=r"text.pt: "):
