@@ -121,7 +121,7 @@ def test_state_survives_a_checkpoint(variant: str, tmp_path) -> None:  # type: i
 
 def test_bad_states_and_settings_are_refused() -> None:
     teacher = EMATeacher(make())
-    with pytest.raises(UserError, match=r"missing \['text.global.*scope was 'distillation', expected 'all'"):
+    with pytest.raises(UserError, match=r"missing \['text.global.*got scope 'distillation', expected 'all'"):
         EMATeacher(make(), scope="all").load_state_dict(teacher.state_dict())
     with pytest.raises(
         UserError, match=r"teacher.vision.global.head.out_norm.weight: got shape \[12\], expected \[8\]"
