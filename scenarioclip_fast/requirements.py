@@ -22,6 +22,7 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "train", "plots and reports"),
     "fsspec": ("fsspec", "remote", "reading shards that are not on this machine"),
     "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
+    "pyarrow": ("pyarrow", "parquet", "writing Parquet files"),
     "pytest": ("pytest", "test", "running tests and benchmarks"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),
 }

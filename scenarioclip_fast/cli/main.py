@@ -16,7 +16,20 @@ from scenarioclip_fast import __version__
 from scenarioclip_fast.errors import MissingDependencyError, TrainingFailed, UserError
 
 # Each module has add_parser(subparsers) and run(args) -> exit code, and imports what is heavy inside run.
-COMMANDS = ("demo", "scenes", "pack", "inspect", "train", "eval", "ablate", "report", "bench", "export", "doctor")
+COMMANDS = (
+    "demo",
+    "scenes",
+    "pack",
+    "inspect",
+    "train",
+    "eval",
+    "embed",
+    "ablate",
+    "report",
+    "bench",
+    "export",
+    "doctor",
+)
 
 
 class _Parser(argparse.ArgumentParser):
