@@ -1,4 +1,4 @@
-"""What a ScenarioCLIP is made of. Every error names the field to change."""
+"""Configuration of a ScenarioCLIP. Every error names the field to change."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _check_choice(name: str, got: object, choices: Any) -> None:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer on square images of `image_size` pixels, cut into patches of `patch_size`.
+    """A vision transformer on square images of `image_size` pixels, split into patches of `patch_size` pixels.
 
     stem: "linear" projects raw patches, as CLIP does; "conv" puts strided 3 x 3 convolutions before the
-    transformer, which learn much faster from scratch on small images, and needs a power of two as patch size.
+        transformer. It learns much faster from scratch on small images, and requires a power of two as patch size.
     """
 
     image_size: int = 224
@@ -74,7 +74,7 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """The class token and one token a patch."""
+        """The number of tokens: the class token and one per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
@@ -102,12 +102,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """What never trains, and is therefore one and the same at the three levels and in the teacher.
+    """Frozen parts, which the three levels and the teacher share.
 
-    vision_blocks, text_blocks: how many blocks are frozen, from the input on
+    vision_blocks, text_blocks: number of frozen blocks, from the input on
     embeddings: patch, class, position and token embeddings
-    pre_layernorm: the vision encoder's layernorm before block 0. The published reference trains it, which
-        costs a backward pass through the frozen blocks; False reproduces that.
+    pre_layernorm: the vision encoder's layernorm before block 0. The published code trains it, which costs a
+        backward pass through the frozen blocks; False reproduces that.
     `FreezeConfig.nothing()` trains everything.
     """
 
@@ -130,10 +130,10 @@ class FreezeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Variant, sizes and freezing of a ScenarioCLIP; the defaults are the paper's (ViT-B/32).
+    """Variant, sizes and frozen parts of a ScenarioCLIP; the defaults are the paper's (ViT-B/32).
 
-    variant: "scenarioclip1" (six encoders, EMA teacher and distillation: the method), "scenarioclip0" (six
-        encoders, contrastive only) or "pyramidclip" (one vision and one text encoder for all levels)
+    variant: "scenarioclip1" (six encoders with EMA teacher and distillation: the paper's method), "scenarioclip0"
+        (six encoders, contrastive losses only) or "pyramidclip" (one vision and one text encoder for all levels)
     embed_dim: width D of the embeddings
     """
 
@@ -157,7 +157,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, variant: Variant = "scenarioclip1") -> ModelConfig:
-        """The paper's sizes ("vit-b-32"), or "tiny", which freezes nothing and trains from scratch on a CPU."""
+        """The paper's sizes ("vit-b-32"), or "tiny", which trains from scratch on a CPU and freezes nothing."""
         if name == "vit-b-32":
             return cls(variant=variant)
         if name == "tiny":
@@ -171,12 +171,12 @@ class ModelConfig:
         raise UserError(f"model preset: got {name!r}, expected one of {', '.join(PRESETS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, for JSON and YAML."""
+        """Nested dictionaries of plain values, for JSON and YAML."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:
-        """The reverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
+        """The inverse of `to_dict`; absent keys keep their defaults. Raises UserError for unknown keys."""
         if not isinstance(record, Mapping):
             raise UserError(f"model config: got {record!r}, expected a mapping")
         parts = {"vision": VisionConfig, "text": TextConfig, "freeze": FreezeConfig}
@@ -186,10 +186,10 @@ class ModelConfig:
         return _from_mapping(cls, values, "")
 
     def differences(self, other: ModelConfig, *fields: str) -> list[str]:
-        """Lines such as "vision.width: 768 and 1024", one a field; `fields` limits them to these sections."""
+        """One line per differing field, such as "vision.width: 768 and 1024"; `fields` selects top-level fields."""
         mine, theirs = flat(self.to_dict()), flat(other.to_dict())
-        wanted = [key for key in mine if not fields or key.split(".")[0] in fields]
-        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in wanted if mine[key] != theirs[key]]
+        compared = [key for key in mine if not fields or key.split(".")[0] in fields]
+        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in compared if mine[key] != theirs[key]]
 
 
 PRESETS = ("vit-b-32", "tiny")
@@ -207,7 +207,7 @@ def _from_mapping(cls: Any, record: object, prefix: str) -> Any:
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
+    """Flatten a nested mapping to dotted keys."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
