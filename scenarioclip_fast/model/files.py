@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def read_state(path: Path) -> State:
 
 def unpickle(path: Path) -> dict[str, Any]:
     """A pickled dictionary of tensors and plain values."""
-    record = _guarded(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
+    with warnings.catch_warnings():
+        # The error for such archives says what to do.
+        warnings.filterwarnings("ignore", ".*looks like a TorchScript archive", UserWarning)
+        record = _guarded(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
     if not isinstance(record, dict):
         raise UserError(f"{path}: got a {type(record).__name__}, expected a dictionary of tensors")
     return record

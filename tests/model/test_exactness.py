@@ -55,7 +55,7 @@ def make(freeze: FreezeConfig, variant: str = "scenarioclip1", stem: str = "line
     model = ScenarioCLIP(config(freeze, variant, stem)).double()
     with torch.no_grad():
         for p in model.parameters():
-            # Break the symmetric initialisation, so that swapped biases or levels show; trainable parts differ by level.
+            # Break the symmetric initialisation, which would hide swapped biases; make trainable parts differ by level.
             p.add_(torch.randn_like(p) * 0.1)
     model.set_vocabulary(SmallVocabulary())  # type: ignore[arg-type]
     return model
