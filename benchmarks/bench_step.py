@@ -36,7 +36,7 @@ from torch import Tensor
 from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TokenTable
-from scenarioclip_fast.model.operations import batch_operations, peak_flops
+from scenarioclip_fast.model.flops import batch_flops, peak_flops
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
 
@@ -262,7 +262,7 @@ def run(benchmark: Any, name: str, preset: str, work: Work, device: str, rounds:
     info["threads"] = torch.get_num_threads()
     config = step.model.config
     table = TokenTable(work.words, config.text).to(where)  # type: ignore[arg-type]
-    needed = batch_operations(config, work.batch, table, teacher=True)
+    needed = batch_flops(config, work.batch, table, teacher=True)
     info["needed_tflop"] = needed / 1e12
     info["needed_tflop_per_s"] = needed / seconds / 1e12
     if device == "cuda":

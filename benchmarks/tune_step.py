@@ -354,7 +354,7 @@ def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
     from scenarioclip_fast.benchmarks.bench_step import build, drawn, matmul_precision, release
 
     from scenarioclip_fast.model import TokenTable
-    from scenarioclip_fast.model.operations import batch_operations
+    from scenarioclip_fast.model.flops import batch_flops
 
     device, size = timing.device_for("cuda"), timing.sized(224, 64)
     step = None
@@ -377,7 +377,7 @@ def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
                     result.memory_gib = torch.cuda.max_memory_allocated() / 2**30
                 words: Any = work.words
                 words = TokenTable(words, step.model.config.text).to(device)
-                result.needed_tflop = batch_operations(step.model.config, work.batch, words, teacher=True) / 1e12
+                result.needed_tflop = batch_flops(step.model.config, work.batch, words, teacher=True) / 1e12
                 summarise(result, launches(trace_of(run), weights))
                 if form == EAGER:  # as many launches, and a device that is always done with them
                     few = drawn(timing.sized(8, 3), size, device).batch

@@ -1,6 +1,6 @@
-"""High-throughput ScenarioCLIP: fused losses and views, and the trainer around them.
+"""High-throughput ScenarioCLIP: fused losses, rendered views, and the trainer.
 
-Importing the package imports nothing heavy, torch included: each name below is loaded when first used.
+Importing the package does not import torch: each name below is imported on first use.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast import data, env, eval, losses, model, ops, train
+    from scenarioclip_fast.data.preprocess import preprocess
     from scenarioclip_fast.dispatch import BackendError, use_backend
     from scenarioclip_fast.errors import MissingDependencyError, UserError
     from scenarioclip_fast.model import ScenarioCLIP
@@ -19,6 +20,7 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "data.preprocess": ["preprocess"],
             "dispatch": ["BackendError", "use_backend"],
             "errors": ["MissingDependencyError", "UserError"],
             "model": ["ScenarioCLIP"],
@@ -42,6 +44,7 @@ __all__ = [
     "losses",
     "model",
     "ops",
+    "preprocess",
     "train",
     "use_backend",
 ]

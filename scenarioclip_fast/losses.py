@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive import (
     DUPLICATES,
@@ -26,7 +27,6 @@ from scenarioclip_fast.ops.distillation import distillation_loss
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LEVELS = ("global", "object", "relation")
 _SMALLEST_SCALE = 1e-6  # far below any learned scale: keeps exp of a diverged parameter from underflowing to 0
 
 

@@ -29,6 +29,7 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "train", "plots and reports"),
     "fsspec": ("fsspec", "remote", "reading shards from a URL"),
     "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
+    "pyarrow": ("pyarrow", "parquet", "writing Parquet files"),
     "pytest": ("pytest", "bench", "running benchmarks"),
     "shtab": ("shtab", "train", "shell completion"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast export`: a trained model's weights for other programs."""
+"""`scenarioclip-fast export`: export a trained model's weights for other programs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "export",
         help="write weights for other programs",
-        description="Writes a trained model's weights (the student's) in a form that others load.",
+        description="Writes a trained model's student weights in a format that other programs load.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory, or RUN/model")
     parser.add_argument(
         "--to",
         choices=("hf", "safetensors"),
         required=True,
-        help="hf: one CLIPModel of transformers a level, in DIR/global, DIR/object and DIR/relation; "
+        help="hf: one transformers CLIPModel per level, in DIR/global, DIR/object and DIR/relation; "
         "safetensors: the whole model in one file",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports, and prints what was written."""
+    """Export, and print the written files."""
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
-    from scenarioclip_fast.model import LEVELS, export_hf
-    from scenarioclip_fast.model.weights import CLIP_START_SCALE
+    from scenarioclip_fast.levels import LEVELS
+    from scenarioclip_fast.model.export_hf import CLIP_INITIAL_SCALE, export_hf
 
     trained = open_checkpoint(args.checkpoint)
     model, scales = trained.model, trained.scales
@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {args.out / 'model.safetensors'}")
         return 0
     for level in LEVELS:
-        export_hf(model, args.out / level, level, scales.get(level, CLIP_START_SCALE))
-        print(f"wrote {args.out / level}: CLIPModel, and the head behind it in projection.safetensors")
+        export_hf(model, args.out / level, level, scales.get(level, CLIP_INITIAL_SCALE))
+        print(f"wrote {args.out / level}: a CLIPModel, and the rest of its head in projection.safetensors")
     return 0

@@ -22,7 +22,20 @@ from scenarioclip_fast.errors import InstallationError, MissingDependencyError, 
 from scenarioclip_fast.requirements import check_installed, missing_dependency
 
 # Each module has add_parser(subparsers) and run(args) -> exit code, and imports heavy packages inside run.
-COMMANDS = ("demo", "scenes", "pack", "inspect", "train", "eval", "ablate", "report", "bench", "export", "doctor")
+COMMANDS = (
+    "demo",
+    "scenes",
+    "pack",
+    "inspect",
+    "train",
+    "eval",
+    "embed",
+    "ablate",
+    "report",
+    "bench",
+    "export",
+    "doctor",
+)
 PROGRAM = "scenarioclip-fast"
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.levels import LEVELS as LEVELS
+from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
-LEVELS = ("global", "object", "relation")
 START_OF_TEXT, END_OF_TEXT, CONTEXT_LENGTH = 49406, 49407, 77
 
 
@@ -66,12 +67,12 @@ class Vocabulary:
 
     def texts(self, level: str) -> list[str]:
         """The texts of a level in the order of their ids."""
-        return self._texts[self._level(level)]
+        return self._texts[check_level(level)]
 
     def id(self, level: str, text: str) -> int:
         """The id of a text; UserError if it is not in the vocabulary."""
         try:
-            return self._ids[self._level(level)][text]
+            return self._ids[check_level(level)][text]
         except KeyError:
             raise UserError(
                 f"unknown {level} text {text!r}: not among the {len(self._texts[level])} in the vocabulary; "
@@ -89,14 +90,14 @@ class Vocabulary:
 
     def tokens(self, level: str) -> list[list[int]]:
         """CLIP token ids of every text of a level, with start and end tokens, neither padded nor truncated."""
-        level = self._level(level)
+        level = check_level(level)
         if level not in self._tokens:
             self._tokens[level] = [tokenize(text, None) for text in self._texts[level]]
         return self._tokens[level]
 
     def train_counts(self, level: str) -> list[int]:
         """Occurrences of each text of a level in the train split; 0 means that it is held out of training."""
-        return self._counts[self._level(level)]
+        return self._counts[check_level(level)]
 
     def to_json(self) -> dict[str, Any]:
         levels = {
@@ -167,9 +168,3 @@ class Vocabulary:
     def __repr__(self) -> str:
         sizes: Sequence[int] = [len(self._texts[level]) for level in LEVELS]
         return f"Vocabulary(actions={sizes[0]}, objects={sizes[1]}, relations={sizes[2]})"
-
-    @staticmethod
-    def _level(level: str) -> str:
-        if level not in LEVELS:
-            raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
-        return level

@@ -10,7 +10,7 @@ import torch
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
-from scenarioclip_fast.model.weights import read_scales
+from scenarioclip_fast.model.pretrained import read_scales
 from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 

@@ -1,6 +1,6 @@
-"""The model: CLIP encoders at three levels, their frozen part shared, and the EMA teacher.
+"""The model: CLIP encoders at three levels that share their frozen part, and the EMA teacher.
 
-Names load when first used.
+Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.model.encoders import TextEncoder, VisionEncoder
     from scenarioclip_fast.model.scenarioclip import Embeddings, ScenarioCLIP
     from scenarioclip_fast.model.teacher import EMATeacher
-    from scenarioclip_fast.model.tokens import LEVELS, TokenTable
-    from scenarioclip_fast.model.weights import export_hf
+    from scenarioclip_fast.model.tokens import TokenTable
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -24,13 +23,11 @@ else:
             "encoders": ["TextEncoder", "VisionEncoder"],
             "scenarioclip": ["Embeddings", "ScenarioCLIP"],
             "teacher": ["EMATeacher"],
-            "tokens": ["LEVELS", "TokenTable"],
-            "weights": ["export_hf"],
+            "tokens": ["TokenTable"],
         },
     )
 
 __all__ = [
-    "LEVELS",
     "EMATeacher",
     "Embeddings",
     "FreezeConfig",
@@ -41,5 +38,4 @@ __all__ = [
     "TokenTable",
     "VisionConfig",
     "VisionEncoder",
-    "export_hf",
 ]

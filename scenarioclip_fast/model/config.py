@@ -169,7 +169,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, variant: Variant = "scenarioclip1") -> ModelConfig:
-        """The paper's sizes ("vit-b-32"), or "tiny", which freezes nothing and trains from scratch on a CPU."""
+        """The paper's sizes ("vit-b-32"), or "tiny", which trains from scratch on a CPU and freezes nothing."""
         if name == "vit-b-32":
             return cls(variant=variant)
         if name == "tiny":
@@ -183,7 +183,7 @@ class ModelConfig:
         raise UserError(f"model preset: got {name!r}, expected one of {', '.join(PRESETS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, for JSON and YAML."""
+        """Nested dictionaries of plain values, for JSON and YAML."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,11 +1,10 @@
 """CLIP's vision and text transformers, of any width and depth.
 
-The architecture is that of CLIP (arXiv 2103.00020): pre-norm blocks, quick-GELU, a class token that is read
-after the last block, texts read at their end-of-text token; then the projection of ScenarioCLIP (Linear with
-bias, LayerNorm). Three things differ from a literal transcription and change no number: query, key and value
-are one product; the last block computes, besides keys and values, only the token that is read; texts of
-different lengths lie one after another without padding, since a causal model never looks past the end-of-text
-token.
+The architecture is CLIP's (arXiv 2103.00020): pre-norm blocks, quick-GELU, images pooled at the class token and texts
+at their end-of-text token; then ScenarioCLIP's projection (Linear with bias, LayerNorm). Three optimisations do not
+change the result: query, key and value are one product; the last block computes only the pooled token, besides keys
+and values; and texts of different lengths are packed without padding, since a causal model never attends past the
+end-of-text token.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from scenarioclip_fast.model.config import TextConfig, VisionConfig
 
 @dataclass(frozen=True)
 class Packing:
-    """Where n texts of T tokens in all lie: one after another in T rows, and in an [n, longest] grid.
+    """The layout of n texts with T tokens in total: packed into T rows, and padded to an [n, longest] grid.
 
     text [T]: the text of each row;  position [T]: its place in that text;  slot [T]: its cell in the grid
-    last [n]: the row of each text's last token, end-of-text
+    last [n]: the row of each text's end-of-text token
     """
 
     text: Tensor  # [T]
@@ -38,7 +37,7 @@ class Packing:
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, total: int | None = None, longest: int | None = None) -> Packing:
-        """Packs texts of these lengths [n]; giving their sum and maximum spares two waits for the device."""
+        """Pack texts of these lengths [n]; passing `total` and `longest` avoids two device synchronisations."""
         n = lengths.shape[0]
         total = int(lengths.sum()) if total is None else total
         longest = (int(lengths.max()) if n else 0) if longest is None else longest
@@ -49,14 +48,14 @@ class Packing:
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x sigmoid(1.702 x), keeping nothing but x for the backward pass."""
+    """x sigmoid(1.702 x), saving only x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # [*]
         ctx.save_for_backward(x)
-        if torch.compiler.is_compiling():  # in place, torch 2.11 would differentiate another function
+        if torch.compiler.is_compiling():  # torch 2.11 differentiates the in-place form wrongly
             return (1.702 * x).sigmoid() * x
-        return (1.702 * x).sigmoid_().mul_(x)  # large memory that is not asked for need not be found
+        return (1.702 * x).sigmoid_().mul_(x)  # in place: avoids an activation-sized allocation
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # [*]
@@ -74,8 +73,10 @@ def quick_gelu(x: Tensor) -> Tensor:  # [*]
 
 
 def _heads(x: Tensor) -> list[Tensor]:  # [n, L, parts, heads, W / heads]
-    """Queries, keys, values: parts x [n, heads, L, W / heads]. Their gradients are stacked as they will be read:
-    unbinding a permuted tensor would stack them parts first, and copy once more."""
+    """Queries, keys and values: parts x [n, heads, L, W / heads].
+
+    Unbind, then transpose: the backward pass of unbinding a permuted tensor would need one more copy.
+    """
     return [part.transpose(1, 2) for part in x.unbind(2)]
 
 
@@ -89,12 +90,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None, pooled: bool) -> Tensor:  # [n, L, W] or [T, W]
-        """The attention's output for every token or, `pooled`, for the token that is read: [n, W]."""
+        """The attention's output for every token, or with `pooled` for the pooled token only: [n, W]."""
         if packing is not None:
             return self._packed(x, packing, pooled)
         n, length, width = x.shape
         if pooled:
-            # Only the class token asks; every token answers.
+            # A query of the class token alone, keys and values of all tokens.
             query, pair = self.qkv.weight.split((width, 2 * width))
             query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
             q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, width // self.heads)
@@ -108,9 +109,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
         q, k, v = _heads(grid.view(n, longest, 3, self.heads, width // self.heads))
-        # A cell of padding lies after its text's tokens: none of them sees it. Products with weights have no padding;
-        # these two are 0.2 % of a block's operations: texts of 3 to 9 tokens make 1.1 to 1.6 cells a token. torch's
-        # attention for lengths that vary knows no float32, and would save some 70 small launches a step.
+        # Padding follows a text's tokens, so causal attention ignores it. Products with weights have no padding; the
+        # two products here are 0.2 % of a block's FLOPs, with 1.1 to 1.6 cells per token for texts of 3 to 9 tokens.
+        # torch's varlen attention does not support float32; it would save some 70 small launches per step.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n * longest, width)
         return self.out(y.index_select(0, packing.slot[packing.last] if pooled else packing.slot))
 
@@ -127,19 +128,19 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
         self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
-        # CLIP's initial values: the variance of the residual sum does not grow with depth.
-        deep = (2 * config.layers) ** -0.5
+        # CLIP's initialisation: the variance of the residual sum does not grow with depth.
+        depth_scale = (2 * config.layers) ** -0.5
         for linear, std in (
             (self.attention.qkv, width**-0.5),
-            (self.attention.out, width**-0.5 * deep),
+            (self.attention.out, width**-0.5 * depth_scale),
             (self.expand, (2 * width) ** -0.5),
-            (self.contract, width**-0.5 * deep),
+            (self.contract, width**-0.5 * depth_scale),
         ):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:
-        """Dense [n, L, W] or packed [T, W], both ways; `pooled`: only the tokens that are read, [n, W]."""
+        """Map dense [n, L, W] or packed [T, W] to the same shape, or with `pooled` to the pooled tokens, [n, W]."""
         y = self.attention(self.norm_1(x), packing, pooled)
         if pooled:
             x = x[:, 0] if packing is None else x.index_select(0, packing.last)
@@ -148,7 +149,7 @@ class Block(nn.Module):
 
 
 class VisionBlock(Block):
-    """A block with code of its own: Dynamo keeps a limited number of compiled versions per function."""
+    """A block with its own `forward`, because Dynamo limits the number of compiled versions per function."""
 
     def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [n, L, W]
         return super().forward(x, packing, pooled)
@@ -162,7 +163,7 @@ class TextBlock(Block):
 
 
 class Head(nn.Module):
-    """LayerNorm of the token that is read (CLIP's pooled output), Linear with bias, LayerNorm."""
+    """LayerNorm of the pooled token, Linear with bias, LayerNorm."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -175,7 +176,7 @@ class Head(nn.Module):
 
 
 class LinearStem(nn.Module):
-    """CLIP's patch embedding: raw patches times a matrix, no bias."""
+    """CLIP's patch embedding: a linear projection of raw patches, without bias."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -197,9 +198,9 @@ def _conv(before: int, after: int) -> nn.Conv2d:
 
 
 class ConvStem(nn.Module):
-    """Strided 3 x 3 convolutions, channels doubling to `width` as the side halves, then a 1 x 1 product.
+    """Strided 3 x 3 convolutions, channels doubling to `width` as the side halves, then a 1 x 1 convolution.
 
-    Each is normalised over the whole view, so that a view's embedding does not depend on its batch.
+    GroupNorm normalises each view as a whole, so that a view's embedding does not depend on its batch.
     """
 
     def __init__(self, patch_size: int, width: int) -> None:
@@ -218,7 +219,7 @@ class ConvStem(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
-    """Pixels to tokens: the class token, then the patches, row by row, plus positions."""
+    """Pixels to tokens: the class token, then the patches in row-major order, plus positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -233,10 +234,10 @@ class VisionEmbedding(nn.Module):
                 f"pixels: got shape {list(pixels.shape)}, expected [n, 3, {self.image_size}, {self.image_size}]"
             )
         if not pixels.is_floating_point():
-            raise TypeError(f"pixels: got {pixels.dtype}, expected floats: / 255, less CLIP's mean, over its deviation")
+            raise TypeError(f"pixels: got {pixels.dtype}, expected normalised floats, as preprocess returns them")
         patches = self.stem(pixels)
-        first = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        return torch.cat([first, patches], 1) + self.position
+        class_token = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        return torch.cat([class_token, patches], 1) + self.position
 
 
 class TextEmbedding(nn.Module):
@@ -253,10 +254,10 @@ class TextEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What both encoders share: stages run in order, of which any first part can be left out or run alone.
+    """Base of both encoders: a sequence of stages, of which any contiguous part can be run.
 
-    `stages` are the embedding, (the vision encoder's layernorm before block 0,) the blocks, and the head.
-    `first` counts those before the blocks.
+    `stages`: the embedding, the vision encoder's layernorm before block 0, the blocks, and the head.
+    `first`: the number of stages before the blocks.
     """
 
     first: int
@@ -275,10 +276,10 @@ class Encoder(nn.Module):
 
     @property
     def stages(self) -> list[nn.Module]:
-        raise AssertionError("an encoder of pixels or of tokens names its stages")
+        raise NotImplementedError
 
     def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
-        """Runs stages `start` to `stop`; after the last block only the tokens that are read are left."""
+        """Run stages `start` to `stop` (exclusive); the last block outputs only the pooled tokens."""
         stages = self.stages
         checkpointing = self.checkpointing and torch.is_grad_enabled()
         for i in range(start, len(stages) if stop is None else stop):
@@ -297,7 +298,7 @@ class Encoder(nn.Module):
 
 
 def bucket(n: int) -> int:
-    """The next of four sizes per power of two: at most a quarter more, a tenth on the average."""
+    """Round up to one of four sizes per power of two: at most 25 % more, 10 % on average."""
     step = 1 << max(n.bit_length() - 3, 0)
     return -(-n // step) * step
 
@@ -305,8 +306,8 @@ def bucket(n: int) -> int:
 class VisionEncoder(Encoder):
     """Pixels [n, 3, S, S] to embeddings [n, D].
 
-    `bucketed`: rows of zeros bring n up to `bucket(n)` and are cut off again, so that stages see few sizes. A row's
-    result does not depend on its neighbours, and cut rows have no gradient: only the order of sums may change.
+    `bucketed`: pad n with rows of zeros to `bucket(n)` and drop them afterwards, so that the stages see few batch
+    sizes. Rows are independent and dropped rows have no gradient: only the order of sums may change.
     """
 
     first = 2
@@ -322,7 +323,7 @@ class VisionEncoder(Encoder):
         return [self.embedding, self.pre_norm, *self.blocks, self.head]
 
     def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
-        """As Encoder.run."""
+        """Run stages `start` to `stop`, as `Encoder.run`."""
         n = x.shape[0]
         if self.bucketed:
             x = torch.cat([x, x.new_zeros(bucket(n) - n, *x.shape[1:])])

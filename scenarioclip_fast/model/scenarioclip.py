@@ -1,30 +1,42 @@
-"""CLIP at three levels of a scene, with everything that the levels have in common computed once."""
+"""CLIP at three levels of a scene; stages that the levels share run once."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model.config import ModelConfig, TextConfig
-from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder, VisionBlock, VisionEncoder
-from scenarioclip_fast.model.tokens import LEVELS, Distinct, TokenTable, check_level, pack, truncate
+from scenarioclip_fast.levels import LEVELS, check_level
+from scenarioclip_fast.model import pretrained
+from scenarioclip_fast.model.compile import compile_blocks
+from scenarioclip_fast.model.config import Activation, FreezeConfig, ModelConfig, TextConfig, Variant
+from scenarioclip_fast.model.convert import EncoderWeights
+from scenarioclip_fast.model.encoders import Encoder, Packing, TextEncoder, VisionEncoder
+from scenarioclip_fast.model.tokens import TokenTable, UniqueTexts, pack, truncate
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Batch, Vocabulary
-    from scenarioclip_fast.model.teacher import EMATeacher
+
+
+class Teacher(Protocol):
+    """The encoders that distillation needs, callable from a stage on: `EMATeacher` implements it."""
+
+    def encode_image(self, x: Tensor, *, start: int = 0) -> Tensor:
+        """Embed with the global vision encoder: [n, D]."""
+
+    def encode_text(self, x: Tensor, packing: Packing, level: str, *, start: int = 0) -> Tensor:
+        """Embed with the text encoder of `level`: [n, D]."""
 
 
 @dataclass(slots=True)
 class Embeddings:
-    """What the losses need of one batch. Lists have one entry per level; nothing is normalised to unit
-    length.
+    """The inputs of the losses for one batch. Lists have one entry per level; embeddings are not normalised.
 
     image: 3 x [N_l, D];  text: 3 x [U_l, D], the distinct texts of the batch
     text_index: 3 x [N_l] int64, the text of each image row
@@ -45,16 +57,16 @@ class Embeddings:
 
 
 @dataclass(slots=True)
-class Begun:
-    """A batch behind the frozen stages that the levels share: where gradients begin.
+class TrunkOutput:
+    """A batch after the frozen trunk that the levels share; gradients start here.
 
-    hidden [V, ...]: all views, or the pixels themselves where nothing is frozen;  views: how many of each level
-    distinct: the texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
+    hidden [V, ...]: all views, or the pixels if nothing is frozen;  views: how many of each level
+    texts: the distinct texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
     """
 
     hidden: Tensor
     views: list[int]
-    distinct: Distinct
+    texts: UniqueTexts
     object_scene: Tensor
     relation_scene: Tensor
 
@@ -62,15 +74,15 @@ class Begun:
 class ScenarioCLIP(nn.Module):
     """One vision and one text encoder per level (one pair for all levels in the variant "pyramidclip").
 
-    Frozen stages are the same modules at every level: stored once, saved once, and run once for all views of
-    a batch as far as the frozen stages reach from the input on. The levels' trainable stages start from equal
-    weights.
+    Frozen stages are the same modules at every level: stored and saved once. Those at the start of the vision encoder
+    run once for all views of a batch. The levels' trainable stages start from equal weights.
 
-    `vision[level]` and `text[level]` are whole encoders; `tokens` is the TokenTable of `set_vocabulary`, or
-    None.
+    `torch.compile` works on a single encoder. On the whole model it gives the same numbers, but its graph breaks where
+    the host finds the distinct texts of a batch and looks up their frozen features: prefer `compile_blocks`.
 
-    `torch.compile` takes an encoder whole. Around the whole model it gives the same numbers, but its graph breaks where
-    the host counts the distinct texts of a batch and looks up their frozen features: prefer `compile_blocks`.
+    Attributes:
+        vision, text: level -> encoder.
+        tokens: the TokenTable that `set_vocabulary` made, or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -82,14 +94,14 @@ class ScenarioCLIP(nn.Module):
             VisionEncoder(config.vision, config.embed_dim),
             TextEncoder(config.text, config.embed_dim),
         )
-        before = [freeze.embeddings, freeze.pre_layernorm]
-        self._vision_shared = _freeze(vision, before, freeze.vision_blocks)
-        # The last block leaves one row a text, not one a token, so it is never among the stages that are kept.
-        self._text_shared = min(_freeze(text, before[:1], freeze.text_blocks), config.text.layers)
+        embeddings = [freeze.embeddings, freeze.pre_layernorm]
+        self._vision_shared = _freeze(vision, embeddings, freeze.vision_blocks)
+        # The last block outputs one row per text instead of one per token, so its output cannot be cached per token.
+        self._text_shared = min(_freeze(text, embeddings[:1], freeze.text_blocks), config.text.layers)
         single = config.variant == "pyramidclip"
         self.vision = nn.ModuleDict({level: vision if single else _sibling(vision, level) for level in LEVELS})
         self.text = nn.ModuleDict({level: text if single else _sibling(text, level) for level in LEVELS})
-        # Names of the same parameter beyond its first one, which alone appears in checkpoints.
+        # Shared parameters have several names; checkpoints contain only the first.
         first: dict[int, str] = {}
         self._aliases = {
             name: original
@@ -104,20 +116,16 @@ class ScenarioCLIP(nn.Module):
         return self._text("global").head.norm.weight.device
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Puts the vocabulary's token ids on the model's device; batches speak of its ids from now on."""
+        """Put the vocabulary's token ids on the model's device; the text ids of batches refer to it."""
         self.tokens = TokenTable(vocabulary, self.config.text).to(self.device)
 
     def set_checkpointing(self, enabled: bool = True) -> None:
-        """Keeps each block's input alone for the backward pass: less memory, one more forward pass."""
+        """Recompute each block in the backward pass from its input: less memory, one more forward pass."""
         for encoder in self.encoders():
             encoder.checkpointing = enabled
 
     def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
-        """`torch.compile`s every block in place; the number of rows may change from call to call.
-
-        With `cuda_graphs`, those of vision are replayed as CUDA graphs, and their views padded to one of a few numbers
-        (see `VisionEncoder.bucketed`): call `torch.compiler.cudagraph_mark_step_begin()` before each step.
-        """
+        """`torch.compile` every block in place: see `model.compile.compile_blocks`."""
         compile_blocks(self, cuda_graphs, **options)
 
     def encoders(self) -> Iterator[Encoder]:
@@ -125,74 +133,65 @@ class ScenarioCLIP(nn.Module):
         modules = dict.fromkeys([*self.vision.values(), *self.text.values()])
         yield from cast(Iterator[Encoder], iter(modules))
 
-    def forward(self, batch: Batch, teacher: EMATeacher | None = None, distinct: Distinct | None = None) -> Embeddings:
-        """Embeds a batch's views and distinct texts (None: found here) and, with a teacher, what distillation needs."""
-        return self.finish(self.begin(batch, distinct), teacher)
-
-    def begin(self, batch: Batch, distinct: Distinct | None = None) -> Begun:
-        """Takes the views through the frozen stages that the levels share.
+    def forward(self, batch: Batch, teacher: Teacher | None = None, texts: UniqueTexts | None = None) -> Embeddings:
+        """Embed a batch's views and distinct texts and, with a teacher, what distillation needs.
 
         Args:
-            distinct: the texts to embed; None: those of the batch.
+            batch: views and text ids; `set_vocabulary` comes first.
+            teacher: embeds whole images, object texts and relation texts; None: no distillation.
+            texts: the distinct texts of the batch; None: computed here.
         """
+        return self.finish(self.begin(batch, texts), teacher)
+
+    def begin(self, batch: Batch, texts: UniqueTexts | None = None) -> TrunkOutput:
+        """Run the views through the frozen trunk that the levels share. Arguments as in `forward`."""
         if self.tokens is None:
             raise ValueError("the model has no vocabulary yet: call set_vocabulary(vocabulary) first")
-        distinct = distinct or self.tokens.distinct(batch.host_ids)
+        texts = texts or self.tokens.distinct(batch.host_ids)
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
-        return Begun(self._frozen_vision(batch.pixels), views, distinct, batch.object_scene, batch.relation_scene)
+        return TrunkOutput(self._frozen_vision(batch.pixels), views, texts, batch.object_scene, batch.relation_scene)
 
-    def finish(self, begun: Begun, teacher: EMATeacher | None = None) -> Embeddings:
-        """The rest of `forward`."""
-        hidden, views, distinct = begun.hidden, begun.views, begun.distinct
-        parts = list(hidden.split(views))
-        if self.config.variant == "pyramidclip":
-            image = list(self._vision("global").run(hidden, start=self._vision_shared).split(views))
-        else:
-            image = [
-                self._vision(level).run(x, start=self._vision_shared) for level, x in zip(LEVELS, parts, strict=True)
-            ]
+    def finish(self, trunk: TrunkOutput, teacher: Teacher | None = None) -> Embeddings:
+        """Run what follows the trunk: the levels' encoders, and the teacher's."""
+        single = self.config.variant == "pyramidclip"
         out = Embeddings(
-            image=image,
+            image=self._images_of_one_encoder(trunk) if single else self._images_of_levels(trunk),
             text=[],
-            text_index=distinct.index,
-            text_id=distinct.id,
-            object_scene=begun.object_scene,
-            relation_scene=begun.relation_scene,
+            text_index=trunk.texts.index,
+            text_id=trunk.texts.id,
+            object_scene=trunk.object_scene,
+            relation_scene=trunk.relation_scene,
         )
         if teacher is not None:
-            out.teacher_image = teacher.encode_image(parts[0], start=self._vision_shared)
-
-        if self.config.variant == "pyramidclip" and teacher is None:
-            together = self._text_inputs(*(torch.cat(x) for x in (distinct.row, distinct.host_row, distinct.lengths)))
-            counts = [len(row) for row in distinct.row]
-            out.text = list(self._text("global").run(*together, start=self._text_shared).split(counts))
-            return out
-        texts = zip(LEVELS, distinct.row, distinct.host_row, distinct.lengths, strict=True)
-        for level, row, host_row, lengths in texts:
-            x, packing = self._text_inputs(row, host_row, lengths)
-            out.text.append(self._text(level).run(x, packing, start=self._text_shared))
-            if teacher is not None and level == "object":
-                out.teacher_object_text = teacher.encode_text(x, packing, level, start=self._text_shared)
-            elif teacher is not None and level == "relation":
-                out.teacher_relation_text = teacher.encode_text(x, packing, level, start=self._text_shared)
+            out.teacher_image = teacher.encode_image(trunk.hidden[: trunk.views[0]], start=self._vision_shared)
+        if single and teacher is None:
+            out.text = self._texts_of_one_encoder(trunk.texts)
+        else:
+            self._add_texts_of_levels(out, trunk.texts, teacher)
         return out
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor:  # [V, 3, S, S]
-        """Embeds pixels with the vision encoder of `level`: [V, D], not normalised to unit length."""
+        """Embed images with the vision encoder of `level`: [V, D], not normalised.
+
+        Args:
+            pixels: float [V, 3, S, S] with S = config.vision.image_size, normalised with CLIP's mean and standard
+                deviation, as `scenarioclip_fast.preprocess` returns them.
+            level: "global", "object" or "relation".
+        """
         encoder = self._vision(check_level(level))
         return encoder.run(self._frozen_vision(pixels), start=self._vision_shared)
 
     def encode_text(self, texts: Sequence[str] | Sequence[Sequence[int]] | Tensor, level: str) -> Tensor:
-        """Embeds texts with the text encoder of `level`: [n, D], not normalised to unit length.
+        """Embed texts with the text encoder of `level`: [n, D], not normalised.
 
         Args:
-            texts: strings (which needs instant-clip-tokenizer), lists of token ids, or a tensor [n, L] of
-                token ids in which whatever follows the first end-of-text is padding. Longer ones than the
-                context are cut.
+            texts: strings (requires instant-clip-tokenizer), lists of token ids, or a tensor [n, L] of token ids,
+                in which everything after the first end-of-text is padding. Texts longer than the context are cut.
+            level: "global", "object" or "relation".
         """
         encoder = self._text(check_level(level))
         ids, _ = truncate(_token_lists(texts, self.config.text), self.config.text)
-        # Without gradients nothing is kept, so a whole vocabulary fits when it goes in pieces.
+        # Without gradients no activations are kept, so that chunks bound the memory of a whole vocabulary.
         step = max(len(ids), 1) if torch.is_grad_enabled() else 2048
         parts = []
         for i in range(0, max(len(ids), 1), step):
@@ -201,7 +200,7 @@ class ScenarioCLIP(nn.Module):
         return torch.cat(parts)
 
     def init_towers_from(self, other: ScenarioCLIP) -> None:
-        """Starts every level from one pair of encoders: `other`'s only pair, or that of its global level."""
+        """Initialise every level from one pair of encoders: `other`'s only pair, or that of its global level."""
         problems = self.config.differences(other.config, "embed_dim", "vision", "text")
         if problems:
             raise UserError(f"the other model has another architecture (here, there): {'; '.join(problems)}")
@@ -211,31 +210,110 @@ class ScenarioCLIP(nn.Module):
                 mine[level].load_state_dict(state)
 
     @classmethod
-    def from_clip(cls, path: str | Path, **options: Any) -> ScenarioCLIP:
-        """All levels started from a CLIP checkpoint: see `weights.from_clip`."""
-        from scenarioclip_fast.model import weights
+    def from_clip(
+        cls,
+        path: str | Path,
+        *,
+        variant: Variant = "scenarioclip1",
+        freeze: FreezeConfig | None = None,
+        config: ModelConfig | None = None,
+        activation: Activation | None = None,
+    ) -> Self:
+        """Build a model whose every level is initialised from one CLIP checkpoint.
 
-        return weights.from_clip(path, **options)
+        The projections are CLIP's, with zero biases; the layernorms behind them are new.
+
+        Args:
+            path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin,
+                possibly sharded), or an open_clip state dict (a directory with open_clip_model.safetensors or
+                open_clip_pytorch_model.bin, or the file itself).
+            variant: as in ModelConfig; the sizes come from the checkpoint.
+            freeze: as in ModelConfig; None: the published freezing, limited to the blocks that an encoder has.
+            config: used instead of `variant` and `freeze`; its sizes must be the checkpoint's.
+            activation: for state dicts without an open_clip_config.json: "quick_gelu" (OpenAI's weights; the default)
+                or "gelu" (most others).
+
+        Raises:
+            UserError: unreadable or unsafe files, or tensors that are not a CLIP's.
+        """
+        path = Path(path)
+        weights = pretrained.read_clip(path, activation)
+        if config is None:
+            default = FreezeConfig()
+            layers = weights.config.vision.layers, weights.config.text.layers
+            blocks = min(default.vision_blocks, layers[0]), min(default.text_blocks, layers[1])
+            config = replace(weights.config, variant=variant, freeze=freeze or FreezeConfig(*blocks))
+        problems = config.differences(weights.config, "embed_dim", "vision", "text")
+        if problems:
+            raise UserError(f"{path}: architecture differs (config, checkpoint): {'; '.join(problems)}")
+        model = cls(config)
+        model._load_encoders(weights, path)
+        return model
 
     @classmethod
-    def from_reference(cls, path: str | Path, **options: Any) -> ScenarioCLIP:
-        """The model of a checkpoint that the method's published code wrote: see `weights.from_reference`."""
-        from scenarioclip_fast.model import weights
+    def from_reference(
+        cls,
+        path: str | Path,
+        *,
+        teacher: bool = False,
+        freeze: FreezeConfig | None = None,
+        heads: tuple[int, int] | None = None,
+    ) -> Self:
+        """Build the model of a Lightning checkpoint (or state dict) of the published code, of any variant.
 
-        return weights.from_reference(path, **options)
+        Args:
+            path: the `.ckpt`, or the teacher's own `*_ema_teacher.pt`.
+            teacher: load the EMA teacher's weights instead of the student's.
+            freeze: what is frozen from now on; None: the published freezing. Frozen parts must be equal at all levels.
+            heads: of the vision and the text encoder; None: one per 64 of width, as in CLIP.
+
+        Raises:
+            UserError: unreadable or unsafe files, tensors that do not fit, or frozen parts that differ between levels.
+        """
+        path = Path(path)
+        weights = pretrained.read_reference(path, teacher, heads)
+        model = cls(replace(weights.config, freeze=freeze or FreezeConfig(pre_layernorm=False)))
+        model._load_encoders(weights, path)
+        return model
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> ScenarioCLIP:
-        """Reads what `save_pretrained` wrote."""
-        from scenarioclip_fast.model import weights
-
-        return weights.from_pretrained(directory)
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Build the model that `save_pretrained` wrote into `directory`. Raises UserError if it did not."""
+        model = cls(pretrained.read_config(directory))
+        pretrained.load_saved(model, directory)
+        return model
 
     def save_pretrained(self, directory: str | Path, scales: Mapping[str, float] | None = None) -> None:
-        """Writes `model.safetensors` and `config.json` into `directory`: see `weights.save_pretrained`."""
-        from scenarioclip_fast.model import weights
+        """Write `model.safetensors`, every parameter once, and `config.json` into `directory`.
 
-        weights.save_pretrained(self, directory, scales)
+        scales: the learned logit scale of each level; stored in config.json for exports.
+        """
+        pretrained.save_pretrained(self.state_dict(), self.config, directory, scales)
+
+    def _load_encoders(self, weights: EncoderWeights, path: Path) -> None:
+        for kind, states in weights.encoders.items():
+            pretrained.load_encoders(kind, getattr(self, kind), states, path)
+
+    def _images_of_levels(self, trunk: TrunkOutput) -> list[Tensor]:
+        parts = zip(LEVELS, trunk.hidden.split(trunk.views), strict=True)
+        return [self._vision(level).run(x, start=self._vision_shared) for level, x in parts]
+
+    def _images_of_one_encoder(self, trunk: TrunkOutput) -> list[Tensor]:
+        return list(self._vision("global").run(trunk.hidden, start=self._vision_shared).split(trunk.views))
+
+    def _texts_of_one_encoder(self, texts: UniqueTexts) -> list[Tensor]:
+        x, packing = self._text_inputs(*(torch.cat(parts) for parts in (texts.row, texts.host_row, texts.lengths)))
+        counts = [len(row) for row in texts.row]
+        return list(self._text("global").run(x, packing, start=self._text_shared).split(counts))
+
+    def _add_texts_of_levels(self, out: Embeddings, texts: UniqueTexts, teacher: Teacher | None) -> None:
+        for level, row, host_row, lengths in zip(LEVELS, texts.row, texts.host_row, texts.lengths, strict=True):
+            x, packing = self._text_inputs(row, host_row, lengths)
+            out.text.append(self._text(level).run(x, packing, start=self._text_shared))
+            if teacher is not None and level == "object":
+                out.teacher_object_text = teacher.encode_text(x, packing, level, start=self._text_shared)
+            elif teacher is not None and level == "relation":
+                out.teacher_relation_text = teacher.encode_text(x, packing, level, start=self._text_shared)
 
     def _vision(self, level: str) -> VisionEncoder:
         return cast(VisionEncoder, self.vision[level])
@@ -244,14 +322,14 @@ class ScenarioCLIP(nn.Module):
         return cast(TextEncoder, self.text[level])
 
     def _frozen_vision(self, pixels: Tensor) -> Tensor:  # [V, 3, S, S]
-        """All views through the stages that the levels share; the pixels themselves if there are none."""
+        """The output of the shared trunk for all views; the pixels themselves if nothing is shared."""
         if not self._vision_shared:
             return pixels
         with torch.no_grad():
             return self._vision("global").run(pixels, stop=self._vision_shared)
 
-    def _text_inputs(self, row: Tensor, host_row: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:  # 3 x [n]
-        """What the trainable stages start from for the table's strings `row`, and how these are packed.
+    def _text_inputs(self, row: Tensor, host_row: Tensor, lengths: Tensor) -> tuple[Tensor, Packing]:  # 3 x [n]
+        """The input of the trainable stages for the table's strings `row`, and its packing.
 
         `host_row` and `lengths`: on the CPU, the same rows and their strings' numbers of tokens.
         """
@@ -260,35 +338,22 @@ class ScenarioCLIP(nn.Module):
         packing, source = self.tokens.packing(row, int(lengths.sum()), longest)
         if not self._text_shared:
             return self.tokens.tokens[source], packing
-        return self.tokens.frozen(self._text("global"), self._text_shared, host_row, packing, source), packing
+        return self.tokens.frozen_features(self._text("global"), self._text_shared, host_row, packing, source), packing
 
 
-def compile_blocks(module: nn.Module, cuda_graphs: bool = False, **options: Any) -> None:
-    """`torch.compile`s every transformer block below `module`, in place: see `ScenarioCLIP.compile_blocks`."""
-    import torch._dynamo.config as dynamo
+def _freeze(encoder: Encoder, embeddings: list[bool], blocks: int) -> int:
+    """Freezes the stages before the blocks where `embeddings` says so, and the first `blocks` blocks.
 
-    # Versions of a block, beyond which Dynamo runs it uncompiled: with a graph, without, and without one for the
-    # input alone; the student's weights, frozen ones and the teacher's; all tokens or those that are read; 0, 1 or more
-    # rows. A step in pieces has more than the 8 that are the default.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-    for part in module.modules():
-        if isinstance(part, VisionEncoder):
-            part.bucketed = cuda_graphs
-        if isinstance(part, Block):
-            graphs = {"options": {"triton.cudagraphs": True}} if cuda_graphs and isinstance(part, VisionBlock) else {}
-            part.compile(**{"dynamic": True, **graphs, **options})
-
-
-def _freeze(encoder: Encoder, before: list[bool], blocks: int) -> int:
-    """Freezes the stages asked for; returns how many from the input on are frozen without a gap."""
-    frozen = [*before, *(i < blocks for i in range(len(encoder.blocks))), False]
+    Returns the number of stages, from the input on, that are frozen without a gap.
+    """
+    frozen = [*embeddings, *(i < blocks for i in range(len(encoder.blocks))), False]
     for stage, is_frozen in zip(encoder.stages, frozen, strict=True):
         stage.requires_grad_(not is_frozen)
     return frozen.index(False)
 
 
 def _sibling(encoder: Encoder, level: str) -> Encoder:
-    """The same encoder for another level: frozen parameters are the very same tensors, the others copies."""
+    """A copy of the encoder for another level that shares its frozen parameters."""
     if level == LEVELS[0]:
         return encoder
     return copy.deepcopy(encoder, {id(p): p for p in encoder.parameters() if not p.requires_grad})

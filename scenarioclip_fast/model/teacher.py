@@ -1,4 +1,4 @@
-"""A moving average of the student's trainable weights, for distillation and for evaluation."""
+"""An exponential moving average (EMA) of the student's trainable weights, for distillation and evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.compile import compile_blocks
 from scenarioclip_fast.model.encoders import Packing
-from scenarioclip_fast.model.scenarioclip import ScenarioCLIP, compile_blocks
+from scenarioclip_fast.model.scenarioclip import ScenarioCLIP
+from scenarioclip_fast.ops import ema_update_
 
-# What distillation asks of the teacher: embeddings of whole images, of object names and of relation texts.
-_ASKED = ("vision.global", "text.object", "text.relation")
+# The encoders that distillation uses: of whole images, object names and relation texts.
+_DISTILLATION = ("vision.global", "text.object", "text.relation")
 
 
 class EMATeacher:
@@ -23,15 +25,19 @@ class EMATeacher:
 
     After update t (t = 0, 1, ...) the teacher is decay_t teacher + (1 - decay_t) student, with
         decay_t = 1 - 1 / (1 + min(t / warmup, 1) (1 / (1 - decay) - 1)),
-    so that the window 1 / (1 - decay_t) grows steadily from one step to its full width over `warmup` updates
-    and the random start of the average is gone at once. With the published 0.9995 and 2000 this is, but for 1
-    part in 2000, Mean Teacher's min(1 - 1 / (t + 1), decay) (arXiv 1703.01780): the plain mean of all steps,
-    then the moving one.
+    so that the window 1 / (1 - decay_t) grows linearly from one step to its full width over `warmup` updates, and the
+    initial weights drop out at the first update. With the published 0.9995 and 2000 this equals, up to 1 part in 2000,
+    Mean Teacher's min(1 - 1 / (t + 1), decay) (arXiv 1703.01780): first the mean of all steps, then the moving average.
 
     Args:
         model: the student, on its device; build the teacher after the student's weights are loaded and moved.
-        scope: "distillation" averages the three encoders that distillation asks for; "all" averages all,
-            which makes `averaged` give a whole averaged model at the price of twice the memory and traffic.
+        decay: of the moving average, in [0, 1).
+        warmup: number of updates until `decay` is reached.
+        scope: "distillation" averages the three encoders that distillation uses; "all" averages all encoders, so that
+            `averaged` gives a fully averaged model, for twice the memory and traffic.
+
+    Raises:
+        UserError: `decay` or `warmup` out of range.
     """
 
     def __init__(
@@ -48,13 +54,13 @@ class EMATeacher:
         if scope not in ("distillation", "all"):
             raise ValueError(f"scope: got {scope!r}, expected 'distillation' or 'all'")
         self.decay, self.warmup, self.scope, self.step = decay, warmup, scope, 0
-        wanted = {
+        encoders = {
             f"{kind}.{level}": encoder for kind in ("vision", "text") for level, encoder in getattr(model, kind).items()
         }
         if scope == "distillation":
-            wanted = {name: wanted[name] for name in _ASKED}
+            encoders = {name: encoders[name] for name in _DISTILLATION}
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self.encoders: dict[str, Any] = copy.deepcopy(wanted, frozen)
+        self.encoders: dict[str, Any] = copy.deepcopy(encoders, frozen)
         self._tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for prefix, encoder in self.encoders.items():
@@ -64,7 +70,7 @@ class EMATeacher:
                     self._tensors[f"{prefix}.{name}"] = p.requires_grad_(False)
 
     def refresh(self) -> None:
-        """Looks the averaged tensors up again, after FSDP2 has put sharded ones in their place."""
+        """Look the averaged tensors up again, after FSDP2 has replaced them by sharded ones."""
         now = {f"{prefix}.{name}": p for prefix, e in self.encoders.items() for name, p in e.named_parameters()}
         self._tensors = {name: now[name] for name in self._tensors}
 
@@ -75,34 +81,30 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self, model: ScenarioCLIP) -> None:
-        """Moves the average towards the student; call it after each optimiser step."""
-        from scenarioclip_fast.ops import ema_update_
-
+        """Move the average towards the student; call it after each optimiser step."""
         teacher, student = self._pairs(model)
         ema_update_(teacher, student, self.decay_at(self.step))
         self.step += 1
 
     @torch.no_grad()
     def restart(self, model: ScenarioCLIP) -> None:
-        """The average begins anew, at the student as it is now."""
-        from scenarioclip_fast.ops import ema_update_
-
+        """Reset the average to the student's current weights."""
         ema_update_(*self._pairs(model), 0.0)
         self.step = 0
 
     @torch.no_grad()
     def encode_image(self, x: Tensor, *, start: int = 0) -> Tensor:
-        """The averaged global vision encoder from stage `start` on (0: from pixels [n, 3, S, S]): [n, D]."""
+        """Run the averaged global vision encoder from stage `start` on (0: pixels [n, 3, S, S]): [n, D]."""
         return self.encoders["vision.global"].run(x, start=start)
 
     @torch.no_grad()
     def encode_text(self, x: Tensor, packing: Packing, level: str, *, start: int = 0) -> Tensor:
-        """The averaged text encoder of `level` from stage `start` on (0: from token ids [T]): [n, D]."""
+        """Run the averaged text encoder of `level` from stage `start` on (0: token ids [T]): [n, D]."""
         return self.encoders[f"text.{level}"].run(x, packing, start=start)
 
     @contextlib.contextmanager
     def averaged(self, model: ScenarioCLIP) -> Iterator[ScenarioCLIP]:
-        """Lends the model the averaged weights as far as `scope` has them; it gets its own back at the end."""
+        """Swap the averaged weights (those in `scope`) into the model for the duration of the context."""
         pairs = list(zip(*self._pairs(model), strict=True))
         _swap(pairs)
         try:
@@ -111,7 +113,7 @@ class EMATeacher:
             _swap(pairs)
 
     def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
-        """`torch.compile`s the teacher's blocks, as ScenarioCLIP.compile_blocks does the student's."""
+        """`torch.compile` the teacher's blocks: see `model.compile.compile_blocks`."""
         encoders = nn.ModuleDict({k.replace(".", "_"): v for k, v in self.encoders.items()})
         compile_blocks(encoders, cuda_graphs, **options)
 
@@ -126,17 +128,18 @@ class EMATeacher:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over step and averaged tensors; `decay` and `warmup` stay as this teacher was built."""
+        """Load the step and the averaged tensors; `decay` and `warmup` stay as constructed.
+
+        Raises:
+            UserError: tensors are missing, unexpected or of another shape.
+        """
         tensors = state["tensors"]
-        missing, extra = (
-            sorted(self._tensors.keys() - tensors.keys()),
-            sorted(tensors.keys() - self._tensors.keys()),
-        )
+        missing = sorted(self._tensors.keys() - tensors.keys())
+        extra = sorted(tensors.keys() - self._tensors.keys())
         if missing or extra:
             raise UserError(
-                f"the teacher's state does not fit: missing {missing[:5]} ({len(missing)}), "
-                f"extra {extra[:5]} "
-                f"({len(extra)}); its scope was {state['scope']!r}, expected {self.scope!r}"
+                f"the teacher's state does not fit: missing {missing[:5]} ({len(missing)}), extra {extra[:5]} "
+                f"({len(extra)}); got scope {state['scope']!r}, expected {self.scope!r}"
             )
         for name, p in self._tensors.items():
             if p.shape != tensors[name].shape:

@@ -1,4 +1,4 @@
-"""Token ids of a vocabulary on the device, and the frozen features of its strings, each computed once."""
+"""The token ids of a vocabulary on the device, and a cache of its strings' frozen features."""
 
 from __future__ import annotations
 
@@ -11,31 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model.config import TextConfig
 from scenarioclip_fast.model.encoders import Packing, TextEncoder
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Vocabulary
 
-LEVELS = ("global", "object", "relation")
-
-
-def check_level(level: str) -> str:
-    if level not in LEVELS:
-        raise ValueError(f"level: got {level!r}, expected one of {', '.join(LEVELS)}")
-    return level
-
 
 def truncate(texts: Sequence[Sequence[int]], config: TextConfig) -> tuple[list[list[int]], int]:
-    """Cuts texts to the context as CLIP does, the last token staying end-of-text; also how many were cut."""
+    """Cut texts to the context as CLIP does, ending in end-of-text; also return how many were cut."""
     context, end = config.context_length, config.end_of_text
     kept, cut = [], 0
     for ids in texts:
         if not ids or ids[-1] != end:
             raise ValueError(
-                f"tokens: got a text that ends in {ids[-1] if ids else 'nothing'}, "
-                f"expected {end} (end-of-text, the last "
-                "id of text.vocab_size)"
+                f"tokens: got a text that ends in {ids[-1] if ids else 'nothing'}, expected {end} (end-of-text, the "
+                "last id of text.vocab_size)"
             )
         if min(ids) < 0 or max(ids) > end:
             raise ValueError(f"tokens: got ids from {min(ids)} to {max(ids)}, expected 0 to {end}")
@@ -45,7 +37,7 @@ def truncate(texts: Sequence[Sequence[int]], config: TextConfig) -> tuple[list[l
 
 
 def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Packing]:
-    """Token lists, one after another in one tensor [T], and where they lie."""
+    """Concatenate token lists into one tensor [T]; also return their packing."""
     lengths = [len(ids) for ids in texts]
     tokens = torch.tensor([token for ids in texts for token in ids], dtype=torch.long, device=device)
     packing = Packing.of_lengths(
@@ -54,16 +46,15 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     return tokens, packing
 
 
-# Strings whose frozen features are computed together: a few hundred tokens.
-_TOGETHER = 64
+_CHUNK = 64  # strings whose frozen features are computed together: a few hundred tokens
 
 
 @dataclass(frozen=True)
-class Distinct:
-    """The distinct texts of a batch: level after level, ids ascending.
+class UniqueTexts:
+    """The distinct texts of a batch at each level, in ascending order of their ids.
 
-    index: per level [N_l], where each item's text is among its level's;  row: per level [U_l], rows of the table
-    id, host_row, lengths: per level [U_l], on the CPU, vocabulary ids, the rows again, and the texts' numbers of tokens
+    index: per level [N_l], the position of each item's text among its level's;  row: per level [U_l], table rows
+    id, host_row, lengths: per level [U_l], on the CPU: vocabulary ids, the rows again, and numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
@@ -72,19 +63,18 @@ class Distinct:
     host_row: list[Tensor]  # 3 x [U_l]
     lengths: list[Tensor]  # 3 x [U_l]
 
-    def split(self, parts: int) -> list[Distinct]:
-        """The texts of each level in `parts` runs; `index` points into no single run and is left out."""
+    def split(self, parts: int) -> list[UniqueTexts]:
+        """Split each level's texts into `parts` runs, without `index`, which points into all of them."""
         split = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row, self.host_row, self.lengths)]
-        return [Distinct([], *([runs[k] for runs in levels] for levels in split)) for k in range(parts)]
+        return [UniqueTexts([], *([runs[k] for runs in levels] for levels in split)) for k in range(parts)]
 
 
 class TokenTable(nn.Module):
-    """A vocabulary's token ids, packed, as buffers that move with the model and stay out of checkpoints.
+    """A vocabulary's packed token ids, as buffers that move with the model and are not saved.
 
     Attributes:
-        truncated: per level, how many strings were longer than the context and were cut
-        cache_bytes: frozen features take at most this much memory; a vocabulary that needs more gets none
-        kept
+        truncated: per level, how many strings were longer than the context and were cut.
+        cache_bytes: memory limit of the cached frozen features; a vocabulary that needs more is not cached.
     """
 
     tokens: Tensor  # [all tokens]
@@ -116,82 +106,83 @@ class TokenTable(nn.Module):
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-        # Stay on the host, where they are asked for without a wait for the device.
+        # Host copies: reading them does not synchronise with the device.
         self._host_lengths = lengths
         self._filled = torch.zeros(len(texts), dtype=torch.bool)
         self._hidden: Tensor | None = None
         self._key: tuple[Any, ...] = ()
 
     def describe_truncated(self) -> str | None:
-        """One line on how many strings were cut, or None if none was."""
+        """One line with the number of strings that were cut, or None."""
         cut = [f"{n} of {self.sizes[level]} {level} texts" for level, n in self.truncated.items() if n]
         return f"cut to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
 
-    def distinct(self, ids: Sequence[Tensor]) -> Distinct:
-        """The distinct texts among `ids` (3 x [N_l]). Ids on the CPU cost no wait for the device."""
+    def distinct(self, ids: Sequence[Tensor]) -> UniqueTexts:
+        """The distinct texts among `ids` (3 x [N_l]). With ids on the CPU nothing synchronises with the device."""
         ids = [i.cpu() for i in ids]
         bad = [name for name, i in zip(LEVELS, ids, strict=True) if len(i) and not self._covers(name, i)]
         if bad:
             raise ValueError(
-                f"ids of level {', '.join(bad)}: got some outside the vocabulary's {self.sizes}; "
-                "the batch must come from "
-                "the data set whose vocabulary the model was given"
+                f"ids of level {', '.join(bad)}: got some outside the vocabulary's {self.sizes}; expected a batch of "
+                "the data set whose vocabulary was passed to set_vocabulary"
             )
-        # On the host: a few thousand numbers, and nothing waits for the device to count them.
+        # On the host: torch.unique on the device would synchronise to learn its output's size.
         found = [torch.unique(i, return_inverse=True) for i in ids]
         id, index = [list(x) for x in zip(*found, strict=True)]
         start = itertools.accumulate(self.sizes.values(), initial=0)
         row = [i + s for i, s in zip(id, start, strict=False)]
         lengths = [self._host_lengths[r] for r in row]
-        return Distinct(self._upload(index), id, self._upload(row), row, lengths)
+        return UniqueTexts(self._upload(index), id, self._upload(row), row, lengths)
 
     def _upload(self, parts: list[Tensor]) -> list[Tensor]:  # 3 x [n_l]
-        """To the table's device in one copy that the host does not wait for."""
+        """Copy to the table's device in one asynchronous transfer."""
         if not self.tokens.is_cuda:
             return parts
         whole = torch.cat(parts).pin_memory().to(self.tokens.device, non_blocking=True)
         return list(whole.split([len(part) for part in parts]))
 
     def packing(self, row: Tensor, total: int, longest: int) -> tuple[Packing, Tensor]:
-        """How the strings `row` [n] lie when packed, and where in the table their tokens are: [T]."""
+        """The packing of the strings `row` [n], and the table positions of their tokens: [T]."""
         packing = Packing.of_lengths(self.lengths[row], total, longest)
         return packing, self.starts[row][packing.text] + packing.position
 
-    def frozen(self, encoder: TextEncoder, stop: int, host_row: Tensor, packing: Packing, source: Tensor) -> Tensor:
-        """What stages 0 to `stop` of `encoder`, all frozen, make of the strings `host_row` [n]: [T, W], no gradient.
+    def frozen_features(
+        self, encoder: TextEncoder, stop: int, host_row: Tensor, packing: Packing, source: Tensor
+    ) -> Tensor:
+        """The output of the frozen stages 0 to `stop` of `encoder` for the strings `host_row` [n]: [T, W], no gradient.
 
-        Computed once per string and kept, until the weights, the device or the precision change.
+        Cached per string until the weights, the device or the precision change.
         """
         embedding = encoder.embedding.token.weight
         size = self.tokens.shape[0] * embedding.shape[1] * embedding.element_size()
         if stop == 1 or size > self.cache_bytes:
             with torch.no_grad():
                 return encoder.run(self.tokens[source], packing, stop=stop)
-        # What an evaluation in inference mode leaves here must serve, and grow in, a training step.
+        # Not in inference mode: a training step must be able to use and extend what an evaluation has cached.
         with torch.inference_mode(False), torch.no_grad():
-            self._forget_if_stale(encoder, stop)
+            self._invalidate_if_stale(encoder, stop)
             missing = host_row[~self._filled[host_row]]
-            # Always in the same company: the bits of a product depend on its shape, and a resumed run, whose first
-            # batch is another, must find the features of the first run.
-            for first in (missing // _TOGETHER * _TOGETHER).unique().tolist():
-                some = torch.arange(first, min(first + _TOGETHER, len(self._filled)), device=self.tokens.device)
-                lengths = self._host_lengths[first : first + _TOGETHER]
+            # Fixed chunks: the bits of a matrix product depend on its shape, and a resumed run, which starts with
+            # another batch, must reproduce the features of the first run.
+            for first in (missing // _CHUNK * _CHUNK).unique().tolist():
+                some = torch.arange(first, min(first + _CHUNK, len(self._filled)), device=self.tokens.device)
+                lengths = self._host_lengths[first : first + _CHUNK]
                 some_packing = Packing.of_lengths(self.lengths[some], int(lengths.sum()), int(lengths.max()))
                 some_source = self.starts[some][some_packing.text] + some_packing.position
                 hidden = encoder.run(self.tokens[some_source], some_packing, stop=stop)
                 if self._hidden is None:
                     self._hidden = hidden.new_empty(self.tokens.shape[0], hidden.shape[1])
                 self._hidden[some_source] = hidden
-                self._filled[first : first + _TOGETHER] = True
+                self._filled[first : first + _CHUNK] = True
             if self._hidden is None:
                 return embedding.new_empty(0, embedding.shape[1])
             return self._hidden[source]
 
-    def _forget_if_stale(self, encoder: TextEncoder, stop: int) -> None:
+    def _invalidate_if_stale(self, encoder: TextEncoder, stop: int) -> None:
         weights = [p for stage in encoder.stages[:stop] for p in stage.parameters()]
         kind = self.tokens.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        # Which tensors, and how often they were written; those made in inference mode do not count that.
+        # Identity and version of the weights; tensors made in inference mode have no version.
         state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights)
         key = (self.tokens.device, weights[0].dtype, autocast, stop, state)
         if key != self._key:

@@ -22,9 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.model import EMATeacher
-from scenarioclip_fast.model.scenarioclip import Begun as TrunkOutput
-from scenarioclip_fast.model.scenarioclip import Embeddings
-from scenarioclip_fast.model.tokens import Distinct as UniqueTexts
+from scenarioclip_fast.model.scenarioclip import Embeddings, TrunkOutput
+from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.step import Phase, StepModule
 
 

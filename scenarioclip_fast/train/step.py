@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.model.scenarioclip import Begun as TrunkOutput
-from scenarioclip_fast.model.scenarioclip import Embeddings
-from scenarioclip_fast.model.tokens import Distinct as UniqueTexts
+from scenarioclip_fast.model.scenarioclip import Embeddings, TrunkOutput
+from scenarioclip_fast.model.tokens import UniqueTexts
 
 
 class Phase(Enum):

@@ -17,8 +17,8 @@ from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.dispatch import use_backend
 from scenarioclip_fast.distributed import join_world
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model.operations import peak_flops, step_operations
-from scenarioclip_fast.model.tokens import Distinct as UniqueTexts
+from scenarioclip_fast.model.flops import peak_flops, step_flops
+from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.build import build_loss, build_model, build_teacher, wrap
 from scenarioclip_fast.train.config import TrainConfig
@@ -148,8 +148,8 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.update(self.model)
         self.progress.step += 1
-        operations = self._operations(batch, texts)
-        self._steps.add(self.step, batch, operations, rate, {**values, "grad_norm": norm, "skipped": skipped})
+        flops = self._flops(batch, texts)
+        self._steps.add(self.step, batch, flops, rate, {**values, "grad_norm": norm, "skipped": skipped})
 
     def _backward(self, batch: Batch, texts: UniqueTexts) -> dict[str, Tensor]:
         """Accumulate the gradients of the batch's loss in the parameters; returns the loss's terms."""
@@ -165,10 +165,10 @@ class Trainer:
     def _mean_over_ranks(self, terms: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return self.world.mean_(torch.stack([term.detach().float() for term in terms.values()])).unbind()
 
-    def _operations(self, batch: Batch, texts: UniqueTexts) -> float:
+    def _flops(self, batch: Batch, texts: UniqueTexts) -> float:
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
         lengths = [of_level.tolist() for of_level in texts.lengths]  # on the host
-        return step_operations(self.model.config, views, lengths, teacher=self.teacher is not None)
+        return step_flops(self.model.config, views, lengths, teacher=self.teacher is not None)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.config.run.precision, self.world.device)

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast export`: what it writes is read by others, and wrong paths are one line."""
+"""`scenarioclip-fast export`: other programs load the files, and errors are one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.model.weights import read_scales
+from scenarioclip_fast.model.pretrained import read_scales
 from scenarioclip_fast.ops.views import CLIP_STD, render_views
 
 Image = pytest.importorskip("PIL.Image")
@@ -35,7 +35,7 @@ def trained(path: Path) -> ScenarioCLIP:
     return model
 
 
-def test_each_level_becomes_a_clip_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_level_becomes_a_clip_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     model = trained(tmp_path / "run" / "model")
     assert main(["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
@@ -52,8 +52,8 @@ def test_each_level_becomes_a_clip_of_transformers(tmp_path: Path, capsys: pytes
             torch.testing.assert_close(got, model.encode_image(pixels, level), rtol=2e-4, atol=2e-4)
 
 
-def test_images_are_prepared_as_scenes_are(tmp_path: Path) -> None:
-    """transformers' reading of what is exported against the scene's view; a byte apart, as resampling rounds."""
+def test_exported_image_processor_matches_the_views(tmp_path: Path) -> None:
+    """transformers' processor against the scene's global view, up to the rounding of resampling."""
     transformers = pytest.importorskip("transformers")
     trained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0

@@ -1,4 +1,4 @@
-"""The benchmarks' baseline, an independent transcription of the method, and the package agree on loss and gradients."""
+"""The package agrees with the benchmarks' baseline, an independent implementation, on loss and all gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_batch() -> Batch:
 
 
 def gradients(module: Any) -> dict[str, torch.Tensor]:
-    """By our names, query, key and value together."""
+    """By this package's names, with query, key and value concatenated."""
     found: dict[str, torch.Tensor] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -76,7 +76,7 @@ def test_loss_and_every_gradient(stem: str) -> None:
     model.set_vocabulary(SmallVocabulary())  # type: ignore[arg-type]
     teacher, loss = EMATeacher(model), ScenarioLoss().double()
     batch = small_batch()
-    with torch.no_grad():  # a teacher of its own
+    with torch.no_grad():  # so that the teacher differs from the student
         for p in teacher.state_dict()["tensors"].values():
             p.mul_(1.1)
         for name, p in baseline.model.named_parameters():
@@ -88,10 +88,10 @@ def test_loss_and_every_gradient(stem: str) -> None:
     expected.backward()
     # Float64 with other orders of summation.
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
-    got, wanted = gradients(model), gradients(baseline.model)
-    assert got.keys() == wanted.keys()
-    scale = max(g.abs().max() for g in wanted.values())
-    for name, g in wanted.items():
+    got, expected_gradients = gradients(model), gradients(baseline.model)
+    assert got.keys() == expected_gradients.keys()
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, g in expected_gradients.items():
         torch.testing.assert_close(got[name], g, rtol=1e-7, atol=1e-10 * scale.item(), msg=name)
     for level in LEVELS:
         got_scale = loss.contrastive.logit_scale[level].grad

@@ -13,7 +13,7 @@ from scenarioclip_fast.model.encoders import Attention, Packing
 
 
 class Counted(TorchDispatchMode):
-    """How often each op runs, views left out."""
+    """Counts how often each op runs, views excluded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Counted(TorchDispatchMode):
 def test_gradients_of_queries_keys_and_values_are_stacked_once(
     packed: bool, pooled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And they are, to the bit, those of one tensor with the three in front, which take a copy more."""
+    """They equal, bit for bit, those of unbinding a permuted tensor, which needs one more copy."""
     torch.manual_seed(0)
     attention = Attention(32, 4).to(dtype)
     packing = Packing.of_lengths(torch.tensor([3, 5, 2, 7])) if packed else None
@@ -47,8 +47,8 @@ def test_gradients_of_queries_keys_and_values_are_stacked_once(
 
     found, ops = run()
     monkeypatch.setattr(encoders, "_heads", lambda x: x.permute(2, 0, 3, 1, 4).unbind(0))
-    wanted, more = run()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    expected, more = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     copies = ("stack", "clone", "copy_", "_to_copy")
     assert {name: ops[name] for name in copies if ops[name]} == {"stack": 1}
     assert {name: more[name] for name in copies if more[name]} == {"stack": 1, "clone": 1}

@@ -1,4 +1,4 @@
-"""The model against a literal transcription: six whole encoders, every text every time, padded to the context."""
+"""The model against a naive implementation: six separate encoders, no sharing, texts padded to the context."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import (
     EMATeacher,
@@ -25,11 +26,10 @@ from scenarioclip_fast.model import (
 )
 from scenarioclip_fast.model.encoders import Encoder, Packing
 
-LEVELS = ("global", "object", "relation")
 END = 30  # the last id of the small vocabulary
 TEXTS = {
     "global": [[29, 3, END], [29, 4, 5, 6, END], [29, 7, END]],
-    # One string is also an action, one is cut to the context of 8.
+    # One text is also an action, one is cut to the context of 8.
     "object": [[29, 3, END], [29, 9, END], [29, 1, 2, END], [29, *range(10, 22), END]],
     "relation": [[29, 9, 2, 3, 4, END], [29, 1, 2, 8, END], [29, 5, END], [29, 6, 6, END], [29, 9, 9, 9, END]],
 }
@@ -55,7 +55,7 @@ def make(freeze: FreezeConfig, variant: str = "scenarioclip1", stem: str = "line
     model = ScenarioCLIP(config(freeze, variant, stem)).double()
     with torch.no_grad():
         for p in model.parameters():
-            # Away from the symmetric start, so that a swapped bias or level shows; trainable parts differ by level.
+            # Break the symmetric initialisation, which would hide swapped biases; make trainable parts differ by level.
             p.add_(torch.randn_like(p) * 0.1)
     model.set_vocabulary(SmallVocabulary())  # type: ignore[arg-type]
     return model
@@ -121,8 +121,8 @@ def naive_image(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
         patches = torch.nn.functional.conv2d(pixels, weight, stride=8).flatten(2).mT
     else:
         patches = embedding.stem(pixels)
-    first = embedding.class_token.expand(pixels.shape[0], 1, -1)
-    x = torch.cat([first, patches], 1) + embedding.position
+    class_token = embedding.class_token.expand(pixels.shape[0], 1, -1)
+    x = torch.cat([class_token, patches], 1) + embedding.position
     return naive_head(encoder, naive_blocks(encoder, naive_norm(x, encoder.pre_norm), None)[:, 0])
 
 
@@ -166,7 +166,7 @@ def fast(model: ScenarioCLIP, batch: Any, teacher: EMATeacher | None) -> dict[st
 
 
 def loss(out: dict[str, Tensor]) -> Tensor:
-    """Mixes every output with every other through sines, so that no gradient is a constant."""
+    """A nonlinear function of all outputs, so that every gradient depends on every output."""
     total = torch.zeros((), dtype=torch.float64)
     for i, (name, value) in enumerate(sorted(out.items())):
         weight = torch.sin(torch.arange(value.numel(), dtype=torch.float64) + i).view_as(value)
@@ -178,7 +178,7 @@ def loss(out: dict[str, Tensor]) -> Tensor:
 def gradients(model: ScenarioCLIP) -> Iterator[tuple[str, Tensor]]:
     for name, p in model.named_parameters():
         if p.requires_grad:
-            # A level that is absent from the batch has a zero gradient, not none: distributed training waits for it.
+            # A level absent from the batch has a zero gradient, not None: distributed training waits for it.
             assert p.grad is not None, name
             yield name, p.grad
         else:
@@ -189,15 +189,15 @@ FREEZES = {
     "part": FreezeConfig(2, 2),
     "reference": FreezeConfig(2, 2, pre_layernorm=False),
     "nothing": FreezeConfig.nothing(),
-    "blocks alone": FreezeConfig(1, 1, embeddings=False, pre_layernorm=False),
-    "embeddings alone": FreezeConfig(0, 0),
+    "blocks only": FreezeConfig(1, 1, embeddings=False, pre_layernorm=False),
+    "embeddings only": FreezeConfig(0, 0),
     "all blocks": FreezeConfig(3, 3),
 }
 
 
 @pytest.mark.parametrize("variant", ["scenarioclip1", "pyramidclip"])
 @pytest.mark.parametrize("freeze", FREEZES)
-def test_outputs_and_gradients_are_those_of_the_literal_form(freeze: str, variant: str) -> None:
+def test_outputs_and_gradients_equal_the_naive_implementation(freeze: str, variant: str) -> None:
     model = make(FREEZES[freeze], variant)
     teacher = EMATeacher(model)
     with torch.no_grad():
@@ -240,19 +240,19 @@ def test_convolutional_stem_trains() -> None:
         assert results[0][1].abs().max() > 0
 
 
-def test_every_view_and_every_string_pass_the_frozen_blocks_once() -> None:
+def test_frozen_blocks_run_once_per_view_and_string() -> None:
     model = make(FREEZES["part"])
     seen: dict[str, list[int]] = {"vision": [], "text": []}
     model.vision["relation"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y)))
     for encoder in model.text.values():
         encoder.blocks[1].register_forward_hook(lambda _, x, y: seen["text"].append(len(y)))
-    # Shared blocks have copies at the other levels whose parameters are the same tensors.
+    # The other levels have copies of the shared blocks, with the same parameters.
     assert model.vision["relation"].blocks[1].expand.weight is model.vision["global"].blocks[1].expand.weight
     some = BATCHES["repeats"]
     model.vision["global"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y)))
     first = fast(model, some, None)
     assert seen["vision"] == [13]
-    # Strings are computed in fixed groups, of which this vocabulary fills less than one.
+    # Strings are computed in fixed chunks; this vocabulary fills less than one.
     everything = sum(min(len(ids), 8) for texts in TEXTS.values() for ids in texts)
     assert sum(seen["text"]) == everything
     again = fast(model, some, None)
@@ -279,12 +279,12 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
     # bfloat16 carries 8 bits; the layernorm at the end makes values of order 1.
     assert 1e-4 < (low.float() - full).abs().max() < 0.2
     model.tokens.cache_bytes = 0
-    # Float32 with other orders of summation; features left over from bfloat16 would be 1e-3 away.
+    # Float32 with other orders of summation; stale bfloat16 features would be 1e-3 away.
     torch.testing.assert_close(fast(model, some, None)["text object"], full, rtol=1e-5, atol=1e-5)
 
 
-def test_cached_text_features_outlive_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_TOGETHER", 2)  # a batch leaves most strings to the next one
+def test_cached_text_features_are_usable_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK", 2)  # so that a batch caches only some strings
     model = make(FREEZES["part"])
     with torch.inference_mode():
         model(BATCHES["one of each"])
@@ -297,10 +297,10 @@ def test_cached_text_features_outlive_inference_mode(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(fast(made_there, some, None)["text object"], out["text object"], rtol=0, atol=0)
 
 
-def test_cached_text_features_follow_weights_that_take_the_place_of_others() -> None:
+def test_cached_text_features_follow_assigned_weights() -> None:
     model = make(FREEZES["part"])
     states = [{k: v * factor for k, v in model.state_dict().items()} for factor in (1.0, 1.5)]
-    for state in states:  # each tensor as new as the one before it
+    for state in states:  # tensors of equal version counters
         model.load_state_dict(state, assign=True)
         got, expected = (form(model, BATCHES["repeats"], None)["text object"] for form in (fast, naive))
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -334,14 +334,14 @@ def test_every_version_of_a_block_is_compiled() -> None:
     for blocks in (model, teacher):
         blocks.compile_blocks(backend="eager", fullgraph=True)  # fullgraph: one version too many is an error
     for name in ("repeats", "one of each"):
-        for gradients_wanted in (False, True):  # the two passes of a step in pieces
-            with torch.set_grad_enabled(gradients_wanted):
+        for with_gradients in (False, True):  # the two passes of a step in microbatches
+            with torch.set_grad_enabled(with_gradients):
                 out = fast(model, BATCHES[name], teacher)
-            if gradients_wanted:
+            if with_gradients:
                 loss(out).backward()
 
 
-def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
+def test_an_encoder_compiles_without_graph_breaks_for_any_number_of_rows() -> None:
     torch._dynamo.reset()
     model = make(FREEZES["reference"])
     for kind in ("vision", "text"):
@@ -364,12 +364,12 @@ def test_an_encoder_compiles_whole_and_for_any_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("freeze", ["part", "nothing"])
-def test_nothing_asks_the_device_for_a_value(freeze: str) -> None:
-    """On the device "meta" tensors have no values, so that asking for one, a wait on a GPU, is an error."""
+def test_a_step_does_not_synchronise_with_the_device(freeze: str) -> None:
+    """Meta tensors have no values: reading one, which would synchronise on a GPU, is an error."""
     model = make(FREEZES[freeze])
     assert model.tokens is not None
     found = model.tokens.distinct(BATCHES["repeats"].host_ids)
-    model.tokens.cache_bytes = 0  # what the cache holds is told by values on the host
+    model.tokens.cache_bytes = 0  # the cache of frozen features copies real values
     model.to("meta")
     teacher = EMATeacher(model)
     lists = {name: [t.to("meta") for t in getattr(found, name)] for name in ("index", "id", "row")}
@@ -382,8 +382,8 @@ def test_nothing_asks_the_device_for_a_value(freeze: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_float32_and_bf16_follow_the_literal_form(bf16: bool, device: str) -> None:
-    """With a linear loss: a loss that bends would magnify the rounding."""
+def test_float32_and_bf16_agree_with_the_naive_implementation(bf16: bool, device: str) -> None:
+    """With a linear loss, since a nonlinear one would amplify rounding errors."""
 
     def linear(out: dict[str, Tensor]) -> Tensor:
         weighted = (v * torch.arange(v.numel(), device=v.device).sin().view_as(v) for v in out.values())
@@ -396,7 +396,7 @@ def test_float32_and_bf16_follow_the_literal_form(bf16: bool, device: str) -> No
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         got = fast(low, replace(some, pixels=some.pixels.float()).to(device), EMATeacher(low))
     linear(got).backward()
-    # Roundings of 2^-24 or, of every factor, 2^-9, through three blocks whose layernorms keep values near 1.
+    # Rounding errors of 2^-24, or 2^-9 per factor, through three blocks whose layernorms keep values near 1.
     tolerance = 3e-2 if bf16 else 1e-5
     for key, value in expected.items():
         error = (got[key].double().cpu() - value).norm() / value.norm()
@@ -420,7 +420,7 @@ def test_a_batch_without_a_level_has_a_loss_and_gradients(name: str) -> None:
             assert (gradient == 0).all(), parameter
 
 
-def test_encoding_alone_equals_encoding_in_a_batch() -> None:
+def test_encode_methods_equal_the_forward_pass() -> None:
     model = make(FREEZES["part"])
     some = BATCHES["repeats"]
     out = fast(model, some, None)
@@ -442,13 +442,13 @@ def test_encoding_alone_equals_encoding_in_a_batch() -> None:
     assert model.encode_text([], "global").shape == (0, 12)
 
 
-def test_bad_input_says_what_was_expected() -> None:
+def test_errors_state_what_was_expected() -> None:
     model = make(FREEZES["part"])
     with pytest.raises(ValueError, match="level: got 'scene', expected one of global, object, relation"):
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.float64), "scene")
     with pytest.raises(ValueError, match=r"pixels: got shape \[1, 3, 8, 8\], expected \[n, 3, 16, 16\]"):
         model.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.float64), "global")
-    with pytest.raises(TypeError, match=r"pixels: got torch.uint8, expected floats"):
+    with pytest.raises(TypeError, match=r"pixels: got torch.uint8, expected normalised floats"):
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "global")
     with pytest.raises(ValueError, match="ids of level relation: got some outside the vocabulary"):
         model(batch([0], [0], [5]))

@@ -1,4 +1,4 @@
-"""The EMA teacher: what it averages, how fast, and what it leaves alone."""
+"""The EMA teacher: what it averages, at which rate, and what it shares with the student."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def shake(model: ScenarioCLIP) -> None:
                 p.add_(torch.randn_like(p))
 
 
-def test_window_grows_steadily_from_one_step_to_full_width() -> None:
+def test_window_grows_linearly_from_one_step_to_full_width() -> None:
     teacher = EMATeacher(make(), decay=0.9995, warmup=2000)
     assert teacher.decay_at(0) == 0
     for step in (1, 500, 1999, 2000, 10**6):
         window = 1 / (1 - teacher.decay_at(step))
         assert window == pytest.approx(1 + min(step / 2000, 1) * 1999)
-    # With the published numbers this is the plain mean of all steps, to one part in 2000.
+    # With the published values this is the mean of all steps, up to one part in 2000.
     assert teacher.decay_at(700) == pytest.approx(1 - 1 / 701, abs=1e-6)
     assert EMATeacher(make(), decay=0.9, warmup=0).decay_at(0) == pytest.approx(0.9)
 
@@ -46,8 +46,8 @@ def test_average_follows_the_student(scope: str) -> None:
     teacher = EMATeacher(model, decay=0.8, warmup=4, scope=scope)  # type: ignore[arg-type]
     tensors = teacher.state_dict()["tensors"]
     trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    asked = ("vision.global.", "text.object.", "text.relation.")
-    assert set(tensors) == {name for name in trainable if scope == "all" or name.startswith(asked)}
+    distilled = ("vision.global.", "text.object.", "text.relation.")
+    assert set(tensors) == {name for name in trainable if scope == "all" or name.startswith(distilled)}
     expected = {name: p.clone() for name, p in tensors.items()}
     for step in range(6):
         shake(model)
@@ -72,7 +72,7 @@ def test_frozen_weights_are_the_students_own() -> None:
     assert "vision.global.pre_norm.weight" in EMATeacher(thawed).state_dict()["tensors"]
 
 
-def test_averaged_lends_the_weights_and_gives_them_back() -> None:
+def test_averaged_swaps_the_weights_and_restores_them() -> None:
     model = make()
     teacher = EMATeacher(model, decay=0.5, warmup=0, scope="all")
     shake(model)
@@ -81,11 +81,11 @@ def test_averaged_lends_the_weights_and_gives_them_back() -> None:
     own = model.encode_image(pixels, "relation"), model.encode_text(tokens, "global")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     averaged_text = _text(teacher, tokens, "object")
-    with teacher.averaged(model) as lent:
-        lent_image = lent.encode_image(pixels, "global")
-        torch.testing.assert_close(lent.encode_text(tokens, "object"), averaged_text)
-        assert not torch.allclose(lent.encode_image(pixels, "relation"), own[0])
-    torch.testing.assert_close(teacher.encode_image(pixels), lent_image)
+    with teacher.averaged(model) as averaged:
+        averaged_image = averaged.encode_image(pixels, "global")
+        torch.testing.assert_close(averaged.encode_text(tokens, "object"), averaged_text)
+        assert not torch.allclose(averaged.encode_image(pixels, "relation"), own[0])
+    torch.testing.assert_close(teacher.encode_image(pixels), averaged_image)
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name]), name
     assert torch.equal(model.encode_text(tokens, "global"), own[1])
@@ -121,7 +121,7 @@ def test_state_survives_a_checkpoint(variant: str, tmp_path) -> None:  # type: i
 
 def test_bad_states_and_settings_are_refused() -> None:
     teacher = EMATeacher(make())
-    with pytest.raises(UserError, match=r"missing \['text.global.*scope was 'distillation', expected 'all'"):
+    with pytest.raises(UserError, match=r"missing \['text.global.*got scope 'distillation', expected 'all'"):
         EMATeacher(make(), scope="all").load_state_dict(teacher.state_dict())
     with pytest.raises(
         UserError, match=r"teacher.vision.global.head.out_norm.weight: got shape \[12\], expected \[8\]"

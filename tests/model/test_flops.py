@@ -1,4 +1,4 @@
-"""Counted operations against counts by hand and against torch's own counter."""
+"""Counted FLOPs against counts by hand and against torch's own counter."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.model.operations import batch_operations, peak_flops, step_operations
+from scenarioclip_fast.model.flops import batch_flops, peak_flops, step_flops
 
 END = 30
 FREEZES = {
     "part": FreezeConfig(2, 1),
     "published": FreezeConfig(2, 1, pre_layernorm=False),
     "nothing": FreezeConfig.nothing(),
-    "blocks alone": FreezeConfig(1, 1, embeddings=False, pre_layernorm=False),
+    "blocks only": FreezeConfig(1, 1, embeddings=False, pre_layernorm=False),
     "all vision blocks": FreezeConfig(3, 2),
 }
 
@@ -31,7 +31,7 @@ def config(freeze: FreezeConfig, stem: str = "linear") -> ModelConfig:
 
 
 def test_by_hand() -> None:
-    """One view and one text of two tokens a level, one trained block of width 2 in each encoder."""
+    """One view and one text of two tokens per level, one trained block of width 2 in each encoder."""
     small = ModelConfig(
         embed_dim=1,
         vision=VisionConfig(2, 2, 2, 1, 1),
@@ -39,30 +39,30 @@ def test_by_hand() -> None:
         freeze=FreezeConfig(0, 0),
     )
     stem = 2 * 1 * 12 * 2  # one patch of 12 numbers, frozen
-    keys_and_values, read_token, head = 2 * 2 * 2 * 4, 2 * 2 * (2 + 2 + 8 + 8), 2 * 2
+    keys_and_values, pooled_token, head = 2 * 2 * 2 * 4, 2 * 2 * (2 + 2 + 8 + 8), 2 * 2
     attention = 2 * 2 * 2 * 2  # two products, two keys, width 2
-    tower = keys_and_values + read_token + head + attention
+    tower = keys_and_values + pooled_token + head + attention
     logits = 2
     trained = 3 * (stem + 3 * (2 * tower + logits))
-    assert step_operations(small, [1, 1, 1], [[2]] * 3, teacher=False) == trained
-    # The teacher sees the whole image, the object's text and the relation's.
-    assert step_operations(small, [1, 1, 1], [[2]] * 3, teacher=True) == trained + 3 * tower
-    assert step_operations(small, [0, 0, 0], [[], [], []], teacher=True) == 0
+    assert step_flops(small, [1, 1, 1], [[2]] * 3, teacher=False) == trained
+    # The teacher embeds the whole image, the object's text and the relation's.
+    assert step_flops(small, [1, 1, 1], [[2]] * 3, teacher=True) == trained + 3 * tower
+    assert step_flops(small, [0, 0, 0], [[], [], []], teacher=True) == 0
 
 
 def test_texts_by_hand() -> None:
-    """Texts of 2 and 3 tokens at one level: a known block, a trained one, and the last."""
+    """Texts of 2 and 3 tokens at one level: a cached block, a trained one, and the last."""
     some = ModelConfig(embed_dim=5, text=TextConfig(8, 31, 2, 3, 1), freeze=FreezeConfig(12, 1))
-    whole = 5 * 24 * 2**2 + 4 * 2 * (1 + 2 + 1 + 2 + 3)  # each token looks at itself and those before it
+    whole = 5 * 24 * 2**2 + 4 * 2 * (1 + 2 + 1 + 2 + 3)  # causal attention
     last = 5 * 4 * 2**2 + 2 * 20 * 2**2 + 4 * 2 * (2 + 3)
     head = 2 * 2 * 2 * 5
-    counted = step_operations(some, [0, 0, 0], [[], [2, 3], []], teacher=False)
+    counted = step_flops(some, [0, 0, 0], [[], [2, 3], []], teacher=False)
     assert counted == 3 * (whole + last + head)
-    assert step_operations(some, [0, 0, 0], [[], [2, 3], []], teacher=True) == 4 * (whole + last + head)
+    assert step_flops(some, [0, 0, 0], [[], [2, 3], []], teacher=True) == 4 * (whole + last + head)
 
 
-class Words:
-    """Texts of one token, whose plain form multiplies nothing that the method does not need."""
+class OneTokenVocabulary:
+    """Texts of one token, for which unfused attention computes nothing that is masked."""
 
     def tokens(self, level: str) -> list[list[int]]:
         return [[END]] * 4
@@ -74,7 +74,7 @@ def test_torch_counts_the_same(freeze: str, stem: str) -> None:
     some = config(FREEZES[freeze], stem)
     model = ScenarioCLIP(some)
     teacher = EMATeacher(model)
-    model.set_vocabulary(Words())  # type: ignore[arg-type]
+    model.set_vocabulary(OneTokenVocabulary())  # type: ignore[arg-type]
     batch = Batch(
         pixels=torch.randn(7, 3, 16, 16),
         keys=["a", "b"],
@@ -84,14 +84,14 @@ def test_torch_counts_the_same(freeze: str, stem: str) -> None:
         object_scene=torch.tensor([0, 0, 1, 1]),
         relation_scene=torch.tensor([1]),
     )
-    model(batch)  # the frozen features of the texts are known from now on
-    # torch counts attention where it is made of plain products.
+    model(batch)  # fills the cache of the texts' frozen features
+    # torch counts attention only in its unfused form.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         e = model(batch, teacher=teacher)
         torch.stack([x.sum() for x in (*e.image, *e.text)]).sum().backward()
     logits = 6 * 12 * (2 * 2 + 4 * 3 + 1 * 1)
     assert model.tokens is not None
-    assert batch_operations(some, batch, model.tokens, teacher=True) - logits == counter.get_total_flops()
+    assert batch_flops(some, batch, model.tokens, teacher=True) - logits == counter.get_total_flops()
 
 
 def test_peaks() -> None:

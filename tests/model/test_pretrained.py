@@ -1,4 +1,4 @@
-"""Weights from transformers, open_clip and the method's published code, and what must be refused."""
+"""Weights of transformers, open_clip and the published code, exports, and files that must be refused."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
+from scenarioclip_fast.levels import LEVELS
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.model.export_hf import export_hf
 from scenarioclip_fast.train.weights import load_initial_weights
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-LEVELS = ("global", "object", "relation")
+
 FREEZE = FreezeConfig(1, 1)
 TOKENS = [[29, 3, 30], [29, 4, 5, 6, 7, 8, 30], [29, 30]]
 PADDED = torch.tensor([ids + [30] * (7 - len(ids)) for ids in TOKENS])
@@ -59,7 +61,7 @@ def random_clip(config: Any) -> Any:
     clip = transformers.CLIPModel(config).eval()
     with torch.no_grad():
         for p in clip.parameters():
-            # The library's start has zero biases and unit norms, which would hide swapped names.
+            # transformers initialises biases to zero and norms to one, which would hide swapped names.
             p.add_(torch.randn_like(p) * 0.05)
     return clip
 
@@ -81,7 +83,7 @@ def expected_outputs(clip: Any, pixels: Tensor, tokens: Tensor) -> dict[str, Ten
 
 
 def outputs(model: ScenarioCLIP, level: str, pixels: Tensor, tokens: list[list[int]]) -> dict[str, Tensor]:
-    """What CLIP calls pooled output and embedding: before the head's first and last layernorm."""
+    """CLIP's pooled output and embedding: the inputs of the head's first and last layernorm."""
     seen: dict[str, Tensor] = {}
     hooks = []
     for kind, encoder in (("image", model.vision[level]), ("text", model.text[level])):
@@ -133,13 +135,13 @@ def test_real_shapes_of_vit_b_32(tmp_path: Path) -> None:
     padded = torch.tensor([tokens[0] + [49407] * 70, tokens[1] + [49407] * 74])
     check_same(model, clip, tokens, padded)
     got = model.encode_text(["a photo of a cat", "dog"], "object")
-    # Packed together with other texts or not: rounding alone.
+    # Only rounding differs.
     torch.testing.assert_close(got, model.encode_text(tokens, "object"), rtol=1e-5, atol=1e-5)
 
 
 def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What open_clip calls the tensors of a Hugging Face CLIP."""
-    words = {
+    """The tensors of a Hugging Face CLIP under open_clip's names."""
+    names = {
         "vision_model.embeddings.class_embedding": "visual.class_embedding",
         "vision_model.embeddings.patch_embedding": "visual.conv1",
         "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
@@ -158,14 +160,14 @@ def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        for theirs, ours in words.items():
+        for theirs, ours in names.items():
             name = name.replace(theirs, ours)
         if "attn.q_proj" in name:
             thirds = [value] + [
                 state[n]
                 for q in "kv"
                 for n in state
-                if _open_clip_like(n, words) == name.replace("q_proj", f"{q}_proj")
+                if _open_clip_like(n, names) == name.replace("q_proj", f"{q}_proj")
             ]
             out[name.replace("q_proj.", "in_proj_")] = torch.cat(thirds)
         elif "attn.k_proj" not in name and "attn.v_proj" not in name:
@@ -175,13 +177,13 @@ def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _open_clip_like(name: str, words: dict[str, str]) -> str:
-    for theirs, ours in words.items():
+def _open_clip_like(name: str, names: dict[str, str]) -> str:
+    for theirs, ours in names.items():
         name = name.replace(theirs, ours)
     return name
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pickle", "own text tower in a training checkpoint"])
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "nested text tower in a training checkpoint"])
 def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
     state = open_clip_names(clip.state_dict())
     assert "transformer.resblocks.1.attn.in_proj_weight" in state
@@ -199,7 +201,7 @@ def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
         torch.save({"epoch": 1, "state_dict": state}, path)
     check_same(ScenarioCLIP.from_clip(path, freeze=FREEZE), clip)
     if form != "safetensors":
-        # A text tower that reads another token, and a decoder beside it.
+        # A text tower with a CLS embedding, and a decoder next to it.
         prefix = "" if form == "pickle" else "module."
         for name in ("cls_emb", "text_decoder.ln_final.weight"):
             torch.save(state | {f"{prefix}{name}": torch.zeros(3)}, path)
@@ -220,7 +222,7 @@ def test_open_clip_config_beside_the_weights(tmp_path: Path) -> None:
     assert config.vision.activation == config.text.activation == "quick_gelu"
 
 
-def test_a_run_starts_from_a_state_dict_of_its_own_activation(tmp_path: Path) -> None:
+def test_initial_weights_use_the_activation_of_the_config(tmp_path: Path) -> None:
     clip = random_clip(clip_config("gelu"))
     torch.save(open_clip_names(clip.state_dict()), tmp_path / "clip.pt")
     sizes = ScenarioCLIP.from_clip(tmp_path / "clip.pt", freeze=FREEZE, activation="gelu").config
@@ -321,7 +323,7 @@ def test_save_and_load(variant: str, tmp_path: Path) -> None:
     assert last[0].requires_grad
 
 
-def test_all_levels_start_from_one_pair(tmp_path: Path) -> None:
+def test_all_levels_are_initialised_from_one_pair(tmp_path: Path) -> None:
     torch.manual_seed(1)
     pair, model = small(variant="pyramidclip"), small()
     model.init_towers_from(pair)
@@ -335,7 +337,7 @@ def test_all_levels_start_from_one_pair(tmp_path: Path) -> None:
 
 
 def reference_checkpoint(variant: str, path: Path, frozen_differs: bool = False) -> dict[str, Any]:
-    """What the published code's modules save, built from transformers' own encoders."""
+    """A checkpoint in the published code's format, built from transformers' encoders."""
     modules: dict[str, Any] = {}
     config = clip_config()
     state: dict[str, Tensor] = {}
@@ -377,10 +379,10 @@ def test_checkpoint_of_the_published_code(variant: str, tmp_path: Path) -> None:
         vision, text, image_head, text_head = modules["" if variant == "pyramidclip" else f"{level}_"]
         with torch.no_grad():
             image = image_head["norm"](image_head["projection"](vision(pixels).pooler_output))
-            words = text_head["norm"](text_head["projection"](text(PADDED).pooler_output))
+            embedded = text_head["norm"](text_head["projection"](text(PADDED).pooler_output))
         # As above.
         torch.testing.assert_close(model.encode_image(pixels, level), image, rtol=2e-4, atol=2e-4)
-        torch.testing.assert_close(model.encode_text(TOKENS, level), words, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(model.encode_text(TOKENS, level), embedded, rtol=2e-4, atol=2e-4)
     teacher = ScenarioCLIP.from_reference(path, teacher=True, freeze=FreezeConfig(1, 1, pre_layernorm=False))
     torch.save(torch.load(path, weights_only=True)["ema"]["teacher_state"], tmp_path / "best_ema_teacher.pt")
     alone = ScenarioCLIP.from_reference(tmp_path / "best_ema_teacher.pt", freeze=teacher.config.freeze)
@@ -398,7 +400,7 @@ def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> N
     record = torch.load(path, weights_only=True)
     for change, message in (
         ({"model.global_adapter.weight": torch.zeros(2)}, "unexpected global_adapter.weight: the published code"),
-        ({"model.object_text_norm.bias": None}, "text encoder of level 'object', .*missing head.out_norm.bias"),
+        ({"model.object_text_norm.bias": None}, "text encoder of level 'object': .*missing head.out_norm.bias"),
     ):
         state = {k: v for k, v in (record["state_dict"] | change).items() if v is not None}
         torch.save({"state_dict": state}, path)
@@ -411,28 +413,28 @@ def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> N
         ScenarioCLIP.from_reference(path, teacher=True)
 
 
-class Harmful:
+class RunsCode:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return (exec, ("raise SystemExit('ran code')",))
 
 
-def test_pickles_that_want_to_run_code_are_refused(tmp_path: Path) -> None:
+def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "clip.pt"
-    torch.save({"state_dict": Harmful()}, path)
+    torch.save({"state_dict": RunsCode()}, path)
     for read in (ScenarioCLIP.from_clip, ScenarioCLIP.from_reference):
         with pytest.raises(UserError, match=r"clip.pt: refused: .* reading it could run code"):
             read(path)
-    path.write_bytes(pickle.dumps(Harmful()))
+    path.write_bytes(pickle.dumps(RunsCode()))
     with pytest.raises(UserError, match=r"clip.pt: "):
         ScenarioCLIP.from_clip(path)
-    path.write_text("export PATH=/bin")  # no pickle: the reader falls over its own feet
+    path.write_text("export PATH=/bin")  # not a pickle
     with pytest.raises(UserError, match=r"clip.pt: not a readable checkpoint"):
         ScenarioCLIP.from_clip(path)
 
 
-def test_a_refusal_does_not_say_how_to_run_the_code(tmp_path: Path) -> None:
-    """torch's own words do."""
-    torch.save(Harmful(), tmp_path / "pickle.pt")
+def test_a_refusal_does_not_explain_how_to_run_the_code(tmp_path: Path) -> None:
+    """torch's own message does."""
+    torch.save(RunsCode(), tmp_path / "pickle.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")  # type: ignore[no-untyped-call]
     messages = {"pickle.pt": r"\(Unsupported global: GLOBAL exec was not .* by default\)", "script.pt": "a TorchScript"}
     for name, message in messages.items():
@@ -441,41 +443,41 @@ def test_a_refusal_does_not_say_how_to_run_the_code(tmp_path: Path) -> None:
         assert "weights_only" not in str(caught.value)
 
 
-def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
+def test_mismatches_are_listed_in_one_error(clip: Any, tmp_path: Path) -> None:
     clip.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     whole = safetensors.load_file(file)
 
-    def spoil(**changes: Tensor | None) -> None:
+    def modify(**changes: Tensor | None) -> None:
         state = whole | {k.replace("__", "."): v for k, v in changes.items()}
         safetensors.save_file({k: v for k, v in state.items() if v is not None}, file)
 
-    spoil(text_model__final_layer_norm__bias=None, text_model__encoder__layers__1__mlp__fc1__bias=torch.zeros(7))
+    modify(text_model__final_layer_norm__bias=None, text_model__encoder__layers__1__mlp__fc1__bias=torch.zeros(7))
     message = r"text encoder.*missing head.norm.bias; of another shape blocks.1.expand.bias \(\[7\], expected \[512\]\)"
     with pytest.raises(UserError, match=message):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    spoil(vision_model__encoder__layers__0__mlp__gate__weight=torch.zeros(7))
+    modify(vision_model__encoder__layers__0__mlp__gate__weight=torch.zeros(7))
     with pytest.raises(UserError, match=r"vision encoder, encoder.layers.0.mlp.gate.weight: CLIP has no such tensor"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     # Older versions of transformers wrote these constants too.
-    spoil(**{f"{kind}_model__embeddings__position_ids": torch.arange(5)[None] for kind in ("vision", "text")})
+    modify(**{f"{kind}_model__embeddings__position_ids": torch.arange(5)[None] for kind in ("vision", "text")})
     ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    # Tensors of other architectures are never left out in silence.
+    # Tensors of other architectures are never ignored silently.
     for name, message in (
         ("vision_model__adapter__weight", "vision encoder, unexpected adapter.weight: CLIP has"),
         ("vision_model__embeddings__patch_embedding__bias", "unexpected embeddings.patch_embedding.bias: CLIP has"),
         ("text_model__encoder__layers__0__self_attn__rope", "text encoder, encoder.layers.0.self_attn.rope: CLIP has"),
         ("visual_projection__bias", "unexpected visual_projection.bias: CLIP has"),
     ):
-        spoil(**{name: torch.zeros(12)})
+        modify(**{name: torch.zeros(12)})
         with pytest.raises(UserError, match=message):
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     query = "vision_model__encoder__layers__0__self_attn__q_proj__weight"
     for wrong in (torch.zeros(7, 192), torch.zeros(192, 191), torch.zeros(192)):
-        spoil(**{query: wrong})
+        modify(**{query: wrong})
         with pytest.raises(UserError, match=r"layers.0.self_attn: weight of query, key and value of shapes \["):
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    spoil(vision_model__encoder__layers__0__mlp__fc1__weight=torch.zeros(768, 192, dtype=torch.int8))
+    modify(vision_model__encoder__layers__0__mlp__fc1__weight=torch.zeros(768, 192, dtype=torch.int8))
     with pytest.raises(UserError, match=r"not floats blocks.0.expand.weight \(torch.int8\)"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     for name, shape in (
@@ -484,21 +486,21 @@ def test_misfits_are_named_in_one_error(clip: Any, tmp_path: Path) -> None:
         ("text_model__embeddings__token_embedding__weight", (31,)),
         ("visual_projection__weight", ()),
     ):
-        spoil(**{name: torch.zeros(shape)})
+        modify(**{name: torch.zeros(shape)})
         with pytest.raises(UserError, match=rf"got shape {re.escape(str(list(shape)))}, expected a matrix"):
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    spoil(vision_model__embeddings__class_embedding=None)
+    modify(vision_model__embeddings__class_embedding=None)
     with pytest.raises(UserError, match="not a CLIP checkpoint"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    spoil(visual_projection__weight=None)
+    modify(visual_projection__weight=None)
     with pytest.raises(UserError, match=r"missing visual_projection.weight"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
-    spoil()
+    modify()
     record = json.loads((tmp_path / "config.json").read_text())
     for end in (2, 28):
         record["text_config"]["eos_token_id"] = end
         (tmp_path / "config.json").write_text(json.dumps(record))
-        if end == 2:  # as in the configs of the first releases
+        if end == 2:  # as in early configs
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     with pytest.raises(UserError, match="text eos_token_id 28, expected 30, the last of the vocabulary"):
         ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
@@ -538,13 +540,13 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=r"state_dict: got a .*, expected a dictionary of tensors"):
                 read(tmp_path / "list.pt")
     torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="not a dictionary of tensors: 1 are something else"):
+    with pytest.raises(UserError, match="expected a dictionary of tensors, but 1 are not tensors"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
     torch.save({"ema": torch.zeros(1)}, tmp_path / "ema.pt")
     with pytest.raises(UserError, match="no EMA teacher in it"):
         ScenarioCLIP.from_reference(tmp_path / "ema.pt", teacher=True)
     torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="not a dictionary of tensors: lr are something else"):
+    with pytest.raises(UserError, match="expected a dictionary of tensors, but lr are not tensors"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match=r"text.pt: "):

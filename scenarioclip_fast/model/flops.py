@@ -1,8 +1,8 @@
-"""Floating-point operations that a training step cannot do without, and what a GPU can do at most: for MFU.
+"""FLOPs that a training step requires, and a GPU's peak rate, for model FLOPs utilisation (MFU).
 
-Counted are the matrix products, two operations a multiply-add. Frozen stages run once a view and never for a text,
-whose frozen features are known; a backward pass through a product costs one more product for its input and one for
-its weight, each only where somebody needs it. Recomputation (checkpointing, fused attention) is not counted.
+Matrix products are counted, at two FLOPs per multiply-add. Frozen stages run once per view, and not at all for texts,
+whose frozen features are cached. The backward pass of a product costs one more product for the gradient of its input
+and one for that of its weight, where each is needed. Recomputation (checkpointing, fused attention) is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data import Batch
     from scenarioclip_fast.model.tokens import TokenTable
 
-# Dense products, operations a second, from NVIDIA's data sheets; names as the driver gives them.
+# Dense FLOP/s from NVIDIA's data sheets; names as reported by the driver.
 _PEAKS = {
     "H100 80GB HBM3": {"bf16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
     "H200": {"bf16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
@@ -27,10 +27,10 @@ PRECISIONS = ("bf16", "tf32", "float32")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The peak rate of dense matrix products in operations a second; None for a device we have no data sheet of.
+    """The peak rate of dense matrix products in FLOP/s; None for an unlisted device.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` gives it.
+        device_name: as `torch.cuda.get_device_name()` returns it.
         precision: "bf16", "tf32" or "float32", as in `run.precision`.
     """
     if precision not in PRECISIONS:
@@ -38,19 +38,19 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return next((peaks[precision] for name, peaks in _PEAKS.items() if name in device_name), None)
 
 
-def batch_operations(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
-    """`step_operations` of a batch whose ids speak of the strings in `table`."""
+def batch_flops(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
+    """`step_flops` of a batch; its ids refer to the strings in `table`."""
     lengths = [of_level.tolist() for of_level in table.distinct(batch.host_ids).lengths]
-    return step_operations(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
+    return step_flops(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
 
 
-def step_operations(
+def step_flops(
     config: ModelConfig, views: Sequence[int], text_lengths: Sequence[Sequence[int]], *, teacher: bool
 ) -> float:
-    """Operations of one step: forward, backward and contrastive logits; optimiser and elementwise work are left out.
+    """FLOPs of one step: forward, backward and contrastive logits, without optimiser and elementwise operations.
 
     Args:
-        views: how many global, object and relation views; the teacher sees the global ones.
+        views: number of global, object and relation views; the teacher embeds the global ones.
         text_lengths: per level, the number of tokens of each distinct text.
         teacher: whether an EMA teacher embeds whole images, object texts and relation texts.
     """
@@ -63,8 +63,8 @@ def step_operations(
     frozen = [freeze.embeddings, *_frozen_blocks(config.text.layers, freeze.text_blocks)]
     for level, (rows, lengths) in enumerate(zip(views, text_lengths, strict=True)):
         stages = _text_stages(config, lengths)
-        known = sum(stage.forward for stage in stages[: frozen.index(False)])
-        total += _trained(stages, frozen) - known
+        cached = sum(stage.forward for stage in stages[: frozen.index(False)])
+        total += _trained(stages, frozen) - cached
         if teacher and level > 0:
             total += _forward(stages, frozen)
         total += 3 * 2 * rows * len(lengths) * width
@@ -73,10 +73,10 @@ def step_operations(
 
 @dataclass(frozen=True)
 class _Stage:
-    """Operations of one stage's forward pass."""
+    """FLOPs of one stage's forward pass."""
 
     weights: float = 0.0  # products with weights
-    from_input: float = 0.0  # the part of them that multiplies pixels, which want no gradient
+    from_input: float = 0.0  # the part of them that multiplies pixels, which need no gradient
     attention: float = 0.0  # products of activations with each other
 
     @property
@@ -90,7 +90,7 @@ def _trained(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
     for stage, is_frozen in zip(stages, frozen, strict=True):
         total += stage.forward
         if not is_frozen:
-            # Norms and positions sit in front of a stage's products, so that a stage which trains needs both.
+            # Norms and positions precede a stage's products, so a trained stage needs both gradients.
             reached = True
             total += stage.weights
         if reached:
@@ -99,7 +99,7 @@ def _trained(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
 
 
 def _forward(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
-    """The teacher's forward pass, from where it is no longer the student's."""
+    """The teacher's forward pass, without the frozen stages that it shares with the student."""
     return sum(stage.forward for stage in stages[frozen.index(False) :])
 
 
@@ -108,7 +108,7 @@ def _frozen_blocks(layers: int, blocks: int) -> list[bool]:
 
 
 def _vision_stages(config: ModelConfig) -> list[_Stage]:
-    """Of one view: embedding, layernorm, blocks, head."""
+    """The stages of one view: embedding, layernorm, blocks, head."""
     part = config.vision
     n = part.tokens
     blocks = _blocks(part, rows=1, tokens=n, pairs=n * n, read=n)
@@ -116,7 +116,7 @@ def _vision_stages(config: ModelConfig) -> list[_Stage]:
 
 
 def _text_stages(config: ModelConfig, lengths: Sequence[int]) -> list[_Stage]:
-    """Of all texts: embedding, blocks, head. A token sees itself and what comes before it."""
+    """The stages of all texts: embedding, blocks, head. Attention is causal."""
     part = config.text
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     blocks = _blocks(part, rows=len(lengths), tokens=sum(lengths), pairs=pairs, read=sum(lengths))
@@ -124,12 +124,12 @@ def _text_stages(config: ModelConfig, lengths: Sequence[int]) -> list[_Stage]:
 
 
 def _blocks(part: VisionConfig | TextConfig, rows: int, tokens: int, pairs: int, read: int) -> list[_Stage]:
-    """`pairs` of tokens look at each other, `read` of them from the one token of each row that is read at the end.
+    """The blocks' stages. `pairs`: attended pairs of tokens; `read`: those whose query is a pooled token.
 
-    The last block makes keys and values of all tokens, and everything else of the token that is read.
+    The last block computes keys and values of all tokens, and everything else for the pooled token only.
     """
     square = part.width**2
-    # Query, key, value and out 8 W^2, MLP 16 W^2; a score and its product with a value 4 W.
+    # Per token: 8 W^2 for query, key, value and out, 16 W^2 for the MLP. Per pair: 4 W for score and weighted value.
     whole = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
     last = _Stage(4 * square * tokens + 20 * square * rows, attention=4 * part.width * read)
     return [whole] * (part.layers - 1) + [last]
@@ -140,7 +140,7 @@ def _stem(part: VisionConfig) -> _Stage:
     if part.stem == "linear":
         weights = patches * 2 * 3 * part.patch_size**2 * part.width
         return _Stage(weights, from_input=weights)
-    # 3 x 3 convolutions, each at half the side of the one before, channels doubling to the width; then 1 x 1.
+    # 3 x 3 convolutions that halve the side and double the channels up to the width, then a 1 x 1 convolution.
     halvings = part.patch_size.bit_length() - 1
     channels = [3, *(part.width >> i for i in reversed(range(halvings)))]
     sides = [part.image_size >> i for i in range(1, halvings + 1)]

@@ -1,0 +1,62 @@
+"""`scenarioclip-fast embed`: embeddings of images as a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "embed",
+        help="write embeddings of images",
+        description="Embeds the images of a folder (searched recursively), of tars or of packed shards, and writes "
+        "keys and embeddings (float32, not normalised) as .npz or .parquet. Unreadable images are skipped and listed.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
+    parser.add_argument("images", metavar="IMAGES", help="an image, a folder, a tar, or a directory that `pack` wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz or .parquet file to write")
+    parser.add_argument(
+        "--level",
+        choices=("global", "object", "relation"),
+        default="global",
+        help="object and relation need packed shards (default: global)",
+    )
+    parser.add_argument("--split", default="test", metavar="NAME", help="of packed shards (default: test)")
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="teacher: the EMA weights of a run with loss.teacher_scope=all (default: student)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as in training")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed, write the file and print one line."""
+    from scenarioclip_fast.eval.embed import embed
+
+    table = embed(
+        args.checkpoint,
+        args.images,
+        args.out,
+        level=args.level,
+        split=args.split,
+        weights=args.weights,
+        batch_size=args.batch_size,
+        device=args.device,
+        decoder=args.decoder,
+        force=args.force,
+    )
+    if table.keys:
+        images = len(set(table.keys))
+        rows, width = table.embeddings.shape
+        print(
+            f"wrote {args.out}: {rows} {table.level} embeddings of width {width} from {images} images, "
+            f"{len(table.skipped)} skipped; {images / max(table.seconds, 1e-9):.1f} images/s"
+        )
+    return 0

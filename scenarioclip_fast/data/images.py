@@ -1,0 +1,111 @@
+"""Unannotated images of folders and tars, as batches of global views."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.decode import DecodeError, Decoder
+from scenarioclip_fast.data.preprocess import preprocess
+from scenarioclip_fast.errors import UserError
+
+T = TypeVar("T")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class SkippedImage(NamedTuple):
+    """An image that could not be read or decoded, and why."""
+
+    key: str
+    reason: str
+
+
+OnSkip = Callable[[SkippedImage], None]
+
+
+def find_images(source: str | Path) -> list[Path]:
+    """The image files and tars at or below `source`, sorted; hidden files are excluded.
+
+    Raises:
+        UserError: `source` does not exist, or there are none.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or directory")
+    paths = [source] if source.is_file() else source.rglob("*")
+    usable = (*SUFFIXES, ".tar")
+    found = sorted(p for p in paths if p.suffix.lower() in usable and not p.name.startswith(".") and p.is_file())
+    if not found:
+        raise UserError(f"{source}: no images found, expected files ending in {', '.join(usable)}")
+    return found
+
+
+def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
+    """Yield the key and the encoded bytes of each image at or below `source`.
+
+    A key is the path below `source`; for images in a tar, the tar's path and the member's name.
+    """
+    source = Path(source)
+    root = source.parent if source.is_file() else source
+    for path in find_images(source):
+        key = path.relative_to(root).as_posix()
+        try:
+            if path.suffix.lower() == ".tar":
+                yield from _read_tar(path, key)
+            else:
+                yield key, path.read_bytes()
+        except (OSError, tarfile.TarError) as error:
+            on_skip(SkippedImage(key, f"unreadable: {error}"))
+
+
+def _read_tar(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            name = Path(member.name)
+            if member.isfile() and name.suffix.lower() in SUFFIXES and not name.name.startswith("."):
+                file = tar.extractfile(member)
+                assert file is not None
+                yield f"{key}/{member.name}", file.read()
+
+
+def image_batches(
+    images: Iterable[tuple[str, bytes]], decoder: Decoder, *, batch_size: int, size: int, on_skip: OnSkip
+) -> Iterator[Batch]:
+    """Batches of global views on the decoder's device, one prepared ahead; bad images go to `on_skip`."""
+    return _one_ahead(_decoded_batches(iter(images), decoder, batch_size, size, on_skip))
+
+
+def _decoded_batches(
+    images: Iterator[tuple[str, bytes]], decoder: Decoder, batch_size: int, size: int, on_skip: OnSkip
+) -> Iterator[Batch]:
+    while chunk := list(islice(images, batch_size)):
+        keys: list[str] = []
+        pixels: list[Tensor] = []
+        for (key, _), image in zip(chunk, decoder.decode([data for _, data in chunk]), strict=True):
+            if isinstance(image, DecodeError):
+                on_skip(SkippedImage(key, str(image)))
+            else:
+                keys.append(key)
+                pixels.append(image)
+        if keys:
+            none = torch.empty(0, dtype=torch.int64, device=decoder.device)
+            no_action = torch.full((len(keys),), -1, device=decoder.device)
+            yield Batch(preprocess(pixels, size=size, device=decoder.device), keys, none, none, no_action, none, none)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Computes the next item in a thread while the consumer works on the last one."""
+    with ThreadPoolExecutor(1, "images") as pool:
+        pending = pool.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = pool.submit(next, items, None)
+            yield item

@@ -1,0 +1,163 @@
+"""`scenarioclip-fast embed`: embeddings of folders, tars and shards equal the model's own; mistakes are one line."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenarioclip_fast as scf
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import ShardSet, generate_scenes, pack
+from scenarioclip_fast.eval.embed import embed
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/: random weights; images/: four good images and a bad one; shards/: ten synthetic scenes."""
+    place = tmp_path_factory.mktemp("embed")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        embed_dim=12,
+        vision=VisionConfig(16, 8, 24, 2, 3),
+        text=TextConfig(16, width=16, layers=1, heads=2),
+        freeze=FreezeConfig.nothing(),
+    )
+    model = ScenarioCLIP(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(place / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), np.uint8)
+    folder = place / "images"
+    (folder / "below").mkdir(parents=True)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels[0]).save(folder / "a.jpg")
+    Image.fromarray(pixels[1]).save(folder / "below" / "b.PNG")
+    Image.fromarray(pixels[2, ..., 0]).save(folder / "gray.jpg")
+    Image.fromarray(pixels[3]).save(folder / "rotated.jpg", exif=rotated)
+    (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    pack(generate_scenes(10, seed=0, test=0.5), place / "shards")
+    return place
+
+
+def run(place: Path, images: Path, out: Path, *options: str) -> int:
+    return main(["embed", str(place / "model"), str(images), "--out", str(out), "--device", "cpu", *options])
+
+
+def read(path: Path) -> dict[str, Any]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def expected(place: Path, images: list[Path]) -> torch.Tensor:
+    with torch.no_grad():
+        model = ScenarioCLIP.from_pretrained(place / "model").eval()
+        return model.encode_image(scf.preprocess(images, size=16), "global")
+
+
+def test_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out.npz"
+    assert run(place, place / "images", out, "--batch-size", "2") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"wrote {out}: 4 global embeddings of width 12 from 4 images, 1 skipped; ")
+    assert "warning: skipped 1 images: bad.jpg (truncated: 3 bytes of JPEG end inside the header)" in printed.err
+    found = read(out)
+    assert found.keys() == {"keys", "embeddings", "level"} and found["level"] == "global"
+    assert list(found["keys"]) == ["a.jpg", "below/b.PNG", "gray.jpg", "rotated.jpg"]
+    assert found["embeddings"].dtype == np.float32
+    # Float32 sums in another order for another batch.
+    torch.testing.assert_close(
+        torch.from_numpy(found["embeddings"]),
+        expected(place, [place / "images" / key for key in found["keys"]]),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_one_image_and_a_tar(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = place / "images" / "a.jpg"
+    alone = embed(place / "model", image, device="cpu")
+    assert alone.keys == ["a.jpg"] and alone.text_ids is None
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        for name in ("x/1.jpg", "x/1.json", "2.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = image.stat().st_size
+            tar.addfile(info, io.BytesIO(image.read_bytes()))
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "some.tar").read_bytes()[:700])
+    table = embed(place / "model", tmp_path, device="cpu", batch_size=1)
+    assert table.keys == ["some.tar/x/1.jpg", "some.tar/2.jpg"]
+    assert torch.equal(table.embeddings, alone.embeddings.expand(2, -1))
+    assert [skipped.key for skipped in table.skipped] == ["cut.tar"]
+    assert "cut.tar (unreadable: unexpected end of data)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level", ["global", "object", "relation"])
+def test_shards(level: str, place: Path, tmp_path: Path) -> None:
+    assert run(place, place / "shards", tmp_path / "out.npz", "--level", level, "--batch-size", "3") == 0
+    found = read(tmp_path / "out.npz")
+    shards = ShardSet(place / "shards", "test")
+    scenes = sorted((shards.read(i) for i in range(len(shards))), key=lambda scene: scene.key)
+    texts = {
+        "global": [(s.key, s.action) for s in scenes],
+        "object": [(s.key, o.name) for s in scenes for o in s.objects],
+        "relation": [(s.key, s.relation_text(k)) for s in scenes for k in range(len(s.relations))],
+    }
+    assert [(key, found["texts"][i]) for key, i in zip(found["keys"], found["text_ids"], strict=True)] == texts[level]
+    assert found["embeddings"].shape == (len(texts[level]), 12)
+    if level == "global":
+        images = [s.image for s in scenes]
+        torch.testing.assert_close(torch.from_numpy(found["embeddings"]), expected(place, images), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_parquet(place: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = embed(place / "model", place / "shards", tmp_path / "out.parquet", level="object", device="cpu")
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found["key"].to_pylist() == table.keys
+    assert table.text_ids is not None and table.texts is not None
+    assert found["text"].to_pylist() == [table.texts[i] for i in table.text_ids.tolist()]
+    np.testing.assert_array_equal(np.array(found["embedding"].to_pylist(), np.float32), table.embeddings.numpy())
+
+
+def test_mistakes_are_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, empty = place / "images", tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.jpg").write_bytes(b"no JPEG")
+    there = tmp_path / "there.npz"
+    there.write_bytes(b"kept")
+    out = tmp_path / "out.npz"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for arguments, message in (
+        ((images, out, "--level", "object"), "level 'object' needs annotations"),
+        ((images, there), "there.npz exists: pass --force"),
+        ((images, tmp_path / "out.csv"), "got suffix '.csv', expected .npz or .parquet"),
+        ((images, tmp_path / "out.parquet"), r"pyarrow is not installed"),
+        ((images, out, "--batch-size", "0"), "batch size: got 0, expected at least 1"),
+        ((images, out, "--device", "abacus"), "device: got 'abacus'"),
+        ((empty, out), "empty: no images found, expected files ending in .jpg, "),
+        ((tmp_path / "gone", out), "gone: no such file or directory"),
+        ((tmp_path / "bad", out), "bad: nothing to embed at level 'global' (1 images skipped)"),
+        ((place / "shards", out, "--split", "more"), "split: got 'more', expected one of train, val, test"),
+    ):
+        assert run(place, *arguments) == 2
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1 and message in error[0]
+    assert there.read_bytes() == b"kept" and not out.exists()
+    assert run(place, images, there, "--force") == 0
+    assert len(read(there)["keys"]) == 4
