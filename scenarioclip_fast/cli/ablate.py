@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, and prints the table."""
     from scenarioclip_fast.cli.train import STOPPED
     from scenarioclip_fast.errors import UserError
-    from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation, run_ablation
+    from scenarioclip_fast.recipes.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation, run_ablation
 
     # argparse counts what follows `--variants a b` among the variants, a path and changes too
     asked = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]

@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the demo and prints its accuracies."""
-    from scenarioclip_fast.demo import DemoConfig, run_demo
+    from scenarioclip_fast.recipes.demo import DemoConfig, run_demo
 
     print(run_demo(DemoConfig(args.out, args.seed, args.scenes, args.views, args.device)))
     return 0

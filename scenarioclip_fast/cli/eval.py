@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import Session
+    from scenarioclip_fast.report.page import Report
 
 _Finish = Callable[[], Any]
 
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and writes the files that were asked for; of several ranks, the first one does."""
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.loading import left_out_record
-    from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import open_session
+    from scenarioclip_fast.report.page import Report
 
     if min(getattr(args, "top", [1])) < 1:
         raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers from 1 on")
@@ -220,9 +220,9 @@ def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> _Fi
 
 
 def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
-    from scenarioclip_fast.eval.figures_bars import recall_bars
-    from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.retrieval import retrieval
+    from scenarioclip_fast.report.bars import recall_bars
+    from scenarioclip_fast.report.page import Section
 
     with session.loader(args.split) as loader:
         result = retrieval(
@@ -246,9 +246,9 @@ def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> _F
 def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.figures_bars import probe_bars
     from scenarioclip_fast.eval.probe import ProbeSettings, linear_probe
-    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.report.bars import probe_bars
+    from scenarioclip_fast.report.page import Section
 
     if args.split == "train":
         raise UserError("--split: got 'train', which the probe is trained on; expected test or val")
@@ -286,10 +286,10 @@ def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finis
 
 def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
-    from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.tsne import check_settings, embedding_map
+    from scenarioclip_fast.report.maps import map_picture, nearest_sheet
+    from scenarioclip_fast.report.page import Section
     from scenarioclip_fast.requirements import require
 
     # before a large split is embedded
@@ -327,9 +327,9 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish
 
 
 def _negatives(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
-    from scenarioclip_fast.eval.figures_bars import preference_bars
     from scenarioclip_fast.eval.negatives import hard_negatives
-    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.report.bars import preference_bars
+    from scenarioclip_fast.report.page import Section
 
     with session.loader(args.split) as loader:
         result = hard_negatives(

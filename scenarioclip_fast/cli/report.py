@@ -26,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and prints the summary."""
-    from scenarioclip_fast.eval.runs import compare_runs, find_runs, summary_table
     from scenarioclip_fast.eval.tables import text_table
+    from scenarioclip_fast.report.runs import compare_runs, find_runs, summary_table
 
     runs = find_runs(args.runs)
     out: Path = args.out or (Path(args.runs[0]) / "report" if len(args.runs) == 1 else Path("report"))

@@ -12,9 +12,9 @@ from scenarioclip_fast.data import Vocabulary
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.eval import tsne as module
 from scenarioclip_fast.eval.features import Features, LevelFeatures
-from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
 from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.tsne import EmbeddingMap, embedding_map
+from scenarioclip_fast.report.maps import map_picture, nearest_sheet
 
 VOCABULARY = Vocabulary([], ["bird", "cat", "dog", "fish", "owl"], [], {})
 COUNTS = [20, 6, 40, 1, 0]  # of each

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import generate_scenes, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
-from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
+from scenarioclip_fast.recipes.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 SMALL = [
@@ -110,7 +110,7 @@ def test_again_does_nothing_again(
     ablation: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trained again"))
-    monkeypatch.setattr("scenarioclip_fast.eval.ablation.zeroshot", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr("scenarioclip_fast.recipes.ablation.zeroshot", lambda *_, **__: pytest.fail("evaluated again"))
     # other threads and checkpoints change no weight
     changed = [*SMALL, "data.threads=2", "train.checkpoint_every=1"]
     assert main(["ablate", str(shards), *changed, f"run.dir={ablation}", *ASKED]) == 0

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
 from scenarioclip_fast.eval.samples import SampleScene
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
+from scenarioclip_fast.report.curves import accuracy_bars, loss_curves, sample_sheet
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -17,12 +17,12 @@ from typing import Any
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.negatives import CHANCE, KINDS
-from scenarioclip_fast.eval.plots import MATCH_TITLES, accuracy_comparison, run_curves
-from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.tables import percent
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
 from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.report.curves import MATCH_TITLES, accuracy_comparison, run_curves
+from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.metrics import read_metrics
 

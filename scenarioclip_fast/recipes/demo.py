@@ -29,9 +29,9 @@ from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
 from scenarioclip_fast.eval.loading import EvaluationLoader
-from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import SampleScene, answer_samples
 from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult, zeroshot
+from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.eval.negatives import CHANCE, KINDS, NegativesResult, Preference
-from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.eval.probe import ProbeResult
 from scenarioclip_fast.eval.retrieval import DIRECTIONS, RetrievalResult
 from scenarioclip_fast.eval.zeroshot import TASKS
+from scenarioclip_fast.report.curves import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
 
 _SHADES = ("#7a5ba8", "#3b8f9c")

@@ -17,12 +17,12 @@ from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.eval.loading import LeftOut, left_out_record
-from scenarioclip_fast.eval.plots import MATCH_TITLES
-from scenarioclip_fast.eval.runs import RESULT, Run, accuracy_table, compare_runs, read_run, summary_table
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
 from scenarioclip_fast.model.config import flat
+from scenarioclip_fast.report.curves import MATCH_TITLES
+from scenarioclip_fast.report.runs import RESULT, Run, accuracy_table, compare_runs, read_run, summary_table
 from scenarioclip_fast.train.config import DataSection, TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
 

@@ -10,10 +10,10 @@ import torch
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet
-from scenarioclip_fast.demo import DemoConfig, run_demo, train_config
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.recipes.demo import DemoConfig, run_demo, train_config
 
 
 @pytest.fixture(scope="module")

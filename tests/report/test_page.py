@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
-from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.report.curves import accuracy_bars, loss_curves, sample_sheet
+from scenarioclip_fast.report.page import Report, Section
 
 
 def result() -> ZeroShotResult:
@@ -100,7 +100,7 @@ def test_report_is_one_file_with_everything_inside(tmp_path: Path) -> None:
 
 def test_matplotlib_is_loaded_only_to_draw() -> None:
     code = (
-        "import sys, scenarioclip_fast.eval.plots, scenarioclip_fast.eval.report; "
+        "import sys, scenarioclip_fast.report.curves, scenarioclip_fast.report.page; "
         "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

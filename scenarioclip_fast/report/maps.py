@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from scenarioclip_fast.eval.plots import AMBER, COLOURS, CROSS, GRID, MUTED, RIGHT, STYLE, TICK, WRONG
 from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.tsne import EmbeddingMap
 from scenarioclip_fast.eval.zeroshot import TASKS
+from scenarioclip_fast.report.curves import AMBER, COLOURS, CROSS, GRID, MUTED, RIGHT, STYLE, TICK, WRONG
 from scenarioclip_fast.requirements import require
 
 _MARKERS = "os^Dv"  # one for each ten colours

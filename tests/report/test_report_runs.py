@@ -14,10 +14,11 @@ import pytest
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.negatives import NegativesResult, Preference
-from scenarioclip_fast.eval.plots import accuracy_comparison, run_curves
 from scenarioclip_fast.eval.probe import ProbeAccuracy, ProbeResult, ProbeSettings
 from scenarioclip_fast.eval.retrieval import Recall, RetrievalResult
-from scenarioclip_fast.eval.runs import (
+from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.report.curves import accuracy_comparison, run_curves
+from scenarioclip_fast.report.runs import (
     accuracy_table,
     compare_runs,
     config_differences,
@@ -25,7 +26,6 @@ from scenarioclip_fast.eval.runs import (
     share_table,
     summary_table,
 )
-from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
 from scenarioclip_fast.train.config import TrainConfig
 
 LEVELS = ("global", "object", "relation")
