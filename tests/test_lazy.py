@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ["", ".data", ".eval", ".model", ".ops", ".train"]
+PACKAGES = ["", ".data", ".eval", ".model", ".ops", ".report", ".train"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

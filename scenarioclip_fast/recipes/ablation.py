@@ -1,12 +1,11 @@
-"""Ablations: the same data, seed and budget, trained with and without a part of the method, and compared."""
+"""Ablations: train with and without parts of the method on the same data, seed and budget, and compare."""
 
 from __future__ import annotations
 
 import gc
 import json
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,74 +15,38 @@ import torch
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
-from scenarioclip_fast.eval.loading import LeftOut, left_out_record
+from scenarioclip_fast.eval.loading import SkippedScene, skipped_record
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
-from scenarioclip_fast.model.config import flat
-from scenarioclip_fast.report.curves import MATCH_TITLES
-from scenarioclip_fast.report.runs import RESULT, Run, accuracy_table, compare_runs, read_run, summary_table
+from scenarioclip_fast.recipes.variants import Variant, differences
+from scenarioclip_fast.report.accuracy import MATCH_TITLES
+from scenarioclip_fast.report.comparison import accuracy_table, compare_runs, summary_table
+from scenarioclip_fast.report.runs import RESULT, Run, read_run
 from scenarioclip_fast.train.config import DataSection, TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
-
-# The whole method; every variant starts from it.
-METHOD = {"model.variant": "scenarioclip1", "data.relation_view": "focused"}
-VARIANTS: dict[str, dict[str, str]] = {
-    "full": {},
-    "no-distillation": {"model.variant": "scenarioclip0"},
-    "no-focused-regions": {"data.relation_view": "scene"},
-    "relation-boxes": {"data.relation_view": "box"},
-    "scenarioclip1": {},
-    "scenarioclip0": {"model.variant": "scenarioclip0"},
-    "pyramidclip": {"model.variant": "pyramidclip"},
-}
-DEFAULT_VARIANTS = ("full", "no-distillation", "no-focused-regions", "pyramidclip")
-# What may differ between the two parts of a run that was cut off: it changes no weight.
-_HARMLESS = {
-    "run.dir",
-    "run.device",
-    "run.timeout_s",
-    "data.prefetch",
-    "data.threads",
-    "data.cache_gib",
-    "data.shard_cache_dir",
-    "data.shard_cache_gib",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.tensorboard",
-    "train.profile",
-}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One run of the ablation; its run.dir is a directory of its name in the ablation's.
-
-    `also`: other names that were asked for and mean the same training.
-    """
-
-    name: str
-    config: TrainConfig
-    also: list[str] = field(default_factory=list)
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.run.dir)
 
 
 @dataclass
 class Ablation:
-    """What has been done so far. `left_out` has the scenes that could not be used in an evaluation, `stopped_by` names
-    the signal that ended it before its end, and among several ranks the main one, which writes and prints."""
+    """The state of an ablation.
+
+    Attributes:
+        directory: holds ablation.json, report.html and a run directory per variant.
+        split: the split evaluated on.
+        variants: all planned runs.
+        results: variant -> zero-shot result, of those evaluated so far.
+        skipped: variant -> scenes that its evaluation could not use.
+        failures: variant -> error message.
+        stopped_by: the signal that ended the ablation early.
+        is_main_process: this process writes and prints.
+    """
 
     directory: Path
     split: str
     variants: Sequence[Variant]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
-    left_out: dict[str, list[LeftOut]] = field(default_factory=dict)
+    skipped: dict[str, list[SkippedScene]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: str | None = None
     is_main_process: bool = True
@@ -93,9 +56,9 @@ class Ablation:
         return self.directory / "report.html"
 
     def runs(self) -> list[Run]:
-        """Those that have begun, in the order of the variants."""
-        begun = (v for v in self.variants if (v.directory / "metrics.jsonl").is_file())
-        return [read_run(v.directory, v.name) for v in begun]
+        """The started runs, in the order of the variants."""
+        started = (v for v in self.variants if (v.directory / "metrics.jsonl").is_file())
+        return [read_run(v.directory, v.name) for v in started]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -106,29 +69,30 @@ class Ablation:
                 v.name: {
                     "run": str(v.directory),
                     "config": v.config.to_dict(),
-                    "state": self.failures.get(v.name) or states.get(v.name, "not begun"),
-                    "zeroshot": _record(found, self.left_out[v.name]) if (found := self.results.get(v.name)) else None,
+                    "state": self.failures.get(v.name) or states.get(v.name, "not started"),
+                    "zeroshot": _record(found, self.skipped[v.name]) if (found := self.results.get(v.name)) else None,
                 }
                 for v in self.variants
             },
         }
 
     def write(self) -> None:
-        """Writes ablation.json."""
+        """Write ablation.json."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         (self.directory / "ablation.json").write_text(text, encoding="utf-8")
 
     def write_report(self) -> None:
-        """Writes report.html, and its pictures beside it."""
+        """Write report.html, and its figures in pictures/."""
         if runs := self.runs():
             lead = (
-                f"{len(self.results)} of {len(self.variants)} variants trained and evaluated; one seed, data, budget."
+                f"{len(self.results)} of {len(self.variants)} variants trained and evaluated, with the same seed, data "
+                "and budget."
             )
             page = compare_runs(runs, self.directory / "pictures", f"Ablation: {self.directory.name}", lead)
             page.write(self.report)
 
     def __str__(self) -> str:
-        """The comparison as one table: accuracies under both rules, then losses and speed."""
+        """The comparison as one table: accuracies under both matching rules, then losses and throughput."""
         head, rows = ["", "chance", *self.results], []
         for match in MATCHES:
             found = accuracy_table(self.results, match)[1]
@@ -142,73 +106,19 @@ class Ablation:
         return "\n".join([table, *failed])
 
 
-def plan_ablation(
-    file: str | Path | None,
-    overrides: Sequence[str] = (),
-    names: Iterable[str] = DEFAULT_VARIANTS,
-    own: Mapping[str, Sequence[str]] | None = None,
-) -> list[Variant]:
-    """The runs of an ablation.
-
-    Args:
-        file: YAML config that all share; None: the defaults.
-        overrides: `key=value`, for all. Its run.dir holds the variants.
-        names: of VARIANTS, in the order of the table.
-        own: further variants: name -> `key=value` strings that make it differ from the full method.
-
-    Names that ask for one and the same training ("no-distillation" and "scenarioclip0") become one run, of the first
-    name.
-
-    Raises:
-        UserError: an unknown variant or key, a name that is no directory's, none or one variant only.
-    """
-
-    def load(*more: str) -> TrainConfig:
-        given = [*overrides, *more]
-        return TrainConfig.load(file, given) if file is not None else TrainConfig.of({}, given)
-
-    for text in overrides:
-        if (key := text.partition("=")[0].strip()) in METHOD:
-            raise UserError(f"{text}: the variants set {key}; leave it out, or name a variant of your own")
-    root = Path(load().run.dir)
-    wanted: dict[str, list[str]] = {}
-    for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"variant {name!r}: expected one of {', '.join(VARIANTS)}")
-        wanted[name] = [f"{key}={value}" for key, value in {**METHOD, **VARIANTS[name]}.items()]
-    for name, changes in (own or {}).items():
-        if name in VARIANTS or not _NAME.fullmatch(name):
-            problem = "is a built-in one" if name in VARIANTS else "can be no directory's name"
-            raise UserError(f"variant {name!r} {problem}; expected a new name of letters, digits, '.', '_' and '-'")
-        if not changes:
-            raise UserError(f"variant {name!r}: got no changes, expected key=value after its name")
-        wanted[name] = [*(f"{key}={value}" for key, value in METHOD.items()), *changes]
-    variants: list[Variant] = []
-    for name, changes in wanted.items():
-        config = load(*changes, f"run.dir={root / name}")
-        same = next((v for v in variants if not _differences(v.config, config)), None)
-        if same is None:
-            variants.append(Variant(name, config))
-        else:
-            same.also.append(name)
-    if len(variants) < 2:
-        raise UserError(f"got {len(variants)} variant, expected at least 2 to compare")
-    return variants
-
-
 def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: int = 64) -> Ablation:
-    """Trains what is not trained yet, evaluates what is not evaluated yet, and writes ablation.json and report.html.
+    """Train and evaluate all variants, and write ablation.json and report.html.
 
-    What an earlier call has finished is kept, and what it has begun is resumed. A variant whose training fails is
-    reported, and the others go on. After a signal the state is saved and the result says so.
+    Finished work of an earlier call is kept, and interrupted training is resumed. A variant whose training fails is
+    reported, and the others continue. After a signal the state is saved and `stopped_by` is set.
 
     Args:
-        variants: of `plan_ablation`.
-        split: of the evaluation.
-        batch_size: scenes at a time in the evaluation.
+        variants: from `plan_ablation`.
+        split: to evaluate on.
+        batch_size: scenes per batch of the evaluation.
 
     Raises:
-        UserError: no such data or split, or a variant's directory holds a run of another config.
+        UserError: no such data or split, or a variant's directory holds a run with another config.
     """
     first = variants[0]
     if not first.config.data.shards:
@@ -220,8 +130,8 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
     with join_world(first.config.run.device) as world:
         ablation.is_main_process = world.is_main_process
         for variant in variants:
-            for name in variant.also:
-                _say(world, f"{name} is {variant.name} by another name: trained once")
+            for name in variant.aliases:
+                _log(world, f"{name} is the same as {variant.name}: trained once")
         for number, variant in enumerate(variants, 1):
             where = f"[{number}/{len(variants)}] {variant.name}"
             try:
@@ -229,10 +139,10 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
                 if ablation.stopped_by is not None:
                     break
                 found = _evaluate(variant, split, batch_size, world, where)
-                ablation.results[variant.name], ablation.left_out[variant.name] = found
+                ablation.results[variant.name], ablation.skipped[variant.name] = found
             except TrainingFailed as error:
                 ablation.failures[variant.name] = str(error)
-                _say(world, f"{where}: failed: {error}")
+                _log(world, f"{where}: failed: {error}")
             if world.is_main_process:
                 ablation.write()
         if world.is_main_process:
@@ -241,14 +151,14 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
 
 
 def _train(variant: Variant, world: World, where: str) -> str | None:
-    """Returns what ended it early, if something did."""
+    """Train or resume a variant; return what stopped it early, if anything."""
     if world.gather(_finished(variant))[0]:
-        _say(world, f"{where}: trained already")
+        _log(world, f"{where}: already trained")
         return None
-    begun = (variant.directory / "checkpoints").is_dir()
-    _say(world, f"{where}: {'going on with' if begun else 'training in'} {variant.directory}")
-    result = Trainer(variant.config, resume=begun).fit()
-    # The next variant has the memory to itself, and its blocks do not count as recompilations of this one's.
+    resume = (variant.directory / "checkpoints").is_dir()
+    _log(world, f"{where}: {'resuming' if resume else 'training in'} {variant.directory}")
+    result = Trainer(variant.config, resume=resume).fit()
+    # Free the memory for the next variant, whose blocks must not count as recompilations of this one's.
     gc.collect()
     torch.compiler.reset()
     if world.device.type == "cuda":
@@ -258,15 +168,14 @@ def _train(variant: Variant, world: World, where: str) -> str | None:
 
 def _evaluate(
     variant: Variant, split: str, batch_size: int, world: World, where: str
-) -> tuple[ZeroShotResult, list[LeftOut]]:
+) -> tuple[ZeroShotResult, list[SkippedScene]]:
     path = variant.directory / RESULT
-    known: ZeroShotResult | None = world.gather(_known_result(path, variant, split) if world.is_main_process else None)[
-        0
-    ]
+    stored = _stored_result(path, variant, split) if world.is_main_process else None
+    known: ZeroShotResult | None = world.gather(stored)[0]
     if known is not None:
-        _say(world, f"{where}: evaluated already")
+        _log(world, f"{where}: already evaluated")
         return known, []
-    _say(world, f"{where}: evaluating on the {split} split")
+    _log(world, f"{where}: evaluating on the {split} split")
     data = variant.config.data
     with (
         open_session(
@@ -274,7 +183,7 @@ def _evaluate(
             data.shards,
             device=str(world.device),
             batch_size=batch_size,
-            # a run that was trained by an earlier call may have had it elsewhere
+            # the run may have been trained by an earlier call with another shard cache
             shard_cache_dir=data.shard_cache_dir,
             shard_cache_gib=data.shard_cache_gib,
         ) as session,
@@ -282,26 +191,26 @@ def _evaluate(
     ):
         result = zeroshot(session.model, loader, loader.vocabulary, split=split, world=session.world)
     if world.is_main_process:
-        text = json.dumps(_record(result, session.left_out), indent=2) + "\n"
+        text = json.dumps(_record(result, session.skipped), indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
-    return result, session.left_out
+    return result, session.skipped
 
 
-def _known_result(path: Path, variant: Variant, split: str) -> ZeroShotResult | None:
-    """That of an earlier call, of this model and all scenes of this split."""
+def _stored_result(path: Path, variant: Variant, split: str) -> ZeroShotResult | None:
+    """The result of an earlier call, if it is of this model and of all scenes of this split."""
     try:
         if path.stat().st_mtime < (variant.directory / "model" / "model.safetensors").stat().st_mtime:
             return None
         data = json.loads(path.read_text(encoding="utf-8"))
-        result, left_out = ZeroShotResult.from_dict(data), data["left_out"]["count"]
+        result, skipped = ZeroShotResult.from_dict(data), data["skipped"]["count"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return result if result.split == split and not left_out else None
+    return result if result.split == split and not skipped else None
 
 
-def _record(result: ZeroShotResult, left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """What `eval zeroshot --json` writes."""
-    return {**result.to_dict(), "left_out": left_out_record(left_out)}
+def _record(result: ZeroShotResult, skipped: Sequence[SkippedScene]) -> dict[str, Any]:
+    """The JSON of `eval zeroshot --json`."""
+    return {**result.to_dict(), "skipped": skipped_record(skipped)}
 
 
 def _finished(variant: Variant) -> bool:
@@ -320,22 +229,13 @@ def _check_directory(variant: Variant) -> None:
     file = variant.directory / "config.yaml"
     if not file.is_file() or not (_finished(variant) or (variant.directory / "checkpoints").is_dir()):
         return
-    if changed := _differences(TrainConfig.load(file), variant.config):
+    if changed := differences(TrainConfig.load(file), variant.config):
         raise UserError(
-            f"{variant.directory} holds a run of another config ({'; '.join(changed)}): remove it, or set another "
+            f"{variant.directory} holds a run with another config ({'; '.join(changed)}): remove it, or set another "
             "run.dir"
         )
 
 
-def _differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    old, new = flat(before.to_dict()), flat(now.to_dict())
-    return [
-        f"{key} was {old.get(key)}, is {new.get(key)}"
-        for key in dict.fromkeys([*old, *new])
-        if key not in _HARMLESS and old.get(key) != new.get(key)
-    ]
-
-
-def _say(world: World, text: str) -> None:
+def _log(world: World, text: str) -> None:
     if world.is_main_process:
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""report.html of a run: one file with its pictures inside, so that it can be mailed and opened anywhere."""
+"""A report as one self-contained HTML file, images embedded, that can be mailed and opened anywhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
-
-from scenarioclip_fast.eval.samples import SampleScene
-from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult
-from scenarioclip_fast.report.curves import accuracy_bars, loss_curves, sample_sheet
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -38,9 +33,16 @@ details[open] summary { margin-bottom: .6rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """One card of the report: a heading, then any of a table (head and rows), a picture and a note.
+    """One card of a report: a heading, then any of a table, a picture and a note.
 
-    strong: the cells (row, column) of the table that stand out. folded: shown when its heading is clicked.
+    Attributes:
+        title: heading.
+        head: column headings of the table.
+        rows: cells of the table.
+        picture: a PNG file, embedded when the report is written.
+        note: caption; text in backquotes is set as code.
+        strong: (row, column) of the cells set in bold.
+        folded: collapsed until its heading is clicked.
     """
 
     title: str
@@ -54,69 +56,18 @@ class Section:
 
 @dataclass
 class Report:
-    """Sections in the order they are added; `write` puts them in one HTML file, pictures inlined."""
+    """A title, a lead paragraph and sections, in order."""
 
     title: str
     lead: str = ""
     sections: list[Section] = field(default_factory=list)
 
-    def add_zeroshot(self, result: ZeroShotResult) -> None:
-        """A table per matching rule: each accuracy with its chance level beside it."""
-        subsets = {"all": "all", "seen": "seen in training", "held_out": "held out of training"}
-        titles = {
-            "own": "Zero-shot accuracy, strict: right is the view's own text",
-            "any_in_image": "Zero-shot accuracy, published rule: right is any text of the image",
-        }
-        head = ["task", "texts", "views", "classes", *(f"top-{k} (chance)" for k in result.topk)]
-        note = (
-            f"{result.scenes:,} scenes of the {result.split} split, every view compared with all class texts of its "
-            "level. In brackets: what a random ranking scores on the same views."
-        )
-        for match, title in titles.items():
-            rows = [
-                [TASKS[row.level], subsets[row.subset], f"{row.views:,}", f"{row.classes:,}"]
-                + [f"{100 * row.top[k]:.1f} % ({100 * row.chance[k]:.1f} %)" for k in result.topk]
-                for row in result.only(match).rows
-            ]
-            if rows:
-                self.sections.append(Section(title, head, rows, note=note))
-
     def add_facts(self, title: str, facts: Mapping[str, object]) -> None:
-        """A two-column table of names and values."""
+        """Append a two-column table of names and values."""
         self.sections.append(Section(title, rows=[[name, str(value)] for name, value in facts.items()]))
 
-    def add_pictures(
-        self,
-        directory: Path,
-        result: ZeroShotResult,
-        samples: Sequence[SampleScene],
-        runs: Mapping[str, Sequence[Mapping[str, Any]]],
-        about_runs: str = "",
-    ) -> None:
-        """Draws accuracies, sample scenes and the curves of `runs` (name -> rows of metrics.jsonl) into `directory`
-        and shows them."""
-        self.sections.append(
-            Section(
-                "Accuracies against chance",
-                picture=accuracy_bars(result, directory / "accuracy.png"),
-                note="Dark marks: chance. Held out: texts that never occur in training.",
-            )
-        )
-        if samples:
-            self.sections.append(
-                Section(
-                    "What the model saw and what it answered",
-                    picture=sample_sheet(samples, directory / "scenes.png"),
-                    note="Views as the model gets them. Bold: the truth; below it the best guesses with their cosine. "
-                    "Green frame: the best guess is right; amber: a later one is.",
-                )
-            )
-        if runs:
-            note = f"Pale: every step. Strong: the mean around it, over a twentieth of the run. {about_runs}"
-            picture = loss_curves(runs, directory / "losses.png")
-            self.sections.append(Section("Training", picture=picture, note=note.strip()))
-
     def write(self, path: Path) -> Path:
+        """Write the page to `path`, with the pictures embedded."""
         cards = "\n".join(map(_card, self.sections))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
@@ -134,16 +85,7 @@ def _card(section: Section) -> str:
     heading = f"<h2>{escape(section.title)}</h2>"
     parts = [f"<details><summary>{heading}</summary>" if section.folded else heading]
     if section.rows:
-        columns = len(section.rows[0])
-        # names are read from the left, numbers compared at the right edge
-        filled = [[row[i] for row in section.rows if row[i]] for i in range(columns)]
-        numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
-        parts.append('<div class="scroll"><table>')
-        if section.head:
-            parts.append(_row("th", section.head, numeric))
-        for i, row in enumerate(section.rows):
-            parts.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
-        parts.append("</table></div>")
+        parts.append(_table(section))
     if section.picture is not None:
         data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
@@ -155,9 +97,19 @@ def _card(section: Section) -> str:
     return "<section>" + "\n".join(parts) + "</section>"
 
 
+def _table(section: Section) -> str:
+    # columns of text are aligned left, columns of numbers right
+    filled = [[row[i] for row in section.rows if row[i]] for i in range(len(section.rows[0]))]
+    numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
+    lines = [_row("th", section.head, numeric)] if section.head else []
+    for i, row in enumerate(section.rows):
+        lines.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
+    return "\n".join(['<div class="scroll"><table>', *lines, "</table></div>"])
+
+
 def _is_number(cell: str) -> bool:
-    several = re.search("[;,] ", cell)  # values, which are read like a text
-    return cell.removeprefix("-")[:1].isdigit() and not several
+    is_list = re.search("[;,] ", cell)
+    return cell.removeprefix("-")[:1].isdigit() and not is_list
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:
