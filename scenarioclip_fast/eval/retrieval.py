@@ -65,7 +65,7 @@ class RetrievalResult:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, as text."""
-        head = ["level", "direction", "queries", "gallery", *(f"R@{k} (chance)" for k in self.topk), "median rank"]
+        head = ["task", "direction", "queries", "gallery", *(f"R@{k} (chance)" for k in self.topk), "median rank"]
         body = [
             [TASKS[row.level], DIRECTIONS[row.direction], f"{row.queries}", f"{row.gallery}"]  # type: ignore[index]
             + [f"{percent(row.recall[k])} ({100 * row.chance[k]:.1f})" for k in self.topk]

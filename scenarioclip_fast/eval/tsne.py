@@ -49,7 +49,7 @@ class EmbeddingMap:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and one row, as text."""
-        head = ["level", "views", "classes", "1-NN accuracy", "chance"]
+        head = ["task", "views", "classes", "1-NN accuracy", "chance"]
         row = [TASKS[self.level], f"{len(self.x)}", f"{len(self.classes)}"]
         return head, [[*row, percent(self.agreement), percent(self.chance)]]
 

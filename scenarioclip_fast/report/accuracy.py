@@ -22,7 +22,7 @@ from scenarioclip_fast.report.style import (
 )
 
 MATCH_TITLES = {"own": "strict", "any_in_image": "any text of the image"}
-_PANEL_TITLES = {"own": "strict: only the view's own text counts", "any_in_image": "any text of the image counts"}
+_PANEL_TITLES = {"own": "Strict: only the view's own text counts", "any_in_image": "Any text of the image counts"}
 _SUBSETS = {"all": "", "seen": "\nseen in training", "held_out": "\nheld out"}
 
 
@@ -30,7 +30,8 @@ def accuracy_bars(result: ZeroShotResult, out: Path) -> Path:
     """Draw every accuracy of one evaluation, one panel per matching rule."""
     groups = {match: rows for match in _PANEL_TITLES if (rows := result.only(match).rows)}
     count = max(len(rows) for rows in groups.values())
-    with canvas(out, 9.5, (0.9 + 0.66 * count) * len(groups), pad=0.12) as figure:
+    row = max(0.66, 0.06 + 0.18 * len(result.topk))  # inches; bars need room for their labels
+    with canvas(out, 9.5, (0.9 + row * count) * len(groups), pad=0.12) as figure:
         panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
         for axes, (match, rows) in zip(panels, groups.items(), strict=True):
             _bars(axes, rows, result.topk)
@@ -89,8 +90,8 @@ def _comparison_panel(axes: Any, rows: Mapping[str, Accuracy | None]) -> None:
             axes.plot([x - 0.46 * width, x + 0.46 * width], [chance, chance], color=INK, linewidth=1.6)
             axes.annotate(f"{value:.0f}", (x, value), (0, 2), **small)
     axes.set_xticks(range(len(topk)), [f"top-{k}" for k in topk])
-    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0, symbol=" %"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color=GRID)

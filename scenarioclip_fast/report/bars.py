@@ -40,7 +40,7 @@ class Group:
 def recall_bars(result: RetrievalResult, out: Path) -> Path:
     """Draw recall at k: one panel per direction, one group of bars per level."""
     panels = {
-        f"recall@k, {words}": [
+        f"Recall@k, {words}": [
             Group(
                 f"{TASKS[row.level]}\n{row.queries} queries, gallery of {row.gallery}\nmedian rank {row.median_rank:g}",
                 COLOURS[row.level],
@@ -64,7 +64,7 @@ def probe_bars(result: ProbeResult, out: Path) -> Path:
         )
         for row in result.rows
     ]
-    return share_bars({f"linear-probe accuracy, {result.split} split": groups}, "majority", out)
+    return share_bars({f"Linear-probe accuracy, {result.split} split": groups}, "majority", out)
 
 
 def preference_bars(result: NegativesResult, out: Path) -> Path:
@@ -76,13 +76,13 @@ def preference_bars(result: NegativesResult, out: Path) -> Path:
         return Group(label, colours[row.kind], [Bar("", row.accuracy, CHANCE)])
 
     panels = {
-        "true text scored above its hard negative": [
+        "Share of pairs with the true text scored higher": [
             group(row, f"{kinds[row.kind]}\n{row.questions} pairs") for row in result.rows
         ]
     }
     for kind, words in kinds.items():
         rows = [row for row in result.predicates if row.kind == kind][:_PREDICATES]
-        panels[f"{words}, by true predicate"] = [
+        panels[f"{words.capitalize()}, by true predicate"] = [
             group(row, f"{row.predicate} ({row.questions} pair{'s' * (row.questions != 1)})") for row in rows
         ]
     return share_bars(panels, "chance", out)

@@ -91,7 +91,7 @@ def run_curves(runs: Metrics, out: Path) -> Path:
             if key in _FROM_ZERO:
                 axes.set_ylim(bottom=0)
             if key in _SHARES:
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
         if several:
             run_legend(figure, [*runs])
     return out

@@ -11,7 +11,7 @@ from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.report.style import AMBER, COLOURS, CROSS, MUTED, RIGHT, TICK, WRONG, canvas
 
-_HEADINGS = {"global": "action: global view", "object": "object views", "relation": "relation views"}
+_HEADINGS = {"global": "Action: global view", "object": "Object views", "relation": "Relation views"}
 
 
 def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3, relations: int = 3) -> Path:
@@ -61,12 +61,12 @@ def nearest_sheet(samples: Sequence[SampleScene], out: Path) -> Path:
     _require_samples(samples)
     rows = [{"global": [s.action], "object": s.objects, "relation": s.relations} for s in samples]
     levels = [level for level in rows[0] if any(row[level] for row in rows)]
-    side, words, gap, head = 1.5, 2.35, 0.2, 0.4  # inches
+    side, words, gap, head = 1.5, 2.75, 0.2, 0.4  # inches
     width, height = gap + len(levels) * (side + words + gap), head + len(rows) * (side + gap)
     with canvas(out, width, height) as figure:
         for column, level in enumerate(levels):
             left = gap + column * (side + words + gap)
-            title = f"{TASKS[level]}: nearest texts by cosine similarity"
+            title = f"{TASKS[level].capitalize()}: nearest texts by cosine similarity"
             _heading(figure, left / width, 1 - 0.2 / height, title, COLOURS[level])
             for line, row in enumerate(rows):
                 if not row[level]:
@@ -116,7 +116,7 @@ def _guesses_beside(axes: Any, answer: Answer, colour: str) -> None:
     for y, (text, score, rank) in enumerate(lines):
         true = text == answer.truth
         axes.barh(y, max(score, 0.0), 0.8, color=RIGHT if true else colour, alpha=0.45 if true else 0.18)
-        name = textwrap.shorten(f"{rank}. {text}", 36, placeholder="…")
+        name = textwrap.shorten(f"{rank}. {text}", 38, placeholder="…")
         mark = TICK if true and rank == 1 else CROSS if rank == 1 else ""
         weight = "bold" if true else "normal"
         axes.text(0.01, y, f"{mark} {name}".strip(), va="center", fontsize=7, fontweight=weight)
