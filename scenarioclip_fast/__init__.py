@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
-    from scenarioclip_fast import data, env, eval, losses, model, ops, train
+    from scenarioclip_fast import data, env, eval, losses, model, ops, report, train
     from scenarioclip_fast.data.preprocess import preprocess
     from scenarioclip_fast.dispatch import BackendError, use_backend
     from scenarioclip_fast.errors import MissingDependencyError, UserError
@@ -26,7 +26,7 @@ else:
             "model": ["ScenarioCLIP"],
             "train": ["TrainConfig", "Trainer"],
         },
-        modules=["data", "env", "eval", "losses", "model", "ops", "train"],
+        modules=["data", "env", "eval", "losses", "model", "ops", "report", "train"],
     )
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "model",
     "ops",
     "preprocess",
+    "report",
     "train",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ["", ".data", ".data.sources", ".eval", ".model", ".ops", ".train"]
+PACKAGES = ["", ".data", ".data.sources", ".eval", ".model", ".ops", ".report", ".train"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

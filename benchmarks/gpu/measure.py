@@ -52,7 +52,7 @@ IMPORTS = (
     "scenarioclip_fast.data",
     "scenarioclip_fast.model",
     "scenarioclip_fast.train.trainer",
-    "scenarioclip_fast.demo",
+    "scenarioclip_fast.recipes.demo",
     "scenarioclip_fast.bench.runner",
     "scenarioclip_fast.bench.report",
     "scenarioclip_fast.kernels.contrastive.contrastive_triton",

@@ -9,7 +9,7 @@ from typing import Any
 
 from scenarioclip_fast.bench.record import Part, Record, Result, unit_of
 from scenarioclip_fast.bench.tables import Roof, ceilings, fastest_of_ours, roofs, seconds, si, times
-from scenarioclip_fast.eval.plots import COLOURS, GRID, INK, MUTED, STYLE
+from scenarioclip_fast.report.style import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
 
 OURS, LAW, OTHERS = "#2f6db5", "#9dbde3", "#b9c1ca"

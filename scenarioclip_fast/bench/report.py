@@ -23,7 +23,7 @@ def markdown(records: Sequence[Record]) -> str:
 
 def write_report(records: Sequence[Record], out: Path) -> Path:
     """Writes OUT/report.md, then pictures and OUT/report.html, which need matplotlib; returns the page's path."""
-    from scenarioclip_fast.eval.report import Report, Section
+    from scenarioclip_fast.report.page import Report, Section
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(markdown(records), encoding="utf-8")

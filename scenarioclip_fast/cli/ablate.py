@@ -1,4 +1,4 @@
-"""`scenarioclip-fast ablate`: the method with and without its parts, trained alike and compared."""
+"""`scenarioclip-fast ablate`: train the method with and without its parts, and compare."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "ablate",
         help="train the method with and without its parts, and compare",
         description="Trains every variant with the same seed, data and budget in RUN/VARIANT (RUN: run.dir), evaluates "
-        "each zero-shot, prints one table, and writes RUN/ablation.json and RUN/report.html. Run it again after an "
-        "interruption: what is done is kept, what was begun goes on.",
-        epilog="Variants: full (the method); no-distillation or scenarioclip0 (six encoders, contrastive alone); "
-        "no-focused-regions (a relation is seen as the whole scene); relation-boxes (as a crop around its two boxes); "
-        "pyramidclip (one pair of encoders for all levels). Exit code 75: ended early by a signal, state saved.",
+        "each zero-shot, prints one table, and writes RUN/ablation.json and RUN/report.html. Re-run the command to "
+        "resume an interrupted ablation; finished variants are kept.",
+        epilog="Variants: full (the method); no-distillation or scenarioclip0 (six encoders, contrastive losses only); "
+        "no-focused-regions (relation views show the whole scene); relation-boxes (relation views are a crop around "
+        "the two boxes); pyramidclip (one pair of encoders for all levels). Exit code 75: stopped by a signal, state "
+        "saved.",
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; left out: the defaults")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML config (default: the built-in defaults)")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="SHARDS|key=value",
-        help="the data, unless FILE has them, and changes for all variants",
+        help="the data set, unless FILE names one, and config overrides for all variants",
     )
     parser.add_argument(
         "--variants",
@@ -37,27 +38,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar=("NAME", "key=value"),
-        help="one of your own: what makes it differ from full; may be given several times",
+        help="a custom variant: full with these overrides; may be repeated",
     )
     parser.add_argument(
         "--split", default="test", choices=("train", "val", "test"), help="to evaluate on (default: test)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the evaluation (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="scenes per batch of the evaluation (default: 64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, evaluates, and prints the table."""
+    """Train, evaluate, and print the table."""
     from scenarioclip_fast.cli.train import STOPPED
     from scenarioclip_fast.errors import UserError
-    from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation, run_ablation
+    from scenarioclip_fast.recipes.ablation import run_ablation
+    from scenarioclip_fast.recipes.variants import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 
-    # argparse counts what follows `--variants a b` among the variants, a path and changes too
-    asked = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]
-    names = [text for text in asked if text in VARIANTS or not ("=" in text or Path(text).is_dir())]
-    overrides = [text for text in [*args.overrides, *asked] if "=" in text]
-    paths = [text for text in [*args.overrides, *asked] if "=" not in text and text not in names]
+    # argparse assigns everything after `--variants a b` to the variants, including a path and overrides
+    listed = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]
+    names = [text for text in listed if text in VARIANTS or not ("=" in text or Path(text).is_dir())]
+    overrides = [text for text in [*args.overrides, *listed] if "=" in text]
+    paths = [text for text in [*args.overrides, *listed] if "=" not in text and text not in names]
     if len(paths) > 1:
-        raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; changes are given as key=value")
+        raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; overrides have the form key=value")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     overrides += [f"data.shards={path}" for path in paths]
@@ -68,5 +72,5 @@ def run(args: argparse.Namespace) -> int:
         print(ablation)
         print(f"report: {ablation.report}")
         if ablation.stopped_by:
-            print(f"stopped by {ablation.stopped_by}: run the same command again to go on")
+            print(f"stopped by {ablation.stopped_by}: re-run the command to resume")
     return STOPPED if ablation.stopped_by else 1 if ablation.failures else 0

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast demo`: the whole job on drawn scenes."""
+"""`scenarioclip-fast demo`: the whole pipeline on synthetic scenes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "demo",
-        help="draw scenes, pack, train, evaluate and report",
-        description="The whole job on drawn scenes, on whatever this machine has, up to DIR/report.html: about three "
-        "minutes on two CPU cores.",
+        help="run the whole pipeline on synthetic scenes: generate, pack, train, evaluate, report",
+        description="Generates synthetic scenes, packs them, trains, evaluates and writes DIR/report.html, on the GPU "
+        "if there is one: about three minutes on two CPU cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of drawings and training (default: 0)")
-    parser.add_argument("--scenes", type=int, default=3500, metavar="N", help="to draw (default: 3500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of scenes and training (default: 0)")
+    parser.add_argument("--scenes", type=int, default=3500, metavar="N", help="scenes to generate (default: 3500)")
     parser.add_argument(
-        "--views", type=int, default=120_000, metavar="N", help="budget of the training, in views (default: 120000)"
+        "--views", type=int, default=120_000, metavar="N", help="training budget in views (default: 120000)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and prints its accuracies."""
-    from scenarioclip_fast.demo import DemoConfig, run_demo
+    """Run the demo and print its accuracies."""
+    from scenarioclip_fast.recipes.demo import DemoConfig, run_demo
 
     print(run_demo(DemoConfig(args.out, args.seed, args.scenes, args.views, args.device)))
     return 0

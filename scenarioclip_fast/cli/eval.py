@@ -1,4 +1,4 @@
-"""`scenarioclip-fast eval`: what a trained model knows."""
+"""`scenarioclip-fast eval`: evaluate a trained model."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import Session
+    from scenarioclip_fast.report.page import Section
 
-_Finish = Callable[[], Any]
+# A result, which has to_dict() and prints as a table, and its sections of the report.
+_Outcome = tuple[Any, "list[Section]"]
+# Evaluations do the work that all ranks share, and return the rest, which the main process does after the others left.
+_Finish = Callable[[], _Outcome]
 # Options that override fields of the run's LoaderConfig.
 _LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command and its kinds of evaluation."""
+    """Add the command and its kinds of evaluation."""
     parser = subparsers.add_parser(
         "eval",
-        help="evaluate a trained model; under torchrun on many GPUs",
-        description="Prints a table with the level of chance beside each share. `eval KIND --help` lists the options.",
+        help="evaluate a trained model, on several GPUs under torchrun",
+        description="Prints a table of scores beside their chance level. `eval KIND --help` lists the options.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=type(parser))
     common = _common()
     topk = argparse.ArgumentParser(add_help=False)
     topk.add_argument(
-        "--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="ranks that count (default: 1 5 10)"
+        "--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="values of k to report (default: 1 5 10)"
     )
     cached = argparse.ArgumentParser(add_help=False)
-    cached.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings here, and take them from here")
+    cached.add_argument("--cache", type=Path, metavar="DIR", help="cache embeddings in this directory")
 
     zeroshot = kinds.add_parser(
         "zeroshot",
         parents=[common, topk],
-        help="recognise actions, objects and relations by their texts",
-        description="Compares every view with all class texts of its level; prints accuracies beside chance.",
+        help="zero-shot recognition of actions, objects and relations",
+        description="Compares every view with all class texts of its level; reports top-k accuracy.",
     )
     zeroshot.add_argument(
         "--match",
@@ -49,87 +52,91 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     kinds.add_parser(
         "retrieval",
         parents=[common, topk],
-        help="find texts by views, and views by texts",
-        description="Recall at K and median rank at each level, in both directions. A text is found with any view that "
-        "carries it.",
+        help="image-to-text and text-to-image retrieval",
+        description="Reports recall@K and median rank per level, in both directions. A text query is answered by any "
+        "view that carries the text.",
     )
-    probe = kinds.add_parser(
-        "probe",
-        parents=[common, topk, cached],
-        help="train linear heads on the frozen embeddings",
-        description="Trains one linear layer per task on the train split, chooses its moment on the val split where "
-        "there is one, and reports on --split.",
-    )
-    probe.add_argument("--steps", type=int, default=1000, metavar="N", help="of each probe's training (default: 1000)")
-    probe.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
-    probe.add_argument(
-        "--lr", type=float, default=3e-3, metavar="RATE", help="default: 3e-3, falling to 0 along a cosine"
-    )
-    probe.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="probes per task, whose mean counts (default: 3)"
-    )
-    tsne = kinds.add_parser(
-        "tsne",
-        parents=[common, cached],
-        help="draw a map of the embeddings, and views with their nearest texts",
-        description="Writes map.png, nearest.png and report.html to --report (default: CHECKPOINT/tsne).",
-    )
-    tsne.add_argument("--level", choices=("global", "object", "relation"), default="object", help="default: object")
-    tsne.add_argument("--classes", type=int, default=20, metavar="N", help="the most frequent ones (default: 20)")
-    tsne.add_argument("--views", type=int, default=2000, metavar="N", help="at most so many (default: 2000)")
-    tsne.add_argument("--seed", type=int, default=0, metavar="N", help="of the layout (default: 0)")
+    _add_probe(kinds, [common, topk, cached])
+    _add_tsne(kinds, [common, cached])
     negatives = kinds.add_parser(
         "negatives",
         parents=[common],
-        help="tell relations from hard negatives",
-        description="How often a relation's view prefers its text to one with subject and object swapped, and to one "
-        "with another predicate. Guessing scores 50 %.",
+        help="relations against hard negatives",
+        description="Reports how often a relation view scores its text above the same text with subject and object "
+        "swapped, and above one with another predicate. Chance is 50 %.",
     )
     negatives.add_argument("--seed", type=int, default=0, metavar="N", help="of the predicates drawn (default: 0)")
+
+
+def _add_probe(kinds: Any, parents: list[argparse.ArgumentParser]) -> None:
+    parser = kinds.add_parser(
+        "probe",
+        parents=parents,
+        help="linear probes on frozen embeddings",
+        description="Trains one linear layer per task on the train split, selects its weights on the val split if "
+        "there is one, and reports accuracy on --split.",
+    )
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps per probe (default: 1000)")
+    parser.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, metavar="RATE", help="initial rate of a cosine schedule (default: 3e-3)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="probes per task; the mean is reported (default: 3)"
+    )
+
+
+def _add_tsne(kinds: Any, parents: list[argparse.ArgumentParser]) -> None:
+    parser = kinds.add_parser(
+        "tsne",
+        parents=parents,
+        help="t-SNE map of the embeddings, and views with their nearest texts",
+        description="Writes map.png, nearest.png and report.html to --report (default: CHECKPOINT/tsne).",
+    )
+    parser.add_argument("--level", choices=("global", "object", "relation"), default="object", help="default: object")
+    parser.add_argument(
+        "--classes", type=int, default=20, metavar="N", help="how many of the most frequent classes (default: 20)"
+    )
+    parser.add_argument("--views", type=int, default=2000, metavar="N", help="maximum number of views (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the layout (default: 0)")
 
 
 def _common() -> argparse.ArgumentParser:
     """The arguments of every kind."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, or a saved model")
     parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
     parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
         default="student",
-        help="the trained ones (default), or their moving average, where loss.teacher_scope was all",
+        help="student (default), or the EMA teacher of a run with loss.teacher_scope=all",
     )
-    parser.add_argument("--object-view", choices=("masked", "crop"), help="default: as the model was trained")
-    parser.add_argument(
-        "--relation-view", choices=("focused", "box", "scene"), help="default: as the model was trained"
-    )
-    parser.add_argument(
-        "--blur", choices=("rgb", "reference"), help="of the relation views; default: as the model was trained"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes at a time (default: 64)")
+    parser.add_argument("--object-view", choices=("masked", "crop"), help="default: as in training")
+    parser.add_argument("--relation-view", choices=("focused", "box", "scene"), help="default: as in training")
+    parser.add_argument("--blur", choices=("rgb", "reference"), help="blur of relation views (default: as in training)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes per batch (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as the model was trained")
+    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as in training")
     parser.add_argument(
-        "--shard-cache-dir", metavar="DIR", help="for shards from a URL; default: that of the model's run"
+        "--shard-cache-dir", metavar="DIR", help="local cache of remote shards (default: as in training)"
     )
     parser.add_argument(
-        "--shard-cache-gib", type=float, metavar="GIB", help="of that disk; default: as much as the model's run took"
+        "--shard-cache-gib", type=float, metavar="GIB", help="size limit of that cache (default: as in training)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its pictures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its figures")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table and writes the files that were asked for; of several ranks, the first one does."""
+    """Evaluate on all ranks; on the main process, print the table and write the requested files."""
     from scenarioclip_fast.errors import UserError
-    from scenarioclip_fast.eval.loading import left_out_record
-    from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.session import open_session
 
     if min(getattr(args, "top", [1])) < 1:
-        raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers from 1 on")
+        raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers >= 1")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     if args.kind == "tsne" and args.report is None:
@@ -144,25 +151,31 @@ def run(args: argparse.Namespace) -> int:
     ) as session:
         if session.world.is_main_process:
             _make_places(args)
-        average = ", EMA teacher" if args.weights == "teacher" else ""
-        report = Report(f"{args.checkpoint}{average}, {args.split} split", lead=f"Evaluated on {args.shards}.")
-        finish = _KINDS[args.kind](args, session, report)
-    if not session.world.is_main_process:
-        return 0
-    result = finish()
-    print(result)
-    if args.json is not None:
-        record = {**result.to_dict(), "left_out": left_out_record(session.left_out)}
-        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if args.report is not None:
-        if session.left_out:
-            report.lead += f" Scenes that could not be used and are left out: {len(session.left_out)}."
-        print(f"report: {report.write(args.report / 'report.html')}")
+        finish = _KINDS[args.kind](args, session)
+    if session.world.is_main_process:
+        _write(args, session, *finish())
     return 0
 
 
+def _write(args: argparse.Namespace, session: Session, result: Any, sections: list[Section]) -> None:
+    from scenarioclip_fast.eval.loading import skipped_record
+    from scenarioclip_fast.report.page import Report
+
+    print(result)
+    if args.json is not None:
+        record = {**result.to_dict(), "skipped": skipped_record(session.skipped)}
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if args.report is not None:
+        teacher = ", EMA teacher" if args.weights == "teacher" else ""
+        lead = f"Evaluated on {args.shards}."
+        if session.skipped:
+            lead += f" Scenes skipped because they could not be used: {len(session.skipped)}."
+        page = Report(f"{args.checkpoint}{teacher}, {args.split} split", lead, sections)
+        print(f"report: {page.write(args.report / 'report.html')}")
+
+
 def _make_places(args: argparse.Namespace) -> None:
-    """Directories for what will be written: what is wrong with them is said before the work."""
+    """Create the output directories first, so that a wrong path fails before the evaluation."""
     from scenarioclip_fast.errors import UserError
 
     for option in ("report", "cache"):
@@ -174,7 +187,7 @@ def _make_places(args: argparse.Namespace) -> None:
         _make_place("json", args.json, args.json.parent)
 
 
-def _make_place(option: str, asked: Path, directory: Path) -> None:
+def _make_place(option: str, path: Path, directory: Path) -> None:
     from scenarioclip_fast.errors import UserError
 
     if directory.exists() and not directory.is_dir():
@@ -183,19 +196,16 @@ def _make_place(option: str, asked: Path, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-        if asked.is_file():
-            asked.open("a").close()
+        if path.is_file():
+            path.open("a").close()
     except OSError as error:
-        raise UserError(f"--{option}: {asked} cannot be written ({error.strerror})") from None
+        raise UserError(f"--{option}: {path} cannot be written ({error.strerror})") from None
 
 
-# Each kind does what all ranks share, and returns what the leading one does when the others have left: the result,
-# which has to_dict() and prints as a table, and its part of the report.
-
-
-def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
+def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.zeroshot import zeroshot
+    from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
     from scenarioclip_fast.train.metrics import read_metrics
 
     with session.loader(args.split) as loader:
@@ -204,59 +214,47 @@ def _zeroshot(args: argparse.Namespace, session: Session, report: Report) -> _Fi
         )
     result = found if args.match == "both" else found.only(args.match)
 
-    def finish() -> Any:
-        if args.report is not None:
-            report.add_zeroshot(result)
-            with session.loader(args.split, whole=True) as loader:
-                samples = answer_samples(session.model, loader, session.vocabulary)
-            metrics = session.trained.directory.parent / "metrics.jsonl"
-            report.add_pictures(args.report, result, samples, {"": read_metrics(metrics)} if metrics.is_file() else {})
-        return result
+    def finish() -> _Outcome:
+        if args.report is None:
+            return result, []
+        with session.loader(args.split, whole=True) as loader:
+            samples = answer_samples(session.model, loader, session.vocabulary)
+        sections = zeroshot_tables(result) + zeroshot_figures(result, samples, args.report)
+        metrics = session.trained.directory.parent / "metrics.jsonl"
+        if metrics.is_file():
+            sections.append(training_section({"": read_metrics(metrics)}, args.report))
+        return result, sections
 
     return finish
 
 
-def _retrieval(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
-    from scenarioclip_fast.eval.figures_bars import recall_bars
-    from scenarioclip_fast.eval.report import Section
+def _retrieval(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.retrieval import retrieval
+    from scenarioclip_fast.report.evaluation import retrieval_section
 
     with session.loader(args.split) as loader:
         result = retrieval(
             session.model, loader, session.vocabulary, split=args.split, topk=args.top, world=session.world
         )
-
-    def finish() -> Any:
-        if args.report is not None:
-            note = (
-                f"{result.scenes:,} scenes. The texts are the distinct ones of the split. A view asks for its own "
-                "text; a text, once however many views carry it, for any of these. Dark marks, and brackets: a random "
-                "ranking."
-            )
-            picture = recall_bars(result, args.report / "retrieval.png")
-            report.sections.append(Section("Retrieval between views and texts", *result.table(), picture, note))
-        return result
-
-    return finish
+    return lambda: (result, [retrieval_section(result, args.report)] if args.report else [])
 
 
-def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
+def _probe(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.figures_bars import probe_bars
     from scenarioclip_fast.eval.probe import ProbeSettings, linear_probe
-    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.report.evaluation import probe_section
 
     if args.split == "train":
-        raise UserError("--split: got 'train', which the probe is trained on; expected test or val")
+        raise UserError("--split: got 'train', which probes are trained on; expected test or val")
     settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(range(args.seeds)))
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
     if "train" not in splits:
-        raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probe on")
-    # the one that may be mistyped comes first, and mostly is the smallest
+        raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probes on")
+    # --split first: it may be misspelt, and is usually the smallest
     found = {split: split_features(session, split, cache=args.cache) for split in (args.split, *splits)}
 
-    def finish() -> Any:
+    def finish() -> _Outcome:
         result = linear_probe(
             found["train"],
             found[args.split],
@@ -267,34 +265,24 @@ def _probe(args: argparse.Namespace, session: Session, report: Report) -> _Finis
             settings=settings,
             device=session.world.device,
         )
-        if args.report is not None:
-            note = (
-                f"One linear layer on frozen embeddings, {settings.steps} steps of AdamW; mean and standard deviation "
-                f"over {len(settings.seeds)} seeds. "
-                + ("The weights are those of the best moment on the val split. " if result.chosen_on_val else "")
-                + "Dark marks, and brackets: always naming the most frequent classes of the train split."
-            )
-            picture = probe_bars(result, args.report / "probe.png")
-            report.sections.append(Section("Linear probes", *result.table(), picture, note))
-        return result
+        return result, [probe_section(result, args.report)] if args.report else []
 
     return finish
 
 
-def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
+def _tsne(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.figures_map import map_picture, nearest_sheet
-    from scenarioclip_fast.eval.report import Section
     from scenarioclip_fast.eval.samples import answer_samples
     from scenarioclip_fast.eval.tsne import check_settings, embedding_map
+    from scenarioclip_fast.report.evaluation import map_sections
     from scenarioclip_fast.requirements import require
 
-    # before a large split is embedded
+    # fail before embedding a large split
     require("sklearn.manifold")
     check_settings(args.classes, args.views, args.seed)
     features = split_features(session, args.split, [args.level], cache=args.cache)
 
-    def finish() -> Any:
+    def finish() -> _Outcome:
         found = embedding_map(
             features,
             session.vocabulary,
@@ -306,45 +294,20 @@ def _tsne(args: argparse.Namespace, session: Session, report: Report) -> _Finish
         )
         with session.loader(args.split, whole=True) as loader:
             samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
-        note = (
-            "Each point is a view, coloured by its class. Neighbourhoods are what to look at: distances between groups "
-            "and their sizes mean nothing."
-        )
-        picture = map_picture(found, args.report / "map.png")
-        report.sections.append(Section(f"Map of the {args.level} embeddings", *found.table(), picture, note))
-        note = (
-            "Green: the true text; where it is not among the nearest it stands below, with its rank among all texts. A "
-            "frame is green where the nearest text is the true one, amber where a later one is."
-        )
-        picture = nearest_sheet(samples, args.report / "nearest.png")
-        report.sections.append(Section("Nearest texts", picture=picture, note=note))
-        return found
+        return found, map_sections(found, samples, args.report)
 
     return finish
 
 
-def _negatives(args: argparse.Namespace, session: Session, report: Report) -> _Finish:
-    from scenarioclip_fast.eval.figures_bars import preference_bars
+def _negatives(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.negatives import hard_negatives
-    from scenarioclip_fast.eval.report import Section
+    from scenarioclip_fast.report.evaluation import negatives_section
 
     with session.loader(args.split) as loader:
         result = hard_negatives(
             session.model, loader, session.vocabulary, split=args.split, seed=args.seed, world=session.world
         )
-
-    def finish() -> Any:
-        if args.report is not None:
-            note = (
-                f"{result.relations:,} relations. No negative is a text that any relation of its image carries. A "
-                "focused region shows both objects alike and does not say which is the subject; of a symmetric "
-                "predicate the swapped text holds as well."
-            )
-            picture = preference_bars(result, args.report / "negatives.png")
-            report.sections.append(Section("Hard negatives", *result.table(), picture, note))
-        return result
-
-    return finish
+    return lambda: (result, [negatives_section(result, args.report)] if args.report else [])
 
 
 _KINDS = {"zeroshot": _zeroshot, "retrieval": _retrieval, "probe": _probe, "tsne": _tsne, "negatives": _negatives}

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast inspect`: what is in a packed data set, in numbers and pictures."""
+"""`scenarioclip-fast inspect`: statistics and sample views of a packed data set."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = subparsers.add_parser(
         "inspect",
-        help="counts, histograms and sample views of a packed data set",
-        description="Prints what a split holds, and draws DIR/histograms.png and DIR/scenes.png: scenes with their "
-        "boxes and masks, and the views that a model would see.",
+        help="statistics, histograms and sample views of a packed data set",
+        description="Prints statistics of a split, and draws DIR/histograms.png and DIR/scenes.png: scenes with their "
+        "boxes and masks, and the views that a model receives.",
     )
-    parser.add_argument("shards", metavar="SHARDS", help="a directory that `pack` wrote, or its URL")
+    parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote, or its URL")
     parser.add_argument(
-        "--out", type=Path, default=Path("inspect"), metavar="DIR", help="for the PNGs (default: inspect)"
+        "--out", type=Path, default=Path("inspect"), metavar="DIR", help="output directory (default: inspect)"
     )
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="default: train")
     parser.add_argument(
-        "--scenes", type=_positive, default=6, metavar="N", help="scenes on the sheet, at most 40 (default: 6)"
+        "--scenes", type=_positive, default=6, metavar="N", help="scenes to show, at most 40 (default: 6)"
     )
     parser.add_argument(
-        "--size", type=_positive, default=224, metavar="PX", help="side of a view, at most 1024 (default: 224)"
+        "--size", type=_positive, default=224, metavar="PX", help="view size in pixels, at most 1024 (default: 224)"
     )
     parser.add_argument("--object-view", default="masked", choices=("masked", "crop"), help="default: masked")
     parser.add_argument(
         "--relation-view", default="focused", choices=("focused", "box", "scene"), help="default: focused"
     )
     parser.add_argument(
-        "--blur", default="rgb", choices=("rgb", "reference"), help="of the relation views (default: rgb)"
+        "--blur", default="rgb", choices=("rgb", "reference"), help="blur of relation views (default: rgb)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which scenes are shown (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of scenes (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the counts and writes the pictures."""
+    """Print the statistics and draw the figures."""
     from scenarioclip_fast.data.inspect import inspect_shards
 
     census = inspect_shards(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(census)
-    print(f"pictures   {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
+    print(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: five kinds of questions to a model, each answer with its level of chance; pictures and reports."""
+"""Evaluations of a trained model, each measured beside its chance level; `scenarioclip_fast.report` draws them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from scenarioclip_fast.lazy import attach
 if TYPE_CHECKING:
     from scenarioclip_fast.eval.negatives import NegativesResult, hard_negatives
     from scenarioclip_fast.eval.probe import ProbeResult, ProbeSettings, linear_probe
-    from scenarioclip_fast.eval.report import Report
     from scenarioclip_fast.eval.retrieval import RetrievalResult
     from scenarioclip_fast.eval.samples import SampleScene, answer_samples
     from scenarioclip_fast.eval.session import Session, open_session
@@ -21,7 +20,6 @@ else:
         {
             "negatives": ["NegativesResult", "hard_negatives"],
             "probe": ["ProbeResult", "ProbeSettings", "linear_probe"],
-            "report": ["Report"],
             "retrieval": ["RetrievalResult"],
             "samples": ["SampleScene", "answer_samples"],
             "session": ["Session", "open_session"],
@@ -36,7 +34,6 @@ __all__ = [
     "NegativesResult",
     "ProbeResult",
     "ProbeSettings",
-    "Report",
     "RetrievalResult",
     "SampleScene",
     "Session",

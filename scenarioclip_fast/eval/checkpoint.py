@@ -1,4 +1,4 @@
-"""Opens what is to be evaluated: a run's directory, or a directory that `save_pretrained` wrote."""
+"""Open a model for evaluation: a run directory, or a directory that `save_pretrained` wrote."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, its files, and how it saw data (where that is not known, as by default)."""
+    """An opened checkpoint.
+
+    Attributes:
+        model: in evaluation mode.
+        directory: holds model.safetensors.
+        files: the files that determine the weights.
+        data: data settings of the training run; the defaults if they are unknown.
+        scales: logit scale per level, where known.
+    """
 
     model: ScenarioCLIP
     directory: Path
     files: tuple[Path, ...]
     data: DataSection = field(default_factory=DataSection)
-    scales: dict[str, float] = field(default_factory=dict)  # factors of the cosines, as far as they are known
+    scales: dict[str, float] = field(default_factory=dict)
 
 
 def open_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", weights: Literal["student", "teacher"] = "student"
 ) -> Trained:
-    """Reads RUN/model of a run, or a `save_pretrained` directory. Raises UserError where neither is there.
+    """Read RUN/model of a finished run, or a `save_pretrained` directory.
 
-    weights: "teacher" takes the EMA teacher's, of a run with loss.teacher_scope=all.
+    Args:
+        path: the directory.
+        device: where to put the model.
+        weights: "teacher" loads the EMA teacher's weights, which runs with loss.teacher_scope=all save.
+
+    Raises:
+        UserError: no model there, or no teacher weights.
     """
     path = Path(path)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}; expected a run's directory, or one that `save_pretrained` wrote")
+        raise UserError(f"{path} {problem}; expected a run directory, or one that `save_pretrained` wrote")
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()
-        why = "is a run that has not finished: go on with `train --resume`" if unfinished else "holds no trained model"
+        why = "is an unfinished run: resume it with `train --resume`" if unfinished else "holds no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     config = directory / "config.yaml"
     data = TrainConfig.load(config).data if config.is_file() else DataSection()
@@ -54,7 +68,11 @@ def open_checkpoint(
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """Parse a device name; "auto" is the GPU if there is one.
+
+    Raises:
+        UserError: no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -62,5 +80,5 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: got {name!r}, but torch sees no GPU here; use cpu")
+        raise UserError(f"device: got {name!r}, but torch sees no GPU; use cpu")
     return device

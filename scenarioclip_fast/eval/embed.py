@@ -131,7 +131,7 @@ def embed(
             start = time.monotonic()
             features = split_features(session, split, [level])
             seconds = time.monotonic() - start
-            skipped = [SkippedImage(scene.scene, f"{scene.reason}: {scene.detail}") for scene in session.left_out]
+            skipped = [SkippedImage(scene.scene, f"{scene.reason}: {scene.detail}") for scene in session.skipped]
             table = _of_shards(features, level, session.vocabulary.texts(level), skipped, seconds)
             if session.world.is_main_process:
                 _finish(table, images, out, force)

@@ -1,4 +1,4 @@
-"""Embeddings of a split's views, computed once: gathered from all ranks, kept on disk where asked for."""
+"""Embeddings of a split's views, gathered from all ranks and optionally cached on disk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.distributed import World
+from scenarioclip_fast.eval.encoding import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
-from scenarioclip_fast.eval.zeroshot import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 
 _CHUNK = 256  # views embedded at once
-_ROWS = 1 << 16  # of each rank, exchanged at once
+_ROWS = 1 << 16  # rows of each rank per exchange
 _FIELDS = ("image", "text_id", "scene")
 
 
@@ -32,9 +32,10 @@ _FIELDS = ("image", "text_id", "scene")
 class LevelFeatures:
     """The views of one level.
 
-    image: float32 [n, D] as the encoder gives them, not of unit length
-    text_id: int64 [n], positions in the vocabulary
-    scene: int64 [n], positions among the `keys` of the split
+    Attributes:
+        image: float32 [n, D], encoder outputs, not normalised.
+        text_id: int64 [n], positions in the vocabulary.
+        scene: int64 [n], positions among the `keys` of the split.
     """
 
     image: Tensor  # [n, D]
@@ -47,7 +48,7 @@ class LevelFeatures:
 
 @dataclass(frozen=True)
 class Features:
-    """The views of one split, or of a rank's share of it. A level without views is not among `levels`."""
+    """The views of one split, or of a rank's share of it; `levels` omits levels without views."""
 
     keys: list[str]
     levels: dict[str, LevelFeatures]
@@ -62,7 +63,7 @@ def embed_views(
     desc: str = "embedding",
     show_progress: bool = True,
 ) -> Features:
-    """Embeds every view of `batches`, which lie on the model's device, where the result stays.
+    """Embed every view of `batches`; batches and result are on the model's device.
 
     Raises:
         UserError: embeddings that are not finite.
@@ -76,7 +77,7 @@ def embed_views(
                     image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])
                     parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
             keys += batch.keys
-    # each list goes as its tensor comes: there are not two of everything
+    # pop frees each level's parts once they are joined, which halves the peak memory
     features = Features(keys, {level: _joined(parts.pop(level)) for level in levels if parts[level]})
     for level, found in features.levels.items():
         check_finite(found.image.isfinite().all(1), level)
@@ -88,9 +89,9 @@ def _joined(parts: Sequence[LevelFeatures]) -> LevelFeatures:
 
 
 def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
-    """The shares of all ranks together, on the leading rank's CPU, in the order of the keys; elsewhere the keys alone.
+    """Gather the shares of all ranks on rank 0's CPU, sorted by scene key; other ranks get the keys alone.
 
-    That order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
+    The order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
     """
     every = world.gather(features.keys)
     keys = [key for own in every for key in own]
@@ -105,23 +106,23 @@ def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -
         if own is None:
             none = torch.empty(0, dtype=torch.int64, device=world.device)
             own = LevelFeatures(torch.empty(0, width, device=world.device), none, none)
-        image, text_id, scene = (_led(t, world) for t in (own.image, own.text_id, own.scene + first))
+        image, text_id, scene = (_to_main_process(t, world) for t in (own.image, own.text_id, own.scene + first))
         if len(image):
             by_key = rank_of[scene].argsort(stable=True)  # views of a scene keep their order
             out[level] = LevelFeatures(image[by_key], text_id[by_key], rank_of[scene][by_key])
     return Features([keys[i] for i in order], out)
 
 
-def _led(
+def _to_main_process(
     rows: Tensor,  # [n, ...], n differs among ranks
     world: World,
 ) -> Tensor:
-    """Those of all ranks on the leading one's CPU, in whatever order of the ranks; elsewhere none."""
+    """Gather rows on rank 0's CPU, blocks of ranks interleaved; other ranks get none."""
     if world.group is None:
         return rows.cpu()
     sizes = [size for (size,) in exchange([len(rows)], world.device, world.group)]
     found = [rows[:0].cpu()]
-    for start in range(0, max(sizes), _ROWS):  # a device holds its own share and a little of the others'
+    for start in range(0, max(sizes), _ROWS):  # bounds device memory: the own share and one block
         now = [min(max(size - start, 0), _ROWS) for size in sizes]
         blocks = gather_rows(rows[start : start + _ROWS], now, world.group)
         if world.is_main_process:
@@ -132,24 +133,28 @@ def _led(
 def split_features(
     session: Session, split: str, levels: Sequence[str] = LEVELS, cache: str | Path | None = None
 ) -> Features:
-    """All features of a split, on the leading rank's CPU (elsewhere they may be missing).
+    """Load or compute all features of a split, on rank 0's CPU (other ranks may get none).
 
-    Embedded here, or read from the directory `cache`. A file there is named by a hash of the weights, of the data
-    set and of how its views are rendered, so one that no longer fits is never found. Where scenes had to be left out,
-    nothing is kept: another time they may be there.
+    Args:
+        session: the model and data.
+        split: train, val or test.
+        levels: of "global", "object" and "relation".
+        cache: directory of cached features; None: no cache. File names contain a hash of the weights, the data set and
+            the view settings, so stale files are never read. Features of a split with skipped scenes are not cached,
+            since the scenes may become readable again.
     """
     world = session.world
     with session.loader(split) as loader:
         path = None if cache is None else _cache_file(session, loader, split, levels, Path(cache))
         kept = None if path is None or not world.is_main_process else _load(path)
-        # the leading rank alone has looked, so that all do the same
+        # rank 0 decides for all ranks
         if world.gather(kept is not None)[0]:
             return kept or Features([], {})
         own = embed_views(
             session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.is_main_process
         )
     features = gathered(own, world, levels)
-    if path is not None and world.is_main_process and not any(scene.split == split for scene in session.left_out):
+    if path is not None and world.is_main_process and not any(scene.split == split for scene in session.skipped):
         _save(features, path)
     return features
 
@@ -178,22 +183,22 @@ def _save(features: Features, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         require("safetensors.torch").save_file(tensors, partial, metadata={"keys": json.dumps(features.keys)})
         os.replace(partial, path)
-    except (OSError, require("safetensors").SafetensorError) as error:  # it costs time alone, some other time
-        print(f"warning: {path}: features not kept: {error}", file=sys.stderr)
+    except (OSError, require("safetensors").SafetensorError) as error:  # the cache is optional
+        print(f"warning: {path}: features not cached: {error}", file=sys.stderr)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Features | None:
-    """What `_save` wrote; None where it is not there or damaged, for it can be made again."""
+    """Read what `_save` wrote; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
         with require("safetensors").safe_open(path, "pt") as file:
             keys = json.loads(file.metadata()["keys"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever damaged bytes make the reader raise
-        print(f"{path}: not readable ({error}); embedding again", file=sys.stderr)
+    except Exception as error:  # damaged bytes may raise anything
+        print(f"{path}: not readable ({error}); embedding the split again", file=sys.stderr)
         return None
     print(f"features read from {path}", file=sys.stderr)
     found = [level for level in LEVELS if f"{level}.image" in tensors]

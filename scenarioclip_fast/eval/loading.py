@@ -1,4 +1,4 @@
-"""The scenes of a split, each once and in order, with the views of the evaluation; what cannot be used is named."""
+"""Load a split for evaluation: every scene once, in order; scenes that cannot be used are skipped and reported."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from scenarioclip_fast.data.loader import SceneLoader
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.zeroshot import ALONE
+from scenarioclip_fast.eval.encoding import ALONE
 
-_NAMED = 3  # in a message
-# A rank alone gives up early only here: what is too much is judged over all ranks, at the end.
+_NAMED = 3  # scenes listed in a message
+# A rank aborts its own pass only above this share; `max_bad_fraction` is checked over all ranks at the end.
 _HOPELESS = 0.5
 
 
-class LeftOut(NamedTuple):
-    """A scene that could not be read, decoded or understood, with a short name for why, and in words."""
+class SkippedScene(NamedTuple):
+    """A scene that could not be read, decoded or parsed: `reason` is an identifier, `detail` the error message."""
 
     split: str
     scene: str
@@ -34,18 +34,18 @@ class LeftOut(NamedTuple):
 class EvaluationLoader(SceneLoader):
     """One rank's share of a split.
 
-    At the end of a pass the ranks tell each other which scenes they could not use. These join `left_out`, and the
-    leading rank prints a line, once for each scene.
+    At the end of a pass the ranks exchange the scenes they skipped: new ones are appended to `skipped`, and the main
+    process prints one warning about them.
 
     Args:
         shards, batch_size, split, options: see `SceneLoader`.
-        config: how scenes become pixels; never augmented. `max_bad_fraction` is checked over all ranks at the end of a
-            pass.
+        config: how scenes become pixels; never augmented. `max_bad_fraction` is the largest share of the split's scenes
+            that may be skipped, checked over all ranks at the end of a pass.
         world: the ranks that share the split.
-        left_out: the list to use, for several splits or passes.
+        skipped: a list to append to, shared by several splits or passes.
 
     Raises:
-        UserError: as `SceneLoader` does; at the end of a pass, too many bad scenes.
+        UserError: as `SceneLoader`; at the end of a pass, too many skipped scenes.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EvaluationLoader(SceneLoader):
         *,
         split: str = "test",
         world: World = ALONE,
-        left_out: list[LeftOut] | None = None,
+        skipped: list[SkippedScene] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -72,13 +72,13 @@ class EvaluationLoader(SceneLoader):
             on_bad=self._record,
             **options,
         )
-        self.left_out = [] if left_out is None else left_out
+        self.skipped = [] if skipped is None else skipped
         self._split, self._world, self._tolerated = split, world, config.max_bad_fraction
-        self._own: dict[str, LeftOut] = {}
+        self._own: dict[str, SkippedScene] = {}
 
     @property
     def decoder(self) -> str:
-        """Which one "auto" has come to."""
+        """The decoder in use, "auto" resolved."""
         return type(self._decoder.decoder).__name__
 
     def __iter__(self) -> Iterator[Batch]:
@@ -91,21 +91,21 @@ class EvaluationLoader(SceneLoader):
                 f"{len(found)} of the {scenes} scenes of the {self._split} split cannot be used, more than "
                 f"max_bad_fraction = {self._tolerated:g}: {_named(found)}"
             )
-        if new := sorted(set(found) - set(self.left_out)):
-            self.left_out += new
+        if new := sorted(set(found) - set(self.skipped)):
+            self.skipped += new
             if self._world.is_main_process:
-                about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are left out"
+                about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are skipped"
                 print(f"warning: {about}: {_named(new)}", file=sys.stderr)
 
     def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
-        self._own |= {bad.key: LeftOut(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
+        self._own |= {bad.key: SkippedScene(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
 
 
-def left_out_record(scenes: Sequence[LeftOut]) -> dict[str, Any]:
-    """Ready for JSON."""
+def skipped_record(scenes: Sequence[SkippedScene]) -> dict[str, Any]:
+    """The entry `skipped` of a result's JSON."""
     return {"count": len(scenes), "scenes": [scene._asdict() for scene in scenes]}
 
 
-def _named(scenes: Sequence[LeftOut]) -> str:
+def _named(scenes: Sequence[SkippedScene]) -> str:
     shown = [f"{s.scene} ({s.reason}: {textwrap.shorten(s.detail, 100, placeholder='…')})" for s in scenes[:_NAMED]]
     return ", ".join(shown) + (f" and {len(scenes) - _NAMED} more" if len(scenes) > _NAMED else "")

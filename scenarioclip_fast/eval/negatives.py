@@ -1,13 +1,12 @@
-"""Hard negatives: does a relation's view prefer its true text to one that differs in a single respect?
+"""Hard negatives: does a relation view score its true text above one that differs in a single part?
 
-Two kinds, each one question per view with two answers, so that guessing scores 50 %:
+Two kinds, each compared pairwise with the true text, so chance is 50 %:
 
-swapped     subject and object change places: "man riding horse" becomes "horse riding man"
-predicate   another predicate of the vocabulary: "man riding horse" becomes "man under horse"
+swapped     subject and object exchanged: "man riding horse" becomes "horse riding man"
+predicate   predicate replaced by another of the vocabulary: "man riding horse" becomes "man under horse"
 
-A text that is true of the image (that any of its relations carries) is never a negative. True means annotated: of a
-symmetric predicate ("next to") the swapped text holds as well, and no model can know which one was written down.
-Where both texts score the same, half a point is given.
+A text that any relation of the image carries is never used as its negative. For a symmetric predicate ("next to") the
+swapped text is true although it is not annotated, and no model can tell the two apart. Ties score half a point.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from scenarioclip_fast.data.splitmix64 import hash64
 from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import Features, embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
-from scenarioclip_fast.eval.zeroshot import ALONE, Encoder, embed_texts, evaluating
 
 Kind = Literal["swapped", "predicate"]
 KINDS: dict[Kind, str] = {"swapped": "subject and object swapped", "predicate": "predicate replaced"}
@@ -49,7 +48,7 @@ class Triple(NamedTuple):
 
 @dataclass(frozen=True)
 class Preference:
-    """How often the true text was preferred: over all questions of a kind, or those of one true predicate."""
+    """Share of pairs in which the true text won: over all pairs of a kind, or those of one true predicate."""
 
     kind: str
     accuracy: float
@@ -61,8 +60,8 @@ class Preference:
 class NegativesResult:
     """Accuracies of one evaluation. `to_dict()` is ready for JSON, `str()` is the table.
 
-    `rows` has one entry per kind, `predicates` one per kind and true predicate, the most frequent first.
-    `without` counts, per kind, relations that allow no such negative.
+    `rows` has one entry per kind, `predicates` one per kind and true predicate, the most frequent first. `without`
+    counts, per kind, the relations without a valid negative.
     """
 
     split: str
@@ -72,7 +71,7 @@ class NegativesResult:
     without: dict[str, int] = field(default_factory=dict)
 
     def get(self, kind: Kind) -> Preference | None:
-        """The row of that kind; None where no relation allows such a negative."""
+        """The row of that kind; None if no relation has such a negative."""
         return next((row for row in self.rows if row.kind == kind), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class NegativesResult:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, as text."""
-        head = ["negative", "true text preferred", "chance", "questions", "relations without"]
+        head = ["negative", "accuracy", "chance", "pairs", "relations without a negative"]
         body = [
             [
                 KINDS[row.kind],  # type: ignore[index]
@@ -98,9 +97,9 @@ class NegativesResult:
 
 
 def parse_relations(vocabulary: Vocabulary) -> list[Triple | None]:
-    """The parts of every relation text, by id: the longest names of objects at either end, a predicate between them.
+    """Split every relation text, in order of ids: the longest object names at either end, the predicate between them.
 
-    None where a text does not begin and end with a name of the vocabulary.
+    None for a text that does not begin and end with an object name of the vocabulary.
     """
     names = frozenset(vocabulary.objects)
     return [_parse(text, names) for text in vocabulary.relations]
@@ -116,15 +115,19 @@ def _parse(text: str, names: Collection[str]) -> Triple | None:
     return None
 
 
-def draw(
+def draw_negatives(
     triple: Triple,
     true: Collection[str],
     predicates: Sequence[str],
     *numbers: int,
 ) -> dict[Kind, str]:
-    """The negatives of one relation: texts not among `true`, those of its image; a kind without any is left out.
+    """Draw the negatives of one relation, by kind; a kind without a valid negative is omitted.
 
-    The new predicate is a function of `numbers` alone (and of what there is to choose from).
+    Args:
+        triple: the relation.
+        true: the texts of all relations of its image, which are never drawn.
+        predicates: candidates for the new predicate.
+        numbers: seed of the choice of the new predicate.
     """
     found: dict[Kind, str] = {}
     swapped = str(Triple(triple.object, triple.predicate, triple.subject))
@@ -150,77 +153,95 @@ def hard_negatives(
     world: World = ALONE,
     show_progress: bool = True,
 ) -> NegativesResult:
-    """How often relation views prefer their true text to a hard negative, on one pass over `batches`.
+    """Measure how often relation views score their true text above a hard negative, on one pass over `batches`.
 
     Args:
-        model, batches, vocabulary, split, world: as of `zeroshot`.
-        seed: of the predicates drawn, which depend on nothing else but the scene's key and the relation's position.
+        model, batches, vocabulary, split, world, show_progress: see `zeroshot`.
+        seed: of the predicates drawn, which depend only on it, the scene key and the relation's position in the scene.
 
     Raises:
-        UserError: the split has no relation, none that allows a negative, or embeddings that are not finite.
+        UserError: no relation, none with a valid negative, or embeddings that are not finite.
     """
     desc = f"hard negatives, {split}"
     features = embed_views(
         model, batches, ["relation"], desc=desc, show_progress=show_progress and world.is_main_process
     )
     with evaluating(model):
-        asked = _ask(model, features, vocabulary, seed)
-    asked = [question for own in world.gather(asked) for question in own]
-    if not asked:
-        raise UserError(f"the {split} split holds no relations: nothing to ask")
-    if not any(answers for _, answers in asked):
+        own = _score_relations(model, features, vocabulary, seed)
+    relations = [relation for share in world.gather(own) for relation in share]
+    if not relations:
+        raise UserError(f"the {split} split holds no relations: nothing to evaluate")
+    if not any(points for _, points in relations):
         raise UserError(
-            f"none of the {len(asked)} relations of the {split} split allows a negative: swapped or with another "
-            "predicate of the vocabulary, each text is true of its image or not made of the vocabulary's objects"
+            f"none of the {len(relations)} relations of the {split} split has a valid negative: every swapped or "
+            "replaced text is true of its image, or the relation's text does not name objects of the vocabulary"
         )
+    rows, by_predicate, without = _accuracies(relations)
+    return NegativesResult(split, len(relations), rows, by_predicate, without)
+
+
+def _accuracies(
+    relations: Sequence[tuple[str, dict[Kind, float]]],
+) -> tuple[list[Preference], list[Preference], dict[str, int]]:
+    """Per kind; per kind and predicate, the most frequent first; and per kind the relations without a negative."""
     points: dict[tuple[Kind, str | None], list[float]] = defaultdict(list)
     without: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-    for predicate, answers in asked:
-        without.update(kind for kind in KINDS if kind not in answers)
-        for kind, point in answers.items():
+    for predicate, scored in relations:
+        without.update(kind for kind in KINDS if kind not in scored)
+        for kind, point in scored.items():
             points[kind, None].append(point)
             points[kind, predicate].append(point)
-    # the halves add up without rounding, in whatever order
+    # sums of halves are exact in any order
     found = [Preference(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
     rows = [row for kind in KINDS for row in found if row.kind == kind and row.predicate is None]
     named = sorted((row for row in found if row.predicate), key=lambda r: (r.kind, -r.questions, r.predicate or ""))
-    return NegativesResult(split, len(asked), rows, named, dict(without))
+    return rows, named, dict(without)
 
 
-def _ask(model: Encoder, features: Features, vocabulary: Vocabulary, seed: int) -> list[tuple[str, dict[Kind, float]]]:
-    """For each relation of this rank its predicate, and per kind 1, 0 or 1/2 for the answer."""
+def _score_relations(
+    model: Encoder, features: Features, vocabulary: Vocabulary, seed: int
+) -> list[tuple[str, dict[Kind, float]]]:
+    """For each relation of this rank: its predicate, and per kind 1 (right), 0 (wrong) or 1/2 (tie)."""
     if "relation" not in features.levels:
         return []
     own = features.levels["relation"]
     triples = parse_relations(vocabulary)
-    predicates = sorted({triple.predicate for triple in triples if triple})
-    ids, scenes = own.text_id.tolist(), own.scene.tolist()
-    true: dict[int, set[str]] = defaultdict(set)
-    for i, scene in zip(ids, scenes, strict=True):
-        true[scene].add(vocabulary.relations[i])
-
-    position: Counter[int] = Counter()
-    drawn: list[dict[Kind, str]] = []
-    for i, scene in zip(ids, scenes, strict=True):
-        triple = triples[i]
-        numbers = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
-        position[scene] += 1
-        drawn.append(draw(triple, true[scene], predicates, *numbers) if triple else {})
-
+    ids = own.text_id.tolist()
+    drawn = _draw_all(features, vocabulary, triples, seed)
     texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in drawn)))
     row_of = {text: row for row, text in enumerate(texts)}
     text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
     image = F.normalize(own.image, dim=-1)
     own_rows = [row_of[vocabulary.relations[i]] for i in ids]
     truth = _cosines(image, text, range(len(ids)), own_rows)
-    answers: list[dict[Kind, float]] = [{} for _ in ids]
+    points: list[dict[Kind, float]] = [{} for _ in ids]
     for kind in KINDS:
         views = [view for view, negatives in enumerate(drawn) if kind in negatives]
         false = _cosines(image, text, views, [row_of[drawn[view][kind]] for view in views])
         for view, own_score, other in zip(views, truth[views].tolist(), false.tolist(), strict=True):
-            answers[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
+            points[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
     names = [triple.predicate if (triple := triples[i]) else "" for i in ids]
-    return list(zip(names, answers, strict=True))
+    return list(zip(names, points, strict=True))
+
+
+def _draw_all(
+    features: Features, vocabulary: Vocabulary, triples: Sequence[Triple | None], seed: int
+) -> list[dict[Kind, str]]:
+    """The negatives of each relation view."""
+    predicates = sorted({triple.predicate for triple in triples if triple})
+    own = features.levels["relation"]
+    ids, scenes = own.text_id.tolist(), own.scene.tolist()
+    true: dict[int, set[str]] = defaultdict(set)
+    for i, scene in zip(ids, scenes, strict=True):
+        true[scene].add(vocabulary.relations[i])
+    position: Counter[int] = Counter()
+    drawn: list[dict[Kind, str]] = []
+    for i, scene in zip(ids, scenes, strict=True):
+        triple = triples[i]
+        numbers = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
+        position[scene] += 1
+        drawn.append(draw_negatives(triple, true[scene], predicates, *numbers) if triple else {})
+    return drawn
 
 
 def _cosines(
@@ -229,7 +250,7 @@ def _cosines(
     views: Sequence[int],
     rows: Sequence[int],
 ) -> torch.Tensor:  # [len(views)], on the CPU
-    """Of each of `views` with its row of `text`."""
+    """Cosine similarity of each of `views` with its row of `text`."""
     pairs = torch.tensor([views, rows], dtype=torch.int64, device=image.device)
     found = [(image[a] * text[b]).sum(-1).cpu() for a, b in (pair for pair in pairs.split(_CHUNK, 1))]
     return torch.cat([torch.zeros(0), *found])

@@ -1,9 +1,8 @@
-"""Linear probes of the three tasks: what a linear layer on frozen embeddings learns to tell apart.
+"""Linear probes of the three tasks on frozen embeddings.
 
-As published: AdamW with weight decay 5e-4 on `Linear(D, classes)`, on the encoders' outputs as they are. The rate
-falls from `lr` to 0 along a cosine. Where there is a validation split, the weights are those of the best of
-`CHECKS` evenly spaced moments by its top-1 accuracy, which stops what would overfit; the test split is looked at
-once, at the end. Without one, the last weights count.
+As published: `Linear(D, classes)` on the unnormalised encoder outputs, trained by AdamW with weight decay 5e-4. The
+learning rate follows a cosine from `lr` to 0. With a validation split, the weights are the best by its top-1 accuracy
+among `CHECKS` evenly spaced steps (early stopping); without one, the last. The test split is used once, at the end.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from torch import Tensor, nn
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import Features, LevelFeatures
-from scenarioclip_fast.eval.tables import text_table
-from scenarioclip_fast.eval.zeroshot import TASKS, check_topk
+from scenarioclip_fast.eval.ranking import check_topk
+from scenarioclip_fast.eval.tables import TASKS, text_table
 from scenarioclip_fast.progress import progress
 
 WEIGHT_DECAY = 5e-4
 CHECKS = 20
-_BLOCK = 1 << 24  # scores at once: 64 MiB
+_BLOCK = 1 << 24  # scores per block: 64 MiB
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How probes are trained: `steps` of `batch_size` views (or all, where there are fewer), once per seed."""
+    """Training of probes: `steps` of `batch_size` views (or all, if there are fewer), once per seed."""
 
     steps: int = 1000
     batch_size: int = 512
@@ -53,9 +52,16 @@ class ProbeSettings:
 class ProbeAccuracy:
     """Top-k accuracy of one level's probe on the test split.
 
-    `top` is the mean over seeds, `spread` their standard deviation (0 for a single one); `baseline` is what always
-    naming the k most frequent classes of the train split scores. All map k to a share in [0, 1]. `unseen` of the
-    `views` have a class that no train view has, so a probe cannot know it. `step` is that of each seed's weights.
+    Attributes:
+        level: "global", "object" or "relation".
+        views: views of the test split.
+        unseen: how many of them have a class that no training view has.
+        classes: classes of the vocabulary.
+        train_views: views of the train split.
+        top: k -> accuracy in [0, 1], the mean over seeds.
+        spread: k -> standard deviation over seeds; 0 for a single one.
+        baseline: k -> majority baseline: always predicting the k most frequent classes of the train split.
+        step: step of the selected weights, per seed.
     """
 
     level: str
@@ -80,7 +86,7 @@ class ProbeResult:
     rows: list[ProbeAccuracy] = field(default_factory=list)
 
     def get(self, level: str) -> ProbeAccuracy | None:
-        """The row of that level; None where a split has no view of it."""
+        """The row of that level; None if a split has no view of it."""
         return next((row for row in self.rows if row.level == level), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,8 +95,8 @@ class ProbeResult:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, as text."""
         several = len(self.settings.seeds) > 1
-        head = ["task", "train views", "views", "of unseen classes", "classes"]
-        head += [f"top-{k} (most frequent)" for k in self.topk]
+        head = ["task", "train views", "views", "views of unseen classes", "classes"]
+        head += [f"top-{k} (majority)" for k in self.topk]
         body = [
             [TASKS[row.level], f"{row.train_views}", f"{row.views}", f"{row.unseen}", f"{row.classes}"]
             + [
@@ -118,9 +124,9 @@ def linear_probe(
     device: str | torch.device = "cpu",
     show_progress: bool = True,
 ) -> ProbeResult:
-    """Trains a probe per level on `train`, chooses its moment on `val`, measures it on `test`.
+    """Train one probe per level and seed on `train`, select its weights on `val`, and measure it on `test`.
 
-    A level without views in `train` or `test` has no row; one without any in `val` keeps its last weights.
+    A level without views in `train` or `test` has no row; one without views in `val` keeps its last weights.
 
     Raises:
         UserError: no level has views in both `train` and `test`.
@@ -130,37 +136,56 @@ def linear_probe(
     settings = settings or ProbeSettings()
     levels = [level for level in LEVELS if level in train.levels and level in test.levels]
     if not levels:
-        raise UserError("the train split and the one to test on have no level of views in common: nothing to probe")
+        raise UserError(f"the train and {split} splits have no level of views in common: nothing to probe")
     jobs = [(level, seed) for level in levels for seed in settings.seeds]
     scores: dict[str, dict[int, list[float]]] = {level: {k: [] for k in topk} for level in levels}
     steps: dict[str, list[int]] = {level: [] for level in levels}
     for level, seed in progress(jobs, desc="linear probes", unit="probes") if show_progress else jobs:
-        chooser = val.levels.get(level) if val else None
+        selection = val.levels.get(level) if val else None
         classes = len(vocabulary.texts(level))
-        head, step = _fit(_on(train.levels[level], device), chooser and _on(chooser, device), classes, settings, seed)
+        head, step = _fit(
+            _on(train.levels[level], device), selection and _on(selection, device), classes, settings, seed
+        )
         steps[level].append(step)
         ahead = _ahead(head, _on(test.levels[level], device))
         for k in topk:
             scores[level][k].append(_share_below(ahead, k))
-    rows = []
-    for level in levels:
-        seen, asked = train.levels[level].text_id, test.levels[level].text_id
-        counts = seen.bincount(minlength=len(vocabulary.texts(level)))
-        frequent = counts.sort(descending=True, stable=True).indices
-        rows.append(
-            ProbeAccuracy(
-                level,
-                len(asked),
-                int((counts[asked] == 0).sum()),
-                len(counts),
-                len(seen),
-                {k: fmean(own) for k, own in scores[level].items()},
-                {k: stdev(own) if len(own) > 1 else 0.0 for k, own in scores[level].items()},
-                {k: int(torch.isin(asked, frequent[:k]).sum()) / len(asked) for k in topk},
-                steps[level],
-            )
+    rows = [
+        _summarise(
+            level,
+            train.levels[level].text_id,
+            test.levels[level].text_id,
+            len(vocabulary.texts(level)),
+            scores[level],
+            steps[level],
         )
+        for level in levels
+    ]
     return ProbeResult(split, topk, settings, bool(val and val.levels), rows)
+
+
+def _summarise(
+    level: str,
+    train: Tensor,  # [n] class ids
+    test: Tensor,  # [m] class ids
+    classes: int,
+    scores: dict[int, list[float]],
+    steps: list[int],
+) -> ProbeAccuracy:
+    """Reduce `scores`, k -> accuracy per seed, to one row beside the majority baseline."""
+    counts = train.bincount(minlength=classes)
+    frequent = counts.sort(descending=True, stable=True).indices
+    return ProbeAccuracy(
+        level,
+        views=len(test),
+        unseen=int((counts[test] == 0).sum()),
+        classes=len(counts),
+        train_views=len(train),
+        top={k: fmean(own) for k, own in scores.items()},
+        spread={k: stdev(own) if len(own) > 1 else 0.0 for k, own in scores.items()},
+        baseline={k: int(torch.isin(test, frequent[:k]).sum()) / len(test) for k in scores},
+        step=steps,
+    )
 
 
 def _on(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
@@ -174,12 +199,12 @@ def _fit(
     settings: ProbeSettings,
     seed: int,
 ) -> tuple[nn.Linear, int]:
-    """A trained head, and the step its weights are of. The same bits for the same seed on one kind of machine."""
+    """Train a head; return it and the step of its weights. Bitwise reproducible per seed on one kind of machine."""
     device, width = train.image.device, train.image.shape[1]
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(width, classes, device=device)
     with torch.no_grad():
-        for p in head.parameters():  # as nn.Linear does it, from a generator of ours
+        for p in head.parameters():  # the initialisation of nn.Linear, from a seeded generator
             p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) / math.sqrt(width))
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
@@ -203,7 +228,7 @@ def _fit(
 
 
 def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) -> list[Tensor]:
-    """The rows of each step: every view once, then all anew in another order."""
+    """The rows of each step; every epoch shuffles the views anew and drops the last partial batch."""
     size = min(settings.batch_size, views)
     per_epoch = views // size
     out: list[Tensor] = []
@@ -215,7 +240,7 @@ def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) ->
 
 @torch.no_grad()
 def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
-    """How many other classes score at least as much as each view's own."""
+    """Number of other classes that score at least as high as each view's own."""
     found = []
     step = max(1, _BLOCK // head.out_features)
     for image, ids in zip(rows.image.split(step), rows.text_id.split(step), strict=True):

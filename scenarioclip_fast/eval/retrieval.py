@@ -1,12 +1,11 @@
-"""Cross-modal retrieval: from a view to its text, and from a text to a view of it, at each level.
+"""Cross-modal retrieval between views and texts, in both directions, at each level.
 
-The gallery of texts is the distinct texts of the split; that of images all its views of the level. A view's query
-asks for the view's own text, and there is one. A text's query, one per distinct text, asks for any of the views
-that carry it: recall at k is the share of queries with a right answer among the first k. A tie counts against the
-model, as in `zeroshot`.
+The text gallery holds the distinct texts of the split, the image gallery all its views of the level. An image query has
+one right answer, its own text; a text query, one per distinct text, is answered by any view that carries it. Recall at
+k is the share of queries with a right answer among the first k; ties count against the model, as in `zeroshot`.
 
-Similarities are computed in blocks and dropped: no views x texts matrix is kept. Ranks of several processes exchange
-one number per text, so features stay where they were made.
+Similarities are computed in blocks, so no views x texts matrix is kept. Processes exchange one number per text, and
+features stay on the rank that computed them.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import embed_views
-from scenarioclip_fast.eval.tables import percent, text_table
-from scenarioclip_fast.eval.zeroshot import ALONE, TASKS, Encoder, check_topk, embed_texts, evaluating, random_hit_rate
+from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
+from scenarioclip_fast.eval.tables import TASKS, percent, text_table
 
 Direction = Literal["image_to_text", "text_to_image"]
 DIRECTIONS: dict[Direction, str] = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
-_BLOCK = 1 << 24  # similarities at once: 64 MiB
+_BLOCK = 1 << 24  # similarities per block: 64 MiB
 
 
 @dataclass(frozen=True)
 class Recall:
     """Recall at k of one level in one direction.
 
-    `recall` and `chance` map k to a share in [0, 1]; `chance` is what a random ranking of the gallery scores in
-    expectation. `median_rank` counts from 1: half of the queries find a right answer there or earlier.
+    `recall` and `chance` map k to a share in [0, 1]; `chance` is the expected recall of a random ranking of the
+    gallery. `median_rank`, from 1, is the median over queries of the rank of the first right answer.
     """
 
     level: str
@@ -65,7 +65,7 @@ class RetrievalResult:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, as text."""
-        head = ["level", "direction", "queries", "gallery", *(f"R@{k} (chance)" for k in self.topk), "median rank"]
+        head = ["task", "direction", "queries", "gallery", *(f"R@{k} (chance)" for k in self.topk), "median rank"]
         body = [
             [TASKS[row.level], DIRECTIONS[row.direction], f"{row.queries}", f"{row.gallery}"]  # type: ignore[index]
             + [f"{percent(row.recall[k])} ({100 * row.chance[k]:.1f})" for k in self.topk]
@@ -90,7 +90,7 @@ def retrieval(
     world: World = ALONE,
     show_progress: bool = True,
 ) -> RetrievalResult:
-    """Recall at k of `model` in both directions, on one pass over `batches`. Arguments and errors as of `zeroshot`."""
+    """Measure recall at k in both directions, on one pass over `batches`. Arguments and errors: see `zeroshot`."""
     topk = check_topk(topk)
     features = embed_views(
         model, batches, levels, desc=f"retrieval, {split}", show_progress=show_progress and world.is_main_process
@@ -113,24 +113,33 @@ def retrieval(
         image = text[:0] if own is None else F.normalize(own.image, dim=-1)
         to_text, to_image = ranks(image, text, torch.searchsorted(present, ids), world)
         views = int(count.sum())
-        found = {"image_to_text": (to_text, len(present)), "text_to_image": (to_image.bincount(), views)}
-        right = {"image_to_text": torch.ones(1), "text_to_image": count[present].cpu()}
-        for direction, (histogram, gallery) in found.items():
-            passed = histogram.cumsum(0).cpu()
-            queries = int(passed[-1])
-            middle = torch.tensor([(queries + 1) // 2, queries // 2 + 1])
-            rows.append(
-                Recall(
-                    level,
-                    direction,
-                    queries,
-                    gallery,
-                    {k: int(passed[min(k, len(passed)) - 1]) / queries for k in topk},
-                    {k: random_hit_rate(k, gallery, right[direction]) for k in topk},
-                    float((torch.searchsorted(passed, middle) + 1).double().mean()),
-                )
-            )
+        rows += [
+            _recall(level, "image_to_text", to_text, len(present), torch.ones(1), topk),
+            _recall(level, "text_to_image", to_image.bincount(), views, count[present].cpu(), topk),
+        ]
     return RetrievalResult(split, scenes, topk, rows)
+
+
+def _recall(
+    level: str,
+    direction: Direction,
+    histogram: Tensor,  # [ranks] number of queries whose first right answer has that rank
+    gallery: int,
+    right: Tensor,  # number of right answers per query, or one for all
+    topk: Sequence[int],
+) -> Recall:
+    found = histogram.cumsum(0).cpu()
+    queries = int(found[-1])
+    middle = torch.tensor([(queries + 1) // 2, queries // 2 + 1])
+    return Recall(
+        level,
+        direction,
+        queries,
+        gallery,
+        recall={k: int(found[min(k, len(found)) - 1]) / queries for k in topk},
+        chance={k: random_hit_rate(k, gallery, right) for k in topk},
+        median_rank=float((torch.searchsorted(found, middle) + 1).double().mean()),
+    )
 
 
 def ranks(
@@ -139,10 +148,10 @@ def ranks(
     text_index: Tensor,  # [N] int64: the text of each image
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:  # [U], [U], int64
-    """Where the right answers stand, counted from 0, among all ranks' images.
+    """Rank the right answers, from 0, among the images of all processes.
 
-    Returns how many images find their text at rank r, for r = 0 to U - 1, and for each text the rank of the first
-    image that carries it. Needs N + U numbers and one block of similarities; float32 throughout.
+    Returns the number of images whose text has rank r, for r = 0 to U - 1, and for each text the rank of the first
+    image that carries it. Memory: N + U numbers and one block of float32 similarities.
     """
     best = text.new_full((text.shape[0],), -torch.inf)
     for rows, scores in _blocks(image, text):
@@ -154,14 +163,14 @@ def ranks(
     for rows, scores in _blocks(image, text):
         own = text_index[rows][:, None]
         right = scores.gather(1, own)
-        # The right answers never stand ahead of themselves; whatever is not below one does, NaN included.
+        # "not less" rather than "greater or equal", so that NaN counts as ahead; a right answer is not ahead of itself.
         to_text += (~(scores < right)).scatter_(1, own, False).sum(1).bincount(minlength=text.shape[0])
         to_image += (~(scores < best)).scatter_(1, own, False).sum(0)
     return world.sum_(to_text), world.sum_(to_image)
 
 
 def _blocks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of some images with all texts, block by block."""
+    """Similarities of images with all texts, block by block."""
     step = max(1, _BLOCK // text.shape[0])
     for start in range(0, image.shape[0], step):
         rows = slice(start, start + step)

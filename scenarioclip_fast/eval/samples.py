@@ -1,4 +1,4 @@
-"""What a model answers for a few scenes: pictures, true texts and best guesses, ready to be drawn."""
+"""A model's answers for a few sample scenes: views, true texts and top guesses, ready to be drawn."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.vocabulary import Vocabulary
-from scenarioclip_fast.eval.zeroshot import Encoder, class_embeddings, evaluating, level_views, score_blocks
+from scenarioclip_fast.eval.encoding import Encoder, class_embeddings, evaluating, level_views, score_blocks
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
-_CHOICE = 10  # scenes looked at for one that is shown
+_CANDIDATES = 10  # scenes considered per scene shown
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One view as the model saw it, its true text, and the best guesses with their cosine, best first.
+    """One view as the model received it, its true text, and the top guesses with their cosine similarity, best first.
 
-    `truth_score` is the true text's cosine, `truth_rank` counts from 1 where it stands among all texts, behind those
-    that score the same.
+    `truth_score` is the true text's similarity, `truth_rank` its rank from 1 among all texts; ties count against it.
     """
 
     picture: Tensor  # uint8 [S, S, 3]
@@ -50,7 +49,7 @@ class SampleScene:
 def to_picture(
     pixels: Tensor,  # [3, S, S], normalised with CLIP's mean and deviation
 ) -> Tensor:  # uint8 [S, S, 3]
-    """Undoes the normalisation of a view."""
+    """Undo the normalisation of a view."""
     mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     return ((pixels.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
 
@@ -59,16 +58,16 @@ def to_picture(
 def answer_samples(
     model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
 ) -> list[SampleScene]:
-    """The model's best guesses for `scenes` scenes among the first ones of `batches`.
+    """Collect the model's top guesses for `scenes` scenes among the first ones of `batches`.
 
-    Scenes with relations come before those without, and first those whose action has not been shown yet.
+    Scenes with relations precede those without; within each group, scenes whose action is not shown yet come first.
     """
     found: list[SampleScene] = []
     with evaluating(model):
         texts = class_embeddings(model, vocabulary)
         for batch in batches:
             found += _answer_batch(model, batch, vocabulary, texts, guesses)
-            if len(found) >= _CHOICE * scenes:
+            if len(found) >= _CANDIDATES * scenes:
                 break
     shown: Counter[tuple[bool, str]] = Counter()
     rank = []

@@ -1,4 +1,4 @@
-"""What every evaluation starts from: one trained model, one packed data set, and this process's place among ranks."""
+"""The common setup of every evaluation: a trained model, a packed data set and the ranks that share the work."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import Trained, open_checkpoint, pick_device
-from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
-from scenarioclip_fast.eval.zeroshot import ALONE
+from scenarioclip_fast.eval.encoding import ALONE
+from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.train.config import DataSection
 
-# Ranks meet at the end of their shares, to which some come late.
-_PATIENCE_S = 3600.0
-# Not those of the run, which may have had another machine; and every scene is read once, so that a cache is useless.
+# Ranks wait for one another at the end of their shares, which may take unequal time.
+_TIMEOUT_S = 3600.0
+# Not those of the run, which may have used another machine; and every scene is read once, so a cache is useless.
 _LOADING = {"threads": LoaderConfig.threads, "prefetch": LoaderConfig.prefetch, "cache_gib": 0.0}
 
 
 @dataclass(frozen=True)
 class Session:
-    """An open checkpoint and the data set to evaluate it on.
+    """An open checkpoint, a data set and how to read it.
 
-    data: the settings of the model's run, with the overrides of this evaluation
-
-    left_out: scenes that could not be used in any pass so far, of all ranks
+    Attributes:
+        data: data settings of the model's training run, with the caller's overrides.
+        skipped: scenes of all ranks that could not be used in any pass so far.
     """
 
     trained: Trained
@@ -41,20 +41,21 @@ class Session:
     batch_size: int
     data: DataSection
     vocabulary: Vocabulary
-    left_out: list[LeftOut] = field(default_factory=list)
+    skipped: list[SkippedScene] = field(default_factory=list)
 
     @property
     def model(self) -> ScenarioCLIP:
         return self.trained.model
 
     def scenes(self, split: str) -> int:
-        """How many scenes a split has."""
+        """Number of scenes in a split."""
         return len(ShardSet(self.shards, split))
 
     def loader(self, split: str, *, whole: bool = False) -> EvaluationLoader:
-        """This rank's share of a split, in order; or the whole of it.
+        """Open this rank's share of a split, in order; with `whole`, the whole split.
 
-        UserError where the data set has no such split or no scene in it.
+        Raises:
+            UserError: the data set has no such split, or the split has no scenes.
         """
         return EvaluationLoader(
             self.shards,
@@ -62,8 +63,8 @@ class Session:
             self.data,
             split=split,
             world=ALONE if whole else self.world,
-            # pictures are of some scenes: what these passes meet is no part of a result
-            left_out=[*self.left_out] if whole else self.left_out,
+            # whole passes only pick sample scenes: what they skip is not part of a result
+            skipped=[*self.skipped] if whole else self.skipped,
             device=self.world.device,
             size=self.model.config.vision.image_size,
         )
@@ -79,24 +80,24 @@ def open_session(
     batch_size: int = 64,
     **overrides: Any,
 ) -> Iterator[Session]:
-    """Opens `checkpoint` on every rank that torchrun started, or in this process alone.
+    """Open `checkpoint` on every rank that torchrun started, or in this process alone.
 
-    Says so where texts of the data set are too long for the model.
+    Reports texts of the data set that exceed the model's context length.
 
     Args:
-        checkpoint, weights: as `open_checkpoint` takes them.
+        checkpoint, weights: see `open_checkpoint`.
         shards: directory that `pack` wrote.
         device: auto, cpu, cuda or cuda:N.
-        batch_size: scenes at a time, of each rank.
+        batch_size: scenes per batch and rank.
         overrides: fields of `LoaderConfig` that replace those of the model's run; None keeps the run's value.
 
     Raises:
-        UserError: no such checkpoint, data set or device, or texts that do not fit the model.
+        UserError: no such checkpoint, data set or device, or texts that do not match the model.
     """
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
     pick_device(device)
-    with join_world(device, _PATIENCE_S) as world:
+    with join_world(device, _TIMEOUT_S) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
         given = {name: value for name, value in overrides.items() if value is not None}
         data = replace(trained.data, **(_LOADING | given))

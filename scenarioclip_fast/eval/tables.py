@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}  # level -> what it recognises
+
 
 def text_table(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> str:
-    """Columns of equal width under a rule; the first `names` are words, read from the left, the rest numbers."""
+    """Format aligned columns: the first `names` are left-aligned text, the others right-aligned numbers."""
     widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
 
     def text(line: Sequence[str]) -> str:
@@ -20,5 +22,5 @@ def text_table(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] as "12.3 %"."""
+    """Format a share in [0, 1] as "12.3 %"."""
     return f"{100 * share:.1f} %"

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast eval`: every kind on a small model, its files, its cache, two ranks, and one line a mistake."""
+"""`scenarioclip-fast eval`: every kind on a small model, output files, feature cache, two ranks, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import LoaderConfig, ShardSet, generate_scenes, pack
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.loading import EvaluationLoader, LeftOut
+from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
 from scenarioclip_fast.train.config import TrainConfig
@@ -35,7 +35,7 @@ PICTURES = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """shards/: 36 drawn scenes; model/: random weights, which tell views apart."""
+    """shards/: 36 synthetic scenes; model/: random weights, large enough to distinguish views."""
     place = tmp_path_factory.mktemp("eval")
     pack(generate_scenes(36, seed=0, val=0.2, test=0.4), place / "shards")
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same shards with one image of the test split and one of the train split spoilt: their second scenes."""
+    """The same shards with the image of the second scene of the test and train splits damaged."""
     folder = shutil.copytree(place / "shards", tmp_path_factory.mktemp("damaged") / "shards")
     for name, rows in json.loads((folder / "index.json").read_text())["shards"].items():
         if not name.startswith("val"):
@@ -77,7 +77,7 @@ def command(place: Path, kind: str, *options: str, shards: Path | str | None = N
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_writes_what_it_says(
+def test_every_kind_writes_its_files(
     place: Path, kind: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "tsne":
@@ -94,14 +94,14 @@ def test_every_kind_writes_what_it_says(
     assert page.count("data:image/png;base64,") == len(PICTURES[kind])
 
 
-def test_map_goes_beside_the_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_map_is_written_to_the_checkpoint_by_default(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     assert main(command(place, "tsne", "--level", "global", "--split", "train")) == 0
     assert "action" in capsys.readouterr().out
     assert (place / "model" / "tsne" / "map.png").is_file()
 
 
-def test_features_are_kept_and_found_again(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_are_cached(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     runs = []
     for _ in range(3):
@@ -113,12 +113,12 @@ def test_features_are_kept_and_found_again(place: Path, tmp_path: Path, capsys: 
     files = sorted(path.name for path in cache.iterdir())
     assert [name.split("-")[0] for name in files] == ["test", "train", "val"]
 
-    # another way to render is another file
+    # other view settings use other files
     assert main(command(place, "probe", "--cache", str(cache), "--object-view", "crop")) == 0
     assert "read from" not in capsys.readouterr().err
     assert len(list(cache.iterdir())) == 6
 
-    # a damaged file is made anew, once
+    # a damaged file is replaced
     damaged = cache / files[0]
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
@@ -128,7 +128,7 @@ def test_features_are_kept_and_found_again(place: Path, tmp_path: Path, capsys: 
     assert damaged.read_bytes() == whole
 
 
-def test_a_full_disk_costs_the_features_alone(
+def test_a_full_disk_costs_only_the_cache(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -137,11 +137,11 @@ def test_a_full_disk_costs_the_features_alone(
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     assert main(command(place, "probe", "--cache", str(tmp_path / "cache"))) == 0
-    assert capsys.readouterr().err.count("features not kept: No space left on device") == 3
+    assert capsys.readouterr().err.count("features not cached: No space left on device") == 3
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_other_weights_are_other_features(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_use_other_features(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ScenarioCLIP.from_pretrained(place / "model")
     with torch.no_grad():
         model.vision["object"].head.projection.weight[0, 0] += 1e-3
@@ -152,14 +152,14 @@ def test_other_weights_are_other_features(place: Path, tmp_path: Path, capsys: p
         assert "read from" not in capsys.readouterr().err
 
 
-def test_two_ranks_say_what_one_process_says(
+def test_two_ranks_equal_one_process(
     place: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for kind, shards in {"zeroshot": damaged, "retrieval": place / "shards"}.items():
         one, two = tmp_path / f"{kind}-1.json", tmp_path / f"{kind}-2.json"
-        # batches that neither share out evenly nor end together
+        # batches that do not divide evenly among ranks
         assert main(command(place, kind, "--json", str(one), "--batch-size", "3", shards=shards)) == 0
         alone = capsys.readouterr()
         done = subprocess.run(
@@ -183,7 +183,7 @@ def test_two_ranks_say_what_one_process_says(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scenes_left_out_are_named_and_features_without_them_not_kept(
+def test_skipped_scenes_are_reported_and_incomplete_features_not_cached(
     place: Path, damaged: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "tsne":
@@ -195,28 +195,30 @@ def test_scenes_left_out_are_named_and_features_without_them_not_kept(
     splits = ["test", "train"] if kind == "probe" else ["test"]
     names = {split: second(damaged, split) for split in splits}
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    for split, line in zip(splits, warnings, strict=True):  # the report's samples do not say it again
+    for split, line in zip(
+        splits, warnings, strict=True
+    ):  # the pass for the report's samples does not repeat the warning
         number = len(ShardSet(damaged, split))
-        about = f"1 of the {number} scenes of the {split} split cannot be used and are left out: {names[split]}"
+        about = f"1 of the {number} scenes of the {split} split cannot be used and are skipped: {names[split]}"
         assert line.startswith(f"warning: {about} (not_an_image: ")
-    left_out = json.loads(file.read_text())["left_out"]
-    assert left_out["count"] == len(splits)
-    assert [(scene["split"], scene["scene"], scene["reason"]) for scene in left_out["scenes"]] == [
+    skipped = json.loads(file.read_text())["skipped"]
+    assert skipped["count"] == len(splits)
+    assert [(scene["split"], scene["scene"], scene["reason"]) for scene in skipped["scenes"]] == [
         (split, names[split], "not_an_image") for split in splits
     ]
     page = (report / "report.html").read_text()
-    assert f"left out: {len(splits)}." in page
+    assert f"could not be used: {len(splits)}." in page
     if cached:
         kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
         assert kept == (["val"] if kind == "probe" else [])
 
 
-def test_too_many_bad_scenes_are_judged_over_all_ranks(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_bad_scenes_are_counted_over_all_ranks(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes = len(ShardSet(damaged, "test"))
-    found: list[LeftOut] = []
+    found: list[SkippedScene] = []
     for rank in range(5):  # the one bad scene is more than a tenth of its rank's share
         world = World(rank, 5, torch.device("cpu"), None)
-        with EvaluationLoader(damaged, 2, world=world, left_out=found, size=16) as loader:
+        with EvaluationLoader(damaged, 2, world=world, skipped=found, size=16) as loader:
             seen = [key for batch in loader for key in batch.keys]
             assert len(seen) + (rank == 1) == len(range(rank, scenes, 5)) < 10
     assert [scene.scene for scene in found] == [second(damaged, "test")]
@@ -228,7 +230,7 @@ def test_too_many_bad_scenes_are_judged_over_all_ranks(damaged: Path, capsys: py
         list(loader)
 
 
-def test_data_are_seen_as_the_run_saw_them(
+def test_data_settings_of_the_run_are_used(
     place: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -244,7 +246,7 @@ def test_data_are_seen_as_the_run_saw_them(
                 pixels[blur] = next(iter(loader)).pixels
     assert torch.equal(pixels[None], pixels["reference"]) and not torch.equal(pixels[None], pixels["rgb"])
 
-    # what is kept of one is not taken for the other
+    # the feature cache distinguishes them
     cache = ["--steps", "1", "--seeds", "1", "--cache", str(tmp_path / "cache")]
     probe = ["eval", "probe", str(run), str(place / "shards"), "--device", "cpu", *cache]
     for options, files in (([], 3), (["--blur", "rgb"], 6), (["--blur", "reference"], 6)):
@@ -252,12 +254,12 @@ def test_data_are_seen_as_the_run_saw_them(
         assert len(list((tmp_path / "cache").iterdir())) == files
     assert capsys.readouterr().err.count("features read from") == 3
 
-    # and a run that would have ended with so many bad scenes is not evaluated on them
+    # the max_bad_fraction of the run applies
     assert main(["eval", "zeroshot", str(run), str(damaged), "--device", "cpu"]) == 2
     assert "max_bad_fraction = 0.02" in capsys.readouterr().err
 
 
-def test_shards_from_afar_go_where_they_are_told_to(
+def test_remote_shards_use_the_configured_cache(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -269,11 +271,11 @@ def test_shards_from_afar_go_where_they_are_told_to(
     probe = ["eval", "probe", str(run), (place / "shards").as_uri(), "--device", "cpu", "--cache", str(features)]
     assert main([*probe, "--steps", "1"]) == 0
     assert near.is_dir() and not (tmp_path / "home").exists()
-    # with features at hand no shard is wanted
+    # with cached features no shard is read
     assert main([*probe, "--steps", "1", "--shard-cache-dir", str(nearer)]) == 0
     assert not nearer.exists()
     assert main(["eval", "retrieval", *probe[2:6], "--shard-cache-dir", str(nearer), "--shard-cache-gib", "0"]) == 0
-    assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of no size"
+    assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of size 0 stays empty"
     capsys.readouterr()
     for option, value, message in (
         ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the shard cache"),
@@ -292,8 +294,8 @@ def test_shards_from_afar_go_where_they_are_told_to(
         ("retrieval", ["--top", "0"], "--top: got 0"),
         ("retrieval", ["--weights", "teacher"], "this run had no teacher"),
         ("retrieval", ["--device", "gpu"], "device: got 'gpu'"),
-        ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before the work
-        ("probe", ["--split", "train"], "--split: got 'train', which the probe is trained on"),
+        ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before any work
+        ("probe", ["--split", "train"], "--split: got 'train', which probes are trained on"),
         ("probe", ["--steps", "0"], "steps: got 0, expected at least 1"),
         ("probe", ["--seeds", "0"], "seeds: got none"),
         ("tsne", ["--classes", "1"], "classes: got 1, expected at least 2"),
@@ -303,7 +305,7 @@ def test_shards_from_afar_go_where_they_are_told_to(
         ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file, expected a directory"),
         ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file, expected a directory"),
         ("retrieval", ["--json", "{place}/model"], "model is a directory; name a file"),
-        # where even root may write nothing
+        # not writable even for root
         ("retrieval", ["--json", "/proc/a.json"], "--json: /proc/a.json cannot be written (No such file"),
         ("retrieval", ["--json", "/proc/version"], "--json: /proc/version cannot be written ("),
         ("retrieval", ["--report", "/proc"], "--report: /proc cannot be written (No such file"),
@@ -311,7 +313,7 @@ def test_shards_from_afar_go_where_they_are_told_to(
         ("retrieval", ["--json", "{place}/model/config.json/a.json"], "config.json is a file, expected a directory"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     place: Path, kind: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "tsne":
@@ -322,14 +324,14 @@ def test_mistakes_are_one_line(
     assert errors[0].startswith("error: ") and message in errors[0]
 
 
-def test_no_model_there(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     for checkpoint, message in (
-        (tmp_path / "none", "none does not exist; expected a run's directory"),
-        (place / "model" / "config.json", "config.json is a file; expected a run's directory"),
+        (tmp_path / "none", "none does not exist; expected a run directory"),
+        (place / "model" / "config.json", "config.json is a file; expected a run directory"),
         (tmp_path / "empty", "empty holds no trained model"),
-        (tmp_path / "begun", "begun is a run that has not finished: go on with `train --resume`"),
+        (tmp_path / "begun", "begun is an unfinished run: resume it with `train --resume`"),
     ):
         assert main(["eval", "retrieval", str(checkpoint), str(place / "shards"), "--device", "cpu"]) == 2
         (error,) = capsys.readouterr().err.splitlines()

@@ -16,12 +16,12 @@ DIM = 24
 
 
 def text_vector(level: str, tokens: list[int]) -> Tensor:
-    """A vector that depends on nothing but the level and the text."""
+    """A random vector, determined by the level and the text."""
     return torch.randn(DIM, generator=torch.Generator().manual_seed(zlib.crc32(repr((level, tokens)).encode())))
 
 
-class Memory(nn.Module):
-    """A model whose embeddings are given: a view's first pixel is its row of a table, a text's follow from its ids."""
+class LookupModel(nn.Module):
+    """A lookup model: a view's first pixel is its row in a table of embeddings; texts have fixed random vectors."""
 
     def __init__(self, vocabulary: Vocabulary, images: dict[str, Tensor]) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ def make_vocabulary() -> Vocabulary:
     return Vocabulary(counts["global"], counts["object"], relations, counts)
 
 
-def draw(scenes: int, seed: int, noise: float = 1.2) -> tuple[Memory, list[Batch], Vocabulary]:
-    """Ragged scenes (some without relations), and a model whose views lie near their texts."""
+def make_scenes(scenes: int, seed: int, noise: float = 1.2) -> tuple[LookupModel, list[Batch], Vocabulary]:
+    """Ragged scenes, some without relations, and a model that embeds views near their texts."""
     vocabulary = make_vocabulary()
     rng = random.Random(seed)
     rows: dict[str, list[int]] = {level: [] for level in LEVELS}
@@ -82,7 +82,7 @@ def draw(scenes: int, seed: int, noise: float = 1.2) -> tuple[Memory, list[Batch
                 *(ids[level] for level in LEVELS),
             )
         )
-    model = Memory(vocabulary, {})
+    model = LookupModel(vocabulary, {})
     generator = torch.Generator().manual_seed(seed)
     for level in LEVELS:
         model.images[level] = model.texts[level][rows[level]]
@@ -91,11 +91,11 @@ def draw(scenes: int, seed: int, noise: float = 1.2) -> tuple[Memory, list[Batch
 
 
 @pytest.fixture
-def memory() -> type[Memory]:
-    return Memory
+def lookup_model() -> type[LookupModel]:
+    return LookupModel
 
 
 @pytest.fixture
-def drawn() -> Callable[..., tuple[Any, list[Batch], Vocabulary]]:
-    """drawn(scenes, seed, noise=1.2): a model, batches of four scenes, their vocabulary."""
-    return draw
+def synthetic() -> Callable[..., tuple[Any, list[Batch], Vocabulary]]:
+    """synthetic(scenes, seed, noise=1.2): a model, batches of four scenes, their vocabulary."""
+    return make_scenes

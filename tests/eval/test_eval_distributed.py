@@ -1,4 +1,4 @@
-"""Evaluations on several gloo processes against one process with all scenes: the results are the same to the bit."""
+"""Evaluations on several gloo processes equal one process with all scenes, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ VOCABULARY = Vocabulary(
     ["eat", "run", "sit"], ["cat", "dog", "box", "car"], RELATIONS, {"relation": dict.fromkeys(RELATIONS[::2], 1)}
 )
 RANKS = 3
-# The scenes of each rank in turn, one of which may have none at all, or none with a relation.
+# The rank of each scene. A rank may have no scenes, or none with a relation.
 DEALS = ([0, 1, 2] * 7, [0, 2] * 10, [1] * 12, [0, 0, 1, 0, 0])
 
 
 class Model:
-    """Embeds a view by its pixels and a text by its tokens: whatever comes along in a batch changes nothing."""
+    """Embeds a view by its pixels and a text by its tokens, independently of the rest of the batch."""
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor:
         return torch.stack([_vector(f"{level} {view[0, 0, 0].item()}") for view in pixels])
@@ -43,7 +43,7 @@ def _vector(seed: str) -> Tensor:
 
 
 def scene(number: int) -> Batch:
-    """One scene: two objects, and two relations for every other scene, the same texts coming again and again."""
+    """One scene: two objects, and two relations for every other scene, with repeating texts."""
     relations = 2 * (number % 2)
     views = 3 + relations
     pixels = (10.0 * number + torch.arange(views)).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
@@ -53,7 +53,7 @@ def scene(number: int) -> Batch:
 
 
 def empty() -> Batch:
-    """What a rank without scenes gets where the others have some."""
+    """The batch of a rank without scenes."""
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(torch.zeros(0, 3, 1, 1), [], none, none, none, none, none)
 
@@ -76,7 +76,7 @@ def evaluate(batches: list[Batch], world: World) -> dict[str, Any]:
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    features_module._ROWS = 4  # features go in several pieces, of which some ranks have none left
+    features_module._ROWS = 4  # several exchanges, in which some ranks have no rows left
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
         world = World(rank, RANKS, torch.device("cpu"), dist.group.WORLD)
@@ -98,7 +98,7 @@ def test_ranks_equal_one_process(tmp_path: Path) -> None:
         assert 0 < expected["zeroshot"]["rows"][0]["top"][1] < 1
         for rank in range(RANKS):
             found = torch.load(tmp_path / f"{i}-{rank}.pt")
-            # features are wanted on the leading rank alone
+            # features are gathered on rank 0 alone
             assert found.keys() == expected.keys() - (set(LEVELS) if rank else set())
             for name in found:
                 assert found[name] == expected[name], (name, i, rank)

@@ -1,4 +1,4 @@
-"""Hard negatives: never true of their image, drawn alike however the views come, and scored as by hand."""
+"""Hard negatives: never true of their image, independent of batching, and scored as in a direct count."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import tokenize
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import negatives as module
-from scenarioclip_fast.eval.negatives import Triple, draw, hard_negatives, parse_relations
+from scenarioclip_fast.eval.negatives import Triple, draw_negatives, hard_negatives, parse_relations
 
-Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
+Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
 
 def test_relations_are_parsed_by_the_longest_names() -> None:
@@ -36,25 +36,27 @@ def test_a_negative_is_never_true_of_the_image() -> None:
     triple, predicates = Triple("cat", "on", "box"), ["beside", "in", "on", "under"]
     true = {"cat on box", "box on cat", "cat in box"}
     for number in range(20):
-        found = draw(triple, true, predicates, number)
+        found = draw_negatives(triple, true, predicates, number)
         assert set(found) == {"predicate"}
         assert found["predicate"] in {"cat beside box", "cat under box"}
-    assert draw(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
-    assert draw(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
+    assert draw_negatives(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
+    assert draw_negatives(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
 
 
 def test_every_predicate_is_drawn() -> None:
     predicates = ["beside", "in", "on", "under"]
-    drawn = Counter(draw(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600))
+    drawn = Counter(
+        draw_negatives(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600)
+    )
     assert set(drawn) == {"a beside b", "a in b", "a under b"}
     # "on" passes its share on to "under"; six standard deviations below a quarter
     assert min(drawn.values()) > 150 - 6 * 10.6
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 14])
-def test_scores_as_by_hand(drawn: Drawn, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_direct_count(synthetic: Synthetic, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", chunk)
-    model, batches, vocabulary = drawn(40, seed=0, noise=3.0)
+    model, batches, vocabulary = synthetic(40, seed=0, noise=3.0)
     result = hard_negatives(model, batches, vocabulary, seed=5, show_progress=False)
     triples = dict(zip(vocabulary.relations, parse_relations(vocabulary), strict=True))
     points: dict[str, list[bool]] = {"swapped": [], "predicate": []}
@@ -89,8 +91,8 @@ def test_scores_as_by_hand(drawn: Drawn, chunk: int, monkeypatch: pytest.MonkeyP
     assert result.without["predicate"] > 0 == result.without["swapped"]
 
 
-def test_neither_batches_nor_their_order_change_the_questions(drawn: Drawn) -> None:
-    model, batches, _ = drawn(40, seed=1)
+def test_negatives_do_not_depend_on_batching(synthetic: Synthetic) -> None:
+    model, batches, _ = synthetic(40, seed=1)
     # with eight predicates the choice has room to differ
     words = ("cat on box", "dog under box", *(f"dog {i} car" for i in "abcdef"))
     texts = [f"{a} {w.split()[1]} {b}" for w in words for a in ("cat", "dog") for b in ("box", "car", "tree")]
@@ -100,30 +102,30 @@ def test_neither_batches_nor_their_order_change_the_questions(drawn: Drawn) -> N
     assert hard_negatives(model, batches, vocabulary, seed=1, show_progress=False) != first
 
 
-def test_guessing_is_one_half(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(20, seed=0)
+def test_guessing_is_one_half(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(20, seed=0)
     model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
     for row in hard_negatives(model, batches, vocabulary, show_progress=False).rows:
         assert row.accuracy == 0.5
 
 
-def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(20, seed=0)
+def test_embeddings_that_are_not_finite(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(20, seed=0)
     model.encode_text = lambda texts, level: torch.full((len(texts), 24), float("nan"))
     with pytest.raises(UserError, match=r"^(\d+) of \1 relation text embeddings are not finite"):
         hard_negatives(model, batches, vocabulary, show_progress=False)
 
 
-def test_no_relation_allows_a_negative(drawn: Drawn) -> None:
-    model, batches, _ = drawn(20, seed=0)
+def test_no_relation_has_a_negative(synthetic: Synthetic) -> None:
+    model, batches, _ = synthetic(20, seed=0)
     for batch in batches:
         batch.relation_id.zero_()
     vocabulary = Vocabulary([], ["cat"], ["cat on cat"])  # one predicate, and swapped it is the same
-    with pytest.raises(UserError, match=r"none of the \d+ relations of the test split allows a negative"):
+    with pytest.raises(UserError, match=r"none of the \d+ relations of the test split has a valid negative"):
         hard_negatives(model, batches, vocabulary, show_progress=False)
 
 
-def test_no_relations(drawn: Drawn) -> None:
-    model, _, vocabulary = drawn(4, seed=0)
+def test_no_relations(synthetic: Synthetic) -> None:
+    model, _, vocabulary = synthetic(4, seed=0)
     with pytest.raises(UserError, match="no relations"):
         hard_negatives(model, [], vocabulary, show_progress=False)

@@ -1,4 +1,4 @@
-"""Linear probes: they learn what can be learned, and their numbers are what they are said to be."""
+"""Linear probes: accuracy, baselines, checkpoint selection and determinism."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(views: int, seed: int, noise: float = 0.6, classes: int = 12, labels: s
     return Features([str(i) for i in range(views)], {"object": LevelFeatures(image, ids, torch.arange(views))})
 
 
-def test_learns_what_is_there_and_nothing_else() -> None:
+def test_learns_true_labels_and_not_random_ones() -> None:
     result = linear_probe(make(600, 0), make(300, 1), VOCABULARY, settings=QUICK, show_progress=False)
     assert [row.level for row in result.rows] == ["object"]
     row = result.rows[0]
@@ -43,10 +43,10 @@ def test_learns_what_is_there_and_nothing_else() -> None:
 def test_baseline_and_unseen_classes_are_counted() -> None:
     train, test = make(400, 0, classes=9), make(200, 1)
     row = linear_probe(train, test, VOCABULARY, topk=(1, 3), settings=QUICK, show_progress=False).rows[0]
-    seen, asked = train.levels["object"].text_id.tolist(), test.levels["object"].text_id.tolist()
+    seen, tested = train.levels["object"].text_id.tolist(), test.levels["object"].text_id.tolist()
     frequent = sorted(set(seen), key=lambda i: (-seen.count(i), i))
-    assert row.unseen == sum(i >= 9 for i in asked) > 0
-    assert row.baseline == {k: sum(i in frequent[:k] for i in asked) / 200 for k in (1, 3)}
+    assert row.unseen == sum(i >= 9 for i in tested) > 0
+    assert row.baseline == {k: sum(i in frequent[:k] for i in tested) / 200 for k in (1, 3)}
 
 
 def test_same_seed_same_weights() -> None:
@@ -56,14 +56,14 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(first.weight, third.weight)
 
 
-def test_val_chooses_the_moment() -> None:
+def test_val_selects_the_step() -> None:
     settings = ProbeSettings(steps=400, batch_size=64, lr=0.03, seeds=(0,))
     train, val, test = make(60, 0, noise=2.5), make(400, 1, noise=2.5), make(400, 2, noise=2.5)
     rows = [f.levels["object"] for f in (train, val)]
     chosen, step = module._fit(rows[0], rows[1], 12, settings, 0)
     last, end = module._fit(rows[0], None, 12, settings, 0)
     assert step < end == 400 and step % (400 // module.CHECKS) == 0
-    # so few noisy views are soon known by heart
+    # the probe overfits so few noisy views
     assert accuracy(chosen, val) > accuracy(last, val)
     result = linear_probe(train, test, VOCABULARY, val=val, settings=settings, show_progress=False)
     assert result.chosen_on_val and result.rows[0].step == [step]
@@ -76,7 +76,7 @@ def accuracy(head: torch.nn.Linear, features: Features) -> float:
 
 
 @pytest.mark.parametrize("block", [1, 40, 1 << 24])
-def test_scores_of_many_classes_come_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_computed_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
     rows, head = make(50, 0).levels["object"], torch.nn.Linear(16, 12)
     scores = head(rows.image)
@@ -88,7 +88,7 @@ def test_scores_of_many_classes_come_in_blocks(block: int, monkeypatch: pytest.M
     assert module._ahead(head, rows).tolist() == [11] * 50, "ties count against it"
 
 
-def test_every_view_comes_once_an_epoch() -> None:
+def test_every_view_occurs_once_per_epoch() -> None:
     batches = module._batches(50, ProbeSettings(steps=13, batch_size=12), torch.Generator().manual_seed(0))
     assert [len(rows) for rows in batches] == [12] * 13
     for epoch in range(3):
@@ -97,7 +97,7 @@ def test_every_view_comes_once_an_epoch() -> None:
     assert [len(rows) for rows in module._batches(5, ProbeSettings(steps=2), torch.Generator())] == [5, 5]
 
 
-def test_settings_and_splits_that_cannot_be() -> None:
+def test_invalid_settings_and_splits() -> None:
     for wrong, message in (({"steps": 0}, "steps"), ({"batch_size": 0}, "batch size"), ({"lr": 0.0}, "lr")):
         with pytest.raises(UserError, match=f"{message}: got 0"):
             ProbeSettings(**wrong)

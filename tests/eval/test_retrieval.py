@@ -1,4 +1,4 @@
-"""Recalls against the full matrix of similarities, which the code itself never has."""
+"""Recall against the full similarity matrix, which the code itself never builds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import retrieval as module
 from scenarioclip_fast.eval.retrieval import ranks, retrieval
 
-Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
+Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
 
 def naive_ranks(model: Any, ids: torch.Tensor, level: str) -> tuple[list[int], list[int]]:
@@ -36,9 +36,9 @@ def naive_ranks(model: Any, ids: torch.Tensor, level: str) -> tuple[list[int], l
 
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 24])
-def test_equals_the_full_matrix(drawn: Drawn, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_full_matrix(synthetic: Synthetic, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
-    model, batches, vocabulary = drawn(30, seed=0, noise=1.5)
+    model, batches, vocabulary = synthetic(30, seed=0, noise=1.5)
     model.train()
     result = retrieval(model, batches, vocabulary, topk=(3, 1), show_progress=False)
     assert model.training and model.modes == {False}
@@ -57,7 +57,7 @@ def test_equals_the_full_matrix(drawn: Drawn, block: int, monkeypatch: pytest.Mo
             assert (row.queries, row.gallery) == (len(found), gallery)
             assert row.median_rank == statistics.median(found)
             assert row.recall == {k: sum(rank <= k for rank in found) / len(found) for k in (1, 3)}
-    # all right or all wrong would say nothing
+    # all right or all wrong would be a weak test
     row = rows["object", "image_to_text"]
     assert row.chance[1] == pytest.approx(1 / row.gallery)
     assert row.chance[1] < row.recall[1] < row.recall[3] < 1
@@ -114,18 +114,18 @@ def test_memory_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     index = torch.arange(views) % texts
     with Largest() as largest:
         ranks(image, text, index)
-    # anything of N x U would have 1.5 million elements
+    # an N x U tensor would have 1.5 million elements
     assert block * 0.9 < largest.size <= max(block, views * width)
 
 
-def test_a_split_without_scenes(drawn: Drawn) -> None:
-    model, _, vocabulary = drawn(4, seed=0)
+def test_a_split_without_scenes(synthetic: Synthetic) -> None:
+    model, _, vocabulary = synthetic(4, seed=0)
     with pytest.raises(UserError, match="no scenes"):
         retrieval(model, [], vocabulary, show_progress=False)
 
 
-def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(4, seed=0)
+def test_embeddings_that_are_not_finite(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(4, seed=0)
     model.images["object"][0] = float("inf")
     with pytest.raises(UserError, match=r"^1 of \d+ object embeddings are not finite"):
         retrieval(model, batches, vocabulary, show_progress=False)
@@ -135,8 +135,8 @@ def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
         retrieval(model, batches, vocabulary, show_progress=False)
 
 
-def test_table(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(12, seed=1)
+def test_table(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(12, seed=1)
     result = retrieval(model, batches, vocabulary, topk=(1,), show_progress=False)
     lines = str(result).splitlines()
     assert len(lines) == 8

@@ -1,4 +1,4 @@
-"""Sample scenes: the answers belong to their views, and the pictures are what the model saw."""
+"""Sample scenes: answers match their views, and pictures show the model's input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY = Vocabulary(
 
 
 class Colours:
-    """Knows class `i` by the red channel being `i` / 4; embeds the classes along the axes."""
+    """Class `i` is encoded as a red channel of `i` / 4, and embedded along axis `i`."""
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor:
         red = pixels[:, 0, 0, 0] * CLIP_STD[0] + CLIP_MEAN[0]
@@ -44,7 +44,7 @@ def make_batch(actions: list[int], objects: list[list[int]], relations: list[lis
 def test_answers_and_pictures() -> None:
     batch = make_batch([0, 1], [[2], [0, 1]], [[], [0, 1]])
     second, first = answer_samples(Colours(), [batch], VOCABULARY, scenes=2, guesses=2)
-    assert (first.key, second.key) == ("scene 0", "scene 1")  # the one with relations comes first
+    assert (first.key, second.key) == ("scene 0", "scene 1")  # scenes with relations come first
     assert [answer.truth for answer in second.objects] == ["cat", "dog"]
     assert [answer.truth for answer in second.relations] == ["cat on tree", "dog on cat"]
     assert [answer.held_out for answer in second.relations] == [False, True]
@@ -57,7 +57,7 @@ def test_answers_and_pictures() -> None:
     assert second.objects[1].picture[0, 0].tolist() == [64, 64, 191]
 
 
-def test_who_scores_the_same_stands_before_the_truth() -> None:
+def test_ties_rank_before_the_truth() -> None:
     class Blind(Colours):
         def encode_image(self, pixels: Tensor, level: str) -> Tensor:
             return torch.ones(len(pixels), 4)
@@ -72,7 +72,7 @@ def test_picture_undoes_the_normalisation() -> None:
     assert torch.equal(to_picture(pixels), picture)
 
 
-def test_a_mixed_choice() -> None:
+def test_actions_are_mixed() -> None:
     batches = [make_batch([0] * 4, [[0]] * 4, [[0]] * 4), make_batch([1, 1], [[1]] * 2, [[1], []], start=4)]
     chosen = answer_samples(Colours(), batches, VOCABULARY, scenes=3)
     assert [sample.key for sample in chosen] == ["scene 0", "scene 4", "scene 1"]

@@ -1,4 +1,4 @@
-"""Zero-shot accuracies against a slow count by hand, and chance levels against random rankings."""
+"""Zero-shot accuracies against a slow direct count, and chance levels against random rankings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval import zeroshot as module
-from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, random_hit_rate, zeroshot
+from scenarioclip_fast.eval import encoding
+from scenarioclip_fast.eval.ranking import random_hit_rate
+from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
 
-Drawn = Callable[..., tuple[Any, list[Batch], Vocabulary]]
+Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
 
-def by_hand(
+def direct_count(
     model: Any, batches: list[Batch], level: str, match: str, k: int, train_counts: list[int], subset: str
 ) -> tuple[int, float, float]:
     """Views, accuracy and chance, view by view."""
@@ -48,9 +49,9 @@ def by_hand(
 
 
 @pytest.mark.parametrize("block", [1, 50, 1 << 24])
-def test_equals_a_count_by_hand(drawn: Drawn, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", block)
-    model, batches, vocabulary = drawn(30, seed=0, noise=2.0)
+def test_equals_direct_count(synthetic: Synthetic, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_BLOCK", block)
+    model, batches, vocabulary = synthetic(30, seed=0, noise=2.0)
     model.train()
     result = zeroshot(model, batches, vocabulary, topk=(5, 1, 3), show_progress=False)
     assert (result.scenes, result.topk) == (30, (1, 3, 5))
@@ -63,18 +64,18 @@ def test_equals_a_count_by_hand(drawn: Drawn, block: int, monkeypatch: pytest.Mo
     for row in result.rows:
         for k in (1, 3, 5):
             counts = vocabulary.train_counts(row.level)
-            views, accuracy, chance = by_hand(model, batches, row.level, row.match, k, counts, row.subset)
+            views, accuracy, chance = direct_count(model, batches, row.level, row.match, k, counts, row.subset)
             assert row.views == views
             assert row.top[k] == pytest.approx(accuracy, abs=1e-12)
             assert row.chance[k] == pytest.approx(chance, abs=1e-12)
-    # a test on answers that are all right or all wrong would not tell the rules apart
+    # all right or all wrong would not distinguish the rules
     strict, loose = (result.get("object", match) for match in MATCHES)
     assert strict is not None and loose is not None
     assert strict.chance[1] < strict.top[1] < loose.top[1] < 1
 
 
 @pytest.mark.parametrize(("k", "classes"), [(1, 7), (3, 7), (5, 7), (7, 7), (9, 7)])
-def test_chance_is_what_random_rankings_score(k: int, classes: int) -> None:
+def test_chance_equals_random_rankings(k: int, classes: int) -> None:
     right = torch.tensor([1, 1, 2, 4, 7])
     generator = torch.Generator().manual_seed(0)
     trials = 20_000
@@ -85,7 +86,7 @@ def test_chance_is_what_random_rankings_score(k: int, classes: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Sees the largest tensor that is made."""
+    """Records the size of the largest tensor created."""
 
     size = 0
 
@@ -97,11 +98,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_memory_is_one_block(memory: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_one_block(lookup_model: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     objects, classes, block = 400, 900, 20_000
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(encoding, "_BLOCK", block)
     vocabulary = Vocabulary(["a"], map(str, range(classes)), [], {})
-    model = memory(vocabulary, {level: torch.randn(objects, 24) for level in LEVELS})
+    model = lookup_model(vocabulary, {level: torch.randn(objects, 24) for level in LEVELS})
     ids = torch.arange(objects) % classes
     rows = torch.cat([torch.zeros(1), torch.arange(objects)]).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
     none, one = (torch.zeros(n, dtype=torch.int64) for n in (0, 1))
@@ -120,13 +121,13 @@ def test_chance_of_many_views_needs_little_memory() -> None:
     assert largest.size <= 100_000
 
 
-def test_more_guesses_than_classes(memory: type[Any]) -> None:
+def test_more_guesses_than_classes(lookup_model: type[Any]) -> None:
     vocabulary = Vocabulary(["a", "b"], ["c"], [], {})
     pixels = torch.zeros(2, 3, 2, 2)
     none = torch.zeros(0, dtype=torch.int64)
     zero = torch.zeros(1, dtype=torch.int64)
     batch = Batch(pixels, ["scene"], zero, none, zero, zero, none)
-    model = memory(vocabulary, {level: torch.ones(1, 24) for level in LEVELS})
+    model = lookup_model(vocabulary, {level: torch.ones(1, 24) for level in LEVELS})
     result = zeroshot(model, [batch], vocabulary, topk=(1, 10), show_progress=False)
     action = result.get("global", subset="all")
     assert action is not None
@@ -139,8 +140,8 @@ def test_more_guesses_than_classes(memory: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_a_model_without_an_opinion_is_never_right(drawn: Drawn, value: float) -> None:
-    model, batches, vocabulary = drawn(10, seed=2)
+def test_constant_scores_are_never_right(synthetic: Synthetic, value: float) -> None:
+    model, batches, vocabulary = synthetic(10, seed=2)
     for table in model.images.values():
         table.fill_(value)
     model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
@@ -148,8 +149,8 @@ def test_a_model_without_an_opinion_is_never_right(drawn: Drawn, value: float) -
         assert row.top[1] == 0
 
 
-def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(10, seed=2)
+def test_embeddings_that_are_not_finite(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(10, seed=2)
     model.images["object"][3] = float("nan")
     with pytest.raises(UserError, match=r"^1 of \d+ object embeddings are not finite"):
         zeroshot(model, batches, vocabulary, show_progress=False)
@@ -158,16 +159,16 @@ def test_embeddings_that_are_not_finite(drawn: Drawn) -> None:
         zeroshot(model, batches, vocabulary, show_progress=False)
 
 
-def test_nothing_to_evaluate(drawn: Drawn) -> None:
-    model, _, vocabulary = drawn(4, seed=0)
+def test_nothing_to_evaluate(synthetic: Synthetic) -> None:
+    model, _, vocabulary = synthetic(4, seed=0)
     with pytest.raises(UserError, match="no scenes"):
         zeroshot(model, [], vocabulary, show_progress=False)
     with pytest.raises(ValueError, match="topk"):
         zeroshot(model, [], vocabulary, topk=(0,), show_progress=False)
 
 
-def test_a_failing_loader_leaves_the_model_as_it_was(drawn: Drawn) -> None:
-    model, _, vocabulary = drawn(4, seed=0)
+def test_a_failing_loader_restores_the_mode_of_the_model(synthetic: Synthetic) -> None:
+    model, _, vocabulary = synthetic(4, seed=0)
     model.train()
 
     def broken() -> Iterator[Batch]:
@@ -179,8 +180,8 @@ def test_a_failing_loader_leaves_the_model_as_it_was(drawn: Drawn) -> None:
     assert model.training
 
 
-def test_result_survives_json_and_prints_a_table(drawn: Drawn) -> None:
-    model, batches, vocabulary = drawn(12, seed=1)
+def test_result_survives_json_and_prints_a_table(synthetic: Synthetic) -> None:
+    model, batches, vocabulary = synthetic(12, seed=1)
     result = zeroshot(model, batches, vocabulary, show_progress=False)
     assert ZeroShotResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     only = result.only("own")

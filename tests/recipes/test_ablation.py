@@ -1,4 +1,4 @@
-"""Ablations from end to end on drawn scenes with a tiny model: trained alike, resumed, compared."""
+"""Ablations end to end on synthetic scenes with a tiny model: training, resuming, comparison."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import generate_scenes, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
-from scenarioclip_fast.eval.ablation import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
+from scenarioclip_fast.recipes.variants import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 SMALL = [
@@ -40,7 +40,7 @@ SMALL = [
     "train.checkpoint_every=2",
     "train.tensorboard=false",
 ]
-ASKED = ["--variants", "full", "no-distillation", "scenarioclip0", "no-focused-regions"]
+CHOSEN = ["--variants", "full", "no-distillation", "scenarioclip0", "no-focused-regions"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ablation(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("ablation") / "run"
-    assert main(["ablate", str(shards), *SMALL, f"run.dir={run}", *ASKED]) == 0
+    assert main(["ablate", str(shards), *SMALL, f"run.dir={run}", *CHOSEN]) == 0
     return run
 
 
@@ -67,7 +67,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_everything_is_written(ablation: Path) -> None:
     assert {path.name for path in ablation.iterdir()} == {
-        *("full", "no-distillation", "no-focused-regions"),  # and scenarioclip0 is no-distillation
+        *("full", "no-distillation", "no-focused-regions"),  # scenarioclip0 is no-distillation
         *("ablation.json", "report.html", "pictures"),
     }
     record = json.loads((ablation / "ablation.json").read_text())
@@ -76,15 +76,15 @@ def test_everything_is_written(ablation: Path) -> None:
         assert entry["state"] == "finished"
         stored = json.loads((ablation / name / "zeroshot.json").read_text())
         assert entry["zeroshot"] == stored
-        left_out = {"left_out": {"count": 0, "scenes": []}}
-        assert stored == json.loads(json.dumps(ZeroShotResult.from_dict(stored).to_dict())) | left_out
+        skipped = {"skipped": {"count": 0, "scenes": []}}
+        assert stored == json.loads(json.dumps(ZeroShotResult.from_dict(stored).to_dict())) | skipped
         assert {row["match"] for row in stored["rows"]} == {"own", "any_in_image"}
     page = (ablation / "report.html").read_text()
     assert "3 of 3 variants" in page and page.count("data:image/png;base64,") == 2
     assert "data.relation_view" in page and "model.variant" in page
 
 
-def test_variants_differ_in_one_thing_alone(ablation: Path) -> None:
+def test_variants_differ_in_one_part_only(ablation: Path) -> None:
     full, contrastive, scene = (
         metrics(ablation / name)[0] for name in ("full", "no-distillation", "no-focused-regions")
     )
@@ -97,7 +97,7 @@ def test_variants_differ_in_one_thing_alone(ablation: Path) -> None:
     assert full["views"] == scene["views"] == contrastive["views"]
 
 
-def test_evaluation_sees_what_training_saw(ablation: Path, shards: Path) -> None:
+def test_evaluation_uses_the_views_of_training(ablation: Path, shards: Path) -> None:
     for name, view in {"full": "focused", "no-focused-regions": "scene"}.items():
         with open_session(ablation / name, shards, device="cpu") as session, session.loader("test") as loader:
             assert session.data.relation_view == view
@@ -106,24 +106,24 @@ def test_evaluation_sees_what_training_saw(ablation: Path, shards: Path) -> None
         assert torch.equal(batch.pixels[-batch.num_relations :], scene_views) == (view == "scene")
 
 
-def test_again_does_nothing_again(
+def test_a_second_call_repeats_no_work(
     ablation: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trained again"))
-    monkeypatch.setattr("scenarioclip_fast.eval.ablation.zeroshot", lambda *_, **__: pytest.fail("evaluated again"))
-    # other threads and checkpoints change no weight
+    monkeypatch.setattr("scenarioclip_fast.recipes.ablation.zeroshot", lambda *_, **__: pytest.fail("evaluated again"))
+    # threads and checkpoints do not affect the weights
     changed = [*SMALL, "data.threads=2", "train.checkpoint_every=1"]
-    assert main(["ablate", str(shards), *changed, f"run.dir={ablation}", *ASKED]) == 0
+    assert main(["ablate", str(shards), *changed, f"run.dir={ablation}", *CHOSEN]) == 0
     out, err = capsys.readouterr()
-    assert "scenarioclip0 is no-distillation by another name" in err
-    assert "[3/3] no-focused-regions: evaluated already" in err
+    assert "scenarioclip0 is the same as no-distillation" in err
+    assert "[3/3] no-focused-regions: already evaluated" in err
     head = out.splitlines()[0].split()
     assert head == ["chance", "full", "no-distillation", "no-focused-regions"]
     for line in ("action, top-1, strict", "relation, top-5, any text of the image", "contrastive loss, object"):
         assert sum(row.startswith(line) for row in out.splitlines()) == 1
 
 
-def test_what_was_evaluated_without_some_scenes_is_evaluated_again(
+def test_results_with_skipped_scenes_are_evaluated_again(
     ablation: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["full", "no-distillation"]
@@ -132,25 +132,25 @@ def test_what_was_evaluated_without_some_scenes_is_evaluated_again(
     file = tmp_path / "full" / "zeroshot.json"
     whole = json.loads(file.read_text())
     lost = [{"split": "test", "scene": "a", "reason": "unreadable_shard", "detail": "not reachable"}]
-    file.write_text(json.dumps(whole | {"left_out": {"count": 1, "scenes": lost}}))
+    file.write_text(json.dumps(whole | {"skipped": {"count": 1, "scenes": lost}}))
     assert main(["ablate", str(shards), *SMALL, f"run.dir={tmp_path}", "--variants", *names]) == 0
-    said = capsys.readouterr().err
-    assert "[1/2] full: evaluating on" in said and "[2/2] no-distillation: evaluated already" in said
+    err = capsys.readouterr().err
+    assert "[1/2] full: evaluating on" in err and "[2/2] no-distillation: already evaluated" in err
     assert json.loads(file.read_text()) == whole
 
 
 def test_other_settings_are_refused(ablation: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ablate", str(shards), *SMALL, "optim.lr=2e-3", f"run.dir={ablation}", *ASKED]) == 2
+    assert main(["ablate", str(shards), *SMALL, "optim.lr=2e-3", f"run.dir={ablation}", *CHOSEN]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "full holds a run of another config (optim.lr was 0.001, is 0.002)" in error
+    assert "full holds a run with another config (optim.lr was 0.001, is 0.002)" in error
 
 
 class Killed(BaseException):
-    """As little is done about it as about SIGKILL."""
+    """Not handled, like SIGKILL."""
 
 
 @pytest.mark.parametrize("how", ["kill", "signal"])
-def test_interrupted_it_goes_on(
+def test_resumes_after_interruption(
     how: str,
     ablation: Path,
     shards: Path,
@@ -176,18 +176,18 @@ def test_interrupted_it_goes_on(
                 main(command)
         else:
             assert main(command) == 75
-            assert "stopped by SIGTERM: run the same command again" in capsys.readouterr().out
+            assert "stopped by SIGTERM: re-run the command" in capsys.readouterr().out
     record = json.loads((tmp_path / "ablation.json").read_text())["variants"]
     assert record["full"]["state"] == "finished" and record["no-distillation"]["zeroshot"] is None
     assert main(command) == 0
-    said = capsys.readouterr().err
-    assert "[1/2] full: trained already" in said and "[2/2] no-distillation: going on with" in said
+    err = capsys.readouterr().err
+    assert "[1/2] full: already trained" in err and "[2/2] no-distillation: resuming" in err
     one, other = (weights(root / "no-distillation") for root in (tmp_path, ablation))
     assert all(torch.equal(one[key], other[key]) for key in other)
     assert [row["step"] for row in metrics(tmp_path / "no-distillation")] == [1, 2, 3, 4]
 
 
-def test_a_variant_that_fails_is_reported_and_the_rest_goes_on(
+def test_a_failing_variant_is_reported_and_the_others_continue(
     ablation: Path,
     shards: Path,
     tmp_path: Path,
@@ -204,7 +204,7 @@ def test_a_variant_that_fails_is_reported_and_the_rest_goes_on(
     monkeypatch.setattr(Trainer, "fit", fail)
     shutil.copytree(ablation / "full", tmp_path / "full")
     own = ["--variant", "hot", "optim.lr=5", "--variant", "warm", "optim.lr=2e-3", "train.steps=2"]
-    # what follows --variants and is no variant counts as usual
+    # a path and overrides may follow --variants
     command = ["ablate", "--variants", "full", str(shards), *SMALL, f"run.dir={tmp_path}"]
     assert main([*command, *own]) == 1
     out = capsys.readouterr().out
@@ -240,8 +240,8 @@ def test_plans() -> None:
         (["{shards}", "elsewhere"], "expected one SHARDS directory"),
         (["{shards}", "model.variant=pyramidclip"], "the variants set model.variant"),
         (["{shards}", "optim.rate=1"], "did you mean optim.lr"),
-        (["{shards}", "--variant", "full", "optim.lr=1"], "is a built-in one"),
-        (["{shards}", "--variant", "a/b", "optim.lr=1"], "can be no directory's name"),
+        (["{shards}", "--variant", "full", "optim.lr=1"], "is built in"),
+        (["{shards}", "--variant", "a/b", "optim.lr=1"], "is not a valid directory name"),
         (["{shards}", "--variant", "a", "optim.lr"], "expected key=value"),
         (["{shards}", "--variant", "a"], "variant 'a': got no changes"),
         (["{shards}", "--variants", "full,nothing"], "variant 'nothing': expected one of"),
@@ -262,7 +262,7 @@ def test_errors_are_one_line_and_nothing_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_keys_of_own_variants_are_checked() -> None:
+def test_keys_of_custom_variants_are_checked() -> None:
     with pytest.raises(UserError, match="unknown config key"):
         plan_ablation(None, SMALL, ["full"], {"mine": ["data.no_such_key=1"]})
 

@@ -1,4 +1,4 @@
-"""The demo from end to end with a handful of scenes, and the evaluation of what it left behind."""
+"""The demo end to end with a few scenes, and `eval` on its outputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet
-from scenarioclip_fast.demo import DemoConfig, run_demo, train_config
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.recipes.demo import DemoConfig, run_demo, train_config
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_second_phase_starts_as_the_paper_does(demo: Path) -> None:
     assert any(name.startswith("blocks.0") for name in frozen) and not any(
         name.startswith("blocks.3") for name in frozen
     )
-    # a few small steps away from where they started, and each level its own way
+    # each level has moved a few small steps from the start, in its own direction
     moved = [levels[level]["head.projection.weight"] - start["head.projection.weight"] for level in levels]
     assert all(0 < step.abs().max() < 0.01 for step in moved)
     assert not torch.equal(moved[0], moved[1])
@@ -76,19 +76,19 @@ def test_splits_share_no_scene_and_hold_out_relations(demo: Path) -> None:
     assert not unseen & {scene.relation_text(k) for scene in scenes for k in range(len(scene.relations))}
 
 
-def test_eval_says_what_the_demo_said(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_reproduces_the_demo(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = ZeroShotResult.from_dict(json.loads((demo / "result.json").read_text())["trained"])
     for checkpoint in (demo / "train", demo / "train" / "model"):
         file = tmp_path / "deep" / "result.json"
         command = ["eval", "zeroshot", str(checkpoint), str(demo / "shards"), "--json", str(file), "--device", "cpu"]
-        # one scene at a time against batches of 64: sums in another order, which no rank of 10 classes should notice
+        # one scene per batch against 64: sums in another order, which should not change a rank among 10 classes
         assert main([*command, "--batch-size", "1"]) == 0
         got = ZeroShotResult.from_dict(json.loads(file.read_text()))
         assert [(r.level, r.match, r.subset, r.views, r.chance) for r in got.rows] == [
             (r.level, r.match, r.subset, r.views, r.chance) for r in expected.rows
         ]
         for row, other in zip(got.rows, expected.rows, strict=True):
-            # and if it does, in one view
+            # allow for one view
             assert row.top == pytest.approx(other.top, abs=1.01 / row.views)
         assert str(got) in capsys.readouterr().out
     command = ["eval", "zeroshot", str(demo / "train"), str(demo / "shards"), "--match", "own", "--top", "2"]
@@ -111,7 +111,7 @@ def test_eval_says_what_the_demo_said(demo: Path, tmp_path: Path, capsys: pytest
         (["{demo}/train", "{demo}/shards", "--batch-size", "0"], "--batch-size"),
     ],
 )
-def test_eval_refuses_in_one_line(
+def test_eval_errors_are_one_line(
     demo: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", "zeroshot", *(argument.format(demo=demo) for argument in arguments)]) == 2
@@ -122,7 +122,7 @@ def test_eval_refuses_in_one_line(
 
 def test_demo_removes_only_what_a_demo_wrote(tmp_path: Path, demo: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="no demo wrote"):
+    with pytest.raises(UserError, match="not written by a demo"):
         run_demo(DemoConfig(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="is a file"):
@@ -130,6 +130,6 @@ def test_demo_removes_only_what_a_demo_wrote(tmp_path: Path, demo: Path) -> None
 
 
 @pytest.mark.parametrize("wrong", [{"scenes": 10}, {"views": 0}, {"seed": -1}])
-def test_demo_refuses_nonsense(wrong: dict[str, int]) -> None:
+def test_invalid_options(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         DemoConfig(**wrong)  # type: ignore[arg-type]

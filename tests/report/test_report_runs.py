@@ -1,4 +1,4 @@
-"""Runs on disk side by side: what is read, the tables, the page, and the command."""
+"""Comparison of run directories: reading, tables, page and command."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import pytest
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.negatives import NegativesResult, Preference
-from scenarioclip_fast.eval.plots import accuracy_comparison, run_curves
 from scenarioclip_fast.eval.probe import ProbeAccuracy, ProbeResult, ProbeSettings
 from scenarioclip_fast.eval.retrieval import Recall, RetrievalResult
-from scenarioclip_fast.eval.runs import (
+from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.report.accuracy import accuracy_comparison
+from scenarioclip_fast.report.comparison import (
     accuracy_table,
     compare_runs,
     config_differences,
-    find_runs,
     share_table,
     summary_table,
 )
-from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.report.curves import run_curves
+from scenarioclip_fast.report.runs import find_runs
 from scenarioclip_fast.train.config import TrainConfig
 
 LEVELS = ("global", "object", "relation")
@@ -107,10 +108,10 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     assert cells(table, "views/s, median") == ["1,050", "550", "–"]
     assert cells(table, "TFLOP/s, median") == ["0.125", "0.125", "–"]
     assert cells(table, "peak memory, GiB") == ["3.0", "2.0", "–"]
-    assert cells(table, "waiting for data") == ["25.0 %", "25.0 %", "–"]
-    assert cells(table, "steps skipped") == ["1", "1", "0"]
-    assert cells(table, "bad samples met") == ["5", "2", "0"]
-    assert not any(row[0] == "MFU" for row in table[1])  # nobody has it
+    assert cells(table, "time waiting for data") == ["25.0 %", "25.0 %", "–"]
+    assert cells(table, "skipped steps") == ["1", "1", "0"]
+    assert cells(table, "bad samples") == ["5", "2", "0"]
+    assert not any(row[0] == "MFU" for row in table[1])  # no run has it
 
 
 def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
@@ -118,7 +119,7 @@ def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
     assert cells(table, "loss") == [f"{(4 / 60 + 4 / 59 + 4 / 58) / 3:.3f}"]
 
 
-def test_names_are_as_long_as_it_takes(make_run: MakeRun, tmp_path: Path) -> None:
+def test_names_are_the_shortest_distinct_path_ends(make_run: MakeRun, tmp_path: Path) -> None:
     one, other = make_run("x/run"), make_run("y/run")
     assert [run.name for run in find_runs([one, other])] == ["x/run", "y/run"]
     assert [run.name for run in find_runs([one, one, tmp_path / "x" / ".." / "x" / "run"])] == ["run"]
@@ -134,7 +135,7 @@ def test_config_differences(make_run: MakeRun) -> None:
     ]
 
 
-def test_accuracies_beside_each_other() -> None:
+def test_accuracy_table() -> None:
     results = {"a": result(0.5), "b": result(0.25, chance=0.0625)}
     del results["b"].rows[0]
     head, table = accuracy_table(results, "own")
@@ -157,11 +158,11 @@ def test_page(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[s
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<h1>Two &amp; two</h1>" in page and "second&lt;b&gt;" in page and "<b>50.0 %</b>" in page
-    assert page.count("<details>") == 2  # texts seen and held out, one table a rule
+    assert page.count("<details>") == 2  # seen and held-out texts, one table per rule
     assert "optim.lr" in page and "loss.max_scale" not in page
 
 
-def test_other_evaluations_beside_each_other(make_run: MakeRun, tmp_path: Path) -> None:
+def test_other_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
     recall = Recall("object", "text_to_image", 8, 8, {1: 0.25}, {1: 0.125}, 3.0)
     accuracy = ProbeAccuracy("global", 8, 0, 4, 20, {1: 0.5}, {1: 0.0}, {1: 0.25}, [100])
     made = {
@@ -195,15 +196,15 @@ def test_other_evaluations_beside_each_other(make_run: MakeRun, tmp_path: Path) 
     assert all(title in page for title in tables) and "<b>75.0 %</b>" in page
 
 
-def test_scenes_left_out_of_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
+def test_skipped_scenes(make_run: MakeRun, tmp_path: Path) -> None:
     paths = [make_run("a", share=0.5), make_run("b", share=0.25)]
     made = NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]).to_dict()
     counts = {paths[0] / "zeroshot.json": 1234, paths[0] / "negatives.json": 0, paths[1] / "negatives.json": 7}
     for path, count in counts.items():
         record = json.loads(path.read_text()) if path.exists() else made
-        path.write_text(json.dumps(record | {"left_out": {"count": count, "scenes": []}}))
-    kinds = {"zeroshot": "Zero-shot accuracies", "negatives": "Hard negatives, test split"}
-    title = "Left out of evaluations"
+        path.write_text(json.dumps(record | {"skipped": {"count": count, "scenes": []}}))
+    kinds = {"zeroshot": "Zero-shot accuracy", "negatives": "Hard negatives, test split"}
+    title = "Skipped scenes"
     runs = find_runs(paths)
     (both,) = [s for s in compare_runs(runs, tmp_path / "both", "Both").sections if s.title == title]
     assert both.head == ["", "a", "b"]
@@ -238,7 +239,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert height(accuracy_comparison(own, tmp_path / "bars.png")) > 300
 
 
-def test_a_damaged_line_costs_only_itself(make_run: MakeRun) -> None:
+def test_damaged_lines_are_skipped(make_run: MakeRun) -> None:
     run = make_run("run")
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join([lines[0], bytes(40) + b"\n", b"[1]\n", *lines[1:], b'{"step": 99']))
@@ -249,7 +250,7 @@ def test_a_damaged_line_costs_only_itself(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda run: run.rename(run.parent / "moved"), "does not exist; expected a run's directory"),
+        (lambda run: run.rename(run.parent / "moved"), "does not exist; expected a run directory"),
         (lambda run: (run / "metrics.jsonl").unlink(), "holds no run: expected metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\nnonsense\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "metrics.jsonl").write_text("[1, 2]\n"), "metrics.jsonl: not the metrics of a run"),
@@ -263,7 +264,7 @@ def test_errors(make_run: MakeRun, broken: Callable[[Path], object], message: st
         find_runs([run])
 
 
-def test_a_file_is_no_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_not_a_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run("run")
     assert main(["report", str(run / "metrics.jsonl")]) == 2
-    assert capsys.readouterr().err == f"error: {run / 'metrics.jsonl'} is a file; expected a run's directory\n"
+    assert capsys.readouterr().err == f"error: {run / 'metrics.jsonl'} is a file; expected a run directory\n"

@@ -1,9 +1,8 @@
-"""The whole job on drawn scenes, by the doors that a user's own data takes.
+"""The whole pipeline on synthetic scenes, through the same public functions as a user's own data.
 
-Draws scenes in the published layout, packs them, trains one pair of towers from scratch on all three kinds of views
-(it plays the part of the pretrained CLIP), starts ScenarioCLIP from it as the paper starts from CLIP (lower blocks
-frozen and shared, six encoders, EMA teacher, distillation), evaluates on scenes that training never saw, and writes a
-report.
+Generates scenes in the published layout, packs them, trains one pair of towers from scratch on all three kinds of views
+(in place of a pretrained CLIP), starts ScenarioCLIP from it as the paper starts from CLIP (lower blocks frozen and
+shared, six encoders, EMA teacher, distillation), evaluates on held-out scenes, and writes a report.
 """
 
 from __future__ import annotations
@@ -30,21 +29,23 @@ from scenarioclip_fast.data.synthetic.write import draw_reference_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
 from scenarioclip_fast.eval.loading import EvaluationLoader
-from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import SampleScene, answer_samples
-from scenarioclip_fast.eval.zeroshot import TASKS, ZeroShotResult, zeroshot
+from scenarioclip_fast.eval.tables import TASKS, percent
+from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
+from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
+from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 MIN_SCENES = 40  # fewer leave splits empty
-PRETRAIN_SHARE = 5 / 12  # of the views, for the shared pair of towers
-PRETRAINED, METHOD = "First phase: PyramidCLIP from scratch", "Second phase: ScenarioCLIP from it"
-_MARK = "demo.json"
+PRETRAIN_SHARE = 5 / 12  # of the training budget
+PRETRAINED, METHOD = "Phase 1: PyramidCLIP from scratch", "Phase 2: ScenarioCLIP, started from phase 1"
+_MARKER = "demo.json"  # marks a directory that a demo may clear
 _FOLDERS = ("scenes", "shards", "pretrain", "train")
 
-# What the two phases have in common: tiny towers on 64-pixel views, all decoded images in memory. Equal texts of a
-# batch are one class, for with ten actions every batch has some.
+# Shared by both phases: tiny towers on 64-pixel views, all decoded images in memory. Equal texts of a batch are one
+# class, since with ten actions every batch has duplicates.
 _COMMON: dict[str, Any] = {
     "data": {"object_view": "crop", "cache_gib": 1.0},
     "model": {"preset": "tiny"},
@@ -52,7 +53,7 @@ _COMMON: dict[str, Any] = {
     "optim": {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.98]},
     "train": {"checkpoint_every": 1_000_000, "tensorboard": False},
 }
-# Small batches first, for many steps; then larger ones, whose texts are harder to tell apart.
+# Small batches first, for many steps; then larger ones, with more negatives.
 _PRETRAIN: dict[str, Any] = {"data": {"batch_size": 16}, "model": {"variant": "pyramidclip"}}
 _TRAIN: dict[str, Any] = {
     "data": {"batch_size": 64},
@@ -65,7 +66,7 @@ _TRAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo may be asked for; `views` is the budget of both training phases together."""
+    """Options of the demo; `views` is the budget of both training phases together."""
 
     out: Path = Path("runs/demo")
     seed: int = 0
@@ -84,7 +85,7 @@ class DemoConfig:
 
 @dataclass
 class DemoResult:
-    """Accuracies on the test split after each phase, and where the time went."""
+    """Accuracies on the test split after each phase, and the seconds spent per step of the job."""
 
     report: Path
     pretrained: ZeroShotResult
@@ -92,44 +93,45 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         total = sum(self.seconds.values())
-        return f"{self.trained.only('own')}\n\n{total:.0f} s in all: {spent}\nreport: {self.report}"
+        return f"{self.trained.only('own')}\n\n{total:.0f} s in total: {parts}\nreport: {self.report}"
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Does everything and writes `report.html`, PNGs and `result.json` below `config.out`.
+    """Run the demo; writes `report.html`, PNGs and `result.json` below `config.out`.
 
-    Raises UserError where `config.out` holds something that no demo wrote, KeyboardInterrupt when a signal ended the
-    training.
+    Raises:
+        UserError: `config.out` is not empty and was not written by a demo.
+        KeyboardInterrupt: a signal ended the training.
     """
     device = pick_device(config.device)
     out = _prepare(config.out, config)
-    watch = _Watch(6)
-    with watch.step("drawing", f"{config.scenes:,} scenes in the published layout"):
+    timer = _StepTimer(6)
+    with timer.step("generating", f"{config.scenes:,} scenes in the published layout"):
         draw_reference_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
-    with watch.step("packing", "checks, run-length masks, shards"):
+    with timer.step("packing", "checks, run-length masks, shards"):
         packed = pack(out / "scenes", out / "shards")
     first, scenes = ceil(config.views * PRETRAIN_SHARE), packed.splits["train"]["scenes"]
-    with watch.step("training from scratch", "one pair of towers on all views: the part of the pretrained CLIP"):
+    with timer.step("training from scratch", "one pair of towers on all views, in place of a pretrained CLIP"):
         pretrained = _fit(config, device, "pretrain", first, scenes)
-    with watch.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation, started from it"):
+    with timer.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation"):
         trained = _fit(config, device, "train", config.views - first, scenes, pretrained.model_dir)
-    with watch.step("evaluating", "scenes of the test split against all class texts"):
+    with timer.step("evaluating", "zero-shot on the test split"):
         before, _ = _evaluate(config, device, pretrained, samples=0)
         after, samples = _evaluate(config, device, trained, samples=6)
-    result = DemoResult(out / "report.html", before, after, watch.seconds)
-    with watch.step("reporting", f"{result.report}"):
+    result = DemoResult(out / "report.html", before, after, timer.seconds)
+    with timer.step("reporting", f"{result.report}"):
         runs = {PRETRAINED: pretrained, METHOD: trained}
         _write_report(config, result, runs, packed.splits, samples)
-    record = {"config": {**asdict(config), "out": str(config.out)}, "seconds": watch.seconds}
+    record = {"config": {**asdict(config), "out": str(config.out)}, "seconds": timer.seconds}
     record |= {"pretrained": before.to_dict(), "trained": after.to_dict()}
     (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return result
 
 
 def train_config(name: str, views: int, scenes: int, **sections: dict[str, Any]) -> TrainConfig:
-    """The config of phase "pretrain" or "train" for so many scenes to train on; `sections` add to it."""
+    """The config of phase "pretrain" or "train"; `sections` override it, and batches hold at most `scenes`."""
     tree: dict[str, Any] = {"train": {"views": views}}
     for part in (_COMMON, _PRETRAIN if name == "pretrain" else _TRAIN, sections):
         for section, values in part.items():
@@ -175,39 +177,37 @@ def _write_report(
     samples: list[SampleScene],
 ) -> None:
     report = Report(
-        "ScenarioCLIP on drawn scenes",
-        "Trained from nothing on scenes drawn by a program, which knows every object's mask, every relation and the "
-        "action; measured on scenes that training never saw. First one pair of towers learns from all three kinds of "
-        "views, in the part of the pretrained CLIP; then ScenarioCLIP starts from it: six encoders whose lower blocks "
-        "are frozen and shared, an EMA teacher and distillation.",
+        "ScenarioCLIP on synthetic scenes",
+        "Trained from scratch on generated scenes with exact masks, relations and actions; evaluated on other scenes. "
+        "First, one pair of towers is trained on all three kinds of views, in place of a pretrained CLIP. ScenarioCLIP "
+        "then starts from it: six encoders whose lower blocks are frozen and shared, an EMA teacher and distillation.",
     )
-    report.add_zeroshot(result.trained)
+    report.sections += zeroshot_tables(result.trained) + zeroshot_figures(result.trained, samples, config.out)
     curves = {name: read_metrics(run.run_dir / "metrics.jsonl") for name, run in runs.items()}
-    about = (
-        "The second phase has larger batches, so its losses start higher. The action's cannot reach 0: equal texts of "
-        "a batch are one class, and c views of one class cost at least log(c) / 2."
+    note = (
+        "The second phase has larger batches, so its losses start higher. The action loss cannot reach 0: equal texts "
+        "of a batch are one class, and c views of one class cost at least log(c) / 2."
     )
-    report.add_pictures(config.out, result.trained, samples, curves, about)
-    stages = {"before": result.pretrained, "after": result.trained}
-    report.sections.append(
-        Section(
-            "Before and after the second phase",
-            ["task, strict", *(f"top-{k} {name}" for k in result.trained.topk for name in stages)],
-            [
-                [
-                    TASKS[level],
-                    *(
-                        f"{100 * row.top[k]:.1f} %"
-                        for k in result.trained.topk
-                        for stage in stages.values()
-                        if (row := stage.get(level))
-                    ),
-                ]
-                for level in TASKS
-                if result.trained.get(level)
-            ],
-        )
-    )
+    report.sections += [training_section(curves, config.out, note), _phases(result)]
+    report.add_facts("Reproduction", _facts(config, result, runs, splits))
+    report.write(result.report)
+
+
+def _phases(result: DemoResult) -> Section:
+    """Strict accuracies before and after the second phase."""
+    phases = {"before": result.pretrained, "after": result.trained}
+    head = ["task, strict", *(f"top-{k} {name}" for k in result.trained.topk for name in phases)]
+    rows = []
+    for level in TASKS:
+        if result.trained.get(level):
+            found = [(phase.get(level), k) for k in result.trained.topk for phase in phases.values()]
+            rows.append([TASKS[level], *(percent(row.top[k]) for row, k in found if row)])
+    return Section("Accuracy before and after the second phase", head, rows)
+
+
+def _facts(
+    config: DemoConfig, result: DemoResult, runs: dict[str, FitResult], splits: dict[str, dict[str, int]]
+) -> dict[str, str]:
     counts = {
         f"{split} split": f"{n['scenes']:,} scenes, {n['objects']:,} objects, {n['relations']:,} relations"
         for split, n in splits.items()
@@ -217,21 +217,18 @@ def _write_report(
         f"({run.views / run.seconds:.0f} views/s), loss {run.first_loss:.2f} to {run.last_loss:.2f}"
         for name, run in runs.items()
     }
-    report.add_facts(
-        "How it was made",
-        {
-            "command": f"scenarioclip-fast demo --seed {config.seed} --scenes {config.scenes} --views {config.views}",
-            **counts,
-            **speeds,
-            "seconds": ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items()),
-            "on": f"{platform.machine()}, {_cores()} cores, torch {torch.__version__}, scenarioclip-fast {__version__}",
-        },
-    )
-    report.write(result.report)
+    return {
+        "command": f"scenarioclip-fast demo --seed {config.seed} --scenes {config.scenes} --views {config.views}",
+        **counts,
+        **speeds,
+        "seconds": ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items()),
+        "environment": f"{platform.machine()}, {_cores()} cores, torch {torch.__version__}, "
+        f"scenarioclip-fast {__version__}",
+    }
 
 
-class _Watch:
-    """Announces each step of the job and keeps how long it took."""
+class _StepTimer:
+    """Announces each step of the job and records how long it took."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -246,15 +243,15 @@ class _Watch:
 
 
 def _prepare(out: Path, config: DemoConfig) -> Path:
-    """An empty place for the demo: what an earlier one left there is removed, and nothing else ever is."""
+    """Create the output directory, or clear what an earlier demo wrote there; nothing else is ever removed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
-        raise UserError(f"{out} holds something that no demo wrote: name another directory with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
+        raise UserError(f"{out} is not empty and was not written by a demo: choose another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
     for folder in _FOLDERS:
         shutil.rmtree(out / folder, ignore_errors=True)
-    (out / _MARK).write_text(json.dumps({"seed": config.seed, "scenes": config.scenes, "views": config.views}) + "\n")
+    (out / _MARKER).write_text(json.dumps({"seed": config.seed, "scenes": config.scenes, "views": config.views}) + "\n")
     return out
 
 

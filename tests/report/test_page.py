@@ -1,4 +1,4 @@
-"""The pictures and the HTML page: what was given stands in them, and nothing outside is asked for."""
+"""Figures and the HTML page: complete, and self-contained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from scenarioclip_fast.eval.plots import accuracy_bars, loss_curves, sample_sheet
-from scenarioclip_fast.eval.report import Report, Section
 from scenarioclip_fast.eval.samples import Answer, SampleScene
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.report.accuracy import accuracy_bars
+from scenarioclip_fast.report.curves import loss_curves
+from scenarioclip_fast.report.evaluation import zeroshot_tables
+from scenarioclip_fast.report.page import Report, Section
+from scenarioclip_fast.report.sheets import sample_sheet
 
 
 def result() -> ZeroShotResult:
@@ -80,17 +83,17 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_report_is_one_file_with_everything_inside(tmp_path: Path) -> None:
+def test_report_is_self_contained(tmp_path: Path) -> None:
     picture = accuracy_bars(result(), tmp_path / "bars.png")
-    report = Report("A run", lead="drawn <scenes> & more")
-    report.add_zeroshot(result())
+    report = Report("A run", lead="some <scenes> & more")
+    report.sections += zeroshot_tables(result())
     report.add_facts("How", {"views": 12_000, "lr": 1e-3})
     report.sections.append(Section("Bars", picture=picture, note="a note"))
     page = report.write(tmp_path / "deep" / "report.html").read_text("utf-8")
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
-    assert all(part in reader.text for part in ("A run", "drawn <scenes> & more", "50.0 % (11.1 %)", "12000", "a note"))
+    assert all(part in reader.text for part in ("A run", "some <scenes> & more", "50.0 % (11.1 %)", "12000", "a note"))
     assert len(reader.sources) == 1
     kind, data = reader.sources[0].split(",")
     assert kind == "data:image/png;base64"
@@ -98,16 +101,22 @@ def test_report_is_one_file_with_everything_inside(tmp_path: Path) -> None:
     assert not re.search(r"https?://", page)
 
 
-def test_matplotlib_is_loaded_only_to_draw() -> None:
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [("report", "matplotlib"), ("eval", "matplotlib"), ("eval", "scenarioclip_fast.report")],
+)
+def test_what_importing_does_not_load(package: str, absent: str) -> None:
+    """Matplotlib is loaded only to draw, and evaluations never import reports."""
     code = (
-        "import sys, scenarioclip_fast.eval.plots, scenarioclip_fast.eval.report; "
-        "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
+        f"import sys, pkgutil, scenarioclip_fast.{package} as package\n"
+        "for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'): __import__(module.name)\n"
+        f"sys.exit({absent!r} in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_tables_fit_the_page(tmp_path: Path) -> None:
-    """What is compared stands at the right edge, blanks or not, and stays on one line; texts and lists may wrap."""
+    """Numbers are right-aligned and do not wrap, even in columns with blanks; text and lists may wrap."""
     rows = [["a", "", "1.0 ms; 2 %"], ["b", "", "3.0 ms; 4 %"], ["c", "1.5 x", "5 ms"]]
     section = Section("S", ["form", "against", "also"], rows, note="run `pytest -m x` & wait")
     page = Report("R", sections=[section]).write(tmp_path / "report.html").read_text("utf-8")
@@ -116,7 +125,7 @@ def test_tables_fit_the_page(tmp_path: Path) -> None:
     assert "run <code>pytest -m x</code> &amp; wait" in page
 
 
-def test_lists_of_facts_are_read_from_the_left(tmp_path: Path) -> None:
+def test_lists_of_facts_are_left_aligned(tmp_path: Path) -> None:
     report = Report("R")
     report.add_facts("How", {"train": "2,799 scenes, 7,930 objects", "val": "176 scenes, 513 objects"})
     assert "<td>2,799 scenes, 7,930 objects</td>" in report.write(tmp_path / "report.html").read_text("utf-8")

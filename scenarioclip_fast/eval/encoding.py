@@ -1,0 +1,100 @@
+"""What every evaluation needs of a model: embeddings of class texts and of a batch's views, checked to be finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scenarioclip_fast.data.batch import Batch
+from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.distributed import World
+from scenarioclip_fast.errors import UserError
+
+ALONE = World(0, 1, torch.device("cpu"), None)  # a single process; its tensors may be on any device
+_BLOCK = 1 << 24  # scores per block: 64 MiB
+_CHUNK = 256  # views embedded at once
+
+
+class Encoder(Protocol):
+    """The part of a model that evaluations call."""
+
+    def encode_image(self, pixels: Tensor, level: str) -> Tensor: ...  # [V, 3, S, S] -> [V, D]
+
+    def encode_text(self, texts: list[list[int]], level: str) -> Tensor: ...  # n lists of token ids -> [n, D]
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Put an `nn.Module` in evaluation mode, and restore its mode at the end; ignore other objects."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS) -> dict[str, Tensor]:
+    """Unit-length embeddings [classes, D] of all class texts, per level with texts.
+
+    Raises:
+        UserError: embeddings that are not finite.
+    """
+    return {level: embed_texts(model, tokens, level) for level in levels if (tokens := vocabulary.tokens(level))}
+
+
+def embed_texts(model: Encoder, tokens: list[list[int]], level: str) -> Tensor:  # [n, D], unit length
+    """Embed n tokenised texts.
+
+    Raises:
+        UserError: embeddings that are not finite.
+    """
+    text = F.normalize(model.encode_text(tokens, level).float(), dim=-1)
+    check_finite(text.isfinite().all(1), f"{level} text")
+    return text
+
+
+def check_finite(
+    finite: Tensor,  # bool [n]
+    what: str,
+) -> None:
+    """Raise UserError if some embeddings are not finite: scores computed from them would look like any others."""
+    if bad := int((~finite).sum()):
+        raise UserError(
+            f"{bad} of {len(finite)} {what} embeddings are not finite: training diverged, or the weights are damaged"
+        )
+
+
+def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per level: pixels [n, 3, S, S], class ids [n] and the scene of each view [n]."""
+    pixels = torch.split(batch.pixels, [batch.num_scenes, batch.num_objects, batch.num_relations])
+    ids = (batch.action_id, batch.object_id, batch.relation_id)
+    scenes = (
+        torch.arange(batch.num_scenes, device=batch.action_id.device),
+        batch.object_scene,
+        batch.relation_scene,
+    )
+    return dict(zip(LEVELS, zip(pixels, ids, scenes, strict=True), strict=True))
+
+
+def score_blocks(
+    model: Encoder,
+    pixels: Tensor,  # [V, 3, S, S]
+    classes: Tensor,  # [C, D], unit length
+    level: str,
+) -> Iterator[tuple[slice, Tensor]]:  # rows of V, their cosines [rows, C]
+    """Cosine similarities of views with all class texts, in blocks of bounded size."""
+    step = max(1, _BLOCK // len(classes))
+    for start in range(0, len(pixels), _CHUNK):
+        image = F.normalize(model.encode_image(pixels[start : start + _CHUNK], level).float(), dim=-1)
+        for first in range(0, len(image), step):
+            part = image[first : first + step]
+            yield slice(start + first, start + first + len(part)), part @ classes.T

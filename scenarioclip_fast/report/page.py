@@ -1,0 +1,121 @@
+"""A report as one self-contained HTML file, images embedded, that can be mailed and opened anywhere."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #22272e;
+       background: #f5f6f8; margin: 0; padding: 2rem 1rem; }
+main { max-width: 1120px; margin: auto; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
+p.lead { color: #55606c; margin: 0 0 1.4rem; }
+section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; padding: 1.2rem 1.4rem;
+          margin: 0 0 1.2rem; }
+img { max-width: 100%; height: auto; display: block; }
+.scroll + img { margin-top: 1rem; }
+table { border-collapse: collapse; min-width: 55%; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
+th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
+.scroll { overflow-x: auto; }
+summary { cursor: pointer; } summary h2 { display: inline; }
+details[open] summary { margin-bottom: .6rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One card of a report: a heading, then any of a table, a picture and a note.
+
+    Attributes:
+        title: heading.
+        head: column headings of the table.
+        rows: cells of the table.
+        picture: a PNG file, embedded when the report is written.
+        note: caption; text in backquotes is set as code.
+        strong: (row, column) of the cells set in bold.
+        folded: collapsed until its heading is clicked.
+    """
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    picture: Path | None = None
+    note: str = ""
+    strong: Set[tuple[int, int]] = frozenset()
+    folded: bool = False
+
+
+@dataclass
+class Report:
+    """A title, a lead paragraph and sections, in order."""
+
+    title: str
+    lead: str = ""
+    sections: list[Section] = field(default_factory=list)
+
+    def add_facts(self, title: str, facts: Mapping[str, object]) -> None:
+        """Append a two-column table of names and values."""
+        self.sections.append(Section(title, rows=[[name, str(value)] for name, value in facts.items()]))
+
+    def write(self, path: Path) -> Path:
+        """Write the page to `path`, with the pictures embedded."""
+        cards = "\n".join(map(_card, self.sections))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{escape(self.title)}</title>"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{_STYLE}</style></head>\n<body><main>\n<h1>{escape(self.title)}</h1>"
+            f'<p class="lead">{escape(self.lead)}</p>\n{cards}\n</main></body></html>\n',
+            encoding="utf-8",
+        )
+        return path
+
+
+def _card(section: Section) -> str:
+    heading = f"<h2>{escape(section.title)}</h2>"
+    parts = [f"<details><summary>{heading}</summary>" if section.folded else heading]
+    if section.rows:
+        parts.append(_table(section))
+    if section.picture is not None:
+        data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
+        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+    if section.note:
+        note = re.sub("`([^`]+)`", r"<code>\1</code>", escape(section.note))
+        parts.append(f'<p class="note">{note}</p>')
+    if section.folded:
+        parts.append("</details>")
+    return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _table(section: Section) -> str:
+    # columns of text are aligned left, columns of numbers right
+    filled = [[row[i] for row in section.rows if row[i]] for i in range(len(section.rows[0]))]
+    numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
+    lines = [_row("th", section.head, numeric)] if section.head else []
+    for i, row in enumerate(section.rows):
+        lines.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
+    return "\n".join(['<div class="scroll"><table>', *lines, "</table></div>"])
+
+
+def _is_number(cell: str) -> bool:
+    is_list = re.search("[;,] ", cell)
+    return cell.removeprefix("-")[:1].isdigit() and not is_list
+
+
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:
+    marked = []
+    for column, (cell, right) in enumerate(zip(cells, numeric, strict=True)):
+        text = f"<b>{escape(cell)}</b>" if column in strong else escape(cell)
+        edge = ' class="n"' if right else ""
+        marked.append(f"<{tag}{edge}>{text}</{tag}>")
+    return f"<tr>{''.join(marked)}</tr>"

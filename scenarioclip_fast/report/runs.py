@@ -1,0 +1,176 @@
+"""Run directories, read for comparison: their metrics, configs and evaluation results.
+
+A run may still be training: what it has written so far is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.eval.negatives import CHANCE, KINDS
+from scenarioclip_fast.eval.tables import TASKS
+from scenarioclip_fast.eval.zeroshot import ZeroShotResult
+from scenarioclip_fast.model.config import flat
+from scenarioclip_fast.progress import progress
+from scenarioclip_fast.requirements import require
+from scenarioclip_fast.train.metrics import read_metrics
+
+METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
+PROBE = "Linear probe"
+Shares = dict[str, tuple[float, float]]  # what was measured -> its share and that of chance, both in [0, 1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it is now.
+
+    Attributes:
+        name: label in tables and figures.
+        directory: the run directory.
+        rows: rows of metrics.jsonl.
+        config: dotted key -> value, as in config.yaml.
+        results: file stem -> zero-shot result, of the JSON files in the directory.
+        others: title -> shares, of the other evaluations among them.
+        skipped: title -> number of scenes that the evaluation could not use; evaluations that used all are omitted.
+        finished: the training budget is used up.
+        idle: seconds since the last logged step.
+    """
+
+    name: str
+    directory: Path
+    rows: list[dict[str, Any]]
+    config: dict[str, Any]
+    results: dict[str, ZeroShotResult] = field(default_factory=dict)
+    others: dict[str, Shares] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    finished: bool = False
+    idle: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """Progress: "finished", or "step 30 of 200, 2 min ago"."""
+        if self.finished:
+            return "finished"
+        if not self.rows:
+            return "no step yet"
+        total = self.config.get("train.steps")  # None where the budget is in epochs or views
+        of = f" of {total:,}" if total else ""
+        unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if self.idle >= s or s == 1)
+        return f"step {self.rows[-1]['step']:,}{of}, {self.idle / seconds:.0f} {unit} ago"
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read run directories; a directory that contains runs (of an ablation or a demo) stands for all of them.
+
+    Raises:
+        UserError: a path does not exist or holds no run, or a file is damaged.
+    """
+    directories: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            problem = "is a file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}; expected a run directory")
+        found = [path] if _is_run(path) else sorted(p for p in path.iterdir() if _is_run(p))
+        if not found:
+            raise UserError(f"{path} holds no run: expected {METRICS} in it or in its subdirectories")
+        directories += found
+    directories = list(dict.fromkeys(d.resolve() for d in directories))
+    named = list(zip(directories, _names(directories), strict=True))
+    return [read_run(d, name) for d, name in progress(named, desc="reading", unit="runs")]
+
+
+def read_run(directory: Path, name: str) -> Run:
+    """Read one run directory.
+
+    Raises:
+        UserError: a file is damaged or cannot be read.
+    """
+    path = directory / METRICS
+    try:
+        rows = [row for row in read_metrics(path) if "views" in row]
+        if not rows and b"\n" in path.read_bytes():
+            raise UserError(f"{path}: not the metrics of a run: no line has a step and its views")
+        idle = time.time() - path.stat().st_mtime
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    finished = (directory / "model" / "model.safetensors").is_file()
+    return Run(name, directory, rows, _read_config(directory / CONFIG), *_read_results(directory), finished, idle)
+
+
+def zeroshot_title(stem: str) -> str:
+    """The title of the zero-shot result in STEM.json."""
+    return "Zero-shot accuracy" if stem == Path(RESULT).stem else f"Zero-shot accuracy, {stem}"
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / METRICS).is_file()
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest trailing parts of the paths that are distinct."""
+    for parts in range(1, max((len(d.parts) for d in directories), default=1) + 1):
+        names = [os.sep.join(d.parts[-parts:]) for d in directories]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("directories are distinct")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    yaml = require("yaml")
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return flat(values) if isinstance(values, Mapping) else {}
+
+
+def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares], dict[str, int]]:
+    results: dict[str, ZeroShotResult] = {}
+    others: dict[str, Shares] = {}
+    skipped: dict[str, int] = {}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            count = int(data.get("skipped", {"count": 0})["count"])
+            if "match" in data["rows"][0]:
+                results[path.stem] = ZeroShotResult.from_dict(data)
+                title = zeroshot_title(path.stem)
+            elif shares := _shares(data):
+                title = f"{shares[0]}, {data['split']} split"
+                others[title] = shares[1]
+            else:
+                continue
+        except (ValueError, LookupError, TypeError, AttributeError):
+            continue  # JSON of another kind
+        if count:
+            skipped[title] = count
+    return results, others, skipped
+
+
+def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:
+    """Title and shares of an evaluation other than zero-shot."""
+    rows = data["rows"]
+    if "recall" in rows[0]:
+        found = {
+            f"{TASKS[row['level']]}, {row['direction'].replace('_', ' ')}, R@{k}": (share, row["chance"][k])
+            for row in rows
+            for k, share in row["recall"].items()
+        }
+        return "Retrieval", found
+    if "baseline" in rows[0]:  # the majority baseline takes the place of chance
+        found = {
+            f"{TASKS[row['level']]}, top-{k}": (row["top"][k], row["baseline"][k]) for row in rows for k in row["top"]
+        }
+        return PROBE, found
+    if "questions" in rows[0]:
+        return "Hard negatives", {KINDS[row["kind"]]: (row["accuracy"], CHANCE) for row in rows}
+    return None
