@@ -61,7 +61,7 @@ def undocumented_names() -> list[str]:
     """Public names of the packages on API pages that their page lacks, for want of a docstring."""
     missing = []
     for page in sorted((DOCS / "api").glob("*.md")):
-        built = SITE / "api" / page.stem / "index.html" if page.stem != "index" else SITE / "api" / "index.html"
+        built = SITE / "api" / f"{page.stem}.html"
         for package in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
             source = ROOT.joinpath(*package.split("."), "__init__.py")
             for statement in ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else []:
