@@ -10,7 +10,7 @@ ONLY   ?=
 TOTAL  ?= 480
 FACTOR ?= 1
 RECORD ?= benchmarks/records/{date}-{device}
-EXTRAS := train,eval,triton,dali,remote,tensorboard,bench,test,lint,release
+EXTRAS := train,eval,triton,dali,remote,tensorboard,parquet,bench,test,docs,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
 
@@ -63,6 +63,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
+# The documentation site, in build/site; every warning is an error.
+docs: install
+	$(BIN)/python docs/build.py
+
 # For Linux x86-64 with the glibc of this machine or newer; torch's and CUDA's libraries stay those of the user.
 wheel: install
 	rm -rf build/wheel
@@ -73,7 +77,7 @@ wheel: install
 bench: install
 	$(BIN)/scenarioclip-fast bench --out runs/bench
 
-# A record to commit, and the tables of README.md from it. The machine should have nothing else to do.
+# A record to commit, and the chart of README.md and docs/benchmarks.md from it. The machine should have nothing else to do.
 record: install
 	$(BIN)/scenarioclip-fast bench --out '$(RECORD)'; status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
 

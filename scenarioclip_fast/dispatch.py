@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from scenarioclip_fast import requirements
+from scenarioclip_fast import native, requirements
 from scenarioclip_fast.errors import UserError
 
 VARIABLE = "SCENARIOCLIP_FAST_BACKEND"
@@ -131,7 +131,7 @@ def why_not(op: str, name: str, device_type: str, float64: bool = False) -> str 
     if devices and device_type not in devices:
         hint = " (on a CPU only with TRITON_INTERPRET=1)" if backend.needs == "triton" else ""
         return f"it runs on {' and '.join(devices)} tensors{hint}"
-    return requirements.missing(backend.needs) if backend.needs else None
+    return _missing(backend.needs) if backend.needs else None
 
 
 @functools.cache
@@ -156,3 +156,11 @@ def _checked(name: str, source: str) -> str:
     if name not in (*NAMES, "auto"):
         raise UserError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
     return name
+
+
+def _missing(need: str) -> str | None:
+    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met, or None when it is."""
+    if need.startswith("native-"):
+        return native.why_not(need.removeprefix("native-"))
+    assert need == "triton", need
+    return requirements.import_problem("triton")

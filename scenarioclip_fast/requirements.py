@@ -62,17 +62,6 @@ def import_problem(module: str) -> str | None:
     return None
 
 
-def missing(need: str) -> str | None:
-    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met, or None when it is."""
-    if need.startswith("native-"):
-        from scenarioclip_fast import native
-
-        return native.why_not(need.removeprefix("native-"))
-    if need == "triton":
-        return import_problem("triton")
-    raise AssertionError(f"unknown need {need!r}")
-
-
 def missing_dependency(error: ModuleNotFoundError) -> str | None:
     """The one-line message for a required package that is not installed, or None for any other module."""
     requirement = {"torch": _TORCH, "numpy": "numpy", "einops": "einops"}.get(error.name or "")
