@@ -229,7 +229,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
     """Fill the tensors of `state` in place and replace its other values; all ranks call it together.
 
     Raises:
-        BadCheckpoint: on every rank, if one of them cannot read its part; some tensors may have changed by then.
+        BadCheckpoint: on every rank, if one of them cannot read its part; some tensors may have changed already.
     """
     tree = {_ROOT: state}
     try:

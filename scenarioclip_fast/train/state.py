@@ -70,7 +70,7 @@ class RunState:
         return found
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state under "optimizer/PARAMETER/KEY", whatever its groups; empty before the first step."""
+        """The optimiser's state under "optimizer/PARAMETER/KEY"; empty before the first step."""
         found: dict[str, Tensor] = {}
         for name, p in self._trained():
             for key, value in self.optimizer.state.get(p, {}).items():

@@ -88,20 +88,20 @@ def gradients(step: StepModule) -> dict[str, Tensor]:
 def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeacher | None, microbatches: int) -> None:
     """The step in microbatches against the undivided step."""
     assert step.model.tokens is not None
-    wanted = wrapped(Phase.LOSS, batch, step.model.tokens.distinct(batch.host_ids), teacher)
-    wanted["loss"].backward()
-    wanted_gradients = gradients(step)
+    expected = wrapped(Phase.LOSS, batch, step.model.tokens.distinct(batch.host_ids), teacher)
+    expected["loss"].backward()
+    expected_gradients = gradients(step)
     texts = step.model.tokens.distinct(batch.host_ids)
     terms = GradCache(step, wrapped, microbatches, nullcontext).backward(batch, texts, teacher)
     found = gradients(step)
-    assert terms.keys() == wanted.keys()
-    for name, term in wanted.items():
+    assert terms.keys() == expected.keys()
+    for name, term in expected.items():
         torch.testing.assert_close(terms[name], term.detach(), rtol=1e-12, atol=1e-12)
     trained = {name for name, p in step.named_parameters() if p.requires_grad}
-    assert found.keys() == wanted_gradients.keys() == trained
-    assert wanted_gradients["loss.contrastive.logit_scale.object"].any() or batch.num_objects < 3
+    assert found.keys() == expected_gradients.keys() == trained
+    assert expected_gradients["loss.contrastive.logit_scale.object"].any() or batch.num_objects < 3
     for name in trained:
-        torch.testing.assert_close(found[name], wanted_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(found[name], expected_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
 BATCHES = {
@@ -144,10 +144,10 @@ def on_a_rank(rank: int, store: str) -> None:
         batch = make_batch([2, 1], [1, 1], seed=rank)
         texts = step.model.tokens.distinct(batch.host_ids)
         GradCache(step, wrapped, 2, nullcontext).backward(batch, texts, teacher)
-        mine = torch.cat([g.flatten() for g in gradients(step).values()])
-        theirs = mine.clone()
-        dist.broadcast(theirs, 0)
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        own = torch.cat([g.flatten() for g in gradients(step).values()])
+        of_rank_0 = own.clone()
+        dist.broadcast(of_rank_0, 0)
+        torch.testing.assert_close(own, of_rank_0, rtol=0, atol=0)
     finally:
         dist.destroy_process_group()
 

@@ -115,12 +115,12 @@ NAMES = ["adamw", "sgd", "adagrad"]
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1e-3, 10.0])  # below and above the clipping norm
 def test_a_step_is_torchs_clipping_and_optimizer(name: str, scale: float) -> None:
-    ours, theirs = make_model(), make_model()
+    model, reference = make_model(), make_model()
     config = OptimSection(name=name, lr=1e-2, weight_decay=0.2)
-    guarded = build_optimizer(ours, Temperature(), config)
+    guarded = build_optimizer(model, Temperature(), config)
     groups = [
-        {"params": [theirs[0].weight], "weight_decay": 0.2},
-        {"params": [theirs[0].bias, *theirs[1].parameters(), theirs[2].bias], "weight_decay": 0.0},
+        {"params": [reference[0].weight], "weight_decay": 0.2},
+        {"params": [reference[0].bias, *reference[1].parameters(), reference[2].bias], "weight_decay": 0.0},
     ]
     plain: torch.optim.Optimizer = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, fused=False),
@@ -128,15 +128,15 @@ def test_a_step_is_torchs_clipping_and_optimizer(name: str, scale: float) -> Non
         "adagrad": lambda: torch.optim.Adagrad(groups, lr=1e-2),
     }[name]()
     for _ in range(3):
-        norm, skipped = guarded_step(guarded, backward(ours, scale), 1.0)
-        backward(theirs, scale)
-        expected = nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.requires_grad], 1.0)
+        norm, skipped = guarded_step(guarded, backward(model, scale), 1.0)
+        backward(reference, scale)
+        expected = nn.utils.clip_grad_norm_([p for p in reference.parameters() if p.requires_grad], 1.0)
         plain.step()
         plain.zero_grad()
         assert not skipped
         torch.testing.assert_close(norm, expected)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # a few float32 roundings: ours divides by the norm's ratio, torch multiplies by its inverse
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        # a few float32 roundings: guarded_step divides by the norm's ratio, torch multiplies by its inverse
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         assert a.grad is None
 
