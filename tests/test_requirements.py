@@ -1,4 +1,4 @@
-"""Each broken installation, and each unsupported torch, is one line that says what to do."""
+"""A broken installation and an unsupported torch are each reported in one line, with what to do."""
 
 from __future__ import annotations
 
