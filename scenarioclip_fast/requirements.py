@@ -12,9 +12,9 @@ from types import ModuleType
 
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError
 
-# Supported from the first version on, and below the second: as in pyproject.toml.
+# The first supported version, and the first that is not: as in pyproject.toml.
 TORCH = ((2, 11), (2, 14))
-_TORCH = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
+TORCH_REQUIREMENT = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
 
 # module -> (distribution, extra that installs it, use)
 OPTIONAL = {
@@ -64,7 +64,7 @@ def import_problem(module: str) -> str | None:
 
 def missing_dependency(error: ModuleNotFoundError) -> str | None:
     """The one-line message for a required package that is not installed, or None for any other module."""
-    requirement = {"torch": _TORCH, "numpy": "numpy", "einops": "einops"}.get(error.name or "")
+    requirement = {"torch": TORCH_REQUIREMENT, "numpy": "numpy", "einops": "einops"}.get(error.name or "")
     return requirement and f"{error.name} is not installed: run `pip install '{requirement}'`"
 
 
@@ -81,7 +81,10 @@ def unsupported_torch() -> str | None:
     if TORCH[0] <= version < TORCH[1]:
         return None
     age = "old" if version < TORCH[0] else "new"
-    return f"torch {torch.__version__} is too {age}: run `pip install '{_TORCH}'` and reinstall scenarioclip-fast"
+    return (
+        f"torch {torch.__version__} is too {age}: run `pip install '{TORCH_REQUIREMENT}'` "
+        "and reinstall scenarioclip-fast"
+    )
 
 
 @functools.cache
@@ -99,7 +102,8 @@ def check_installed() -> None:
     spec = importlib.util.find_spec("scenarioclip_fast.kernels")
     if spec is not None and spec.origin is not None:
         kernels = Path(spec.origin).resolve().parent
-        if kernels in ((package / "kernels").resolve(), (checkout / "kernels").resolve()):
+        candidates = (package / "kernels", checkout / "kernels")
+        if any(folder.is_dir() and folder.samefile(kernels) for folder in candidates):
             return
         raise InstallationError(
             f"scenarioclip_fast was imported from {package}, but its installation is that of {kernels.parent}: "

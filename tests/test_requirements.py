@@ -1,4 +1,4 @@
-"""Each broken installation, and each unsupported torch, is one line that says what to do."""
+"""A broken installation and an unsupported torch are each reported in one line, with what to do."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def test_an_incomplete_installation(tmp_path: Path) -> None:
 
 def test_the_supported_versions_of_torch_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert requirements._TORCH in project["project"]["dependencies"]
-    assert requirements._TORCH in project["build-system"]["requires"]
+    assert requirements.TORCH_REQUIREMENT in project["project"]["dependencies"]
+    assert requirements.TORCH_REQUIREMENT in project["build-system"]["requires"]
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from scenarioclip_fast.requirements import require
 
 SHELLS = ("bash", "zsh", "tcsh")
-# Arguments that are paths, by the name that their help shows. A directory may come before any of the files.
+# The metavars of arguments that are paths.
 _FILES = {"FILE", "RECORD", "SOURCE"}
 _DIRECTORIES = {"CHECKPOINT", "DIR", "PATH", "RUN", "SHARDS"}
 
 _KEYS = "_scenarioclip_fast_config_keys"
-# Each defines the function that offers "optim.lr=" and so on, without a space behind.
+# Defines the function that completes config keys, such as "optim.lr=".
 _PREAMBLE = {
     "bash": _KEYS + '() {{ compgen -W "{keys}" -- "$1"; }}',
     "zsh": _KEYS + "() {{ compadd -S '' -- {keys}; }}",
     "tcsh": "",
 }
+# Adds no space after the "=" of a config key.
 _BASH_WITHOUT_SPACE = """
 _scenarioclip_fast() {
   _shtab_scenarioclip_fast

@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train",
         help="train a model; under torchrun on many GPUs",
-        description="Train the model that FILE and the overrides describe. `configs/` has ready files.",
+        description="Train the model that FILE and the overrides describe. The folder configs/ holds examples.",
         epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; run again with --resume.",
         add_help=False,
     )

@@ -61,7 +61,7 @@ def test_compile_is_a_switch_or_auto(text: str, value: bool | str, tmp_path: Pat
             TrainConfig.of({}, graphs)
 
 
-def test_blocks_are_compiled_by_default_in_fast_alone() -> None:
+def test_only_fast_compiles_the_blocks_by_default() -> None:
     compiles = {path.stem: TrainConfig.load(path).train.compile for path in CONFIGS.glob("*.yaml")}
     assert compiles == {"fast": "auto", "reference": False, "tiny": False}
     assert TrainConfig().train.compile is False
@@ -77,7 +77,7 @@ def test_a_preset_is_the_base_of_the_other_model_keys() -> None:
     assert ModelSection.preset("tiny").architecture == tiny
 
 
-def test_a_budget_on_the_command_line_replaces_the_files() -> None:
+def test_a_budget_on_the_command_line_replaces_that_of_the_file() -> None:
     config = TrainConfig.of({"train": {"epochs": 12}}, ["train.steps=5"])
     assert (config.train.steps, config.train.epochs) == (5, None)
     with pytest.raises(UserError, match=r"train\.steps and train\.epochs"):
