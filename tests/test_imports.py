@@ -14,24 +14,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "scenarioclip_fast"
 ROOT_HELPERS = "root helpers"
 
-# Imports that break a rule for the time being: (importer, imported) below the package -> the reason.
-KNOWN = {
-    ("bench.plots", "eval.plots"): "plots move to report/",
-    ("bench.report", "eval.report"): "pages move to report/",
-    ("data.decode", "data.dali"): "both are to import a base of the decoders",
-    ("model.scenarioclip", "model.weights"): "weights are to be split into pretrained, convert and export_hf",
-    ("demo", "data.packing"): "the demo moves to recipes/, and so for the next lines",
-    ("demo", "data.synthetic.write"): "",
-    ("demo", "eval.checkpoint"): "",
-    ("demo", "eval.loading"): "",
-    ("demo", "eval.report"): "",
-    ("demo", "eval.samples"): "",
-    ("demo", "eval.zeroshot"): "",
-    ("demo", "train.config"): "",
-    ("demo", "train.metrics"): "",
-    ("demo", "train.trainer"): "",
-}
-
 
 def module_name(path: Path) -> str:
     """kernels/ is installed as scenarioclip_fast.kernels."""
@@ -69,7 +51,6 @@ def imports_of(name: str) -> set[str]:
 
 
 GRAPH = {name: imports_of(name) for name in MODULES}
-EXCUSED = {(f"{PACKAGE}.{importer}", f"{PACKAGE}.{imported}") for importer, imported in KNOWN}
 
 
 def layer_of_path(path: str) -> str:
@@ -120,7 +101,7 @@ def test_the_table_names_every_folder_in_order() -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_go_up_the_table(name: str) -> None:
     may = LAYERS[layer_of(name)]
-    bad = sorted(m for m in GRAPH[name] if layer_of(m) not in may and (name, m) not in EXCUSED)
+    bad = sorted(m for m in GRAPH[name] if layer_of(m) not in may)
     assert not bad, f"{name} may import {sorted(may)}, and imports {bad}"
     if name.startswith(f"{PACKAGE}.kernels."):
         folder = ".".join(name.split(".")[:3])
@@ -128,13 +109,7 @@ def test_imports_go_up_the_table(name: str) -> None:
 
 
 def test_no_circles() -> None:
-    graph = {name: {m for m in found if (name, m) not in EXCUSED} for name, found in GRAPH.items()}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
         pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
-
-
-def test_known_violations_exist() -> None:
-    gone = sorted(edge for edge in EXCUSED if edge[1] not in GRAPH.get(edge[0], ()))
-    assert not gone, "delete these lines of KNOWN"
