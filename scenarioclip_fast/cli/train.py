@@ -28,12 +28,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train",
         help="train a model; under torchrun on many GPUs",
-        description="Train the model that FILE and the overrides describe. The folder configs/ holds examples.",
+        description="Train the model that FILE and the overrides describe. The package has three configs: tiny (from "
+        "scratch, on a CPU), fast (the method, from CLIP weights) and reference (the published run).",
         epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; run again with --resume.",
         add_help=False,
     )
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message and every config key, and exit")
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file (default: the defaults of every key)")
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: no file)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of FILE: optim.lr=1e-4")
     parser.add_argument(
         "--resume",

@@ -18,6 +18,7 @@ from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.config_parse import (
     build,
     convert,
+    find_config,
     merge,
     parse_override,
     plain,
@@ -241,8 +242,12 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-        """Build a config from a YAML file and overrides: see `of`."""
-        return cls.of(read_yaml(path), overrides)
+        """Build a config from a YAML file, or a config of this package by its name, and overrides: see `of`.
+
+        Args:
+            path: a file, or "tiny", "fast" or "reference".
+        """
+        return cls.of(read_yaml(find_config(path)), overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for YAML and JSON."""

@@ -7,6 +7,7 @@ through their type hints, so a new field needs no change here.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -35,6 +36,24 @@ ALIASES = {
 
 class RawValue(str):
     """The text of an override; the type of its key decides what it means."""
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name -> file of the configs that come with the package, such as "tiny"."""
+    folder = Path(str(importlib.resources.files("scenarioclip_fast.configs")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(path: str | Path) -> Path:
+    """`path`, or the file of the packaged config of that name; a file of the same name takes precedence."""
+    if Path(path).exists() or Path(path).name != str(path) or Path(path).suffix:
+        return Path(path)
+    packaged = packaged_configs()
+    if str(path) not in packaged:
+        near = difflib.get_close_matches(str(path), packaged, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"-c {path}: {hint}expected a YAML file, or one of {', '.join(packaged)}")
+    return packaged[str(path)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

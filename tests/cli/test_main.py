@@ -107,6 +107,7 @@ def test_wrong_usage_is_one_line(command: str, message: str, capsys: pytest.Capt
         ("train", "data.shards is not set: expected the directory that"),
         ("train tiny.yaml", "got 'tiny.yaml', expected key=value: did you mean -c tiny.yaml?"),
         ("train -c missing.yaml", "cannot read the config missing.yaml: No such file or directory"),
+        ("train -c tinny", "-c tinny: did you mean tiny? expected a YAML file, or one of fast, reference, tiny"),
         ("train -c .", "cannot read the config .: Is a directory"),
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),

@@ -12,7 +12,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
 from scenarioclip_fast.train import config_reference
 from scenarioclip_fast.train.config import ModelSection, TrainConfig
-from scenarioclip_fast.train.config_parse import dotted_keys
+from scenarioclip_fast.train.config_parse import dotted_keys, packaged_configs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -203,3 +203,11 @@ def test_the_reference_as_text_and_as_a_page() -> None:
             assert f"\n  {key.name} " in text
             assert f"\n| `{key.name}` |" in page
     assert "| `model.vision.image_size` | `224` | `64` |" in page
+
+
+def test_configs_of_the_package_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, file in packaged_configs().items():
+        assert TrainConfig.load(name) == TrainConfig.load(file)
+    (tmp_path / "tiny").write_text("optim: {lr: 0.5}")
+    assert TrainConfig.load("tiny").optim.lr == 0.5  # a file takes precedence
