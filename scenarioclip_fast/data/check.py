@@ -233,9 +233,9 @@ class SceneChecker:
         if not self.knows("actions", action):
             raise BadEntry("unknown_action", f"{action!r} is not a known action")
 
-    def clean(self, scene: Scene, size: tuple[int, int], entry: str, *, encode: bool = True) -> CheckedScene:
-        """Drop the invalid parts of a scene; see `clean_scene`."""
-        clean, rejected = clean_scene(scene, size, entry, encode=encode, classes=self._classes)
+    def clean(self, scene: Scene, size: tuple[int, int], entry: str) -> CheckedScene:
+        """Drop the invalid parts of a scene and encode its masks; see `clean_scene`."""
+        clean, rejected = clean_scene(scene, size, entry, encode=True, classes=self._classes)
         return CheckedScene(clean, size, rejected)
 
     def __getstate__(self) -> dict[str, Any]:

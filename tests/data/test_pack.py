@@ -154,7 +154,7 @@ def test_splits_by_hash_of_the_key(synthetic: list[Scene], tmp_path: Path) -> No
 
 def test_scenes_in_memory_are_checked(synthetic: list[Scene], tmp_path: Path) -> None:
     first = replace(synthetic[0], split="train")
-    spoiled = [
+    scenes = [
         first,
         replace(first, key="again/and/again"),
         first,
@@ -163,7 +163,7 @@ def test_scenes_in_memory_are_checked(synthetic: list[Scene], tmp_path: Path) ->
         replace(first, key="d", relations=[Relation(0, "near", 9), Relation(0, "near", 0)]),
         replace(first, key="e", objects=[replace(o, mask=torch.zeros(3, 3) > 0) for o in first.objects]),
     ]
-    report = pack_quietly(spoiled, tmp_path / "out")
+    report = pack_quietly(scenes, tmp_path / "out")
     assert report.splits["train"]["scenes"] == 3
     assert report.rejected == {
         "bad_mask": len(first.objects),

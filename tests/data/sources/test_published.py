@@ -163,14 +163,14 @@ def _array(**change: Any) -> Callable[[Dataset], None]:
 
 
 def _file(make: Callable[[Dataset], tuple[Path, bytes | None]]) -> Callable[[Dataset], None]:
-    def spoil(data: Dataset) -> None:
+    def damage(data: Dataset) -> None:
         path, content = make(data)
         if content is None:
             path.unlink()
         else:
             path.write_bytes(content)
 
-    return spoil
+    return damage
 
 
 def _empty_mask(data: Dataset) -> None:
@@ -362,9 +362,9 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
 
 @pytest.mark.parametrize("case", BAD_SCENES)
 def test_bad_scenes_are_rejected(data: Dataset, case: str) -> None:
-    reason, spoil = BAD_SCENES[case]
+    reason, damage = BAD_SCENES[case]
     np.savez(data.npz, **data.arrays)
-    spoil(data)
+    damage(data)
     scenes, rejected = data.load()
     assert not scenes
     (rejection,) = rejected
@@ -375,8 +375,8 @@ def test_bad_scenes_are_rejected(data: Dataset, case: str) -> None:
 
 @pytest.mark.parametrize("case", PARTLY_BAD)
 def test_valid_parts_of_a_scene_are_kept(data: Dataset, case: str) -> None:
-    reasons, names, masked, relations, spoil = PARTLY_BAD[case]
-    spoil(data)
+    reasons, names, masked, relations, damage = PARTLY_BAD[case]
+    damage(data)
     (scene,), rejected = data.load()
     assert sorted({r.reason for r in rejected}) == sorted(reasons)
     assert all(r.entry.startswith("metadata.json: entry 0 (a)") and r.detail for r in rejected)
