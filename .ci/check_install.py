@@ -29,7 +29,7 @@ import torch
 import scenarioclip_fast as scf
 from scenarioclip_fast.losses import ClipLoss, MultiLevelContrastiveLoss
 
-image, text = torch.randn(2, 12, 8).unbind()
+image, text = torch.nn.functional.normalize(torch.randn(2, 12, 8), dim=-1).unbind()
 image.requires_grad_()
 scf.ops.contrastive_loss(image, text, 14.3).backward()
 assert image.grad.abs().sum() > 0
