@@ -33,7 +33,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Probe versions, devices, compiled parts and backends, with the reason for each that is missing."""
+    """Probe versions, devices, compiled parts and backends; each missing one has its reason."""
     rows = [("versions", "python", platform.python_version(), sys.executable)]
     rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "not installed", ""))
     import torch
@@ -59,7 +59,7 @@ def report() -> None:
 
 
 def _module_version(module: str, distribution: str) -> str:
-    # The name of DALI's distribution depends on the CUDA version, so its metadata may be found under another name.
+    # The name of DALI's distribution depends on the CUDA version, so its metadata may have another name.
     return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "installed"))
 
 

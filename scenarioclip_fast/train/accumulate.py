@@ -1,12 +1,12 @@
 """Gradient accumulation with the loss over the whole batch: cached gradients, as in GradCache (arXiv 2101.06983).
 
-Every microbatch is embedded without a graph; the loss over all embeddings gives their gradients; each microbatch is
-embedded again, now with a graph, and backpropagates its rows of those gradients. The last microbatch builds its graph
-in the first pass and is embedded once. A microbatch is a range of the batch's scenes with all their views, and a range
-of each level's unique texts. Only the order of sums differs from the undivided step.
+Every microbatch is embedded without a graph; the loss over all embeddings gives their gradients; then each microbatch
+is embedded again with a graph and backpropagates its rows of those gradients. The last microbatch builds its graph in
+the first pass and is embedded once. A microbatch is a range of the batch's scenes with all their views, and a range
+of each level's unique texts. Only the order of sums differs from a step without microbatches.
 
-Activation memory is that of one microbatch. Of the whole batch, the pixels, the embeddings and the output of the frozen
-trunk stay in memory (in float32 half the size of the pixels at ViT-B/32); the trunk runs once and serves both passes.
+Activation memory is that of one microbatch. The pixels, the embeddings and the output of the frozen trunk (in float32
+half the size of the pixels at ViT-B/32) of the whole batch stay in memory; the trunk runs once for both passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scenarioclip_fast.train.step import Phase, StepModule
 
 @dataclass(frozen=True)
 class GradCache:
-    """Backpropagates a batch in microbatches.
+    """Backpropagate a batch in microbatches.
 
     The model must be deterministic (it has no dropout), so that both passes over a microbatch give equal embeddings.
 
@@ -37,7 +37,7 @@ class GradCache:
         step: model and loss.
         wrapped: `step`, or its data-parallel wrapper, which averages the gradients over the ranks once per batch.
         microbatches: the same number on every rank; those beyond the batch's scenes are empty.
-        autocast: makes the context of the forward passes.
+        autocast: returns the context of the forward passes.
     """
 
     step: StepModule
@@ -64,7 +64,7 @@ class GradCache:
         sizes = [[len(x) for x in (*part.image, *part.text)] for part in parts]
         of_rows = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
 
-        first = self.microbatches - 1  # it has its graph already; another one is the last and averages over the ranks
+        first = self.microbatches - 1  # has its graph already; gradients are averaged in the last of `order`
         order = [first, *range(first)]
         for k in order:
             is_last = k == order[-1]
@@ -96,7 +96,7 @@ class GradCache:
         return trunks, parts
 
     def _averaging(self, enabled: bool) -> AbstractContextManager[Any]:
-        """The context of passes whose gradients DDP averages over the ranks, or does not."""
+        """Return a context in which DDP averages gradients over the ranks if `enabled`, and otherwise does not."""
         if isinstance(self.wrapped, DistributedDataParallel) and not enabled:
             return self.wrapped.no_sync()
         return nullcontext()

@@ -368,7 +368,7 @@ def test_a_step_does_not_synchronise_with_the_device(freeze: str) -> None:
     """Meta tensors have no values: reading one, which would synchronise on a GPU, is an error."""
     model = make(FREEZES[freeze])
     assert model.tokens is not None
-    found = model.tokens.distinct(BATCHES["repeats"].host_ids)
+    found = model.tokens.unique_texts(BATCHES["repeats"].host_ids)
     model.tokens.cache_bytes = 0  # the cache of frozen features copies real values
     model.to("meta")
     teacher = EMATeacher(model)
@@ -450,9 +450,9 @@ def test_errors_state_what_was_expected() -> None:
         model.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.float64), "global")
     with pytest.raises(TypeError, match=r"pixels: got torch.uint8, expected normalised floats"):
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "global")
-    with pytest.raises(ValueError, match="ids of level relation: got some outside the vocabulary"):
+    with pytest.raises(ValueError, match="ids of level relation: got ids outside the vocabulary"):
         model(batch([0], [0], [5]))
-    with pytest.raises(ValueError, match="ids of level global: got some outside the vocabulary"):
+    with pytest.raises(ValueError, match="ids of level global: got ids outside the vocabulary"):
         model(batch([-1], [0], [0]))
     with pytest.raises(ValueError, match=r"pixels: got 3 views, expected 1 \+ 1 \+ 2"):
         replace(batch([0], [0], [0]), relation_id=torch.tensor([0, 0]))

@@ -257,7 +257,7 @@ def test_shards_with_an_index(form: str, clip: Any, tmp_path: Path) -> None:
     check_same(ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE), clip)
     for shards in ({"a": "../b.safetensors"}, {"a": index.name}, ["a"]):
         index.write_text(json.dumps({"weight_map": shards}))
-        with pytest.raises(UserError, match="expected a weight_map from tensors to files beside it"):
+        with pytest.raises(UserError, match="expected a weight_map from tensors to files in the same directory"):
             ScenarioCLIP.from_clip(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": 5, "b": "c.safetensors"}}))
     with pytest.raises(UserError, match="5: no such file"):
@@ -332,7 +332,7 @@ def test_all_levels_are_initialised_from_one_pair(tmp_path: Path) -> None:
         assert torch.equal(model.encode_image(pixels, level), pair.encode_image(pixels, "object"))
         assert torch.equal(model.encode_text(TOKENS, level), pair.encode_text(TOKENS, "object"))
     assert model.vision["global"].head.norm.weight is not model.vision["object"].head.norm.weight
-    with pytest.raises(UserError, match=r"another architecture \(here, there\): vision.width: 24 and 48"):
+    with pytest.raises(UserError, match=r"another architecture \(this model, other model\): vision.width: 24 and 48"):
         model.init_towers_from(small(width=48))
 
 
@@ -394,7 +394,9 @@ def test_checkpoint_of_the_published_code(variant: str, tmp_path: Path) -> None:
 def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     reference_checkpoint("scenarioclip1", path, frozen_differs=True)
-    with pytest.raises(UserError, match=r"embedding.* frozen by the config, but different at 'global' and 'object'"):
+    with pytest.raises(
+        UserError, match=r"embedding.* frozen by the config, but it differs between 'global' and 'object'"
+    ):
         ScenarioCLIP.from_reference(path, freeze=FREEZE)
     ScenarioCLIP.from_reference(path, freeze=FreezeConfig.nothing())
     record = torch.load(path, weights_only=True)
@@ -409,7 +411,7 @@ def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> N
     torch.save({"state_dict": {"model.encoder.weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match="not a checkpoint of the method's published code"):
         ScenarioCLIP.from_reference(path)
-    with pytest.raises(UserError, match="no EMA teacher in it"):
+    with pytest.raises(UserError, match=r"no EMA teacher \(expected"):
         ScenarioCLIP.from_reference(path, teacher=True)
 
 
@@ -475,7 +477,7 @@ def test_mismatches_are_listed_in_one_error(clip: Any, tmp_path: Path) -> None:
     query = "vision_model__encoder__layers__0__self_attn__q_proj__weight"
     for wrong in (torch.zeros(7, 192), torch.zeros(192, 191), torch.zeros(192)):
         modify(**{query: wrong})
-        with pytest.raises(UserError, match=r"layers.0.self_attn: weight of query, key and value of shapes \["):
+        with pytest.raises(UserError, match=r"layers.0.self_attn: got query, key and value weights of shapes \["):
             ScenarioCLIP.from_clip(tmp_path, freeze=FREEZE)
     modify(vision_model__encoder__layers__0__mlp__fc1__weight=torch.zeros(768, 192, dtype=torch.int8))
     with pytest.raises(UserError, match=r"not floats blocks.0.expand.weight \(torch.int8\)"):
@@ -518,7 +520,7 @@ def test_mismatches_are_listed_in_one_error(clip: Any, tmp_path: Path) -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or directory"):
         ScenarioCLIP.from_clip(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds none of model.safetensors, "):
+    with pytest.raises(UserError, match=r"contains none of model.safetensors, "):
         ScenarioCLIP.from_clip(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 not a header")
     with pytest.raises(UserError, match=r"model.safetensors: not a readable safetensors file"):
@@ -543,7 +545,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a dictionary of tensors, but 1 are not tensors"):
         ScenarioCLIP.from_clip(tmp_path / "numbers.pt")
     torch.save({"ema": torch.zeros(1)}, tmp_path / "ema.pt")
-    with pytest.raises(UserError, match="no EMA teacher in it"):
+    with pytest.raises(UserError, match=r"no EMA teacher \(expected"):
         ScenarioCLIP.from_reference(tmp_path / "ema.pt", teacher=True)
     torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
     with pytest.raises(UserError, match="expected a dictionary of tensors, but lr are not tensors"):

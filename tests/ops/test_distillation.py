@@ -342,10 +342,10 @@ def test_second_derivatives_raise() -> None:
 
 def test_a_named_backend_never_falls_back() -> None:
     p = problem(3, 3, 4, 8)
-    with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot serve cpu tensors"):
+    with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot run on cpu tensors"):
         distillation_loss(**p, backend="cuda")
     p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
-    with pytest.raises(scf.BackendError, match="float32 only, and the input is float64; usable: reference"):
+    with pytest.raises(scf.BackendError, match="float32 only, but the input is float64; usable: reference"):
         distillation_loss(**p, backend="cpu")
 
 

@@ -32,7 +32,7 @@ def rows(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
-    """Bit for bit: every number of every step, and the weights."""
+    """Compare every number of every step, and the weights, bit for bit."""
     assert rows(a) == rows(b)
     for file in ("model.safetensors", "teacher.safetensors"):
         weights_a, weights_b = (load_file(Path(config.run.dir) / "model" / file) for config in (a, b))
@@ -52,7 +52,7 @@ def leftovers(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_after_20_steps_resumes_to_the_same_40(small: Make, fork_server: Any, ranks: int) -> None:
+def test_a_run_killed_after_20_steps_resumes_exactly(small: Make, fork_server: Any, ranks: int) -> None:
     whole, parts = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("whole", "parts"))
     fork_server.start(whole, ranks=ranks).finish()
     checkpoint = Path(parts.run.dir) / "checkpoints" / "step-00000020"
@@ -92,10 +92,10 @@ def test_a_killed_rank_ends_the_other_with_one_error_line(small: Make, fork_serv
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
     running.send(signal.SIGKILL, rank=victim)
-    codes = running.wait(seconds=40)  # RankWatch's bound is 8 + 10 s, unless the collective fails earlier
+    codes = running.wait(seconds=40)  # RankWatchdog takes at most 8 + 10 s; the collective may fail earlier
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
     out = running.text()
-    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ logs lines of its own
+    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ code logs other lines
     assert len(errors) == 1, out
     assert re.match(rf"error: rank {1 - victim} cannot continue: rank {victim}\b.* is gone", errors[0]), out
     assert "Traceback" not in out

@@ -1,4 +1,4 @@
-"""Runs with each optimiser: they train, resume exactly, and shard."""
+"""Runs with each optimizer: they train, resume exactly and shard."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def checkpoint(config: TrainConfig, step: int) -> Path:
 
 
 def nadam(groups: list[optim.ParamGroup], config: OptimSection) -> torch.optim.Optimizer:
-    """State that does not start at zero, counters in host memory, no fused kernel."""
+    """An optimizer with non-zero initial state, counters in host memory and no fused kernel."""
     return torch.optim.NAdam(groups, lr=config.lr, betas=config.betas)
 
 
@@ -64,9 +64,9 @@ def test_a_run_trains_and_resumes_exactly(
     assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(parts).items())
 
 
-def test_another_optimizer_cannot_resume(small: Make) -> None:
+def test_a_different_optimizer_cannot_resume(small: Make) -> None:
     Trainer(small("train.steps=2")).fit()
-    with pytest.raises(UserError, match=r"another optimiser: optim\.name was 'adamw', is 'sgd'"):
+    with pytest.raises(UserError, match=r"a different optimizer: optim\.name was 'adamw', is now 'sgd'"):
         Trainer(small("train.steps=3", "optim.name=sgd"), resume=True).fit()
 
 
