@@ -1,4 +1,4 @@
-"""The compiled parts: the reason of a library that does not load; on a GPU every backend is usable."""
+"""The compiled parts: the reason why a library does not load, and that every backend is usable on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from scenarioclip_fast import dispatch, native
 
 
-def test_reason_holds_the_loaders_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_includes_the_loaders_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libscenarioclip_fast_cpu.so").write_text("not a library")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": ""})

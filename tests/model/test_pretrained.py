@@ -1,4 +1,4 @@
-"""Weights of transformers, open_clip and the published code, exports, and files that must be refused."""
+"""Weights of transformers, open_clip and the published code, exports, and files that must be rejected."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_same(model: ScenarioCLIP, clip: Any, tokens: list[list[int]] = TOKENS,
         got = outputs(model, level, pixels, tokens)
         assert got.keys() == expected.keys()
         for key, value in expected.items():
-            # Float32 through up to 12 blocks with other orders of summation; values are of order 1.
+            # Float32 through up to 12 blocks with a different order of summation; values are of order 1.
             torch.testing.assert_close(got[key], value, rtol=2e-4, atol=2e-4, msg=f"{level} {key}")
 
 
@@ -123,7 +123,7 @@ def test_hugging_face_directory(activation: str, tmp_path: Path) -> None:
 def test_real_shapes_of_vit_b_32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.CLIPConfig(vision_config={"image_size": 224, "patch_size": 32}, projection_dim=512)
-    # Half of the depth keeps the test fast; every matrix has its real shape.
+    # A small depth keeps the test fast; every matrix has its real shape.
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 2
     clip = transformers.CLIPModel(config).eval()
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -160,14 +160,14 @@ def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
+        for hf, open_clip in names.items():
+            name = name.replace(hf, open_clip)
         if "attn.q_proj" in name:
             thirds = [value] + [
                 state[n]
                 for q in "kv"
                 for n in state
-                if _open_clip_like(n, names) == name.replace("q_proj", f"{q}_proj")
+                if _to_open_clip_name(n, names) == name.replace("q_proj", f"{q}_proj")
             ]
             out[name.replace("q_proj.", "in_proj_")] = torch.cat(thirds)
         elif "attn.k_proj" not in name and "attn.v_proj" not in name:
@@ -177,9 +177,9 @@ def open_clip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _open_clip_like(name: str, names: dict[str, str]) -> str:
-    for theirs, ours in names.items():
-        name = name.replace(theirs, ours)
+def _to_open_clip_name(name: str, names: dict[str, str]) -> str:
+    for hf, open_clip in names.items():
+        name = name.replace(hf, open_clip)
     return name
 
 
@@ -209,7 +209,7 @@ def test_open_clip_state_dict(form: str, clip: Any, tmp_path: Path) -> None:
                 ScenarioCLIP.from_clip(path, freeze=FREEZE)
 
 
-def test_open_clip_config_beside_the_weights(tmp_path: Path) -> None:
+def test_open_clip_config_next_to_the_weights(tmp_path: Path) -> None:
     clip = random_clip(clip_config("gelu"))
     safetensors.save_file(open_clip_names(clip.state_dict()), tmp_path / "open_clip_model.safetensors")
     record = {"vision_cfg": {"width": 192, "head_width": 64}, "text_cfg": {"heads": 2}}
@@ -391,7 +391,7 @@ def test_checkpoint_of_the_published_code(variant: str, tmp_path: Path) -> None:
         assert torch.equal(alone.state_dict()[name], value * 0.5), name
 
 
-def test_checkpoint_of_the_published_code_that_does_not_fit(tmp_path: Path) -> None:
+def test_mismatched_checkpoint_of_the_published_code(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     reference_checkpoint("scenarioclip1", path, frozen_differs=True)
     with pytest.raises(
@@ -420,7 +420,7 @@ class RunsCode:
         return (exec, ("raise SystemExit('ran code')",))
 
 
-def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
+def test_pickles_that_run_code_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "clip.pt"
     torch.save({"state_dict": RunsCode()}, path)
     for read in (ScenarioCLIP.from_clip, ScenarioCLIP.from_reference):
@@ -434,8 +434,8 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
         ScenarioCLIP.from_clip(path)
 
 
-def test_a_refusal_does_not_explain_how_to_run_the_code(tmp_path: Path) -> None:
-    """torch's own message does."""
+def test_the_error_does_not_explain_how_to_run_the_code(tmp_path: Path) -> None:
+    """Unlike torch's own message."""
     torch.save(RunsCode(), tmp_path / "pickle.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")  # type: ignore[no-untyped-call]
     messages = {"pickle.pt": r"\(Unsupported global: GLOBAL exec was not .* by default\)", "script.pt": "a TorchScript"}
