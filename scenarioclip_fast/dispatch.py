@@ -147,7 +147,7 @@ def offers(op: str, name: str, function: str) -> bool:
 
 # Both results are constant for the life of the process, so a compiled graph may hold them as constants: otherwise
 # torch.compile would trace into code that imports modules and loads libraries. This sets the attribute directly,
-# because importing torch.compiler.assume_constant_result would import the compiler, which takes a second.
+# because calling torch.compiler.assume_constant_result would import the compiler, which takes a second.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 offers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

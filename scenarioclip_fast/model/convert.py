@@ -222,11 +222,11 @@ def from_published(state: State, heads: tuple[int, int] | None = None) -> Encode
 
 def _published_encoder(state: State, kind: str, prefix: str) -> State:
     tower, head = ("visual", "image") if kind == "vision" else ("text", "text")
-    whole = select(state, f"{prefix}{tower}_encoder.")
-    encoder = _rename(select(whole, f"{kind}_model.") or whole, kind, _HF[kind])
+    tensors = select(state, f"{prefix}{tower}_encoder.")
+    encoder = _rename(select(tensors, f"{kind}_model.") or tensors, kind, _HF[kind])
     for ours, published in (("projection", "projection"), ("out_norm", "norm")):
-        tensors = select(state, f"{prefix}{head}_{published}.")
-        encoder |= {f"head.{ours}.{name}": value for name, value in tensors.items()}
+        head_tensors = select(state, f"{prefix}{head}_{published}.")
+        encoder |= {f"head.{ours}.{name}": value for name, value in head_tensors.items()}
     return encoder
 
 

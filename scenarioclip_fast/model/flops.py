@@ -40,7 +40,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 def batch_flops(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
     """Return `step_flops` of a batch whose ids refer to the strings in `table`."""
-    lengths = [of_level.tolist() for of_level in table.unique_texts(batch.host_ids).lengths]
+    lengths = [level_lengths.tolist() for level_lengths in table.unique_texts(batch.host_ids).lengths]
     return step_flops(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
 
 
@@ -130,9 +130,9 @@ def _blocks(part: VisionConfig | TextConfig, rows: int, tokens: int, pairs: int,
     """
     square = part.width**2
     # Per token: 8 W^2 for query, key, value and out, 16 W^2 for the MLP. Per pair: 4 W for score and weighted value.
-    whole = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
+    full = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
     last = _Stage(4 * square * tokens + 20 * square * rows, attention=4 * part.width * read)
-    return [whole] * (part.layers - 1) + [last]
+    return [full] * (part.layers - 1) + [last]
 
 
 def _stem(part: VisionConfig) -> _Stage:

@@ -81,7 +81,7 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self, model: ScenarioCLIP) -> None:
-        """Move the average towards the student; call it after each optimiser step."""
+        """Move the average towards the student; call it after each optimizer step."""
         teacher, student = self._pairs(model)
         ema_update_(teacher, student, self.decay_at(self.step))
         self.step += 1

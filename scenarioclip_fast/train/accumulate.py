@@ -55,14 +55,14 @@ class GradCache:
             The terms of ScenarioLoss, detached.
         """
         trunks, parts = self._embed(batch, texts, teacher)
-        whole = _concatenate(parts, batch, texts)
-        rows = [x.requires_grad_() for x in (*whole.image, *whole.text)]
+        embeddings = _concatenate(parts, batch, texts)
+        rows = [x.requires_grad_() for x in (*embeddings.image, *embeddings.text)]
         scalars = [p for p in self.step.loss.parameters() if p.requires_grad]
         with self.autocast():
-            terms: dict[str, Tensor] = self.step.loss(whole)
+            terms: dict[str, Tensor] = self.step.loss(embeddings)
         gradients = torch.autograd.grad(terms["loss"], [*rows, *scalars], allow_unused=True, materialize_grads=True)
         sizes = [[len(x) for x in (*part.image, *part.text)] for part in parts]
-        of_rows = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
+        row_gradients = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
 
         first = self.microbatches - 1  # has its graph already; gradients are averaged in the last of `order`
         order = [first, *range(first)]
@@ -77,7 +77,7 @@ class GradCache:
                 # The loss's scalars join the last backward pass, so that the wrapper averages their gradients, too.
                 torch.autograd.backward(
                     [*outputs, *(scalars if is_last else [])],
-                    [*(gradient[k] for gradient in of_rows), *(gradients[len(rows) :] if is_last else [])],
+                    [*(gradient[k] for gradient in row_gradients), *(gradients[len(rows) :] if is_last else [])],
                 )
         return {name: term.detach() for name, term in terms.items()}
 
@@ -88,9 +88,9 @@ class GradCache:
         trunks: list[TrunkOutput] = []
         parts: list[Embeddings] = []
         n = self.microbatches
-        for k, (scenes, of_scenes) in enumerate(zip(batch.split(n), texts.split(n), strict=True)):
+        for k, (scenes, scene_texts) in enumerate(zip(batch.split(n), texts.split(n), strict=True)):
             with torch.set_grad_enabled(k == n - 1), self._averaging(n == 1), self.autocast():
-                trunk, part = self.wrapped(Phase.EMBED, scenes, of_scenes, teacher)
+                trunk, part = self.wrapped(Phase.EMBED, scenes, scene_texts, teacher)
             trunks.append(trunk)
             parts.append(part)
         return trunks, parts
@@ -104,7 +104,7 @@ class GradCache:
 
 @torch.no_grad()
 def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> Embeddings:
-    def of_teacher(rows: list[Tensor | None]) -> Tensor | None:
+    def concatenate_optional(rows: list[Tensor | None]) -> Tensor | None:
         return None if rows[0] is None else torch.cat([x for x in rows if x is not None])
 
     return Embeddings(
@@ -114,7 +114,7 @@ def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> E
         text_id=texts.id,
         object_scene=batch.object_scene,
         relation_scene=batch.relation_scene,
-        teacher_image=of_teacher([part.teacher_image for part in parts]),
-        teacher_object_text=of_teacher([part.teacher_object_text for part in parts]),
-        teacher_relation_text=of_teacher([part.teacher_relation_text for part in parts]),
+        teacher_image=concatenate_optional([part.teacher_image for part in parts]),
+        teacher_object_text=concatenate_optional([part.teacher_object_text for part in parts]),
+        teacher_relation_text=concatenate_optional([part.teacher_relation_text for part in parts]),
     )

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
-_META = "meta.json"  # beside .metadata, torch's own index
+_META = "meta.json"  # next to .metadata, torch's own index
 _SCHEMA = 2
 _ROOT = "run"  # a single top-level entry: torch logs each of them, which is slow
 

@@ -61,10 +61,10 @@ def _whole_model(model: ScenarioCLIP, world: World) -> ScenarioCLIP:
     state = model.state_dict()
     if not any(isinstance(t, DTensor) for t in state.values()):
         return model
-    whole = _gather(state, world)
+    gathered = _gather(state, world)
     if world.is_main_process:
         model = ScenarioCLIP(model.config)
-        model.load_state_dict(whole)
+        model.load_state_dict(gathered)
     return model
 
 
@@ -73,9 +73,9 @@ def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
     They are gathered one at a time: together they may exceed the memory of one device.
     """
-    whole: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        gathered = whole_tensor(t)
+        whole = whole_tensor(t)
         if world.is_main_process:
-            whole[name] = gathered.cpu() if isinstance(t, DTensor) else gathered
-    return whole
+            gathered[name] = whole.cpu() if isinstance(t, DTensor) else whole
+    return gathered

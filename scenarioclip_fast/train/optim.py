@@ -1,6 +1,6 @@
 """Optimizers by name, their parameter groups, the learning rate, and the guarded optimizer step.
 
-To add an optimiser, see docs/new-optimiser.md.
+To add an optimizer, see docs/new-optimiser.md.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def group_rules(config: OptimSection) -> list[GroupRule]:
     """Apply weight decay to matrices only: biases, norms and the class embedding are vectors.
 
     The loss's temperatures are scalars, but the published run decays them too (optim.decay_logit_scale). They form a
-    separate group also because one fused update cannot mix whole and sharded tensors (FSDP2).
+    separate group also because one fused update cannot mix sharded and unsharded tensors (FSDP2).
     """
     return [
         GroupRule(r"model\..*", config.weight_decay, min_dims=2),

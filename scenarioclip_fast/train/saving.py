@@ -173,11 +173,11 @@ class Saver:
         key = _rank_key(self.world.rank if same_ranks else 0)
         state: dict[str, Any] = {**tensors, **moments, key: ""}
         load(found, state, self.checkpoints.group)
-        of_rank = json.loads(state[key])
+        rank_state = json.loads(state[key])
         run.load_optimizer_tensors(moments)
-        run.loader.load_state_dict(of_rank["loader"])
+        run.loader.load_state_dict(rank_state["loader"])
         if same_ranks:
-            set_random_state(of_rank["random"])
+            set_random_state(rank_state["random"])
         if run.teacher is not None and meta["teacher_step"] is not None:
             run.teacher.step = meta["teacher_step"]
         elif run.teacher is not None:  # new in this run: start from the loaded model
@@ -194,9 +194,9 @@ class Saver:
             for key in {**before, **now}
             if before.get(key) != now.get(key) and not key.startswith("run.") and key != "model.init"
         }
-        of_model = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
-        if of_model:
-            raise UserError(f"{found.path} contains a different model: {'; '.join(of_model)}")
+        model_changes = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
+        if model_changes:
+            raise UserError(f"{found.path} contains a different model: {'; '.join(model_changes)}")
         if "optim.name" in changed:
             raise UserError(f"{found.path} contains the state of a different optimizer: {changed['optim.name']}")
         return [f"settings changed since the checkpoint: {'; '.join(changed.values())}"] if changed else []

@@ -29,7 +29,7 @@ def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Modu
     with torch.no_grad():
         for p in step.parameters():
             dist.broadcast(p, 0, group=world.group)
-    whole = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
+    replicated = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
     step.loss = DistributedDataParallel(step.loss, gradient_as_bucket_view=True)
     encoders = list(step.model.encoders())
     if teacher is not None:  # under the same root, so that one stage is prefetched while another runs
@@ -38,9 +38,9 @@ def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Modu
         encoders += averaged
     for encoder in encoders:
         for stage in encoder.stages:
-            if any(p not in whole for p in stage.parameters()):
-                fully_shard(stage, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(step, mesh=mesh, ignored_params=whole)
+            if any(p not in replicated for p in stage.parameters()):
+                fully_shard(stage, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    fully_shard(step, mesh=mesh, ignored_params=replicated)
     if teacher is not None:
         teacher.refresh()
     return step

@@ -202,7 +202,7 @@ class StepLog:
         """Log a skipped step and its scenes, over all ranks."""
         self._progress.skipped += 1
         self._progress.skipped_in_row += 1
-        keys = [key for of_rank in self._world.gather(keys) for key in of_rank]
+        keys = [key for rank_keys in self._world.gather(keys) for key in rank_keys]
         self._log(
             f"step {row['step']} skipped: loss {row['loss']:g}, gradient norm {row['grad_norm']:g}; "
             f"scenes {', '.join(keys[:_MAX_KEYS])}{' ...' if len(keys) > _MAX_KEYS else ''}"

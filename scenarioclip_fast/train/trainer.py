@@ -167,7 +167,7 @@ class Trainer:
 
     def _flops(self, batch: Batch, texts: UniqueTexts) -> float:
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
-        lengths = [of_level.tolist() for of_level in texts.lengths]  # on the host
+        lengths = [level_lengths.tolist() for level_lengths in texts.lengths]  # on the host
         return step_flops(self.model.config, views, lengths, teacher=self.teacher is not None)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -53,15 +53,15 @@ def leftovers(run: Path) -> list[Path]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_after_20_steps_resumes_exactly(small: Make, fork_server: Any, ranks: int) -> None:
-    whole, parts = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("whole", "parts"))
-    fork_server.start(whole, ranks=ranks).finish()
-    checkpoint = Path(parts.run.dir) / "checkpoints" / "step-00000020"
-    running = fork_server.start(parts, ranks=ranks)
+    full, resumed = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("full", "resumed"))
+    fork_server.start(full, ranks=ranks).finish()
+    checkpoint = Path(resumed.run.dir) / "checkpoints" / "step-00000020"
+    running = fork_server.start(resumed, ranks=ranks)
     wait_until(checkpoint.exists, running)
     running.send(signal.SIGKILL)
     assert running.wait() == [-signal.SIGKILL] * ranks
-    assert "at step 20" in fork_server.start(parts, "--resume", "auto", ranks=ranks).finish()
-    assert_same_run(parts, whole)
+    assert "at step 20" in fork_server.start(resumed, "--resume", "auto", ranks=ranks).finish()
+    assert_same_run(resumed, full)
 
 
 def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
@@ -74,16 +74,16 @@ def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
             steps[step] += keys
         return {step: sorted(keys) for step, keys in steps.items()}
 
-    whole, parts = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("whole", "parts"))
-    fork_server.start(whole, keys=tmp_path / "whole.keys").finish()
-    running = fork_server.start(parts, ranks=2, keys=tmp_path / "parts.keys")
-    wait_until((Path(parts.run.dir) / "checkpoints" / "step-00000010").exists, running)
+    full, resumed = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("full", "resumed"))
+    fork_server.start(full, keys=tmp_path / "full.keys").finish()
+    running = fork_server.start(resumed, ranks=2, keys=tmp_path / "resumed.keys")
+    wait_until((Path(resumed.run.dir) / "checkpoints" / "step-00000010").exists, running)
     running.send(signal.SIGTERM, rank=1)
     out = running.finish(STOPPED)
     assert out.count("stopped by SIGTERM after step") == 1
-    fork_server.start(parts, "--resume", keys=tmp_path / "parts.keys").finish()
-    assert scenes(tmp_path / "parts.keys") == scenes(tmp_path / "whole.keys")
-    assert [row["step"] for row in rows(parts)] == list(range(1, 21))
+    fork_server.start(resumed, "--resume", keys=tmp_path / "resumed.keys").finish()
+    assert scenes(tmp_path / "resumed.keys") == scenes(tmp_path / "full.keys")
+    assert [row["step"] for row in rows(resumed)] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -128,7 +128,7 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
     budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
-        reference[ranks] = small(*budget, run=f"whole-{ranks}")
+        reference[ranks] = small(*budget, run=f"full-{ranks}")
         fork_server.start(reference[ranks], ranks=ranks).finish()
     killed, runs = 0, 0
     while killed < KILLS:

@@ -171,8 +171,8 @@ def test_resume_on_a_gpu(small: Make) -> None:
     def losses(config: TrainConfig) -> list[float]:
         return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
 
-    whole, parts = (small("train.steps=4", "train.checkpoint_every=2", "run.device=cuda", run=r) for r in ("a", "b"))
-    Trainer(whole).fit()
-    Trainer(parts, resume=meta_file(whole, 2).parent).fit()
+    full, resumed = (small("train.steps=4", "train.checkpoint_every=2", "run.device=cuda", run=r) for r in ("a", "b"))
+    Trainer(full).fit()
+    Trainer(resumed, resume=meta_file(full, 2).parent).fit()
     # the order of float32 sums varies from run to run, and steps amplify the difference
-    assert losses(parts) == pytest.approx(losses(whole)[2:], rel=1e-3)
+    assert losses(resumed) == pytest.approx(losses(full)[2:], rel=1e-3)

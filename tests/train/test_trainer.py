@@ -73,34 +73,34 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     ids=["all blocks train", "frozen blocks"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small: Make, overrides: tuple[str, ...]) -> None:
-    whole, parts = (small("train.steps=7", *overrides, run=name) for name in ("whole", "parts"))
-    Trainer(whole).fit()
-    first = hooked(parts, stop_at(4)).fit()
+    full, resumed = (small("train.steps=7", *overrides, run=name) for name in ("full", "resumed"))
+    Trainer(full).fit()
+    first = hooked(resumed, stop_at(4)).fit()
     assert (first.completed, first.step, first.stopped_by) == (False, 4, "the test")
-    second = Trainer(parts, resume=True).fit()
+    second = Trainer(resumed, resume=True).fit()
     assert second.completed and second.step == 7
-    assert [row["step"] for row in rows(whole)] == list(range(1, 8))
-    assert rows(parts) == rows(whole)
-    assert_same(weights(parts), weights(whole))
-    assert_same(weights(parts, "teacher.safetensors"), weights(whole, "teacher.safetensors"))
+    assert [row["step"] for row in rows(full)] == list(range(1, 8))
+    assert rows(resumed) == rows(full)
+    assert_same(weights(resumed), weights(full))
+    assert_same(weights(resumed, "teacher.safetensors"), weights(full, "teacher.safetensors"))
 
 
 def test_a_killed_run_resumes_from_its_newest_intact_checkpoint(small: Make) -> None:
-    whole, parts = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("whole", "parts"))
-    Trainer(whole).fit()
+    full, resumed = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("full", "resumed"))
+    Trainer(full).fit()
 
     def die(trainer: Trainer, _: Batch) -> None:
         if trainer.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hooked(parts, die).fit()
-    newest, older = Checkpoints(Path(parts.run.dir) / "checkpoints", keep=2).paths()
+        hooked(resumed, die).fit()
+    newest, older = Checkpoints(Path(resumed.run.dir) / "checkpoints", keep=2).paths()
     assert (newest.name, older.name) == ("step-00000004", "step-00000002")
     (newest / "__0_0.distcp").write_bytes(b"")  # the newest is damaged
-    Trainer(parts, resume=True).fit()
-    assert rows(parts) == rows(whole)
-    assert_same(weights(parts), weights(whole))
+    Trainer(resumed, resume=True).fit()
+    assert rows(resumed) == rows(full)
+    assert_same(weights(resumed), weights(full))
 
 
 def test_the_model_directory_is_complete(small: Make) -> None:
@@ -282,11 +282,11 @@ def test_bad_samples_are_counted_across_resumes(small: Make, shards: Path, tmp_p
             shard.seek(scenes[0][1])
             shard.write(b"not a picture")
     data = (f"data.shards={tmp_path / 'damaged'}", "train.steps=6")
-    whole, parts = small(*data, run="whole"), small(*data, run="parts")
-    Trainer(whole).fit()
-    hooked(parts, stop_at(4)).fit()
-    Trainer(parts, resume=True).fit()
-    assert rows(parts) == rows(whole) and rows(whole)[-1]["bad_samples"] >= 2
+    full, resumed = small(*data, run="full"), small(*data, run="resumed")
+    Trainer(full).fit()
+    hooked(resumed, stop_at(4)).fit()
+    Trainer(resumed, resume=True).fit()
+    assert rows(resumed) == rows(full) and rows(full)[-1]["bad_samples"] >= 2
 
 
 def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
@@ -341,7 +341,7 @@ def test_the_budget_in_steps(small: Make, budget: str, steps: int) -> None:
 def test_the_budget_in_views(small: Make) -> None:
     result = Trainer(small("train.views=600")).fit()
     assert result.completed
-    # rounded up to whole steps, whose views differ from the mean
+    # rounded up to full steps, whose views differ from the mean
     assert result.views == pytest.approx(600, rel=0.3)
 
 

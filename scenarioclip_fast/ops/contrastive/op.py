@@ -220,8 +220,8 @@ def _(
     positives: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows = used.new_empty(sum(rows))
-    return of_rows, used.new_empty(sum(texts)), torch.empty_like(of_rows)
+    d_row = used.new_empty(sum(rows))
+    return d_row, used.new_empty(sum(texts)), torch.empty_like(d_row)
 
 
 def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -80,7 +80,7 @@ def _gather_level(
     # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
     image = _requiring_grad(level.image, shares.image_requires_grad)
     text = _requiring_grad(level.text, shares.text_requires_grad)
-    sizes = [of_rank[k] for of_rank in shares.texts]
+    sizes = [counts[k] for counts in shares.texts]
     text = torch.cat(collectives.gather_rows(text, sizes, group))
     index = arange(image) if level.text_index is None else level.text_index
     index = index + sum(sizes[: group.rank()])
@@ -93,7 +93,7 @@ def _gather_level(
         text=text,
         text_index=index,
         count=count_rows(index, text),
-        rows=sum(of_rank[k] for of_rank in shares.rows),
+        rows=sum(counts[k] for counts in shares.rows),
     )
 
 
@@ -111,11 +111,11 @@ def _gather_ids(
         on_hosts = shares.ids_on_host and collectives.has_cpu_backend(group)
         device = torch.device("cpu") if on_hosts else levels[0].text.device
         own = torch.cat([level.text_id.to(device) for level in levels if level.text_id is not None])
-        sizes = [[of_rank[k] for k in with_ids] for of_rank in shares.texts]
-        ranks = collectives.gather_rows(own, [sum(of_rank) for of_rank in sizes], group)
-        parts = [ids.split(of_rank) for ids, of_rank in zip(ranks, sizes, strict=True)]
-        for k, of_level in zip(with_ids, zip(*parts, strict=True), strict=True):
-            out[k] = torch.cat(of_level)
+        sizes = [[counts[k] for k in with_ids] for counts in shares.texts]
+        ranks = collectives.gather_rows(own, [sum(rank_sizes) for rank_sizes in sizes], group)
+        parts = [ids.split(rank_sizes) for ids, rank_sizes in zip(ranks, sizes, strict=True)]
+        for k, level_ids in zip(with_ids, zip(*parts, strict=True), strict=True):
+            out[k] = torch.cat(level_ids)
     return out
 
 
