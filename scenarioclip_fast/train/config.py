@@ -168,7 +168,7 @@ class TrainSection:
     """Write TensorBoard logs if it is installed."""
     accumulate: int = 1
     """Microbatches per step. The loss still sees the whole batch; costs one more forward pass of the trained blocks.
-    Must divide the scenes per rank."""
+    Must divide the batch size per rank."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """On several ranks: replicate everything (ddp), or shard the trained weights and their state (fsdp)."""
     activation_checkpointing: bool = False

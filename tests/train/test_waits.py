@@ -165,7 +165,7 @@ def test_a_step_does_not_synchronise(
     small: Callable[..., TrainConfig], microbatches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It checks values on a CPU only.
-    monkeypatch.setattr(validate, "assert_values", lambda *_: None)
+    monkeypatch.setattr(validate, "_check_values", lambda *_: None)
     layers = ("model.text.layers=2", "model.freeze.text_blocks=1", f"train.accumulate={microbatches}")
     trainer = CheckedTrainer(small("train.steps=4", "train.log_every=100", *layers))
     assert trainer.fit().completed
