@@ -79,7 +79,7 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     target = _device(device, local, multi_rank=size > 1)
     if size == 1:
-        # The default device of random numbers and of the synchronisation of checkpoint copies.
+        # Random numbers and the synchronisation of checkpoint copies use the current device.
         with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
             yield World(0, 1, target, None)
         return

@@ -33,7 +33,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Probe versions, devices, compiled parts and backends; each missing one has its reason."""
+    """Probe versions, devices, compiled parts and backends, with the reason for each missing one."""
     rows = [("versions", "python", platform.python_version(), sys.executable)]
     rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "not installed", ""))
     import torch

@@ -265,7 +265,7 @@ def to_hugging_face(kind: str, encoder: State, patch_size: int) -> tuple[State, 
 
 
 def select(state: Mapping[str, Tensor], prefix: str) -> State:
-    """Return the tensors whose names start with `prefix`, and strip it."""
+    """Return the tensors whose names start with `prefix`, which is removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 

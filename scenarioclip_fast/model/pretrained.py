@@ -74,8 +74,8 @@ def read_clip(path: Path, activation: Activation | None = None) -> EncoderWeight
     # Training checkpoints prefix the names with "module.".
     state = {name.removeprefix("module."): value for name, value in read_state(file).items()}
     if convert.is_open_clip(state):
-        config = file.parent / "open_clip_config.json"
-        record = read_json(config) if config.is_file() else None
+        config_file = file.parent / "open_clip_config.json"
+        record = read_json(config_file) if config_file.is_file() else None
         with _errors_prefixed_by(file):
             return convert.from_open_clip(state, record, activation)
     if convert.is_hugging_face(state):

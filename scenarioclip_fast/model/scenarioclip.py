@@ -186,7 +186,7 @@ class ScenarioCLIP(nn.Module):
 
         Args:
             texts: strings (requires instant-clip-tokenizer), lists of token ids, or a tensor [n, L] of token ids,
-                in which everything after the first end-of-text is padding. Longer texts than the context are truncated.
+                in which everything after the first end-of-text is padding. Texts that exceed the context are truncated.
             level: "global", "object" or "relation".
         """
         encoder = self._text(check_level(level))

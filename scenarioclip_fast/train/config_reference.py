@@ -1,6 +1,6 @@
-"""Document every key of TrainConfig, for `train --help` and for docs/configuration.md.
+"""Document every key of TrainConfig, for `train --help` and the documentation (docs/build.py).
 
-    python -m scenarioclip_fast.train.config_reference > docs/configuration.md
+    python -m scenarioclip_fast.train.config_reference  # prints the Markdown page
 
 Types and defaults come from the dataclasses; meanings are the strings below their fields, which documentation tools
 and editors also show. Does not import torch.

@@ -118,7 +118,7 @@ def multilevel_contrastive_loss(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [levels]
-    """One `contrastive_loss` per level, in as few launches and collectives as possible; arguments are lists.
+    """Compute one `contrastive_loss` per level, in as few launches and collectives as possible; arguments are lists.
 
     Returns:
         [levels], in the dtype of `contrastive_loss`.
