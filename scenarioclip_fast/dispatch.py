@@ -106,11 +106,11 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
         name, source = _validated(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
-            if why_not(op, candidate, device_type, float64) is None:
+            if unavailable_reason(op, candidate, device_type, float64) is None:
                 return candidate
-    reason = why_not(op, name, device_type, float64)
+    reason = unavailable_reason(op, name, device_type, float64)
     if reason is not None:
-        usable = [b for b in BACKENDS[op] if why_not(op, b, device_type, float64) is None]
+        usable = [b for b in BACKENDS[op] if unavailable_reason(op, b, device_type, float64) is None]
         raise BackendError(
             f"{op}: backend {name!r} (from {source}) cannot run on {device_type} tensors here: {reason}; "
             f"usable: {', '.join(usable)}, or 'auto'"
@@ -118,7 +118,7 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
     return name
 
 
-def why_not(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
+def unavailable_reason(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
     """Return None if backend `name` can run `op` on `device_type`, otherwise the reason why it cannot."""
     backend = BACKENDS[op].get(name)
     if backend is None:
@@ -148,7 +148,7 @@ def offers(op: str, name: str, function: str) -> bool:
 # Both results are constant for the life of the process, so a compiled graph may hold them as constants: otherwise
 # torch.compile would trace into code that imports modules and loads libraries. This sets the attribute directly,
 # because calling torch.compiler.assume_constant_result would import the compiler, which takes a second.
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 offers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -161,6 +161,6 @@ def _validated(name: str, source: str) -> str:
 def _missing(requirement: str) -> str | None:
     """Return why a requirement ("triton", "native-cpu", "native-cuda") is not met, or None if it is."""
     if requirement.startswith("native-"):
-        return native.why_not(requirement.removeprefix("native-"))
+        return native.unavailable_reason(requirement.removeprefix("native-"))
     assert requirement == "triton", requirement
     return requirements.import_problem("triton")

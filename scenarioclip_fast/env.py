@@ -96,7 +96,7 @@ def _native_rows() -> list[tuple[str, str, str, str]]:
     info = native.build_info()
     rows = []
     for part in ("cpu", "host", "cuda"):
-        problem = native.why_not(part)
+        problem = native.unavailable_reason(part)
         target = f"built for {info['march'] or 'the default processor'}" if part == "cpu" else ""
         detail = problem or target
         rows.append(("compiled parts", part, "missing" if problem else "loaded", detail))
@@ -110,7 +110,7 @@ def _backend_rows() -> list[tuple[str, str, str, str]]:
     for op, backends in dispatch.BACKENDS.items():
         for backend in backends:
             devices = ("cuda", "cpu") if backend in ("triton", "cuda") else ("cpu",)
-            reasons = [dispatch.why_not(op, backend, device) for device in devices]
+            reasons = [dispatch.unavailable_reason(op, backend, device) for device in devices]
             reason = None if None in reasons else reasons[0]
             if reason is None and backend in ("triton", "cuda") and not torch.cuda.is_available():
                 interpreted = backend == "triton" and triton_interprets()

@@ -31,7 +31,7 @@ def build_info() -> dict[str, Any]:
 
 
 @functools.cache
-def why_not(part: str) -> str | None:
+def unavailable_reason(part: str) -> str | None:
     """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason for the failure."""
     info = build_info()
     if part not in info["built"]:
@@ -52,7 +52,7 @@ def why_not(part: str) -> str | None:
 
             if part == "cuda" and torch.version.cuda is None:
                 return "this torch is a CPU build: install a CUDA build of torch"
-            if part == "cuda" and (obstacle := why_not("cpu")):
+            if part == "cuda" and (obstacle := unavailable_reason("cpu")):
                 return f"the cpu library, which holds the schemas of the ops, is missing: {obstacle}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
@@ -67,4 +67,4 @@ def why_not(part: str) -> str | None:
 @functools.cache
 def host() -> ModuleType | None:
     """Return the pybind11 module, or None if it does not load."""
-    return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")
+    return None if unavailable_reason("host") else importlib.import_module("scenarioclip_fast._native.host")

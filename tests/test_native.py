@@ -13,7 +13,7 @@ def test_the_reason_includes_the_loaders_message(tmp_path: Path, monkeypatch: py
     (tmp_path / "libscenarioclip_fast_cpu.so").write_text("not a library")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": ""})
-    reason = native.why_not.__wrapped__("cpu")
+    reason = native.unavailable_reason.__wrapped__("cpu")
     assert reason is not None and "file too short" in reason and "reinstall" in reason
 
 
@@ -24,4 +24,4 @@ def test_the_reason_includes_the_loaders_message(tmp_path: Path, monkeypatch: py
 )
 def test_every_backend_is_usable_on_a_gpu(op: str, backend: str) -> None:
     """The tests of an unusable backend are skipped, so this one must fail."""
-    assert dispatch.why_not(op, backend, "cuda") is None
+    assert dispatch.unavailable_reason(op, backend, "cuda") is None

@@ -33,10 +33,10 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fresh_probes() -> Iterator[None]:
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
     yield
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
 
 
@@ -118,12 +118,12 @@ def test_an_unsupported_torch(
     assert requirements.unsupported_torch() == message
     if "cpu" in native.build_info()["built"]:
         with pytest.warns(UserWarning, match=f"^torch {version.partition('+')[0]}.* is too {age}: "):
-            assert native.why_not("cpu") is None  # the library was built for the real version, so it loads
+            assert native.unavailable_reason("cpu") is None  # the library was built for the real version, so it loads
     (tmp_path / "build.json").write_text(json.dumps({"built": ["cpu"], "left_out": {}, "march": ""}))
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
-    reason = native.why_not("cpu")
+    reason = native.unavailable_reason("cpu")
     assert reason is not None and reason.startswith("the cpu library does not load (") and reason.endswith(message)
 
 

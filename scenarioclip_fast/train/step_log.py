@@ -38,7 +38,7 @@ class Status:
 class Totals:
     """Totals of a log interval, over all ranks."""
 
-    counts: list[tuple[int, int, int]]  # per step: scenes, views, operations
+    counts: list[tuple[int, int, int]]  # per step: scenes, views, flops
     seconds: float
     waited: float  # seconds the slowest rank waited for data: the others wait for it
     status: Status
@@ -52,16 +52,16 @@ class PendingSteps:
         self.values: list[Tensor] = []  # per step [names]
         self.steps: list[int] = []
         self.rates: list[float] = []
-        self.counts: list[tuple[int, int, int]] = []  # scenes, views, operations
+        self.counts: list[tuple[int, int, int]] = []  # scenes, views, flops
         self.keys: list[list[str]] = []
         self.started = time.perf_counter()
 
-    def add(self, step: int, batch: Batch, operations: float, rate: float, values: Mapping[str, Tensor]) -> None:
+    def add(self, step: int, batch: Batch, flops: float, rate: float, values: Mapping[str, Tensor]) -> None:
         self.names = list(values)
         self.values.append(torch.stack([v.float() for v in values.values()]))
         self.steps.append(step)
         self.rates.append(rate)
-        self.counts.append((batch.num_scenes, batch.pixels.shape[0], round(operations)))
+        self.counts.append((batch.num_scenes, batch.pixels.shape[0], round(flops)))
         self.keys.append(batch.keys)
 
 
@@ -108,9 +108,9 @@ class StepLog:
         """Exclude `seconds` of other work from the interval."""
         self._pending.started += seconds
 
-    def add(self, step: int, batch: Batch, operations: float, rate: float, values: Mapping[str, Tensor]) -> None:
-        """Add one step: its floating-point operations, learning rate and named values, each [] on the device."""
-        self._pending.add(step, batch, operations, rate, values)
+    def add(self, step: int, batch: Batch, flops: float, rate: float, values: Mapping[str, Tensor]) -> None:
+        """Add one step: its FLOPs, learning rate and named values, each [] on the device."""
+        self._pending.add(step, batch, flops, rate, values)
 
     def flush(self, status: Status) -> Status:
         """Read the steps since the last flush from the device and write them; all ranks call it together.
@@ -147,21 +147,21 @@ class StepLog:
         waits[world.rank] = (round(1e6 * self.wait.pop()), 0, 0)
         table = torch.tensor([*pending.counts, *waits, astuple(status)], device=world.device)
         *rows, summed = world.sum_(table).tolist()
-        counts = [(scenes, views, operations) for scenes, views, operations in rows[:steps]]
+        counts = [(scenes, views, flops) for scenes, views, flops in rows[:steps]]
         waited = max(micros for micros, *_ in rows[steps:]) / 1e6
         return Totals(counts, seconds, waited, Status(*summed))
 
     def _speed(self, totals: Totals) -> dict[str, float]:
-        scenes, views, operations = (sum(column) / totals.seconds for column in zip(*totals.counts, strict=True))
+        scenes, views, flops = (sum(column) / totals.seconds for column in zip(*totals.counts, strict=True))
         speed: dict[str, float] = {
             "scenes_per_s": scenes,
             "views_per_s": views,
-            "tflop_per_s": operations / 1e12,
+            "tflop_per_s": flops / 1e12,
             "data_wait": totals.waited / totals.seconds,
             "bad_samples": self._progress.bad_samples,
         }
         if self._peak_flops is not None:
-            speed["mfu"] = operations / self._peak_flops
+            speed["mfu"] = flops / self._peak_flops
         if self._world.device.type == "cuda":
             speed["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
         else:

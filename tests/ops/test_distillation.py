@@ -24,7 +24,7 @@ DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 def case(backend: str) -> Any:
     marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
-    reason = dispatch.why_not("distillation_loss", backend, DEVICES[backend])
+    reason = dispatch.unavailable_reason("distillation_loss", backend, DEVICES[backend])
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
 
 
@@ -287,7 +287,7 @@ def test_graphs_and_streams(backend: str) -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.skipif(dispatch.why_not("distillation_loss", "cpu", "cpu") is not None, reason="not built")
+@pytest.mark.skipif(dispatch.unavailable_reason("distillation_loss", "cpu", "cpu") is not None, reason="not built")
 def test_threads_do_not_change_the_result() -> None:
     p = problem(50, 40, 400, 64)
     before = torch.get_num_threads()

@@ -36,7 +36,7 @@ SIZES = [(48, 64), (64, 48), (1, 37), (37, 1), (33, 200), (7, 5), (121, 77), (64
 
 def case(backend: str) -> Any:
     marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
-    reason = dispatch.why_not("render_views", backend, DEVICES[backend])
+    reason = dispatch.unavailable_reason("render_views", backend, DEVICES[backend])
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
 
 
