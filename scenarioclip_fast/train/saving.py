@@ -157,7 +157,7 @@ class Saver:
         run, meta = self.state, found.meta
         if meta["step"] > self.total_steps:
             raise UserError(
-                f"{found.path} is at step {meta['step']}, beyond the budget of {self.total_steps}: raise the budget"
+                f"{found.path} is at step {meta['step']}, beyond the budget of {self.total_steps} steps: raise it"
             )
         tensors = run.tensors()
         if meta["teacher_step"] is None:

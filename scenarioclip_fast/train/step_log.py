@@ -135,7 +135,7 @@ class StepLog:
         if skipped >= self._config.train.max_skipped:
             raise TrainingFailed(
                 f"{skipped} steps in a row had a non-finite loss or gradient (the last: step "
-                f"{self._progress.step}); the weights are from before them. Their scenes are in {self._skipped_path}. "
+                f"{self._progress.step}); they did not change the weights. Their scenes are in {self._skipped_path}. "
                 "Lower optim.lr, or set run.precision=float32; --resume starts from the last checkpoint"
             )
 
