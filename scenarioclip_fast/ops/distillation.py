@@ -21,7 +21,7 @@ def distillation_loss(
     teacher_temperature: float = 0.07,
     backend: str = "auto",
 ) -> Tensor:  # []
-    """Distillation over the embedding's coordinates, for a ragged list of (student row, teacher row) pairs.
+    """Distillation loss over the embedding's coordinates, for a ragged list of (student row, teacher row) pairs.
 
     sum_p weight_p T_s^2 KL(softmax(teacher / T_t) || softmax(student / T_s)), where KL is the mean over the D
     coordinates and the teacher's probabilities are clamped to at least 1e-8 (ScenarioCLIP, arXiv 2511.20274;

@@ -32,7 +32,7 @@ def focused_region(
     blur: str = "rgb",
     backend: str = "auto",
 ) -> Tensor:  # [H, W, 3] uint8
-    """The image of a relation: two masked regions that fade with distance from their centres, on a blurred background.
+    """Draw a relation: two masked regions that fade with distance from their centres, on a blurred background.
 
     Source: ScenarioCLIP (arXiv 2511.20274); formulas in kernels/views/README.md.
 
@@ -293,7 +293,7 @@ def _source_windows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.i
 
 
 def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 4]
-    """The boxes of masked views, zeros for the others."""
+    """Return the boxes of masked views, zeros for the others."""
     masked = views.kind.numpy() == reference.MASKED
     box = np.zeros((len(views), 4), np.int64)
     box[masked] = pixel_box(views.box.numpy()[masked], shapes[masked, 0], shapes[masked, 1])
@@ -306,7 +306,7 @@ def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _mask_rows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 2]
-    """The masks of relations, -1 for the others."""
+    """Return the masks of relations, -1 for the others."""
     relation, count = (views.kind.numpy() == reference.RELATION)[:, None], len(views.mask_size)
     mask = np.where(relation, views.mask.numpy(), -1)
     missing = relation & ((mask < 0) | (mask >= count))

@@ -178,7 +178,7 @@ def _resolve_backend(levels: list[LevelInput], backend: str) -> str:
 def _log_sums(
     levels: list[PreparedLevel], backend: str, normalize: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Row log-sums, column log-sums and positive logits of each level."""
+    """Return row log-sums, column log-sums and positive logits of each level."""
     index, weight = joined_indices(levels), joined_weights(levels)
     rows, columns, positives = contrastive_forward(*features(levels), index, weight, normalize, backend)
     n, u = lengths(levels)
