@@ -42,7 +42,7 @@ from scenarioclip_fast.benchmarks.timing import (
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
 from torch import Tensor
 
-from scenarioclip_fast.dispatch import why_not
+from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import log_sums
 
@@ -446,7 +446,7 @@ def free_bytes(device: str) -> int:
 def skip_without(way: str, device: str, rows: int) -> None:
     if way.startswith("ours"):
         backend = backend_for(way.removeprefix("ours: "))
-        if reason := why_not("contrastive_loss", backend, device_for(device)):
+        if reason := unavailable_reason("contrastive_loss", backend, device_for(device)):
             pytest.skip(reason)
     if way in RIVALS:
         module, package = RIVALS[way]

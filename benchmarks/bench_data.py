@@ -32,7 +32,7 @@ from torch import Tensor
 from scenarioclip_fast.data import ShardSet, Views, generate_scenes, pack, scene_loader
 from scenarioclip_fast.data.decode import TorchDecoder, decode_with_pillow, make_decoder
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.dispatch import why_not
+from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import render_views
 from scenarioclip_fast.ops.views import CLIP_STD
 from scenarioclip_fast.requirements import import_problem
@@ -58,7 +58,7 @@ def needs(way: str, device: str) -> None:
             pytest.skip(problem)
     if "published" in way:
         pytest.importorskip("scipy", reason="SciPy is not installed: the published regions are drawn with it")
-    if on_gpu(device) and (reason := why_not("render_views", "cuda", "cuda")):
+    if on_gpu(device) and (reason := unavailable_reason("render_views", "cuda", "cuda")):
         pytest.skip(reason)
 
 

@@ -22,7 +22,7 @@ from scenarioclip_fast.benchmarks.timing import backend_for, counted, device_for
 from scenarioclip_fast.kernels.distillation import reference
 from torch import Tensor
 
-from scenarioclip_fast.dispatch import why_not
+from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.losses import DistillationLoss
 from scenarioclip_fast.ops import distillation_loss
 
@@ -80,7 +80,7 @@ def needs(way: str, device: str) -> None:
     """Skips a form of ours that cannot run here."""
     if way.startswith("ours"):
         backend = backend_for(way.removeprefix("ours: "))
-        if reason := why_not("distillation_loss", backend, device_for(device)):
+        if reason := unavailable_reason("distillation_loss", backend, device_for(device)):
             pytest.skip(reason)
 
 

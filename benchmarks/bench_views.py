@@ -34,7 +34,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 from scenarioclip_fast.data.decode import decode_with_pillow
-from scenarioclip_fast.dispatch import why_not
+from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import render_views
 from scenarioclip_fast.ops.view_batch import pixel_box
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, lower_views
@@ -185,7 +185,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 def test_views(benchmark: Any, way: str, kind: str, setting: str) -> None:
     pixels, size, count = SETTINGS[setting]
     backend = way.removeprefix("ours: ")
-    if way.startswith("ours") and (reason := why_not("render_views", backend, "cpu")):
+    if way.startswith("ours") and (reason := unavailable_reason("render_views", backend, "cpu")):
         pytest.skip(reason)
     scenes = make_scenes(pixels, count if way != "ours: reference" else 2)
     images = [scene.image for scene in scenes]
@@ -320,7 +320,7 @@ def check(rendered: Tensor, mixed: Mixed) -> None:
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
 def test_mixed_views_on_a_gpu(benchmark: Any, object_view: str, train: bool) -> None:
     """All views of 128 scenes, bf16 and channels last, images in the GPU's memory."""
-    if reason := why_not("render_views", backend_for("cuda"), device_for("cuda")):
+    if reason := unavailable_reason("render_views", backend_for("cuda"), device_for("cuda")):
         pytest.skip(reason)
     mixed = Mixed.of("cuda", object_view, train)
     views = len(mixed.views)

@@ -36,7 +36,7 @@ from scenarioclip_fast.benchmarks.timing import (
     synchronize,
 )
 
-from scenarioclip_fast.dispatch import why_not
+from scenarioclip_fast.dispatch import unavailable_reason
 
 # Estimates for 1,280 views of 128 scenes.
 VIEWS = 1280
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (REHEARSAL or torch.cuda.is_available()):
         print("error: torch sees no GPU: there is nothing to tune", file=sys.stderr)
         return 2
-    if reason := why_not("render_views", backend_for("cuda"), device_for("cuda")):
+    if reason := unavailable_reason("render_views", backend_for("cuda"), device_for("cuda")):
         print(f"error: render_views cannot run on the GPU: {reason}", file=sys.stderr)
         return 2
     record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Chooses and imports the backend of each op.
+"""Choose and import the backend of each op.
 
 Order of choice: the `backend=` argument, `with use_backend(...)`, the environment variable SCENARIOCLIP_FAST_BACKEND,
 then the fastest backend that works here for the tensors' device. A named backend never falls back.
@@ -25,9 +25,9 @@ class Backend:
     """An implementation of an op.
 
     Attributes:
-        module: below scenarioclip_fast.kernels; imported when first needed.
-        devices: types of the devices whose tensors it accepts; empty for any.
-        needs: what it needs besides torch ("triton", "native-cpu", "native-cuda"), or "".
+        module: path under scenarioclip_fast.kernels; imported on first use.
+        devices: device types it supports; empty for any.
+        needs: its requirement besides torch ("triton", "native-cpu", "native-cuda"), or "".
         float64: whether float64 input is computed in float64.
     """
 
@@ -74,12 +74,12 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use the named backend for every op in the context ("auto": choose freely); an op's own argument has priority.
+    """Use the named backend for every op in the context ("auto": no preference); an op's `backend=` takes precedence.
 
     Process-wide rather than per thread, because autograd runs backward passes in its own threads.
     """
     global _forced
-    before, _forced = _forced, _checked(name, "use_backend")
+    before, _forced = _forced, _validated(name, "use_backend")
     try:
         yield
     finally:
@@ -92,39 +92,39 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
     Args:
         op: a key of BACKENDS.
         backend: the op's `backend=` argument.
-        device_type: of the input tensors.
+        device_type: the device type of the input tensors.
         float64: whether the input is float64.
 
     Raises:
-        BackendError: a named backend that cannot be used.
-        ValueError: an unknown name.
+        BackendError: the named backend cannot be used.
+        ValueError: the name is unknown.
     """
-    name, source = _checked(backend, "backend="), "backend="
+    name, source = _validated(backend, "backend="), "backend="
     if name == "auto" and _forced is not None:
         name, source = _forced, "use_backend"
     if name == "auto":
-        name, source = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
+        name, source = _validated(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
-            if why_not(op, candidate, device_type, float64) is None:
+            if unavailable_reason(op, candidate, device_type, float64) is None:
                 return candidate
-    reason = why_not(op, name, device_type, float64)
+    reason = unavailable_reason(op, name, device_type, float64)
     if reason is not None:
-        usable = [b for b in BACKENDS[op] if why_not(op, b, device_type, float64) is None]
+        usable = [b for b in BACKENDS[op] if unavailable_reason(op, b, device_type, float64) is None]
         raise BackendError(
-            f"{op}: backend {name!r} (from {source}) cannot serve {device_type} tensors here: {reason}; "
+            f"{op}: backend {name!r} (from {source}) cannot run on {device_type} tensors here: {reason}; "
             f"usable: {', '.join(usable)}, or 'auto'"
         )
     return name
 
 
-def why_not(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
+def unavailable_reason(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
     """Return None if backend `name` can run `op` on `device_type`, otherwise the reason why it cannot."""
     backend = BACKENDS[op].get(name)
     if backend is None:
-        return f"there is no {name} form of this op"
+        return f"this op has no {name} backend"
     if float64 and not backend.float64:
-        return "it computes in float32 only, and the input is float64"
+        return "it computes in float32 only, but the input is float64"
     devices = backend.devices
     if backend.needs == "triton" and requirements.triton_interprets():
         devices = ("cpu", "cuda")
@@ -145,22 +145,22 @@ def offers(op: str, name: str, function: str) -> bool:
     return hasattr(implementation(op, name), function)
 
 
-# Both answers are fixed for the life of the process, so a compiled graph may hold them as constants: otherwise
-# torch.compile would trace into code that imports modules and loads libraries. The attribute is what
-# torch.compiler.assume_constant_result sets; that function would import the compiler, which takes a second.
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Both results are constant for the life of the process, so a compiled graph may hold them as constants: otherwise
+# torch.compile would trace into code that imports modules and loads libraries. This sets the attribute directly,
+# because calling torch.compiler.assume_constant_result would import the compiler, which takes a second.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 offers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _checked(name: str, source: str) -> str:
+def _validated(name: str, source: str) -> str:
     if name not in (*NAMES, "auto"):
         raise UserError(f"{source}: got {name!r}, expected one of auto, {', '.join(NAMES)}")
     return name
 
 
-def _missing(need: str) -> str | None:
-    """Why a backend's need ("triton", "native-cpu", "native-cuda") is not met, or None when it is."""
-    if need.startswith("native-"):
-        return native.why_not(need.removeprefix("native-"))
-    assert need == "triton", need
+def _missing(requirement: str) -> str | None:
+    """Return why a requirement ("triton", "native-cpu", "native-cuda") is not met, or None if it is."""
+    if requirement.startswith("native-"):
+        return native.unavailable_reason(requirement.removeprefix("native-"))
+    assert requirement == "triton", requirement
     return requirements.import_problem("triton")

@@ -33,7 +33,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Probe versions, devices, compiled parts and backends, with the reason for each that is missing."""
+    """Probe versions, devices, compiled parts and backends, with the reason for each missing one."""
     rows = [("versions", "python", platform.python_version(), sys.executable)]
     rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "not installed", ""))
     import torch
@@ -59,7 +59,7 @@ def report() -> None:
 
 
 def _module_version(module: str, distribution: str) -> str:
-    # The name of DALI's distribution depends on the CUDA version, so its metadata may be found under another name.
+    # The name of DALI's distribution depends on the CUDA version, so its metadata may have another name.
     return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "installed"))
 
 
@@ -96,7 +96,7 @@ def _native_rows() -> list[tuple[str, str, str, str]]:
     info = native.build_info()
     rows = []
     for part in ("cpu", "host", "cuda"):
-        problem = native.why_not(part)
+        problem = native.unavailable_reason(part)
         target = f"built for {info['march'] or 'the default processor'}" if part == "cpu" else ""
         detail = problem or target
         rows.append(("compiled parts", part, "missing" if problem else "loaded", detail))
@@ -110,7 +110,7 @@ def _backend_rows() -> list[tuple[str, str, str, str]]:
     for op, backends in dispatch.BACKENDS.items():
         for backend in backends:
             devices = ("cuda", "cpu") if backend in ("triton", "cuda") else ("cpu",)
-            reasons = [dispatch.why_not(op, backend, device) for device in devices]
+            reasons = [dispatch.unavailable_reason(op, backend, device) for device in devices]
             reason = None if None in reasons else reasons[0]
             if reason is None and backend in ("triton", "cuda") and not torch.cuda.is_available():
                 interpreted = backend == "triton" and triton_interprets()

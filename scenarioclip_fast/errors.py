@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in a path, a file, a data set or a config. Exit code 2."""
+    """An invalid path, file, data set or config. Exit code 2."""
 
 
 class MissingDependencyError(ImportError):
@@ -12,8 +12,8 @@ class MissingDependencyError(ImportError):
 
 
 class InstallationError(ImportError):
-    """The package itself is not installed, or installed incompletely. Exit code 2."""
+    """The package itself is not installed, or only incompletely. Exit code 2."""
 
 
 class TrainingFailed(RuntimeError):
-    """A run that cannot continue, with the setting to change. Exit code 1."""
+    """The run cannot continue; the message names the setting to change. Exit code 1."""

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def attach(
-    package: str, homes: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
+    package: str, exports: Mapping[str, Sequence[str]], modules: Sequence[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return the `__getattr__` and `__dir__` of `package`.
 
@@ -22,22 +22,22 @@ def attach(
 
     Args:
         package: its `__name__`.
-        homes: submodule -> the names that the package re-exports from it.
+        exports: submodule -> the names that the package re-exports from it.
         modules: submodules that are themselves public attributes of the package.
     """
-    home = {name: submodule for submodule, names in homes.items() for name in names}
+    origin = {name: submodule for submodule, names in exports.items() for name in names}
 
     def load(name: str) -> Any:
         if name in modules:
             return importlib.import_module(f"{package}.{name}")
-        if name not in home:
+        if name not in origin:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
-        # After the import, which sets the submodule's own name: a function of the same name has to replace it.
+        value = getattr(importlib.import_module(f"{package}.{origin[name]}"), name)
+        # After the import, which binds the submodule itself: a function of the same name must replace it.
         setattr(sys.modules[package], name, value)
         return value
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home, *modules})
+        return sorted({*vars(sys.modules[package]), *origin, *modules})
 
     return load, names

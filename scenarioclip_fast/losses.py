@@ -49,7 +49,7 @@ class ContrastiveLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
+        self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
         self.group, self.backend = group, backend
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
 
@@ -93,7 +93,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.max_scale, self.duplicates = _checked(init_temperature, max_scale, duplicates)
+        self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
         self.group, self.backend = group, backend
         self.levels = tuple(levels)
         start = math.log(1 / init_temperature)
@@ -106,7 +106,7 @@ class MultiLevelContrastiveLoss(nn.Module):
 
     def terms(self, embeddings: Embeddings) -> Tensor:  # [levels]
         e = embeddings
-        # The texts of one batch are distinct: only those of several ranks have to be merged.
+        # The texts of one batch are unique: only texts of different ranks need merging.
         ids = e.text_id if self.group is not None else None
         terms: Tensor = self(e.image, e.text, e.text_index, ids)
         return terms
@@ -137,7 +137,7 @@ class Embeddings(Protocol):
     """The embeddings of one batch that `ScenarioLoss` reads; levels in the order of LEVELS."""
 
     image: list[Tensor]  # 3 x [N_l, D]
-    text: list[Tensor]  # 3 x [U_l, D], the batch's distinct texts
+    text: list[Tensor]  # 3 x [U_l, D], the batch's unique texts
     text_index: list[Tensor]  # 3 x [N_l] int64 into U_l
     text_id: list[Tensor]  # 3 x [U_l] int64 vocabulary ids
     object_scene: Tensor  # [N_o] int64
@@ -167,7 +167,7 @@ class DistillationLoss(nn.Module):
 
     The sum of four terms: from the teacher's global image embedding to each object's and each relation's image
     embedding; from its embedding of each object's and each relation's text to the scene's global text embedding. Each
-    term is a mean over the items of a scene, then over all B scenes; a scene without items adds 0 and counts in B.
+    term is a mean over the items of a scene, then over all B scenes; a scene without items adds 0 but counts in B.
 
     Args:
         student_temperature: T_s, or its initial value with `learn_temperature`; the published run never updates it.
@@ -196,7 +196,7 @@ class DistillationLoss(nn.Module):
     def forward(self, embeddings: Embeddings) -> Tensor:  # []
         e = embeddings
         if e.teacher_image is None or e.teacher_object_text is None or e.teacher_relation_text is None:
-            raise ValueError("embeddings: got no teacher embeddings, expected them: call the model with teacher=")
+            raise ValueError("embeddings: got no teacher embeddings: call the model with teacher=")
         scenes = len(e.image[0])
         if scenes == 0:
             return (sum(x.sum() for x in e.image) + e.text[0].sum()) * 0.0
@@ -229,10 +229,10 @@ class DistillationLoss(nn.Module):
 
 
 class ScenarioLoss(nn.Module):
-    """The whole loss of one batch: a contrastive term per level, and distillation if the batch has teacher embeddings.
+    """The total loss of one batch: a contrastive term per level, and distillation if the batch has teacher embeddings.
 
     Args:
-        init_temperature, max_scale, duplicates, group: of the default `contrastive`; as in `ContrastiveLoss`.
+        init_temperature, max_scale, duplicates, group: for the default `contrastive`, as in `ContrastiveLoss`.
         distillation_scale: weight of the distillation; 0 disables it. At 1, the published value, the term is a mean
             over the D coordinates times T_s^2 = 0.0049: for unrelated rows, D = 512 and 128 scenes, 9e-5 of the
             contrastive loss and 4e-4 of its gradient's norm. A weight of D turns the mean into a KL divergence in nats,
@@ -240,7 +240,7 @@ class ScenarioLoss(nn.Module):
         student_temperature, teacher_temperature: as in `DistillationLoss`.
         contrastive: the per-level loss; None: a `MultiLevelContrastiveLoss`, whose `logit_scale[level]` are the
             logarithms of the three learnable scales.
-        backend: of the distillation and the default `contrastive`.
+        backend: for the distillation and the default `contrastive`.
 
     Raises:
         ValueError: a setting out of range.
@@ -300,13 +300,13 @@ class ScenarioLoss(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """Drop-in replacement of open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
+    """Drop-in replacement for open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
 
-    As there, features are not normalised, and every rank has the same number of rows.
+    As in open_clip, features are not normalised, and every rank has the same number of rows.
 
     Args:
-        local_loss: a rank's loss is that of its own rows against all ranks' features.
-        gather_with_grad: gradients reach the ranks that features came from; otherwise only this rank's own features.
+        local_loss: each rank computes the loss of its own rows against all ranks' features.
+        gather_with_grad: gradients reach all ranks' features; otherwise only this rank's own.
         cache_labels: accepted for compatibility; there are no labels to cache.
         rank, world_size: of the default process group.
     """
@@ -341,15 +341,15 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             return _symmetric(image, text, scale)
         if self.gather_with_grad and not self.local_loss:
-            # The same value with the work divided: every rank computes its own rows.
+            # Same value, less work: every rank computes only its own rows.
             return distributed_dot_product_loss(image, text, scale, _world())
-        images, texts = self._gathered(image), self._gathered(text)
+        images, texts = self._gather(image), self._gather(text)
         if not self.local_loss:
             return _symmetric(images, texts, scale)
         own = torch.arange(len(image), device=image.device) + self.rank * len(image)
         return (_rows(image, texts, scale, own) + _rows(text, images, scale, own)) / 2
 
-    def _gathered(self, x: Tensor) -> Tensor:  # [N, D] -> [world_size * N, D]
+    def _gather(self, x: Tensor) -> Tensor:  # [N, D] -> [world_size * N, D]
         blocks = collectives.gather_rows(
             x if self.gather_with_grad else x.detach(), [len(x)] * self.world_size, _world()
         )
@@ -374,7 +374,7 @@ def _rows(x: Tensor, others: Tensor, scale: Tensor | float, own: Tensor) -> Tens
     return (row - positive).mean()
 
 
-def _checked(init_temperature: float, max_scale: float, duplicates: str) -> tuple[float, str]:
+def _validated(init_temperature: float, max_scale: float, duplicates: str) -> tuple[float, str]:
     if not init_temperature > 0:
         raise ValueError(f"init_temperature: got {init_temperature}, expected a number above 0")
     if not max_scale > 0:

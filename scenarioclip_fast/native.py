@@ -1,7 +1,7 @@
-"""The compiled parts: which were built, and loading them.
+"""Find and load the compiled parts of the package.
 
-Two libraries for the libtorch stable ABI (separate, so that the CPU one loads without CUDA) and one pybind11 module
-(`host`) for work on Python objects. setup.py writes them and build.json to the folder `_native`.
+Two libraries for the libtorch stable ABI (separate, so that the CPU library loads without CUDA) and one pybind11 module
+(`host`) for work on Python objects. setup.py writes them and build.json to `_native`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REBUILD = "reinstall from a source tree (`make install`)"
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """Return the record of setup.py: {"built": [...], "left_out": {part: reason}, "march": ...}."""
+    """Return what setup.py recorded: {"built": [...], "left_out": {part: reason}, "march": ...}."""
     path = FOLDER / "build.json"
     if not path.exists():
         return {"built": [], "left_out": {}, "march": ""}
@@ -31,8 +31,8 @@ def build_info() -> dict[str, Any]:
 
 
 @functools.cache
-def why_not(part: str) -> str | None:
-    """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason why it does not load."""
+def unavailable_reason(part: str) -> str | None:
+    """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason for the failure."""
     info = build_info()
     if part not in info["built"]:
         reason = info["left_out"].get(part, "the package was installed without its compiled parts")
@@ -52,11 +52,11 @@ def why_not(part: str) -> str | None:
 
             if part == "cuda" and torch.version.cuda is None:
                 return "this torch is a CPU build: install a CUDA build of torch"
-            if part == "cuda" and (obstacle := why_not("cpu")):
+            if part == "cuda" and (obstacle := unavailable_reason("cpu")):
                 return f"the cpu library, which holds the schemas of the ops, is missing: {obstacle}"
             torch.ops.load_library(FOLDER / f"libscenarioclip_fast_{part}.so")
     except (ImportError, OSError) as error:
-        # torch names only the file; the loader's message is the cause.
+        # torch names only the file; the cause is in the loader's message.
         reason = str(error.__cause__ or error).splitlines()[0]
         return f"the {part} library does not load ({reason}): {problem or REBUILD}"
     if problem:
@@ -67,4 +67,4 @@ def why_not(part: str) -> str | None:
 @functools.cache
 def host() -> ModuleType | None:
     """Return the pybind11 module, or None if it does not load."""
-    return None if why_not("host") else importlib.import_module("scenarioclip_fast._native.host")
+    return None if unavailable_reason("host") else importlib.import_module("scenarioclip_fast._native.host")

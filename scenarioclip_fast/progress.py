@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, occasional plain lines elsewhere."""
+"""Progress of long-running work: a bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
-# About this many lines for a job of known length, and never more often than the interval, so that logs stay readable.
+# About this many lines for a known total, and at most one per interval, to keep logs readable.
 _LINES = 10
 _INTERVAL_S = 10.0
 
@@ -25,10 +25,10 @@ def progress(
     """Yield the items of `iterable` and report the progress.
 
     Args:
-        total: number of items (default: `len(iterable)`, where it has one).
-        desc: what is being done, before each report.
+        total: number of items (default: `len(iterable)` if it has a length).
+        desc: label before each report.
         unit: name of an item.
-        file: where to report (default: standard error).
+        file: output stream (default: standard error).
     """
     out = file or sys.stderr
     if total is None and isinstance(iterable, Sized):

@@ -1,4 +1,4 @@
-"""The package's own installation, its dependencies and its compiled parts: what is missing, why, and what to do."""
+"""Check the installation of the package and its dependencies; errors state what is missing, why, and the fix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError
 
-# The first supported version, and the first that is not: as in pyproject.toml.
+# Supported versions as in pyproject.toml: the first one, and the first one beyond.
 TORCH = ((2, 11), (2, 14))
 TORCH_REQUIREMENT = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
 
@@ -40,7 +40,7 @@ def require(module: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingDependencyError: it cannot be imported; names its use and how to install it.
+        MissingDependencyError: it cannot be imported; the message gives its use and how to install it.
     """
     distribution, extra, use = OPTIONAL[module.split(".")[0] if module not in OPTIONAL else module]
     try:
@@ -54,7 +54,7 @@ def require(module: str) -> ModuleType:
 
 @functools.cache
 def import_problem(module: str) -> str | None:
-    """The message of `require` for an optional package, or None when it can be imported."""
+    """Return the error message of `require` for an optional package, or None if it can be imported."""
     try:
         require(module)
     except MissingDependencyError as error:
@@ -63,7 +63,7 @@ def import_problem(module: str) -> str | None:
 
 
 def missing_dependency(error: ModuleNotFoundError) -> str | None:
-    """The one-line message for a required package that is not installed, or None for any other module."""
+    """Return the one-line message for a missing required package, or None for any other module."""
     requirement = {"torch": TORCH_REQUIREMENT, "numpy": "numpy", "einops": "einops"}.get(error.name or "")
     return requirement and f"{error.name} is not installed: run `pip install '{requirement}'`"
 
@@ -74,7 +74,7 @@ def triton_interprets() -> bool:
 
 
 def unsupported_torch() -> str | None:
-    """Why the installed torch is not supported, or None when it is."""
+    """Return why the installed torch is not supported, or None if it is."""
     import torch
 
     version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
@@ -95,7 +95,7 @@ def check_installed() -> None:
     imports the package from there, whatever is installed elsewhere.
 
     Raises:
-        InstallationError: it was not, with what to do.
+        InstallationError: it was not; the message gives the fix.
     """
     package = Path(__file__).resolve().parent
     checkout = package.parent
@@ -106,8 +106,8 @@ def check_installed() -> None:
         if any(folder.is_dir() and folder.samefile(kernels) for folder in candidates):
             return
         raise InstallationError(
-            f"scenarioclip_fast was imported from {package}, but its installation is that of {kernels.parent}: "
-            "start Python in another directory, or run `pip install -e .` in the checkout that you use"
+            f"scenarioclip_fast was imported from {package}, but the installed package is that of {kernels.parent}: "
+            "start Python in another directory, or run `pip install -e .` in the checkout you use"
         )
     if not (checkout / "setup.py").is_file() or not (checkout / "kernels").is_dir():
         raise InstallationError(

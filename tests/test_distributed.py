@@ -1,4 +1,4 @@
-"""Joining a world, and leaving it."""
+"""Joining and leaving a world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports follow the "may import" table of CONTRIBUTING.md, and no two modules import each other, directly or not."""
+"""Imports follow the "may import" table of CONTRIBUTING.md, without cycles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULES = {module_name(path): path for folder in (PACKAGE, "kernels") for path i
 
 
 def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below `node`, function bodies included, except those that only type checkers see."""
+    """Yield the nodes below `node`, including function bodies, except those under TYPE_CHECKING."""
     for child in ast.iter_child_nodes(node):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and child in node.body:
             continue
@@ -35,7 +35,7 @@ def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports_of(name: str) -> set[str]:
-    """The modules of this package that `name` imports."""
+    """Return the modules of this package that `name` imports."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
@@ -59,7 +59,7 @@ def layer_of_path(path: str) -> str:
 
 
 def read_layers() -> dict[str, set[str]]:
-    """Layer -> the layers that it may import, in the order of the table.
+    """Return layer -> the layers that it may import, in the order of the table.
 
     The paths of the package in the first column are layers, `scenarioclip_fast/*.py` the root helpers. The third column
     names layers in backticks, "root helpers" and "all of the above".
@@ -108,8 +108,8 @@ def test_imports_go_up_the_table(name: str) -> None:
         assert all(m.startswith(folder) for m in GRAPH[name]), f"{name} imports the folder of another op"
 
 
-def test_no_circles() -> None:
+def test_no_cycles() -> None:
     try:
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
-        pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")

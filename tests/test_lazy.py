@@ -1,4 +1,4 @@
-"""Lazy attributes: every public name loads, an unknown one raises, and importing a package imports nothing heavy."""
+"""Lazy attributes: public names load, unknown ones raise, and importing a package imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -100,14 +100,14 @@ def test_scenario_loss(objects: list[int], relations: list[int]) -> None:
         torch.testing.assert_close(out[f"logit_scale/{level}"].item(), 1 / 0.07, **close)
     torch.testing.assert_close(out["distillation"], distillation, **close)
     leaves = [*e.image, *e.text]
-    wanted = torch.autograd.grad(sum(terms) + distillation, leaves, allow_unused=True)
+    expected = torch.autograd.grad(sum(terms) + distillation, leaves, allow_unused=True)
     found = torch.autograd.grad(out["loss"], [*leaves, *module.parameters()])
-    for f, w in zip(found, wanted, strict=False):
+    for f, w in zip(found, expected, strict=False):
         torch.testing.assert_close(f, torch.zeros_like(f) if w is None else w, rtol=1e-6, atol=1e-7)
 
 
 def test_distillation_of_a_scene_without_objects() -> None:
-    """It adds 0 and counts among the scenes: a batch with half of its scenes empty has half the loss."""
+    """It adds 0 but counts as a scene: if half of the scenes are empty, the loss is half as large."""
     e = batch([2, 0], [1, 0])
     full = SimpleNamespace(**vars(e))
     full.image = [e.image[0][:1], *e.image[1:]]
@@ -146,10 +146,10 @@ def test_learnable_student_temperature() -> None:
     e = batch([2, 3], [1, 1])
     module = DistillationLoss(0.2, learn_temperature=True).double()
     temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    wanted = distillation_scene_by_scene(e, temperature)  # type: ignore[arg-type]
+    expected = distillation_scene_by_scene(e, temperature)  # type: ignore[arg-type]
     found = module(e)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
-    (by_temperature,) = torch.autograd.grad(wanted, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    (by_temperature,) = torch.autograd.grad(expected, temperature)
     (by_log,) = torch.autograd.grad(found, list(module.parameters()))
     torch.testing.assert_close(by_log, -0.2 * by_temperature, rtol=1e-5, atol=0)
     assert not list(DistillationLoss().parameters())
@@ -189,8 +189,8 @@ def test_diverged_temperature_is_clamped() -> None:
 def test_duplicates_reach_the_op() -> None:
     e = batch([4, 4], [2, 2], teacher=False)
     found = ScenarioLoss(duplicates="positives").double()(e)["contrastive/object"]
-    wanted = reference.naive_positives_loss(e.image[1], e.text[1], 1 / 0.07, e.text_index[1])
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    expected = reference.naive_positives_loss(e.image[1], e.text[1], 1 / 0.07, e.text_index[1])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_compiles_without_graph_break() -> None:
@@ -205,12 +205,12 @@ def test_clip_loss_equals_open_clip() -> None:
     for length in (1.0, 3.0):  # features are not normalised
         x, y = (length * F.normalize(torch.randn(33, D, generator=g), dim=1) for _ in range(2))
         leaves = [x.requires_grad_(), y.requires_grad_(), torch.tensor(8.0, requires_grad=True)]
-        found, wanted = ClipLoss()(*leaves), reference.open_clip_loss(*leaves)
-        torch.testing.assert_close(found, wanted)
-        torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves))
-        torch.testing.assert_close(ClipLoss()(*leaves, output_dict=True), {"contrastive_loss": wanted})
+        found, expected = ClipLoss()(*leaves), reference.open_clip_loss(*leaves)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves))
+        torch.testing.assert_close(ClipLoss()(*leaves, output_dict=True), {"contrastive_loss": expected})
         every_option = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True)  # no effect on one rank
-        torch.testing.assert_close(every_option(*leaves), wanted)
+        torch.testing.assert_close(every_option(*leaves), expected)
     with pytest.raises(RuntimeError, match="init_process_group"):
         ClipLoss(world_size=2)(*leaves)
 

@@ -1,4 +1,4 @@
-"""The compiled parts: the reason of a library that does not load; on a GPU every backend is usable."""
+"""The compiled parts: the reason why a library does not load, and that every backend is usable on a GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from scenarioclip_fast import dispatch, native
 
 
-def test_reason_holds_the_loaders_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_includes_the_loaders_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libscenarioclip_fast_cpu.so").write_text("not a library")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": ""})
-    reason = native.why_not.__wrapped__("cpu")
+    reason = native.unavailable_reason.__wrapped__("cpu")
     assert reason is not None and "file too short" in reason and "reinstall" in reason
 
 
@@ -24,4 +24,4 @@ def test_reason_holds_the_loaders_message(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_every_backend_is_usable_on_a_gpu(op: str, backend: str) -> None:
     """The tests of an unusable backend are skipped, so this one must fail."""
-    assert dispatch.why_not(op, backend, "cuda") is None
+    assert dispatch.unavailable_reason(op, backend, "cuda") is None

@@ -1,4 +1,4 @@
-"""A broken installation and an unsupported torch are each reported in one line, with what to do."""
+"""A broken installation and an unsupported torch are each reported in one line, with the fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USE_AN_OP = "import scenarioclip_fast; scenarioclip_fast.ops.contrastive_loss"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A fresh clone: nothing built, nothing installed."""
+    """A fresh clone, neither built nor installed."""
     folder = tmp_path / "checkout"
     copy_package(folder)
     shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,10 +33,10 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fresh_probes() -> Iterator[None]:
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
     yield
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
 
 
@@ -46,13 +46,13 @@ def copy_package(folder: Path) -> None:
 
 
 def python(arguments: list[str], folder: Path, *search_path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python in `folder` without site-packages, so that the project's own installation is invisible."""
+    """Run Python in `folder` without site-packages, so that the project's own installation is invisible."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search_path))}
     command = [sys.executable, "-S", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def check_refused(folder: Path, message: str, *search_path: Path) -> None:
+def check_rejected(folder: Path, message: str, *search_path: Path) -> None:
     done = python(["-m", "scenarioclip_fast", "doctor"], folder, *search_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
     done = python(["-c", USE_AN_OP], folder, *search_path)
@@ -60,7 +60,7 @@ def check_refused(folder: Path, message: str, *search_path: Path) -> None:
 
 
 def test_a_checkout_that_is_not_installed(checkout: Path) -> None:
-    check_refused(
+    check_rejected(
         checkout,
         f"the checkout {checkout} is not installed: run `pip install -e .` there, or `make install` and use .venv/bin",
     )
@@ -76,7 +76,7 @@ def test_a_checkout_that_hides_the_installed_package(checkout: Path, tmp_path: P
         metadata = parent / "scenarioclip_fast-0.1.0.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text("Metadata-Version: 2.1\nName: scenarioclip-fast\nVersion: 0.1.0\n")
-    check_refused(
+    check_rejected(
         checkout,
         f"scenarioclip_fast was imported from the checkout {checkout} instead of the installed package in {site}: "
         "start Python in another directory, or run `pip install -e .` in the checkout",
@@ -98,7 +98,7 @@ def test_a_checkout_with_the_kernels_of_another_one(checkout: Path) -> None:
 def test_an_incomplete_installation(tmp_path: Path) -> None:
     copy_package(tmp_path)
     package = tmp_path / "scenarioclip_fast"
-    check_refused(tmp_path, f"{package} has no kernels: the installation is incomplete, reinstall scenarioclip-fast")
+    check_rejected(tmp_path, f"{package} has no kernels: the installation is incomplete, reinstall scenarioclip-fast")
 
 
 def test_the_supported_versions_of_torch_are_those_of_pyproject() -> None:
@@ -118,12 +118,12 @@ def test_an_unsupported_torch(
     assert requirements.unsupported_torch() == message
     if "cpu" in native.build_info()["built"]:
         with pytest.warns(UserWarning, match=f"^torch {version.partition('+')[0]}.* is too {age}: "):
-            assert native.why_not("cpu") is None  # this one was built for the real version, and loads
+            assert native.unavailable_reason("cpu") is None  # the library was built for the real version, so it loads
     (tmp_path / "build.json").write_text(json.dumps({"built": ["cpu"], "left_out": {}, "march": ""}))
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.why_not.cache_clear()
+    native.unavailable_reason.cache_clear()
     native.build_info.cache_clear()
-    reason = native.why_not("cpu")
+    reason = native.unavailable_reason("cpu")
     assert reason is not None and reason.startswith("the cpu library does not load (") and reason.endswith(message)
 
 

@@ -1,4 +1,4 @@
-"""setup.py: which packages are installed, which CUDA code is built, and one line for what is missing."""
+"""setup.py: the installed packages, the CUDA code that is built, and one line for each missing tool."""
 
 from __future__ import annotations
 

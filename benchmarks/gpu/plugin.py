@@ -15,7 +15,7 @@ from gpu.sections import REHEARSAL
 
 _NO_DEVICE = re.compile(
     r"No CUDA GPUs are available|Found no NVIDIA driver|not compiled with CUDA|no CUDA device|sees no GPU|"
-    r"no GPU is visible|cannot serve cuda tensors|needs a GPU|active drivers|device index less than|exchangeDevice",
+    r"no GPU is visible|cannot run on cuda tensors|needs a GPU|active drivers|device index less than|exchangeDevice",
     re.IGNORECASE,
 )
 

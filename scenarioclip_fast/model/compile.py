@@ -15,13 +15,13 @@ def compile_blocks(module: nn.Module, cuda_graphs: bool = False, **options: Any)
     Args:
         cuda_graphs: replay the vision blocks as CUDA graphs. Views are then padded to a few batch sizes (see
             `VisionEncoder.bucketed`); call `torch.compiler.cudagraph_mark_step_begin()` before each step.
-        options: passed on to `torch.compile`.
+        options: passed to `torch.compile`.
     """
     import torch._dynamo.config as dynamo
 
     # Dynamo runs a block uncompiled beyond this number of versions. Versions differ in the autograd graph (none, full,
-    # none for the input), the weights (trained, frozen, teacher's), the tokens computed (all, pooled) and the rows
-    # (0, 1, more); a step in microbatches exceeds the default of 8.
+    # none for the input), the weights (trained, frozen, teacher's), the computed tokens (all, pooled) and the rows
+    # (0, 1, more); a step with microbatches exceeds the default of 8.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for part in module.modules():
         if isinstance(part, VisionEncoder):

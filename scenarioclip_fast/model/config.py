@@ -1,6 +1,6 @@
 """The architecture of a ScenarioCLIP. Every error names the field to change.
 
-The string below a field is its meaning in the configuration reference (train/config_reference.py).
+The string below a field documents it in the configuration reference (train/config_reference.py).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, variant: Variant = "scenarioclip1") -> ModelConfig:
-        """The paper's sizes ("vit-b-32"), or "tiny", which trains from scratch on a CPU and freezes nothing."""
+        """Return the paper's sizes ("vit-b-32"), or "tiny", which trains from scratch on a CPU and freezes nothing."""
         if name == "vit-b-32":
             return cls(variant=variant)
         if name == "tiny":
@@ -183,12 +183,12 @@ class ModelConfig:
         raise UserError(f"model preset: got {name!r}, expected one of {', '.join(PRESETS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, for JSON and YAML."""
+        """Return nested dictionaries of plain values, for JSON and YAML."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; absent keys keep their defaults, unknown ones are errors."""
+        """Invert `to_dict`; absent keys keep their defaults, unknown keys raise UserError."""
         if not isinstance(record, Mapping):
             raise UserError(f"model config: got {record!r}, expected a mapping")
         parts = {"vision": VisionConfig, "text": TextConfig, "freeze": FreezeConfig}
@@ -198,10 +198,10 @@ class ModelConfig:
         return _from_mapping(cls, values, "")
 
     def differences(self, other: ModelConfig, *fields: str) -> list[str]:
-        """Lines such as "vision.width: 768 and 1024", one per field that differs, in `fields` only if given."""
-        mine, theirs = flat(self.to_dict()), flat(other.to_dict())
-        compared = [key for key in mine if not fields or key.split(".")[0] in fields]
-        return [f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in compared if mine[key] != theirs[key]]
+        """List the differing fields as "vision.width: 768 and 1024"; `fields` limits the comparison."""
+        left, right = flat(self.to_dict()), flat(other.to_dict())
+        compared = [key for key in left if not fields or key.split(".")[0] in fields]
+        return [f"{key}: {left[key]!r} and {right[key]!r}" for key in compared if left[key] != right[key]]
 
 
 PRESETS = ("vit-b-32", "tiny")

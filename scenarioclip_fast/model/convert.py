@@ -1,8 +1,8 @@
-"""Convert encoder weights from and to Hugging Face, open_clip and the published code.
+"""Convert encoder weights from Hugging Face, open_clip and the published code, and to Hugging Face.
 
 Tensors are renamed to this package's names of one encoder (`blocks.0.attention.qkv.weight`, ...), with query, key and
-value in one matrix, and the sizes of the model are inferred from their shapes. Nothing here reads files, so errors do
-not name them: the callers in `pretrained` do.
+value in one matrix, and the sizes of the model are inferred from their shapes. Nothing here reads files; the callers in
+`pretrained` add the file to errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("vision", "text")
 
 @dataclass(frozen=True)
 class EncoderWeights:
-    """Whole encoders under this package's names.
+    """Complete encoders under this package's names.
 
     config: sizes and variant, nothing frozen
     encoders: kind ("vision" or "text") -> level -> state dict
@@ -36,8 +36,8 @@ class EncoderWeights:
 
 
 @dataclass(frozen=True)
-class _Names:
-    """Another program's names for one encoder's tensors: `outer` and `block` map this package's names to them.
+class _NameMap:
+    """A foreign library's names for one encoder's tensors: `outer` and `block` map this package's names to them.
 
     `layers`: the prefix of the numbered blocks. Query, key and value are handled separately.
     """
@@ -55,7 +55,7 @@ _HF_BLOCK = {
     "contract": "mlp.fc2",
 }
 _HF = {
-    "vision": _Names(
+    "vision": _NameMap(
         {
             "embedding.class_token": "embeddings.class_embedding",
             "embedding.stem.weight": "embeddings.patch_embedding.weight",
@@ -66,7 +66,7 @@ _HF = {
         _HF_BLOCK,
         "encoder.layers.",
     ),
-    "text": _Names(
+    "text": _NameMap(
         {
             "embedding.token.weight": "embeddings.token_embedding.weight",
             "embedding.position": "embeddings.position_embedding.weight",
@@ -85,7 +85,7 @@ _OPEN_CLIP_BLOCK = {
     "contract": "mlp.c_proj",
 }
 _OPEN_CLIP = {
-    "vision": _Names(
+    "vision": _NameMap(
         {
             "embedding.class_token": "class_embedding",
             "embedding.stem.weight": "conv1.weight",
@@ -96,7 +96,7 @@ _OPEN_CLIP = {
         _OPEN_CLIP_BLOCK,
         "transformer.resblocks.",
     ),
-    "text": _Names(
+    "text": _NameMap(
         {
             "embedding.token.weight": "token_embedding.weight",
             "embedding.position": "positional_embedding",
@@ -108,7 +108,7 @@ _OPEN_CLIP = {
 }
 _OPEN_CLIP_PROJECTION = {"vision": "proj", "text": "text_projection"}
 
-# Tensors beside the encoders, or constant, that are not converted.
+# Tensors that are constant or outside the encoders; they are not converted.
 _IGNORED = {"logit_scale", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size"}
 _POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, ... in older Hugging Face checkpoints
 
@@ -124,12 +124,12 @@ def is_hugging_face(state: State) -> bool:
 def from_hugging_face(state: State, record: Mapping[str, Any]) -> EncoderWeights:
     """Convert a CLIPModel; `record` is its config.json."""
     outside = [name for name in state if not name.startswith(("vision_model.", "text_model."))]
-    _refuse_unknown(outside, _IGNORED | {f"{name}.weight" for name in _HF_PROJECTION.values()})
+    _reject_unknown(outside, _IGNORED | {f"{name}.weight" for name in _HF_PROJECTION.values()})
     parts: dict[str, State] = {}
     for kind in KINDS:
         name = f"{_HF_PROJECTION[kind]}.weight"
         if name not in state:
-            raise UserError(f"missing {name}: not a whole CLIPModel")
+            raise UserError(f"missing {name}: not a complete CLIPModel")
         if state[name].ndim != 2:
             raise UserError(f"{name}: got shape {list(state[name].shape)}, expected a matrix")
         parts[kind] = _rename(select(state, f"{kind}_model."), kind, _HF[kind]) | _new_head(state[name])
@@ -143,7 +143,7 @@ def from_hugging_face(state: State, record: Mapping[str, Any]) -> EncoderWeights
         if activations[kind] not in ("quick_gelu", "gelu"):
             raise UserError(f"{kind} hidden_act {activations[kind]!r}, expected 'quick_gelu' or 'gelu'")
     end = sections["text"].get("eos_token_id", config.text.end_of_text)
-    if end not in (config.text.end_of_text, 2):  # older configs write 2 for the last id
+    if end not in (config.text.end_of_text, 2):  # older configs have 2 instead of the last id
         raise UserError(f"text eos_token_id {end}, expected {config.text.end_of_text}, the last of the vocabulary")
     vision = replace(config.vision, activation=activations["vision"])
     text = replace(config.text, activation=activations["text"])
@@ -156,15 +156,15 @@ def from_open_clip(
     """Convert an open_clip CLIP.
 
     Args:
-        record: open_clip_config.json, if there is one.
-        activation: used without `record`, since the tensors do not show it; None: "quick_gelu".
+        record: the parsed open_clip_config.json, if any.
+        activation: used without `record`, since tensors do not reveal it; None: "quick_gelu".
     """
     vision = select(state, "visual.")
     outside = {name: value for name, value in state.items() if not name.startswith("visual.")}
     # CustomTextCLIP nests its text tower under "text.".
     text = select(outside, "text.") or outside
     if text is not outside:
-        _refuse_unknown([name for name in outside if not name.startswith("text.")], _IGNORED)
+        _reject_unknown([name for name in outside if not name.startswith("text.")], _IGNORED)
     parts: dict[str, State] = {}
     for kind, part in (("vision", vision), ("text", text)):
         name = _OPEN_CLIP_PROJECTION[kind]
@@ -193,7 +193,7 @@ def _with_open_clip_config(config: ModelConfig, record: Mapping[str, Any]) -> Mo
 def from_published(state: State, heads: tuple[int, int] | None = None) -> EncoderWeights:
     """Convert the model of the published code's Lightning checkpoint (or its state dict), of any variant.
 
-    heads: of the vision and the text encoder; None: one per 64 of width, as in CLIP.
+    heads: numbers of the vision and the text encoder; None: one per 64 of width, as in CLIP.
     """
     if any(name.startswith("model.") for name in state):
         # The temperatures and, in some versions, a copy of the teacher are stored next to the model.
@@ -222,16 +222,16 @@ def from_published(state: State, heads: tuple[int, int] | None = None) -> Encode
 
 def _published_encoder(state: State, kind: str, prefix: str) -> State:
     tower, head = ("visual", "image") if kind == "vision" else ("text", "text")
-    whole = select(state, f"{prefix}{tower}_encoder.")
-    encoder = _rename(select(whole, f"{kind}_model.") or whole, kind, _HF[kind])
-    for mine, theirs in (("projection", "projection"), ("out_norm", "norm")):
-        tensors = select(state, f"{prefix}{head}_{theirs}.")
-        encoder |= {f"head.{mine}.{name}": value for name, value in tensors.items()}
+    tensors = select(state, f"{prefix}{tower}_encoder.")
+    encoder = _rename(select(tensors, f"{kind}_model.") or tensors, kind, _HF[kind])
+    for ours, published in (("projection", "projection"), ("out_norm", "norm")):
+        head_tensors = select(state, f"{prefix}{head}_{published}.")
+        encoder |= {f"head.{ours}.{name}": value for name, value in head_tensors.items()}
     return encoder
 
 
 def to_hugging_face(kind: str, encoder: State, patch_size: int) -> tuple[State, State]:
-    """One encoder under CLIPModel's names, and the part of its head that CLIPModel lacks.
+    """Rename one encoder to CLIPModel's names; return that, and the part of its head that CLIPModel lacks.
 
     Args:
         kind: "vision" or "text".
@@ -265,14 +265,14 @@ def to_hugging_face(kind: str, encoder: State, patch_size: int) -> tuple[State, 
 
 
 def select(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The tensors whose names start with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, which is removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def shorten(names: list[str], most: int = 6) -> str:
-    """The first `most` names, comma-separated, and the number of the others."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def shorten(names: list[str], limit: int = 6) -> str:
+    """Join the first `limit` names with commas, and append the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _same_at_all_levels(config: ModelConfig, parts: Mapping[str, State]) -> EncoderWeights:
@@ -280,7 +280,7 @@ def _same_at_all_levels(config: ModelConfig, parts: Mapping[str, State]) -> Enco
 
 
 def _new_head(projection: Tensor) -> State:  # [D, W]
-    """CLIP's projection with what CLIP lacks at its initial value: a zero bias and an identity layernorm."""
+    """CLIP's projection, with a zero bias and an identity layernorm, which CLIP lacks."""
     width = projection.shape[0]
     return {
         "head.projection.weight": projection,
@@ -290,16 +290,16 @@ def _new_head(projection: Tensor) -> State:  # [D, W]
     }
 
 
-def _rename(state: State, kind: str, names: _Names) -> State:
-    """One encoder's tensors under this package's names. Raises UserError for tensors that CLIP does not have."""
+def _rename(state: State, kind: str, names: _NameMap) -> State:
+    """Rename one encoder's tensors to this package's names. Raises UserError for tensors that CLIP does not have."""
     known = {f"{name}{leaf}" for name in names.outer.values() for leaf in ("", ".weight", ".bias")}
     outside = [name for name in state if not name.startswith(names.layers)]
-    _refuse_unknown(outside, known | _IGNORED | {_POSITION_IDS}, f"{kind} encoder, ")
+    _reject_unknown(outside, known | _IGNORED | {_POSITION_IDS}, f"{kind} encoder, ")
     out: State = {}
-    for mine, theirs in names.outer.items():
+    for ours, foreign in names.outer.items():
         for suffix in ("", ".weight", ".bias"):
-            if f"{theirs}{suffix}" in state:
-                out[f"{mine}{suffix}"] = state[f"{theirs}{suffix}"]
+            if f"{foreign}{suffix}" in state:
+                out[f"{ours}{suffix}"] = state[f"{foreign}{suffix}"]
     stem = out.get("embedding.stem.weight")
     if stem is not None and stem.ndim == 4:
         out["embedding.stem.weight"] = stem.flatten(1)
@@ -317,9 +317,9 @@ def _rename_block(tensors: State, names: Mapping[str, str], where: str) -> State
     out: State = {}
     for name, value in tensors.items():
         module, _, leaf = name.rpartition(".")
-        mine = next((mine for mine, theirs in names.items() if theirs == module), None)
-        if mine is not None:
-            out[f"{mine}.{leaf}"] = value
+        renamed = next((ours for ours, foreign in names.items() if foreign == module), None)
+        if renamed is not None:
+            out[f"{renamed}.{leaf}"] = value
         elif name.startswith("attn.in_proj_"):
             out[f"attention.qkv.{name.removeprefix('attn.in_proj_')}"] = value
         elif not re.fullmatch(r"self_attn\.[qkv]_proj\.(weight|bias)", name):
@@ -329,21 +329,21 @@ def _rename_block(tensors: State, names: Mapping[str, str], where: str) -> State
         if len({q.shape for q in qkv}) > 1:
             shapes = ", ".join(str(list(q.shape)) for q in qkv)
             raise UserError(
-                f"{where}self_attn: {leaf} of query, key and value of shapes {shapes}, expected equal shapes"
+                f"{where}self_attn: got query, key and value {leaf}s of shapes {shapes}, expected equal shapes"
             )
         if len(qkv) == 3:
             out[f"attention.qkv.{leaf}"] = torch.cat(qkv)
     return out
 
 
-def _refuse_unknown(names: list[str], known: Collection[str], where: str = "") -> None:
+def _reject_unknown(names: list[str], known: Collection[str], where: str = "") -> None:
     unknown = sorted(name for name in names if name not in known)
     if unknown:
         raise UserError(f"{where}unexpected {shorten(unknown)}: CLIP has no such tensors")
 
 
 def _section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A section of a config; an absent one is empty."""
+    """Return a section of a config, empty if absent."""
     found = record.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(f"{name}: got a {type(found).__name__}, expected an object")
@@ -353,7 +353,7 @@ def _section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _infer_config(
     vision: State, text: State, heads: tuple[int, int] | None, activation: Activation = "quick_gelu"
 ) -> ModelConfig:
-    """The config that the tensors' shapes imply; `heads` None: inferred from the widths."""
+    """Infer the config from the tensors' shapes, and the heads from the widths if None."""
     try:
         stem, position, token = (
             _matrix(vision, "embedding.stem.weight"),
@@ -363,11 +363,11 @@ def _infer_config(
         context, projection = _matrix(text, "embedding.position"), _matrix(vision, "head.projection.weight")
         _matrix(text, "head.projection.weight")
     except KeyError as error:
-        raise UserError(f"missing {error.args[0]!r} (this package's name): not a whole CLIP") from None
+        raise UserError(f"missing {error.args[0]!r} (this package's name): not a complete CLIP") from None
     patch = round((stem.shape[1] / 3) ** 0.5)
     side = round((position.shape[0] - 1) ** 0.5)
     width, text_width = stem.shape[0], token.shape[1]
-    # A head is 64 wide (80 in ViT-H), and narrow encoders have one. ViT-g and larger have another MLP: not supported.
+    # A head is 64 wide (80 in ViT-H); narrow encoders have one. ViT-g and larger have a different MLP: unsupported.
     vision_heads, text_heads = heads or (max(width // (80 if width == 1280 else 64), 1), max(text_width // 64, 1))
     return ModelConfig(
         embed_dim=projection.shape[0],

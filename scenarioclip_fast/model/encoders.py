@@ -81,7 +81,7 @@ def _heads(x: Tensor) -> list[Tensor]:  # [n, L, parts, heads, W / heads]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, full over dense rows, causal over packed texts."""
+    """Multi-head self-attention: bidirectional over dense rows, causal over packed texts."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             return self._packed(x, packing, pooled)
         n, length, width = x.shape
         if pooled:
-            # A query of the class token alone, keys and values of all tokens.
+            # The query of the class token only; keys and values of all tokens.
             query, pair = self.qkv.weight.split((width, 2 * width))
             query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
             q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, width // self.heads)
@@ -156,7 +156,7 @@ class VisionBlock(Block):
 
 
 class TextBlock(Block):
-    """As VisionBlock, for texts."""
+    """Like VisionBlock, for texts."""
 
     def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [T, W]
         return super().forward(x, packing, pooled)
@@ -219,7 +219,7 @@ class ConvStem(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
-    """Pixels to tokens: the class token, then the patches in row-major order, plus positions."""
+    """Map pixels to tokens: the class token, then the patches in row-major order, plus positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class VisionEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Packed token ids to vectors plus positions."""
+    """Map packed token ids to vectors, plus positions."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class TextEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Base of both encoders: a sequence of stages, of which any contiguous part can be run.
+    """Base of both encoders: a sequence of stages; any contiguous range of them can be run.
 
     `stages`: the embedding, the vision encoder's layernorm before block 0, the blocks, and the head.
     `first`: the number of stages before the blocks.
@@ -323,7 +323,7 @@ class VisionEncoder(Encoder):
         return [self.embedding, self.pre_norm, *self.blocks, self.head]
 
     def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run stages `start` to `stop`, as `Encoder.run`."""
+        """Run stages `start` to `stop`, like `Encoder.run`."""
         n = x.shape[0]
         if self.bucketed:
             x = torch.cat([x, x.new_zeros(bucket(n) - n, *x.shape[1:])])

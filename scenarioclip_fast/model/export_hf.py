@@ -25,13 +25,13 @@ def export_hf(
     """Write one level as a Hugging Face CLIPModel.
 
     Writes config.json and model.safetensors for `transformers`, and preprocessor_config.json for images; texts are
-    tokenized as for any CLIP. CLIPModel has neither the projections' biases nor the layernorms behind them: these go
-    into `projection.safetensors` (`{vision,text}.{projection.bias,out_norm.weight,out_norm.bias}`), to be applied to
+    tokenized as for any CLIP. CLIPModel has neither the projections' biases nor the layernorms after them: these are
+    written to `projection.safetensors` (`{vision,text}.{projection.bias,out_norm.weight,out_norm.bias}`); apply them to
     `image_embeds` and `text_embeds` before normalisation.
 
     Args:
         model: the model.
-        directory: where the files go; created if needed.
+        directory: output directory, created if needed.
         level: "global", "object" or "relation".
         scale: the learned logit scale of the level.
 
@@ -52,9 +52,9 @@ def export_hf(
     rest: State = {}
     for kind in KINDS:
         encoder = {name: value.detach() for name, value in getattr(model, kind)[level].state_dict().items()}
-        converted, without_name = to_hugging_face(kind, encoder, config.vision.patch_size)
+        converted, unsupported = to_hugging_face(kind, encoder, config.vision.patch_size)
         state |= converted
-        rest |= without_name
+        rest |= unsupported
     safetensors.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     safetensors.save_file(rest, directory / "projection.safetensors", metadata={"format": "pt"})
     records = {

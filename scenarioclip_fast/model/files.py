@@ -29,23 +29,23 @@ _WEIGHT_FILES = (
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file at `path`, or the first known one in the directory `path`."""
+    """Return the weights file `path`, or the first known one in the directory `path`."""
     if path.is_file():
         return path
     for name in _WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-    problem = "holds none of " + ", ".join(_WEIGHT_FILES) if path.is_dir() else "no such file or directory"
+    problem = "contains none of " + ", ".join(_WEIGHT_FILES) if path.is_dir() else "no such file or directory"
     raise UserError(f"{path}: {problem}")
 
 
 def read_state(path: Path) -> State:
-    """The tensors of a safetensors file, a pickle, or the index of a sharded checkpoint."""
+    """Read the tensors of a safetensors file, a pickle, or the index of a sharded checkpoint."""
     if path.name.endswith(_INDEX):
         shards = read_json(path).get("weight_map")
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not names or any(Path(name).name != name or name.endswith(_INDEX) for name in names):
-            raise UserError(f"{path}: expected a weight_map from tensors to files beside it")
+            raise UserError(f"{path}: expected a weight_map from tensors to files in the same directory")
         return {name: value for shard in names for name, value in read_state(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch")
@@ -54,9 +54,9 @@ def read_state(path: Path) -> State:
 
 
 def unpickle(path: Path) -> dict[str, Any]:
-    """A pickled dictionary of tensors and plain values."""
+    """Read a pickled dictionary of tensors and plain values."""
     with warnings.catch_warnings():
-        # The error for such archives says what to do.
+        # _guarded raises a clear error for such archives.
         warnings.filterwarnings("ignore", ".*looks like a TorchScript archive", UserWarning)
         record = _guarded(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
     if not isinstance(record, dict):
@@ -65,7 +65,7 @@ def unpickle(path: Path) -> dict[str, Any]:
 
 
 def state_dict_of(record: dict[str, Any], path: Path) -> State:
-    """`record` itself if it is a state dict, else the one under `state_dict` in a training checkpoint."""
+    """Return the state dict under `state_dict` of a training checkpoint, or `record` itself."""
     record = record.get("state_dict", record)
     if not isinstance(record, dict):
         raise UserError(f"{path}: state_dict: got a {type(record).__name__}, expected a dictionary of tensors")
@@ -76,7 +76,7 @@ def state_dict_of(record: dict[str, Any], path: Path) -> State:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object."""
     try:
         record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _guarded(read: Callable[[], Any], path: Path) -> Any:
-    """Calls `read`; turns what unreadable files raise into UserError."""
+    """Call `read`; convert the errors of unreadable files to UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -99,7 +99,7 @@ def _guarded(read: Callable[[], Any], path: Path) -> Any:
         found = re.search(r"WeightsUnpickler error:\s+(.+)", str(error))
         reason = found[1].partition(". ")[0] if found else "torch.load rejects it"
         raise UserError(
-            f"{path}: refused: it holds more than tensors and plain values, and reading it could run code ({reason}); "
+            f"{path}: refused: it has more than tensors and plain values, and reading it could run code ({reason}); "
             "save only its state_dict, preferably as safetensors"
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
@@ -111,7 +111,7 @@ def _guarded(read: Callable[[], Any], path: Path) -> Any:
             ) from None
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     except Exception as error:
-        # The exception class of safetensors can be named only once the package is imported.
+        # Matched by module name, because safetensors may not be installed.
         if type(error).__module__.startswith("safetensors"):
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         raise

@@ -27,7 +27,7 @@ PRECISIONS = ("bf16", "tf32", "float32")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The peak rate of dense matrix products in FLOP/s; None for an unlisted device.
+    """Return the peak rate of dense matrix products in FLOP/s; None for an unlisted device.
 
     Args:
         device_name: as `torch.cuda.get_device_name()` returns it.
@@ -39,19 +39,19 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def batch_flops(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
-    """`step_flops` of a batch; its ids refer to the strings in `table`."""
-    lengths = [of_level.tolist() for of_level in table.distinct(batch.host_ids).lengths]
+    """Return `step_flops` of a batch whose ids refer to the strings in `table`."""
+    lengths = [level_lengths.tolist() for level_lengths in table.unique_texts(batch.host_ids).lengths]
     return step_flops(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
 
 
 def step_flops(
     config: ModelConfig, views: Sequence[int], text_lengths: Sequence[Sequence[int]], *, teacher: bool
 ) -> float:
-    """FLOPs of one step: forward, backward and contrastive logits, without optimiser and elementwise operations.
+    """Count the FLOPs of one step: forward, backward and contrastive logits, not optimizer or elementwise operations.
 
     Args:
         views: number of global, object and relation views; the teacher embeds the global ones.
-        text_lengths: per level, the number of tokens of each distinct text.
+        text_lengths: per level, the number of tokens of each unique text.
         teacher: whether an EMA teacher embeds whole images, object texts and relation texts.
     """
     freeze, width = config.freeze, config.embed_dim
@@ -76,7 +76,7 @@ class _Stage:
     """FLOPs of one stage's forward pass."""
 
     weights: float = 0.0  # products with weights
-    from_input: float = 0.0  # the part of them that multiplies pixels, which need no gradient
+    from_input: float = 0.0  # those that multiply pixels, which need no gradient
     attention: float = 0.0  # products of activations with each other
 
     @property
@@ -85,7 +85,7 @@ class _Stage:
 
 
 def _trained(stages: Sequence[_Stage], frozen: Sequence[bool]) -> float:
-    """Forward and backward."""
+    """Forward and backward passes."""
     total, reached = 0.0, False
     for stage, is_frozen in zip(stages, frozen, strict=True):
         total += stage.forward
@@ -130,9 +130,9 @@ def _blocks(part: VisionConfig | TextConfig, rows: int, tokens: int, pairs: int,
     """
     square = part.width**2
     # Per token: 8 W^2 for query, key, value and out, 16 W^2 for the MLP. Per pair: 4 W for score and weighted value.
-    whole = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
+    full = _Stage(24 * square * tokens, attention=4 * part.width * pairs)
     last = _Stage(4 * square * tokens + 20 * square * rows, attention=4 * part.width * read)
-    return [whole] * (part.layers - 1) + [last]
+    return [full] * (part.layers - 1) + [last]
 
 
 def _stem(part: VisionConfig) -> _Stage:

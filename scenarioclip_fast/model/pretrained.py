@@ -1,7 +1,7 @@
 """Save, load and initialise models: this package's own format, CLIP checkpoints and the published code's checkpoints.
 
-Nothing here builds a model, so that `ScenarioCLIP` can import it: the functions return a config and tensors, or fill
-the modules that they are given. Weights are always loaded strictly.
+Nothing here builds a model, so that `ScenarioCLIP` can import it: the functions return a config and tensors, or load
+into existing modules. Weights are always loaded strictly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_pretrained(
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config that `save_pretrained` wrote."""
+    """Read the config that `save_pretrained` wrote."""
     path = Path(directory) / "config.json"
     record = read_json(path)
     if record.get("schema") != SCHEMA or "model" not in record:
@@ -60,7 +60,7 @@ def load_saved(module: nn.Module, directory: str | Path) -> None:
 
 
 def read_scales(directory: str | Path) -> dict[str, float]:
-    """The `scales` that `save_pretrained` was given; empty if none."""
+    """Read the `scales` passed to `save_pretrained`; empty if none."""
     path = Path(directory) / "config.json"
     scales = read_json(path).get("scales", {})
     if not isinstance(scales, dict) or any(type(v) is not float or v <= 0 for v in scales.values()):
@@ -69,18 +69,18 @@ def read_scales(directory: str | Path) -> dict[str, float]:
 
 
 def read_clip(path: Path, activation: Activation | None = None) -> EncoderWeights:
-    """The encoders of a Hugging Face or open_clip CLIP, the same at every level. See `ScenarioCLIP.from_clip`."""
+    """Read the encoders of a Hugging Face or open_clip CLIP, the same at every level. See `ScenarioCLIP.from_clip`."""
     file = find_weights(path)
     # Training checkpoints prefix the names with "module.".
     state = {name.removeprefix("module."): value for name, value in read_state(file).items()}
     if convert.is_open_clip(state):
-        beside = file.parent / "open_clip_config.json"
-        record = read_json(beside) if beside.is_file() else None
-        with _naming(file):
+        config_file = file.parent / "open_clip_config.json"
+        record = read_json(config_file) if config_file.is_file() else None
+        with _errors_prefixed_by(file):
             return convert.from_open_clip(state, record, activation)
     if convert.is_hugging_face(state):
         record = read_json(file.parent / "config.json")
-        with _naming(file):
+        with _errors_prefixed_by(file):
             return convert.from_hugging_face(state, record)
     raise UserError(
         f"{file}: not a CLIP checkpoint (no 'visual.*' of open_clip, no 'vision_model.*' of Hugging Face among "
@@ -89,21 +89,21 @@ def read_clip(path: Path, activation: Activation | None = None) -> EncoderWeight
 
 
 def read_reference(path: Path, teacher: bool = False, heads: tuple[int, int] | None = None) -> EncoderWeights:
-    """The encoders of a published checkpoint. See `ScenarioCLIP.from_reference`."""
+    """Read the encoders of a published checkpoint. See `ScenarioCLIP.from_reference`."""
     record = unpickle(path)
     if teacher:
         ema = record.get("ema")
         weights = ema.get("teacher_state") if isinstance(ema, dict) else None
         if not isinstance(weights, dict) or not weights:
-            raise UserError(f"{path}: no EMA teacher in it (expected ema.teacher_state); pass teacher=False")
+            raise UserError(f"{path}: no EMA teacher (expected ema.teacher_state); pass teacher=False")
         record = weights
     state = state_dict_of(record, path)
-    with _naming(path):
+    with _errors_prefixed_by(path):
         return convert.from_published(state, heads)
 
 
 def load_encoders(kind: str, encoders: nn.ModuleDict, states: Mapping[str, State], path: Path) -> None:
-    """Load the encoders of all levels; raise UserError if tensors that the levels share differ in `states`."""
+    """Load the encoders of all levels; raise UserError if `states` differ in tensors that the levels share."""
     trainable = {name for name, p in encoders["global"].named_parameters() if p.requires_grad}
     for level, state in states.items():
         for name, value in state.items():
@@ -112,7 +112,7 @@ def load_encoders(kind: str, encoders: nn.ModuleDict, states: Mapping[str, State
                 continue
             if first is None or not torch.equal(first, value):
                 raise UserError(
-                    f"{path}: {kind} encoder, {name}: frozen by the config, but different at 'global' and "
+                    f"{path}: {kind} encoder, {name}: frozen by the config, but it differs between 'global' and "
                     f"{level!r}; pass a `freeze` that trains it"
                 )
         load_strictly(encoders[level], state, f"{path}: {kind} encoder of level {level!r}")
@@ -121,7 +121,7 @@ def load_encoders(kind: str, encoders: nn.ModuleDict, states: Mapping[str, State
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict; one error lists missing, unexpected, misshapen and non-float tensors.
 
-    source: what the error starts with.
+    source: prefix of the error.
     """
     own = module.state_dict()
     shared = sorted(own.keys() & state.keys())
@@ -138,13 +138,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     }
     found = [f"{problem} {shorten(names)}" for problem, names in problems.items() if names]
     if found:
-        raise UserError(f"{source}: tensors do not fit the model: {'; '.join(found)}")
+        raise UserError(f"{source}: tensors do not match the model: {'; '.join(found)}")
     module.load_state_dict(cast(State, state))
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Prefixes errors with the file's path."""
+def _errors_prefixed_by(path: Path) -> Iterator[None]:
+    """Prefix errors with the file's path."""
     try:
         yield
     except UserError as error:

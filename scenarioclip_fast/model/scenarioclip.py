@@ -1,4 +1,4 @@
-"""CLIP at three levels of a scene; stages that the levels share run once."""
+"""CLIP at three levels of a scene; stages shared by the levels run once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Teacher(Protocol):
 class Embeddings:
     """The inputs of the losses for one batch. Lists have one entry per level; embeddings are not normalised.
 
-    image: 3 x [N_l, D];  text: 3 x [U_l, D], the distinct texts of the batch
+    image: 3 x [N_l, D];  text: 3 x [U_l, D], the unique texts of the batch
     text_index: 3 x [N_l] int64, the text of each image row
     text_id: 3 x [U_l] int64, vocabulary ids, on the CPU
     object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
@@ -60,8 +60,8 @@ class Embeddings:
 class TrunkOutput:
     """A batch after the frozen trunk that the levels share; gradients start here.
 
-    hidden [V, ...]: all views, or the pixels if nothing is frozen;  views: how many of each level
-    texts: the distinct texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
+    hidden [V, ...]: all views, or the pixels if nothing is frozen;  views: their numbers per level
+    texts: the unique texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
     """
 
     hidden: Tensor
@@ -78,7 +78,7 @@ class ScenarioCLIP(nn.Module):
     run once for all views of a batch. The levels' trainable stages start from equal weights.
 
     `torch.compile` works on a single encoder. On the whole model it gives the same numbers, but its graph breaks where
-    the host finds the distinct texts of a batch and looks up their frozen features: prefer `compile_blocks`.
+    the host finds the unique texts of a batch and looks up their frozen features: prefer `compile_blocks`.
 
     Attributes:
         vision, text: level -> encoder.
@@ -116,7 +116,7 @@ class ScenarioCLIP(nn.Module):
         return self._text("global").head.norm.weight.device
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Put the vocabulary's token ids on the model's device; the text ids of batches refer to it."""
+        """Put the vocabulary's token ids on the model's device; the text ids of batches index this vocabulary."""
         self.tokens = TokenTable(vocabulary, self.config.text).to(self.device)
 
     def set_checkpointing(self, enabled: bool = True) -> None:
@@ -129,30 +129,30 @@ class ScenarioCLIP(nn.Module):
         compile_blocks(self, cuda_graphs, **options)
 
     def encoders(self) -> Iterator[Encoder]:
-        """The distinct encoders: six, or two in the variant "pyramidclip"."""
+        """Yield each encoder once: six, or two in the variant "pyramidclip"."""
         modules = dict.fromkeys([*self.vision.values(), *self.text.values()])
         yield from cast(Iterator[Encoder], iter(modules))
 
     def forward(self, batch: Batch, teacher: Teacher | None = None, texts: UniqueTexts | None = None) -> Embeddings:
-        """Embed a batch's views and distinct texts and, with a teacher, what distillation needs.
+        """Embed a batch's views and unique texts and, with a teacher, what distillation needs.
 
         Args:
-            batch: views and text ids; `set_vocabulary` comes first.
+            batch: views and text ids; requires `set_vocabulary`.
             teacher: embeds whole images, object texts and relation texts; None: no distillation.
-            texts: the distinct texts of the batch; None: computed here.
+            texts: the unique texts of the batch; None: computed here.
         """
-        return self.finish(self.begin(batch, texts), teacher)
+        return self.run_levels(self.run_trunk(batch, texts), teacher)
 
-    def begin(self, batch: Batch, texts: UniqueTexts | None = None) -> TrunkOutput:
+    def run_trunk(self, batch: Batch, texts: UniqueTexts | None = None) -> TrunkOutput:
         """Run the views through the frozen trunk that the levels share. Arguments as in `forward`."""
         if self.tokens is None:
-            raise ValueError("the model has no vocabulary yet: call set_vocabulary(vocabulary) first")
-        texts = texts or self.tokens.distinct(batch.host_ids)
+            raise ValueError("the model has no vocabulary: call set_vocabulary(vocabulary) first")
+        texts = texts or self.tokens.unique_texts(batch.host_ids)
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
         return TrunkOutput(self._frozen_vision(batch.pixels), views, texts, batch.object_scene, batch.relation_scene)
 
-    def finish(self, trunk: TrunkOutput, teacher: Teacher | None = None) -> Embeddings:
-        """Run what follows the trunk: the levels' encoders, and the teacher's."""
+    def run_levels(self, trunk: TrunkOutput, teacher: Teacher | None = None) -> Embeddings:
+        """Run the stages after the trunk: the levels' encoders, and the teacher's."""
         single = self.config.variant == "pyramidclip"
         out = Embeddings(
             image=self._images_of_one_encoder(trunk) if single else self._images_of_levels(trunk),
@@ -186,12 +186,12 @@ class ScenarioCLIP(nn.Module):
 
         Args:
             texts: strings (requires instant-clip-tokenizer), lists of token ids, or a tensor [n, L] of token ids,
-                in which everything after the first end-of-text is padding. Texts longer than the context are cut.
+                in which everything after the first end-of-text is padding. Texts that exceed the context are truncated.
             level: "global", "object" or "relation".
         """
         encoder = self._text(check_level(level))
         ids, _ = truncate(_token_lists(texts, self.config.text), self.config.text)
-        # Without gradients no activations are kept, so that chunks bound the memory of a whole vocabulary.
+        # Without gradients no activations are kept, so chunks bound the memory that a whole vocabulary needs.
         step = max(len(ids), 1) if torch.is_grad_enabled() else 2048
         parts = []
         for i in range(0, max(len(ids), 1), step):
@@ -200,14 +200,16 @@ class ScenarioCLIP(nn.Module):
         return torch.cat(parts)
 
     def init_towers_from(self, other: ScenarioCLIP) -> None:
-        """Initialise every level from one pair of encoders: `other`'s only pair, or that of its global level."""
+        """Initialise every level from one pair of encoders of `other`: its only pair, or its global level's."""
         problems = self.config.differences(other.config, "embed_dim", "vision", "text")
         if problems:
-            raise UserError(f"the other model has another architecture (here, there): {'; '.join(problems)}")
-        for mine, theirs in ((self.vision, other.vision), (self.text, other.text)):
-            state = theirs["global"].state_dict()
+            raise UserError(
+                f"the other model has another architecture (this model, other model): {'; '.join(problems)}"
+            )
+        for encoders, source in ((self.vision, other.vision), (self.text, other.text)):
+            state = source["global"].state_dict()
             for level in LEVELS:
-                mine[level].load_state_dict(state)
+                encoders[level].load_state_dict(state)
 
     @classmethod
     def from_clip(
@@ -219,9 +221,9 @@ class ScenarioCLIP(nn.Module):
         config: ModelConfig | None = None,
         activation: Activation | None = None,
     ) -> Self:
-        """Build a model whose every level is initialised from one CLIP checkpoint.
+        """Build a model with every level initialised from one CLIP checkpoint.
 
-        The projections are CLIP's, with zero biases; the layernorms behind them are new.
+        The projections are CLIP's, with zero biases; the layernorms after them are new.
 
         Args:
             path: a Hugging Face directory of a CLIPModel (config.json and model.safetensors or pytorch_model.bin,
@@ -229,12 +231,12 @@ class ScenarioCLIP(nn.Module):
                 open_clip_pytorch_model.bin, or the file itself).
             variant: as in ModelConfig; the sizes come from the checkpoint.
             freeze: as in ModelConfig; None: the published freezing, limited to the blocks that an encoder has.
-            config: used instead of `variant` and `freeze`; its sizes must be the checkpoint's.
+            config: replaces `variant` and `freeze`; its sizes must match the checkpoint's.
             activation: for state dicts without an open_clip_config.json: "quick_gelu" (OpenAI's weights; the default)
                 or "gelu" (most others).
 
         Raises:
-            UserError: unreadable or unsafe files, or tensors that are not a CLIP's.
+            UserError: unreadable or unsafe files, or tensors of another architecture.
         """
         path = Path(path)
         weights = pretrained.read_clip(path, activation)
@@ -264,11 +266,11 @@ class ScenarioCLIP(nn.Module):
         Args:
             path: the `.ckpt`, or the teacher's own `*_ema_teacher.pt`.
             teacher: load the EMA teacher's weights instead of the student's.
-            freeze: what is frozen from now on; None: the published freezing. Frozen parts must be equal at all levels.
-            heads: of the vision and the text encoder; None: one per 64 of width, as in CLIP.
+            freeze: as in ModelConfig; None: the published freezing. Frozen parts must be equal at all levels.
+            heads: numbers of the vision and the text encoder; None: one per 64 of width, as in CLIP.
 
         Raises:
-            UserError: unreadable or unsafe files, tensors that do not fit, or frozen parts that differ between levels.
+            UserError: unreadable or unsafe files, mismatched tensors, or frozen parts that differ between levels.
         """
         path = Path(path)
         weights = pretrained.read_reference(path, teacher, heads)
@@ -278,7 +280,7 @@ class ScenarioCLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
-        """Build the model that `save_pretrained` wrote into `directory`. Raises UserError if it did not."""
+        """Build the model that `save_pretrained` wrote into `directory`. Raises UserError if there is none."""
         model = cls(pretrained.read_config(directory))
         pretrained.load_saved(model, directory)
         return model
@@ -322,16 +324,16 @@ class ScenarioCLIP(nn.Module):
         return cast(TextEncoder, self.text[level])
 
     def _frozen_vision(self, pixels: Tensor) -> Tensor:  # [V, 3, S, S]
-        """The output of the shared trunk for all views; the pixels themselves if nothing is shared."""
+        """Run the shared trunk on all views; return the pixels themselves if nothing is shared."""
         if not self._vision_shared:
             return pixels
         with torch.no_grad():
             return self._vision("global").run(pixels, stop=self._vision_shared)
 
     def _text_inputs(self, row: Tensor, host_row: Tensor, lengths: Tensor) -> tuple[Tensor, Packing]:  # 3 x [n]
-        """The input of the trainable stages for the table's strings `row`, and its packing.
+        """Return the input of the trainable stages for the table's strings `row`, and its packing.
 
-        `host_row` and `lengths`: on the CPU, the same rows and their strings' numbers of tokens.
+        `host_row` and `lengths`: on the CPU, the same rows and their numbers of tokens.
         """
         assert self.tokens is not None
         longest = int(lengths.max()) if len(lengths) else 0
@@ -342,9 +344,9 @@ class ScenarioCLIP(nn.Module):
 
 
 def _freeze(encoder: Encoder, embeddings: list[bool], blocks: int) -> int:
-    """Freezes the stages before the blocks where `embeddings` says so, and the first `blocks` blocks.
+    """Freeze the stages before the blocks as `embeddings` flags them, and the first `blocks` blocks.
 
-    Returns the number of stages, from the input on, that are frozen without a gap.
+    Returns the length of the contiguous run of frozen stages at the input.
     """
     frozen = [*embeddings, *(i < blocks for i in range(len(encoder.blocks))), False]
     for stage, is_frozen in zip(encoder.stages, frozen, strict=True):

@@ -34,7 +34,7 @@ class EMATeacher:
         decay: of the moving average, in [0, 1).
         warmup: number of updates until `decay` is reached.
         scope: "distillation" averages the three encoders that distillation uses; "all" averages all encoders, so that
-            `averaged` gives a fully averaged model, for twice the memory and traffic.
+            `averaged` gives a fully averaged model, at twice the memory and traffic.
 
     Raises:
         UserError: `decay` or `warmup` out of range.
@@ -70,18 +70,18 @@ class EMATeacher:
                     self._tensors[f"{prefix}.{name}"] = p.requires_grad_(False)
 
     def refresh(self) -> None:
-        """Look the averaged tensors up again, after FSDP2 has replaced them by sharded ones."""
+        """Look up the averaged tensors again after FSDP2 has replaced them with sharded ones."""
         now = {f"{prefix}.{name}": p for prefix, e in self.encoders.items() for name, p in e.named_parameters()}
         self._tensors = {name: now[name] for name in self._tensors}
 
     def decay_at(self, step: int) -> float:
-        """The decay of update number `step`, counted from 0."""
+        """Return the decay of update number `step`, counted from 0."""
         ramp = min(step / self.warmup, 1.0) if self.warmup else 1.0
         return 1 - 1 / (1 + ramp * (1 / (1 - self.decay) - 1))
 
     @torch.no_grad()
     def update(self, model: ScenarioCLIP) -> None:
-        """Move the average towards the student; call it after each optimiser step."""
+        """Move the average towards the student; call it after each optimizer step."""
         teacher, student = self._pairs(model)
         ema_update_(teacher, student, self.decay_at(self.step))
         self.step += 1
@@ -138,7 +138,7 @@ class EMATeacher:
         extra = sorted(tensors.keys() - self._tensors.keys())
         if missing or extra:
             raise UserError(
-                f"the teacher's state does not fit: missing {missing[:5]} ({len(missing)}), extra {extra[:5]} "
+                f"the teacher's state does not match: missing {missing[:5]} ({len(missing)}), extra {extra[:5]} "
                 f"({len(extra)}); got scope {state['scope']!r}, expected {self.scope!r}"
             )
         for name, p in self._tensors.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def truncate(texts: Sequence[Sequence[int]], config: TextConfig) -> tuple[list[list[int]], int]:
-    """Cut texts to the context as CLIP does, ending in end-of-text; also return how many were cut."""
+    """Truncate texts to the context as CLIP does, ending in end-of-text; also return how many were truncated."""
     context, end = config.context_length, config.end_of_text
     kept, cut = [], 0
     for ids in texts:
@@ -51,10 +51,10 @@ _CHUNK = 64  # strings whose frozen features are computed together: a few hundre
 
 @dataclass(frozen=True)
 class UniqueTexts:
-    """The distinct texts of a batch at each level, in ascending order of their ids.
+    """The unique texts of a batch at each level, in ascending order of their ids.
 
-    index: per level [N_l], the position of each item's text among its level's;  row: per level [U_l], table rows
-    id, host_row, lengths: per level [U_l], on the CPU: vocabulary ids, the rows again, and numbers of tokens
+    index: per level [N_l], each item's index into its level's texts;  row: per level [U_l], table rows
+    id, host_row, lengths: per level [U_l], on the CPU: vocabulary ids, a copy of `row`, and numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
@@ -64,16 +64,16 @@ class UniqueTexts:
     lengths: list[Tensor]  # 3 x [U_l]
 
     def split(self, parts: int) -> list[UniqueTexts]:
-        """Split each level's texts into `parts` runs, without `index`, which points into all of them."""
+        """Split each level's texts into `parts` contiguous chunks, without `index`, which points into all of them."""
         split = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row, self.host_row, self.lengths)]
-        return [UniqueTexts([], *([runs[k] for runs in levels] for levels in split)) for k in range(parts)]
+        return [UniqueTexts([], *([chunks[k] for chunks in levels] for levels in split)) for k in range(parts)]
 
 
 class TokenTable(nn.Module):
     """A vocabulary's packed token ids, as buffers that move with the model and are not saved.
 
     Attributes:
-        truncated: per level, how many strings were longer than the context and were cut.
+        truncated: per level, how many strings were longer than the context and truncated.
         cache_bytes: memory limit of the cached frozen features; a vocabulary that needs more is not cached.
     """
 
@@ -113,17 +113,17 @@ class TokenTable(nn.Module):
         self._key: tuple[Any, ...] = ()
 
     def describe_truncated(self) -> str | None:
-        """One line with the number of strings that were cut, or None."""
+        """Return one line with the number of truncated strings, or None."""
         cut = [f"{n} of {self.sizes[level]} {level} texts" for level, n in self.truncated.items() if n]
         return f"cut to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
 
-    def distinct(self, ids: Sequence[Tensor]) -> UniqueTexts:
-        """The distinct texts among `ids` (3 x [N_l]). With ids on the CPU nothing synchronises with the device."""
+    def unique_texts(self, ids: Sequence[Tensor]) -> UniqueTexts:
+        """Return the unique texts among `ids` (3 x [N_l]); no device synchronisation if `ids` are on the CPU."""
         ids = [i.cpu() for i in ids]
         bad = [name for name, i in zip(LEVELS, ids, strict=True) if len(i) and not self._covers(name, i)]
         if bad:
             raise ValueError(
-                f"ids of level {', '.join(bad)}: got some outside the vocabulary's {self.sizes}; expected a batch of "
+                f"ids of level {', '.join(bad)}: got ids outside the vocabulary's {self.sizes}; expected a batch of "
                 "the data set whose vocabulary was passed to set_vocabulary"
             )
         # On the host: torch.unique on the device would synchronise to learn its output's size.
@@ -142,14 +142,14 @@ class TokenTable(nn.Module):
         return list(whole.split([len(part) for part in parts]))
 
     def packing(self, row: Tensor, total: int, longest: int) -> tuple[Packing, Tensor]:
-        """The packing of the strings `row` [n], and the table positions of their tokens: [T]."""
+        """Return the packing of the strings `row` [n], and the table positions of their tokens: [T]."""
         packing = Packing.of_lengths(self.lengths[row], total, longest)
         return packing, self.starts[row][packing.text] + packing.position
 
     def frozen_features(
         self, encoder: TextEncoder, stop: int, host_row: Tensor, packing: Packing, source: Tensor
     ) -> Tensor:
-        """The output of the frozen stages 0 to `stop` of `encoder` for the strings `host_row` [n]: [T, W], no gradient.
+        """Return frozen stages 0 to `stop` of `encoder` applied to the strings `host_row` [n]: [T, W], no gradient.
 
         Cached per string until the weights, the device or the precision change.
         """
@@ -158,12 +158,12 @@ class TokenTable(nn.Module):
         if stop == 1 or size > self.cache_bytes:
             with torch.no_grad():
                 return encoder.run(self.tokens[source], packing, stop=stop)
-        # Not in inference mode: a training step must be able to use and extend what an evaluation has cached.
+        # Not in inference mode: a training step must be able to use and extend what an evaluation cached.
         with torch.inference_mode(False), torch.no_grad():
             self._invalidate_if_stale(encoder, stop)
             missing = host_row[~self._filled[host_row]]
-            # Fixed chunks: the bits of a matrix product depend on its shape, and a resumed run, which starts with
-            # another batch, must reproduce the features of the first run.
+            # Fixed chunks: the bits of a matrix product depend on its shape, and a resumed run, which starts with a
+            # different batch, must reproduce the features of the first run.
             for first in (missing // _CHUNK * _CHUNK).unique().tolist():
                 some = torch.arange(first, min(first + _CHUNK, len(self._filled)), device=self.tokens.device)
                 lengths = self._host_lengths[first : first + _CHUNK]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.ops.ema import ema_update_
     from scenarioclip_fast.ops.views import focused_region, render_views
 else:
-    # Importing the losses does not import the views.
+    # Lazy, so that importing the losses does not import the views.
     __getattr__, __dir__ = attach(
         __name__,
         {

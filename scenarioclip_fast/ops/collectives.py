@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# The older names warn from torch 2.13 on, and are the only ones in torch 2.11.
+# The old names are deprecated from torch 2.13 on; torch 2.11 has no others.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -28,9 +28,9 @@ def has_cpu_backend(group: dist.ProcessGroup) -> bool:
 
 def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[list[int]]:
     """Return every rank's integers, rank by rank; synchronises with the device if the group has no CPU backend."""
-    mine = torch.tensor(values, dtype=torch.int64, device="cpu" if has_cpu_backend(group) else device)
-    out = mine.new_empty(group.size() * len(mine))
-    _all_gather(out, mine, group=group)
+    local = torch.tensor(values, dtype=torch.int64, device="cpu" if has_cpu_backend(group) else device)
+    out = local.new_empty(group.size() * len(local))
+    _all_gather(out, local, group=group)
     rows: list[list[int]] = rearrange(out, "(rank value) -> rank value", rank=group.size()).tolist()
     return rows
 
@@ -55,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Sum over ranks in float32: low-precision partial sums would lose a bit with every doubling of ranks.
+        # Sum over ranks in float32: low-precision partial sums lose one bit per doubling of the ranks.
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         largest = max(ctx.sizes)
         padded = torch.cat([_pad(block, largest) for block in wide.split(list(ctx.sizes))])

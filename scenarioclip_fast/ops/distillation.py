@@ -21,7 +21,7 @@ def distillation_loss(
     teacher_temperature: float = 0.07,
     backend: str = "auto",
 ) -> Tensor:  # []
-    """Distillation over the embedding's coordinates, for a ragged list of (student row, teacher row) pairs.
+    """Distillation loss over the embedding's coordinates, for a ragged list of (student row, teacher row) pairs.
 
     sum_p weight_p T_s^2 KL(softmax(teacher / T_t) || softmax(student / T_s)), where KL is the mean over the D
     coordinates and the teacher's probabilities are clamped to at least 1e-8 (ScenarioCLIP, arXiv 2511.20274;
@@ -30,7 +30,7 @@ def distillation_loss(
     Args:
         student: [S, D], any float dtype; gradients reach it.
         teacher: [T, D] on the same device; gets no gradient.
-        student_index, teacher_index: [P] int64, the rows of each pair; a row may be in any number of pairs.
+        student_index, teacher_index: [P] int64, the rows of each pair; a row may occur in any number of pairs.
         weight: [P]; gets no gradient.
         student_temperature: T_s > 0; a 0-d tensor may require a gradient.
         teacher_temperature: T_t > 0.
@@ -118,7 +118,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
-    # Constants from here on: a second derivative raises an error in autograd instead of missing a term.
+    # Not differentiable, so that a second derivative raises an error instead of silently missing a term.
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)  # allocate no zeros as the gradient of the derivatives
@@ -127,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, d_loss: Tensor | None, _d_derivatives: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 10
-    # The forward pass has computed all derivatives: one product with the incoming gradient remains.
+    # The forward pass has computed all derivatives; only the product with the incoming gradient remains.
     (derivatives,) = ctx.saved_tensors
     scaled = d_loss * derivatives
     student = scaled[:-1].view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None

@@ -19,7 +19,7 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: flo
 
     Raises:
         ValueError, TypeError: lengths, shapes or devices differ, an argument is not a list of float tensors, or decay
-            is outside [0, 1]; nothing is changed then.
+            is outside [0, 1]; nothing is modified.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: got {decay}, expected 0 to 1")

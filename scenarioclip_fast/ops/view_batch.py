@@ -1,4 +1,4 @@
-"""A batch of views to render, as a struct of arrays; `scenarioclip_fast.data.Views` fills one from scenes."""
+"""A batch of views to render, as a struct of arrays; `scenarioclip_fast.data.Views` builds one from scenes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ViewBatch:
     """V views of a batch of images, as a struct of CPU arrays.
 
     Attributes:
-        kind: int32 [V]; 0 the window as it is, 1 black outside the box, 2 a crop, 3 a focused region.
+        kind: int32 [V]; 0 the unchanged window, 1 black outside the box, 2 a crop, 3 a focused region.
         image: int64 [V], the image of each view.
         source: int32 [V, 4], x1, y1, x2, y2 of the source window in pixels; black beyond the edges of the image.
         stretch: bool [V]; True: the window is resized to the whole view. False: its short side is resized to the
@@ -54,7 +54,7 @@ class ViewBatch:
         return type(self)(*[t[index] for t in self.tensors[:7]], *self.tensors[7:])
 
     def describe(self, v: int) -> str:
-        """Return a view's name for messages: "view 7 (relation, image 2)"."""
+        """Return a view's name for error messages: "view 7 (relation, image 2)"."""
         kind = int(self.kind[v])
         name = KIND_NAMES[kind] if 0 <= kind < len(KIND_NAMES) else f"kind {kind}"
         return f"view {v} ({name}, image {int(self.image[v])})"
@@ -76,5 +76,5 @@ def pixel_box(
 
 
 def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:  # [n, 4] -> [n]
-    """Return which boxes hold no pixel."""
+    """Return which boxes contain no pixels."""
     return np.any(box[:, 2:] <= box[:, :2], axis=1)

@@ -32,7 +32,7 @@ def focused_region(
     blur: str = "rgb",
     backend: str = "auto",
 ) -> Tensor:  # [H, W, 3] uint8
-    """The image of a relation: two masked regions that fade with distance from their centres, on a blurred background.
+    """Draw a relation: two masked regions that fade with distance from their centres, on a blurred background.
 
     Source: ScenarioCLIP (arXiv 2511.20274); formulas in kernels/views/README.md.
 
@@ -45,7 +45,7 @@ def focused_region(
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:
-        TypeError: arguments that are not tensors.
+        TypeError: an argument is not a tensor.
         ValueError: an empty mask, or shapes, dtypes or numbers that do not match.
     """
     for name, value in (("image", image), ("subject_mask", subject_mask), ("object_mask", object_mask)):
@@ -79,27 +79,27 @@ def render_views(
     blur: str = "rgb",
     backend: str = "auto",
 ) -> Tensor:  # [V, 3, size, size]
-    """Renders views of all kinds from a ragged batch of images: composite, resize, augment, normalise in one pass.
+    """Render views of all kinds from a ragged batch of images: composite, resize, augment, normalise in one pass.
 
     Source: ScenarioCLIP (arXiv 2511.20274); formulas in kernels/views/README.md.
 
     Args:
         images: uint8 [H_i, W_i, 3], all on one device.
-        views: what to render; `scenarioclip_fast.data.Views` makes it from scenes.
+        views: the views to render; `scenarioclip_fast.data.Views` builds them from scenes.
         size: side of a view, in pixels.
-        mean, std: of the colours, in [0, 1].
+        mean, std: normalisation of the colours, which are in [0, 1].
         dtype: float32, bfloat16 or float16.
         memory_format: torch.contiguous_format or torch.channels_last.
-        sigma, blur_sigma, blur: of the relation views, as in `focused_region`.
+        sigma, blur_sigma, blur: for the relation views, as in `focused_region`.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Returns:
         [V, 3, size, size] on the images' device.
 
     Raises:
-        TypeError: images that are not tensors.
+        TypeError: an image is not a tensor.
         ValueError: a view whose image or mask is missing, empty or of the wrong size, or whose box lies outside its
-            image; the view is named.
+            image; the message names the view.
     """
     if size < 1:
         raise ValueError(f"size: got {size}, expected at least 1")
@@ -136,7 +136,7 @@ def render_views(
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        hint = "; torch.from_numpy makes one" if isinstance(value, np.ndarray) else ""
+        hint = "; convert it with torch.from_numpy" if isinstance(value, np.ndarray) else ""
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor{hint}")
 
 
@@ -189,7 +189,7 @@ def _render_views(
     channels_last: bool,
     backend: str,
 ) -> Tensor:
-    # Not in the public function: this reads values, which a compiled graph cannot do.
+    # Inside the op, because it reads values, which a compiled graph cannot do.
     plan, augment, mask_runs, mask_start = lower_views(images, views, size)
     pixels: Tensor = dispatch.implementation("render_views", backend).render_views(
         [image.contiguous() for image in images],
@@ -293,7 +293,7 @@ def _source_windows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.i
 
 
 def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 4]
-    """The boxes of masked views, zeros for the others."""
+    """Return the boxes of masked views, zeros for the others."""
     masked = views.kind.numpy() == reference.MASKED
     box = np.zeros((len(views), 4), np.int64)
     box[masked] = pixel_box(views.box.numpy()[masked], shapes[masked, 0], shapes[masked, 1])
@@ -306,12 +306,12 @@ def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int6
 
 
 def _mask_rows(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int64]:  # [V, 2] -> [V, 2]
-    """The masks of relations, -1 for the others."""
+    """Return the masks of relations, -1 for the others."""
     relation, count = (views.kind.numpy() == reference.RELATION)[:, None], len(views.mask_size)
     mask = np.where(relation, views.mask.numpy(), -1)
     missing = relation & ((mask < 0) | (mask >= count))
     _reject(views, missing.any(1), lambda v: f"got masks {mask[v].tolist()}, expected two of {count}")
-    # Row -1 reads the last entry of these, which stands for a valid mask.
+    # Row -1 (no mask) reads the last entry of these arrays, a placeholder that passes the checks.
     sizes = np.concatenate([views.mask_size.numpy(), np.zeros((1, 2), np.int32)])
     areas, well_formed = _mask_areas(views)
     for rows in mask.T:
@@ -349,19 +349,19 @@ def _resized(
     source: NDArray[np.int64],  # [V, 4]
     size: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [V, 2] width and height, [V, 2] left and top of the crop
-    """Resize the short side to `size`, the long side truncated to whole pixels, then crop the centre, halves to even.
+    """Resize the short side to `size` and the long side to whole pixels, truncated; then crop the centre.
 
-    This is what Pillow and torchvision do.
+    Halves round to even, as in Pillow and torchvision.
     """
-    tall, wide = source[:, 3] - source[:, 1], source[:, 2] - source[:, 0]
-    shorter = np.minimum(tall, wide)
-    resized = np.stack([wide, tall], axis=1) * size // shorter[:, None]
+    height, width = source[:, 3] - source[:, 1], source[:, 2] - source[:, 0]
+    shorter = np.minimum(height, width)
+    resized = np.stack([width, height], axis=1) * size // shorter[:, None]
     resized[views.stretch.numpy()] = size
     _reject(
         views,
         (resized >= 1 << 30).any(1),
         lambda v: (
-            f"got source window {source[v].tolist()}, expected one that is not so narrow: it becomes "
+            f"got source window {source[v].tolist()}, expected a less narrow one: resized, it has "
             f"{resized[v].tolist()} pixels"
         ),
     )

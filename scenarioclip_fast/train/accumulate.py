@@ -1,12 +1,12 @@
 """Gradient accumulation with the loss over the whole batch: cached gradients, as in GradCache (arXiv 2101.06983).
 
-Every microbatch is embedded without a graph; the loss over all embeddings gives their gradients; each microbatch is
-embedded again, now with a graph, and backpropagates its rows of those gradients. The last microbatch builds its graph
-in the first pass and is embedded once. A microbatch is a range of the batch's scenes with all their views, and a range
-of each level's unique texts. Only the order of sums differs from the undivided step.
+Every microbatch is embedded without a graph; the loss over all embeddings gives their gradients; then each microbatch
+is embedded again with a graph and backpropagates its rows of those gradients. The last microbatch builds its graph in
+the first pass and is embedded once. A microbatch is a range of the batch's scenes with all their views, and a range
+of each level's unique texts. Only the order of sums differs from a step without microbatches.
 
-Activation memory is that of one microbatch. Of the whole batch, the pixels, the embeddings and the output of the frozen
-trunk stay in memory (in float32 half the size of the pixels at ViT-B/32); the trunk runs once and serves both passes.
+Activation memory is that of one microbatch. The pixels, the embeddings and the output of the frozen trunk (in float32
+half the size of the pixels at ViT-B/32) of the whole batch stay in memory; the trunk runs once for both passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scenarioclip_fast.train.step import Phase, StepModule
 
 @dataclass(frozen=True)
 class GradCache:
-    """Backpropagates a batch in microbatches.
+    """Backpropagate a batch in microbatches.
 
     The model must be deterministic (it has no dropout), so that both passes over a microbatch give equal embeddings.
 
@@ -37,7 +37,7 @@ class GradCache:
         step: model and loss.
         wrapped: `step`, or its data-parallel wrapper, which averages the gradients over the ranks once per batch.
         microbatches: the same number on every rank; those beyond the batch's scenes are empty.
-        autocast: makes the context of the forward passes.
+        autocast: returns the context of the forward passes.
     """
 
     step: StepModule
@@ -55,16 +55,16 @@ class GradCache:
             The terms of ScenarioLoss, detached.
         """
         trunks, parts = self._embed(batch, texts, teacher)
-        whole = _concatenate(parts, batch, texts)
-        rows = [x.requires_grad_() for x in (*whole.image, *whole.text)]
+        embeddings = _concatenate(parts, batch, texts)
+        rows = [x.requires_grad_() for x in (*embeddings.image, *embeddings.text)]
         scalars = [p for p in self.step.loss.parameters() if p.requires_grad]
         with self.autocast():
-            terms: dict[str, Tensor] = self.step.loss(whole)
+            terms: dict[str, Tensor] = self.step.loss(embeddings)
         gradients = torch.autograd.grad(terms["loss"], [*rows, *scalars], allow_unused=True, materialize_grads=True)
         sizes = [[len(x) for x in (*part.image, *part.text)] for part in parts]
-        of_rows = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
+        row_gradients = [g.split(n) for g, *n in zip(gradients[: len(rows)], *sizes, strict=True)]
 
-        first = self.microbatches - 1  # it has its graph already; another one is the last and averages over the ranks
+        first = self.microbatches - 1  # has its graph already; gradients are averaged in the last of `order`
         order = [first, *range(first)]
         for k in order:
             is_last = k == order[-1]
@@ -77,7 +77,7 @@ class GradCache:
                 # The loss's scalars join the last backward pass, so that the wrapper averages their gradients, too.
                 torch.autograd.backward(
                     [*outputs, *(scalars if is_last else [])],
-                    [*(gradient[k] for gradient in of_rows), *(gradients[len(rows) :] if is_last else [])],
+                    [*(gradient[k] for gradient in row_gradients), *(gradients[len(rows) :] if is_last else [])],
                 )
         return {name: term.detach() for name, term in terms.items()}
 
@@ -88,15 +88,15 @@ class GradCache:
         trunks: list[TrunkOutput] = []
         parts: list[Embeddings] = []
         n = self.microbatches
-        for k, (scenes, of_scenes) in enumerate(zip(batch.split(n), texts.split(n), strict=True)):
+        for k, (scenes, scene_texts) in enumerate(zip(batch.split(n), texts.split(n), strict=True)):
             with torch.set_grad_enabled(k == n - 1), self._averaging(n == 1), self.autocast():
-                trunk, part = self.wrapped(Phase.EMBED, scenes, of_scenes, teacher)
+                trunk, part = self.wrapped(Phase.EMBED, scenes, scene_texts, teacher)
             trunks.append(trunk)
             parts.append(part)
         return trunks, parts
 
     def _averaging(self, enabled: bool) -> AbstractContextManager[Any]:
-        """The context of passes whose gradients DDP averages over the ranks, or does not."""
+        """Return a context in which DDP averages gradients over the ranks if `enabled`, and otherwise does not."""
         if isinstance(self.wrapped, DistributedDataParallel) and not enabled:
             return self.wrapped.no_sync()
         return nullcontext()
@@ -104,7 +104,7 @@ class GradCache:
 
 @torch.no_grad()
 def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> Embeddings:
-    def of_teacher(rows: list[Tensor | None]) -> Tensor | None:
+    def concatenate_optional(rows: list[Tensor | None]) -> Tensor | None:
         return None if rows[0] is None else torch.cat([x for x in rows if x is not None])
 
     return Embeddings(
@@ -114,7 +114,7 @@ def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> E
         text_id=texts.id,
         object_scene=batch.object_scene,
         relation_scene=batch.relation_scene,
-        teacher_image=of_teacher([part.teacher_image for part in parts]),
-        teacher_object_text=of_teacher([part.teacher_object_text for part in parts]),
-        teacher_relation_text=of_teacher([part.teacher_relation_text for part in parts]),
+        teacher_image=concatenate_optional([part.teacher_image for part in parts]),
+        teacher_object_text=concatenate_optional([part.teacher_object_text for part in parts]),
+        teacher_relation_text=concatenate_optional([part.teacher_relation_text for part in parts]),
     )

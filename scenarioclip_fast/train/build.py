@@ -1,4 +1,4 @@
-"""Factories of the trainer's parts, in the order in which it calls them; `train.optim` and `converters` have the rest.
+"""Factories of the trainer's parts, in the order of their calls; the others are in `train.optim` and `converters`.
 
 build_model -> build_loss -> build_teacher -> convert -> wrap -> build_optimizer
 """
@@ -23,7 +23,7 @@ from scenarioclip_fast.train.weights import load_initial_weights
 
 
 def build_model(config: ModelSection, vocabulary: Vocabulary, device: torch.device) -> ScenarioCLIP:
-    """The model with its initial weights, on `device`."""
+    """Build the model with its initial weights, on `device`."""
     model = ScenarioCLIP(config.architecture)
     if config.init is not None:
         load_initial_weights(model, config.init)
@@ -32,7 +32,7 @@ def build_model(config: ModelSection, vocabulary: Vocabulary, device: torch.devi
 
 
 def build_loss(config: LossSection, world: World) -> ScenarioLoss:
-    """The loss over all ranks. See docs/new-loss.md."""
+    """Build the loss over all ranks. See docs/new-loss.md."""
     return ScenarioLoss(
         init_temperature=config.init_temperature,
         max_scale=config.max_scale,
@@ -43,7 +43,7 @@ def build_loss(config: LossSection, world: World) -> ScenarioLoss:
 
 
 def build_teacher(config: TrainConfig, model: ScenarioCLIP) -> EMATeacher | None:
-    """The distillation's teacher, a copy of `model`; None for variants and losses without distillation."""
+    """Build the teacher, a copy of `model`; None for variants and losses without distillation."""
     if config.model.variant != "scenarioclip1" or config.loss.distillation_scale == 0:
         return None
     return EMATeacher(
@@ -55,12 +55,12 @@ def build_teacher(config: TrainConfig, model: ScenarioCLIP) -> EMATeacher | None
 
 
 def wrap(step: StepModule, teacher: EMATeacher | None, config: TrainConfig, world: World) -> nn.Module:
-    """`step` for several ranks, by train.parallel; `step` itself on one."""
+    """Wrap `step` for data parallelism as train.parallel sets; return it unchanged on a single rank."""
     if world.size == 1:
         return step
     if config.train.parallel == "fsdp":
         return shard(step, teacher, world)
-    # The model's buffers are caches, which each rank fills for itself. The name of the switch depends on torch.
+    # The model's buffers are caches that each rank fills itself. The option's name depends on the torch version.
     parameters = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written atomically, pruned to the newest and the best, checked for damage when read.
 
-torch.distributed.checkpoint writes them, each rank its share, in a thread, from copies in host memory, while training
-continues. Rank 0 renames the temporary directory once all shares are on disk.
+torch.distributed.checkpoint writes them in a thread, from copies in host memory, while training continues; each rank
+writes its share. Rank 0 renames the temporary directory once all shares are on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
-_META = "meta.json"  # beside .metadata, torch's own index
+_META = "meta.json"  # next to .metadata, torch's own index
 _SCHEMA = 2
 _ROOT = "run"  # a single top-level entry: torch logs each of them, which is slow
 
@@ -43,7 +43,7 @@ TensorEntry = tuple[torch.Size, torch.dtype]  # of a saved tensor
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint cannot be read; the message says why."""
+    """A checkpoint cannot be read; the message gives the reason."""
 
 
 class NotWritten(OSError):
@@ -52,9 +52,9 @@ class NotWritten(OSError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `examine` finds.
+    """The contents of a checkpoint, from its metadata.
 
-    meta: plain JSON (step, config, ...);  names: of everything saved;  tensors: size and dtype of the tensors among it
+    meta: plain JSON (step, config, ...);  names: of all entries;  tensors: size and dtype of those that are tensors
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 class PendingSave:
-    """A checkpoint that is being written."""
+    """A checkpoint being written."""
 
     def __init__(self, step: int, future: Future[Any], clean_up: Callable[[], None]) -> None:
         self.step = step
@@ -74,7 +74,7 @@ class PendingSave:
         return self._future.done()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is complete. Raises NotWritten, on every rank alike, if that fails."""
+        """Wait until the checkpoint is complete. Raises NotWritten, on every rank, if that fails."""
         try:
             self._future.result()
         except (Exception, CheckpointException) as error:
@@ -87,8 +87,8 @@ class Checkpoints:
 
     Args:
         directory: the folder, on a file system that all ranks share.
-        keep: how many of the newest to keep, in addition to the best.
-        group: all ranks, with a backend for host memory (gloo); None: one process.
+        keep: number of newest checkpoints to keep, in addition to the best.
+        group: all ranks, with a CPU backend (gloo); None: a single process.
     """
 
     def __init__(self, directory: Path, keep: int, group: dist.ProcessGroup | None = None) -> None:
@@ -97,30 +97,30 @@ class Checkpoints:
         self._stager: DefaultStager | None = None
 
     def sweep(self) -> None:
-        """Remove what killed processes have left behind."""
+        """Remove what killed processes left behind."""
         for prefix in (_WRITING, _REMOVING):
             for path in self.directory.glob(f"{prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def paths(self) -> list[Path]:
-        """All checkpoints, newest first."""
+        """Return all checkpoints, newest first."""
         if not self.directory.is_dir():
             return []
         return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=_step, reverse=True)
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest loss; the newest of equal ones."""
+        """Return the checkpoint with the lowest loss; of equal ones, the newest."""
         return min(self.paths(), key=_loss, default=None)
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> PendingSave:
         """Copy `state` into host memory and write it in a thread; all ranks call it together.
 
-        Once this checkpoint is complete, earlier ones are pruned, and so are those of later steps, which are left when
-        a run resumes from an older checkpoint. One save at a time: the next one reuses the host buffers.
+        Once this checkpoint is complete, earlier ones are pruned, and so are those of later steps, which remain when a
+        run resumes from an older checkpoint. One save at a time, because saves share the host buffers.
 
         Args:
             state: name -> tensor, number or text. Each rank writes its shards of a DTensor; anything else is written
-                by the rank that has its name, see `share`.
+                by the rank that passes it, see `share`.
             meta: plain JSON; `best` compares "loss".
         """
         final = self.directory / f"step-{step:08d}"
@@ -128,7 +128,7 @@ class Checkpoints:
         self._attempts += 1
         temporary = self.directory / f"{_WRITING}{final.name}-{self._attempts}"
         publish = partial(self._publish, temporary, final, {"schema": _SCHEMA, "step": step, **meta})
-        if self._stager is None or torch.__version__ < "2.13":  # stagers of earlier versions can be used once
+        if self._stager is None or torch.__version__ < "2.13":  # in earlier versions, a stager can be used only once
             # Pinned buffers and non-blocking copies.
             gpu = any(isinstance(value, Tensor) and value.is_cuda for value in state.values())
             self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
@@ -145,14 +145,14 @@ class Checkpoints:
         return PendingSave(step, future, clean_up)
 
     def _publish(self, temporary: Path, final: Path, meta: dict[str, Any]) -> None:
-        """On rank 0, once every rank's share is on disk: readers never see a partial checkpoint."""
+        """Runs on rank 0 once every rank's share is on disk, so that readers never see a partial checkpoint."""
         files = {path.name: path.stat().st_size for path in temporary.iterdir()}
         with open(temporary / _META, "w", encoding="utf-8") as file:
             json.dump({**meta, "files": files}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync(temporary)
-        if final.exists():  # it could not be read, or belongs to an abandoned branch
+        if final.exists():  # damaged, or left from before resuming at an older step
             _remove(final)
         os.rename(temporary, final)
         _sync(self.directory)
@@ -179,7 +179,7 @@ class _Writer(FileSystemWriter):
             return super().write_data(plan, planner)
         except Exception as error:
             failure: Exception = error
-            cause = error.__context__  # torch's archive writer reports file positions; the system's error is behind it
+            cause = error.__context__  # torch's archive writer reports file positions; the context is the OS error
             if isinstance(error, RuntimeError) and isinstance(cause, OSError):
                 failure = OSError(cause.errno, cause.strerror)
             # The frames hold views of io.BytesIO in cycles, on which the garbage collector of Python 3.12.1 crashes.
@@ -192,15 +192,15 @@ class _Writer(FileSystemWriter):
         missing = {r.storage_data.relative_path for rank in results for r in rank} - set(os.listdir(self.path))
         if missing:
             raise FileNotFoundError(
-                f"{', '.join(sorted(missing))} of other ranks are not in {self.path}: expected run.dir on a file "
-                "system that all hosts share"
+                f"{', '.join(sorted(missing))} of other ranks missing in {self.path}: expected run.dir on a file "
+                "system shared by all hosts"
             )
         super().finish(metadata, results)
         self._publish()
 
 
 def examine(path: Path) -> Checkpoint:
-    """Read a checkpoint's metadata and check that its files are complete; else raise BadCheckpoint."""
+    """Read a checkpoint's metadata and check that its files are complete; raise BadCheckpoint otherwise."""
     if not (path / _META).is_file():
         raise BadCheckpoint(f"{path}: not a checkpoint, {_META} is missing" if path.exists() else f"{path}: not found")
     try:
@@ -229,7 +229,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
     """Fill the tensors of `state` in place and replace its other values; all ranks call it together.
 
     Raises:
-        BadCheckpoint: on every rank, if one of them cannot read its part; some tensors may have changed already.
+        BadCheckpoint: on every rank, if any rank cannot read its part; some tensors may already have changed.
     """
     tree = {_ROOT: state}
     try:
@@ -245,22 +245,22 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
 
 
 def share(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """What rank `rank` writes: its shards, and an equal share of the bytes of the tensors that all ranks hold alike."""
-    mine: dict[str, Tensor] = {}
+    """Return what rank `rank` writes: its shards, and an equal share, in bytes, of the replicated tensors."""
+    own: dict[str, Tensor] = {}
     written = [0] * size
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
         if isinstance(tensor, DTensor):
-            mine[name] = tensor
+            own[name] = tensor
             continue
         least = written.index(min(written))
         written[least] += tensor.nbytes
         if least == rank:
-            mine[name] = tensor
-    return mine
+            own[name] = tensor
+    return own
 
 
 def _reason(error: BaseException) -> str:
-    """One line; if ranks failed, the reason of the first of them."""
+    """Return one line; if ranks failed, the reason of the first one."""
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())
         return f"{_reason(cause)} (rank {rank})" if rank or len(error.failures) > 1 else _reason(cause)
@@ -281,7 +281,7 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """By a rename first: a process killed here leaves nothing that looks like a checkpoint."""
+    """Rename, then delete: a process killed in between leaves nothing that looks like a checkpoint."""
     doomed = path.with_name(f"{_REMOVING}{path.name}")
     if doomed.exists():  # left by an earlier attempt
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The config of a training run: typed sections, read from YAML, with `key=value` overrides.
 
 An unknown key, a wrong type and a value out of range each raise one UserError that names the key. The string below a
-field is its meaning in `scenarioclip-fast train --help` and in the configuration reference (config_reference.py).
+field documents it in `scenarioclip-fast train --help` and in the configuration reference (config_reference.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRESET_KEY = "model.preset"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """Where a run is stored, and the hardware and arithmetic it uses."""
+    """Where a run is stored, and its hardware and arithmetic."""
 
     dir: str = "runs/train"
     """Directory of the metrics, checkpoints and trained model."""
@@ -56,7 +56,7 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection(LoaderConfig):
-    """The data set, the views rendered from it, and how it is loaded."""
+    """The data set, the views rendered from it, and its loading."""
 
     shards: str = ""
     """Directory written by `scenarioclip-fast pack`, or its URL (s3://, gs://, hf://, https://). Required."""
@@ -72,8 +72,8 @@ class DataSection(LoaderConfig):
 class ModelSection(ModelConfig):
     """The model and its initial weights.
 
-    In files and overrides, model.preset sets the base that the other model keys change;
-    `ModelSection.preset("tiny")` does so in Python.
+    In files and overrides, model.preset sets the base that the other model keys modify; in Python, use
+    `ModelSection.preset("tiny")`.
     """
 
     init: str | None = None
@@ -95,7 +95,7 @@ class LossSection:
     duplicates: Literal["negatives", "positives"] = "negatives"
     """Whether equal texts of a batch are each other's negatives, as published, or positives."""
     distillation_scale: float = 1.0
-    """Weight of the distillation: 1 as published, below 1e-4 of the loss; model.embed_dim for some percent; 0: none."""
+    """Weight of the distillation: 1 (published) is below 1e-4 of the loss, model.embed_dim some percent; 0: none."""
     teacher_decay: float = 0.9995
     """Decay of the teacher's moving average after warm-up."""
     teacher_warmup: int = 2000
@@ -116,7 +116,7 @@ class OptimSection:
     """The optimizer, with a linear warm-up and a cosine decay to zero."""
 
     name: str = "adamw"
-    """Optimizer, an entry of train.optim.OPTIMIZERS: adamw or sgd."""
+    """Optimizer, a key of train.optim.OPTIMIZERS: adamw or sgd."""
     lr: float = 2e-5
     """Peak learning rate: 2e-5 for fine-tuning from CLIP, about 1e-3 from scratch."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -128,7 +128,7 @@ class OptimSection:
     decay_logit_scale: bool = False
     """Apply the weight decay to the temperatures too, as the published run does."""
     warmup: float = 0.1
-    """Share of all steps with a linearly rising learning rate."""
+    """Share of all steps in which the learning rate rises linearly."""
     warmup_start: float = 1e-3
     """Learning rate of the first step, as a share of lr."""
     clip_norm: float = 1.0
@@ -159,16 +159,16 @@ class TrainSection:
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     checkpoint_minutes: float | None = 30.0
-    """Also save at the first log line after this many minutes without a checkpoint; null: never."""
+    """Also save at the first log line after this many minutes without a checkpoint; null: off."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one with the lowest mean loss over 100 steps is kept beside them."""
+    """Newest checkpoints to keep, in addition to the one with the lowest mean loss over 100 steps."""
     max_skipped: int = 10
     """Consecutive steps with a non-finite loss or gradient that end the run with an error."""
     tensorboard: bool = True
-    """Write TensorBoard logs where it is installed."""
+    """Write TensorBoard logs if it is installed."""
     accumulate: int = 1
     """Microbatches per step. The loss still sees the whole batch; costs one more forward pass of the trained blocks.
-    Must divide the scenes per rank and batch."""
+    Must divide the batch size per rank."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """On several ranks: replicate everything (ddp), or shard the trained weights and their state (fsdp)."""
     activation_checkpointing: bool = False
@@ -176,10 +176,10 @@ class TrainSection:
     compile: Literal[True, False, "auto"] = False
     """torch.compile the transformer blocks; the first steps take a minute or more. auto: on a GPU only."""
     cuda_graphs: bool = False
-    """Capture the compiled vision blocks in CUDA graphs, with rows padded to a few sizes: for small batches that are
-    bound by launches. Requires compile. Not yet measured."""
+    """Capture the compiled vision blocks in CUDA graphs, with rows padded to a few sizes: for small, launch-bound
+    batches. Requires compile. Not yet measured."""
     profile: tuple[int, int] | None = None
-    """First and last step, counted from 1, of a torch.profiler trace of rank 0 in RUN/profile; null: none."""
+    """First and last step, counted from 1, of a torch.profiler trace of rank 0, in RUN/profile; null: none."""
 
     def __post_init__(self) -> None:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
@@ -193,7 +193,7 @@ class TrainSection:
         _check(1 <= first <= last, "train.profile", self.profile, "the first and the last step, counted from 1")
         if self.cuda_graphs and not self.compile:
             raise UserError(
-                "train.cuda_graphs: got true, expected train.compile=true or auto: the compiled blocks are captured"
+                "train.cuda_graphs: got true, expected train.compile=true or auto: only compiled blocks are captured"
             )
         if self.cuda_graphs and self.parallel == "fsdp":
             raise UserError("got train.cuda_graphs and train.parallel=fsdp, expected only one of them")
@@ -207,7 +207,7 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that determines a run. RUN/config.yaml stores it; `load` reads an equal one back."""
+    """Everything that determines a run, stored in RUN/config.yaml; `load` restores an equal config."""
 
     run: RunSection = field(default_factory=RunSection)
     data: DataSection = field(default_factory=DataSection)
@@ -218,7 +218,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
-        """Build a config from a nested mapping, such as a YAML file's, and `dotted.key=value` strings, which win.
+        """Build a config from a nested mapping, such as a YAML file's, and `dotted.key=value` overrides.
 
         A budget (train.steps, train.epochs, train.views) among the overrides replaces the mapping's budget.
 
@@ -242,19 +242,19 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-        """Build a config from a YAML file, or a config of this package by its name, and overrides: see `of`.
+        """Build a config from a YAML file, or a packaged config by name, and overrides: see `of`.
 
         Args:
-            path: a file, or "tiny", "fast" or "reference".
+            path: a file, or the name "tiny", "fast" or "reference".
         """
         return cls.of(read_yaml(find_config(path)), overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for YAML and JSON."""
+        """Return plain values, for YAML and JSON."""
         return with_lists(asdict(self))
 
     def to_yaml(self) -> str:
-        """The YAML text that `load` reads."""
+        """Return the YAML text that `load` reads."""
         text: str = require("yaml").safe_dump(self.to_dict(), sort_keys=False)
         return text
 

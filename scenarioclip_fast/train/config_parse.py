@@ -1,7 +1,7 @@
 """Convert YAML values and `key=value` overrides to config dataclasses.
 
-Every mistake (an unknown key, a wrong type) is one UserError that names the dotted key. Knows the dataclasses only
-through their type hints, so a new field needs no change here.
+Every error (an unknown key, a wrong type) is a UserError that names the dotted key. The dataclasses are known only
+by their type hints, so a new field needs no change here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scenarioclip_fast.requirements import require
 
 C = TypeVar("C")
 
-# Keys of other trainers -> ours.
+# Keys of other trainers -> keys of this one.
 ALIASES = {
     "learning_rate": "optim.lr",
     "rate": "optim.lr",
@@ -35,17 +35,17 @@ ALIASES = {
 
 
 class RawValue(str):
-    """The text of an override; the type of its key decides what it means."""
+    """The text of an override, to be parsed as the type of its key."""
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Name -> file of the configs that come with the package, such as "tiny"."""
+    """Return name -> file of the configs shipped with the package, such as "tiny"."""
     folder = Path(str(importlib.resources.files("scenarioclip_fast.configs")))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(path: str | Path) -> Path:
-    """`path`, or the file of the packaged config of that name; a file of the same name takes precedence."""
+    """Return `path` if it exists or looks like a path, otherwise the packaged config of that name."""
     if Path(path).exists() or Path(path).name != str(path) or Path(path).suffix:
         return Path(path)
     packaged = packaged_configs()
@@ -60,7 +60,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the nested mapping of a YAML file; an empty file is an empty mapping.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8 or YAML, or holds something other than a mapping.
+        UserError: the file cannot be read, is not UTF-8 or YAML, or is not a mapping.
     """
     yaml = require("yaml")
     try:
@@ -87,7 +87,7 @@ def parse_override(text: str) -> tuple[list[str], RawValue]:
 
 
 def set_value(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Set a leaf of a nested mapping, creating or replacing what is on the way."""
+    """Set a leaf of a nested mapping, creating or replacing the mappings on its path."""
     for part in path[:-1]:
         inner = tree.setdefault(part, {})
         if not isinstance(inner, dict):
@@ -112,13 +112,13 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Overlay one nested mapping on another."""
     merged = dict(base)
     for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        current = merged.get(key)
+        merged[key] = merge(current, value) if isinstance(current, dict) and isinstance(value, Mapping) else value
     return merged
 
 
 def with_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace tuples by lists, as YAML and JSON read them back."""
+    """Replace tuples by lists, as YAML and JSON load them."""
     return {
         name: with_lists(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
         for name, v in values.items()
@@ -126,7 +126,7 @@ def with_lists(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def dotted_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a config dataclass, sections included."""
+    """Yield all dotted keys of a config dataclass, sections included."""
     hints = get_type_hints(cls)
     for f in fields(cls):
         yield prefix + f.name
@@ -138,56 +138,56 @@ def build(cls: type[C], tree: Mapping[str, Any], extra_keys: Iterable[str] = ())
     """Build the config dataclass `cls` from a nested mapping.
 
     Args:
-        extra_keys: dotted keys that are valid but no fields, for "did you mean".
+        extra_keys: valid dotted keys that are not fields, for "did you mean".
     """
     return _section("", cls, tree, [*dotted_keys(cls), *extra_keys])
 
 
-def convert(key: str, wanted: Any, value: Any, known: Sequence[str] = ()) -> Any:
-    """Convert `value` to the type `wanted`, or raise a UserError that names `key`."""
-    if is_dataclass(wanted) and isinstance(wanted, type):
-        return _section(key, wanted, value, known)
-    origin = get_origin(wanted)
+def convert(key: str, target: Any, value: Any, known: Sequence[str] = ()) -> Any:
+    """Convert `value` to the type `target`, or raise a UserError that names `key`."""
+    if is_dataclass(target) and isinstance(target, type):
+        return _section(key, target, value, known)
+    origin = get_origin(target)
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, RawValue) and value.lower() in ("null", "none", "~", "")):
             return None
-        return convert(key, next(a for a in get_args(wanted) if a is not type(None)), value)
+        return convert(key, next(a for a in get_args(target) if a is not type(None)), value)
     if origin is Literal:
-        return _choice(key, get_args(wanted), value)
-    if wanted is str:
+        return _choice(key, get_args(target), value)
+    if target is str:
         if isinstance(value, str):
             return str(value)
-        raise _wrong_type(key, wanted, value)
+        raise _wrong_type(key, target, value)
     if isinstance(value, RawValue):
         value = _scalar(key, value)
     if origin is tuple:
-        inner = get_args(wanted)
+        inner = get_args(target)
         if not isinstance(value, list | tuple) or len(value) != len(inner):
-            raise _wrong_type(key, wanted, value)
+            raise _wrong_type(key, target, value)
         return tuple(convert(f"{key}[{i}]", t, v) for i, (t, v) in enumerate(zip(inner, value, strict=True)))
     number = _number(value)
-    if wanted is bool and isinstance(value, bool):
+    if target is bool and isinstance(value, bool):
         return value
-    if wanted is float and number is not None:
+    if target is float and number is not None:
         return number
-    if wanted is int and number is not None and number.is_integer():
+    if target is int and number is not None and number.is_integer():
         return int(value) if isinstance(value, int) else int(number)
-    raise _wrong_type(key, wanted, value)
+    raise _wrong_type(key, target, value)
 
 
-def shown(value: object) -> str:
-    """A default or a choice as YAML writes it."""
+def to_yaml_text(value: object) -> str:
+    """Format a default or a choice as in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(to_yaml_text, value))}]"
     return str(value) if value != "" else '""'
 
 
 def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:
     hints = get_type_hints(cls)
     if not isinstance(value, Mapping):
-        raise UserError(f"{key}: got {_described(value)}, expected a section with {', '.join(hints)}")
+        raise UserError(f"{key}: got {_describe(value)}, expected a section with {', '.join(hints)}")
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -197,14 +197,14 @@ def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:
         return cls(**converted)
     except UserError as error:
         if issubclass(cls, ModelConfig | VisionConfig | TextConfig | FreezeConfig):
-            raise UserError(f"model.{error}") from None  # the model's configs do not know their place in the tree
+            raise UserError(f"model.{error}") from None  # the model's errors name fields relative to the model section
         if issubclass(cls, LoaderConfig):
             raise UserError(f"{key}.{error}") from None
         raise
 
 
 def _unknown(key: str, siblings: list[str], known: Sequence[str]) -> UserError:
-    # The last part may be right and the section wrong (train.lr), or the other way round (optim.decay).
+    # Either the last part is right and the section wrong (train.lr), or vice versa (optim.decay).
     name = key.rpartition(".")[2]
     near = [ALIASES[name]] if name in ALIASES else [k for k in known if k.rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -220,7 +220,7 @@ def _choice(key: str, choices: Sequence[Any], value: Any) -> Any:
     for choice in choices:
         if choice == value and isinstance(value, type(choice)):  # 1 is not true
             return choice
-    raise UserError(f"{key}: got {_described(value)}, expected one of {', '.join(map(shown, choices))}")
+    raise UserError(f"{key}: got {_describe(value)}, expected one of {', '.join(map(to_yaml_text, choices))}")
 
 
 def _scalar(key: str, text: str) -> Any:
@@ -232,7 +232,7 @@ def _scalar(key: str, text: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """YAML 1.1 reads 1e-3 as a string, so such strings count as numbers; NaN and infinity do not."""
+    """Return a finite number, also from a string, because YAML 1.1 reads 1e-3 as a string; otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -242,13 +242,13 @@ def _number(value: Any) -> float | None:
     return number if abs(number) != float("inf") and number == number else None
 
 
-def _wrong_type(key: str, wanted: Any, value: Any) -> UserError:
+def _wrong_type(key: str, target: Any, value: Any) -> UserError:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = names.get(wanted) or f"a list of {len(get_args(wanted))} numbers"
-    return UserError(f"{key}: got {_described(value)}, expected {expected}")
+    expected = names.get(target) or f"a list of {len(get_args(target))} numbers"
+    return UserError(f"{key}: got {_describe(value)}, expected {expected}")
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     return repr(str(value)) if isinstance(value, str) else f"{value!r} ({_kind(value)})"
 
 

@@ -1,9 +1,9 @@
-"""Document every key of TrainConfig, for `train --help` and for docs/configuration.md.
+"""Document every key of TrainConfig, for `train --help` and the documentation (docs/build.py).
 
-    python -m scenarioclip_fast.train.config_reference > docs/configuration.md
+    python -m scenarioclip_fast.train.config_reference  # prints the Markdown page
 
 Types and defaults come from the dataclasses; meanings are the strings below their fields, which documentation tools
-and editors show too. Imports no torch.
+and editors also show. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from scenarioclip_fast.model.config import PRESETS, ModelConfig, flat
 from scenarioclip_fast.train.config import PRESET_KEY, TrainConfig
-from scenarioclip_fast.train.config_parse import ALIASES, shown
+from scenarioclip_fast.train.config_parse import ALIASES, to_yaml_text
 
-_PRESET_MEANING = "Architecture that the other model keys change."
+_PRESET_MEANING = "Base architecture, which the other model keys modify."
 _INTRODUCTION = """\
 # Configuration
 
-`scenarioclip-fast train -c FILE [KEY=VALUE ...]` reads a YAML file with the sections below; every key is optional but
-`data.shards` and one of `train.steps`, `train.epochs` and `train.views`. `KEY=VALUE` arguments, such as
+`scenarioclip-fast train -c FILE [KEY=VALUE ...]` reads a YAML file with the sections below; all keys are optional
+except `data.shards` and one of `train.steps`, `train.epochs` and `train.views`. `KEY=VALUE` arguments, such as
 `optim.lr=1e-4`, take precedence over the file; a budget among them replaces the file's budget.
 `train --print-config` prints the resulting config, and `train --help` this reference. The files in `configs/` are
 ready to use.
@@ -35,7 +35,7 @@ ready to use.
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, type and default as YAML writes them, and meaning ("" where none is written)."""
+    """One key: its dotted name, its type and default in YAML notation, and its meaning ("" if undocumented)."""
 
     name: str
     type: str
@@ -53,12 +53,12 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """All sections in the order of the config, nested ones after the section that holds them."""
+    """Return all sections in the order of the config, nested ones after their parent."""
     return list(_sections("", TrainConfig()))
 
 
 def meanings(cls: Any) -> dict[str, str]:
-    """Field -> the string literal below it, in `cls` and its base dataclasses; fields without one are absent."""
+    """Map each documented field of `cls` and its base dataclasses to the string literal below it."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if "__dataclass_fields__" not in vars(base):
@@ -69,20 +69,20 @@ def meanings(cls: Any) -> dict[str, str]:
             continue
         definition = ast.parse(textwrap.dedent(source)).body[0]
         assert isinstance(definition, ast.ClassDef)
-        for statement, below in zip(definition.body, definition.body[1:], strict=False):
-            match statement, below:
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            match statement, following:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     found[name] = " ".join(text.split())
     return found
 
 
 def text(width: int | None = None) -> str:
-    """The reference for a terminal of `width` columns (default: this one's)."""
+    """Format the reference for a terminal of `width` columns (default: the current width)."""
     width = min(width or shutil.get_terminal_size().columns, 120)
-    every = sections()
-    columns = [max(len(getattr(key, column)) for s in every for key in s.keys) for column in ("name", "type")]
+    all_sections = sections()
+    columns = [max(len(getattr(key, column)) for s in all_sections for key in s.keys) for column in ("name", "type")]
     lines: list[str] = []
-    for section in every:
+    for section in all_sections:
         lines += ["", *textwrap.wrap(f"{section.name}: {section.description}", width, subsequent_indent="  ")]
         for key in section.keys:
             lines.append(f"  {key.name:<{columns[0]}}  {key.type:<{columns[1]}}  {key.default}".rstrip())
@@ -92,7 +92,7 @@ def text(width: int | None = None) -> str:
 
 
 def markdown() -> str:
-    """The reference as a Markdown page."""
+    """Format the reference as a Markdown page."""
     parts = [_INTRODUCTION]
     for section in sections():
         parts += [
@@ -108,22 +108,22 @@ def markdown() -> str:
     presets = {name: flat(ModelConfig.preset(name).to_dict()) for name in PRESETS}
     parts += [
         "## Presets\n",
-        f"Values that `{PRESET_KEY}` sets; a key that is given beside it wins.\n",
+        f"Values that `{PRESET_KEY}` sets; keys set explicitly take precedence.\n",
         f"| key | {' | '.join(f'`{name}`' for name in PRESETS)} |",
         f"|---|{'---|' * len(PRESETS)}",
     ]
     for key in presets[PRESETS[0]]:
-        values = [shown(preset[key]) for preset in presets.values()]
+        values = [to_yaml_text(preset[key]) for preset in presets.values()]
         if len(set(values)) > 1:
             parts.append(f"| `model.{key}` | {' | '.join(f'`{value}`' for value in values)} |")
     parts += [
         "",
         "## Names in other trainers\n",
-        "The error for one of these names suggests ours.\n",
-        "| there | here |",
+        "An error for one of these names suggests the key of this package.\n",
+        "| other trainer | this package |",
         "|---|---|",
     ]
-    parts += [f"| `{theirs}` | `{here}` |" for theirs, here in ALIASES.items()]
+    parts += [f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items()]
     return "\n".join(parts) + "\n"
 
 
@@ -138,7 +138,7 @@ def _sections(prefix: str, config: Any) -> Iterator[Section]:
         if is_dataclass(hints[f.name]):
             nested += _sections(f"{name}.", value)
         else:
-            keys.append(Key(name, type_name(hints[f.name]), shown(value), documented.get(f.name, "")))
+            keys.append(Key(name, type_name(hints[f.name]), to_yaml_text(value), documented.get(f.name, "")))
     if PRESET_KEY.startswith(prefix) and "." not in PRESET_KEY.removeprefix(prefix):
         keys.insert(0, Key(PRESET_KEY, type_name(Literal[PRESETS]), PRESETS[0], _PRESET_MEANING))
     if keys:
@@ -147,12 +147,12 @@ def _sections(prefix: str, config: Any) -> Iterator[Section]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as YAML users read it: "int", "float | null", "[int, int]", or the allowed values."""
+    """Format a type for YAML users: "int", "float | null", "[int, int]", or the allowed values."""
     if hint is type(None):
         return "null"
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " | ".join(map(shown, inner))
+        return " | ".join(map(to_yaml_text, inner))
     if origin in (Union, types.UnionType):
         return " | ".join(map(type_name, inner))
     if origin is tuple:

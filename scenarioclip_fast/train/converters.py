@@ -18,7 +18,7 @@ class Converter(Protocol):
     ) -> str | None:
         """Change the model (and its teacher, whose encoders are copies) in place if `config` requests it.
 
-        Parameters must keep their names and shapes, which checkpoints rely on.
+        Parameters must keep their names and shapes, because checkpoints rely on them.
 
         Returns:
             One line for the log, or None.
@@ -28,13 +28,13 @@ class Converter(Protocol):
 def checkpoint_activations(
     model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World
 ) -> str | None:
-    """train.activation_checkpointing; the teacher has no backward pass."""
+    """Apply train.activation_checkpointing; the teacher has no backward pass."""
     model.set_checkpointing(config.train.activation_checkpointing)
     return None
 
 
 def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
-    """train.compile and train.cuda_graphs."""
+    """Apply train.compile and train.cuda_graphs."""
     if not config.train.compiles_on(world.device.type):
         return None
     model.compile_blocks(config.train.cuda_graphs)
@@ -43,7 +43,7 @@ def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: Trai
     return "the transformer blocks are compiled: the first steps may take a minute or more"
 
 
-# In the order in which they apply.
+# In the order of application.
 CONVERTERS: dict[str, Converter] = {
     "activation_checkpointing": checkpoint_activations,
     "compile": compile_blocks,
@@ -51,6 +51,6 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def convert(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> list[str]:
-    """Apply all converters; returns their lines for the log."""
+    """Apply all converters; return their log lines."""
     lines = [converter(model, teacher, config, world) for converter in CONVERTERS.values()]
     return [line for line in lines if line is not None]

@@ -1,4 +1,4 @@
-"""The trained model of a run, as a directory for evaluation."""
+"""Export the trained model of a run as a directory for evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scenarioclip_fast.train.weights import save_teacher
 
 
 def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: TrainConfig, world: World) -> None:
-    """Write all that an evaluation needs, in one atomic step; all ranks call it together.
+    """Write everything that an evaluation needs, atomically; all ranks call it together.
 
     Raises:
         TrainingFailed: the directory cannot be written.
@@ -51,31 +51,31 @@ def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: Train
 
 
 def learned_scales(loss: ScenarioLoss) -> dict[str, float]:
-    """The factor of the cosines of each level, 1 / temperature; empty for a loss that learns none."""
+    """Return the logit scale of each level, 1 / temperature; empty if the loss learns none."""
     scales = loss.learned_scalars().get("logit_scale", {})
     return {level: scale.item() for level, scale in scales.items()}
 
 
 def _whole_model(model: ScenarioCLIP, world: World) -> ScenarioCLIP:
-    """The model; if its weights are sharded, a copy in host memory on the main process."""
+    """Return the model; if its weights are sharded, the main process gets a whole copy in host memory."""
     state = model.state_dict()
     if not any(isinstance(t, DTensor) for t in state.values()):
         return model
-    whole = _gather(state, world)
+    gathered = _gather(state, world)
     if world.is_main_process:
         model = ScenarioCLIP(model.config)
-        model.load_state_dict(whole)
+        model.load_state_dict(gathered)
     return model
 
 
 def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """All tensors on the main process, sharded ones in host memory.
+    """Return all tensors on the main process, sharded ones in host memory.
 
-    One at a time: together they may exceed the memory of one device.
+    They are gathered one at a time: together they may exceed the memory of one device.
     """
-    whole: dict[str, Tensor] = {}
+    gathered: dict[str, Tensor] = {}
     for name, t in tensors.items():
-        gathered = whole_tensor(t)
+        whole = whole_tensor(t)
         if world.is_main_process:
-            whole[name] = gathered.cpu() if isinstance(t, DTensor) else gathered
-    return whole
+            gathered[name] = whole.cpu() if isinstance(t, DTensor) else whole
+    return gathered

@@ -1,4 +1,4 @@
-"""The output of a running training: metrics.jsonl, TensorBoard, a progress bar on a terminal, lines elsewhere."""
+"""The output of a training run: metrics.jsonl, TensorBoard, a progress bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-# The columns that depend on the clock and the machine; all others are equal when a run is repeated.
+# Columns that depend on the clock and the machine; repeating a run reproduces all others.
 TIMINGS = ("scenes_per_s", "views_per_s", "tflop_per_s", "mfu", "data_wait", "memory_gib")
 _LINE_EVERY_S = 5.0
 
 
 class MetricsLog:
-    """Writes one row per step, on the main process.
+    """Write one row per step, on the main process.
 
     Args:
         directory: the run's directory.
         start: steps already done. Rows of later steps, left by a run that ended after its last checkpoint, are
-            removed, so that metrics.jsonl holds each step once.
+            removed, so that metrics.jsonl has each step once.
         total: steps of the whole run.
-        tensorboard: also write event files, where the package is installed.
+        tensorboard: also write event files, if the package is installed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MetricsLog:
             )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows, each with a "step"; numbers that are not finite become null."""
+        """Append rows, each with a "step"; non-finite numbers become null."""
         if not rows:
             return
         self._unwritten += "".join(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows).encode()
@@ -67,20 +67,20 @@ class MetricsLog:
         self._append()
         self._rows.close()
         if self._board is not None:
-            with contextlib.suppress(OSError):  # of a full disk
+            with contextlib.suppress(OSError):  # full disk
                 self._board.close()
         if self._bar is not None:
             self._bar.close()
 
     def _append(self) -> None:
-        """Write the pending rows; those that a full disk refuses are kept for the next call."""
+        """Write the pending rows; on a full disk, keep the rest for the next call."""
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
             self._write_failed = False
         except OSError as error:
             if not self._write_failed:
-                self.log(f"{self.path} not written: {error}; training continues, and the rows are kept for later")
+                self.log(f"{self.path} not written: {error}; training continues, and the rows are written later")
             self._write_failed = True
 
     def _add_to_board(self, rows: list[dict[str, Any]]) -> None:
@@ -91,12 +91,12 @@ class MetricsLog:
                 for name, value in row.items():
                     if name != "step" and _finite(value) is not None:
                         self._board.add_scalar(name, value, row["step"])
-        except OSError as error:  # a full disk has ended the writer's thread
+        except OSError as error:  # a full disk ended the writer's thread
             self._board = None
             self.log(f"TensorBoard events are no longer written: {error}; training continues")
 
     def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # redirected to a full disk, or the terminal is gone
+        with contextlib.suppress(OSError):  # redirected to a full disk, or the terminal is closed
             print(text, file=self._out, flush=True)
 
     def _show(self, row: Mapping[str, Any], steps: int) -> None:
@@ -124,7 +124,7 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; truncated and damaged lines, left by a crash, are skipped."""
+    """Return the rows of a metrics.jsonl, skipping truncated and damaged lines left by a crash."""
     rows = []
     for line in Path(path).read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):

@@ -1,6 +1,6 @@
-"""Optimisers by name, their parameter groups, the learning rate, and the guarded optimiser step.
+"""Optimizers by name, their parameter groups, the learning rate, and the guarded optimizer step.
 
-To add an optimiser, see docs/new-optimiser.md.
+To add an optimizer, see docs/new-optimiser.md.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.optim import Optimizer
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.train.config import OptimSection
 
-ParamGroup = dict[str, Any]  # "params", "weight_decay", and "lr_multiple" of the scheduled rate
+ParamGroup = dict[str, Any]  # "params", "weight_decay", and "lr_multiple", a factor of the scheduled rate
 OptimizerFactory = Callable[[list[ParamGroup], OptimSection], Optimizer]
 
 
 def adamw(groups: list[ParamGroup], config: OptimSection) -> Optimizer:
-    """AdamW, fused."""
+    """Build a fused AdamW."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def sgd(groups: list[ParamGroup], config: OptimSection) -> Optimizer:
-    """SGD with Nesterov momentum optim.betas[0]; weight decay is added to the gradient (L2)."""
+    """Build SGD with Nesterov momentum optim.betas[0]; weight decay is added to the gradient (L2)."""
     momentum = config.betas[0]
     parameters = [p for group in groups for p in group["params"]]
-    fused = not any(isinstance(p, DTensor) for p in parameters)  # which the fused kernel does not accept
+    fused = not any(isinstance(p, DTensor) for p in parameters)  # unsupported by the fused kernel
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
     if momentum > 0:  # torch's fused step leaves new buffers uninitialised if `found_inf` skips it
         for p in parameters:
@@ -46,10 +46,10 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "sgd": sgd}
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Parameters with a learning rate and weight decay of their own: the first rule that matches one holds.
+    """Learning rate and weight decay of some parameters; the first rule that matches a parameter applies.
 
-    pattern: a regular expression for the whole name, such as "model.vision.global.blocks.0.norm.weight" or
-        "loss.contrastive.logit_scale.object";  min_dims: the least number of dimensions
+    pattern: a regular expression for the full name, such as "model.vision.global.blocks.0.norm.weight" or
+        "loss.contrastive.logit_scale.object";  min_dims: minimum number of dimensions
     """
 
     pattern: str
@@ -62,10 +62,10 @@ class GroupRule:
 
 
 def group_rules(config: OptimSection) -> list[GroupRule]:
-    """Weight decay for matrices only: biases, norms and the class embedding are vectors.
+    """Apply weight decay to matrices only: biases, norms and the class embedding are vectors.
 
-    The loss's temperatures are scalars; the published run decays them all the same (optim.decay_logit_scale). They are
-    a group of their own also because one fused update cannot mix whole tensors with sharded ones (FSDP2).
+    The loss's temperatures are scalars, but the published run decays them too (optim.decay_logit_scale). They form a
+    separate group also because one fused update cannot mix sharded and unsharded tensors (FSDP2).
     """
     return [
         GroupRule(r"model\..*", config.weight_decay, min_dims=2),
@@ -75,13 +75,13 @@ def group_rules(config: OptimSection) -> list[GroupRule]:
 
 
 def trained_parameters(model: nn.Module, loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that the optimiser updates, with names that start with "model." or "loss."."""
+    """Return the parameters that the optimizer updates, their names prefixed with "model." or "loss."."""
     modules = (("model", model), ("loss", loss))
     return [(f"{part}.{name}", p) for part, m in modules for name, p in m.named_parameters() if p.requires_grad]
 
 
 def parameter_groups(parameters: Iterable[tuple[str, Tensor]], rules: list[GroupRule]) -> list[ParamGroup]:
-    """One group per rule that matches a parameter, in the order of the rules."""
+    """Return one group per rule that matches a parameter, in the order of the rules."""
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": rule.weight_decay, "lr_multiple": rule.lr_multiple} for rule in rules
     ]
@@ -92,7 +92,7 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], rules: list[Group
 
 
 def optimizer_factory(name: str) -> OptimizerFactory:
-    """The entry of OPTIMIZERS; UserError for an unknown name."""
+    """Return the entry of OPTIMIZERS; raise UserError for an unknown name."""
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -101,37 +101,37 @@ def optimizer_factory(name: str) -> OptimizerFactory:
 
 
 def build_optimizer(model: nn.Module, loss: nn.Module, config: OptimSection) -> Optimizer:
-    """The optimiser `config.name` over the trainable parameters of `model` and `loss` (the temperatures)."""
+    """Build the optimizer `config.name` over the trainable parameters of `model` and `loss` (the temperatures)."""
     groups = parameter_groups(trained_parameters(model, loss), group_rules(config))
     return optimizer_factory(config.name)(groups, config)
 
 
 def learning_rate(step: int, total: int, config: OptimSection) -> float:
-    """The rate of step `step` (from 0) of `total`: linear from warmup_start * lr up to lr, then a cosine to 0."""
-    warm = round(config.warmup * total)
-    if step < warm:
-        return config.lr * (config.warmup_start + (1 - config.warmup_start) * step / warm)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    """Return the rate of step `step` (from 0) of `total`: linear from warmup_start * lr to lr, then cosine to 0."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return config.lr * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """The scheduled rate, times each group's "lr_multiple"."""
+    """Set each group's learning rate to `rate` times its "lr_multiple"."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_multiple"]
 
 
 def guarded_step(optimizer: Optimizer, loss: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Clip the gradients to `clip_norm` and step, unless `loss` or a gradient is not finite: then nothing changes.
+    """Clip the gradients to `clip_norm` and step, unless `loss` or a gradient is not finite; then nothing changes.
 
-    Both decisions are made on the device, without a host synchronisation. Fused optimisers receive them as the scale
-    and skip flag of a gradient scaler, so the gradients are not rewritten in a pass of their own. Clears the gradients.
+    Both decisions are made on the device, without host synchronisation. Fused optimizers receive them as the scale and
+    skip flag of a gradient scaler, which avoids a separate pass over the gradients. Clears the gradients.
 
     Returns:
-        The gradients' norm before clipping and whether the step was skipped (bool), both [] on the device.
+        The gradient norm before clipping, and whether the step was skipped (bool), both [] on the device.
     """
     norm = _total_norm(_gradients(optimizer))
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
-    scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # as clip_grad_norm_
+    scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # as in clip_grad_norm_
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -144,10 +144,10 @@ def guarded_step(optimizer: Optimizer, loss: Tensor, clip_norm: float) -> tuple[
 
 @torch.no_grad()
 def _step_unless(skipped: Tensor, optimizer: Optimizer, scale: Tensor) -> None:
-    """For optimisers without the fused flag: a step that is undone if `skipped`, from copies of weights and state.
+    """For optimizers without the fused flag: step, then undo it if `skipped`, from copies of weights and state.
 
-    State that the optimiser creates in a skipped step is that of a step with zero gradients. Counters in host memory
-    count skipped steps: the flag is on the device, and reading it would wait.
+    State that the optimizer creates in a skipped step is that of a step with zero gradients. Counters in host memory
+    include skipped steps: the flag is on the device, and reading it would synchronise.
     """
     for gradient in map(_local, _gradients(optimizer)):
         gradient.copy_(torch.where(skipped, 0.0, gradient / scale))
@@ -164,7 +164,7 @@ def _local(t: Tensor) -> Tensor:
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all gradients together, over all ranks where they are sharded; [] on the device."""
+    """Return the norm of all gradients, reduced over the ranks if sharded; [] on the device."""
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     norm = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
     if not sharded:

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 for float32 products under "tf32", full float32 otherwise; restores the old settings at the end."""
+    """Use TF32 for float32 products with "tf32", full float32 otherwise; restore the previous settings on exit."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -23,5 +23,5 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of forward passes: bf16 under "bf16"."""
+    """Return the context of forward passes: bfloat16 autocast with "bf16"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

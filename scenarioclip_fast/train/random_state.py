@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python and torch, the current GPU included; plain values, fit for JSON."""
+    """Return the state of Python and torch, including the current GPU, as JSON values."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {"python": [version, list(internal), gauss], "torch": _to_hex(torch.get_rng_state())}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The directory of a run: locked for one run, with a folder of checkpoints."""
+"""The directory of a run: locked for one run, with a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from scenarioclip_fast.train.config import TrainConfig
 
 
 def checkpoints_of(config: TrainConfig, world: World) -> Checkpoints:
-    """The folder of a run's checkpoints."""
+    """Return the checkpoint folder of a run."""
     return Checkpoints(Path(config.run.dir) / "checkpoints", config.train.keep_checkpoints, world.host)
 
 
 @contextmanager
 def open_run_dir(config: TrainConfig, world: World, resume: bool) -> Iterator[None]:
-    """Create run.dir, lock it for this run and remove what killed writers have left there."""
+    """Create run.dir, lock it for this run and remove what killed writers left there."""
     checkpoints = checkpoints_of(config, world)
     if not resume and checkpoints.paths():
         raise UserError(
-            f"{config.run.dir} holds the checkpoints of an earlier run: continue with --resume, or set another run.dir"
+            f"{config.run.dir} contains checkpoints of an earlier run: continue with --resume, or set another run.dir"
         )
     with ExitStack() as stack:
         if world.is_main_process:
@@ -42,10 +42,12 @@ def open_run_dir(config: TrainConfig, world: World, resume: bool) -> Iterator[No
 
 
 def _lock(directory: int, name: str) -> None:
-    """Until the descriptor is closed: two runs would mix their metrics and sweep each other's checkpoints."""
+    """Hold a lock until the descriptor is closed: two runs would mix metrics and delete each other's checkpoints."""
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"run.dir: another process trains into {name}: wait for it, or set another run.dir") from None
-    except OSError:  # some network file systems have no locks
+        raise UserError(
+            f"run.dir: another process is training in {name}: wait for it, or set another run.dir"
+        ) from None
+    except OSError:  # some network file systems do not support locks
         return

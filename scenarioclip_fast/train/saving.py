@@ -1,4 +1,4 @@
-"""Saves the state of a run to checkpoints, and restores it."""
+"""Save the state of a run to checkpoints, and restore it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Resume = bool | str | Path  # True or "auto", "best", or a checkpoint's path
 
 
 class Saver:
-    """Saves `state` and restores it. Every rank makes one, and all ranks call it together.
+    """Save and restore `state`. Every rank creates one, and all ranks call it together.
 
     Args:
         total_steps: the run's budget.
-        log: logs one line, on the main process.
+        log: logs a line on the main process.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether train.checkpoint_minutes have passed, by the clock of the main process; False on other ranks."""
+        """Whether train.checkpoint_minutes have passed on the main process; False on other ranks."""
         minutes = self.config.train.checkpoint_minutes
         return self.world.is_main_process and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
@@ -82,7 +82,7 @@ class Saver:
             self._finish(last=True)
 
     def poll(self) -> None:
-        """Log a failure of the checkpoint being written; does not wait."""
+        """Log a failure of the checkpoint being written, without waiting."""
         if self._pending is not None and self._pending.done():
             self._finish()
 
@@ -91,7 +91,7 @@ class Saver:
         self._finish("")
 
     def restore(self, resume: Resume) -> list[str]:
-        """Load the checkpoint to resume from; returns lines for the log."""
+        """Load the checkpoint to resume from; return log lines."""
         notes: list[str] = []
         if not resume:
             return notes
@@ -114,7 +114,7 @@ class Saver:
         )
         raise UserError(f"--resume: no readable checkpoint: {'; '.join(problems)}; {remedy}")
 
-    def _finish(self, then: str = "; training continues", last: bool = False) -> None:
+    def _finish(self, consequence: str = "; training continues", last: bool = False) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -125,10 +125,10 @@ class Saver:
             if last:
                 newest = next(iter(self.checkpoints.paths()), "none")
                 raise TrainingFailed(f"{error}; the newest complete checkpoint is {newest}") from error
-            self._log(f"{error}{then}")
+            self._log(f"{error}{consequence}")
 
     def _candidates(self, resume: Resume) -> list[Path]:
-        """Checkpoints to try, in order; the main process lists them, so that all ranks resume from the same one."""
+        """List the checkpoints to try, on the main process, so that all ranks resume from the same one."""
         if _is_auto(resume):
             paths = self.checkpoints.paths()
         elif resume == "best":
@@ -140,7 +140,7 @@ class Saver:
         return self.world.gather(paths)[0]
 
     def _examine(self, path: Path) -> Checkpoint:
-        """What `examine` finds on the main process, on all ranks."""
+        """Run `examine` on the main process and share the result with all ranks."""
         found: Checkpoint | BadCheckpoint | None = None
         if self.world.is_main_process:
             try:
@@ -165,40 +165,40 @@ class Saver:
         if missing := sorted(tensors.keys() - found.names):
             raise UserError(
                 f"{found.path} lacks {len(missing)} tensors of this run, such as {missing[0]}: resume with the "
-                "settings that it was written with"
+                "settings it was saved with"
             )
         moments = run.empty_optimizer_tensors(found.tensors)
-        # On another number of ranks, the order of scenes continues from rank 0's position.
+        # With a different number of ranks, the order of scenes continues from rank 0's position.
         same_ranks = meta["ranks"] == self.world.size
         key = _rank_key(self.world.rank if same_ranks else 0)
         state: dict[str, Any] = {**tensors, **moments, key: ""}
         load(found, state, self.checkpoints.group)
-        of_rank = json.loads(state[key])
+        rank_state = json.loads(state[key])
         run.load_optimizer_tensors(moments)
-        run.loader.load_state_dict(of_rank["loader"])
+        run.loader.load_state_dict(rank_state["loader"])
         if same_ranks:
-            set_random_state(of_rank["random"])
+            set_random_state(rank_state["random"])
         if run.teacher is not None and meta["teacher_step"] is not None:
             run.teacher.step = meta["teacher_step"]
-        elif run.teacher is not None:  # new in this run: it starts from the loaded model
+        elif run.teacher is not None:  # new in this run: start from the loaded model
             run.teacher.restart(run.model)
         run.progress.load_dict(meta["progress"])
         self._saved = run.progress.step
 
     def _compare(self, found: Checkpoint) -> list[str]:
-        """One line if the run's settings changed; UserError for another model or optimiser."""
-        before = {"optim.name": OptimSection.name, **flat(found.meta["config"])}  # old checkpoints do not name it
+        """Return a line if the run's settings changed; raise UserError for a different model or optimizer."""
+        before = {"optim.name": OptimSection.name, **flat(found.meta["config"])}  # absent in old checkpoints
         now = flat(self.config.to_dict())
         changed = {
-            key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            key: f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
             for key in {**before, **now}
             if before.get(key) != now.get(key) and not key.startswith("run.") and key != "model.init"
         }
-        of_model = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
-        if of_model:
-            raise UserError(f"{found.path} holds another model: {'; '.join(of_model)}")
+        model_changes = [text for key, text in changed.items() if key.startswith("model.") and key != "model.preset"]
+        if model_changes:
+            raise UserError(f"{found.path} contains a different model: {'; '.join(model_changes)}")
         if "optim.name" in changed:
-            raise UserError(f"{found.path} holds the state of another optimiser: {changed['optim.name']}")
+            raise UserError(f"{found.path} contains the state of a different optimizer: {changed['optim.name']}")
         return [f"settings changed since the checkpoint: {'; '.join(changed.values())}"] if changed else []
 
 

@@ -1,8 +1,8 @@
-"""FSDP2: shards trained weights, their gradients, optimiser state and averages over the ranks, for large towers.
+"""FSDP2: shard trained weights, their gradients, optimizer state and averages over the ranks, for large towers.
 
-A stage of an encoder (embedding, norm, block, head) is gathered when it runs and freed afterwards. Frozen weights stay
-whole on every rank: without gradients, optimiser state or averages they take 4 bytes each, where a trained weight takes
-16 to 20. The temperatures of the loss are scalars, which cannot be sharded: DDP averages their gradients.
+A stage of an encoder (embedding, norm, block, head) is gathered when it runs and freed afterwards. Frozen weights are
+replicated: without gradients, optimizer state or averages they take 4 bytes each, where a trained weight takes 16 to
+20. The temperatures of the loss are scalars, which cannot be sharded: DDP averages their gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scenarioclip_fast.train.step import StepModule
 
 
 def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Module:
-    """Shard the trained weights of `step`, and their averages in `teacher`, in place; call it before the optimiser.
+    """Shard the trained weights of `step`, and their averages in `teacher`, in place, before building the optimizer.
 
     Gradients are averaged over the ranks, as the losses of this package expect.
     """
@@ -29,23 +29,23 @@ def shard(step: StepModule, teacher: EMATeacher | None, world: World) -> nn.Modu
     with torch.no_grad():
         for p in step.parameters():
             dist.broadcast(p, 0, group=world.group)
-    whole = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
+    replicated = {p for p in step.parameters() if not p.requires_grad} | set(step.loss.parameters())
     step.loss = DistributedDataParallel(step.loss, gradient_as_bucket_view=True)
     encoders = list(step.model.encoders())
-    if teacher is not None:  # under the same root, which prefetches one stage while another runs
+    if teacher is not None:  # under the same root, so that one stage is prefetched while another runs
         averaged = list(dict.fromkeys(teacher.encoders.values()))
         step.teacher = nn.ModuleList(averaged)
         encoders += averaged
     for encoder in encoders:
         for stage in encoder.stages:
-            if any(p not in whole for p in stage.parameters()):
-                fully_shard(stage, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(step, mesh=mesh, ignored_params=whole)
+            if any(p not in replicated for p in stage.parameters()):
+                fully_shard(stage, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    fully_shard(step, mesh=mesh, ignored_params=replicated)
     if teacher is not None:
         teacher.refresh()
     return step
 
 
 def whole_tensor(t: Tensor) -> Tensor:
-    """A tensor, gathered if it is sharded; all ranks call it together."""
+    """Return a tensor, gathered if it is sharded; all ranks call it together."""
     return t.full_tensor() if isinstance(t, DTensor) else t

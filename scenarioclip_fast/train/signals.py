@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# Launchers forward a signal that the system has sent to every process already: an echo within this time is ignored.
+# Launchers forward signals that every process has already received: ignore repeats within this time.
 _ECHO_S = 2.0
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Call `stop` with the name of a SIGTERM, SIGUSR1 or SIGINT; a signal repeated later has its usual effect."""
+    """Call `stop` with the name of a SIGTERM, SIGUSR1 or SIGINT; a later repeat has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

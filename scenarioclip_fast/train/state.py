@@ -1,4 +1,4 @@
-"""What a run consists of, as named tensors for a checkpoint, and how far it is."""
+"""The state of a run, as named tensors for a checkpoint, and its progress."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
 from scenarioclip_fast.train.checkpoint import TensorEntry
 from scenarioclip_fast.train.optim import trained_parameters
 
-SUMMARY_STEPS = 10  # losses in the means of a run's summary
-# Losses in the mean by which checkpoints are compared: single steps are noise, and equal counts compare like with like,
-# however far apart checkpoints are.
+SUMMARY_STEPS = 10  # number of losses in the means of a run's summary
+# Number of losses in the mean that ranks checkpoints: single steps are noisy, and a fixed number makes means comparable
+# whatever the checkpoint interval.
 _BEST_OVER_STEPS = 100
 
 
 @dataclass
 class Progress:
-    """How far a run is, over all its processes."""
+    """The progress of a run, over all its processes and resumes."""
 
     step: int = 0
     scenes: int = 0
@@ -41,7 +41,7 @@ class Progress:
         return list(self.recent_losses)[-SUMMARY_STEPS:]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Return plain values, for JSON."""
         return {**asdict(self), "recent_losses": list(self.recent_losses)}
 
     def load_dict(self, values: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """Everything that a run resumes from."""
+    """Everything needed to resume a run."""
 
     model: ScenarioCLIP
     loss: ScenarioLoss
@@ -62,7 +62,7 @@ class RunState:
     progress: Progress
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and averages, which all ranks share, under names that do not depend on wrappers."""
+        """Return weights and averages, which are global, under names that do not depend on wrappers."""
         found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         found |= {f"loss/{name}": t for name, t in self.loss.state_dict().items()}
         if self.teacher is not None:
@@ -70,22 +70,22 @@ class RunState:
         return found
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state under "optimizer/PARAMETER/KEY"; empty before the first step."""
+        """Return the optimizer's state as "optimizer/PARAMETER/KEY"; empty before the first step."""
         found: dict[str, Tensor] = {}
         for name, p in self._trained():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if not isinstance(value, Tensor):
                     kind = type(self.optimizer).__name__
                     raise TypeError(
-                        f"{kind}: state {key!r} is {value!r}, expected a tensor, to be saved in checkpoints"
+                        f"{kind}: state {key!r} is {value!r}, expected a tensor, because checkpoints save only tensors"
                     )
                 found[f"{name}/{key}"] = value
         return found
 
     def empty_optimizer_tensors(self, saved: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-        """Tensors to load the optimiser state of a checkpoint into; `saved` lists the checkpoint's tensors.
+        """Return tensors to load the optimizer state of a checkpoint into; `saved` lists the checkpoint's tensors.
 
-        The checkpoint decides what there is: optimisers create their state in their first step only.
+        Only the checkpoint knows the keys: an optimizer creates its state in its first step.
         """
         keys: dict[str, list[str]] = defaultdict(list)
         for full in saved:
@@ -96,16 +96,16 @@ class RunState:
         for name, p in self._trained():
             for key in keys[name]:
                 size, dtype = saved[f"{name}/{key}"]
-                like_parameter = size == p.shape and p.ndim > 0  # also sharded like it
+                like_parameter = size == p.shape and p.ndim > 0  # then also sharded like it
                 found[f"{name}/{key}"] = (
                     torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                     if like_parameter
-                    else torch.zeros(size, dtype=dtype)  # load_state_dict moves it to the optimiser's device
+                    else torch.zeros(size, dtype=dtype)  # load_state_dict moves it to the optimizer's device
                 )
         return found
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the optimiser the state from `empty_optimizer_tensors`; its hyperparameters stay as configured."""
+        """Load the filled `empty_optimizer_tensors` into the optimizer; its hyperparameters stay as configured."""
         keys: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for full, tensor in tensors.items():
             name, _, key = full.rpartition("/")

@@ -1,4 +1,4 @@
-"""All forward passes of a training step as one module: DDP and FSDP hook `forward`, so each pass must go through it."""
+"""All forward passes of a training step as one module: DDP and FSDP hook `forward`, so each pass must call it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from scenarioclip_fast.model.tokens import UniqueTexts
 class Phase(Enum):
     """What a call of `StepModule` runs; the comments give its inputs and outputs."""
 
-    LOSS = auto()  # (batch, texts, teacher) -> the terms of the loss: model and loss of the whole step
-    EMBED = auto()  # (batch, texts, teacher) -> (trunk output, embeddings): the model alone
-    EMBED_AGAIN = (
-        auto()
-    )  # (trunk output) -> image and text embeddings: the trained stages, to backpropagate cached rows
+    LOSS = auto()  # (batch, texts, teacher) -> the terms of the loss
+    EMBED = auto()  # (batch, texts, teacher) -> (trunk output, embeddings)
+    EMBED_AGAIN = auto()  # (trunk output) -> image and text embeddings, to backpropagate cached gradients
 
 
 class StepModule(nn.Module):
@@ -44,9 +42,9 @@ class StepModule(nn.Module):
         return terms
 
     def _embed(self, batch: Batch, texts: UniqueTexts, teacher: EMATeacher | None) -> tuple[TrunkOutput, Embeddings]:
-        trunk = self.model.begin(batch, texts)
-        return trunk, self.model.finish(trunk, teacher)
+        trunk = self.model.run_trunk(batch, texts)
+        return trunk, self.model.run_levels(trunk, teacher)
 
     def _embed_again(self, trunk: TrunkOutput) -> list[Tensor]:
-        embeddings = self.model.finish(trunk)
+        embeddings = self.model.run_levels(trunk)
         return [*embeddings.image, *embeddings.text]

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: waits for data, the bottleneck, and profiler traces."""
+"""Time measurement of a run: waits for data, the bottleneck, and profiler traces."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 _REPORT_EVERY_S = 300.0
-_DATA_BOUND = 0.03  # share of the time spent waiting for data from which it is the bottleneck
+_DATA_BOUND = 0.03  # data is the bottleneck from this share of the time spent waiting for it
 
 
 class DataWait:
-    """How long the device was idle because a batch was not ready.
+    """Measure how long the device was idle because a batch was not ready.
 
     On a GPU the host runs ahead, and its wait for a batch costs nothing while earlier steps keep the GPU busy: a wait
-    counts at most as long as the gap on the GPU between two steps.
+    counts for at most the gap on the GPU between two steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,19 +25,19 @@ class DataWait:
         self._end: Any = None
 
     def begin_step(self, waited: float) -> None:
-        """`waited`: seconds that the host waited for the step's batch."""
+        """Mark the start of a step; `waited`: seconds the host waited for its batch."""
         self._host.append(waited)
         if self._device.type == "cuda":
             start = self._record_event()
             self._gaps.append((self._end or start, start))
 
     def end_step(self) -> None:
-        """All work of the step is enqueued."""
+        """Mark the end of a step, once all its work is enqueued."""
         if self._device.type == "cuda":
             self._end = self._record_event()
 
     def pop(self) -> float:
-        """Seconds waited since the last call. The device must have finished the steps."""
+        """Return the seconds waited since the last call. The device must have finished the steps."""
         host, gaps, self._host, self._gaps = self._host, self._gaps, [], []
         if self._device.type != "cuda":
             return sum(host)
@@ -50,14 +50,14 @@ class DataWait:
 
 
 class BottleneckReport:
-    """Whether data loading or the step limits the speed."""
+    """Report whether data loading or the step is the bottleneck."""
 
     def __init__(self) -> None:
         self.seconds = self.waited = 0.0
         self._next = _REPORT_EVERY_S
 
     def add(self, seconds: float, waited: float) -> bool:
-        """Count an interval; returns whether the next report is due."""
+        """Add an interval; return whether the next report is due."""
         self.seconds += seconds
         self.waited += waited
         if self.seconds < self._next:
@@ -68,9 +68,9 @@ class BottleneckReport:
     def __str__(self) -> str:
         share = self.waited / self.seconds if self.seconds else 0.0
         if share < _DATA_BOUND:
-            return f"bound by the step: it waited {share:.1%} of the time for data"
+            return f"compute-bound: the step waited for data {share:.1%} of the time"
         return (
-            f"bound by data: the step waited {share:.1%} of the time; raise data.threads, keep decoded images in "
+            f"data-bound: the step waited for data {share:.1%} of the time; raise data.threads, keep decoded images in "
             "memory with data.cache_gib, or decode with data.decoder=dali"
         )
 
@@ -84,17 +84,17 @@ class StepProfile:
         self._profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Start the trace ahead of its first step."""
+        """Start the trace if `step` is its first step."""
         if step == self._first:
             self._profiler = torch.profiler.profile(record_shapes=True)
             self._profiler.start()
 
     def after(self, step: int) -> str | None:
-        """Write the trace after its last step; returns a line for the log if it did."""
+        """Write the trace if `step` is its last step; return a log line if so."""
         return self.close() if step >= self._last else None
 
     def close(self) -> str | None:
-        """Write the trace if one has started; returns a line for the log if it did."""
+        """Write the trace if one was started; return a log line if so."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return None

@@ -1,4 +1,4 @@
-"""The trainer: typed parts built in a fixed order, and one readable step."""
+"""The trainer: builds typed parts in a fixed order and runs one readable step."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ from scenarioclip_fast.train.timing import StepProfile
 from scenarioclip_fast.train.warning_filters import expected_warnings_ignored
 
 _BAD_SAMPLES = "bad_samples.jsonl"
-_ENDLESS = 2**31  # epochs: the budget ends a run, not the loader
+_UNLIMITED_EPOCHS = 2**31  # the budget ends a run, not the loader
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended. `completed` is False if a signal or `Trainer.stop` ended it early."""
+    """The outcome of a run. `completed` is False if a signal or `Trainer.stop` ended it early."""
 
     run_dir: Path
     model_dir: Path | None  # the trained model, once completed
     step: int
     total_steps: int
     completed: bool
-    first_loss: float  # mean over the first steps of the run
-    last_loss: float  # mean over its last steps
+    first_loss: float  # mean of the run's first steps
+    last_loss: float  # mean of its last steps
     scenes: int
     views: int
     seconds: float  # of this process
     views_per_s: float  # of this process, start-up and checkpoints excluded
-    skipped: int  # steps without an update, because the loss or a gradient was not finite
+    skipped: int  # steps without an update, because of a non-finite loss or gradient
     stopped_by: str | None
 
     def summary(self) -> str:
@@ -75,7 +75,7 @@ class FitResult:
         ]
         if self.skipped:
             lines.append(
-                f"skipped steps: {self.skipped}, loss or gradient not finite: see {self.run_dir / SKIPPED_FILE}"
+                f"skipped steps: {self.skipped} with a non-finite loss or gradient, see {self.run_dir / SKIPPED_FILE}"
             )
         if self.model_dir is not None:
             lines.append(f"model: {self.model_dir}")
@@ -85,15 +85,15 @@ class FitResult:
 
 
 class Trainer:
-    """Trains a model as `config` describes.
+    """Train a model as `config` describes.
 
     Args:
         config: a TrainConfig.
-        resume: True or "auto" to resume from the newest readable checkpoint of config.run.dir (or to start, if it has
+        resume: True or "auto" to resume from the newest readable checkpoint of config.run.dir (or to start, if there is
             none), "best" from the one with the lowest loss, or the path of a checkpoint.
 
-    On several ranks, every rank makes the same Trainer and calls `fit`; batch sizes, losses and metrics are those of
-    all ranks together.
+    With several ranks, each rank creates the same Trainer and calls `fit`; batch sizes, losses and metrics cover all
+    ranks.
     """
 
     def __init__(self, config: TrainConfig, resume: Resume = False) -> None:
@@ -102,21 +102,21 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
         self._stop: str | None = None
-        self._save_due = False  # by the clock
+        self._save_due = False  # by train.checkpoint_minutes
         self._metrics: MetricsLog | None = None
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Number of optimizer steps done."""
         return self.progress.step
 
     def fit(self) -> FitResult:
-        """Train until the budget is spent, a signal arrives or `stop` is called; saves the state in each case.
+        """Train until the budget is spent, a signal arrives or `stop` is called; save the state in each case.
 
         Raises:
-            UserError: for a mistake in the config, the data or the checkpoint.
-            TrainingFailed: train.max_skipped steps in a row had a loss or a gradient that is not finite, or the last
-                checkpoint or the model cannot be written.
+            UserError: the config, the data or the checkpoint is invalid.
+            TrainingFailed: train.max_skipped steps in a row had a non-finite loss or gradient, or the last checkpoint
+                or the model cannot be written.
         """
         with ExitStack() as stack:
             self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
@@ -128,20 +128,20 @@ class Trainer:
             return self._run()
 
     def stop(self, reason: str = "a call of stop()") -> None:
-        """Request that the run saves and ends: after the current step, or on several ranks at the next log interval."""
+        """Make the run save and end: after the current step, or with several ranks at the next log interval."""
         self._stop = reason
 
     def log(self, text: str) -> None:
-        """Log one line, on the main process."""
+        """Log a line on the main process."""
         if self._metrics is not None:
             self._metrics.log(text)
 
     def train_step(self, batch: Batch) -> None:
-        """One optimiser step. The host does not wait for the device, except where the loss's collectives require it."""
+        """Run one optimizer step. The host waits for the device only if the loss's collectives require it."""
         rate = learning_rate(self.step, self.total_steps, self.config.optim)
         set_learning_rate(self.optimizer, rate)
         assert self.model.tokens is not None
-        texts = self.model.tokens.distinct(batch.host_ids)
+        texts = self.model.tokens.unique_texts(batch.host_ids)
         terms = self._backward(batch, texts)
         values = dict(zip(terms, self._mean_over_ranks(terms), strict=True))
         norm, skipped = guarded_step(self.optimizer, values["loss"], self.config.optim.clip_norm)
@@ -152,9 +152,9 @@ class Trainer:
         self._steps.add(self.step, batch, flops, rate, {**values, "grad_norm": norm, "skipped": skipped})
 
     def _backward(self, batch: Batch, texts: UniqueTexts) -> dict[str, Tensor]:
-        """Accumulate the gradients of the batch's loss in the parameters; returns the loss's terms."""
+        """Accumulate the gradients of the batch's loss in the parameters; return the loss's terms."""
         if self.config.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # frees the graphs' memory of the previous step
+            torch.compiler.cudagraph_mark_step_begin()  # frees the graphs' memory from the previous step
         if self.grad_cache is not None:
             return self.grad_cache.backward(batch, texts, self.teacher)
         with self._autocast():
@@ -167,7 +167,7 @@ class Trainer:
 
     def _flops(self, batch: Batch, texts: UniqueTexts) -> float:
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
-        lengths = [of_level.tolist() for of_level in texts.lengths]  # on the host
+        lengths = [level_lengths.tolist() for level_lengths in texts.lengths]  # on the host
         return step_flops(self.model.config, views, lengths, teacher=self.teacher is not None)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -176,7 +176,7 @@ class Trainer:
     def _build(self, stack: ExitStack) -> None:
         """Build all parts, restore the checkpoint to resume from, and log what will be trained."""
         config, world = self.config, self.world
-        optimizer_factory(config.optim.name)  # fails early on a wrong name
+        optimizer_factory(config.optim.name)  # fail early on an unknown name
         if config.train.cuda_graphs and world.device.type != "cuda":
             raise UserError(
                 f"train.cuda_graphs: got true on {world.device}, expected a GPU: set train.cuda_graphs=false"
@@ -214,30 +214,30 @@ class Trainer:
             raise UserError("data.shards is not set: expected the directory that `scenarioclip-fast pack` wrote")
         if data.batch_size % world.size:
             raise UserError(
-                f"data.batch_size: got {data.batch_size}, expected a multiple of the {world.size} ranks, which share it"
+                f"data.batch_size: got {data.batch_size}, expected a multiple of the number of ranks, {world.size}"
             )
-        share, pieces = data.batch_size // world.size, self.config.train.accumulate
-        if share % pieces:
+        per_rank, microbatches = data.batch_size // world.size, self.config.train.accumulate
+        if per_rank % microbatches:
             raise UserError(
-                f"train.accumulate: got {pieces}, expected a divisor of the {share} scenes that a rank has of a batch "
-                "(data.batch_size over the ranks)"
+                f"train.accumulate: got {microbatches}, expected a divisor of the {per_rank} scenes per rank "
+                "(data.batch_size / ranks)"
             )
         return scene_loader(
             data.shards,
-            share,
+            per_rank,
             data,
             device=world.device,
             seed=self.config.run.seed,
             rank=world.rank,
             world_size=world.size,
             size=self.config.model.vision.image_size,
-            epochs=_ENDLESS,
+            epochs=_UNLIMITED_EPOCHS,
             dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
             on_bad=BadSampleLog(self.run_dir / _BAD_SAMPLES),
         )
 
     def _make_profile(self) -> StepProfile | None:
-        """The profiler of train.profile, on the main process."""
+        """Create the profiler of train.profile, on the main process."""
         steps = self.config.train.profile
         if steps is None:
             return None
@@ -248,7 +248,7 @@ class Trainer:
         return StepProfile(self.run_dir / "profile", *steps) if self.world.is_main_process else None
 
     def _make_metrics_log(self, stack: ExitStack) -> MetricsLog | None:
-        """Save the config and open the metrics, on the main process."""
+        """Save the config and open the metrics log, on the main process."""
         if not self.world.is_main_process:
             return None
         try:
@@ -260,7 +260,7 @@ class Trainer:
         return metrics
 
     def _peak_flops(self) -> float | None:
-        """Of all ranks' GPUs, or None if unknown."""
+        """Return the peak FLOP/s of all ranks' GPUs, or None if unknown."""
         if self.world.device.type != "cuda":
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.world.device), self.config.run.precision)
@@ -294,9 +294,9 @@ class Trainer:
         total = sum(p.numel() for p in parameters)
         ranks = f" x {self.world.size} ranks" if self.world.size > 1 else ""
         return (
-            f"{self.config.model.variant}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters train, "
+            f"{self.config.model.variant}: {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters trainable, "
             f"{self.config.run.precision} on {self.world.device}{ranks}; {self.total_steps} steps of "
-            f"{self.config.data.batch_size} scenes, {len(self.loader)} to an epoch"
+            f"{self.config.data.batch_size} scenes, {len(self.loader)} per epoch"
         )
 
     def _run(self) -> FitResult:
@@ -314,7 +314,7 @@ class Trainer:
             model_dir = self.run_dir / "model"
             export(model_dir, self.state, self.vocabulary, self.config, self.world)
         else:
-            self.log(f"stopped by {stopped_by} after step {self.step} of {self.total_steps}; --resume continues there")
+            self.log(f"stopped by {stopped_by} after step {self.step} of {self.total_steps}; continue with --resume")
         return FitResult(
             run_dir=self.run_dir,
             model_dir=model_dir,
@@ -332,7 +332,7 @@ class Trainer:
         )
 
     def _train(self) -> str | None:
-        """Train until the budget is spent or a stop is requested; returns the reason of the stop."""
+        """Train until the budget is spent or a stop is requested; return the reason for the stop."""
         train, steps = self.config.train, self._steps
         batches = iter(self.loader)
         first = self.step
@@ -341,7 +341,7 @@ class Trainer:
             requested = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - requested
-            if self.step == first:  # starting the loader is not part of the pace
+            if self.step == first:  # exclude the loader's start-up from the speed
                 steps.start_clock()
                 waited = 0.0
             if self._profile is not None:
@@ -351,7 +351,7 @@ class Trainer:
             steps.wait.end_step()
             self._write_profile()
             save = self.step % train.checkpoint_every == 0
-            stop = self.world.size == 1 and self._stop is not None  # several ranks agree at a log interval
+            stop = self.world.size == 1 and self._stop is not None  # several ranks agree at log intervals
             if save or stop or self.step % train.log_every == 0 or self.step == self.total_steps:
                 stopped_by = self._flush()
             if save or self._save_due:
@@ -365,26 +365,26 @@ class Trainer:
             self._steps.exclude(time.perf_counter() - ended)
 
     def _flush(self) -> str | None:
-        """Write the steps since the last flush; returns the reason if the run must stop."""
+        """Write the steps since the last flush; return the reason if the run must stop."""
         if not self._steps.has_steps:
             return self._stop if self.world.size == 1 else None
         bad_samples = sum(self.loader.bad.values())
-        of_all = self._steps.flush(Status(self._stop is not None, self.saver.due(), bad_samples))
-        self._save_due = of_all.save > 0
+        totals = self._steps.flush(Status(self._stop is not None, self.saver.due(), bad_samples))
+        self._save_due = totals.save > 0
         self.saver.poll()
         if not self.progress.scenes:  # possible with data.max_bad_fraction=1
             raise UserError(
-                f"{self.config.data.shards}: no scene of the train split can be used; {self.run_dir / _BAD_SAMPLES} "
-                "says why"
+                f"{self.config.data.shards}: no scene of the train split is usable; see {self.run_dir / _BAD_SAMPLES} "
+                "for the reasons"
             )
         self._steps.check_skipped()
-        return next(filter(None, self.world.gather(self._stop))) if of_all.stop else None
+        return next(filter(None, self.world.gather(self._stop))) if totals.stop else None
 
     def _save(self, last: bool = False) -> None:
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.saver.save(last)
         self._save_due = False
-        self._steps.exclude(time.perf_counter() - began)
+        self._steps.exclude(time.perf_counter() - started)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Warnings of torch about things that training does on purpose."""
+"""Filters for torch warnings about things that training does on purpose."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EXPECTED = (
 def expected_warnings_ignored() -> Iterator[None]:
     """Ignore the expected warnings for the duration of a run.
 
-    Filters are process-wide, which is needed here: checkpoints are written in a thread of torch's. Enter it once per
-    run, not once per step.
+    Filters are process-wide, which is necessary because checkpoints are written in a torch thread. Enter once per run,
+    not once per step.
     """
     with warnings.catch_warnings():
         for message in _EXPECTED:

@@ -1,4 +1,4 @@
-"""Initial weights of a run (model.init), and the teacher's weights as a file."""
+"""The initial weights of a run (model.init), and the file of the teacher's weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scenarioclip_fast.requirements import require
 def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
     """Load `model` from a `save_pretrained` directory or a CLIP checkpoint.
 
-    A ScenarioCLIP of the same variant is copied level by level; of any other model, one pair of towers is copied to all
-    levels. model.freeze may differ.
+    A ScenarioCLIP of the same variant is copied level by level; from any other model, one pair of towers is copied to
+    all levels. model.freeze may differ.
 
     Raises:
         UserError: the path does not exist or has another architecture.
@@ -27,7 +27,7 @@ def load_initial_weights(model: ScenarioCLIP, path: str | Path) -> None:
     is_scenarioclip = _is_scenarioclip(Path(path))
     if is_scenarioclip:
         other = ScenarioCLIP.from_pretrained(path)
-    else:  # the config decides if the checkpoint does not record its activation
+    else:  # the activation applies if the checkpoint does not record its own
         other = ScenarioCLIP.from_clip(path, activation=model.config.vision.activation)
     if not is_scenarioclip or other.config.variant != model.config.variant:
         model.init_towers_from(other)
@@ -49,7 +49,7 @@ def _copy_levels(model: ScenarioCLIP, other: ScenarioCLIP, path: str | Path) -> 
         elif not torch.equal(source[first], source[name]):
             raise UserError(
                 f"model.init: {name} of {path} differs from {first}, but model.freeze makes the levels share it; "
-                "use the model.freeze of that model"
+                "set model.freeze as in that model"
             )
 
 
@@ -61,10 +61,10 @@ def save_teacher(state: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def load_teacher(model: ScenarioCLIP, path: Path) -> None:
-    """Replace the weights of `model` by the averaged ones that `save_teacher` wrote.
+    """Replace the weights of `model` with the averages that `save_teacher` wrote.
 
     Raises:
-        UserError: the file does not exist, does not fit, or has averages of only some of the encoders.
+        UserError: the file does not exist, does not match, or has averages of only some encoders.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist: this run had no teacher (model.variant, loss.distillation_scale)")
@@ -80,7 +80,7 @@ def load_teacher(model: ScenarioCLIP, path: Path) -> None:
     wrong = sorted(averaged.keys() ^ own.keys())
     wrong += [name for name in averaged.keys() & own.keys() if averaged[name].shape != own[name].shape]
     if wrong:
-        raise UserError(f"{path} does not fit the model beside it: {', '.join(wrong[:5])} ({len(wrong)} tensors)")
+        raise UserError(f"{path} does not match the model next to it: {', '.join(wrong[:5])} ({len(wrong)} tensors)")
     for name, value in averaged.items():
         own[name].copy_(value)
 

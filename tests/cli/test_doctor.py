@@ -23,7 +23,7 @@ from scenarioclip_fast.cli.main import main
 @pytest.fixture(autouse=True)
 def fresh_probes() -> Iterator[None]:
     def clear() -> None:
-        for probe in (requirements.import_problem, native.build_info, native.why_not, native.host):
+        for probe in (requirements.import_problem, native.build_info, native.unavailable_reason, native.host):
             probe.cache_clear()
 
     clear()
@@ -106,7 +106,7 @@ def test_the_reason_why_the_build_skipped_a_part_is_reported(monkeypatch: pytest
 def test_an_avx2_build_on_an_older_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(native, "build_info", lambda: {"built": ["cpu"], "left_out": {}, "march": "x86-64-v3"})
-    assert "SCENARIOCLIP_FAST_MARCH=x86-64" in str(native.why_not("cpu"))
+    assert "SCENARIOCLIP_FAST_MARCH=x86-64" in str(native.unavailable_reason("cpu"))
 
 
 def test_precedence_of_backend_choices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,9 @@ def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatc
 def test_a_backend_that_cannot_serve_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fail_with(monkeypatch, BackendError("render_views: backend 'cuda' cannot serve cpu tensors"))
+    fail_with(monkeypatch, BackendError("render_views: backend 'cuda' cannot run on cpu tensors"))
     assert main(["doctor"]) == 2
-    assert capsys.readouterr().err == "error: render_views: backend 'cuda' cannot serve cpu tensors\n"
+    assert capsys.readouterr().err == "error: render_views: backend 'cuda' cannot run on cpu tensors\n"
 
 
 def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The package agrees with the benchmarks' baseline, an independent implementation, on loss and all gradients."""
+"""The package matches the benchmarks' baseline, an independent implementation, in loss and all gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, Scena
 END = 30
 TOKENS = {
     "global": [[29, 3, END], [29, 4, 5, 6, END]],
-    "object": [[29, 3, END], [29, 1, 2, END], [29, *range(10, 22), END]],  # the last is cut to the context of 8
+    "object": [[29, 3, END], [29, 1, 2, END], [29, *range(10, 22), END]],  # the last is truncated to the context of 8
     "relation": [[29, 9, 2, 3, 4, END], [29, 5, END]],
 }
 
@@ -39,7 +39,7 @@ def small_batch() -> Batch:
 
 
 def gradients(module: Any) -> dict[str, torch.Tensor]:
-    """By this package's names, with query, key and value concatenated."""
+    """Return gradients by this package's names, with query, key and value concatenated."""
     found: dict[str, torch.Tensor] = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -82,12 +82,12 @@ def test_loss_and_every_gradient(stem: str) -> None:
         for name, p in baseline.model.named_parameters():
             if p.requires_grad:
                 baseline.teacher.get_parameter(name).mul_(1.1)
-    ours = loss(model(batch, teacher=teacher))["loss"]
-    ours.backward()
+    actual = loss(model(batch, teacher=teacher))["loss"]
+    actual.backward()
     expected = baseline.loss(batch)
     expected.backward()
-    # Float64 with other orders of summation.
-    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+    # Float64 with a different order of summation.
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
     got, expected_gradients = gradients(model), gradients(baseline.model)
     assert got.keys() == expected_gradients.keys()
     scale = max(g.abs().max() for g in expected_gradients.values())

@@ -12,8 +12,8 @@ from scenarioclip_fast.model import encoders
 from scenarioclip_fast.model.encoders import Attention, Packing
 
 
-class Counted(TorchDispatchMode):
-    """Counts how often each op runs, views excluded."""
+class CountOps(TorchDispatchMode):
+    """Counts the calls of each op, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Counted(TorchDispatchMode):
 def test_gradients_of_queries_keys_and_values_are_stacked_once(
     packed: bool, pooled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They equal, bit for bit, those of unbinding a permuted tensor, which needs one more copy."""
+    """They equal those of unbinding a permuted tensor bit for bit, with one copy less."""
     torch.manual_seed(0)
     attention = Attention(32, 4).to(dtype)
     packing = Packing.of_lengths(torch.tensor([3, 5, 2, 7])) if packed else None
@@ -41,14 +41,14 @@ def test_gradients_of_queries_keys_and_values_are_stacked_once(
         leaf = x.to(dtype).requires_grad_()
         y = attention(leaf, packing, pooled)
         upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
-        with Counted() as backward:
+        with CountOps() as backward:
             gradients = torch.autograd.grad(y, [leaf, *attention.parameters()], upstream)
         return [y, *gradients], backward.ops
 
     found, ops = run()
     monkeypatch.setattr(encoders, "_heads", lambda x: x.permute(2, 0, 3, 1, 4).unbind(0))
-    expected, more = run()
+    expected, expected_ops = run()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     copies = ("stack", "clone", "copy_", "_to_copy")
     assert {name: ops[name] for name in copies if ops[name]} == {"stack": 1}
-    assert {name: more[name] for name in copies if more[name]} == {"stack": 1, "clone": 1}
+    assert {name: expected_ops[name] for name in copies if expected_ops[name]} == {"stack": 1, "clone": 1}

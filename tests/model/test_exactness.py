@@ -29,7 +29,7 @@ from scenarioclip_fast.model.encoders import Encoder, Packing
 END = 30  # the last id of the small vocabulary
 TEXTS = {
     "global": [[29, 3, END], [29, 4, 5, 6, END], [29, 7, END]],
-    # One text is also an action, one is cut to the context of 8.
+    # One text is also an action; one is truncated to the context of 8.
     "object": [[29, 3, END], [29, 9, END], [29, 1, 2, END], [29, *range(10, 22), END]],
     "relation": [[29, 9, 2, 3, 4, END], [29, 1, 2, 8, END], [29, 5, END], [29, 6, 6, END], [29, 9, 9, 9, END]],
 }
@@ -178,7 +178,7 @@ def loss(out: dict[str, Tensor]) -> Tensor:
 def gradients(model: ScenarioCLIP) -> Iterator[tuple[str, Tensor]]:
     for name, p in model.named_parameters():
         if p.requires_grad:
-            # A level absent from the batch has a zero gradient, not None: distributed training waits for it.
+            # A level absent from the batch has a zero gradient, not None, which DDP would wait for.
             assert p.grad is not None, name
             yield name, p.grad
         else:
@@ -215,7 +215,7 @@ def test_outputs_and_gradients_equal_the_naive_implementation(freeze: str, varia
             (expected, loss_expected, grads_expected), (got, loss_got, grads_got) = results
             assert expected.keys() == got.keys()
             for key in expected:
-                # Float64 with other orders of summation: 1e-10 is about 1e5 roundings.
+                # Float64 with a different order of summation: 1e-10 is about 1e5 roundings.
                 torch.testing.assert_close(got[key], expected[key], rtol=1e-10, atol=1e-10, msg=f"{name}: {key}")
             torch.testing.assert_close(loss_got, loss_expected, rtol=1e-10, atol=1e-10)
             scale = max(g.abs().max() for g in grads_expected.values())
@@ -253,11 +253,11 @@ def test_frozen_blocks_run_once_per_view_and_string() -> None:
     first = fast(model, some, None)
     assert seen["vision"] == [13]
     # Strings are computed in fixed chunks; this vocabulary fills less than one.
-    everything = sum(min(len(ids), 8) for texts in TEXTS.values() for ids in texts)
-    assert sum(seen["text"]) == everything
+    all_tokens = sum(min(len(ids), 8) for texts in TEXTS.values() for ids in texts)
+    assert sum(seen["text"]) == all_tokens
     again = fast(model, some, None)
     assert sum(seen["vision"]) == 26
-    assert sum(seen["text"]) == everything
+    assert sum(seen["text"]) == all_tokens
     for key in first:
         torch.testing.assert_close(again[key], first[key], rtol=0, atol=0)
 
@@ -279,7 +279,7 @@ def test_cached_text_features_follow_weights_and_precision() -> None:
     # bfloat16 carries 8 bits; the layernorm at the end makes values of order 1.
     assert 1e-4 < (low.float() - full).abs().max() < 0.2
     model.tokens.cache_bytes = 0
-    # Float32 with other orders of summation; stale bfloat16 features would be 1e-3 away.
+    # Float32 with a different order of summation; stale bfloat16 features would be 1e-3 away.
     torch.testing.assert_close(fast(model, some, None)["text object"], full, rtol=1e-5, atol=1e-5)
 
 
@@ -293,14 +293,14 @@ def test_cached_text_features_are_usable_after_inference_mode(monkeypatch: pytes
     loss(out).backward()
     torch.testing.assert_close(out["text object"], naive(model, some, None)["text object"], rtol=1e-10, atol=1e-10)
     with torch.inference_mode():
-        made_there = make(FREEZES["part"])
-        torch.testing.assert_close(fast(made_there, some, None)["text object"], out["text object"], rtol=0, atol=0)
+        fresh = make(FREEZES["part"])
+        torch.testing.assert_close(fast(fresh, some, None)["text object"], out["text object"], rtol=0, atol=0)
 
 
 def test_cached_text_features_follow_assigned_weights() -> None:
     model = make(FREEZES["part"])
     states = [{k: v * factor for k, v in model.state_dict().items()} for factor in (1.0, 1.5)]
-    for state in states:  # tensors of equal version counters
+    for state in states:  # tensors with equal version counters
         model.load_state_dict(state, assign=True)
         got, expected = (form(model, BATCHES["repeats"], None)["text object"] for form in (fast, naive))
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -332,7 +332,7 @@ def test_every_version_of_a_block_is_compiled() -> None:
     model = make(FreezeConfig(1, 1))
     teacher = EMATeacher(model)
     for blocks in (model, teacher):
-        blocks.compile_blocks(backend="eager", fullgraph=True)  # fullgraph: one version too many is an error
+        blocks.compile_blocks(backend="eager", fullgraph=True)  # fullgraph: exceeding the limit is an error
     for name in ("repeats", "one of each"):
         for with_gradients in (False, True):  # the two passes of a step in microbatches
             with torch.set_grad_enabled(with_gradients):
@@ -368,7 +368,7 @@ def test_a_step_does_not_synchronise_with_the_device(freeze: str) -> None:
     """Meta tensors have no values: reading one, which would synchronise on a GPU, is an error."""
     model = make(FREEZES[freeze])
     assert model.tokens is not None
-    found = model.tokens.distinct(BATCHES["repeats"].host_ids)
+    found = model.tokens.unique_texts(BATCHES["repeats"].host_ids)
     model.tokens.cache_bytes = 0  # the cache of frozen features copies real values
     model.to("meta")
     teacher = EMATeacher(model)
@@ -401,14 +401,14 @@ def test_float32_and_bf16_agree_with_the_naive_implementation(bf16: bool, device
     for key, value in expected.items():
         error = (got[key].double().cpu() - value).norm() / value.norm()
         assert error < tolerance, f"{key}: off by {error:.1e}"
-    theirs = dict(gradients(model))
+    exact = dict(gradients(model))
     for name, gradient in gradients(low):
-        error = (gradient.double().cpu() - theirs[name]).norm() / theirs[name].norm()
+        error = (gradient.double().cpu() - exact[name]).norm() / exact[name].norm()
         assert error < 2 * tolerance, f"{name}: its gradient is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ["no relations", "no objects"])
-def test_a_batch_without_a_level_has_a_loss_and_gradients(name: str) -> None:
+def test_a_batch_that_lacks_a_level_has_a_loss_and_gradients(name: str) -> None:
     model, criterion = make(FREEZES["part"]), ScenarioLoss(distillation_scale=512).double()
     terms = criterion(model(BATCHES[name], teacher=EMATeacher(model)))
     terms["loss"].backward()
@@ -442,7 +442,7 @@ def test_encode_methods_equal_the_forward_pass() -> None:
     assert model.encode_text([], "global").shape == (0, 12)
 
 
-def test_errors_state_what_was_expected() -> None:
+def test_errors_state_the_expected_input() -> None:
     model = make(FREEZES["part"])
     with pytest.raises(ValueError, match="level: got 'scene', expected one of global, object, relation"):
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.float64), "scene")
@@ -450,9 +450,9 @@ def test_errors_state_what_was_expected() -> None:
         model.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.float64), "global")
     with pytest.raises(TypeError, match=r"pixels: got torch.uint8, expected normalised floats"):
         model.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "global")
-    with pytest.raises(ValueError, match="ids of level relation: got some outside the vocabulary"):
+    with pytest.raises(ValueError, match="ids of level relation: got ids outside the vocabulary"):
         model(batch([0], [0], [5]))
-    with pytest.raises(ValueError, match="ids of level global: got some outside the vocabulary"):
+    with pytest.raises(ValueError, match="ids of level global: got ids outside the vocabulary"):
         model(batch([-1], [0], [0]))
     with pytest.raises(ValueError, match=r"pixels: got 3 views, expected 1 \+ 1 \+ 2"):
         replace(batch([0], [0], [0]), relation_id=torch.tensor([0, 0]))

@@ -1,4 +1,4 @@
-"""Counted FLOPs against counts by hand and against torch's own counter."""
+"""FLOP counts against manual counts and torch's own counter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(freeze: FreezeConfig, stem: str = "linear") -> ModelConfig:
     )
 
 
-def test_by_hand() -> None:
+def test_manual_count() -> None:
     """One view and one text of two tokens per level, one trained block of width 2 in each encoder."""
     small = ModelConfig(
         embed_dim=1,
@@ -50,8 +50,8 @@ def test_by_hand() -> None:
     assert step_flops(small, [0, 0, 0], [[], [], []], teacher=True) == 0
 
 
-def test_texts_by_hand() -> None:
-    """Texts of 2 and 3 tokens at one level: a cached block, a trained one, and the last."""
+def test_manual_count_of_texts() -> None:
+    """Texts of 2 and 3 tokens at one level: a cached block, a trained one and the last one."""
     some = ModelConfig(embed_dim=5, text=TextConfig(8, 31, 2, 3, 1), freeze=FreezeConfig(12, 1))
     whole = 5 * 24 * 2**2 + 4 * 2 * (1 + 2 + 1 + 2 + 3)  # causal attention
     last = 5 * 4 * 2**2 + 2 * 20 * 2**2 + 4 * 2 * (2 + 3)
@@ -62,7 +62,7 @@ def test_texts_by_hand() -> None:
 
 
 class OneTokenVocabulary:
-    """Texts of one token, for which unfused attention computes nothing that is masked."""
+    """Texts of one token, for which unfused attention computes no masked entries."""
 
     def tokens(self, level: str) -> list[list[int]]:
         return [[END]] * 4
@@ -70,7 +70,7 @@ class OneTokenVocabulary:
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("freeze", FREEZES)
-def test_torch_counts_the_same(freeze: str, stem: str) -> None:
+def test_counts_match_torchs_counter(freeze: str, stem: str) -> None:
     some = config(FREEZES[freeze], stem)
     model = ScenarioCLIP(some)
     teacher = EMATeacher(model)
@@ -85,7 +85,7 @@ def test_torch_counts_the_same(freeze: str, stem: str) -> None:
         relation_scene=torch.tensor([1]),
     )
     model(batch)  # fills the cache of the texts' frozen features
-    # torch counts attention only in its unfused form.
+    # torch counts only unfused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         e = model(batch, teacher=teacher)
         torch.stack([x.sum() for x in (*e.image, *e.text)]).sum().backward()

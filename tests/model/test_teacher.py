@@ -1,4 +1,4 @@
-"""The EMA teacher: what it averages, at which rate, and what it shares with the student."""
+"""The EMA teacher: what it averages, its decay, and what it shares with the student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(freeze: FreezeConfig | None = None, variant: str = "scenarioclip1", emb
     )
 
 
-def shake(model: ScenarioCLIP) -> None:
+def perturb(model: ScenarioCLIP) -> None:
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -50,7 +50,7 @@ def test_average_follows_the_student(scope: str) -> None:
     assert set(tensors) == {name for name in trainable if scope == "all" or name.startswith(distilled)}
     expected = {name: p.clone() for name, p in tensors.items()}
     for step in range(6):
-        shake(model)
+        perturb(model)
         student = dict(model.named_parameters(remove_duplicate=False))
         decay = teacher.decay_at(step)
         expected = {name: decay * p + (1 - decay) * student[name].detach() for name, p in expected.items()}
@@ -64,18 +64,18 @@ def test_average_follows_the_student(scope: str) -> None:
 def test_frozen_weights_are_the_students_own() -> None:
     model = make()
     teacher = EMATeacher(model)
-    mine, theirs = teacher.encoders["vision.global"], model.vision["global"]
-    assert mine.blocks[0].expand.weight is theirs.blocks[0].expand.weight
-    assert mine.blocks[1].expand.weight is not theirs.blocks[1].expand.weight
+    averaged, student = teacher.encoders["vision.global"], model.vision["global"]
+    assert averaged.blocks[0].expand.weight is student.blocks[0].expand.weight
+    assert averaged.blocks[1].expand.weight is not student.blocks[1].expand.weight
     assert model.vision["global"].blocks[1].expand.weight.requires_grad
-    thawed = make(FreezeConfig(1, 1, pre_layernorm=False))
-    assert "vision.global.pre_norm.weight" in EMATeacher(thawed).state_dict()["tensors"]
+    unfrozen = make(FreezeConfig(1, 1, pre_layernorm=False))
+    assert "vision.global.pre_norm.weight" in EMATeacher(unfrozen).state_dict()["tensors"]
 
 
 def test_averaged_swaps_the_weights_and_restores_them() -> None:
     model = make()
     teacher = EMATeacher(model, decay=0.5, warmup=0, scope="all")
-    shake(model)
+    perturb(model)
     teacher.update(model)
     pixels, tokens = torch.randn(2, 3, 16, 16), [[29, 3, 30], [29, 4, 4, 30]]
     own = model.encode_image(pixels, "relation"), model.encode_text(tokens, "global")
@@ -102,7 +102,7 @@ def test_state_survives_a_checkpoint(variant: str, tmp_path) -> None:  # type: i
     model = make(variant=variant)
     teacher = EMATeacher(model, decay=0.8, warmup=4)
     for _ in range(3):
-        shake(model)
+        perturb(model)
         teacher.update(model)
     torch.save({"model": model.state_dict(), "teacher": teacher.state_dict()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -110,7 +110,7 @@ def test_state_survives_a_checkpoint(variant: str, tmp_path) -> None:  # type: i
     fresh.load_state_dict(state["model"])
     other = EMATeacher(fresh, decay=0.8, warmup=4)
     other.load_state_dict(state["teacher"])
-    shake(model)
+    perturb(model)
     fresh.load_state_dict(model.state_dict())
     for t, m in ((teacher, model), (other, fresh)):
         t.update(m)
@@ -119,7 +119,7 @@ def test_state_survives_a_checkpoint(variant: str, tmp_path) -> None:  # type: i
         assert torch.equal(p, other.state_dict()["tensors"][name]), name
 
 
-def test_bad_states_and_settings_are_refused() -> None:
+def test_bad_states_and_settings_are_rejected() -> None:
     teacher = EMATeacher(make())
     with pytest.raises(UserError, match=r"missing \['text.global.*got scope 'distillation', expected 'all'"):
         EMATeacher(make(), scope="all").load_state_dict(teacher.state_dict())

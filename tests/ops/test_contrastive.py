@@ -1,4 +1,4 @@
-"""contrastive_loss and multilevel_contrastive_loss against the paper's N x N form in float64, on every backend."""
+"""contrastive_loss and multilevel_contrastive_loss on every backend, against the paper's N x N form in float64."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def run(image: Tensor, text: Tensor, scale: Tensor | float, backend: str, **options: Any) -> Tensor:
-    """contrastive_loss on the backend's device, its result on the CPU."""
+    """Run contrastive_loss on the backend's device; return the result on the CPU."""
     device = DEVICES[backend]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     scale = scale.to(device) if isinstance(scale, Tensor) else scale
@@ -43,7 +43,7 @@ def run(image: Tensor, text: Tensor, scale: Tensor | float, backend: str, **opti
 
 
 def make(n: int, u: int, d: int, s: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
-    """image [n, d] close to its texts, text [u, d], scale [], index [n] in which every text occurs."""
+    """Make image [n, d], close to its texts; text [u, d]; scale []; and index [n], in which every text occurs."""
     g = torch.Generator().manual_seed(seed)
     text = torch.randn(u, d, generator=g, dtype=torch.float64)
     index = torch.cat([torch.arange(u), torch.randint(max(u, 1), (n - u,), generator=g)])[
@@ -72,10 +72,10 @@ def gradients(loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], upstream
     return [value.detach(), *torch.autograd.grad(value * upstream, leaves)]
 
 
-def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [
         ((f.double() - w.double()).norm() / w.double().norm().clamp_min(1e-30)).item()
-        for f, w in zip(found, wanted, strict=True)
+        for f, w in zip(found, expected, strict=True)
     ]
 
 
@@ -85,12 +85,12 @@ def assert_as_good_as_eager(
     tensors: tuple[Tensor, Tensor, Tensor],
     upstream: float = 1.0,
 ) -> None:
-    """Loss and gradients no further from float64 than twice eager PyTorch's in the same dtype."""
+    """Assert that errors of loss and gradients are at most twice those of eager PyTorch in the same dtype."""
     image, text, scale = (t.double() for t in tensors)
     exact = gradients(eager, (image, text, scale), upstream)
     found, baseline = gradients(fused, tensors, upstream), gradients(eager, tensors, upstream)
-    # Losses and gradients are differences of numbers of these magnitudes: allow a few roundings (6e-8) of them where
-    # eager happens to be exact.
+    # Losses and gradients are differences of numbers of these magnitudes: allow a few roundings (6e-8) of them, since
+    # eager may happen to be exact.
     sizes = [
         scale,
         upstream * scale / len(image) / image.norm(dim=1),
@@ -158,16 +158,16 @@ def test_no_index_means_the_diagonal(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("s", [20.0, 2000.0])
 def test_texts_without_rows(backend: str, s: float) -> None:
-    """Ignored with "negatives"; one more negative of every image row with "positives"."""
+    """Ignored with "negatives"; an extra negative for every image row with "positives"."""
     image, text, scale, index = make(40, 10, 16, s, torch.float64)
-    more = torch.cat([text, image[:7]])  # hard negatives
-    wanted = gradients(lambda x, y, s: reference.naive_loss(x, y[:10][index], s), (image, more, scale))
+    extended = torch.cat([text, image[:7]])  # hard negatives
+    expected = gradients(lambda x, y, s: reference.naive_loss(x, y[:10][index], s), (image, extended, scale))
     found = gradients(
-        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), (image, more, scale)
+        lambda x, y, s: contrastive_loss(x, y, s, text_index=index, backend=backend), (image, extended, scale)
     )
-    torch.testing.assert_close(found, wanted)
-    found = contrastive_loss(image, more, scale, text_index=index, duplicates="positives", backend=backend)
-    logits = scale * F.normalize(image, dim=1) @ F.normalize(more, dim=1).T
+    torch.testing.assert_close(found, expected)
+    found = contrastive_loss(image, extended, scale, text_index=index, duplicates="positives", backend=backend)
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(extended, dim=1).T
     owns = F.one_hot(index, 17)[:, :10].double()
     columns = F.cross_entropy(logits[:, :10].T, (owns / owns.sum(0)).T)
     torch.testing.assert_close(found, (F.cross_entropy(logits, index) + columns) / 2)
@@ -224,7 +224,7 @@ def extreme(case: str, n: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("s", [100.0, 1000.0])
 def test_extreme_features(backend: str, case: str, s: float, n: int = 200) -> None:
-    """Sums without a running maximum underflow in most of these; in the last ones the loss is nearly 0."""
+    """Sums without a running maximum underflow in most cases; in the last ones the loss is nearly 0."""
     assert_as_good_as_eager(
         lambda x, y, s: run(x, y, s, backend=backend), reference.naive_loss, (*extreme(case, n), torch.tensor(s))
     )
@@ -256,7 +256,7 @@ def test_nan_stays_nan(backend: str, where: str) -> None:
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_nan_in_a_text_without_rows(backend: str, n: int = 70) -> None:
-    """It has weight 0 with "negatives", and must not be hidden."""
+    """Its weight is 0 with "negatives", but the NaN must not be hidden."""
     image, text, scale, index = make(n, 12, 16, 20.0)
     text = torch.cat([text, torch.full((1, 16), torch.nan)])
     assert run(image, text, scale, text_index=index, backend=backend).isnan()
@@ -283,10 +283,10 @@ def test_partly_frozen(backend: str, trained: str) -> None:
     tensors = dict(zip(("image", "text", "scale"), make(60, 60, 16, 20.0, torch.float64)[:3], strict=True))
     for name in trained.split():
         tensors[name].requires_grad_()
-    wanted = torch.autograd.grad(reference.naive_loss(**tensors), [tensors[k] for k in trained.split()])
+    expected = torch.autograd.grad(reference.naive_loss(**tensors), [tensors[k] for k in trained.split()])
     loss = contrastive_loss(tensors["image"], tensors["text"], tensors["scale"], backend=backend)
     found = torch.autograd.grad(loss, [tensors[k] for k in trained.split()])
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -299,8 +299,8 @@ def test_strided_and_float_scale(backend: str) -> None:
     found = torch.autograd.grad(
         contrastive_loss(strided, columns, 20.0, text_index=index, backend=backend), (strided, columns)
     )
-    wanted = gradients(lambda x, y: reference.naive_loss(x, y[index], 20.0), (image, text))[1:]
-    torch.testing.assert_close(list(found), wanted)
+    expected = gradients(lambda x, y: reference.naive_loss(x, y[index], 20.0), (image, text))[1:]
+    torch.testing.assert_close(list(found), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -341,9 +341,9 @@ def test_mixed_dtypes_and_autocast() -> None:
 
 def test_grad_scaler() -> None:
     image, text, scale, _ = make(40, 40, 16, 14.3)
-    wanted = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale))[1:]
+    expected = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale))[1:]
     found = gradients(lambda x, y, s: contrastive_loss(x, y, s), (image, text, scale), upstream=2.0**16)[1:]
-    torch.testing.assert_close([f / 2.0**16 for f in found], wanted)
+    torch.testing.assert_close([f / 2.0**16 for f in found], expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -351,12 +351,12 @@ def test_grad_scaler_steps_and_skips(device: str) -> None:
     """The scaler unscales the gradients of the scaled loss; an overflow skips the step and lowers the scale."""
     image, text, scale, _ = (t.to(device) for t in make(40, 40, 16, 14.3))
     weight = torch.eye(16, device=device).requires_grad_()
-    (wanted,) = torch.autograd.grad(contrastive_loss(image @ weight, text, scale), weight)
+    (expected,) = torch.autograd.grad(contrastive_loss(image @ weight, text, scale), weight)
     optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler(device, init_scale=2.0**16)
     scaler.scale(contrastive_loss(image @ weight, text, scale)).backward()
     scaler.step(optimizer)
     scaler.update()
-    torch.testing.assert_close(torch.eye(16, device=device) - weight.detach(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.eye(16, device=device) - weight.detach(), expected, rtol=1e-4, atol=1e-6)
     optimizer.zero_grad()
     before = weight.detach().clone()
     scaler.scale(contrastive_loss(image @ weight, text, scale) * torch.inf).backward()
@@ -368,7 +368,7 @@ def test_grad_scaler_steps_and_skips(device: str) -> None:
 def test_second_derivatives_raise() -> None:
     image = X.clone().requires_grad_()
     (grad,) = torch.autograd.grad(contrastive_loss(image, Y, 10.0, text_index=INDEX), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="contrastive_loss has first derivatives only"):
+    with pytest.raises(RuntimeError, match="contrastive_loss supports first derivatives only"):
         grad.sum().backward()
 
 
@@ -386,11 +386,11 @@ def test_partial_tiles(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_cpu, "COLUMNS", 48)
     for s in (14.3, 2000.0):  # 2000: the path with running maxima
         image, text, scale, index = make(150, 101, 16, s, torch.float64)
-        wanted = gradients(lambda x, y, s, i=index: reference.naive_loss(x, y[i], s), (image, text, scale))
+        expected = gradients(lambda x, y, s, i=index: reference.naive_loss(x, y[i], s), (image, text, scale))
         found = gradients(
             lambda x, y, s, i=index: contrastive_loss(x, y, s, text_index=i, backend=backend), (image, text, scale)
         )
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, expected)
 
 
 def test_deterministic() -> None:
@@ -411,17 +411,17 @@ def test_levels(backend: str, duplicates: str) -> None:
     indices = [None, cases[1][3].to(device), cases[2][3].to(device), None]
     images, texts, scales = ([c[k].to(device).requires_grad_() for c in cases] for k in range(3))
     options: dict[str, Any] = {"duplicates": duplicates, "backend": backend}
-    together = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, **options)
-    apart = [
+    combined = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, **options)
+    separate = [
         contrastive_loss(x, y, s, text_index=i, **options)
         for x, y, s, i in zip(images, texts, scales, indices, strict=True)
     ]
-    assert together.shape == (4,)
-    torch.testing.assert_close(together, torch.stack(apart))
+    assert combined.shape == (4,)
+    torch.testing.assert_close(combined, torch.stack(separate))
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
     leaves = [*images, *texts, *scales]
-    found = torch.autograd.grad(together @ weights, leaves)
-    torch.testing.assert_close(found, torch.autograd.grad(torch.stack(apart) @ weights, leaves))
+    found = torch.autograd.grad(combined @ weights, leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(torch.stack(separate) @ weights, leaves))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -448,11 +448,11 @@ def test_compile_without_graph_break_for_all_sizes(duplicates: str) -> None:
         def call(f: Callable[..., Tensor], index: Tensor = index) -> Callable[..., Tensor]:
             return lambda x, y, s: f(x, y, s, text_index=index, duplicates=duplicates)
 
-        found, wanted = (
+        found, expected = (
             gradients(call(compiled), (image, text, scale)),
             gradients(call(contrastive_loss), (image, text, scale)),
         )
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(found, expected)
     assert counter.frame_count == 1
 
 
@@ -461,8 +461,8 @@ def test_compiled_loss_checks_values(backend: str) -> None:
     torch._dynamo.reset()
     image, text, _, _ = make(5, 3, 8, 1.0)
     index = torch.tensor([0, 1, 2, 2, 2])
-    for how in ("aot_eager", "inductor"):
-        compiled = torch.compile(contrastive_loss, fullgraph=True, dynamic=True, backend=how)
+    for compiler in ("aot_eager", "inductor"):
+        compiled = torch.compile(contrastive_loss, fullgraph=True, dynamic=True, backend=compiler)
         for scale in (torch.tensor(-3.0), torch.tensor(0.0), -3.0):
             with pytest.raises(ValueError, match=r"logit_scale: got (-3|0), expected a positive factor"):
                 compiled(image, text, scale, text_index=index, backend=backend)
@@ -484,7 +484,7 @@ def test_no_matrix_is_saved_for_backward() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "u"), [(700, 350), (5000, 5000), (17000, 1100)])
 def test_triton_in_low_precision(n: int, u: int, dtype: torch.dtype) -> None:
-    """Grouped launches, several blocks of dS, several chunks of rows forward; against eager in the same dtype."""
+    """Grouped launches, several blocks of dS, and several chunks of rows, against eager in the same dtype."""
     image, text, scale, index = (t.cuda() for t in make(n, u, 512, 14.3))
     rounded = (image.to(dtype), text.to(dtype), scale)
 
@@ -539,7 +539,7 @@ X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
         ({"text": [1.0]}, TypeError, "text: got list, expected a floating-point"),
         ({"text": Y[:, :5]}, ValueError, "widths 8 and 5"),
         ({"text": Y.to("meta")}, ValueError, "text: got device meta, expected cpu"),
-        ({"text_index": None}, ValueError, "3 texts for 4 image rows, expected as many: pass text_index"),
+        ({"text_index": None}, ValueError, "3 texts for 4 image rows, expected equal numbers, or text_index"),
         ({"text_index": INDEX.int()}, TypeError, "text_index: got a tensor of torch.int32, expected an int64"),
         ({"text_index": INDEX[:3]}, ValueError, r"text_index: got shape \[3\], expected \[4\]"),
         ({"text_index": INDEX + 1}, ValueError, "text_index: got values from 1 to 3, expected 0 to 2"),
@@ -550,13 +550,13 @@ X, Y, INDEX = torch.ones(4, 8), torch.ones(3, 8), torch.tensor([0, 1, 2, 2])
         ({"logit_scale": torch.ones(1)}, ValueError, r"logit_scale: got shape \[1\], expected a 0-d"),
         ({"logit_scale": torch.tensor(3)}, TypeError, "logit_scale: got a tensor of torch.int64"),
         ({"logit_scale": "3"}, TypeError, "logit_scale: got str"),
-        ({"logit_scale": 1e300}, ValueError, r"logit_scale: got 1e\+300, expected a factor that float32 can hold"),
+        ({"logit_scale": 1e300}, ValueError, r"logit_scale: got 1e\+300, expected a factor in the range of float32"),
         ({"image": X[:, :0], "text": Y[:, :0]}, ValueError, "got width 0, expected at least 1"),
         # What new_group returns on ranks outside the group.
         ({"group": -100}, TypeError, "group: got int, expected a process group that this rank belongs to"),
         ({"duplicates": "ignore"}, ValueError, "duplicates: got 'ignore', expected one of 'negatives', 'positives'"),
         ({"reduction": "sum"}, ValueError, "reduction: got 'sum', expected 'mean' or 'none'"),
-        ({"reduction": "none", "duplicates": "positives"}, ValueError, "reduction='none' goes only with"),
+        ({"reduction": "none", "duplicates": "positives"}, ValueError, "reduction='none' requires"),
         ({"backend": "fast"}, ValueError, "backend=: got 'fast'"),
     ],
 )
@@ -586,7 +586,7 @@ def test_device_assertions_name_the_argument(change: dict[str, Any], message: st
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_index_out_of_range_on_a_gpu(check: str) -> None:
-    """In a process of its own: with the flag a device-side assertion names the argument, without it the loss is NaN."""
+    """In a separate process: with the flag, a device-side assertion names the argument; without it the loss is NaN."""
     code = """
 import torch
 from scenarioclip_fast.ops import contrastive_loss
@@ -605,14 +605,14 @@ print(loss.item())
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_scale_that_is_not_positive_on_a_gpu(backend: str) -> None:
+def test_a_non_positive_scale_on_a_gpu(backend: str) -> None:
     image, text, _, index = (t.cuda() for t in make(70, 30, 16, 20.0))
     for scale in (0.0, -1.0):
         on_device = torch.tensor(scale, device="cuda")
         assert contrastive_loss(image, text, on_device, text_index=index, backend=backend).isnan()
 
 
-def test_reference_with_a_scale_that_is_not_positive() -> None:
+def test_the_reference_with_a_non_positive_scale() -> None:
     """NaN, as on a GPU, where the value is not checked."""
     for scale in (0.0, -1.0):
         for sums in reference.level_forward(X, Y, torch.tensor(scale)):
@@ -622,7 +622,7 @@ def test_reference_with_a_scale_that_is_not_positive() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(128, 700, 350), (5000,)])
 def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
-    """Both passes are captured; a replay with other features equals an eager call with them."""
+    """Capture both passes; a replay with other features equals an eager call."""
 
     def inputs(seed: int) -> list[Tensor]:
         return [t.cuda() for n in rows for t in make(n, max(n // 2, 1), 512, 14.3 + seed, seed=seed)]
@@ -648,14 +648,14 @@ def test_cuda_graph_capture(rows: tuple[int, ...]) -> None:
         for kept, new in zip(static, other, strict=True):
             kept.copy_(new)
     graph.replay()
-    wanted = both([t.requires_grad_() if t.is_floating_point() else t for t in other])
+    expected = both([t.requires_grad_() if t.is_floating_point() else t for t in other])
     assert len(found) == 1 + len(leaves)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)  # the same kernels, sums in a fixed order
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # the same kernels, sums in a fixed order
 
 
 @pytest.mark.gpu
 def test_launches_of_three_levels() -> None:
-    """At a batch's sizes launches dominate the time: 18, plus the sum over the levels and its gradient."""
+    """Launches dominate the time at typical batch sizes: 18, plus the sum over the levels and its gradient."""
     cases = [[t.cuda() for t in make(n, u, 512, 14.3)] for n, u in ((128, 128), (700, 250), (350, 340))]
     images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
     leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
@@ -677,7 +677,7 @@ def test_bad_levels() -> None:
         multilevel_contrastive_loss([X, X], [X], [1.0, 1.0])
     with pytest.raises(ValueError, match="level 1: logit_scale: got -1"):
         multilevel_contrastive_loss([X, X], [X, X], [1.0, -1.0])
-    with pytest.raises(ValueError, match="images: got no level"):
+    with pytest.raises(ValueError, match="images: got no levels"):
         multilevel_contrastive_loss([], [], [])
     with pytest.raises(TypeError, match="logit_scales: got float, expected a list with an entry per level"):
         multilevel_contrastive_loss([X, X], [X, X], 1.0)  # type: ignore[arg-type]
@@ -685,14 +685,14 @@ def test_bad_levels() -> None:
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match=r"'triton'.*cannot serve cpu"):
+    with pytest.raises(BackendError, match=r"'triton'.*cannot run on cpu"):
         contrastive_loss(X, X, 1.0, backend="triton")
-    with use_backend("cuda"), pytest.raises(BackendError, match="there is no cuda form of this op"):
+    with use_backend("cuda"), pytest.raises(BackendError, match="this op has no cuda backend"):
         contrastive_loss(X, X, 1.0)
 
 
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
+    """In a separate process: Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import warnings; warnings.simplefilter("ignore", RuntimeWarning)  # logarithms of sums that are then summed again
@@ -788,7 +788,7 @@ def check_padding_of_gradients() -> None:
 
 
 def check_unaligned_features() -> None:
-    """Features with and without the alignment and stride for reads of 16 bytes."""
+    """Features with and without the alignment and stride required by 16-byte reads."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     g = torch.Generator().manual_seed(4)
@@ -797,15 +797,15 @@ def check_unaligned_features() -> None:
         return torch.randn(first + n * stride + d, generator=g)[first:].as_strided((n, d), (stride, 1))
 
     good = {"first": 4, "stride": 20}
-    forms = [
+    layouts = [
         (16, good, True),
         (16, {**good, "first": 5}, False),
         (16, {**good, "stride": 21}, False),
         (16, {**good, "stride": 1}, False),  # rows that overlap
         (13, good, False),
     ]
-    for width, form, aligned in forms:
-        images, texts = ([spaced(n, width, **kind) for n, kind in ((9, good), (6, form))] for _ in range(2))
+    for width, layout, aligned in layouts:
+        images, texts = ([spaced(n, width, **kind) for n, kind in ((9, good), (6, layout))] for _ in range(2))
         assert contrastive_triton._aligned(images) == aligned
         leaves = [x.requires_grad_() for x in (*images, *texts)]
         results = []
@@ -816,7 +816,7 @@ def check_unaligned_features() -> None:
 
 
 def check_rounding_to_tf32() -> None:
-    """Unit rows that tensor cores multiply in TF32 are rounded to nearest TF32 already."""
+    """Unit rows for TF32 tensor cores are already rounded to the nearest TF32."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     image = make(40, 12, 33, 1.0)[0].half()
@@ -848,12 +848,12 @@ def check_small_ops() -> None:
 
 
 def check_five_levels() -> None:
-    """More levels than share a launch; duplicates of both kinds."""
+    """More levels than fit in one launch, with both kinds of duplicates."""
     check_levels([(3, 2), (5, 5), (0, 0), (7, 1), (9, 4)], DUPLICATES)
 
 
 def check_levels(sizes: list[tuple[int, int]], duplicates: Sequence[str]) -> None:
-    """Losses and gradients of levels of these (rows, texts): Triton against the CPU backend."""
+    """Compare losses and gradients of levels of these (rows, texts) between Triton and the CPU backend."""
     cases = [make(n, u, 8, 10.0, seed=n) for n, u in sizes]
     images, texts, scales, indices = (list(column) for column in zip(*cases, strict=True))
     leaves = [t.requires_grad_() for t in (*images, *texts, *scales)]
@@ -877,7 +877,7 @@ def check_texts_without_weight(backend: str) -> None:
 
 
 def check_index_out_of_range() -> None:
-    """Calls the kernels: the ops check the index on the interpreter's device, the CPU."""
+    """Call the kernels directly, because the ops check the index on the interpreter's device, the CPU."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
     image, text, scale, _ = make(5, 5, 16, 10.0)

@@ -1,4 +1,4 @@
-"""contrastive_loss with a group: several gloo processes against one process with all rows."""
+"""contrastive_loss with a group: several gloo processes against a single process with all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARES = {2: [(5, 8), (0, 6), (7, 0), (0, 0), (4, 4)], 4: [(3, 0, 6, 1), (1, 9, 
 
 
 def share(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A rank's image rows [rows, D], its distinct text ids [U], and the index [rows] of each row's text."""
+    """A rank's image rows [rows, D], its unique text ids [U], and the index [rows] of each row's text."""
     g = torch.Generator().manual_seed(100 * rank + rows)
     image = torch.randn(rows, D, dtype=torch.float64, generator=g)
     ids, index = torch.unique(torch.randint(VOCABULARY, (rows,), generator=g), return_inverse=True)
@@ -31,7 +31,7 @@ def share(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leaves(rank: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A rank's images, the text table and the scale, all requiring gradients, and text ids and indices [2, rows]."""
+    """A rank's images, the text table and the scale, all requiring gradients; and text ids and indices [2, rows]."""
     table = torch.randn(VOCABULARY, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).requires_grad_()
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     image, ids, index = share(rank, rows)
@@ -49,12 +49,12 @@ def one_process(rows: tuple[int, ...], duplicates: str) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (table, scale, *(p[0] for p in parts)))]
 
 
-def check(found: Any, wanted: Any) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+def check(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def averaged(grad: Tensor, group: Any) -> Tensor:
-    """A parameter's gradient as DistributedDataParallel averages it."""
+    """Average a parameter's gradient as DistributedDataParallel does."""
     grad = grad.clone()
     dist.all_reduce(grad, group=group)
     return grad / group.size()
@@ -75,11 +75,11 @@ def check_mean(rows: tuple[int, ...], duplicates: str, with_ids: bool, backend: 
         backend=backend,
     )
     grads = torch.autograd.grad(loss, (image, table, scale))
-    wanted = one_process(rows, duplicates)
-    check(loss.detach(), wanted[0])
-    check(averaged(grads[1], group), wanted[1])
-    check(averaged(grads[2], group), wanted[2])
-    check(grads[0] / world, wanted[3 + rank])
+    expected = one_process(rows, duplicates)
+    check(loss.detach(), expected[0])
+    check(averaged(grads[1], group), expected[1])
+    check(averaged(grads[2], group), expected[2])
+    check(grads[0] / world, expected[3 + rank])
 
 
 def check_diagonal_and_none(rows: tuple[int, ...], group: Any) -> None:
@@ -90,14 +90,14 @@ def check_diagonal_and_none(rows: tuple[int, ...], group: Any) -> None:
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     full = contrastive_loss(torch.cat(images), torch.cat(texts), scale, reduction="none", backend="reference")
     weight = torch.repeat_interleave(torch.arange(1.0, len(rows) + 1).double(), torch.tensor(rows))
-    wanted = torch.autograd.grad((full * weight).sum(), (images[rank], texts[rank], scale))
+    expected = torch.autograd.grad((full * weight).sum(), (images[rank], texts[rank], scale))
     found = contrastive_loss(images[rank], texts[rank], scale, reduction="none", group=group)
     check(found.detach(), full.split(rows)[rank].detach())
     grads = torch.autograd.grad((found * (rank + 1)).sum(), (images[rank], texts[rank], scale))
-    check(grads[:2], wanted[:2])
+    check(grads[:2], expected[:2])
     total = grads[2].clone()
     dist.all_reduce(total, group=group)
-    check(total, wanted[2])
+    check(total, expected[2])
 
 
 def check_levels(shares: list[tuple[int, ...]], group: Any) -> None:
@@ -113,14 +113,14 @@ def check_levels(shares: list[tuple[int, ...]], group: Any) -> None:
     )
     losses.sum().backward()
     for (_, table, scale, _), rows, loss in zip(parts, shares, losses, strict=True):
-        wanted = one_process(rows, "negatives")
-        check(loss.detach(), wanted[0])
-        check(averaged(table.grad, group), wanted[1])
-        check(averaged(scale.grad, group), wanted[2])
+        expected = one_process(rows, "negatives")
+        check(loss.detach(), expected[0])
+        check(averaged(table.grad, group), expected[1])
+        check(averaged(scale.grad, group), expected[2])
 
 
 def check_one_rank_frozen(group: Any) -> None:
-    """A rank with an empty share and no gradient takes part in the others' backward pass."""
+    """A rank with an empty share and no gradient participates in the backward pass of the other ranks."""
     rank, rows = group.rank(), (6,) + (0,) * (group.size() - 1)
     image, table, _, (ids, index) = leaves(rank, rows[rank])
     own = torch.unique(ids)
@@ -133,7 +133,7 @@ def check_one_rank_frozen(group: Any) -> None:
 
 
 def check_clip_loss(local_loss: bool, gather_with_grad: bool) -> None:
-    """Against open_clip's formulas, written out over the rows of all ranks."""
+    """Compare with open_clip's formulas over the rows of all ranks."""
     group: Any = dist.group.WORLD
     rank, world, n = group.rank(), group.size(), 5
     images = [share(r, n)[0].requires_grad_() for r in range(world)]
@@ -141,7 +141,7 @@ def check_clip_loss(local_loss: bool, gather_with_grad: bool) -> None:
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
 
     def formula(own: int) -> Tensor:
-        # The loss of rank `own`; without gather_with_grad the others' features are constants there.
+        # The loss of rank `own`; without gather_with_grad, features of other ranks are constants.
         x, y = (
             [t if gather_with_grad or (k == own and not local_loss) else t.detach() for k, t in enumerate(ts)]
             for ts in (images, texts)
@@ -195,7 +195,7 @@ def run(rank: int, store: str) -> None:
         check_all(dist.group.WORLD)
         for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
             check_clip_loss(local_loss, gather_with_grad)
-        # Pairs whose ranks in the group are not their ranks in the world.
+        # Subgroups, where ranks differ from the global ranks.
         pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
         check_all(pairs[rank // 2])
         check_mismatches(pairs[rank // 2])
@@ -212,7 +212,7 @@ def test_ranks_equal_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
 @pytest.mark.parametrize("duplicates", ["negatives", "positives"])
 def test_group_on_a_gpu(backend: str, duplicates: str) -> None:
-    """One rank, which runs all collectives, without synchronising if the group has a CPU backend."""
+    """One rank runs all collectives, without synchronising if the group has a CPU backend."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
     try:
         g = torch.Generator("cuda").manual_seed(0)
@@ -236,10 +236,10 @@ def test_group_on_a_gpu(backend: str, duplicates: str) -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         first = torch.arange(30, device="cuda")
-        wanted_loss = contrastive_loss(image, text[first], scale, text_index=index % 30, duplicates=duplicates)
-        wanted = wanted_loss.detach(), *torch.autograd.grad(wanted_loss, (image, text, scale))
+        expected_loss = contrastive_loss(image, text[first], scale, text_index=index % 30, duplicates=duplicates)
+        expected = expected_loss.detach(), *torch.autograd.grad(expected_loss, (image, text, scale))
         # Merged texts are dropped before or after tiling, which changes the order of sums; gradients are bfloat16.
-        for f, w in zip(found, wanted, strict=True):
+        for f, w in zip(found, expected, strict=True):
             torch.testing.assert_close(f, w, rtol=2e-2, atol=1e-5)
     finally:
         dist.destroy_process_group()

@@ -24,7 +24,7 @@ DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 def case(backend: str) -> Any:
     marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
-    reason = dispatch.why_not("distillation_loss", backend, DEVICES[backend])
+    reason = dispatch.unavailable_reason("distillation_loss", backend, DEVICES[backend])
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
 
 
@@ -51,7 +51,7 @@ def problem(
 
 
 def exact(p: dict[str, Tensor], temperature: float, teacher_temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and temperature's gradient from the definition, by autograd, in float64."""
+    """Loss, gradient and temperature gradient by the definition and autograd, in float64."""
     student = p["student"].double().requires_grad_()
     t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     loss = reference.distillation_loss(
@@ -84,13 +84,13 @@ def evaluate(
 
 def check(p: dict[str, Tensor], backend: str, temperature: float = 0.07, teacher_temperature: float = 0.07) -> None:
     # float32 sums of D terms around 1/T = 14: expect errors of some 1e-6 of the largest term.
-    for found, wanted in zip(
+    for found, expected in zip(
         evaluate(p, temperature, teacher_temperature, backend),
         exact(p, temperature, teacher_temperature),
         strict=True,
     ):
-        scale = wanted.abs().amax().clamp_min(1e-12) if wanted.numel() else 1
-        torch.testing.assert_close(found.double() / scale, wanted / scale, rtol=0, atol=2e-5)
+        scale = expected.abs().amax().clamp_min(1e-12) if expected.numel() else 1
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,12 +148,12 @@ def test_rows_without_pairs_are_ignored(backend: str) -> None:
 def test_low_precision_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
     p = problem(9, 7, 30, 96, dtype=dtype)
     loss, gradient, _ = evaluate(p, 0.07, 0.07, backend)
-    wanted, wanted_gradient, _ = exact(p, 0.07, 0.07)
+    expected, expected_gradient, _ = exact(p, 0.07, 0.07)
     assert loss.dtype == torch.float32
     assert gradient.dtype == dtype
-    torch.testing.assert_close(loss.double(), wanted, rtol=2e-5, atol=0)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
     # Rounded to the input's dtype by the op, and once more by the division in `evaluate`: 2^-8 each in bfloat16.
-    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2**-7, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=1e-7)
 
 
 def test_float64_passes_gradcheck() -> None:
@@ -269,7 +269,7 @@ def test_one_launch_forward_and_one_backward(backend: str, learned: bool) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] in ("triton", "cuda")])
 def test_graphs_and_streams(backend: str) -> None:
-    """A graph replays beside other launches, and each stream has its own counter."""
+    """A graph replays between other launches, and each stream has its own counter."""
     p = on(backend, problem(70, 9, 300, 512))
     expected = distillation_loss(**p, backend=backend)
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(4)]
@@ -287,7 +287,7 @@ def test_graphs_and_streams(backend: str) -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.skipif(dispatch.why_not("distillation_loss", "cpu", "cpu") is not None, reason="not built")
+@pytest.mark.skipif(dispatch.unavailable_reason("distillation_loss", "cpu", "cpu") is not None, reason="not built")
 def test_threads_do_not_change_the_result() -> None:
     p = problem(50, 40, 400, 64)
     before = torch.get_num_threads()
@@ -342,15 +342,15 @@ def test_second_derivatives_raise() -> None:
 
 def test_a_named_backend_never_falls_back() -> None:
     p = problem(3, 3, 4, 8)
-    with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot serve cpu tensors"):
+    with pytest.raises(scf.BackendError, match=r"backend 'cuda' .* cannot run on cpu tensors"):
         distillation_loss(**p, backend="cuda")
     p = {name: t.double() if t.is_floating_point() else t for name, t in p.items()}
-    with pytest.raises(scf.BackendError, match="float32 only, and the input is float64; usable: reference"):
+    with pytest.raises(scf.BackendError, match="float32 only, but the input is float64; usable: reference"):
         distillation_loss(**p, backend="cpu")
 
 
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
+    """In a separate process: Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """
 import torch, test_distillation as t

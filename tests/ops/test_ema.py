@@ -19,9 +19,9 @@ def test_follows_the_formula(device: str, decay: float, dtype: torch.dtype) -> N
     expected = [decay * t.double() + (1 - decay) * s.detach().double() for t, s in zip(teacher, student, strict=True)]
     pointers = [t.data_ptr() for t in teacher]
     ema_update_(teacher, student, decay)
-    for found, wanted in zip(teacher, expected, strict=True):
-        # One multiplication and one addition: a couple of units in the last place.
-        torch.testing.assert_close(found.double(), wanted, rtol=3e-7, atol=3e-7)
+    for found, target in zip(teacher, expected, strict=True):
+        # One multiplication and one addition: a few units in the last place.
+        torch.testing.assert_close(found.double(), target, rtol=3e-7, atol=3e-7)
     assert pointers == [t.data_ptr() for t in teacher]
 
 

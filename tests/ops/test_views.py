@@ -1,4 +1,4 @@
-"""focused_region and render_views against the same steps in Pillow and SciPy, and the backends against each other."""
+"""focused_region and render_views against Pillow and SciPy, and the backends against each other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = [(48, 64), (64, 48), (1, 37), (37, 1), (33, 200), (7, 5), (121, 77), (64
 
 def case(backend: str) -> Any:
     marks = [pytest.mark.gpu] if DEVICES[backend] == "cuda" else []
-    reason = dispatch.why_not("render_views", backend, DEVICES[backend])
+    reason = dispatch.unavailable_reason("render_views", backend, DEVICES[backend])
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
 
 
@@ -50,13 +50,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def focused_region(image: Tensor, mask1: Tensor, mask2: Tensor, *, backend: str, **keywords: Any) -> Tensor:
-    """The op on the backend's device, its result on the CPU."""
+    """Run the op on the backend's device; return the result on the CPU."""
     inputs = [t.to(DEVICES[backend]) for t in (image, mask1, mask2)]
     return views_module.focused_region(*inputs, backend=backend, **keywords).cpu()
 
 
 def render_views(images: Sequence[Tensor], views: Views, *, backend: str = "cpu", **keywords: Any) -> Tensor:
-    """The op on the backend's device, its result on the CPU."""
+    """Run the op on the backend's device; return the result on the CPU."""
     images = [image.to(DEVICES[backend]) for image in images]
     return views_module.render_views(images, views, backend=backend, **keywords).cpu()
 
@@ -86,7 +86,7 @@ def blob(height: int, width: int, seed: int) -> np.ndarray:
 def scipy_region(
     image: np.ndarray, mask1: np.ndarray, mask2: np.ndarray, sigma: float, blur_sigma: float, blur: str
 ) -> np.ndarray:
-    """The formula with the tools of the published code; an undefined 0/0 becomes the mean, as in this package."""
+    """The formula with the published code's libraries; an undefined 0/0 becomes the mean, as in this package."""
     y, x = np.indices(mask1.shape)
     (y1, x1), (y2, x2) = ndimage.center_of_mass(mask1), ndimage.center_of_mass(mask2)
     d1, d2 = np.sqrt((y - y1) ** 2 + (x - x1) ** 2), np.sqrt((y - y2) ** 2 + (x - x2) ** 2)
@@ -111,16 +111,18 @@ def pillow_view(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def bytes_of(pixels: Tensor) -> np.ndarray:  # [3, S, S] -> [S, S, 3]
-    """Undoes the normalisation."""
+    """Undo the normalisation."""
     mean, std = (torch.tensor(c)[:, None, None] for c in (CLIP_MEAN, CLIP_STD))
     return ((pixels.float() * std + mean) * 255).permute(1, 2, 0).numpy()
 
 
-def assert_close(got: np.ndarray, expected: np.ndarray, what: str = "", share: float = 0.999, most: float = 3) -> None:
-    """99.9 % of the values differ by at most 1, none by more than 3: truncation turns last-bit differences between
-    float32 and float64 into whole levels, and resizing may add two of them."""
+def assert_close(got: np.ndarray, expected: np.ndarray, what: str = "", share: float = 0.999, limit: float = 3) -> None:
+    """Assert that 99.9 % of the values differ by at most 1, and none by more than 3.
+
+    Truncation turns last-bit differences between float32 and float64 into whole levels; resizing may add two of them.
+    """
     difference = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-    assert difference.max(initial=0) <= most + 1e-3, f"{what}: differ by {difference.max()}"
+    assert difference.max(initial=0) <= limit + 1e-3, f"{what}: differ by {difference.max()}"
     assert (difference <= 1 + 1e-3).mean() >= share if difference.size else True, what
 
 
@@ -139,7 +141,7 @@ def scene(
 @pytest.mark.parametrize("blur", ["rgb", "reference"])
 @pytest.mark.parametrize("kind", ["noise", "waves"])
 @pytest.mark.parametrize("shape", SIZES)
-def test_region_equals_scipy(shape: tuple[int, int], kind: str, blur: str, backend: str) -> None:
+def test_region_matches_scipy(shape: tuple[int, int], kind: str, blur: str, backend: str) -> None:
     image, mask1, mask2 = make_image(*shape, kind=kind), blob(*shape, 1), blob(*shape, 2)
     for sigma, blur_sigma in ((100.0, 2.0), (7.5, 1.0), (30.0, 3.3)):
         expected = scipy_region(image, mask1, mask2, sigma, blur_sigma, blur)
@@ -152,7 +154,7 @@ def test_region_equals_scipy(shape: tuple[int, int], kind: str, blur: str, backe
         )
         # Where a sum should be an integer (one row only, or three equal colours), rounding noise makes SciPy's
         # truncation lose one level per pass; at sigma 2 that affects one grey level of 256.
-        assert_close(got.numpy(), expected, share=0.999 if min(shape) > 1 else 0.9, most=1 if min(shape) > 1 else 2)
+        assert_close(got.numpy(), expected, share=0.999 if min(shape) > 1 else 0.9, limit=1 if min(shape) > 1 else 2)
         if min(shape) > 1:
             assert (got.numpy() == expected).mean() >= (0.999 if blur_sigma == 2 else 0.98)
 
@@ -174,7 +176,7 @@ def test_region_special_masks(height: int, width: int, backend: str) -> None:
     corner[0, 0] = last[-1, -1] = full[:] = True
     for mask1, mask2 in ((corner, corner), (corner, last), (full, full), (full, corner), (last, full)):
         got = focused_region(*map(torch.from_numpy, (image, mask1, mask2)), backend=backend)
-        assert_close(got.numpy(), scipy_region(image, mask1, mask2, 100.0, 2.0, "rgb"), most=2)
+        assert_close(got.numpy(), scipy_region(image, mask1, mask2, 100.0, 2.0, "rgb"), limit=2)
         swapped = focused_region(*map(torch.from_numpy, (image, mask2, mask1)), backend=backend)
         assert torch.equal(got, swapped)
     # Identical one-pixel masks: both weights are 1/2 and both factors 1, so the pixel keeps its value.
@@ -202,10 +204,10 @@ def test_region_of_random_masks(fast: str, height: int, width: int, seed: int, d
     exact = focused_region(*inputs, blur=blur, backend="reference")
     expected = scipy_region(image, *masks, 100.0, 2.0, blur)
     # SciPy's rounding noise (see above) shows in images of one row or column.
-    assert_close(exact.numpy(), expected, most=1 if min(height, width) > 1 else 2, share=0.9)
+    assert_close(exact.numpy(), expected, limit=1 if min(height, width) > 1 else 2, share=0.9)
     got = focused_region(*inputs, blur=blur, backend=fast)
     # A weight that differs in float32's last bits may cross an integer: one level, rarely.
-    assert_close(got.numpy(), exact.numpy(), most=1)
+    assert_close(got.numpy(), exact.numpy(), limit=1)
     assert (got != exact).sum() <= 2
 
 
@@ -308,7 +310,7 @@ def test_object_crops(box: tuple[float, ...], backend: str) -> None:
     padded = np.pad(image, ((100, 100), (100, 100), (0, 0)))
     window = Image.fromarray(padded[100 + y1 : 100 + y2, 100 + x1 : 100 + x2])
     got = render_views([torch.from_numpy(image)], views, size=24, backend=backend)
-    assert_close(bytes_of(got[1]), np.asarray(window.resize((24, 24), Image.BICUBIC)), most=0)
+    assert_close(bytes_of(got[1]), np.asarray(window.resize((24, 24), Image.BICUBIC)), limit=0)
 
 
 def test_masked_object_may_fall_outside_the_centre(backend: str) -> None:
@@ -333,7 +335,7 @@ def ragged_scenes() -> list[Scene]:
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("fast", FAST)
-def test_fast_equals_the_reference(fast: str, train: bool, object_view: str) -> None:
+def test_fast_backends_match_the_reference(fast: str, train: bool, object_view: str) -> None:
     scenes = ragged_scenes()
     images = [s.image for s in scenes]
     for epoch in range(6 if train else 1):
@@ -363,7 +365,7 @@ def test_fast_equals_the_reference(fast: str, train: bool, object_view: str) -> 
 )
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_augmentation(change: tuple[float, ...], size: int, backend: str) -> None:
-    """Against the same steps with Pillow and SciPy in float64."""
+    """Compare with the same steps in Pillow and SciPy, in float64."""
     import colorsys
 
     image = make_image(40, 40, kind="waves")
@@ -376,12 +378,12 @@ def test_augmentation(change: tuple[float, ...], size: int, backend: str) -> Non
     x = np.clip(contrast * x + (1 - contrast) * (x @ reference.GREY).mean(), 0, 1)
     x = np.clip(saturation * x + (1 - saturation) * (x @ reference.GREY)[..., None], 0, 1)
     if hue:
-        turned = [colorsys.rgb_to_hsv(*p) for p in x.reshape(-1, 3)]
-        x = np.array([colorsys.hsv_to_rgb((h + hue) % 1, s, v) for h, s, v in turned]).reshape(x.shape)
+        hsv = [colorsys.rgb_to_hsv(*p) for p in x.reshape(-1, 3)]
+        x = np.array([colorsys.hsv_to_rgb((h + hue) % 1, s, v) for h, s, v in hsv]).reshape(x.shape)
     if blur and size > 1:
         for axis in (0, 1):
-            bell = np.exp(-0.5 * (np.arange(-4, 5) / blur) ** 2)
-            x = ndimage.correlate1d(x, bell / bell.sum(), axis=axis, mode="mirror")
+            kernel = np.exp(-0.5 * (np.arange(-4, 5) / blur) ** 2)
+            x = ndimage.correlate1d(x, kernel / kernel.sum(), axis=axis, mode="mirror")
     # float32 against float64; no rounding to bytes after the resize.
     np.testing.assert_allclose(got, x, atol=2e-5)
 
@@ -408,7 +410,7 @@ def test_zero_views(backend: str) -> None:
 
 @pytest.mark.parametrize("fast", FAST)
 def test_many_views(fast: str) -> None:
-    """More views than the CUDA backend renders at a time (64 MiB between its kernels), wider than one of its blocks."""
+    """More views than the CUDA backend renders at a time (64 MiB between its kernels), and wider than one block."""
     shapes = ((500, 700), (700, 500), (501, 699), (480, 640))
     scenes = [scene(make_image(*s, seed=i), [], [blob(*s, 1), blob(*s, 2)], str(i)) for i, s in enumerate(shapes)]
     images = [s.image for s in scenes]
@@ -429,10 +431,11 @@ def test_custom_normalisation(backend: str) -> None:
 def test_non_contiguous_images(backend: str) -> None:
     image = torch.from_numpy(make_image(31, 45))
     views = Views.of_scenes([Scene("s", image, "resting")])
-    turned = image.permute(1, 0, 2).contiguous().permute(1, 0, 2)
-    assert not turned.is_contiguous()
+    transposed = image.permute(1, 0, 2).contiguous().permute(1, 0, 2)
+    assert not transposed.is_contiguous()
     assert torch.equal(
-        render_views([turned], views, size=9, backend=backend), render_views([image], views, size=9, backend=backend)
+        render_views([transposed], views, size=9, backend=backend),
+        render_views([image], views, size=9, backend=backend),
     )
 
 
@@ -565,7 +568,9 @@ def test_bad_regions(backend: str) -> None:
 def test_arguments_that_are_not_tensors() -> None:
     images, views = good()
     mask = np.ones((30, 40), np.bool_)
-    with pytest.raises(TypeError, match=r"subject_mask: got ndarray, expected a tensor; torch.from_numpy"):
+    with pytest.raises(
+        TypeError, match=r"subject_mask: got ndarray, expected a tensor; convert it with torch.from_numpy"
+    ):
         views_module.focused_region(images[0], mask, mask)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"images\[1\]: got str, expected a tensor"):
         views_module.render_views([images[0], "b.jpg"], views)  # type: ignore[list-item]

@@ -59,7 +59,7 @@ def small(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @dataclass
 class Running:
-    """A started run, with one process per rank."""
+    """A running training, with one process per rank."""
 
     server: ForkServer
     pids: list[int]
@@ -71,11 +71,11 @@ class Running:
             os.kill(pid, number)
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """Each rank's exit code: negative for the signal that ended it, None if it still runs after `seconds`."""
+        """Return each rank's exit code: negative if ended by a signal, None if still running after `seconds`."""
         return [self.server.request({"wait": pid, "seconds": seconds}) for pid in self.pids]
 
     def finish(self, code: int = 0) -> str:
-        """Wait for all ranks to exit with `code`; returns their output."""
+        """Wait for all ranks to exit with `code`; return their output."""
         codes = self.wait()
         assert codes == [code] * len(self.pids), (codes, self.text())
         return self.text()
@@ -85,7 +85,7 @@ class Running:
 
 
 class ForkServer:
-    """Starts `scenarioclip-fast train` on one or several ranks, without torchrun: see fork_server.py."""
+    """Start `scenarioclip-fast train` on one or several ranks without torchrun: see fork_server.py."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -116,10 +116,10 @@ class ForkServer:
         """Start a run.
 
         Args:
-            last_rank, poisoned, file_limit: for the last rank alone, more options, steps (from 1) whose pixels are NaN,
-                and the size in bytes beyond which writing a file fails.
+            last_rank, poisoned, file_limit: for the last rank only: extra options, steps (from 1) whose pixels are NaN,
+                and the file size in bytes beyond which writing fails.
             keys: a file to which each step and rank appends its scenes.
-            compile_backend: a Dynamo backend in place of Inductor, which takes minutes.
+            compile_backend: a Dynamo backend to use instead of Inductor, which takes minutes.
         """
         run = Path(config.run.dir)
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ class ForkServer:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Starts runs in processes of their own, at once."""
+    """Starts runs quickly, in separate processes."""
     server = ForkServer()
     yield server
     server.close()

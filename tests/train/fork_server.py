@@ -1,4 +1,4 @@
-"""Runs `scenarioclip-fast` in forks of a process that has imported everything, so that runs start at once.
+"""Run `scenarioclip-fast` in forks of a process that has imported everything, so that runs start fast.
 
 Each line of JSON is a request. {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
 "poisoned": [STEP, ...], "file_limit": BYTES or null, "compile_backend": NAME or null} starts a run; the answer is its
@@ -16,11 +16,11 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-import instant_clip_tokenizer  # noqa: F401  # these are imported late by runs
+import instant_clip_tokenizer  # noqa: F401  # runs import these lazily
 import safetensors.torch  # noqa: F401
 import simplejpeg  # noqa: F401
 import torch
-import torch._dynamo  # by the first optimiser; takes a second
+import torch._dynamo  # imported by the first optimizer; takes a second
 import yaml  # noqa: F401
 
 from scenarioclip_fast.cli import main

@@ -32,7 +32,7 @@ def rows(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
-    """Bit for bit: every number of every step, and the weights."""
+    """Compare every number of every step, and the weights, bit for bit."""
     assert rows(a) == rows(b)
     for file in ("model.safetensors", "teacher.safetensors"):
         weights_a, weights_b = (load_file(Path(config.run.dir) / "model" / file) for config in (a, b))
@@ -52,16 +52,16 @@ def leftovers(run: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_after_20_steps_resumes_to_the_same_40(small: Make, fork_server: Any, ranks: int) -> None:
-    whole, parts = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("whole", "parts"))
-    fork_server.start(whole, ranks=ranks).finish()
-    checkpoint = Path(parts.run.dir) / "checkpoints" / "step-00000020"
-    running = fork_server.start(parts, ranks=ranks)
+def test_a_run_killed_after_20_steps_resumes_exactly(small: Make, fork_server: Any, ranks: int) -> None:
+    full, resumed = (small("train.steps=40", "train.checkpoint_every=20", run=name) for name in ("full", "resumed"))
+    fork_server.start(full, ranks=ranks).finish()
+    checkpoint = Path(resumed.run.dir) / "checkpoints" / "step-00000020"
+    running = fork_server.start(resumed, ranks=ranks)
     wait_until(checkpoint.exists, running)
     running.send(signal.SIGKILL)
     assert running.wait() == [-signal.SIGKILL] * ranks
-    assert "at step 20" in fork_server.start(parts, "--resume", "auto", ranks=ranks).finish()
-    assert_same_run(parts, whole)
+    assert "at step 20" in fork_server.start(resumed, "--resume", "auto", ranks=ranks).finish()
+    assert_same_run(resumed, full)
 
 
 def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
@@ -74,16 +74,16 @@ def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
             steps[step] += keys
         return {step: sorted(keys) for step, keys in steps.items()}
 
-    whole, parts = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("whole", "parts"))
-    fork_server.start(whole, keys=tmp_path / "whole.keys").finish()
-    running = fork_server.start(parts, ranks=2, keys=tmp_path / "parts.keys")
-    wait_until((Path(parts.run.dir) / "checkpoints" / "step-00000010").exists, running)
+    full, resumed = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("full", "resumed"))
+    fork_server.start(full, keys=tmp_path / "full.keys").finish()
+    running = fork_server.start(resumed, ranks=2, keys=tmp_path / "resumed.keys")
+    wait_until((Path(resumed.run.dir) / "checkpoints" / "step-00000010").exists, running)
     running.send(signal.SIGTERM, rank=1)
     out = running.finish(STOPPED)
     assert out.count("stopped by SIGTERM after step") == 1
-    fork_server.start(parts, "--resume", keys=tmp_path / "parts.keys").finish()
-    assert scenes(tmp_path / "parts.keys") == scenes(tmp_path / "whole.keys")
-    assert [row["step"] for row in rows(parts)] == list(range(1, 21))
+    fork_server.start(resumed, "--resume", keys=tmp_path / "resumed.keys").finish()
+    assert scenes(tmp_path / "resumed.keys") == scenes(tmp_path / "full.keys")
+    assert [row["step"] for row in rows(resumed)] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -92,10 +92,10 @@ def test_a_killed_rank_ends_the_other_with_one_error_line(small: Make, fork_serv
     running = fork_server.start(config, ranks=2)
     wait_until(lambda: (Path(config.run.dir) / "metrics.jsonl").exists() and len(rows(config)) > 0, running)
     running.send(signal.SIGKILL, rank=victim)
-    codes = running.wait(seconds=40)  # RankWatch's bound is 8 + 10 s, unless the collective fails earlier
+    codes = running.wait(seconds=40)  # RankWatchdog takes at most 8 + 10 s; the collective may fail earlier
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
     out = running.text()
-    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ logs lines of its own
+    errors = [line for line in out.splitlines() if line.startswith("error")]  # torch's C++ code logs other lines
     assert len(errors) == 1, out
     assert re.match(rf"error: rank {1 - victim} cannot continue: rank {victim}\b.* is gone", errors[0]), out
     assert "Traceback" not in out
@@ -128,7 +128,7 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
     budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
-        reference[ranks] = small(*budget, run=f"whole-{ranks}")
+        reference[ranks] = small(*budget, run=f"full-{ranks}")
         fork_server.start(reference[ranks], ranks=ranks).finish()
     killed, runs = 0, 0
     while killed < KILLS:

@@ -1,4 +1,4 @@
-"""Runs with each optimiser: they train, resume exactly, and shard."""
+"""Runs with each optimizer: they train, resume exactly and shard."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def checkpoint(config: TrainConfig, step: int) -> Path:
 
 
 def nadam(groups: list[optim.ParamGroup], config: OptimSection) -> torch.optim.Optimizer:
-    """State that does not start at zero, counters in host memory, no fused kernel."""
+    """An optimizer with non-zero initial state, counters in host memory and no fused kernel."""
     return torch.optim.NAdam(groups, lr=config.lr, betas=config.betas)
 
 
@@ -51,22 +51,22 @@ def test_a_run_trains_and_resumes_exactly(
 ) -> None:
     monkeypatch.setitem(optim.OPTIMIZERS, "nadam", nadam)
     options = (f"optim.name={name}", f"optim.lr={lr}", "train.steps=12", "train.checkpoint_every=6")
-    whole, parts = small(*options, run="whole"), small(*options, run="parts")
-    Trainer(whole).fit()
-    assert rows(whole)[-1]["loss"] < rows(whole)[0]["loss"]
-    found = examine(checkpoint(whole, 6))
+    full, resumed = small(*options, run="full"), small(*options, run="resumed")
+    Trainer(full).fit()
+    assert rows(full)[-1]["loss"] < rows(full)[0]["loss"]
+    found = examine(checkpoint(full, 6))
     # Names that later versions must be able to load.
     of_weight = {n.rpartition("/")[2] for n in found.names if n.startswith("optimizer/model/vision.global.blocks.0")}
     of_loss = {n.rpartition("/")[2] for n in found.names if n.startswith("optimizer/loss/contrastive.logit_scale.")}
     assert of_weight == of_loss == state
-    Trainer(parts, resume=checkpoint(whole, 6)).fit()
-    assert rows(parts) == rows(whole)[6:]
-    assert all(torch.equal(w, weights(whole)[k]) for k, w in weights(parts).items())
+    Trainer(resumed, resume=checkpoint(full, 6)).fit()
+    assert rows(resumed) == rows(full)[6:]
+    assert all(torch.equal(w, weights(full)[k]) for k, w in weights(resumed).items())
 
 
-def test_another_optimizer_cannot_resume(small: Make) -> None:
+def test_a_different_optimizer_cannot_resume(small: Make) -> None:
     Trainer(small("train.steps=2")).fit()
-    with pytest.raises(UserError, match=r"another optimiser: optim\.name was 'adamw', is 'sgd'"):
+    with pytest.raises(UserError, match=r"a different optimizer: optim\.name was 'adamw', is now 'sgd'"):
         Trainer(small("train.steps=3", "optim.name=sgd"), resume=True).fit()
 
 

@@ -33,12 +33,12 @@ def meta_file(config: TrainConfig, step: int) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_saves_by_the_clock_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
-    # 6 ms, less than two steps: at every log interval, as rank 0 decides, and at no step in between
+def test_timed_checkpoints_are_saved_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
+    # 6 ms, less than two steps: due at every log interval (rank 0 decides), and never in between
     config = small("train.steps=8", "train.checkpoint_minutes=1e-4", "train.keep_checkpoints=9")
     fork_server.start(config, ranks=ranks).finish()
     assert steps(config) == [3, 6, 8]
-    assert len(list(meta_file(config, 8).parent.glob("*.distcp"))) == ranks  # each rank has written its share
+    assert len(list(meta_file(config, 8).parent.glob("*.distcp"))) == ranks  # each rank wrote its share
 
 
 def test_training_continues_while_a_checkpoint_is_written(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_disk_too_full_for_the_model(small: Make, monkeypatch: pytest.MonkeyPa
 
 def test_a_whole_run_on_a_full_disk(small: Make, fork_server: Any) -> None:
     config = small("train.steps=20", "train.log_every=1", "train.checkpoint_every=10")
-    out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes; also of its log
+    out = fork_server.start(config, poisoned=[18], file_limit=3000).finish(code=1)  # bytes; applies to the log too
     assert "metrics.jsonl not written: [Errno 27] File too large; training continues" in out
     assert "checkpoint of step 10 not written" in out and "Traceback" not in out
 
@@ -144,7 +144,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(small: Make) ->
 def test_resume_with_and_without_a_teacher(small: Make) -> None:
     config = small("train.steps=2", "loss.distillation_scale=0")
     Trainer(config).fit()
-    assert Trainer(small("train.steps=3"), resume=True).fit().completed  # with a teacher from here on
+    assert Trainer(small("train.steps=3"), resume=True).fit().completed  # now with a teacher
     with pytest.raises(UserError, match=r"lacks \d+ tensors of this run, such as teacher/"):
         Trainer(small("train.steps=4", "loss.teacher_scope=all"), resume=True).fit()
     assert Trainer(small("train.steps=4", "loss.distillation_scale=0"), resume=True).fit().completed
@@ -171,8 +171,8 @@ def test_resume_on_a_gpu(small: Make) -> None:
     def losses(config: TrainConfig) -> list[float]:
         return [row["loss"] for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
 
-    whole, parts = (small("train.steps=4", "train.checkpoint_every=2", "run.device=cuda", run=r) for r in ("a", "b"))
-    Trainer(whole).fit()
-    Trainer(parts, resume=meta_file(whole, 2).parent).fit()
-    # float32 sums in an order that varies from run to run, amplified over the steps
-    assert losses(parts) == pytest.approx(losses(whole)[2:], rel=1e-3)
+    full, resumed = (small("train.steps=4", "train.checkpoint_every=2", "run.device=cuda", run=r) for r in ("a", "b"))
+    Trainer(full).fit()
+    Trainer(resumed, resume=meta_file(full, 2).parent).fit()
+    # the order of float32 sums varies from run to run, and steps amplify the difference
+    assert losses(resumed) == pytest.approx(losses(full)[2:], rel=1e-3)

@@ -16,7 +16,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
 Make = Callable[..., TrainConfig]
-# Two blocks, the first one frozen and shared by all levels: sharded and whole weights side by side.
+# Two blocks, the first one frozen and shared by all levels: both sharded and whole weights.
 TOWERS = (
     "model.text.layers=2",
     "model.freeze.text_blocks=1",
@@ -39,15 +39,15 @@ def checkpoint(config: TrainConfig, step: int) -> Path:
 
 
 def assert_close(a: TrainConfig, b: TrainConfig, start: int = 0) -> None:
-    """`a`, started at step `start`, trained as `b` did."""
+    """Assert that `a`, started at step `start`, trained like `b`."""
     for row_a, row_b in zip(rows(a), rows(b)[start:], strict=True):
-        # float32 sums in another order, amplified step by step
+        # float32 sums in another order; steps amplify the difference
         assert row_a["loss"] == pytest.approx(row_b["loss"], rel=1e-5)
         assert row_a["grad_norm"] == pytest.approx(row_b["grad_norm"], rel=1e-3)
     for file in ("model.safetensors", "teacher.safetensors"):
         assert weights(a, file).keys() == weights(b, file).keys()
         for name, w in weights(a, file).items():
-            # Adam turns a gradient near 0 into a step of the size of the rate, either way
+            # Adam turns a gradient near 0 into a step of the size of the learning rate, of either sign
             torch.testing.assert_close(w, weights(b, file)[name], rtol=0, atol=2e-4, msg=name)
 
 
@@ -81,7 +81,7 @@ def test_compiled_blocks_with_sharded_weights(small: Make, fork_server: Any) -> 
     assert_close(compiled, plain)
 
 
-def test_checkpoints_load_on_another_number_of_ranks(small: Make, fork_server: Any) -> None:
+def test_checkpoints_load_on_a_different_number_of_ranks(small: Make, fork_server: Any) -> None:
     def run(name: str, ranks: int, *options: str) -> TrainConfig:
         config = small("train.steps=6", "train.checkpoint_every=3", "train.parallel=fsdp", "optim.lr=1e-4", run=name)
         fork_server.start(config, *options, ranks=ranks).finish()

@@ -1,4 +1,4 @@
-"""A step in microbatches against the undivided step: loss, terms and every gradient; on one process and two ranks."""
+"""Compare a step in microbatches with the whole step: loss, terms and all gradients, on one and two ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FixedVocabulary:
 
 
 def make_step(variant: str, freeze: FreezeConfig, duplicates: str, group: Any = None) -> StepModule:
-    """In float64, so that only rounding in the 16th digit can differ."""
+    """Build a step in float64, so that only the 16th digit can differ."""
     torch.manual_seed(0)
     config = ModelConfig(
         variant=variant,  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def make_step(variant: str, freeze: FreezeConfig, duplicates: str, group: Any = 
     model.set_vocabulary(FixedVocabulary())  # type: ignore[arg-type]
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)  # levels differ, and so do student and teacher below
+            p.add_(torch.randn_like(p) * 0.1)  # so that levels differ
     loss = ScenarioLoss(duplicates=duplicates, distillation_scale=12.0, group=group)
     return StepModule(model, loss).double()
 
@@ -66,7 +66,7 @@ def make_teacher(step: StepModule) -> EMATeacher | None:
 
 
 def make_batch(objects: list[int], relations: list[int], seed: int = 1) -> Batch:
-    """`objects` and `relations`: how many each scene has."""
+    """Make a batch; `objects` and `relations` are the numbers in each scene."""
     g = torch.Generator().manual_seed(seed)
     scene = torch.arange(len(objects))
     counts = (len(objects), sum(objects), sum(relations))
@@ -86,12 +86,12 @@ def gradients(step: StepModule) -> dict[str, Tensor]:
 
 
 def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeacher | None, microbatches: int) -> None:
-    """The step in microbatches against the undivided step."""
+    """Compare the step in microbatches with the whole step."""
     assert step.model.tokens is not None
-    expected = wrapped(Phase.LOSS, batch, step.model.tokens.distinct(batch.host_ids), teacher)
+    expected = wrapped(Phase.LOSS, batch, step.model.tokens.unique_texts(batch.host_ids), teacher)
     expected["loss"].backward()
     expected_gradients = gradients(step)
-    texts = step.model.tokens.distinct(batch.host_ids)
+    texts = step.model.tokens.unique_texts(batch.host_ids)
     terms = GradCache(step, wrapped, microbatches, nullcontext).backward(batch, texts, teacher)
     found = gradients(step)
     assert terms.keys() == expected.keys()
@@ -125,7 +125,7 @@ def test_microbatches_do_not_change_the_gradients(
 ) -> None:
     step = make_step(variant, freeze, duplicates)
     teacher = make_teacher(step)
-    for microbatches in (1, 2, 3, 7):  # 7 is more than there are scenes: some are empty
+    for microbatches in (1, 2, 3, 7):  # 7 exceeds the number of scenes: some are empty
         compare(step, step, make_batch(*sizes), teacher, microbatches)
 
 
@@ -142,7 +142,7 @@ def on_a_rank(rank: int, store: str) -> None:
         # All ranks end up with the same, averaged gradient.
         assert step.model.tokens is not None
         batch = make_batch([2, 1], [1, 1], seed=rank)
-        texts = step.model.tokens.distinct(batch.host_ids)
+        texts = step.model.tokens.unique_texts(batch.host_ids)
         GradCache(step, wrapped, 2, nullcontext).backward(batch, texts, teacher)
         own = torch.cat([g.flatten() for g in gradients(step).values()])
         of_rank_0 = own.clone()
@@ -157,7 +157,7 @@ def test_microbatches_do_not_change_the_gradients_on_two_ranks(tmp_path: Path) -
 
 
 class SavedActivations:
-    """Bytes that autograd keeps for the backward pass: now, and at most."""
+    """Measure the bytes that autograd saves for the backward pass: current and peak."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -183,7 +183,7 @@ def test_activation_memory_is_that_of_one_microbatch() -> None:
     step = make_step("scenarioclip0", FreezeConfig.nothing(), "negatives")
     batch = make_batch([3] * 16, [2] * 16)
     assert step.model.tokens is not None
-    texts = step.model.tokens.distinct(batch.host_ids)
+    texts = step.model.tokens.unique_texts(batch.host_ids)
     peaks = []
     for microbatches in (1, 8):
         saved = SavedActivations(step)
@@ -194,15 +194,15 @@ def test_activation_memory_is_that_of_one_microbatch() -> None:
     assert peaks[1] < 0.2 * peaks[0]
 
 
-def test_a_run_in_microbatches_equals_the_undivided_run(small: Make) -> None:
+def test_a_run_in_microbatches_matches_the_whole_run(small: Make) -> None:
     curves = []
     for microbatches in (1, 4):
         config = small("train.steps=4", f"train.accumulate={microbatches}", run=f"in {microbatches}")
         Trainer(config).fit()
         rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
         curves.append(torch.tensor([[row[name] for name in ("loss", "grad_norm", "distillation")] for row in rows]))
-    # float32 sums in another order; AdamW, whose first steps divide gradients by their own size, amplifies the
-    # difference from step to step.
+    # float32 sums in another order; AdamW's first steps, which normalise gradients, amplify the
+    # difference.
     torch.testing.assert_close(curves[1][0], curves[0][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
 

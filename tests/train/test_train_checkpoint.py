@@ -92,7 +92,7 @@ def test_failing_to_remove_an_old_checkpoint_is_harmless(tmp_path: Path, monkeyp
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_the_first_new_checkpoint_removes_an_abandoned_branch(tmp_path: Path) -> None:
+def test_the_first_new_checkpoint_removes_later_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=5)
     for step in (2, 4, 6):
         save(checkpoints, step, loss=1.0)
@@ -168,7 +168,7 @@ def test_damage_is_reported(tmp_path: Path, damage: str) -> None:
 
 def test_files_missing_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.os, "listdir", lambda path: [])
-    with pytest.raises(NotWritten, match=r"__0_0\.distcp of other ranks are not in .*that all hosts share"):
+    with pytest.raises(NotWritten, match=r"__0_0\.distcp of other ranks missing in .*shared by all hosts"):
         save(Checkpoints(tmp_path, keep=1), 1)
 
 

@@ -44,7 +44,7 @@ def test_overrides_are_typed_by_their_key() -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("on", True), ("false", False)])
-def test_compile_is_a_switch_or_auto(text: str, value: bool | str, tmp_path: Path) -> None:
+def test_compile_is_a_bool_or_auto(text: str, value: bool | str, tmp_path: Path) -> None:
     config = TrainConfig.of({}, [f"train.compile={text}"])
     assert config.train.compile == value and type(config.train.compile) is type(value)
     config.save(tmp_path / "config.yaml")
@@ -77,14 +77,14 @@ def test_a_preset_is_the_base_of_the_other_model_keys() -> None:
     assert ModelSection.preset("tiny").architecture == tiny
 
 
-def test_a_budget_on_the_command_line_replaces_that_of_the_file() -> None:
+def test_a_budget_override_replaces_the_budget_of_the_file() -> None:
     config = TrainConfig.of({"train": {"epochs": 12}}, ["train.steps=5"])
     assert (config.train.steps, config.train.epochs) == (5, None)
     with pytest.raises(UserError, match=r"train\.steps and train\.epochs"):
         TrainConfig.of({"train": {"epochs": 12, "steps": 5}})
 
 
-def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+def test_a_saved_config_loads_unchanged(tmp_path: Path) -> None:
     overrides = ["optim.lr=3e-4", "train.views=1000", "train.profile=[3, 5]", "data.shards=x"]
     config = TrainConfig.of({"model": {"preset": "tiny"}}, overrides)
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
@@ -131,13 +131,13 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train.compile=[", r"train\.compile: got '\[', which is not a YAML value"),
     ],
 )
-def test_a_mistake_names_the_key(override: str, message: str) -> None:
+def test_an_error_names_the_key(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig.of({}, [override])
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "optim: 3", "optim: {lr: x}", "{", "optim: {1: 2}"])
-def test_a_malformed_file_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_malformed_file_gives_a_one_line_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -145,7 +145,7 @@ def test_a_malformed_file_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.yaml: No such file"):
         TrainConfig.load(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="Is a directory"):
@@ -162,7 +162,7 @@ def test_the_shipped_configs_are_valid_and_name_every_key_they_set(path: Path) -
     assert [config.train.steps, config.train.epochs, config.train.views].count(None) == 2
 
 
-def test_reference_keeps_the_quirks_and_fast_does_not() -> None:
+def test_only_the_reference_config_keeps_the_quirks_of_the_published_run() -> None:
     reference, fast = (TrainConfig.load(CONFIGS / f"{name}.yaml") for name in ("reference", "fast"))
     assert (reference.optim.decay_logit_scale, fast.optim.decay_logit_scale) == (True, False)
     assert (reference.model.freeze.pre_layernorm, fast.model.freeze.pre_layernorm) == (False, True)
@@ -173,7 +173,7 @@ def test_reference_keeps_the_quirks_and_fast_does_not() -> None:
 
 
 def test_every_key_and_section_has_a_meaning() -> None:
-    """The meaning is the string literal below the field of the dataclass."""
+    """A meaning is the string literal below a dataclass field."""
     sections = config_reference.sections()
     keys = [key for section in sections for key in section.keys]
     assert [key.name for key in keys if not key.meaning] == []
@@ -182,7 +182,7 @@ def test_every_key_and_section_has_a_meaning() -> None:
     assert names == {*dotted_keys(TrainConfig), "model.preset"}
 
 
-def test_the_reference_shows_types_and_defaults_as_yaml_writes_them() -> None:
+def test_the_reference_shows_types_and_defaults_in_yaml_notation() -> None:
     keys = {key.name: key for section in config_reference.sections() for key in section.keys}
     assert [keys["train.compile"].type, keys["train.compile"].default] == ["true | false | auto", "false"]
     assert [keys["optim.betas"].type, keys["optim.betas"].default] == ["[float, float]", "[0.9, 0.999]"]

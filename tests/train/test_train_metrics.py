@@ -54,10 +54,10 @@ def test_a_damaged_log_does_not_prevent_resuming(tmp_path: Path, damage: bytes) 
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: Any) -> None:
+    def disk_full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics, "_summary_writer", lambda *_: SimpleNamespace(add_scalar=no_room))
+    monkeypatch.setattr(metrics, "_summary_writer", lambda *_: SimpleNamespace(add_scalar=disk_full))
     out = io.StringIO()
     log = MetricsLog(tmp_path, 0, 10, file=out)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -75,7 +75,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     log.close()
 
 
-def test_lines_without_a_terminal_are_rare_but_include_the_last_step(
+def test_log_lines_without_a_terminal_are_sparse_but_include_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -126,7 +126,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 4.0), (2, 3.0)]
 
 
-def test_data_wait_on_a_cpu_is_the_time_of_the_host() -> None:
+def test_data_wait_on_a_cpu_is_the_host_wait() -> None:
     wait = DataWait(torch.device("cpu"))
     for seconds in (0.5, 0.25):
         wait.begin_step(seconds)
@@ -171,14 +171,14 @@ def test_data_wait_on_a_gpu_is_at_most_its_idle_gap(monkeypatch: pytest.MonkeyPa
 def test_the_bottleneck_report() -> None:
     report = BottleneckReport()
     assert not report.add(100.0, 2.9)
-    assert str(report) == "bound by the step: it waited 2.9% of the time for data"
+    assert str(report) == "compute-bound: the step waited for data 2.9% of the time"
     assert not report.add(100.0, 4.0)
-    assert str(report).startswith("bound by data: the step waited 3.5% of the time; raise data.threads")
+    assert str(report).startswith("data-bound: the step waited for data 3.5% of the time; raise data.threads")
     assert report.add(150.0, 0.0)  # every five minutes
     assert not report.add(1.0, 0.0)
 
 
-def test_a_profile_has_its_steps(tmp_path: Path) -> None:
+def test_a_profile_covers_its_steps(tmp_path: Path) -> None:
     profile = StepProfile(tmp_path / "profile", 2, 3)
     lines = []
     for step in range(1, 6):

@@ -47,7 +47,7 @@ def test_weight_decay_applies_to_matrices_only(decay_scale: bool) -> None:
     assert trained == {id(p) for p in (*model.parameters(), *loss.parameters()) if p.requires_grad}
 
 
-def test_the_first_rule_that_matches_a_parameter_holds() -> None:
+def test_the_first_rule_that_matches_a_parameter_applies() -> None:
     parameters = [(name, p) for name, p in make_model().named_parameters()]
     rules = [GroupRule(r"0\..*", 0.1, min_dims=2, lr_multiple=0.5), GroupRule(r"9\..*", 0.3), GroupRule(r".*", 0.0)]
     first, last = parameter_groups(parameters, rules)  # no parameter matches the second rule
@@ -71,7 +71,7 @@ def test_an_unknown_optimizer(name: str, message: str) -> None:
         build_optimizer(make_model(), Temperature(), OptimSection(name=name))
 
 
-def test_the_rate_is_torchs_linear_then_cosine_schedule() -> None:
+def test_the_rate_matches_torchs_linear_and_cosine_schedules() -> None:
     config, total = OptimSection(lr=0.5, warmup=0.1), 50
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=config.lr)
@@ -100,7 +100,7 @@ def backward(model: nn.Module, scale: float) -> Tensor:
 
 
 def adagrad(groups: list[ParamGroup], config: OptimSection) -> torch.optim.Optimizer:
-    """One without a fused kernel, which `guarded_step` must undo."""
+    """An optimizer without a fused kernel, whose steps `guarded_step` must undo."""
     return torch.optim.Adagrad(groups, lr=config.lr, fused=False)
 
 
@@ -114,7 +114,7 @@ NAMES = ["adamw", "sgd", "adagrad"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1e-3, 10.0])  # below and above the clipping norm
-def test_a_step_is_torchs_clipping_and_optimizer(name: str, scale: float) -> None:
+def test_a_step_matches_torchs_clipping_and_optimizer(name: str, scale: float) -> None:
     model, reference = make_model(), make_model()
     config = OptimSection(name=name, lr=1e-2, weight_decay=0.2)
     guarded = build_optimizer(model, Temperature(), config)
@@ -143,7 +143,7 @@ def test_a_step_is_torchs_clipping_and_optimizer(name: str, scale: float) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", ["loss", "nan", "inf"])
-def test_a_step_that_is_not_finite_changes_nothing(bad: str, name: str) -> None:
+def test_a_non_finite_step_changes_nothing(bad: str, name: str) -> None:
     model = make_model()
     optimizer = build_optimizer(model, Temperature(), OptimSection(name=name, lr=0.1))
     guarded_step(optimizer, backward(model, 1.0), 1.0)
@@ -159,14 +159,14 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str, name: str) -> None:
     for before, after in zip(weights, model.parameters(), strict=True):
         assert torch.equal(before, after)
     for k, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(states[k][n], v) for n, v in state.items())  # the step count included
+        assert all(torch.equal(states[k][n], v) for n, v in state.items())  # including the step count
     _, skipped = guarded_step(optimizer, backward(model, 1.0), 1.0)
     assert not skipped
     assert not torch.equal(weights[0], model[0].weight)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_first_step_that_is_not_finite_leaves_a_clean_state(name: str) -> None:
+def test_a_non_finite_first_step_leaves_a_clean_state(name: str) -> None:
     models = make_model(), make_model()
     for model in models:
         optimizer = build_optimizer(model, Temperature(), OptimSection(name=name, lr=0.1, weight_decay=0.0))
@@ -185,7 +185,7 @@ def test_the_host_does_not_wait_for_the_device(name: str, monkeypatch: pytest.Mo
         lambda groups, config: torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=False),
     )
 
-    class Reads(TorchDispatchMode):
+    class RecordOps(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
@@ -194,7 +194,7 @@ def test_the_host_does_not_wait_for_the_device(name: str, monkeypatch: pytest.Mo
     model = make_model()
     optimizer = build_optimizer(model, Temperature(), OptimSection(name=name))
     loss = backward(model, 10.0)
-    with Reads():
+    with RecordOps():
         guarded_step(optimizer, loss, 1.0)
     assert any(f"_fused_{name}_" in op for op in seen) or name not in ("adamw", "sgd")
     assert not any("_local_scalar_dense" in op or "nonzero" in op for op in seen)

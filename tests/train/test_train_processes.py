@@ -1,4 +1,4 @@
-"""Runs started as users start them: by the command, alone and under torchrun."""
+"""Runs started from the command line, alone and under torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., TrainConfig]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs in this process compute as those of `start`: the last bits depend on the number of threads."""
+    """Match the runs of `start`: the last bits depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,14 +54,14 @@ def saved(config: TrainConfig) -> Path:
     return path
 
 
-def test_two_ranks_train_as_one_process(small: Make) -> None:
+def test_two_ranks_match_one_process(small: Make) -> None:
     one, two = (small("train.steps=20", "data.batch_size=10", run=name) for name in ("one", "two"))
     assert main.main(["train", "-c", str(saved(one))]) == 0
     out = finish(start(two, ranks=2))
     assert "x 2 ranks" in out
     assert out.count("model: ") == 1
     for a, b in zip(rows(one), rows(two), strict=True):
-        # float32 sums in another order, amplified step by step
+        # float32 sums in another order; steps amplify the difference
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         assert (a["views"], a["lr"]) == (b["views"], b["lr"])

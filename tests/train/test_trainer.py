@@ -30,7 +30,7 @@ Make = Callable[..., TrainConfig]
 
 
 class Hooked(Trainer):
-    """Calls `before(trainer, batch)` ahead of every step."""
+    """Calls `before(trainer, batch)` before every step."""
 
     before: Callable[[Trainer, Batch], None]
 
@@ -72,35 +72,35 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     ],
     ids=["all blocks train", "frozen blocks"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(small: Make, overrides: tuple[str, ...]) -> None:
-    whole, parts = (small("train.steps=7", *overrides, run=name) for name in ("whole", "parts"))
-    Trainer(whole).fit()
-    first = hooked(parts, stop_at(4)).fit()
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(small: Make, overrides: tuple[str, ...]) -> None:
+    full, resumed = (small("train.steps=7", *overrides, run=name) for name in ("full", "resumed"))
+    Trainer(full).fit()
+    first = hooked(resumed, stop_at(4)).fit()
     assert (first.completed, first.step, first.stopped_by) == (False, 4, "the test")
-    second = Trainer(parts, resume=True).fit()
+    second = Trainer(resumed, resume=True).fit()
     assert second.completed and second.step == 7
-    assert [row["step"] for row in rows(whole)] == list(range(1, 8))
-    assert rows(parts) == rows(whole)
-    assert_same(weights(parts), weights(whole))
-    assert_same(weights(parts, "teacher.safetensors"), weights(whole, "teacher.safetensors"))
+    assert [row["step"] for row in rows(full)] == list(range(1, 8))
+    assert rows(resumed) == rows(full)
+    assert_same(weights(resumed), weights(full))
+    assert_same(weights(resumed, "teacher.safetensors"), weights(full, "teacher.safetensors"))
 
 
 def test_a_killed_run_resumes_from_its_newest_intact_checkpoint(small: Make) -> None:
-    whole, parts = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("whole", "parts"))
-    Trainer(whole).fit()
+    full, resumed = (small("train.steps=7", "train.checkpoint_every=2", run=name) for name in ("full", "resumed"))
+    Trainer(full).fit()
 
     def die(trainer: Trainer, _: Batch) -> None:
         if trainer.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hooked(parts, die).fit()
-    newest, older = Checkpoints(Path(parts.run.dir) / "checkpoints", keep=2).paths()
+        hooked(resumed, die).fit()
+    newest, older = Checkpoints(Path(resumed.run.dir) / "checkpoints", keep=2).paths()
     assert (newest.name, older.name) == ("step-00000004", "step-00000002")
     (newest / "__0_0.distcp").write_bytes(b"")  # the newest is damaged
-    Trainer(parts, resume=True).fit()
-    assert rows(parts) == rows(whole)
-    assert_same(weights(parts), weights(whole))
+    Trainer(resumed, resume=True).fit()
+    assert rows(resumed) == rows(full)
+    assert_same(weights(resumed), weights(full))
 
 
 def test_the_model_directory_is_complete(small: Make) -> None:
@@ -170,7 +170,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(small: Make) -> None:
         if trainer.step >= 3:
             batch.pixels.fill_(float("inf"))
 
-    with pytest.raises(TrainingFailed, match=r"[456] steps in a row .* not finite"):
+    with pytest.raises(TrainingFailed, match=r"[456] steps in a row .* non-finite"):
         hooked(config, poison).fit()
     assert len((Path(config.run.dir) / "skipped.jsonl").read_text().splitlines()) in (4, 5, 6)
     assert hooked(config, lambda *_: None, resume=True).fit().completed
@@ -200,7 +200,7 @@ def test_an_echo_of_a_signal_is_ignored(small: Make) -> None:
     assert (result.completed, result.step, result.stopped_by) == (False, 2, "SIGINT")
 
 
-def test_a_signal_repeated_later_acts_at_once(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_repeat_of_a_signal_acts_immediately(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_ECHO_S", 0.05)
 
     def twice(t: Trainer, _: Batch) -> None:
@@ -215,7 +215,7 @@ def test_a_signal_repeated_later_acts_at_once(small: Make, monkeypatch: pytest.M
     assert not (Path(config.run.dir) / "checkpoints").exists()
 
 
-def test_a_full_disk_does_not_end_the_run_before_its_end(
+def test_a_full_disk_only_fails_the_last_checkpoint(
     small: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small("train.steps=4", "train.checkpoint_every=2")
@@ -249,7 +249,10 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(
         (("data.shards=/nowhere",), r"/nowhere"),
         (("data.batch_size=1000",), r"batch"),
         (("data.max_pixels=99",), r"cannot be used, .*too_large: \d+ x \d+ pixels, the limit is 99"),
-        (("data.max_pixels=99", "data.max_bad_fraction=1"), r"no scene .* can be used; .*bad_samples\.jsonl says why"),
+        (
+            ("data.max_pixels=99", "data.max_bad_fraction=1"),
+            r"no scene .* is usable; see .*bad_samples\.jsonl for the reasons",
+        ),
         (("run.device=cuda:77",), r"run\.device"),
         (("run.device=abacus",), r"run\.device: got 'abacus'"),
         (("model.init=/nowhere",), r"model\.init: /nowhere does not exist"),
@@ -279,11 +282,11 @@ def test_bad_samples_are_counted_across_resumes(small: Make, shards: Path, tmp_p
             shard.seek(scenes[0][1])
             shard.write(b"not a picture")
     data = (f"data.shards={tmp_path / 'damaged'}", "train.steps=6")
-    whole, parts = small(*data, run="whole"), small(*data, run="parts")
-    Trainer(whole).fit()
-    hooked(parts, stop_at(4)).fit()
-    Trainer(parts, resume=True).fit()
-    assert rows(parts) == rows(whole) and rows(whole)[-1]["bad_samples"] >= 2
+    full, resumed = small(*data, run="full"), small(*data, run="resumed")
+    Trainer(full).fit()
+    hooked(resumed, stop_at(4)).fit()
+    Trainer(resumed, resume=True).fit()
+    assert rows(resumed) == rows(full) and rows(full)[-1]["bad_samples"] >= 2
 
 
 def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
@@ -297,7 +300,7 @@ def test_a_run_directory_is_locked(small: Make) -> None:
     config = small("train.steps=2")
 
     def start_another(trainer: Trainer, _: Batch) -> None:
-        with pytest.raises(UserError, match="another process trains into"):
+        with pytest.raises(UserError, match="another process is training in"):
             Trainer(config, resume=True).fit()
 
     assert hooked(config, start_another).fit().completed
@@ -311,11 +314,11 @@ def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.Capture
 
 def test_resume_accepts_changed_settings_but_not_another_model(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     Trainer(small("train.steps=2")).fit()
-    with pytest.raises(UserError, match=r"another model: model\.vision\.layers was 1, is 2"):
+    with pytest.raises(UserError, match=r"a different model: model\.vision\.layers was 1, is now 2"):
         Trainer(small("train.steps=4", "model.vision.layers=2"), resume=True).fit()
     result = Trainer(small("train.steps=4", "optim.weight_decay=0.1"), resume=True).fit()
     assert result.completed and result.step == 4
-    assert "optim.weight_decay was 0.2, is 0.1" in capsys.readouterr().err
+    assert "optim.weight_decay was 0.2, is now 0.1" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"is at step 4, beyond the budget of 3 steps"):
         Trainer(small("train.steps=3"), resume=True).fit()
 
@@ -332,13 +335,13 @@ def test_resume_from_a_named_checkpoint(small: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("budget", "steps"), [("train.steps=3", 3), ("train.epochs=1.5", 3), ("train.epochs=0.5", 1)])
 def test_the_budget_in_steps(small: Make, budget: str, steps: int) -> None:
-    assert Trainer(small(budget)).fit().total_steps == steps  # 20 scenes, 8 a step: 2 steps an epoch
+    assert Trainer(small(budget)).fit().total_steps == steps  # 20 scenes, 8 per step: 2 steps per epoch
 
 
 def test_the_budget_in_views(small: Make) -> None:
     result = Trainer(small("train.views=600")).fit()
     assert result.completed
-    # rounded up to whole steps, whose views differ from the mean
+    # rounded up to full steps, whose views differ from the mean
     assert result.views == pytest.approx(600, rel=0.3)
 
 
@@ -350,19 +353,19 @@ def test_initial_weights(small: Make, tmp_path: Path) -> None:
     start.before = lambda t, _: assert_same(dict(t.model.state_dict()), weights(source))
     start.fit()
 
-    def one_pair(trainer: Trainer, _: Batch) -> None:
-        given = weights(source)
+    def check_pair(trainer: Trainer, _: Batch) -> None:
+        initial = weights(source)
         for name, p in trainer.model.named_parameters(remove_duplicate=False):
             kind, _, rest = name.split(".", 2)
-            assert torch.equal(p, given[f"{kind}.global.{rest}"])
+            assert torch.equal(p, initial[f"{kind}.global.{rest}"])
 
-    other = hooked(small("train.steps=1", init, "model.variant=pyramidclip", run="pyramid"), one_pair)
+    other = hooked(small("train.steps=1", init, "model.variant=pyramidclip", run="pyramid"), check_pair)
     other.fit()
     with pytest.raises(UserError, match=r"vision\.width: 64 and 32"):
         Trainer(small("train.steps=1", init, "model.vision.width=64", run="wider")).fit()
 
 
-def test_initial_weights_that_contradict_the_freezing(small: Make, tmp_path: Path) -> None:
+def test_initial_weights_that_conflict_with_the_freezing(small: Make, tmp_path: Path) -> None:
     Trainer(small("train.steps=1", "optim.lr=0.1", "optim.warmup=0", run="source")).fit()
     init = f"model.init={tmp_path / 'source' / 'model'}"
     with pytest.raises(UserError, match=r"use the model"):
@@ -377,7 +380,7 @@ def test_speed_and_bottleneck_are_logged(
     found = read_metrics(Path(fast.run.dir) / "metrics.jsonl")
     assert all(row["tflop_per_s"] > 0 and "mfu" not in row for row in found)  # a CPU has no known peak
     assert all(0.05 < row["memory_gib"] < 64 for row in found)  # torch alone uses more
-    assert capsys.readouterr().err.count("bound by") == 1
+    assert capsys.readouterr().err.count("-bound: the step") == 1
 
     iterate = SceneLoader.__iter__
 
@@ -388,7 +391,7 @@ def test_speed_and_bottleneck_are_logged(
 
     monkeypatch.setattr(SceneLoader, "__iter__", slowly)
     Trainer(small("train.steps=4", run="slow")).fit()
-    assert "bound by data: the step waited" in capsys.readouterr().err
+    assert "data-bound: the step waited for data" in capsys.readouterr().err
 
 
 def test_a_profile_of_some_steps(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,7 +417,7 @@ class FailOnSync(Trainer):
 @pytest.mark.gpu
 def test_a_step_does_not_synchronise_on_a_gpu(small: Make) -> None:
     """test_waits.py has a check that needs no GPU."""
-    # The mode holds for the whole process: no thread may prepare batches meanwhile, which synchronises.
+    # The mode is process-wide, so no thread may prepare batches meanwhile, because that synchronises.
     options = ("data.prefetch=0", "run.device=cuda", "run.precision=bf16")
     assert FailOnSync(small("train.steps=8", "train.log_every=100", *options)).fit().completed
 
@@ -422,7 +425,7 @@ def test_a_step_does_not_synchronise_on_a_gpu(small: Make) -> None:
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the sample photos are not beside the checkout")
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the sample photos are not next to the checkout")
 def test_the_loss_falls_on_real_photos(tmp_path: Path) -> None:
     scenes = islice(load_reference(PHOTOS), 24)
     pack(scenes, tmp_path / "shards")

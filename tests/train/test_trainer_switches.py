@@ -19,7 +19,7 @@ from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
-# Towers of different widths, as in ViT-B/32, with two blocks each, the lower one frozen.
+# Towers of different widths, as in ViT-B/32, with two blocks each, the first one frozen.
 FROZEN = (
     "model.text.width=16",
     "model.text.layers=2",
@@ -96,9 +96,9 @@ def test_only_vision_blocks_use_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     encoders = [*model.encoders(), *teacher.encoders.values()]
     assert len(compiled) == sum(len(encoder.blocks) for encoder in encoders)
     for encoder in encoders:
-        seen = isinstance(encoder, VisionEncoder)  # texts have too many sizes
-        assert all(compiled[block] == (graphs if seen else {"dynamic": True}) for block in encoder.blocks)
-        assert getattr(encoder, "bucketed", False) is seen
+        is_vision = isinstance(encoder, VisionEncoder)  # texts have too many sizes
+        assert all(compiled[block] == (graphs if is_vision else {"dynamic": True}) for block in encoder.blocks)
+        assert getattr(encoder, "bucketed", False) is is_vision
 
 
 def test_bucketed_rows_do_not_change_the_loss(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +108,11 @@ def test_bucketed_rows_do_not_change_the_loss(small: Make, monkeypatch: pytest.M
     rows: list[int] = []
     forward = VisionBlock.forward
 
-    def watch(block: VisionBlock, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def record(block: VisionBlock, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(x.shape[0])
         return forward(block, x, *rest)
 
-    monkeypatch.setattr(VisionBlock, "forward", watch)
+    monkeypatch.setattr(VisionBlock, "forward", record)
     curves = []
     for bucketed in (False, True):
         monkeypatch.setattr(VisionEncoder, "bucketed", bucketed)
@@ -153,7 +153,9 @@ def test_cuda_graphs_do_not_change_the_loss(small: Make, microbatches: int) -> N
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
 
 
-def test_only_a_whole_teacher_is_evaluated(small: Make, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_teacher_of_all_encoders_is_evaluated(
+    small: Make, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small("train.steps=4", "loss.teacher_scope=all", *FROZEN, run="all")
     trainer = Trainer(config)
     trainer.fit()

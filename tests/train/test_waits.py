@@ -1,7 +1,6 @@
-"""A training step makes no host synchronisation, checked on a CPU.
+"""Check on a CPU that a training step does not synchronise with the device.
 
-tests/train/test_trainer.py has the same check on a GPU. Here tensors are labelled: those that would be on a GPU, and
-those that would be in host memory.
+tests/train/test_trainer.py has the same check on a GPU. Here, tensors are labelled as if on a GPU or in host memory.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from scenarioclip_fast.ops.contrastive import validate
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
 
-# Ops whose result, or its size, the host reads. Indexing with a mask is another.
+# Ops whose result or output size the host reads. Indexing with a mask is another case.
 SYNCHRONISING_OPS = {
     "_local_scalar_dense",
     "is_nonzero",
@@ -54,8 +53,8 @@ class HostSync(AssertionError):
 
 
 class Memory:
-    """Which storages would be on the device, and which on the host. Results of ops inherit the label of their inputs;
-    tensors made without inputs have none and may be used with either."""
+    """Labels storages as on the device or on the host. Results of ops inherit the label of their inputs; tensors
+    created without inputs have no label and may be used with either."""
 
     def __init__(self) -> None:
         self.device: set[int] = set()
@@ -118,13 +117,13 @@ class Ops(TorchDispatchMode):
 
 
 @contextmanager
-def watched(memory: Memory) -> Iterator[Ops]:
+def checked(memory: Memory) -> Iterator[Ops]:
     with Methods(memory), Ops(memory) as ops:
         yield ops
 
 
-class Watched(Trainer):
-    """Watches the steps from the third one on, when caches are full."""
+class CheckedTrainer(Trainer):
+    """Checks the steps from the third one on, when caches are full."""
 
     def train_step(self, batch: Batch) -> None:
         tokens = self.model.tokens
@@ -154,7 +153,7 @@ class Watched(Trainer):
 
         tokens._upload = uploaded  # type: ignore[method-assign]
         try:
-            with watched(memory) as ops:
+            with checked(memory) as ops:
                 super().train_step(batch)
         finally:
             tokens._upload = upload  # type: ignore[method-assign]
@@ -166,11 +165,11 @@ def test_a_step_does_not_synchronise(
     small: Callable[..., TrainConfig], microbatches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It checks values on a CPU only.
-    monkeypatch.setattr(validate, "assert_values", lambda *_: None)
+    monkeypatch.setattr(validate, "_check_values", lambda *_: None)
     layers = ("model.text.layers=2", "model.freeze.text_blocks=1", f"train.accumulate={microbatches}")
-    trainer = Watched(small("train.steps=4", "train.log_every=100", *layers))
+    trainer = CheckedTrainer(small("train.steps=4", "train.log_every=100", *layers))
     assert trainer.fit().completed
-    # Forward, backward, clipping, optimiser, teacher.
+    # Forward, backward, clipping, optimizer, teacher.
     assert trainer.seen >= {"contrastive_forward", "contrastive_backward", "_foreach_norm", "_fused_adamw_", "stack"}
     assert trainer.seen & {"_foreach_lerp_", "lerp_"}
 
@@ -197,7 +196,7 @@ def test_synchronisation_is_detected(fault: str) -> None:
     device, host, memory = torch.ones(3), torch.arange(3.0), Memory()
     memory.add(memory.device, [device])
     memory.add(memory.host, [host])
-    with watched(memory):
+    with checked(memory):
         # Host tensors may be read, and numbers are passed with launches.
         assert host.sum().item() == 3 and (device * torch.tensor(2.0) * host[1]).shape == (3,)
         with pytest.raises(HostSync):

@@ -1,4 +1,4 @@
-"""The public functions: one level or several, one process or a group of ranks."""
+"""The public functions, for one or several levels, in one process or over a group of ranks."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def contrastive_loss(
             (float64 for float64 input); under autocast, float32 features are cast as for a matrix product.
         logit_scale: positive factor of the cosines, already exponentiated and clamped.
         text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text without
-            rows is ignored with "negatives" and is one more negative of every row with "positives".
+            rows is ignored with "negatives" and is an extra negative for every row with "positives".
         text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
-            with equal ids are merged into the first of them. Required for "positives" with a group.
+            with equal ids are merged into the first one. Required for "positives" with a group.
         duplicates: "negatives" (as in the paper: rows with equal texts are each other's negatives) or "positives"
             (equal texts are one class).
         reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
@@ -68,15 +68,15 @@ def contrastive_loss(
             so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
             process with all rows, logit_scale's included. On a GPU the host does not synchronise if the group also
             has a CPU backend (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
-        deterministic: has no effect: every backend sums in a fixed order already, at no cost (atomics add integers
-            only).
+        deterministic: no effect: every backend already sums in a fixed order, at no cost (only integers are added
+            atomically).
         backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         0-d tensor, or [N] for "none", float32 (float64 for float64 input). No rows give 0 with zero gradients.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit together; checked before anything runs. The values of
+        ValueError, TypeError: invalid or inconsistent arguments; checked before anything runs. The values of
             text_index and logit_scale are checked on the CPU only, since reading them from a GPU would synchronise.
             With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them by device-side assertions that name the argument, at
             the cost of a few launches. Without it the Triton backend returns NaN for a scale that is not positive
@@ -98,7 +98,7 @@ def log_sums(
     """Return the terms of softmax losses over the logits S = logit_scale * image text^T, with t = text_index.
 
     row_i = log sum_u exp(S_iu), col_u = log sum_i exp(S_iu), positive_i = S_{i, t_i}; arguments as in
-    `contrastive_loss`. normalize=False skips the normalisation of the rows.
+    `contrastive_loss`. normalize=False: do not normalise the rows.
     """
     level = LevelInput(image, text, logit_scale, text_index)
     name = _resolve_backend([level], backend)
@@ -118,7 +118,7 @@ def multilevel_contrastive_loss(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [levels]
-    """One `contrastive_loss` per level, in as few launches and collectives as possible; the same arguments, in lists.
+    """Compute one `contrastive_loss` per level, in as few launches and collectives as possible; arguments are lists.
 
     Returns:
         [levels], in the dtype of `contrastive_loss`.
@@ -178,7 +178,7 @@ def _resolve_backend(levels: list[LevelInput], backend: str) -> str:
 def _log_sums(
     levels: list[PreparedLevel], backend: str, normalize: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Row log-sums, column log-sums and positive logits of each level."""
+    """Return row log-sums, column log-sums and positive logits of each level."""
     index, weight = joined_indices(levels), joined_weights(levels)
     rows, columns, positives = contrastive_forward(*features(levels), index, weight, normalize, backend)
     n, u = lengths(levels)
@@ -211,7 +211,7 @@ def _mean_losses(
         packed, totals = collectives.combine_columns(torch.cat(columns), torch.stack(sums), group)
         columns, sums = list(packed.split([len(c) for c in columns])), list(totals.unbind())
     losses = [
-        # A text without rows has no weight, and its log-sum is -inf where there are no rows at all: 0 * -inf is not 0.
+        # kappa is 0 for a text without rows, whose log-sum is -inf if there are no rows at all: 0 * -inf is not 0.
         (total + (torch.where(kappa > 0, column, 0.0) * kappa).sum()) / 2
         for total, column, kappa in zip(sums, columns, kappas, strict=True)
     ]
@@ -219,7 +219,7 @@ def _mean_losses(
 
 
 def _fused_means(levels: list[PreparedLevel], duplicates: str, backend: str, normalize: bool) -> Tensor:  # [levels]
-    """The mean losses of one process in few launches, by a backend that offers them."""
+    """Compute the mean losses of one process in few launches, for backends that implement this."""
     positives = duplicates == "positives"
     levels = [merge_equal_texts(level) if positives else level for level in levels]
     n, u = lengths(levels)

@@ -1,4 +1,4 @@
-"""The levels of a call: as given, prepared for the op, with duplicate texts merged and counted."""
+"""The levels of a call: as passed, then prepared for the op, with duplicate texts merged and counted."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
 def merge_equal_texts(level: PreparedLevel) -> PreparedLevel:
     """Point all rows of equal text ids at the first text of that id.
 
-    The other texts of an id stay, without rows and with weight 0, so that no size depends on the data.
+    The duplicates are kept, without rows and with weight 0, so that no shape depends on the data.
     """
     if level.text_id is None:
         return level
@@ -85,7 +85,7 @@ def count_texts(level: PreparedLevel, duplicates: str) -> PreparedLevel:
 
 
 def coefficients(level: PreparedLevel, duplicates: str) -> tuple[Tensor, Tensor]:  # beta [N] or [], kappa [U]
-    """Of loss = 1/2 (sum_i row_i / N - sum_i beta_i positive_i + sum_u kappa_u col_u)."""
+    """Return beta and kappa of loss = 1/2 (sum_i row_i / N - sum_i beta_i positive_i + sum_u kappa_u col_u)."""
     rows = max(level.rows, 1)
     dtype = reference.sums_dtype(level.text.device)
     count = torch.ones_like(level.text[:, 0], dtype=dtype) if level.count is None else level.count.to(dtype)
@@ -97,7 +97,7 @@ def coefficients(level: PreparedLevel, duplicates: str) -> tuple[Tensor, Tensor]
 
 
 def first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
-    """For each entry, the position of the first entry equal to it."""
+    """Return, for each entry, the position of the first entry equal to it."""
     ordered, order = ids.sort(stable=True)
     return order[torch.searchsorted(ordered, ids)] if len(ids) else ids
 
@@ -144,5 +144,5 @@ def joined_weights(levels: list[PreparedLevel]) -> Tensor | None:  # [sum U]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    # Contiguous: kernels index with stride 1.
+    # Kernels require stride 1.
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

@@ -1,9 +1,9 @@
 """The custom ops: log-sums of all levels at once and their gradients, and the optional fused means.
 
-`contrastive_forward` gives row and column log-sums and the positive logits, `contrastive_backward` turns gradients of
+`contrastive_forward` returns row and column log-sums and the positive logits; `contrastive_backward` turns gradients of
 those three into gradients of features and scale. The losses are plain torch on top, and collectives stay outside. A
-backend that defines `counts`, `means` and `means_backward` computes the mean losses of one process in two more ops:
-plain torch launches some fifty kernels for what two can do.
+backend that defines `counts`, `means` and `means_backward` computes the mean losses of one process in two more ops,
+where plain torch would launch some fifty kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def contrastive_forward(
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], all float64
-    # The arguments of a compiled graph are first read here.
+    # In a compiled graph, argument values can first be read here.
     if scale.device.type == "cpu":
         n, u = [len(x) for x in image], [len(y) for y in text]
         indices = [None] * len(n) if index is None else index.split(n)
@@ -136,11 +136,13 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 contrastive_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise RuntimeError("contrastive_loss has first derivatives only: got create_graph=True and a gradient through it")
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "contrastive_loss supports first derivatives only: got a gradient of its gradient (create_graph=True)"
+    )
 
 
-contrastive_backward.register_autograd(_refuse)
+contrastive_backward.register_autograd(_no_second_derivative)
 
 
 @torch.library.custom_op("scenarioclip_fast::contrastive_counts", mutates_args=())
@@ -218,15 +220,15 @@ def _(
     positives: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows = used.new_empty(sum(rows))
-    return of_rows, used.new_empty(sum(texts)), torch.empty_like(of_rows)
+    d_row = used.new_empty(sum(rows))
+    return d_row, used.new_empty(sum(texts)), torch.empty_like(d_row)
 
 
 def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *_, count, index, ctx.rows, ctx.texts, ctx.positives, ctx.backend = inputs
     ctx.save_for_backward(output[1], count, index)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # allocate no zeros for the output without a gradient
+    ctx.set_materialize_grads(False)  # do not allocate zeros for the output without a gradient
 
 
 def _means_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:

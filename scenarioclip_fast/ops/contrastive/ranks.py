@@ -30,7 +30,9 @@ class _Shares:
 def gather_levels(levels: list[PreparedLevel], duplicates: str, group: ProcessGroup) -> list[PreparedLevel]:
     """Return the levels with every rank's texts (equal ids merged), and this rank's image rows pointing into them."""
     if duplicates == "positives" and any(level.text_id is None for level in levels):
-        raise ValueError("text_id: got None, expected an id per text: duplicates='positives' with a group needs them")
+        raise ValueError(
+            "text_id: got None, expected an id per text: duplicates='positives' with a group requires them"
+        )
     shares = _exchange_shares(levels, group)
     ids = _gather_ids(levels, shares, group)
     gathered = [_gather_level(level, k, ids[k], shares, group) for k, level in enumerate(levels)]
@@ -44,27 +46,27 @@ def gather_levels(levels: list[PreparedLevel], duplicates: str, group: ProcessGr
 
 
 def _exchange_shares(levels: list[PreparedLevel], group: ProcessGroup) -> _Shares:
-    """Exchange what the collectives need to know of every rank, in one message; ValueError where ranks disagree."""
+    """Exchange all ranks' sizes and flags in one message; raise ValueError if ranks disagree."""
     sizes = [size for level in levels for size in (len(level.image), len(level.text))]
-    # Collectives whose ranks differ in these hang, or end the process.
-    alike = [zlib.crc32(str(levels[0].image.dtype).encode())]
-    alike += [number for level in levels for number in (level.image.shape[1], level.text_id is not None)]
+    # Ranks that differ in these would hang or crash in the collectives.
+    must_match = [zlib.crc32(str(levels[0].image.dtype).encode())]
+    must_match += [number for level in levels for number in (level.image.shape[1], level.text_id is not None)]
     grad = torch.is_grad_enabled()
     flags = [
         grad and any(level.image.requires_grad for level in levels),
         grad and any(level.text.requires_grad for level in levels),
         all(level.text_id is None or level.text_id.device.type == "cpu" for level in levels),
     ]
-    everyone = collectives.exchange([*sizes, *alike, *flags], levels[0].image.device, group)
-    if len({tuple(row[len(sizes) : len(sizes) + len(alike)]) for row in everyone}) > 1:
+    all_ranks = collectives.exchange([*sizes, *must_match, *flags], levels[0].image.device, group)
+    if len({tuple(row[len(sizes) : len(sizes) + len(must_match)]) for row in all_ranks}) > 1:
         raise ValueError(
             "group: got features of different dtypes or widths on different ranks, or text_id on some ranks only; "
             "expected the same on all ranks, empty shares included"
         )
-    *_, image_grads, text_grads, on_host = zip(*everyone, strict=True)
+    *_, image_grads, text_grads, on_host = zip(*all_ranks, strict=True)
     return _Shares(
-        rows=[row[: len(sizes) : 2] for row in everyone],
-        texts=[row[1 : len(sizes) : 2] for row in everyone],
+        rows=[row[: len(sizes) : 2] for row in all_ranks],
+        texts=[row[1 : len(sizes) : 2] for row in all_ranks],
         image_requires_grad=any(image_grads),
         text_requires_grad=any(text_grads),
         ids_on_host=all(on_host),
@@ -78,7 +80,7 @@ def _gather_level(
     # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
     image = _requiring_grad(level.image, shares.image_requires_grad)
     text = _requiring_grad(level.text, shares.text_requires_grad)
-    sizes = [of_rank[k] for of_rank in shares.texts]
+    sizes = [counts[k] for counts in shares.texts]
     text = torch.cat(collectives.gather_rows(text, sizes, group))
     index = arange(image) if level.text_index is None else level.text_index
     index = index + sum(sizes[: group.rank()])
@@ -91,7 +93,7 @@ def _gather_level(
         text=text,
         text_index=index,
         count=count_rows(index, text),
-        rows=sum(of_rank[k] for of_rank in shares.rows),
+        rows=sum(counts[k] for counts in shares.rows),
     )
 
 
@@ -109,16 +111,16 @@ def _gather_ids(
         on_hosts = shares.ids_on_host and collectives.has_cpu_backend(group)
         device = torch.device("cpu") if on_hosts else levels[0].text.device
         own = torch.cat([level.text_id.to(device) for level in levels if level.text_id is not None])
-        sizes = [[of_rank[k] for k in with_ids] for of_rank in shares.texts]
-        ranks = collectives.gather_rows(own, [sum(of_rank) for of_rank in sizes], group)
-        parts = [ids.split(of_rank) for ids, of_rank in zip(ranks, sizes, strict=True)]
-        for k, of_level in zip(with_ids, zip(*parts, strict=True), strict=True):
-            out[k] = torch.cat(of_level)
+        sizes = [[counts[k] for k in with_ids] for counts in shares.texts]
+        ranks = collectives.gather_rows(own, [sum(rank_sizes) for rank_sizes in sizes], group)
+        parts = [ids.split(rank_sizes) for ids, rank_sizes in zip(ranks, sizes, strict=True)]
+        for k, level_ids in zip(with_ids, zip(*parts, strict=True), strict=True):
+            out[k] = torch.cat(level_ids)
     return out
 
 
 def _deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:  # [U] -> kept [V], position [U]
-    """Return the positions of the first entry of each id, and each entry's position among those."""
+    """Return the positions of the first entry of each id, and each entry's index into those."""
     first = first_of(ids)
     kept = (first == arange(first)).nonzero()[:, 0]
     position = torch.empty_like(first)

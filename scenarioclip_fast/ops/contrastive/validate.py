@@ -12,7 +12,7 @@ from torch import Tensor
 from scenarioclip_fast.ops.contrastive.levels import LevelInput
 
 DUPLICATES = ("negatives", "positives")
-# Set to 1: values on a GPU are checked too, by device-side assertions that name the argument.
+# If set to 1, values on a GPU are checked too, by device-side assertions that name the argument.
 CHECK = "SCENARIOCLIP_FAST_CHECK"
 _LARGEST_SCALE = torch.finfo(torch.float32).max
 
@@ -21,7 +21,7 @@ def check_options(duplicates: str, reduction: str) -> None:
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'none'")
     if reduction == "none" and duplicates != "negatives":
-        raise ValueError(f"reduction='none' goes only with duplicates='negatives', got {duplicates!r}: use 'mean'")
+        raise ValueError(f"reduction='none' requires duplicates='negatives', got {duplicates!r}: use reduction='mean'")
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
 
@@ -32,7 +32,7 @@ def check_group(group: object) -> None:
 
 
 def check_lists(lists: Mapping[str, Any]) -> None:
-    """Check that all lists of a multilevel call that are not None have as many entries as the first one."""
+    """Check that all lists of a multilevel call have as many entries as the first; None is allowed."""
     for name, given in lists.items():
         if given is not None and not hasattr(given, "__len__"):
             raise TypeError(f"{name}: got {_kind(given)}, expected a list with an entry per level")
@@ -41,7 +41,7 @@ def check_lists(lists: Mapping[str, Any]) -> None:
         if given is not None and len(given) != count:
             raise ValueError(f"{name}: got {len(given)} levels, expected {count}, as many as {first}")
     if count == 0:
-        raise ValueError(f"{first}: got no level, expected at least one")
+        raise ValueError(f"{first}: got no levels, expected at least one")
 
 
 def check_levels(levels: Sequence[LevelInput]) -> None:
@@ -50,7 +50,7 @@ def check_levels(levels: Sequence[LevelInput]) -> None:
         _check_features(level, where)
         _check_labels(level, where)
         _check_scale(level, where)
-        # Values can be read without a graph break in eager mode only.
+        # In a compiled graph, reading values would break the graph.
         if not torch.compiler.is_compiling():
             _check_values(level, where)
     devices = {level.image.device for level in levels}
@@ -59,7 +59,7 @@ def check_levels(levels: Sequence[LevelInput]) -> None:
 
 
 def level_name(i: int, count: int) -> str:
-    """Prefix of an error message."""
+    """Return the prefix of an error message."""
     return f"level {i}: " if count > 1 else ""
 
 
@@ -77,15 +77,15 @@ def _check_features(level: LevelInput, where: str) -> None:
     if image.shape[1] == 0:
         raise ValueError(f"{where}image and text: got width 0, expected at least 1")
     if text.device != image.device:
-        raise ValueError(f"{where}text: got device {text.device}, expected {image.device} as for image")
+        raise ValueError(f"{where}text: got device {text.device}, expected {image.device}, the device of image")
 
 
 def _check_labels(level: LevelInput, where: str) -> None:
     image, text = level.image, level.text
     if level.text_index is None and len(image) != len(text):
         raise ValueError(
-            f"{where}text: got {len(text)} texts for {len(image)} image rows, expected as many: "
-            "pass text_index, the text of each row"
+            f"{where}text: got {len(text)} texts for {len(image)} image rows, expected equal numbers, "
+            "or text_index, the text of each row"
         )
     for name, labels, rows in (("text_index", level.text_index, len(image)), ("text_id", level.text_id, len(text))):
         if labels is None:
@@ -95,7 +95,7 @@ def _check_labels(level: LevelInput, where: str) -> None:
         if labels.dim() != 1 or len(labels) != rows:
             raise ValueError(f"{where}{name}: got shape {list(labels.shape)}, expected [{rows}]")
         if labels.device != image.device and not (name == "text_id" and labels.device.type == "cpu"):
-            raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device} as for image")
+            raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device}, the device of image")
 
 
 def _check_scale(level: LevelInput, where: str) -> None:
@@ -116,7 +116,7 @@ def _check_values(level: LevelInput, where: str) -> None:
     if isinstance(scale, Tensor):
         scale = scale.item() if scale.device.type == "cpu" else 1.0
     elif scale > _LARGEST_SCALE:
-        raise ValueError(f"{where}logit_scale: got {scale}, expected a factor that float32 can hold")
+        raise ValueError(f"{where}logit_scale: got {scale}, expected a factor in the range of float32")
     check_numbers(scale, None if on_device else index, texts, where)
 
 
