@@ -1,5 +1,5 @@
-// Argument checks of native code. The public functions have validated user input already, so an error from here means
-// that an op was called directly; it still names what it got and what it expected.
+// Argument checks of native code. The public functions have validated user input already, so an error here means
+// that an op was called directly.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dim, Sc
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": got ", tensor.dim(), " dimensions, expected ", dim);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": got dtype number ", static_cast<int>(tensor.scalar_type()),
                   ", expected ", static_cast<int>(dtype), " of torch::headeronly::ScalarType");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": got a tensor with gaps, expected a contiguous one");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": got a non-contiguous tensor, expected a contiguous one");
 }
 
 inline void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {
@@ -44,7 +44,7 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 }
 
 #ifdef USE_CUDA
-// torch's current stream on the tensor's device.
+// Returns torch's current stream on the tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student,          
   check_size(weight, "weight", 0, student_index.size(0));
   if (student_temperature) check_tensor(*student_temperature, "student_temperature", 0, ScalarType::Float);
 
-  const int64_t rows = student.size(0), derivatives_of_rows = with_gradient ? rows * student.size(1) : 0;
+  const int64_t rows = student.size(0), student_derivatives = with_gradient ? rows * student.size(1) : 0;
   Tensor loss = empty_like_device(student, {}, ScalarType::Float);
-  Tensor derivatives = empty_like_device(student, {derivatives_of_rows + 1}, ScalarType::Float);
+  Tensor derivatives = empty_like_device(student, {student_derivatives + 1}, ScalarType::Float);
 
   DistillationProblem problem{
       .student = student.const_data_ptr<float>(),
@@ -57,20 +57,20 @@ std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student,          
       .width = student.size(1),
       .loss = loss.mutable_data_ptr<float>(),
       .d_student = with_gradient ? derivatives.mutable_data_ptr<float>() : nullptr,
-      .d_temperature = derivatives.mutable_data_ptr<float>() + derivatives_of_rows,
+      .d_temperature = derivatives.mutable_data_ptr<float>() + student_derivatives,
       .scratch = nullptr,
   };
   Tensor scratch = empty_like_device(student, {distillation_scratch(problem, kCuda)}, ScalarType::Float);
   problem.scratch = scratch.mutable_data_ptr<float>();
 #ifdef USE_CUDA
-  STD_TORCH_CHECK(finished.has_value(), "finished: got none, expected a counter at 0 on the device");
+  STD_TORCH_CHECK(finished.has_value(), "finished: got None, expected a zeroed counter on the device");
   check_tensor(*finished, "finished", 0, ScalarType::Int);
   problem.finished = finished->mutable_data_ptr<int>();
   const DeviceGuard guard(student.get_device_index());
   const char* error = distillation_forward_cuda(problem, current_stream(student));
   STD_TORCH_CHECK(error == nullptr, "distillation_forward: ", error);
 #else
-  STD_TORCH_CHECK(!finished.has_value(), "finished: got a tensor, expected none on the CPU");
+  STD_TORCH_CHECK(!finished.has_value(), "finished: got a tensor, expected None on the CPU");
   Tensor order = empty_like_device(student, {rows + 1 + problem.pairs}, ScalarType::Long);
   problem.order = order.mutable_data_ptr<int64_t>();
   distillation_forward_cpu(problem, torch_threads());

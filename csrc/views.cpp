@@ -26,14 +26,14 @@ using torch::stable::accelerator::DeviceGuard;
 uint8_t* bytes_of(Tensor& tensor) { return tensor.mutable_data_ptr<uint8_t>(); }
 #endif
 
-Picture picture_of(const Tensor& image) {
+Image image_of(const Tensor& image) {
   check_tensor(image, "image", 3, ScalarType::Byte);
   check_size(image, "image", 2, 3);
   STD_TORCH_CHECK(image.size(0) > 0 && image.size(1) > 0, "image: got an empty image, expected at least one pixel");
   return {image.const_data_ptr<uint8_t>(), image.size(0), image.size(1)};
 }
 
-std::vector<uint32_t> narrow(const std::vector<int64_t>& weights) {
+std::vector<uint32_t> blur_taps(const std::vector<int64_t>& weights) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() <= kMaxBlurRadius + 1, "weights: got ", weights.size(),
                   ", expected 1 to ", kMaxBlurRadius + 1);
   for (const int64_t weight : weights) {
@@ -50,16 +50,16 @@ Tensor focused_region(const Tensor& image,         // [H, W, 3]
                       const Tensor& subject_mask,  // [H, W]
                       const Tensor& object_mask,   // [H, W]
                       double sigma, std::vector<int64_t> weights, bool colours) {
-  const Picture picture = picture_of(image);
+  const Image source = image_of(image);
   for (const Tensor* mask : {&subject_mask, &object_mask}) {
     check_tensor(*mask, "mask", 2, ScalarType::Bool);
-    check_size(*mask, "mask", 0, picture.height);
-    check_size(*mask, "mask", 1, picture.width);
+    check_size(*mask, "mask", 0, source.height);
+    check_size(*mask, "mask", 1, source.width);
   }
-  const std::vector<uint32_t> taps = narrow(weights);
-  Tensor out = empty_like_device(image, {picture.height, picture.width, 3}, ScalarType::Byte);
+  const std::vector<uint32_t> taps = blur_taps(weights);
+  Tensor out = empty_like_device(image, {source.height, source.width, 3}, ScalarType::Byte);
   const RegionProblem problem{
-      .image = picture,
+      .image = source,
       .subject_mask = subject_mask.const_data_ptr<bool>(),
       .object_mask = object_mask.const_data_ptr<bool>(),
       .region = region_of(sigma, taps, colours),
@@ -67,7 +67,7 @@ Tensor focused_region(const Tensor& image,         // [H, W, 3]
   };
 #ifdef USE_CUDA
   const DeviceGuard guard(image.get_device_index());
-  Tensor scratch = empty_like_device(image, {focused_region_scratch(picture)}, ScalarType::Byte);
+  Tensor scratch = empty_like_device(image, {focused_region_scratch(source)}, ScalarType::Byte);
   const char* error = focused_region_cuda(problem, bytes_of(scratch), current_stream(image));
   STD_TORCH_CHECK(error == nullptr, "focused_region: ", error);
 #else
@@ -104,12 +104,12 @@ void render_on_device(const RenderProblem& problem, const Tensor& like) {
   STD_TORCH_CHECK(error == nullptr, "render_views: ", error);
 }
 #else
-// Each batch is newly allocated memory, and page faults of 4 KiB cost as much as rendering: request huge pages.
-void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+// Requests huge pages: each batch is newly allocated memory, and page faults of 4 KiB cost as much as rendering.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
-  constexpr int64_t kWorthwhile = 4 << 20;
-  if (bytes < kWorthwhile) return;
+  constexpr int64_t kMinBytes = 4 << 20;
+  if (bytes < kMinBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   // Only a hint: failure is harmless.
@@ -118,7 +118,7 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t by
 }
 #endif
 
-// The plan, the augmentation and the masks are on the CPU even if the images are not: the host reads them.
+// The plan, the augmentation and the masks are on the CPU even if the images are on a GPU, because the host reads them.
 Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     const Tensor& plan,          // [V, 16]
                     const Tensor& augment,       // [V, 5]
@@ -126,9 +126,9 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                     const Tensor& mask_start,    // [M + 1]
                     int64_t size, std::vector<double> mean, std::vector<double> std, double sigma,
                     std::vector<int64_t> weights, bool colours, ScalarType dtype, bool channels_last) {
-  std::vector<Picture> pictures;
+  std::vector<Image> sources;
   for (const Tensor& image : images) {
-    pictures.push_back(picture_of(image));
+    sources.push_back(image_of(image));
     STD_TORCH_CHECK(image.get_device_index() == images[0].get_device_index(), "images: expected all on one device");
   }
   check_tensor(plan, "plan", 2, ScalarType::Int, false);
@@ -141,17 +141,17 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   STD_TORCH_CHECK(size > 0 && mean.size() == 3 && std.size() == 3, "size, mean, std: expected > 0, 3 and 3 numbers");
 
   const int64_t views = plan.size(0);
-  const std::vector<uint32_t> taps = narrow(weights);
+  const std::vector<uint32_t> taps = blur_taps(weights);
   const Tensor& like = images.empty() ? plan : images[0];
   Tensor out = channels_last ? torch::stable::new_empty(like, {views, size, size, 3}, dtype)
                              : torch::stable::new_empty(like, {views, 3, size, size}, dtype);
   RenderProblem problem{
-      .images = pictures.data(),
+      .images = sources.data(),
       .plan = plan.const_data_ptr<int32_t>(),
       .augment = augment.const_data_ptr<float>(),
       .mask_runs = mask_runs.const_data_ptr<int32_t>(),
       .mask_start = mask_start.const_data_ptr<int64_t>(),
-      .image_count = static_cast<int64_t>(pictures.size()),
+      .image_count = static_cast<int64_t>(sources.size()),
       .mask_count = mask_start.size(0) - 1,
       .views = views,
       .size = size,
@@ -169,7 +169,7 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
 #ifdef USE_CUDA
   render_on_device(problem, like);
 #else
-  ask_for_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   render_views_cpu(problem, torch_threads());
 #endif
   return out;

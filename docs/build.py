@@ -25,7 +25,7 @@ REFERENCE = "scenarioclip_fast.train.config_reference"
 # `zensical build --strict` counts only its own warnings, not those of the API reference.
 _WARNING = re.compile(r"^(griffe|mkdocstrings|mkdocs_autorefs|WARNING|ERROR)\b.*", re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# What makes a browser fetch something: links to other sites are fine, resources on them are not.
+# Resources that a browser would fetch from other sites; links to them are allowed.
 _FETCHED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(?:https?:)?//[^\"]*|<link\b[^>]*\bhref=\"https?://[^\"]*"
 )
@@ -34,7 +34,7 @@ _LINK = re.compile(r"<a\b[^>]*\bhref=\"(?![a-z]+:|//|/|#)(?P<path>[^\"#?]+)[^>]*
 
 
 def config_reference() -> str:
-    """All config keys, made from the dataclasses; without a heading, which docs/configuration.md has."""
+    """All config keys, from the dataclasses, without the heading, which docs/configuration.md has."""
     sys.path.insert(0, str(ROOT))
     return str(importlib.import_module(REFERENCE).markdown()).removeprefix("# Configuration\n")
 
@@ -58,7 +58,7 @@ def nav_problems(nav: list[Any]) -> list[str]:
 
 
 def undocumented_names() -> list[str]:
-    """Public names of the packages on API pages that their page lacks, for want of a docstring."""
+    """Public names that the page of their package lacks, because they have no docstring."""
     missing = []
     for page in sorted((DOCS / "api").glob("*.md")):
         built = SITE / "api" / f"{page.stem}.html"

@@ -1,6 +1,6 @@
 """Griffe extension: split `a, b: text` among a docstring's arguments or attributes into one entry per name.
 
-Griffe then finds the type of each, and warns about an entry that names no argument of the signature.
+Griffe then finds the type of each name, and warns about a name that is not in the signature.
 """
 
 from __future__ import annotations

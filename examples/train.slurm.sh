@@ -1,9 +1,9 @@
 #!/bin/bash
-# Trains on two nodes with eight GPUs each, in as many jobs as it takes. From the checkout:
+# Trains on two nodes with eight GPUs each, in as many consecutive jobs as needed:
 #
 #   sbatch examples/train.slurm.sh data.shards=/scratch/psg model.init=/scratch/clip-vit-base-patch32 run.dir=/scratch/run
 #
-# Arguments override keys of configs/fast.yaml. Five minutes before the time limit, Slurm signals every rank; they save and
+# Arguments override keys of the config `fast`. Five minutes before the time limit, Slurm signals every rank; they save and
 # exit with 75, and the job is requeued and resumes from that checkpoint. Any other exit code ends it.
 # Each task is one rank: torchrun between Slurm and the ranks would pass on neither the signal nor the exit code.
 
@@ -29,7 +29,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 # may still be writing.
 # shellcheck disable=SC2016 # expanded by each task
 srun --kill-on-bad-exit=0 bash -c \
-    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec scenarioclip-fast train -c configs/fast.yaml --resume "$@"' \
+    'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec scenarioclip-fast train -c fast --resume "$@"' \
     rank "data.threads=$SLURM_CPUS_PER_TASK" "$@"
 code=$?
 if [ "$code" -eq 75 ]; then

@@ -2,7 +2,7 @@
 
     python examples/train_on_your_own_scenes.py OUT_DIR
 
-This script draws its scenes; replace `my_scenes` with a reader of your files. A Scene has the encoded image (or its
+This script generates its scenes; replace `my_scenes` with a reader of your files. A Scene has the encoded image (or its
 pixels), a short caption of the whole (the action), named boxes with masks, and subject-predicate-object triples.
 """
 

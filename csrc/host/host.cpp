@@ -47,8 +47,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(host, m) {
   m.doc() = "COCO run-length codec, JPEG header probe, build info.";
-  m.def("rle_compress", &rle_compress, py::arg("runs"), "Run lengths int64 [n] to COCO's string.");
-  m.def("rle_decompress", &rle_decompress, py::arg("counts"), "COCO's string to run lengths; ValueError if malformed.");
+  m.def("rle_compress", &rle_compress, py::arg("runs"), "Encode run lengths, int64 [n], as COCO's string.");
+  m.def("rle_decompress", &rle_decompress, py::arg("counts"),
+        "Decode COCO's string to run lengths; ValueError if malformed.");
   m.def("jpeg_header", &jpeg_header, py::arg("data"), "(height, width, components) as stored, EXIF ignored, or None.");
-  m.def("build_info", &build_info, "The compiler and what it compiled for.");
+  m.def("build_info", &build_info, "The compiler, the C++ standard and whether AVX2 is used.");
 }

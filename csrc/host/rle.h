@@ -27,28 +27,28 @@ inline std::string rle_compress(const int64_t* runs, int64_t count) {
   return text;
 }
 
-// The number of runs; checks every character.
+// Returns the number of runs; checks every character.
 inline int64_t rle_count(std::string_view text) {
   int64_t count = 0;
   int groups = 0;
   for (const char character : text) {
     const int code = static_cast<unsigned char>(character) - 48;
     if (code < 0 || code > 63) {
-      throw std::invalid_argument("got RLE counts with other characters, expected characters from '0' to 'o'");
+      throw std::invalid_argument("got invalid RLE counts, expected characters from '0' to 'o'");
     }
     if (++groups > kMaxGroups) {
-      throw std::invalid_argument("got an RLE number of more characters, expected at most 7");
+      throw std::invalid_argument("got a number of more than 7 characters in RLE counts, expected at most 7");
     }
     if (code < 32) {
       ++count;
       groups = 0;
     }
   }
-  if (groups != 0) throw std::invalid_argument("got RLE counts that stop inside a number, expected a complete string");
+  if (groups != 0) throw std::invalid_argument("got truncated RLE counts, expected a complete string");
   return count;
 }
 
-// Requires a text that rle_count accepts.
+// Requires text that rle_count accepts.
 inline void rle_decompress(std::string_view text, int64_t* runs) {
   size_t at = 0;
   for (int64_t i = 0; at < text.size(); ++i) {
@@ -63,7 +63,7 @@ inline void rle_decompress(std::string_view text, int64_t* runs) {
     if (code & 16) value -= int64_t{1} << shift;
     runs[i] = i > 2 ? value + runs[i - 2] : value;
     if (runs[i] < 0 || runs[i] > kMaxRun) {
-      throw std::invalid_argument("got a negative or huge run in RLE counts, expected run lengths >= 0");
+      throw std::invalid_argument("got a negative or huge run in RLE counts, expected 0 to 2^28");
     }
   }
 }

@@ -1,9 +1,9 @@
 """The contrastive softmax on a CPU, tile by tile: matrix products in MKL, exponentials on a tile that stays in cache.
 
 The N x U matrix never exists. One exponential per logit and pass serves rows and columns alike: with
-|S| <= bound, an offset of `bound - HEADROOM` keeps every exp(S - offset) finite, and sums that came too close to
-underflow send the call to a slower path with running maxima. Float32 inside, float64 for float64 input; the
-order of summation is fixed.
+|S| <= bound, an offset of `bound - HEADROOM` keeps every exp(S - offset) finite, and calls whose sums come too close to
+underflow take a slower path with running maxima. Computes in float32 (float64 for float64 input); the order of
+summation is fixed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import per_level
 from .reference import unit_rows, unit_rows_backward
 
 # A float32 tile of 16 MB. Smaller tiles (down to 512 x 1,024) are as fast on dedicated cores; on shared cores every
-# operation on a tile waits for the slowest thread, so that few large operations are better.
+# operation on a tile waits for the slowest thread, so few large operations are better.
 ROWS = 2048
 COLUMNS = 2048
-SLICE = 256  # rows at a time of row-wise operations: half a megabyte of intermediate results at D = 512
+SLICE = 256  # rows per row-wise operation: half a megabyte of intermediate results at D = 512
 
 # exp(HEADROOM) * 2^30 terms is finite in float32. A sum below FLOOR may have lost terms to underflow (exp(-87)) that
 # still count for it (2^-26 of it): exp(-87) * 2^26 = 1e-30.
@@ -36,11 +36,11 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, min(i + ROWS, rows)), slice(j, min(j + COLUMNS, columns))
 
 
-def _buffers(x: Tensor, y: Tensor, count: int) -> Tensor:  # [N, D], [U, D] -> [count, numbers of the largest tile]
+def _buffers(x: Tensor, y: Tensor, count: int) -> Tensor:  # [N, D], [U, D] -> [count, elements of the largest tile]
     return x.new_empty(count, min(ROWS, len(x)) * min(COLUMNS, len(y)))
 
 
-def _product(buffer: Tensor, x: Tensor, y: Tensor) -> Tensor:  # [a tile's numbers], [n, D], [u, D] -> [n, u]
+def _product(buffer: Tensor, x: Tensor, y: Tensor) -> Tensor:  # [elements of a tile], [n, D], [u, D] -> [n, u]
     return torch.mm(x, y.T, out=buffer[: len(x) * len(y)].view(len(x), len(y)))
 
 
@@ -55,8 +55,8 @@ def _exp(tile: Tensor, offset: float) -> Tensor:
     return (tile.sub_(offset) if offset else tile).exp_()
 
 
-def _own(column: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [n] -> two equally long
-    """Rows whose positive lies in a tile of that width, and its column there."""
+def _positives(column: Tensor, width: int) -> tuple[Tensor, Tensor]:  # [n] -> two of equal length
+    """The rows whose positive lies in a tile of `width` columns, and its column in the tile."""
     row = ((column >= 0) & (column < width)).nonzero()[:, 0]
     return row, column[row]
 
@@ -75,14 +75,14 @@ def level_forward(
         return tuple(x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))  # type: ignore[return-value]
     offset = _offset(x, y, scale, normalize)
     x = x * scale.to(x.dtype)
-    own = torch.arange(n, device=x.device) if index is None else index
+    positive_column = torch.arange(n, device=x.device) if index is None else index
     w = None if weight is None else weight.to(x.dtype)
     row, col, positive = x.new_zeros(n), x.new_zeros(u), x.new_empty(n)
     (buffer,) = _buffers(x, y, 1)
     for i, j in _tiles(n, u):
         e = _product(buffer, x[i], y[j])
-        # From the tile itself: a separate product could round to a positive above the sum of its row.
-        r, c = _own(own[i] - j.start, e.shape[1])
+        # Read from the tile: a separate product could be rounded to a positive above the sum of its row.
+        r, c = _positives(positive_column[i] - j.start, e.shape[1])
         positive[i][r] = e[r, c]
         _exp(e, offset)
         col[j] += e.sum(0)
@@ -105,7 +105,7 @@ def _running_maxima(x: Tensor, y: Tensor, w: Tensor | None, buffer: Tensor) -> t
         col[j] = torch.logaddexp(col[j], (logits - top).exp_().sum(0).double().log_() + top)
         top = (
             logits.add_(log_w[j]).amax(1).nan_to_num_(nan=torch.nan, neginf=0.0)
-        )  # all texts of the tile may have zero weight
+        )  # -inf where all texts of the tile have zero weight
         row[i] = torch.logaddexp(row[i], logits.sub_(top[:, None]).exp_().sum(1).double().log_() + top)
     return row, col
 
@@ -133,7 +133,7 @@ def level_backward(
     need_x = need_image or not need_text  # d scale follows from either product
     d_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
-    own = torch.arange(n, device=x.device) if index is None else index
+    positive_column = torch.arange(n, device=x.device) if index is None else index
     w = y.new_ones(u) if weight is None else weight.to(x.dtype)
     log_w = w.log()
     row, col = row_lse - offset, col_lse - offset
@@ -152,13 +152,13 @@ def level_backward(
         else:
             by_column = _softmax(grad, col[j]).mul_(g_col[j])
             grad.copy_(_softmax(grad.add_(log_w[j]), row[i, None])).mul_(g_row[i, None]).add_(by_column)
-        r, c = _own(own[i] - j.start, grad.shape[1])
+        r, c = _positives(positive_column[i] - j.start, grad.shape[1])
         grad[r, c] += g_positive[i][r]
         if need_x:
             d_x[i].addmm_(grad, y[j])
         if need_text:
             d_y[j].addmm_(grad.T, x[i])
-    buffer.untyped_storage().resize_(0)  # freed before the next allocation
+    buffer.untyped_storage().resize_(0)  # free the tiles before the next allocation
     # sum_iu G_iu S_iu / s from an available product, summed in float64 because its terms cancel.
     product, rows = (d_y, y) if need_text else (d_x, x)
     parts = zip(product.split(SLICE), rows.split(SLICE), strict=True)

@@ -1,8 +1,7 @@
 """The contrastive softmax in Triton: one pass over S for row and column sums, backward through blocks of dS.
 
-All levels of a call share their launches while they are small; a large level goes alone, by blocks. No host
-synchronisation, and no atomics but the counts of equal texts, which are integers: partial sums are written per tile and
-added in a fixed order.
+Small levels share their launches; a large level is processed alone, by blocks. There is no host synchronisation, and
+the only atomics are the integer counts of equal texts: partial sums are written per tile and added in a fixed order.
 
 float16 and float32 features are multiplied in TF32 (three products for float32, unless torch allows TF32), bfloat16 in
 bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
@@ -38,10 +37,10 @@ from .triton_kernels import (
 )
 
 PRODUCT_BLOCK = 64
-GROUPED = 4096 * 4096  # calls with at most so many logits over all levels use the grouped launches
-FORWARD_ROWS = 16384  # per chunk: bounds the partial sums at 8 bytes per logit tile row
+GROUPED = 4096 * 4096  # batches of levels with at most this many logits share their launches
+FORWARD_ROWS = 16384  # per chunk, which bounds the memory of the partial sums
 BLOCK_BYTES = 2**28  # per block of dS
-PRODUCT_TILE = (128, 256)  # the likely tile of cuBLAS
+PRODUCT_TILE = (128, 256)  # the tile that cuBLAS is likely to choose
 VECTOR = 1024  # entries per program in kernels over vectors
 
 
@@ -85,14 +84,14 @@ class Plan:
         if features.dtype == torch.bfloat16 and not _interprets():
             operand, precision, inner = torch.bfloat16, "tf32", 64
         else:
-            # float16 has the mantissa of TF32, not its range. The interpreter is wrong in bfloat16 and has no TF32.
+            # float16 has the mantissa of TF32, not its range. The interpreter has no TF32, and its bfloat16 is wrong.
             exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
             operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
         tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
         return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
 
     def sum_tile(self, alone: bool) -> Tile:
-        """The tile of the forward pass: tall ones read less in a large level; small levels need more of them."""
+        """The tile of the forward pass: tall tiles read less in a large level; small levels need more tiles."""
         if self.operand != torch.bfloat16:
             return Tile(128, 128, 8)
         return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
@@ -101,12 +100,12 @@ class Plan:
         return Tile(128, 128, 4 if self.operand == torch.bfloat16 else 8)
 
     def block_side(self, device: torch.device) -> int:
-        """Rows, and texts, of a block of dS: each of its two products is then one wave of cuBLAS tiles, and the
+        """Rows and texts of a block of dS, such that each of its two products is one wave of cuBLAS tiles and the
         accumulated operand is small compared with the work."""
         side = math.isqrt(BLOCK_BYTES // self.operand.itemsize)
         if device.type == "cuda":
-            high, wide = PRODUCT_TILE
-            side = min(side, high * (_processors(device) // -(-self.width // wide)))
+            tile_rows, tile_columns = PRODUCT_TILE
+            side = min(side, tile_rows * (_processors(device) // -(-self.width // tile_columns)))
         tile = self.gradient_tile()
         step = math.lcm(tile.rows, tile.texts)
         return max(side // step, 1) * step
@@ -125,19 +124,19 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _four(sizes: Sequence[int]) -> list[int]:
+def _pad(sizes: Sequence[int]) -> list[int]:
     return [*sizes, *[0] * (LEVELS - len(sizes))]
 
 
 def _sizes(tensors: Sequence[Tensor]) -> list[int]:
-    return _four([len(t) for t in tensors])
+    return _pad([len(t) for t in tensors])
 
 
-def _fill(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _pad_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [*tensors, *[tensors[0]] * (LEVELS - len(tensors))]
 
 
-def _whole(size: int, block: int) -> int:
+def _round_up(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
@@ -150,7 +149,7 @@ def _chunks(size: int, step: int) -> list[slice]:
 
 
 def _aligned(rows: Sequence[Tensor]) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may access 16 bytes at once."""
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses."""
     return all(
         t.data_ptr() % 16 == 0
         and t.shape[1] * t.element_size() % 16 == 0
@@ -168,9 +167,9 @@ def _units(
     inverse = torch.empty(sum(sizes), dtype=torch.float32, device=unit.device)
     if len(unit):
         unit_rows[(len(unit),)](
-            *_fill(features),
+            *_pad_tensors(features),
             *sizes,
-            *(t.stride(0) for t in _fill(features)),
+            *(t.stride(0) for t in _pad_tensors(features)),
             unit,
             inverse,
             inverse if positive is None else positive,
@@ -237,8 +236,10 @@ def _batches(
         y = [t if t.stride(-1) == 1 else t.contiguous() for t in text[part]]
         rows, texts = slice(row, row + sum(_sizes(x))), slice(column, column + sum(_sizes(y)))
         row, column = rows.stop, texts.stop
-        own = None if index is None else index[rows]
-        batch = _Batch(x, y, scale[part], own, None if weight is None else weight[texts], Plan.of(x[0]), normalize)
+        part_index = None if index is None else index[rows]
+        batch = _Batch(
+            x, y, scale[part], part_index, None if weight is None else weight[texts], Plan.of(x[0]), normalize
+        )
         out.append((rows, texts, batch))
     return out
 
@@ -275,7 +276,7 @@ def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
     chunks = _chunks(n, FORWARD_ROWS if batch.alone else n)
     row_sums, column_sums = [], None
     for chunk in chunks:
-        sizes = rows if len(chunks) == 1 else _four([chunk.stop - chunk.start])
+        sizes = rows if len(chunks) == 1 else _pad([chunk.stop - chunk.start])
         row_parts = torch.empty(-(-max(texts) // tile.texts), sum(sizes), device=device)
         column_parts = torch.empty(-(-max(sizes) // tile.rows), u, device=device)
         tiles = tile.count(sizes, texts)
@@ -393,22 +394,22 @@ def _backward(
     need_image: bool,
     need_text: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    nothing = batch.image[0].new_empty(0)
+    no_gradient = batch.image[0].new_empty(0)
     if not sum(batch.rows) or not sum(batch.texts):
         return (
-            [torch.zeros_like(x) if need_image else nothing.clone() for x in batch.image],
-            [torch.zeros_like(y) if need_text else nothing.clone() for y in batch.text],
+            [torch.zeros_like(x) if need_image else no_gradient.clone() for x in batch.image],
+            [torch.zeros_like(y) if need_text else no_gradient.clone() for y in batch.text],
             torch.zeros_like(batch.scale),
         )
     # The gradient of the scale follows from either product, so one of them is always needed.
     d_image = [_contiguous_like(x) for x in batch.image] if need_image or not need_text else None
     d_text = [_contiguous_like(y) for y in batch.text] if need_text else None
-    each = _Factors.of(log_sums, grads)
+    terms = _Factors.of(log_sums, grads)
     run = _backward_by_blocks if batch.alone else _backward_together
-    d_scale = run(batch, each, d_image, d_text)
+    d_scale = run(batch, terms, d_image, d_text)
     return (
-        d_image if need_image and d_image is not None else [nothing.clone() for _ in batch.image],
-        d_text if d_text is not None else [nothing.clone() for _ in batch.text],
+        d_image if need_image and d_image is not None else [no_gradient.clone() for _ in batch.image],
+        d_text if d_text is not None else [no_gradient.clone() for _ in batch.text],
         d_scale,
     )
 
@@ -419,7 +420,7 @@ def _contiguous_like(x: Tensor) -> Tensor:
 
 def _tile_gradients(
     batch: _Batch,
-    each: _Factors,
+    terms: _Factors,
     x: Tensor,
     y: Tensor,
     grad: Tensor,
@@ -428,7 +429,7 @@ def _tile_gradients(
     row_part: slice,
     text_part: slice,
 ) -> None:
-    """dS of some rows and texts; x, y, rows and texts describe these parts."""
+    """Compute dS of a part of the rows and texts, to which x, y, rows and texts refer."""
     plan, tile = batch.plan, batch.plan.gradient_tile()
     tile_gradients[(tile.count(rows, texts),)](
         plan.tiles(x, tile.rows),
@@ -436,11 +437,11 @@ def _tile_gradients(
         batch.scale,
         x if batch.index is None else batch.index[row_part],
         y if batch.weight is None else batch.weight[text_part],
-        each.row_log[row_part],
-        each.column_log[text_part],
-        each.row[row_part],
-        each.column[text_part],
-        each.positive[row_part],
+        terms.row_log[row_part],
+        terms.column_log[text_part],
+        terms.row[row_part],
+        terms.column[text_part],
+        terms.positive[row_part],
         grad,
         *rows,
         *texts,
@@ -454,17 +455,17 @@ def _tile_gradients(
 
 
 def _backward_together(
-    batch: _Batch, each: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
+    batch: _Batch, terms: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
 ) -> Tensor:  # d_scale [levels]
     """All levels in the same launches, with dS of all of them in memory."""
     plan, rows, texts = batch.plan, batch.rows, batch.texts
     n, u, tile, device = sum(rows), sum(texts), batch.plan.gradient_tile(), batch.scale.device
     x, x_inverse = _units(batch.image, plan, batch.normalize)
     y, y_inverse = _units(batch.text, plan, batch.normalize)
-    size = sum(_whole(a, tile.rows) * _whole(b, tile.texts) for a, b in zip(rows, texts, strict=True))
+    size = sum(_round_up(a, tile.rows) * _round_up(b, tile.texts) for a, b in zip(rows, texts, strict=True))
     grad = torch.empty(size, dtype=plan.operand, device=device)
     if size:
-        _tile_gradients(batch, each, x, y, grad, rows, texts, slice(0, n), slice(0, u))
+        _tile_gradients(batch, terms, x, y, grad, rows, texts, slice(0, n), slice(0, u))
     d_x, d_y = (
         None if out is None else torch.empty(count, plan.width, dtype=torch.float32, device=device)
         for out, count in ((d_image, n), (d_text, u))
@@ -493,19 +494,19 @@ def _backward_together(
         num_stages=3,
     )
     # The gradient of the scale is the sum over rows (or columns) of unit row . d_unit.
-    along, sizes = None, rows
+    dots, sizes = None, rows
     if d_y is not None and d_text is not None:
-        along, sizes = _finish(batch, batch.text, d_text, y_inverse, d_y), texts
+        dots, sizes = _finish(batch, batch.text, d_text, y_inverse, d_y), texts
     if d_x is not None and d_image is not None:
-        along, sizes = _finish(batch, batch.image, d_image, x_inverse, d_x), rows
-    assert along is not None
-    return _level_sums(along, sizes, len(batch.image))
+        dots, sizes = _finish(batch, batch.image, d_image, x_inverse, d_x), rows
+    assert dots is not None
+    return _level_sums(dots, sizes, len(batch.image))
 
 
 def _backward_by_blocks(
-    batch: _Batch, each: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
+    batch: _Batch, terms: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
 ) -> Tensor:  # d_scale [1]
-    """One level by blocks of dS, multiplied by cuBLAS.
+    """One level, by blocks of dS that cuBLAS multiplies.
 
     Memory: unit rows and float32 d_y of all texts; for images, only those of the current rows.
     """
@@ -514,16 +515,18 @@ def _backward_by_blocks(
     side, tile = plan.block_side(device), plan.gradient_tile()
     y, y_inverse = _units([text], plan, batch.normalize)
     d_y = None if d_text is None else torch.empty(len(text), plan.width, dtype=torch.float32, device=device)
-    high, wide = min(side, len(image)), min(side, len(text))
-    grad = torch.empty(_whole(high, tile.rows) * _whole(wide, tile.texts), dtype=plan.operand, device=device)
-    d_x = None if d_image is None else torch.empty(high, plan.width, dtype=torch.float32, device=device)
-    along = torch.empty(len(image), dtype=torch.float32, device=device)
+    block_rows, block_texts = min(side, len(image)), min(side, len(text))
+    grad = torch.empty(
+        _round_up(block_rows, tile.rows) * _round_up(block_texts, tile.texts), dtype=plan.operand, device=device
+    )
+    d_x = None if d_image is None else torch.empty(block_rows, plan.width, dtype=torch.float32, device=device)
+    dots = torch.empty(len(image), dtype=torch.float32, device=device)
     for rows in _chunks(len(image), side):
         x, x_inverse = _units([image[rows]], plan, batch.normalize)
         for texts in _chunks(len(text), side):
-            count, stride = len(x), _whole(texts.stop - texts.start, tile.texts)
+            count, stride = len(x), _round_up(texts.stop - texts.start, tile.texts)
             _tile_gradients(
-                batch, each, x, y[texts], grad, _four([count]), _four([texts.stop - texts.start]), rows, texts
+                batch, terms, x, y[texts], grad, _pad([count]), _pad([texts.stop - texts.start]), rows, texts
             )
             block = grad[: count * stride].view(count, stride)[:, : texts.stop - texts.start]
             if d_x is not None:
@@ -531,11 +534,11 @@ def _backward_by_blocks(
             if d_y is not None:
                 _product(block.T, x, d_y[texts], accumulate=rows.start > 0)
         if d_x is not None and d_image is not None:
-            along[rows] = _finish(batch, [image[rows]], [d_image[0][rows]], x_inverse, d_x[: len(x)])
+            dots[rows] = _finish(batch, [image[rows]], [d_image[0][rows]], x_inverse, d_x[: len(x)])
     if d_y is not None and d_text is not None:
-        by_text = _finish(batch, [text], d_text, y_inverse, d_y)
-        along = by_text if d_x is None else along
-    return _level_sums(along, _four([len(along)]), 1)
+        text_dots = _finish(batch, [text], d_text, y_inverse, d_y)
+        dots = text_dots if d_x is None else dots
+    return _level_sums(dots, _pad([len(dots)]), 1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -567,16 +570,16 @@ def _accumulates(dtype: torch.dtype, device: torch.device) -> bool:
 def _finish(
     batch: _Batch, features: Sequence[Tensor], out: Sequence[Tensor], inverse: Tensor, d_unit: Tensor
 ) -> Tensor:  # [sum N]
-    along = torch.empty_like(inverse)
-    finish_rows[(len(along),)](
-        *_fill(features),
-        *_fill(out),
+    dots = torch.empty_like(inverse)
+    finish_rows[(len(dots),)](
+        *_pad_tensors(features),
+        *_pad_tensors(out),
         inverse,
         d_unit,
         batch.scale,
-        along,
+        dots,
         *_sizes(features),
-        *(t.stride(0) for t in _fill(features)),
+        *(t.stride(0) for t in _pad_tensors(features)),
         D=features[0].shape[1],
         WIDTH=batch.plan.width,
         BLOCK_D=triton.next_power_of_2(batch.plan.width),
@@ -584,17 +587,17 @@ def _finish(
         ALIGNED=_aligned([*features, *out]),
         num_warps=2,
     )
-    return along
+    return dots
 
 
-def _level_sums(along: Tensor, sizes: Sequence[int], levels: int) -> Tensor:  # [sum N] -> [levels]
-    out = torch.empty(levels, dtype=torch.float32, device=along.device)
-    sum_levels[(levels,)](along, out, *sizes, BM=VECTOR)
+def _level_sums(dots: Tensor, sizes: Sequence[int], levels: int) -> Tensor:  # [sum N] -> [levels]
+    out = torch.empty(levels, dtype=torch.float32, device=dots.device)
+    sum_levels[(levels,)](dots, out, *sizes, BM=VECTOR)
     return out
 
 
-def _quartets(rows: Sequence[int], texts: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
-    """At most LEVELS levels at a time: which levels, rows and texts."""
+def _launch_groups(rows: Sequence[int], texts: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of levels, rows and texts, at most LEVELS levels at a time."""
     for levels in _chunks(len(rows), LEVELS):
         n, u = sum(rows[: levels.start]), sum(texts[: levels.start])
         yield levels, slice(n, n + sum(rows[levels])), slice(u, u + sum(texts[levels]))
@@ -604,10 +607,10 @@ def counts(index: Tensor, rows: Sequence[int], texts: Sequence[int]) -> Tensor: 
     """The number of rows of each text. An index out of range is ignored."""
     out = torch.zeros(sum(texts), dtype=torch.int32, device=index.device)
     with torch.cuda.device_of(index):
-        for levels, row_part, text_part in _quartets(rows, texts):
+        for levels, row_part, text_part in _launch_groups(rows, texts):
             if blocks := _blocks(rows[levels], VECTOR):
                 count_rows[(blocks,)](
-                    index[row_part], out[text_part], *_four(rows[levels]), *_four(texts[levels]), BM=VECTOR
+                    index[row_part], out[text_part], *_pad(rows[levels]), *_pad(texts[levels]), BM=VECTOR
                 )
     return out
 
@@ -625,7 +628,7 @@ def means(
     loss = torch.empty(len(rows), dtype=torch.float32, device=row_lse.device)
     used = torch.empty(len(rows), dtype=torch.float64, device=row_lse.device)
     with torch.cuda.device_of(row_lse):
-        for levels, row_part, text_part in _quartets(rows, texts):
+        for levels, row_part, text_part in _launch_groups(rows, texts):
             mean_losses[(len(rows[levels]),)](
                 row_lse[row_part],
                 col_lse[text_part],
@@ -634,8 +637,8 @@ def means(
                 used if index is None else index[row_part],
                 loss[levels],
                 used[levels],
-                *_four(rows[levels]),
-                *_four(texts[levels]),
+                *_pad(rows[levels]),
+                *_pad(texts[levels]),
                 HAS_COUNT=count is not None,
                 POSITIVES=positives and count is not None,
                 BM=VECTOR,
@@ -656,7 +659,7 @@ def means_backward(
     grad_row, grad_positive = (torch.empty(sum(rows), dtype=torch.float64, device=grad.device) for _ in range(2))
     grad_column = torch.empty(sum(texts), dtype=torch.float64, device=grad.device)
     with torch.cuda.device_of(grad):
-        for levels, row_part, text_part in _quartets(rows, texts):
+        for levels, row_part, text_part in _launch_groups(rows, texts):
             row_blocks = _blocks(rows[levels], VECTOR)
             if blocks := row_blocks + _blocks(texts[levels], VECTOR):
                 mean_gradients[(blocks,)](
@@ -667,8 +670,8 @@ def means_backward(
                     grad_row[row_part],
                     grad_column[text_part],
                     grad_positive[row_part],
-                    *_four(rows[levels]),
-                    *_four(texts[levels]),
+                    *_pad(rows[levels]),
+                    *_pad(texts[levels]),
                     grad.stride(0),
                     row_blocks,
                     HAS_COUNT=count is not None,

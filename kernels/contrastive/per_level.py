@@ -1,4 +1,4 @@
-"""Runs single-level functions over the levels of a call, whose per-row and per-text tensors are concatenated."""
+"""Run single-level functions over the levels of a call, whose per-row and per-text tensors are concatenated."""
 
 from __future__ import annotations
 

@@ -119,10 +119,10 @@ def naive_positives_loss(
     scale: Tensor | float,
     index: Tensor,  # [N] int64
 ) -> Tensor:  # []
-    """Equal texts as one class: cross entropy over rows, and over columns with the mean of a text's images."""
+    """Equal texts as one class: cross entropy over rows, and over columns with the mean over a text's images."""
     logits = scale * (unit_rows(image) @ unit_rows(text).T)
-    owns = F.one_hot(index, len(text)).to(logits.dtype)
-    target = owns / owns.sum(0)
+    one_hot = F.one_hot(index, len(text)).to(logits.dtype)
+    target = one_hot / one_hot.sum(0)
     return (F.cross_entropy(logits, index) + F.cross_entropy(logits.T, target.T)) / 2
 
 
@@ -131,7 +131,7 @@ def open_clip_loss(
     text: Tensor,  # [N, D] already of unit length
     scale: Tensor | float,
 ) -> Tensor:  # []
-    """open_clip's ClipLoss on one process: two products, features multiplied as they come."""
+    """open_clip's ClipLoss on one process: two products, and features used as they are."""
     target = torch.arange(len(image), device=image.device)
     by_image = F.cross_entropy(scale * image @ text.T, target)
     return (by_image + F.cross_entropy(scale * text @ image.T, target)) / 2

@@ -1,7 +1,7 @@
 """The Triton kernels of the contrastive softmax, launched by contrastive_triton.py.
 
 Up to LEVELS levels share a launch; arguments numbered k belong to level k, and buffers hold the levels one after
-another. Logits are in base 2, k2 = scale * log2(e).
+another. Logits are in base 2: cosines times k2 = scale * log2(e).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,12 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEVELS = 4  # per launch; the kernels take the sizes of each
+LEVELS = 4  # per launch; the kernels have arguments for the sizes of each
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# exp2 flushes below 2^-126. Where the largest possible logit, k2, is above 100 it is shifted to 100: a row then loses
-# only terms below a cosine of -0.57 (at scale 100), and 2^27 terms stay finite. Smaller scales need no offset, which
+# exp2 flushes results below 2^-126 to zero. A largest possible logit, k2, above 100 is shifted to 100: a row then loses
+# only terms with a cosine below -0.57 (at scale 100), and 2^27 terms stay finite. Smaller scales get no offset, which
 # would cost precision. Sums outside [LOW, HIGH] are recomputed with a running maximum.
 HEADROOM = tl.constexpr(100.0)
 LOW = tl.constexpr(2.0**-100)
@@ -81,7 +81,7 @@ def _dot_tile(
 
 @triton.jit
 def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexpr):
-    """Locates a tile: level, its sizes, offsets of its rows and texts, block row and block column."""
+    """The tile of a program: level, its sizes, offsets of its rows and texts, block row and block column."""
     level, tile = _locate(
         pid,
         tl.cdiv(n0, BM) * tl.cdiv(u0, BN),
@@ -91,10 +91,10 @@ def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexp
     )
     n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
     # Eight block rows at a time, so that concurrent tiles share operands in L2.
-    high, wide = tl.cdiv(n, BM), tl.cdiv(u, BN)
-    first = tile // (8 * wide) * 8
-    height = tl.minimum(high - first, 8)
-    inside = tile % (8 * wide)
+    block_rows, block_columns = tl.cdiv(n, BM), tl.cdiv(u, BN)
+    first = tile // (8 * block_columns) * 8
+    height = tl.minimum(block_rows - first, 8)
+    inside = tile % (8 * block_columns)
     return (
         level,
         n,
@@ -107,7 +107,7 @@ def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexp
 
 
 @triton.jit
-def _own_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constexpr):
+def _positive_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constexpr):
     """The column of each row's positive, relative to start. `shift`: the offset of this block, in texts with an
     index, in texts minus rows without."""
     if HAS_INDEX:
@@ -165,8 +165,8 @@ def unit_rows(
     if NORMALIZE:
         # Divide by the largest entry first: squares of large or tiny float32 features overflow or underflow.
         largest = tl.max(tl.abs(x), 0)
-        shrunk = tl.where(largest > 0, x / largest, x)
-        length = largest * tl.sqrt(tl.sum(shrunk * shrunk, 0))
+        scaled = tl.where(largest > 0, x / largest, x)
+        length = largest * tl.sqrt(tl.sum(scaled * scaled, 0))
         scale = 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
     x *= scale
     if ROUND:
@@ -191,7 +191,7 @@ def tile_sums(
     weight,  # [sum U] numbers or counts
     row_parts,  # [block columns, sum N] out
     column_parts,  # [block rows, sum U] out
-    positive,  # [sum N] out: cosine of each row's own text
+    positive,  # [sum N] out: cosine of each row's positive
     n0,
     n1,
     n2,
@@ -216,12 +216,12 @@ def tile_sums(
     acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
     rows, columns = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     in_rows, in_columns = rows < n, columns < u
-    # From this accumulator: that of another product could exceed the log-sum.
-    own = _own_column(index, row, rows, j * BN, shift, in_rows, HAS_INDEX)
-    mine = in_rows & (own >= 0) & (own < tl.minimum(u - j * BN, BN))
-    if tl.max(mine.to(tl.int32), 0) > 0:
-        at = tl.arange(0, BN)[None, :] == own[:, None]
-        tl.store(positive + row + rows, tl.sum(tl.where(at, acc, 0.0), 1), mask=mine)
+    # Read from this accumulator: the result of another product could exceed the log-sum.
+    positive_column = _positive_column(index, row, rows, j * BN, shift, in_rows, HAS_INDEX)
+    in_tile = in_rows & (positive_column >= 0) & (positive_column < tl.minimum(u - j * BN, BN))
+    if tl.max(in_tile.to(tl.int32), 0) > 0:
+        at = tl.arange(0, BN)[None, :] == positive_column[:, None]
+        tl.store(positive + row + rows, tl.sum(tl.where(at, acc, 0.0), 1), mask=in_tile)
     k2 = tl.load(scale + level) * LOG2E
     e = tl.exp2(acc * k2 - tl.maximum(k2 - HEADROOM, 0.0))
     w = in_columns.to(tl.float32)
@@ -274,8 +274,8 @@ def _log_sums(
         total_sum += tl.load(at, mask=in_rows, other=1.0)
         at += total
     log_sum = tl.log2(total_sum.to(tl.float64)) + tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
-    fine = (total_sum >= LOW) & (total_sum <= HIGH) | (rows >= n)
-    if tl.min(fine.to(tl.int32), 0) == 0:
+    in_range = (total_sum >= LOW) & (total_sum <= HIGH) | (rows >= n)
+    if tl.min(in_range.to(tl.int32), 0) == 0:
         top = tl.full([BM], float("-inf"), tl.float32)
         terms = tl.zeros([BM], tl.float32)
         for start in range(0, u, BM):
@@ -292,13 +292,13 @@ def _log_sums(
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             terms = terms * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]) * w[None, :], 1)
             top = higher
-        again = tl.log2(terms.to(tl.float64)) + top.to(tl.float64)
-        log_sum = tl.where(fine, log_sum, again)
+        recomputed = tl.log2(terms.to(tl.float64)) + top.to(tl.float64)
+        log_sum = tl.where(in_range, log_sum, recomputed)
     # The host does not check the scale, which would synchronise: one that is not positive gives NaN.
     tl.store(out + row + rows, tl.where(k2 > 0, log_sum * LN2, float("nan")), mask=in_rows)
     if POSITIVE:
-        own = tl.load(cosine + row + rows, mask=in_rows, other=0.0).to(tl.float64)
-        tl.store(positive + row + rows, own * (k2.to(tl.float64) * LN2), mask=in_rows)
+        own_cosine = tl.load(cosine + row + rows, mask=in_rows, other=0.0).to(tl.float64)
+        tl.store(positive + row + rows, own_cosine * (k2.to(tl.float64) * LN2), mask=in_rows)
 
 
 @triton.jit(
@@ -364,7 +364,7 @@ def factors(
     grad_column,  # [U] float64
     row_log,  # [N] out: row_lse in base 2, rounded to float32
     column_log,  # [U] out
-    row_factor,  # [N] out: grad_row, with what the rounding lost
+    row_factor,  # [N] out: grad_row, corrected for that rounding
     column_factor,  # [U] out
     n,
     u,
@@ -379,9 +379,9 @@ def factors(
     i = pid.to(tl.int64) * BM + tl.arange(0, BM)
     exact = tl.load(log_sum + i, mask=i < size, other=0.0) * LOG2E
     rounded = exact.to(tl.float32)
-    rest = tl.exp2((rounded.to(tl.float64) - exact).to(tl.float32))
+    correction = tl.exp2((rounded.to(tl.float64) - exact).to(tl.float32))
     tl.store(log_out + i, rounded, mask=i < size)
-    tl.store(factor_out + i, tl.load(grad + i, mask=i < size, other=0.0).to(tl.float32) * rest, mask=i < size)
+    tl.store(factor_out + i, tl.load(grad + i, mask=i < size, other=0.0).to(tl.float32) * correction, mask=i < size)
 
 
 @triton.jit
@@ -390,7 +390,7 @@ def _gradient(
     k2,
     r,  # [BM] log-sums of the rows
     a,  # [BM] their factors
-    own,  # [BM] column of each row's positive, in this tile or not
+    positive_column,  # [BM] column of each row's positive, in this tile or not
     column_log,  # [sum U]
     weight,  # [sum U]
     column_factor,  # [sum U]
@@ -407,23 +407,23 @@ def _gradient(
     w = tl.full([BN], 1.0, tl.float32)
     if HAS_WEIGHT:
         w = tl.load(weight + at).to(tl.float32)
-    middle = tl.maximum(tl.max(r, 0), tl.max(c, 0))
+    highest = tl.maximum(tl.max(r, 0), tl.max(c, 0))
     lowest = tl.minimum(tl.min(r, 0), tl.min(c, 0))
-    if middle - lowest < SPREAD:
+    if highest - lowest < SPREAD:
         # One exponential for both softmaxes. No logit exceeds its column's log-sum, so that none overflows, and what
         # underflows is below 2^(SPREAD - 126) of its sum.
-        a *= tl.exp2(middle - r)
-        b *= tl.exp2(middle - c)
-        out = tl.exp2(cosine * k2 - middle) * (a[:, None] * w[None, :] + b[None, :])
+        a *= tl.exp2(highest - r)
+        b *= tl.exp2(highest - c)
+        out = tl.exp2(cosine * k2 - highest) * (a[:, None] * w[None, :] + b[None, :])
     else:
         logits = cosine * k2
         # A text without weight may exceed the row's log-sum without bound.
         by_row = tl.exp2(tl.where((w > 0)[None, :], logits - r[:, None], 0.0)) * a[:, None] * w[None, :]
         out = by_row + tl.exp2(logits - c[None, :]) * b[None, :]
-    mine = (own >= 0) & (own < BN)
-    if tl.max(mine.to(tl.int32), 0) > 0:
-        positive = tl.load(grad_positive, mask=mine, other=0.0).to(tl.float32)
-        out += tl.where(tl.arange(0, BN)[None, :] == own[:, None], positive[:, None], 0.0)
+    in_tile = (positive_column >= 0) & (positive_column < BN)
+    if tl.max(in_tile.to(tl.int32), 0) > 0:
+        positive = tl.load(grad_positive, mask=in_tile, other=0.0).to(tl.float32)
+        out += tl.where(tl.arange(0, BN)[None, :] == positive_column[:, None], positive[:, None], 0.0)
     return out
 
 
@@ -466,21 +466,21 @@ def tile_gradients(
     rows = i * BM + tl.arange(0, BM)
     at_rows = row + tl.minimum(rows, n - 1)
     r, a = tl.load(row_log + at_rows), tl.load(row_factor + at_rows)
-    own = tl.where(rows < n, _own_column(index, row, rows, j * BN, shift, rows < n, HAS_INDEX), -1)
+    positive_column = tl.where(rows < n, _positive_column(index, row, rows, j * BN, shift, rows < n, HAS_INDEX), -1)
     k2 = tl.load(scale + level) * LOG2E
-    # Whole tiles: what lies past the ends is never read, and a mask costs registers.
+    # Stored in whole tiles: entries past the ends are never read, and a mask would cost registers.
     base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM, BN)
     out = grad + base + (i * BM).to(tl.int64) * stride + j * BN
     out = out + tl.arange(0, BM).to(tl.int64)[:, None] * stride + tl.arange(0, BN // 2)[None, :]
-    # Half the columns at a time: what each column brings along would not fit in registers beside a whole tile.
+    # Half the columns at a time: the values loaded per column would not fit in registers beside a whole tile.
     left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
     first = _gradient(
-        left, k2, r, a, own, column_log, weight, column_factor, grad_positive + row + rows,
+        left, k2, r, a, positive_column, column_log, weight, column_factor, grad_positive + row + rows,
         column, j * BN, u, HAS_WEIGHT, BN // 2,
     )  # fmt: skip
     tl.store(out, first.to(grad.dtype.element_ty))
     second = _gradient(
-        right, k2, r, a, own - BN // 2, column_log, weight, column_factor, grad_positive + row + rows,
+        right, k2, r, a, positive_column - BN // 2, column_log, weight, column_factor, grad_positive + row + rows,
         column, j * BN + BN // 2, u, HAS_WEIGHT, BN // 2,
     )  # fmt: skip
     tl.store(out + BN // 2, second.to(grad.dtype.element_ty))
@@ -531,11 +531,11 @@ def _product(
     row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
     base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, ROW_TILE, COLUMN_TILE)
     if SIDE == 0:
-        high, deep, first, first_inner = n, u, row, column
+        height, depth, first, first_inner = n, u, row, column
     else:
-        high, deep, first, first_inner = u, n, column, row
+        height, depth, first, first_inner = u, n, column, row
     rows, columns, inner = i * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    if i * BM < high:
+    if i * BM < height:
         if SIDE == 0:
             a, step = grad + base + rows.to(tl.int64)[:, None] * stride + inner[None, :], tl.full([], 1, tl.int64)
         else:
@@ -544,7 +544,7 @@ def _product(
         width = tl.full([], WIDTH, tl.int64)
         in_width = (columns < WIDTH)[None, :]
         acc = tl.zeros([BM, BN], tl.float32)
-        whole = deep // BK * BK
+        whole = depth // BK * BK
         for k in range(0, whole, BK):
             acc = tl.dot(
                 tl.load(a + k * step),
@@ -552,9 +552,9 @@ def _product(
                 acc,
                 input_precision=PRECISION,
             )
-        if whole < deep:
+        if whole < depth:
             # Entries past the ends may be infinite, and infinity times zero is NaN.
-            inside = inner < deep - whole
+            inside = inner < depth - whole
             acc = tl.dot(
                 tl.where(inside[None, :], tl.load(a + whole * step), 0.0),
                 tl.load(b + whole * width, mask=inside[:, None] & in_width, other=0.0),
@@ -562,7 +562,7 @@ def _product(
                 input_precision=PRECISION,
             )
         at_out = out + (first + rows).to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        tl.store(at_out, acc, mask=(rows < high)[:, None] & in_width)
+        tl.store(at_out, acc, mask=(rows < height)[:, None] & in_width)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -613,9 +613,9 @@ def finish_rows(
     o2,
     o3,
     inverse,  # [sum N]
-    d_unit,  # [sum N, WIDTH] gradient of the unit row, before the scale
+    d_unit,  # [sum N, WIDTH] gradient of the unit row, not yet multiplied by the scale
     scale,  # [levels]
-    along,  # [sum N] out: unit row . d_unit, whose sum is the gradient of the scale
+    dots,  # [sum N] out: unit row . d_unit, whose sum is the gradient of the scale
     n0,
     n1,
     n2,
@@ -639,7 +639,7 @@ def finish_rows(
     x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32) * inv
     g = tl.load(d_unit + pid.to(tl.int64) * WIDTH + d, mask=d < D, other=0.0)
     dot = tl.sum(x * g, 0)
-    tl.store(along + pid, dot)
+    tl.store(dots + pid, dot)
     if NORMALIZE:
         g = (g - x * dot) * inv
     g *= tl.load(scale + level)
@@ -647,21 +647,21 @@ def finish_rows(
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
-def sum_levels(along, out, n0, n1, n2, n3, BM: tl.constexpr):
-    """along [sum N] -> out [levels]: the sum of each level's rows."""
+def sum_levels(dots, out, n0, n1, n2, n3, BM: tl.constexpr):
+    """dots [sum N] -> out [levels]: the sum of each level's rows."""
     level = tl.program_id(0)
     first, n = _before(level, n0, n1, n2), _pick(level, n0, n1, n2, n3)
     total = tl.zeros([BM], tl.float32)
     for i in range(0, n, BM):
         at = i + tl.arange(0, BM)
-        total += tl.load(along + first + at, mask=at < n, other=0.0)
+        total += tl.load(dots + first + at, mask=at < n, other=0.0)
     tl.store(out + level, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["index", "count"])
 def count_rows(
     index,  # [sum N] int64
-    count,  # [sum U] int32, zeros: out: rows of each text
+    count,  # [sum U] int32, zero-initialised, out: rows of each text
     n0,
     n1,
     n2,
@@ -721,9 +721,9 @@ def mean_losses(
     for start in range(0, n, BM):
         at = row + start + tl.arange(0, BM)
         mask = start + tl.arange(0, BM) < n
-        own = tl.load(positive + at, mask=mask, other=0.0)
-        by_row += tl.load(row_lse + at, mask=mask, other=0.0) - own
-        by_column -= own / _counts_of(count, index, column, u, at, mask) if POSITIVES else own
+        logit = tl.load(positive + at, mask=mask, other=0.0)
+        by_row += tl.load(row_lse + at, mask=mask, other=0.0) - logit
+        by_column -= logit / _counts_of(count, index, column, u, at, mask) if POSITIVES else logit
     for start in range(0, u, BM):
         at = column + start + tl.arange(0, BM)
         mask = start + tl.arange(0, BM) < u
@@ -736,8 +736,8 @@ def mean_losses(
         by_column += log_sum * has if POSITIVES else log_sum * c
         texts += has
     total = tl.sum(texts, 0)
-    over = tl.maximum(total, 1.0) if POSITIVES else tl.maximum(n, 1).to(tl.float64)
-    value = (tl.sum(by_row, 0) / tl.maximum(n, 1).to(tl.float64) + tl.sum(by_column, 0) / over) / 2
+    divisor = tl.maximum(total, 1.0) if POSITIVES else tl.maximum(n, 1).to(tl.float64)
+    value = (tl.sum(by_row, 0) / tl.maximum(n, 1).to(tl.float64) + tl.sum(by_column, 0) / divisor) / 2
     tl.store(loss + level, value.to(tl.float32))
     tl.store(used + level, total)
 

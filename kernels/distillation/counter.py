@@ -1,4 +1,4 @@
-"""A device counter by which the last block of a kernel to finish recognises itself."""
+"""A device counter that tells a block whether it is the last one of its kernel to finish."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def counter(device: torch.device) -> Tensor:  # [] int32
-    """Returns the counter of the current stream, which is 0 when a kernel begins, since each kernel resets it.
+    """Return the counter of the current stream; it is 0 when a kernel begins, since each kernel resets it.
 
     One per stream, since kernels of one stream never overlap. A CUDA graph, which may be replayed on any stream, gets
-    a counter that the graph itself sets to 0.
+    a counter of its own, which the graph sets to 0.
     """
     if device.type == "cpu":  # Triton's interpreter
         return torch.zeros((), dtype=torch.int32)
@@ -24,8 +24,8 @@ def counter(device: torch.device) -> Tensor:  # [] int32
 
 @functools.cache
 def _of_stream(device: torch.device, stream: int) -> Tensor:
-    # Allocated by another thread: allocations of this one while torch.compile warms up a CUDA graph must be freed by
-    # the end of the warm-up.
+    # Allocated in another thread: while torch.compile warms up a CUDA graph, allocations of this thread must be freed
+    # by the end of the warm-up.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_zero, device).result()
 

@@ -1,6 +1,6 @@
-// One block per student row, which finds its own pairs: no sort, and deterministic sums. Each warp processes one pair
-// at a time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2 MB). The last
-// block to finish adds up the contributions of all rows in row order.
+// One block per student row, which finds the row's pairs without a sort; sums are deterministic. Each warp processes
+// one pair at a time. Teacher rows are read again for each pair; they stay in L2 (1,000 rows of 512 floats are 2 MB).
+// The last block to finish adds up the contributions of all rows in row order.
 #include <cstdint>
 
 #include "kernels/distillation/distillation.h"
@@ -60,17 +60,17 @@ __device__ void add_pair(const DistillationProblem& p, int64_t pair, const float
   sum = warp_reduce(sum, Sum());
   const float inverse_sum = 1 / sum, log_sum = largest * inverse_temperature + logf(sum);
   const float scale = p.weight[pair] / static_cast<float>(width);
-  PairSums own;
+  PairSums lane_sums;
   for (int j = lane; j < width; j += 32) {
     const float target = clamped_target(expf((teacher[j] - largest) * inverse_temperature), inverse_sum);
-    own.mass += target;
-    own.entropy += target * clamped_log_target(teacher[j] * inverse_temperature - log_sum);
-    own.cross += target * row[j];
+    lane_sums.mass += target;
+    lane_sums.entropy += target * clamped_log_target(teacher[j] * inverse_temperature - log_sum);
+    lane_sums.cross += target * row[j];
     targets[j] += scale * target;
   }
-  sums.mass += scale * warp_reduce(own.mass, Sum());
-  sums.entropy += scale * warp_reduce(own.entropy, Sum());
-  sums.cross += scale * warp_reduce(own.cross, Sum()) * inverse_student_temperature;
+  sums.mass += scale * warp_reduce(lane_sums.mass, Sum());
+  sums.entropy += scale * warp_reduce(lane_sums.entropy, Sum());
+  sums.cross += scale * warp_reduce(lane_sums.cross, Sum()) * inverse_student_temperature;
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_constant__ DistillationProblem p) {
@@ -96,24 +96,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
     PairSums sums;
     int found = 0;
     for (int64_t first = 0; first < p.pairs; first += kThreads) {
-      const int64_t own = first + threadIdx.x;
-      const unsigned ballot = __ballot_sync(~0u, own < p.pairs && p.student_index[own] == s);
+      const int64_t candidate = first + threadIdx.x;
+      const unsigned ballot = __ballot_sync(~0u, candidate < p.pairs && p.student_index[candidate] == s);
       __syncthreads();  // the row is loaded, and the matches of the previous round have been read
       if (threadIdx.x % 32 == 0) matches[warp] = ballot;
       __syncthreads();
       for (int w = 0; w < kWarps; ++w) {
-        for (unsigned left = matches[w]; left != 0; left &= left - 1, ++found) {
+        for (unsigned remaining = matches[w]; remaining != 0; remaining &= remaining - 1, ++found) {
           if (found % kWarps == warp) {
-            add_pair(p, first + w * 32 + __ffs(left) - 1, row, inverse_temperature, targets + warp * width, sums);
+            add_pair(p, first + w * 32 + __ffs(remaining) - 1, row, inverse_temperature, targets + warp * width, sums);
           }
         }
       }
     }
-    // The same in every lane of a warp: count it once.
-    const bool counts = threadIdx.x % 32 == 0;
-    sums.mass = block_reduce(counts ? sums.mass : 0, Sum(), reduction);
-    sums.entropy = block_reduce(counts ? sums.entropy : 0, Sum(), reduction);
-    sums.cross = block_reduce(counts ? sums.cross : 0, Sum(), reduction);
+    // Every lane of a warp holds the same sums: add them once.
+    const bool is_lane_0 = threadIdx.x % 32 == 0;
+    sums.mass = block_reduce(is_lane_0 ? sums.mass : 0, Sum(), reduction);
+    sums.entropy = block_reduce(is_lane_0 ? sums.entropy : 0, Sum(), reduction);
+    sums.cross = block_reduce(is_lane_0 ? sums.cross : 0, Sum(), reduction);
 
     float largest = -INFINITY;
     for (int j = threadIdx.x; j < width; j += kThreads) largest = Max()(row[j], largest);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) distillation(const __grid_c
       mean += probability * row[j];
       float target = 0;
       for (int w = 0; w < kWarps; ++w) target += targets[w * width + j];
-      // A row without pairs may hold anything, including infinities.
+      // A row without pairs may hold any values, including infinities.
       const float gradient = found == 0 ? 0 : row_d_student(sums.mass, probability, target, temperature);
       if (p.d_student != nullptr) p.d_student[s * p.width + j] = gradient;
     }
@@ -173,7 +173,7 @@ const char* distillation_forward_cuda(const DistillationProblem& problem, cudaSt
   if (shared > kStaticShared - 1024 && cudaFuncSetAttribute(distillation, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                             static_cast<int>(shared)) != cudaSuccess) {
     cudaGetLastError();  // clear the error: it is reported here, not by the next call
-    return "a row and four sums of its size do not fit a block's shared memory: use backend=\"reference\"";
+    return "the width is too large: five float32 rows exceed the shared memory of a block; use backend=\"reference\"";
   }
   const auto blocks = static_cast<unsigned>(problem.students > 0 ? problem.students : 1);
   distillation<<<blocks, kThreads, shared, stream>>>(problem);

@@ -23,14 +23,14 @@ struct RowSums {
 // out = exp((row - largest) / temperature). Inlined, so that it is compiled into each clone of its callers.
 [[gnu::always_inline]] inline RowSums exponentials(const float* row, int64_t width, float temperature, float* out) {
   float largest = -INFINITY;
-  int poisoned = 0;
+  int has_nan = 0;
   // Without the pragma the comparisons stay sequential, at four cycles each.
-#pragma omp simd reduction(max : largest) reduction(| : poisoned)
+#pragma omp simd reduction(max : largest) reduction(| : has_nan)
   for (int64_t j = 0; j < width; ++j) {
     largest = row[j] > largest ? row[j] : largest;
-    poisoned |= row[j] != row[j];
+    has_nan |= row[j] != row[j];
   }
-  if (poisoned) largest = NAN;  // the comparison drops NaN, which must propagate
+  if (has_nan) largest = NAN;  // the comparison drops NaN, which must propagate
   const float inverse_temperature = 1 / temperature;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -120,7 +120,7 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
     for (int64_t t = begin; t < end; ++t) target_row(p, t, targets);
   });
 
-  // Pairs by student row, in their original order: sums do not depend on the number of threads.
+  // Counting sort of the pairs by student row, stable, so that sums do not depend on the number of threads.
   int64_t* starts = p.order;
   int64_t* pairs = p.order + p.students + 1;
   std::fill(starts, starts + p.students + 1, 0);
@@ -131,9 +131,9 @@ void distillation_forward_cpu(const DistillationProblem& p, Parallel parallel) {
   const float temperature = p.student_temperature ? *p.student_temperature : p.student_temperature_value;
   parallel(p.students, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<float> buffers(2 * p.width);
-    float* unwanted = buffers.data() + p.width;
+    float* discarded = buffers.data() + p.width;
     for (int64_t s = begin; s < end; ++s) {
-      float* gradient = p.d_student ? p.d_student + s * p.width : unwanted;
+      float* gradient = p.d_student ? p.d_student + s * p.width : discarded;
       const int64_t first = s == 0 ? 0 : starts[s - 1];  // the counting sort has moved each start to its end
       if (first == starts[s]) {
         std::fill(gradient, gradient + p.width, 0.0f);

@@ -1,6 +1,6 @@
 """The compiled backends, C++ on a CPU and CUDA on a GPU; torch picks one by the device of the tensors.
 
-Import it only once the compiled libraries are loaded.
+Import only after the compiled libraries are loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The distillation loss in Triton: one program per student row, which finds its own pairs (no sort, no atomics)."""
+"""The distillation loss in Triton: one program per student row, which finds the row's pairs without a sort."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reference import SMALLEST_TARGET
 
 # Pair indices scanned at a time.
 SCAN = 1024
-# Without a limit the assembler chooses a round number of registers and spills one.
+# Without a limit ptxas rounds the number of registers and spills one.
 OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
@@ -67,18 +67,18 @@ def distillation(
     targets = tl.zeros([WIDTH], tl.float32)
     found = 0
     for first in range(0, pairs, SCAN):
-        own = first + tl.arange(0, SCAN)
-        mine = tl.load(student_index + own, mask=own < pairs, other=-1) == s
-        count = tl.sum(mine.to(tl.int32), 0)
+        candidates = first + tl.arange(0, SCAN)
+        matches = tl.load(student_index + candidates, mask=candidates < pairs, other=-1) == s
+        count = tl.sum(matches.to(tl.int32), 0)
         found += count
         last = first - 1
         for _ in range(count):
-            pair = tl.min(tl.where(mine & (own > last), own, pairs), 0)
+            pair = tl.min(tl.where(matches & (candidates > last), candidates, pairs), 0)
             last = pair
             t = tl.load(teacher_index + pair)
             scale = tl.load(weight + pair).to(tl.float32) / width
             target = tl.load(teacher + t * width + columns, mask=inside, other=0.0).to(tl.float32)
-            p, _ignored = _softmax(target, inverse_teacher_temperature, inside)
+            p, _log_sum = _softmax(target, inverse_teacher_temperature, inside)
             # A comparison, not a maximum, so that NaN propagates.
             p = tl.where(inside, tl.where(p < smallest, smallest, p), 0.0)
             mass += scale * tl.sum(p, 0)
@@ -88,7 +88,7 @@ def distillation(
     q, log_sum = _softmax(row, inverse_temperature, inside)
     mean = tl.sum(tl.where(inside, q * row, 0.0), 0) * inverse_temperature
     divergence = entropy - cross + mass * log_sum
-    # A row without pairs may hold anything, including infinities.
+    # A row without pairs may hold any values, including infinities.
     if with_gradient:
         gradient = tl.where(found > 0, temperature * (mass * q - targets), 0.0)
         tl.store(derivatives_out + s * width + columns, gradient, mask=inside)
@@ -133,7 +133,7 @@ def forward(
     rows, width = student.shape
     loss = torch.empty((), dtype=torch.float32, device=student.device)
     derivatives = loss.new_empty(rows * width + 1 if with_gradient else 1)
-    with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(student):  # Triton launches on the current device, not on that of its arguments
         distillation[(max(rows, 1),)](
             student,
             teacher,

@@ -38,7 +38,7 @@ def forward(
     teacher_temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss [] and its derivatives in one tensor: by the student [S * D], if requested, and by T_s [1] at the end.
+    """The loss [] and its derivatives in one tensor: d student [S * D], if requested, then d T_s [1].
 
     T_s is `student_temperature` or, where that is None, `student_temperature_value`.
     """
@@ -65,11 +65,11 @@ def forward(
     if not with_gradient:
         return loss, d_temperature[None]
     # Sums over pairs grouped by student row; a row without pairs gets zero.
-    pull = s.new_zeros(rows, width).index_add(0, student_index, weight[:, None] * p)
-    push = s.new_zeros(rows).index_add(0, student_index, weight * mass[teacher_index])
-    # A row without pairs may hold anything, including infinities, and 0 x NaN must not become a gradient.
-    q = torch.where(push[:, None] == 0, 0, log_q.exp())
-    d_student = temperature * (push[:, None] * q - pull)
+    target_sums = s.new_zeros(rows, width).index_add(0, student_index, weight[:, None] * p)
+    mass_sums = s.new_zeros(rows).index_add(0, student_index, weight * mass[teacher_index])
+    # A row without pairs may hold any values, including infinities, and 0 x NaN must not become a gradient.
+    q = torch.where(mass_sums[:, None] == 0, 0, log_q.exp())
+    d_student = temperature * (mass_sums[:, None] * q - target_sums)
     return loss, torch.cat([d_student.flatten(), d_temperature[None]])
 
 

@@ -15,11 +15,11 @@
 
 namespace scf {
 
-// A wave ends at an image boundary once it exceeds the first limit, so that an image is blurred once, and at any view
-// once it exceeds the second. Intermediate data should stay in L2 (50 MB on an H100), yet a wave must fill the machine;
-// the best value has not been measured.
+// A wave ends at an image boundary once it exceeds the first limit, so that each image is blurred once, and at any
+// view once it exceeds the second. Intermediate data should stay in L2 (50 MB on an H100), yet a wave must fill the
+// GPU; the best value has not been measured.
 constexpr int64_t kWaveBytes = int64_t{64} << 20;
-constexpr int64_t kMostWaveBytes = int64_t{512} << 20;
+constexpr int64_t kMaxWaveBytes = int64_t{512} << 20;
 constexpr int64_t kWaveViews = 1 << 15;  // the second and third grid dimensions are limited to 65,535
 
 struct MaskJob {
@@ -33,7 +33,7 @@ struct MaskJob {
 };
 
 struct BlurJob {
-  Picture image;
+  Image image;
   int64_t blurred;  // scratch: uint32 [height, width], RGBX
 };
 
@@ -51,36 +51,36 @@ struct Composite {
 struct AxisJob {
   Axis axis;
   int32_t begin, end;  // the source pixels that the taps may read
-  int32_t most_taps;
+  int32_t max_taps;
   int64_t taps;     // scratch: int32 [size, 2], first pixel and count
-  int64_t weights;  // scratch: int32 [most_taps, size]
+  int64_t weights;  // scratch: int32 [max_taps, size]
 };
 
 struct ViewJob {
   Composite composite;
-  AxisJob across, down;
-  int32_t x1, y1;   // where in the image the source window begins
-  int64_t view;     // row of the output
-  int64_t between;  // scratch: uint32 [down.end - down.begin, size], resized across, RGBX
-  bool changed;     // by the augmentation; the fields below are then set
-  float change[kAugmentWidth];
-  int64_t bytes;  // scratch: uint32 [size, size], resized, RGBX
-  int64_t grey;   // scratch: float, the mean grey value for the contrast
+  AxisJob horizontal, vertical;
+  int32_t x1, y1;        // where in the image the source window begins
+  int64_t view;          // row of the output
+  int64_t intermediate;  // scratch: uint32 [vertical.end - vertical.begin, size], resized horizontally, RGBX
+  bool augmented;        // whether the fields below are set
+  float augment[kAugmentWidth];
+  int64_t resized;  // scratch: uint32 [size, size], RGBX
+  int64_t grey;     // scratch: float, the mean grey value for the contrast
 };
 
 // The jobs of a wave are [begin, end) of each table; its augmented views come first.
 struct Wave {
-  int64_t view_begin, view_end, changed_end;
+  int64_t view_begin, view_end, augmented_end;
   int64_t mask_begin, mask_end;
   int64_t blur_begin, blur_end;
 };
 
 SCF_HD int64_t words_of(int64_t width) { return (width + 31) / 32; }
 
-// Allocates scratch offsets.
-class Bump {
+// Hands out scratch offsets, aligned to 256 bytes.
+class BumpAllocator {
  public:
-  int64_t take(int64_t bytes) {
+  int64_t allocate(int64_t bytes) {
     const int64_t offset = used_;
     used_ += (bytes + 255) / 256 * 256;
     return offset;
@@ -99,18 +99,18 @@ struct RenderJobs {
   std::vector<Wave> waves;
   int64_t scratch_bytes = 0;
 
-  // One after another, each 16-byte aligned: views, masks, blurs, runs.
+  // The tables lie one after another, each aligned to 256 bytes.
   struct Offsets {
     int64_t views, masks, blurs, runs, end;
   };
 
   Offsets offsets() const {
-    Bump bump;
+    BumpAllocator bump;
     Offsets at{};
-    at.views = bump.take(bytes_of(views));
-    at.masks = bump.take(bytes_of(masks));
-    at.blurs = bump.take(bytes_of(blurs));
-    at.runs = bump.take(bytes_of(runs));
+    at.views = bump.allocate(bytes_of(views));
+    at.masks = bump.allocate(bytes_of(masks));
+    at.blurs = bump.allocate(bytes_of(blurs));
+    at.runs = bump.allocate(bytes_of(runs));
     at.end = bump.used();
     return at;
   }
@@ -143,14 +143,14 @@ class RenderPlanner {
       : p_(problem), mask_job_(problem.mask_count, -1), blur_job_(problem.image_count, -1) {}
 
   RenderJobs plan() {
-    // Sorted by image, so that a wave needs few images.
+    // By image, so that a wave reads few images.
     std::vector<int64_t> order(p_.views);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row(a)[kImage] < row(b)[kImage]; });
     int32_t image = -1;
     for (const int64_t view : order) {
       const bool next_image = row(view)[kImage] != image;
-      if (scratch_.used() > (next_image ? kWaveBytes : kMostWaveBytes) || view_count() == kWaveViews) close_wave();
+      if (scratch_.used() > (next_image ? kWaveBytes : kMaxWaveBytes) || view_count() == kWaveViews) close_wave();
       image = row(view)[kImage];
       add_view(view);
     }
@@ -170,21 +170,21 @@ class RenderPlanner {
 
   void add_view(int64_t view) {
     const int32_t* plan = row(view);
-    const Picture& image = p_.images[plan[kImage]];
+    const Image& image = p_.images[plan[kImage]];
     ViewJob job{};
     job.view = view;
     job.x1 = plan[kX1];
     job.y1 = plan[kY1];
-    job.across = axis_job({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]});
-    job.down = axis_job({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]});
+    job.horizontal = axis_job({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]});
+    job.vertical = axis_job({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]});
     job.composite = composite(plan, image);
-    job.between = scratch_.take((job.down.end - job.down.begin) * p_.size * 4);
-    std::copy_n(p_.augment + view * kAugmentWidth, static_cast<int64_t>(kAugmentWidth), job.change);
-    job.changed = job.change[kBrightness] != 1 || job.change[kContrast] != 1 || job.change[kSaturation] != 1 ||
-                  job.change[kHue] != 0 || job.change[kSoften] > 0;
-    if (job.changed) {
-      job.bytes = scratch_.take(p_.size * p_.size * 4);
-      job.grey = scratch_.take(sizeof(float));
+    job.intermediate = scratch_.allocate((job.vertical.end - job.vertical.begin) * p_.size * 4);
+    std::copy_n(p_.augment + view * kAugmentWidth, static_cast<int64_t>(kAugmentWidth), job.augment);
+    job.augmented = job.augment[kBrightness] != 1 || job.augment[kContrast] != 1 || job.augment[kSaturation] != 1 ||
+                    job.augment[kHue] != 0 || job.augment[kBlurSigma] > 0;
+    if (job.augmented) {
+      job.resized = scratch_.allocate(p_.size * p_.size * 4);
+      job.grey = scratch_.allocate(sizeof(float));
     }
     jobs_.views.push_back(job);
   }
@@ -195,13 +195,13 @@ class RenderPlanner {
     job.axis = axis;
     job.begin = first.low;
     job.end = last.low + last.count;
-    job.most_taps = static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(4 * first.stretch) + 2, axis.source));
-    job.taps = scratch_.take(p_.size * 2 * 4);
-    job.weights = scratch_.take(p_.size * job.most_taps * 4);
+    job.max_taps = static_cast<int32_t>(std::min<int64_t>(static_cast<int64_t>(4 * first.stretch) + 2, axis.source));
+    job.taps = scratch_.allocate(p_.size * 2 * 4);
+    job.weights = scratch_.allocate(p_.size * job.max_taps * 4);
     return job;
   }
 
-  Composite composite(const int32_t* plan, const Picture& image) {
+  Composite composite(const int32_t* plan, const Image& image) {
     Composite c{};
     c.pixels = image.pixels;
     c.width = image.width;
@@ -218,7 +218,7 @@ class RenderPlanner {
     int64_t& blur = blur_job_[plan[kImage]];
     if (blur < wave_.blur_begin) {
       blur = end(jobs_.blurs);
-      jobs_.blurs.push_back({image, scratch_.take(image.height * image.width * 4)});
+      jobs_.blurs.push_back({image, scratch_.allocate(image.height * image.width * 4)});
     }
     c.blurred = jobs_.blurs[blur].blurred;
     for (int which = 0; which < 2; ++which) {
@@ -229,7 +229,7 @@ class RenderPlanner {
     return c;
   }
 
-  const MaskJob& mask_job(int64_t mask, const Picture& image) {
+  const MaskJob& mask_job(int64_t mask, const Image& image) {
     if (mask_job_[mask] < wave_.mask_begin) {
       mask_job_[mask] = end(jobs_.masks);
       const int32_t* from = p_.mask_runs + p_.mask_start[mask];
@@ -238,9 +238,9 @@ class RenderPlanner {
       job.runs = p_.mask_start[mask + 1] - p_.mask_start[mask];
       job.height = image.height;
       job.width = image.width;
-      job.ends = scratch_.take(job.runs * 8);
-      job.bits = scratch_.take(image.height * words_of(image.width) * 4);
-      job.sums = scratch_.take(sizeof(MaskSums));
+      job.ends = scratch_.allocate(job.runs * 8);
+      job.bits = scratch_.allocate(image.height * words_of(image.width) * 4);
+      job.sums = scratch_.allocate(sizeof(MaskSums));
       jobs_.runs.insert(jobs_.runs.end(), from, from + job.runs);
       jobs_.masks.push_back(job);
     }
@@ -253,11 +253,12 @@ class RenderPlanner {
     wave_.blur_end = end(jobs_.blurs);
     if (wave_.view_end == wave_.view_begin) return;
     const auto first = jobs_.views.begin() + wave_.view_begin;
-    const auto unchanged = std::stable_partition(first, jobs_.views.end(), [](const ViewJob& v) { return v.changed; });
-    wave_.changed_end = unchanged - jobs_.views.begin();
+    const auto partition =
+        std::stable_partition(first, jobs_.views.end(), [](const ViewJob& v) { return v.augmented; });
+    wave_.augmented_end = partition - jobs_.views.begin();
     jobs_.waves.push_back(wave_);
     jobs_.scratch_bytes = std::max(jobs_.scratch_bytes, scratch_.used());
-    scratch_ = Bump();
+    scratch_ = BumpAllocator();
     wave_.view_begin = wave_.view_end;
     wave_.mask_begin = wave_.mask_end;
     wave_.blur_begin = wave_.blur_end;
@@ -266,7 +267,7 @@ class RenderPlanner {
   const RenderProblem& p_;
   RenderJobs jobs_;
   Wave wave_{};
-  Bump scratch_;
+  BumpAllocator scratch_;
   // The latest job of each mask and image; those of earlier waves cannot be reused.
   std::vector<int64_t> mask_job_, blur_job_;
 };

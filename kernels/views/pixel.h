@@ -10,7 +10,7 @@ namespace scf {
 
 constexpr int kBlurBits = 24;    // fixed point of the Gaussian: 255 * 2^24 fits 32 unsigned bits
 constexpr int kResizeBits = 22;  // fixed point of the resize, Pillow's
-constexpr int kSoftenRadius = 4;
+constexpr int kAugmentBlurRadius = 4;
 
 // SciPy's "reflect": the edge pixel is repeated, and the image is mirrored repeatedly if it is small.
 SCF_HD int64_t reflect(int64_t i, int64_t size) {
@@ -42,7 +42,7 @@ inline ColourMix colour_mix(const uint32_t* weights /* [radius + 1] */, int64_t 
   return mix;
 }
 
-SCF_HD uint8_t mixed(const uint32_t* weights /* [3] */, uint32_t red, uint32_t green, uint32_t blue) {
+SCF_HD uint8_t mix_colour(const uint32_t* weights /* [3] */, uint32_t red, uint32_t green, uint32_t blue) {
   return static_cast<uint8_t>((weights[0] * red + weights[1] * green + weights[2] * blue) >> kBlurBits);
 }
 
@@ -115,15 +115,15 @@ SCF_HD float region_weight(float dx1, float dy1, float in1, float dx2, float dy2
   const float d1 = __builtin_sqrtf(square1), d2 = __builtin_sqrtf(square2);
 #endif
   // Both centres on this pixel: 0/0, each mask counts half. Branch-free, so that loops over it vectorise.
-  const float both = d1 + d2;
-  const float half = both > 0 ? 0.0f : 0.5f;
+  const float total = d1 + d2;
+  const float half = total > 0 ? 0.0f : 0.5f;
 #ifdef __CUDA_ARCH__
   // Not fused with the addition, so that the result is symmetric in the masks.
   const float share1 = __fmul_rn(r1, d2 + half), share2 = __fmul_rn(r2, d1 + half);
 #else
   const float share1 = r1 * (d2 + half), share2 = r2 * (d1 + half);
 #endif
-  return (share1 + share2) / (both + 2 * half);
+  return (share1 + share2) / (total + 2 * half);
 }
 
 // Keys' cubic with a = -0.5.
@@ -194,16 +194,16 @@ SCF_HD float hue_channel(float value, float chroma, float sextant) {
   return value - chroma * clamp_unit(sextant < other ? sextant : other);
 }
 
-// Rotates the hue of HSV by `turn` full turns.
-SCF_HD void turn_hue(float& red, float& green, float& blue, float turn) {
+// Rotates the hue of HSV by `turns` full turns.
+SCF_HD void rotate_hue(float& red, float& green, float& blue, float turns) {
   const float value = red > green ? (red > blue ? red : blue) : (green > blue ? green : blue);
-  const float least = red < green ? (red < blue ? red : blue) : (green < blue ? green : blue);
-  const float chroma = value - least;
+  const float minimum = red < green ? (red < blue ? red : blue) : (green < blue ? green : blue);
+  const float chroma = value - minimum;
   const float inverse = chroma > 0 ? 1 / chroma : 0;
   float sextant = value == red     ? (green - blue) * inverse
                   : value == green ? 2 + (blue - red) * inverse
                                    : 4 + (red - green) * inverse;
-  sextant += 6 * turn;
+  sextant += 6 * turns;
   red = hue_channel(value, chroma, sextant + 5);
   green = hue_channel(value, chroma, sextant + 3);
   blue = hue_channel(value, chroma, sextant + 1);

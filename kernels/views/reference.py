@@ -27,11 +27,11 @@ AUGMENT_RADIUS = 4  # the Gaussian of the augmentation has 9 taps
 
 
 def blur_weights(sigma: float) -> list[int]:
-    """Right half of a Gaussian truncated at 4 sigma (centre first), in units of 2^-24; the whole sums to exactly 1."""
+    """Right half of a Gaussian truncated at 4 sigma, centre first, in units of 2^-24; the whole sums to 1 exactly."""
     radius = int(4.0 * sigma + 0.5)
-    bell = [math.exp(-0.5 * (k / sigma) ** 2) if k else 1.0 for k in range(radius + 1)]
-    total = math.fsum(bell + bell[1:])
-    side = [round(w / total * 2**BLUR_BITS) for w in bell[1:]]
+    gaussian = [math.exp(-0.5 * (k / sigma) ** 2) if k else 1.0 for k in range(radius + 1)]
+    total = math.fsum(gaussian + gaussian[1:])
+    side = [round(w / total * 2**BLUR_BITS) for w in gaussian[1:]]
     return [2**BLUR_BITS - 2 * sum(side), *side]
 
 
@@ -40,7 +40,7 @@ def blur_axis(
     weights: Sequence[int],
     axis: int,
 ) -> Tensor:  # [H, W, 3] uint8
-    """One 1-D pass, truncated to bytes; the border is mirrored, the edge pixel repeated (SciPy's "reflect")."""
+    """Blur along one axis, truncating to bytes; the border is mirrored, the edge pixel repeated (SciPy's "reflect")."""
     size, radius = image.shape[axis], len(weights) - 1
     wide = image.to(torch.int64).index_select(axis, _reflect(size, radius, image.device))
     total = weights[0] * wide.narrow(axis, radius, size)
@@ -54,7 +54,7 @@ def gaussian_blur(
     weights: Sequence[int],
     colours: bool,
 ) -> Tensor:  # [H, W, 3] uint8
-    """Rows, columns and, for blur="reference", the colour axis."""
+    """Blur along rows, columns and, for blur="reference", the colour axis."""
     for axis in (0, 1, 2) if colours else (0, 1):
         image = blur_axis(image, weights, axis)
     return image
@@ -102,13 +102,13 @@ def focused_region(
 
 
 def resize_matrix(
-    source: int,  # pixels to read
-    resized: int,  # pixels to resize them to
-    first: int,  # the first one to compute
+    source: int,  # pixels before the resize
+    resized: int,  # pixels after it
+    first: int,  # the first resized pixel to compute
     count: int,
     device: torch.device,
 ) -> Tensor:  # [count, source] float64, integers
-    """One axis of the antialiased bicubic (a = -0.5), in Pillow's units of 2^-22."""
+    """The weights of an antialiased bicubic resize (a = -0.5) along one axis, in Pillow's units of 2^-22."""
     scale = source / resized
     stretch = max(scale, 1.0)
     centre = (torch.arange(first, first + count, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
@@ -132,24 +132,24 @@ def resize(
     top: int,
     size: int,
 ) -> Tensor:  # [3, size, size] uint8
-    """Pillow's resize to width x height, of which the square of `size` at (left, top) is returned."""
-    across = resize_matrix(image.shape[1], width, left, size, image.device)
-    down = resize_matrix(image.shape[0], height, top, size, image.device)
-    # Integers below 2^53, so float64 is exact in any order of summation.
-    rows = _to_bytes(image.permute(2, 0, 1).double() @ across.T)
-    return _to_bytes(down @ rows).to(torch.uint8)
+    """Resize to width x height as Pillow does, and return the square of `size` at (left, top)."""
+    horizontal = resize_matrix(image.shape[1], width, left, size, image.device)
+    vertical = resize_matrix(image.shape[0], height, top, size, image.device)
+    # Integers below 2^53: float64 is exact in any order of summation.
+    rows = _to_bytes(image.permute(2, 0, 1).double() @ horizontal.T)
+    return _to_bytes(vertical @ rows).to(torch.uint8)
 
 
 def _to_bytes(fixed: Tensor) -> Tensor:
     return ((fixed + 2 ** (RESIZE_BITS - 1)) / 2**RESIZE_BITS).floor().clamp(0, 255)
 
 
-def change_colours(
+def adjust_colours(
     pixels: Tensor,  # [3, S, S] float in [0, 1]
-    change: Sequence[float],  # brightness, contrast, saturation, hue
+    augment: Sequence[float],  # brightness, contrast, saturation, hue
 ) -> Tensor:
-    """Brightness, contrast, saturation, hue, in this order, each clamped to [0, 1]."""
-    brightness, contrast, saturation, hue = change
+    """Adjust brightness, contrast, saturation and hue, in this order, each clamped to [0, 1]."""
+    brightness, contrast, saturation, hue = augment
     grey = torch.tensor(GREY, dtype=pixels.dtype, device=pixels.device)[:, None, None]
     if brightness != 1:
         pixels = (brightness * pixels).clamp(0, 1)
@@ -159,12 +159,12 @@ def change_colours(
     if saturation != 1:
         pixels = (saturation * pixels + (1 - saturation) * (pixels * grey).sum(0)).clamp(0, 1)
     if hue != 0:
-        pixels = _turn_hue(pixels, hue)
+        pixels = _rotate_hue(pixels, hue)
     return pixels
 
 
-def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """Rotates the hue of HSV by `turn` full turns."""
+def _rotate_hue(pixels: Tensor, turns: float) -> Tensor:
+    """Rotate the hue of HSV by `turns` full turns."""
     red, green, blue = pixels
     value = pixels.amax(0)
     chroma = value - pixels.amin(0)
@@ -175,24 +175,24 @@ def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     offset = torch.tensor([5.0, 3.0, 1.0], dtype=pixels.dtype, device=pixels.device)[:, None, None]
-    k = torch.remainder(sextant + 6 * turn + offset, 6)
+    k = torch.remainder(sextant + 6 * turns + offset, 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def soften(
+def augmentation_blur(
     pixels: Tensor,  # [3, S, S] float
     sigma: float,
 ) -> Tensor:
-    """Gaussian of 9 taps on both axes; the border is mirrored about the edge pixel."""
+    """Blur with a Gaussian of 9 taps on both axes; the border is mirrored about the edge pixel."""
     size = pixels.shape[-1]
     period = max(2 * size - 2, 1)
     k = torch.arange(-AUGMENT_RADIUS, AUGMENT_RADIUS + 1, device=pixels.device)
-    bell = torch.exp(-0.5 * (k / sigma) ** 2).to(pixels.dtype)
-    bell = bell / bell.sum()
+    gaussian = torch.exp(-0.5 * (k / sigma) ** 2).to(pixels.dtype)
+    gaussian = gaussian / gaussian.sum()
     index = (torch.arange(size, device=pixels.device)[:, None] + k) % period
     index = torch.minimum(index, period - index)
-    pixels = (pixels[:, :, index] * bell).sum(-1)
-    return (pixels[:, index, :] * bell[:, None]).sum(2)
+    pixels = (pixels[:, :, index] * gaussian).sum(-1)
+    return (pixels[:, index, :] * gaussian[:, None]).sum(2)
 
 
 def expand_runs(
@@ -200,7 +200,7 @@ def expand_runs(
     height: int,
     width: int,
 ) -> Tensor:  # [height, width] bool
-    """The mask of column-order run lengths."""
+    """Decode a mask from its column-order run lengths."""
     value = torch.arange(runs.numel(), device=runs.device) % 2 == 1
     return value.repeat_interleave(runs.long()).reshape(width, height).T
 
@@ -213,7 +213,7 @@ def composite(
     weights: Sequence[int],
     colours: bool,
 ) -> Tensor:  # [h, w, 3] uint8, the view's source window
-    """The composite of a view before the resize."""
+    """Compose a view's source window, before the resize."""
     height, width = image.shape[:2]
     if view[KIND] == MASKED:
         box = (slice(view[BOX_Y1], view[BOX_Y2]), slice(view[BOX_X1], view[BOX_X2]))
@@ -244,13 +244,13 @@ def render_views(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:  # [V, 3, size, size], or [V, size, size, 3] with channels_last
-    """Renders every view of the plan: composite, resize, colour changes, Gaussian, normalisation."""
+    """Render every view of the plan: composite, resize, adjust colours, blur, normalise."""
     device = images[0].device if images else plan.device
     out = torch.empty((len(plan), 3, size, size), dtype=dtype, device=device)
     centre = torch.tensor(mean, device=device)[:, None, None]
     spread = torch.tensor(std, device=device)[:, None, None]
     start = mask_start.tolist()
-    for v, (view, change) in enumerate(zip(plan.tolist(), augment.tolist(), strict=True)):
+    for v, (view, augmentation) in enumerate(zip(plan.tolist(), augment.tolist(), strict=True)):
         image = images[view[IMAGE]]
         height, width = image.shape[:2]
         masks = [
@@ -260,8 +260,8 @@ def render_views(
         ]
         window = composite(image, view, masks, sigma, weights, colours)
         pixels = resize(window, view[WIDTH], view[HEIGHT], view[LEFT], view[TOP], size).float() / 255
-        pixels = change_colours(pixels, change[:BLUR])
-        if change[BLUR] > 0:
-            pixels = soften(pixels, change[BLUR])
+        pixels = adjust_colours(pixels, augmentation[:BLUR])
+        if augmentation[BLUR] > 0:
+            pixels = augmentation_blur(pixels, augmentation[BLUR])
         out[v] = (pixels - centre) / spread
     return out.permute(0, 2, 3, 1).contiguous() if channels_last else out

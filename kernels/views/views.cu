@@ -16,16 +16,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kMostBlocks = 128;  // along a ragged dimension; blocks loop over the rest with a stride
-constexpr int kBlurRows = 8;           // of a tile
+constexpr unsigned kMaxBlocks = 128;  // along a ragged dimension; blocks loop over the rest with a stride
+constexpr int kBlurRows = 8;          // of a tile
 constexpr int kBlurColumns = 128;
-constexpr int kAcrossRows = 4;      // source rows that share their weights
-constexpr int kAcrossPixels = 512;  // composed at a time
-constexpr int kDownRows = 8;        // output rows of a block
-constexpr int kTile = 16;           // side of a tile of the augmentation
-constexpr int kHalo = kTile + 2 * kSoftenRadius;
+constexpr int kHorizontalRows = 4;      // source rows that share their weights
+constexpr int kHorizontalPixels = 512;  // composed at a time
+constexpr int kVerticalRows = 8;        // output rows of a block
+constexpr int kTile = 16;               // side of a tile of the augmentation
+constexpr int kHalo = kTile + 2 * kAugmentBlurRadius;
 
-// Passed by value: kernel parameters are in constant memory, where a uniform read by a warp is free.
+// Passed by value: kernel parameters are in constant memory, from which a warp-uniform read costs nothing.
 struct BlurWeights {
   uint32_t value[kMaxBlurRadius + 1];  // centre first
   int radius;
@@ -63,17 +63,17 @@ __device__ T block_sum(T value, T* shared /* [kWarps] */) {
   return value;
 }
 
-__device__ MaskSums block_sums(const MaskSums& own, int64_t* shared) {
-  return {block_sum(own.area, shared), block_sum(own.x, shared), block_sum(own.y, shared)};
+__device__ MaskSums block_sums(const MaskSums& sums, int64_t* shared) {
+  return {block_sum(sums.area, shared), block_sum(sums.x, shared), block_sum(sums.y, shared)};
 }
 
-// Computes where each run of a mask ends; visible to the whole block afterwards.
-__device__ void end_runs(const int32_t* runs, int64_t count, int64_t* ends, int64_t* shared) {
+// Prefix sum: where each run of a mask ends. Visible to the whole block afterwards.
+__device__ void scan_runs(const int32_t* runs, int64_t count, int64_t* ends, int64_t* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t done = 0;
+  int64_t base = 0;  // the end of the last run of the previous round
   for (int64_t first = 0; first < count; first += kThreads) {
-    const int64_t own = first + threadIdx.x;
-    int64_t sum = own < count ? runs[own] : 0;
+    const int64_t run = first + threadIdx.x;
+    int64_t sum = run < count ? runs[run] : 0;
     for (int offset = 1; offset < 32; offset <<= 1) {
       const int64_t before = __shfl_up_sync(~0u, sum, offset);
       if (lane >= offset) sum += before;
@@ -85,29 +85,29 @@ __device__ void end_runs(const int32_t* runs, int64_t count, int64_t* ends, int6
       if (w < warp) sum += shared[w];
       all += shared[w];
     }
-    if (own < count) ends[own] = done + sum;
-    done += all;
+    if (run < count) ends[run] = base + sum;
+    base += all;
     __syncthreads();
   }
 }
 
-// One block per mask: its bits, row by row, and its sums. Each lane walks down a column, along the runs; each ballot is
-// one word of a row.
+// One block per mask: its bits, row by row, and its sums. Each lane walks down one column, following the runs; each
+// ballot gives one word of a row.
 __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, const int32_t* all_runs, uint8_t* scratch) {
   __shared__ int64_t shared[kWarps];
   const MaskJob& job = jobs[blockIdx.x];
   const int64_t height = job.height, words = words_of(job.width);
   int64_t* ends = at<int64_t>(scratch, job.ends);
   uint32_t* bits = at<uint32_t>(scratch, job.bits);
-  end_runs(all_runs + job.first_run, job.runs, ends, shared);
+  scan_runs(all_runs + job.first_run, job.runs, ends, shared);
 
   MaskSums sums;
   for (int64_t word = threadIdx.x / 32; word < words; word += kWarps) {
     const int64_t x = word * 32 + threadIdx.x % 32;
-    const bool real = x < job.width;
+    const bool in_bounds = x < job.width;
     int64_t pixel = x * height;
     int64_t run = 0;  // the first run that ends after `pixel`
-    for (int64_t stop = job.runs - 1; real && run < stop;) {
+    for (int64_t stop = job.runs - 1; in_bounds && run < stop;) {
       const int64_t middle = (run + stop) / 2;
       if (ends[middle] > pixel) {
         stop = middle;
@@ -115,24 +115,24 @@ __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, cons
         run = middle + 1;
       }
     }
-    int64_t end = real ? ends[run] : 0, area = 0, down = 0;
+    int64_t end = in_bounds ? ends[run] : 0, area = 0, sum_y = 0;
     for (int64_t y = 0; y < height; ++y, ++pixel) {
-      while (real && end <= pixel && run + 1 < job.runs) end = ends[++run];
-      const bool inside = real && run % 2 == 1;
+      while (in_bounds && end <= pixel && run + 1 < job.runs) end = ends[++run];
+      const bool inside = in_bounds && run % 2 == 1;
       const uint32_t row = __ballot_sync(~0u, inside);
       if (threadIdx.x % 32 == 0) bits[y * words + word] = row;
       area += inside;
-      down += inside ? y : 0;
+      sum_y += inside ? y : 0;
     }
     sums.area += area;
     sums.x += area * x;
-    sums.y += down;
+    sums.y += sum_y;
   }
   sums = block_sums(sums, shared);
   if (threadIdx.x == 0) *at<MaskSums>(scratch, job.sums) = sums;
 }
 
-// The same from a byte mask; the sums must be zero at the start.
+// The same from a byte mask; the sums must be zero before the launch.
 __global__ void __launch_bounds__(kThreads)
     pack_mask(const bool* mask, int64_t height, int64_t width, uint32_t* bits, MaskSums* total) {
   __shared__ int64_t shared[kWarps];
@@ -171,7 +171,7 @@ struct BlurSums {
 __device__ uint32_t load_rgb(const uint8_t* pixel) { return rgbx(pixel[0], pixel[1], pixel[2]); }
 
 // The columns of the tile plus `radius` on both sides are blurred vertically into shared memory, then horizontally.
-__device__ void blur_tile(const Picture& image, const BlurWeights& weights, int64_t x0, int64_t y0,
+__device__ void blur_tile(const Image& image, const BlurWeights& weights, int64_t x0, int64_t y0,
                           uint32_t* shared /* [kBlurRows, kBlurColumns + 2 radius] */, uint32_t* blurred) {
   const int radius = weights.radius, wide = kBlurColumns + 2 * radius;
   for (int t = threadIdx.x; t < kBlurRows * wide; t += kThreads) {
@@ -197,21 +197,22 @@ __device__ void blur_tile(const Picture& image, const BlurWeights& weights, int6
     uint32_t pixel = sums.truncated();
     if (weights.colours) {
       const uint32_t red = byte_of(pixel, 0), green = byte_of(pixel, 1), blue = byte_of(pixel, 2);
-      pixel = rgbx(mixed(weights.mix.weight[0], red, green, blue), mixed(weights.mix.weight[1], red, green, blue),
-                   mixed(weights.mix.weight[2], red, green, blue));
+      pixel =
+          rgbx(mix_colour(weights.mix.weight[0], red, green, blue), mix_colour(weights.mix.weight[1], red, green, blue),
+               mix_colour(weights.mix.weight[2], red, green, blue));
     }
     blurred[y * image.width + x] = pixel;
   }
   __syncthreads();  // before the next tile
 }
 
-__device__ void blur_tiles(const Picture& image, const BlurWeights& weights, uint32_t* blurred) {
+__device__ void blur_tiles(const Image& image, const BlurWeights& weights, uint32_t* blurred) {
   extern __shared__ uint32_t shared[];
-  const int64_t across = (image.width + kBlurColumns - 1) / kBlurColumns;
-  const int64_t tiles = across * ((image.height + kBlurRows - 1) / kBlurRows);
+  const int64_t tile_columns = (image.width + kBlurColumns - 1) / kBlurColumns;
+  const int64_t tiles = tile_columns * ((image.height + kBlurRows - 1) / kBlurRows);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t row = tile / across;
-    blur_tile(image, weights, (tile - row * across) * kBlurColumns, row * kBlurRows, shared, blurred);
+    const int64_t row = tile / tile_columns;
+    blur_tile(image, weights, (tile - row * tile_columns) * kBlurColumns, row * kBlurRows, shared, blurred);
   }
 }
 
@@ -222,11 +223,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    blur_image(const Picture image, const __grid_constant__ BlurWeights weights, uint32_t* blurred) {
+    blur_image(const Image image, const __grid_constant__ BlurWeights weights, uint32_t* blurred) {
   blur_tiles(image, weights, blurred);
 }
 
-// Both centres of a relation, once per block.
+// Computes both centres of a relation once per block.
 __device__ void load_centres(const Composite& c, uint8_t* scratch, Centre* centres /* shared [2] */) {
   if (c.relation && threadIdx.x < 2) centres[threadIdx.x] = centre_of(*at<MaskSums>(scratch, c.sums[threadIdx.x]));
   __syncthreads();
@@ -246,8 +247,8 @@ __device__ uint32_t compose(const Composite& c, const Centre* centres, float fal
                            row - centres[1].y, static_cast<float>(in2), falloff);
   }
   const uint8_t* rgb = c.pixels + 3 * pixel;
-  const auto faded = [&](int colour) { return static_cast<uint32_t>(static_cast<float>(rgb[colour]) * weight); };
-  return rgbx(faded(0), faded(1), faded(2));
+  const auto weighted = [&](int colour) { return static_cast<uint32_t>(static_cast<float>(rgb[colour]) * weight); };
+  return rgbx(weighted(0), weighted(1), weighted(2));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -266,14 +267,14 @@ __global__ void __launch_bounds__(kThreads)
 // One thread per output pixel of an axis.
 __global__ void __launch_bounds__(kThreads) weigh(const ViewJob* jobs, int size, uint8_t* scratch) {
   const ViewJob& view = jobs[blockIdx.z];
-  const AxisJob& job = blockIdx.y == 0 ? view.across : view.down;
+  const AxisJob& job = blockIdx.y == 0 ? view.horizontal : view.vertical;
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= size) return;
   Tap tap = tap_of(job.axis, i);
-  // The host has computed the ends of the axis with the same function, but possibly with different rounding.
+  // The host computed the range of the axis with the same function, but may have rounded differently.
   const int end = min(tap.low + tap.count, job.end);
   tap.low = max(tap.low, job.begin);
-  tap.count = min(end - tap.low, job.most_taps);
+  tap.count = min(end - tap.low, job.max_taps);
   double total = 0;
   for (int k = 0; k < tap.count; ++k) total += tap_weight(tap, k);
   int32_t* weights = at<int32_t>(scratch, job.weights) + i;
@@ -298,32 +299,33 @@ struct ResizeSums {
 // Without a minimum number of blocks the assembler spills rather than use more than 48 registers.
 __global__ void __launch_bounds__(kThreads, 4)
     resize_across(const ViewJob* jobs, int size, float falloff, uint8_t* scratch) {
-  __shared__ uint32_t pixels[kAcrossRows][kAcrossPixels];
+  __shared__ uint32_t pixels[kHorizontalRows][kHorizontalPixels];
   __shared__ Centre centres[2];
   const ViewJob& job = jobs[blockIdx.y];
   const Composite& composite = job.composite;
   load_centres(composite, scratch, centres);
-  const int32_t* taps = at<int32_t>(scratch, job.across.taps);
-  const int32_t* weights = at<int32_t>(scratch, job.across.weights);
-  uint32_t* between = at<uint32_t>(scratch, job.between);
+  const int32_t* taps = at<int32_t>(scratch, job.horizontal.taps);
+  const int32_t* weights = at<int32_t>(scratch, job.horizontal.weights);
+  uint32_t* intermediate = at<uint32_t>(scratch, job.intermediate);
 
   const int first = blockIdx.z * kThreads, last = min(first + kThreads, size) - 1;
   const int i = min(first + static_cast<int>(threadIdx.x), last);  // the last column may be computed more than once
   const int low = taps[2 * i], high = low + taps[2 * i + 1];
-  // Black pixels add nothing and are not read.
+  // Pixels outside the composite are black: they add nothing and are not read.
   const int left = max(taps[2 * first], composite.x1 - job.x1);
   const int right = min(taps[2 * last] + taps[2 * last + 1], composite.x2 - job.x1);
   const int top = composite.y1 - job.y1, bottom = composite.y2 - job.y1;
 
-  for (int row = job.down.begin + blockIdx.x * kAcrossRows; row < job.down.end; row += gridDim.x * kAcrossRows) {
-    const int rows = min(kAcrossRows, job.down.end - row);
-    ResizeSums sums[kAcrossRows];
+  for (int row = job.vertical.begin + blockIdx.x * kHorizontalRows; row < job.vertical.end;
+       row += gridDim.x * kHorizontalRows) {
+    const int rows = min(kHorizontalRows, job.vertical.end - row);
+    ResizeSums sums[kHorizontalRows];
     const bool black = row + rows <= top || row >= bottom;
-    for (int begin = left; begin < right && !black; begin += kAcrossPixels) {
-      const int end = min(begin + kAcrossPixels, right);
+    for (int begin = left; begin < right && !black; begin += kHorizontalPixels) {
+      const int end = min(begin + kHorizontalPixels, right);
       __syncthreads();  // the previous pixels have been read
-      for (int t = threadIdx.x; t < kAcrossRows * kAcrossPixels; t += kThreads) {
-        const int r = t / kAcrossPixels, x = begin + t % kAcrossPixels;
+      for (int t = threadIdx.x; t < kHorizontalRows * kHorizontalPixels; t += kThreads) {
+        const int r = t / kHorizontalPixels, x = begin + t % kHorizontalPixels;
         if (x < end && r < rows) {
           pixels[r][x - begin] = compose(composite, centres, falloff, scratch, x + job.x1, row + r + job.y1);
         }
@@ -332,12 +334,12 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int x = max(low, begin); x < min(high, end); ++x) {
         const int32_t weight = weights[int64_t{x - low} * size + i];
 #pragma unroll
-        for (int r = 0; r < kAcrossRows; ++r) sums[r].add(pixels[r][x - begin], weight);
+        for (int r = 0; r < kHorizontalRows; ++r) sums[r].add(pixels[r][x - begin], weight);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kAcrossRows; ++r) {
-      if (r < rows) between[int64_t{row + r - job.down.begin} * size + i] = sums[r].clipped();
+    for (int r = 0; r < kHorizontalRows; ++r) {
+      if (r < rows) intermediate[int64_t{row + r - job.vertical.begin} * size + i] = sums[r].clipped();
     }
   }
 }
@@ -377,24 +379,24 @@ __global__ void __launch_bounds__(kThreads)
   const ViewJob& job = jobs[blockIdx.y];
   const int x = blockIdx.z * kThreads + threadIdx.x;
   if (x >= size) return;
-  const int32_t* taps = at<int32_t>(scratch, job.down.taps);
-  const int32_t* weights = at<int32_t>(scratch, job.down.weights);
-  const uint32_t* between = at<uint32_t>(scratch, job.between) + x;
-  const int first = blockIdx.x * kDownRows;
-  for (int y = first; y < min(first + kDownRows, size); ++y) {
-    const int low = taps[2 * y] - job.down.begin, count = taps[2 * y + 1];
+  const int32_t* taps = at<int32_t>(scratch, job.vertical.taps);
+  const int32_t* weights = at<int32_t>(scratch, job.vertical.weights);
+  const uint32_t* intermediate = at<uint32_t>(scratch, job.intermediate) + x;
+  const int first = blockIdx.x * kVerticalRows;
+  for (int y = first; y < min(first + kVerticalRows, size); ++y) {
+    const int low = taps[2 * y] - job.vertical.begin, count = taps[2 * y + 1];
     ResizeSums sums;
-    for (int k = 0; k < count; ++k) sums.add(between[int64_t{low + k} * size], weights[int64_t{k} * size + y]);
-    if (job.changed) {
-      at<uint32_t>(scratch, job.bytes)[int64_t{y} * size + x] = sums.clipped();
+    for (int k = 0; k < count; ++k) sums.add(intermediate[int64_t{low + k} * size], weights[int64_t{k} * size + y]);
+    if (job.augmented) {
+      at<uint32_t>(scratch, job.resized)[int64_t{y} * size + x] = sums.clipped();
     } else {
       out.store(job.view, y, x, to_unit(sums.clipped()));
     }
   }
 }
 
-__device__ Rgb brightened(const ViewJob& job, uint32_t pixel) {
-  const float factor = job.change[kBrightness];
+__device__ Rgb adjust_brightness(const ViewJob& job, uint32_t pixel) {
+  const float factor = job.augment[kBrightness];
   const Rgb c = to_unit(pixel);
   return {clamp_unit(factor * c.red), clamp_unit(factor * c.green), clamp_unit(factor * c.blue)};
 }
@@ -404,11 +406,11 @@ __device__ Rgb brightened(const ViewJob& job, uint32_t pixel) {
 __global__ void __launch_bounds__(kThreads) mean_grey(const ViewJob* jobs, int size, uint8_t* scratch) {
   __shared__ double shared[kWarps];
   const ViewJob& job = jobs[blockIdx.x];
-  const uint32_t* pixels = at<uint32_t>(scratch, job.bytes);
+  const uint32_t* pixels = at<uint32_t>(scratch, job.resized);
   const int64_t count = int64_t{size} * size;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const Rgb c = brightened(job, pixels[i]);
+    const Rgb c = adjust_brightness(job, pixels[i]);
     sum += grey_of(c.red, c.green, c.blue);
   }
   sum = block_sum(sum, shared);
@@ -419,11 +421,11 @@ __device__ Rgb blend_all(const Rgb& c, float other, float factor) {
   return {blend(c.red, other, factor), blend(c.green, other, factor), blend(c.blue, other, factor)};
 }
 
-__device__ Rgb change_colour(const ViewJob& job, uint32_t pixel, float mean) {
-  Rgb c = brightened(job, pixel);
-  if (job.change[kContrast] != 1) c = blend_all(c, mean, job.change[kContrast]);
-  if (job.change[kSaturation] != 1) c = blend_all(c, grey_of(c.red, c.green, c.blue), job.change[kSaturation]);
-  if (job.change[kHue] != 0) turn_hue(c.red, c.green, c.blue, job.change[kHue]);
+__device__ Rgb adjust_colours(const ViewJob& job, uint32_t pixel, float mean) {
+  Rgb c = adjust_brightness(job, pixel);
+  if (job.augment[kContrast] != 1) c = blend_all(c, mean, job.augment[kContrast]);
+  if (job.augment[kSaturation] != 1) c = blend_all(c, grey_of(c.red, c.green, c.blue), job.augment[kSaturation]);
+  if (job.augment[kHue] != 0) rotate_hue(c.red, c.green, c.blue, job.augment[kHue]);
   return c;
 }
 
@@ -438,51 +440,52 @@ template <class T>
 __global__ void __launch_bounds__(kTile* kTile)
     augment(const ViewJob* jobs, int size, const Output<T> out, uint8_t* scratch) {
   __shared__ Rgb colours[kHalo][kHalo];
-  __shared__ Rgb softened[kHalo][kTile];
-  __shared__ float bell[2 * kSoftenRadius + 1];
+  __shared__ Rgb blurred_rows[kHalo][kTile];
+  __shared__ float gaussian[2 * kAugmentBlurRadius + 1];
   const ViewJob& job = jobs[blockIdx.z];
-  const uint32_t* pixels = at<uint32_t>(scratch, job.bytes);
-  const float mean = *at<float>(scratch, job.grey), sigma = job.change[kSoften];
+  const uint32_t* pixels = at<uint32_t>(scratch, job.resized);
+  const float mean = *at<float>(scratch, job.grey), sigma = job.augment[kBlurSigma];
   const int x0 = blockIdx.x * kTile, y0 = blockIdx.y * kTile;
   const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
-  const bool real = x0 + column < size && y0 + row < size;
+  const bool in_bounds = x0 + column < size && y0 + row < size;
 
   if (sigma <= 0) {
-    if (real) {
+    if (in_bounds) {
       const uint32_t pixel = pixels[int64_t{y0 + row} * size + x0 + column];
-      out.store(job.view, y0 + row, x0 + column, change_colour(job, pixel, mean));
+      out.store(job.view, y0 + row, x0 + column, adjust_colours(job, pixel, mean));
     }
     return;  // the whole block
   }
-  if (threadIdx.x <= 2 * kSoftenRadius) {
-    const float distance = static_cast<float>(static_cast<int>(threadIdx.x) - kSoftenRadius) / sigma;
-    bell[threadIdx.x] = expf(-0.5f * distance * distance);
+  if (threadIdx.x <= 2 * kAugmentBlurRadius) {
+    const float distance = static_cast<float>(static_cast<int>(threadIdx.x) - kAugmentBlurRadius) / sigma;
+    gaussian[threadIdx.x] = expf(-0.5f * distance * distance);
   }
   for (int t = threadIdx.x; t < kHalo * kHalo; t += kTile * kTile) {
     const int r = t / kHalo, c = t % kHalo;
-    const int64_t y = mirror(y0 + r - kSoftenRadius, size), x = mirror(x0 + c - kSoftenRadius, size);
-    colours[r][c] = change_colour(job, pixels[y * size + x], mean);
+    const int64_t y = mirror(y0 + r - kAugmentBlurRadius, size), x = mirror(x0 + c - kAugmentBlurRadius, size);
+    colours[r][c] = adjust_colours(job, pixels[y * size + x], mean);
   }
   __syncthreads();
   float total = 0;
-  for (int k = 0; k <= 2 * kSoftenRadius; ++k) total += bell[k];
+  for (int k = 0; k <= 2 * kAugmentBlurRadius; ++k) total += gaussian[k];
   const float share = 1 / total;
   for (int r = row; r < kHalo; r += kTile) {
     Rgb sum{};
-    for (int k = 0; k <= 2 * kSoftenRadius; ++k) add_weighted(sum, bell[k] * share, colours[r][column + k]);
-    softened[r][column] = sum;
+    for (int k = 0; k <= 2 * kAugmentBlurRadius; ++k) add_weighted(sum, gaussian[k] * share, colours[r][column + k]);
+    blurred_rows[r][column] = sum;
   }
   __syncthreads();
   Rgb sum{};
-  for (int k = 0; k <= 2 * kSoftenRadius; ++k) add_weighted(sum, bell[k] * share, softened[row + k][column]);
-  if (real) out.store(job.view, y0 + row, x0 + column, sum);
+  for (int k = 0; k <= 2 * kAugmentBlurRadius; ++k)
+    add_weighted(sum, gaussian[k] * share, blurred_rows[row + k][column]);
+  if (in_bounds) out.store(job.view, y0 + row, x0 + column, sum);
 }
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-unsigned capped(int64_t blocks) { return static_cast<unsigned>(std::min<int64_t>(blocks, kMostBlocks)); }
+unsigned capped(int64_t blocks) { return static_cast<unsigned>(std::min<int64_t>(blocks, kMaxBlocks)); }
 
 BlurWeights blur_weights(const Region& region) {
   BlurWeights weights{};
@@ -511,7 +514,7 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
   const auto* blurs = reinterpret_cast<const BlurJob*>(tables + at.blurs) + wave.blur_begin;
   const auto* runs = reinterpret_cast<const int32_t*>(tables + at.runs);
   const auto view_count = static_cast<unsigned>(wave.view_end - wave.view_begin);
-  const auto changed_count = static_cast<unsigned>(wave.changed_end - wave.view_begin);
+  const auto augmented_count = static_cast<unsigned>(wave.augmented_end - wave.view_begin);
   const auto mask_count = static_cast<unsigned>(wave.mask_end - wave.mask_begin);
   const auto blur_count = static_cast<unsigned>(wave.blur_end - wave.blur_begin);
   const int size = static_cast<int>(p.size);
@@ -522,29 +525,29 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
     out.normalise.scale[c] = 1 / p.std[c];
     out.normalise.shift[c] = -p.mean[c] / p.std[c];
   }
-  int64_t most_rows = 0, most_tiles = 0;
+  int64_t max_rows = 0, max_tiles = 0;
   for (int64_t v = wave.view_begin; v < wave.view_end; ++v) {
-    most_rows = std::max<int64_t>(most_rows, jobs.views[v].down.end - jobs.views[v].down.begin);
+    max_rows = std::max<int64_t>(max_rows, jobs.views[v].vertical.end - jobs.views[v].vertical.begin);
   }
   for (int64_t b = wave.blur_begin; b < wave.blur_end; ++b) {
-    const Picture& image = jobs.blurs[b].image;
-    most_tiles = std::max<int64_t>(
-        most_tiles, int64_t{blocks_for(image.width, kBlurColumns)} * blocks_for(image.height, kBlurRows));
+    const Image& image = jobs.blurs[b].image;
+    max_tiles = std::max<int64_t>(max_tiles,
+                                  int64_t{blocks_for(image.width, kBlurColumns)} * blocks_for(image.height, kBlurRows));
   }
 
   if (blur_count > 0) {
     draw_masks<<<mask_count, kThreads, 0, stream>>>(masks, runs, scratch);
-    const dim3 grid(capped(most_tiles), blur_count);
+    const dim3 grid(capped(max_tiles), blur_count);
     blur_images<<<grid, kThreads, blur_shared(p.region), stream>>>(blurs, blur_weights(p.region), scratch);
   }
   weigh<<<dim3(columns, 2, view_count), kThreads, 0, stream>>>(views, size, scratch);
-  const dim3 across(capped(blocks_for(most_rows, kAcrossRows)), view_count, columns);
-  resize_across<<<across, kThreads, 0, stream>>>(views, size, falloff_of(p.region), scratch);
-  const dim3 down(blocks_for(size, kDownRows), view_count, columns);
-  resize_down<T><<<down, kThreads, 0, stream>>>(views, size, out, scratch);
-  if (changed_count > 0) {
-    mean_grey<<<changed_count, kThreads, 0, stream>>>(views, size, scratch);
-    augment<T><<<dim3(tiles, tiles, changed_count), kTile * kTile, 0, stream>>>(views, size, out, scratch);
+  const dim3 horizontal(capped(blocks_for(max_rows, kHorizontalRows)), view_count, columns);
+  resize_across<<<horizontal, kThreads, 0, stream>>>(views, size, falloff_of(p.region), scratch);
+  const dim3 vertical(blocks_for(size, kVerticalRows), view_count, columns);
+  resize_down<T><<<vertical, kThreads, 0, stream>>>(views, size, out, scratch);
+  if (augmented_count > 0) {
+    mean_grey<<<augmented_count, kThreads, 0, stream>>>(views, size, scratch);
+    augment<T><<<dim3(tiles, tiles, augmented_count), kTile * kTile, 0, stream>>>(views, size, out, scratch);
   }
 }
 
@@ -556,12 +559,12 @@ const char* render_as(const RenderProblem& p, const RenderJobs& jobs, const uint
 }
 
 struct RegionScratch {
-  explicit RegionScratch(const Picture& image) {
-    Bump bump;
-    for (int64_t& offset : sums) offset = bump.take(sizeof(MaskSums));
+  explicit RegionScratch(const Image& image) {
+    BumpAllocator bump;
+    for (int64_t& offset : sums) offset = bump.allocate(sizeof(MaskSums));
     zeroed = bump.used();
-    for (int64_t& offset : bits) offset = bump.take(image.height * words_of(image.width) * 4);
-    blurred = bump.take(image.height * image.width * 4);
+    for (int64_t& offset : bits) offset = bump.allocate(image.height * words_of(image.width) * 4);
+    blurred = bump.allocate(image.height * image.width * 4);
     bytes = bump.used();
   }
 
@@ -570,7 +573,7 @@ struct RegionScratch {
 
 }  // namespace
 
-int64_t focused_region_scratch(const Picture& image) { return RegionScratch(image).bytes; }
+int64_t focused_region_scratch(const Image& image) { return RegionScratch(image).bytes; }
 
 const char* focused_region_cuda(const RegionProblem& p, uint8_t* scratch, cudaStream_t stream) {
   const RegionScratch at(p.image);
@@ -612,7 +615,7 @@ const char* render_views_cuda(const RenderProblem& problem, const RenderJobs& jo
     case PixelType::kHalf:
       return render_as<__half>(problem, jobs, tables, scratch, stream);
   }
-  return "unknown type of pixel";
+  return "unknown pixel type";
 }
 
 }  // namespace scf

@@ -36,7 +36,7 @@ enum PlanColumn {
 
 enum ViewKind { kGlobal, kMasked, kCrop, kRelation };
 
-enum AugmentColumn { kBrightness, kContrast, kSaturation, kHue, kSoften, kAugmentWidth };
+enum AugmentColumn { kBrightness, kContrast, kSaturation, kHue, kBlurSigma, kAugmentWidth };
 
 enum class PixelType { kFloat, kBFloat16, kHalf };
 
@@ -49,7 +49,7 @@ struct Region {
   bool colours;             // blur the colour axis too
 };
 
-struct Picture {
+struct Image {
   const uint8_t* pixels;  // [height, width, 3]
   int64_t height;
   int64_t width;
@@ -57,7 +57,7 @@ struct Picture {
 
 // Images, byte masks and `out` are on the device of the op; everything else is in host memory, also for CUDA.
 struct RegionProblem {
-  Picture image;
+  Image image;
   const bool* subject_mask;  // [height, width]
   const bool* object_mask;   // [height, width]
   Region region;
@@ -65,7 +65,7 @@ struct RegionProblem {
 };
 
 struct RenderProblem {
-  const Picture* images;      // [image_count]
+  const Image* images;        // [image_count]
   const int32_t* plan;        // [views, kPlanWidth]
   const float* augment;       // [views, kAugmentWidth]
   const int32_t* mask_runs;   // column-order run lengths, zeros first
@@ -89,7 +89,7 @@ void render_views_cpu(const RenderProblem& problem, Parallel parallel);
 struct RenderJobs;  // jobs.h
 
 // Null on success, otherwise CUDA's error message. `scratch` is uninitialised device memory aligned to 256 bytes.
-int64_t focused_region_scratch(const Picture& image);
+int64_t focused_region_scratch(const Image& image);
 const char* focused_region_cuda(const RegionProblem& problem,
                                 uint8_t* scratch,  // [focused_region_scratch(problem.image)]
                                 cudaStream_t stream);

@@ -33,9 +33,9 @@ void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* en
 }
 
 // Sixteen weighted sums of bytes.
-class Sums {
+class BlurSums {
  public:
-  Sums(const uint8_t* middle, uint32_t weight) : low_(wide(middle) * weight), high_(wide(middle + 8) * weight) {}
+  BlurSums(const uint8_t* middle, uint32_t weight) : low_(wide(middle) * weight), high_(wide(middle + 8) * weight) {}
 
   void add(const uint8_t* before, const uint8_t* after, uint32_t weight) {
     low_ += (wide(before) + wide(after)) * weight;
@@ -55,11 +55,11 @@ class Sums {
 // The blurred image, row by row.
 class Blur {
  public:
-  Blur(const Picture& image, const Region& region)
+  Blur(const Image& image, const Region& region)
       : image_(image), region_(region), mix_(colour_mix(region.weights, region.radius)) {
     const int64_t radius = region.radius;
     rows_.resize(2 * radius + 1);
-    across_.resize(3 * (image.width + 2 * radius) + kSlack);
+    padded_.resize(3 * (image.width + 2 * radius) + kSlack);
     blurred_.resize(3 * image.width + kSlack);
   }
 
@@ -69,26 +69,26 @@ class Blur {
     for (int64_t k = -radius; k <= radius; ++k) {
       rows_[k + radius] = image_.pixels + reflect(y + k, image_.height) * width * 3;
     }
-    uint8_t* inner = across_.data() + 3 * radius;  // column 0
+    uint8_t* inner = padded_.data() + 3 * radius;  // column 0
     const Range reach{std::max<int64_t>(columns.begin - radius, 0), std::min(columns.end + radius, width)};
-    down(3 * reach.begin, 3 * reach.end, inner);
+    blur_vertically(3 * reach.begin, 3 * reach.end, inner);
     for (int64_t x = columns.begin - radius; x < 0; ++x) std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
     for (int64_t x = width; x < columns.end + radius; ++x) {
       std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
     }
-    along(inner, columns);
+    blur_horizontally(inner, columns);
     if (region_.colours) mix(blurred_.data() + 3 * columns.begin, columns.size());
     return blurred_.data() + 3 * columns.begin;
   }
 
  private:
-  // The 17 rows around y (at sigma 2) into one, bytes [begin, end).
-  void down(int64_t begin, int64_t end, uint8_t* out) const {
+  // Blurs the rows around y (17 at sigma 2) into one, bytes [begin, end).
+  void blur_vertically(int64_t begin, int64_t end, uint8_t* out) const {
     const int64_t radius = region_.radius;
     const uint32_t* weights = region_.weights;
     int64_t i = begin;
     for (; i + 16 <= end; i += 16) {
-      Sums sums(rows_[radius] + i, weights[0]);
+      BlurSums sums(rows_[radius] + i, weights[0]);
       for (int64_t k = 1; k <= radius; ++k) sums.add(rows_[radius - k] + i, rows_[radius + k] + i, weights[k]);
       sums.store(out + i);
     }
@@ -99,9 +99,9 @@ class Blur {
     }
   }
 
-  void along(const uint8_t* row, Range columns) {
+  void blur_horizontally(const uint8_t* row, Range columns) {
     for (int64_t i = 3 * columns.begin; i < 3 * columns.end; i += 16) {
-      Sums sums(row + i, region_.weights[0]);
+      BlurSums sums(row + i, region_.weights[0]);
       for (int64_t k = 1; k <= region_.radius; ++k) sums.add(row + i - 3 * k, row + i + 3 * k, region_.weights[k]);
       sums.store(blurred_.data() + i);
     }
@@ -110,15 +110,15 @@ class Blur {
   void mix(uint8_t* rgb, int64_t pixels) const {
     for (int64_t i = 0; i < pixels; ++i, rgb += 3) {
       const uint32_t red = rgb[0], green = rgb[1], blue = rgb[2];
-      for (int c = 0; c < 3; ++c) rgb[c] = mixed(mix_.weight[c], red, green, blue);
+      for (int c = 0; c < 3; ++c) rgb[c] = mix_colour(mix_.weight[c], red, green, blue);
     }
   }
 
-  Picture image_;
+  Image image_;
   Region region_;
   std::vector<const uint8_t*> rows_;
-  std::vector<uint8_t> across_;   // a row blurred downwards, with mirrored ends
-  std::vector<uint8_t> blurred_;  // a row blurred both ways
+  std::vector<uint8_t> padded_;   // a row blurred vertically, with mirrored ends
+  std::vector<uint8_t> blurred_;  // a row blurred in both directions
   ColourMix mix_;
 };
 
@@ -128,7 +128,7 @@ class Focus {
   Focus(Centre subject, Centre object, float sigma, int64_t width)
       : centres_{subject, object}, falloff_(-1 / (2 * sigma * sigma)), weight_(width) {}
 
-  // masks: bit 0 the subject's, bit 1 the object's, of the pixels `columns` of row y, like image and out.
+  // All arguments cover the pixels `columns` of row y. Bit 0 of `masks` is the subject's, bit 1 the object's.
   void operator()(int64_t y, Range columns, const uint8_t* masks, const uint8_t* image_rgbx, uint8_t* out_rgbx) {
     const auto [first, second] = centres_;
     const float dy1 = static_cast<float>(y) - first.y, dy2 = static_cast<float>(y) - second.y;
@@ -175,19 +175,19 @@ class Focus {
 
 // The weights of one axis of a resize, padded with zeros to an even number of taps.
 //
-// `fours` repeats each weight for the four bytes of a pixel.
+// `rgbx_weights` repeats each weight for the four bytes of a pixel.
 class Taps {
  public:
   void prepare(const Axis& axis, int64_t size) {
     if (axis == axis_ && size == size_) return;
     axis_ = axis;
     size_ = size;
-    int most = 0;
+    int max_count = 0;
     low_.resize(size);
-    for (int64_t i = 0; i < size; ++i) most = std::max(most, tap_of(axis, i).count);
-    width_ = (most + 1) / 2 * 2;
+    for (int64_t i = 0; i < size; ++i) max_count = std::max(max_count, tap_of(axis, i).count);
+    width_ = (max_count + 1) / 2 * 2;
     weights_.assign(size * width_, 0);
-    std::vector<double> exact(most);
+    std::vector<double> exact(max_count);
     for (int64_t i = 0; i < size; ++i) {
       const Tap tap = tap_of(axis, i);
       low_[i] = tap.low;
@@ -195,15 +195,15 @@ class Taps {
       for (int k = 0; k < tap.count; ++k) total += exact[k] = tap_weight(tap, k);
       for (int k = 0; k < tap.count; ++k) weights_[i * width_ + k] = fixed_weight(exact[k], total);
     }
-    fours_.resize(4 * weights_.size());
-    for (size_t k = 0; k < fours_.size(); ++k) fours_[k] = weights_[k / 4];
+    rgbx_weights_.resize(4 * weights_.size());
+    for (size_t k = 0; k < rgbx_weights_.size(); ++k) rgbx_weights_[k] = weights_[k / 4];
     reach_ = {low_[0], low_[size - 1] + tap_of(axis, size - 1).count};
   }
 
   int64_t width() const { return width_; }
   int64_t low(int64_t i) const { return low_[i]; }
   const int32_t* weights(int64_t i) const { return weights_.data() + i * width_; }
-  const int32_t* fours(int64_t i) const { return fours_.data() + 4 * i * width_; }
+  const int32_t* rgbx_weights(int64_t i) const { return rgbx_weights_.data() + 4 * i * width_; }
   Range reach() const { return reach_; }  // the source pixels that any output pixel reads
 
  private:
@@ -212,7 +212,7 @@ class Taps {
   int64_t width_ = 0;
   std::vector<int64_t> low_;
   std::vector<int32_t> weights_;
-  std::vector<int32_t> fours_;
+  std::vector<int32_t> rgbx_weights_;
   Range reach_{};
 };
 
@@ -226,13 +226,13 @@ Int8 join(Int8 a, Int8 b) {
 
 // Resizes two source rows, from pixel `origin` on, to `size` output pixels each; two at once halve the weight loads.
 // Rows are RGBX with slack.
-void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
-                   uint8_t* const out[2]) {
+void resize_horizontally(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
+                         uint8_t* const out[2]) {
   const int64_t width = taps.width();
   const auto add = [&](int64_t pixel, Int8& first, Int8& second) {
     pixel = std::min(pixel, size - 1);
     const int64_t offset = 4 * (taps.low(pixel) - origin);
-    const int32_t* weights = taps.fours(pixel);
+    const int32_t* weights = taps.rgbx_weights(pixel);
     first = second = Int8{};
     for (int64_t k = 0; k < width; k += 2) {
       const Int8 weight = load(weights + 4 * k);
@@ -241,7 +241,7 @@ void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& tap
     }
   };
   for (int64_t i = 0; i < size; i += 4) {
-    // Eight variables instead of an array, which GCC would keep in memory.
+    // Eight variables, since GCC would keep an array in memory.
     Int8 a0, a1, a2, a3, b0, b1, b2, b3;
     add(i, a0, b0);
     add(i + 1, a1, b1);
@@ -252,8 +252,8 @@ void resize_across(const uint8_t* const rows[2], int64_t origin, const Taps& tap
   }
 }
 
-// Output row i from source rows that begin at `origin`, each `stride` bytes long, a multiple of kBlock.
-void resize_down(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
+// Computes output row i from source rows that begin at `origin`, each `stride` bytes long, a multiple of kBlock.
+void resize_vertically(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
   const uint8_t* first = rows + (taps.low(i) - origin) * stride;
   const int32_t* weights = taps.weights(i);
   for (int64_t x = 0; x < stride; x += kBlock) {
@@ -280,7 +280,7 @@ uint16_t to_half(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000;
   bits &= 0x7FFFFFFF;
   if (bits >= 0x47800000) return static_cast<uint16_t>(sign | 0x7C00);  // 65536 and above
-  if (bits < 0x38800000) {                                              // below 2^-14: the adder rounds to subnormals
+  if (bits < 0x38800000) {  // below 2^-14: the addition rounds to a subnormal
     float magnitude;
     std::memcpy(&magnitude, &bits, sizeof bits);
     magnitude += 0.5f;
@@ -303,17 +303,17 @@ struct Half {
 void convert(float value, BFloat16* out) { out->bits = to_bfloat16(value); }
 void convert(float value, Half* out) { out->bits = to_half(value); }
 
-// The buffers of a thread, reused from view to view.
+// Renders views on one thread, whose buffers are reused from view to view.
 class Renderer {
  public:
   explicit Renderer(const RenderProblem& problem)
       : p_(problem),
         size_(problem.size),
         stride_((4 * problem.size + kBlock - 1) / kBlock * kBlock),
-        final_(stride_ / 4 * problem.size) {}
+        resized_(stride_ / 4 * problem.size) {}
 
-  // All views of one image, `count` of them at `views`.
-  void render(const Picture& image, const int64_t* views, int64_t count) {
+  // Renders all views of one image, `count` of them at `views`.
+  void render(const Image& image, const int64_t* views, int64_t count) {
     image_ = &image;
     end_of_image_ = image.pixels + image.height * image.width * 3;
     blur(views, count);
@@ -338,14 +338,14 @@ class Renderer {
 
   // Prepares both axes of a view; returns the source rows and columns that it reads, clipped to the image.
   std::pair<Range, Range> prepare(const int32_t* plan) {
-    across_.prepare({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]}, size_);
-    down_.prepare({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]}, size_);
-    const Range rows = down_.reach(), columns = across_.reach();
+    horizontal_.prepare({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]}, size_);
+    vertical_.prepare({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]}, size_);
+    const Range rows = vertical_.reach(), columns = horizontal_.reach();
     return {{std::max<int64_t>(rows.begin + plan[kY1], 0), std::min(rows.end + plan[kY1], image_->height)},
             {std::max<int64_t>(columns.begin + plan[kX1], 0), std::min(columns.end + plan[kX1], image_->width)}};
   }
 
-  // Blurs once everything that the relation views of the image will read.
+  // Blurs, once, the part of the image that its relation views read.
   void blur(const int64_t* views, int64_t count) {
     blurred_rows_ = {image_->height, 0};
     blurred_columns_ = {image_->width, 0};
@@ -365,51 +365,51 @@ class Renderer {
     }
   }
 
-  // The view's bytes into final_.
+  // Composes and resizes a view into resized_.
   void resize(int64_t view) {
     const int32_t* plan = this->plan(view);
     auto [rows, columns] = prepare(plan);
-    const Range read_rows = down_.reach(), read_columns = across_.reach();
-    // Pixels with zero weight are read too.
-    between_.resize((read_rows.size() + down_.width()) * stride_ + kSlack);
-    const int64_t row_bytes = 4 * (read_columns.size() + across_.width()) + kSlack;
+    const Range read_rows = vertical_.reach(), read_columns = horizontal_.reach();
+    // Room for the pixels that are read with zero weight.
+    intermediate_.resize((read_rows.size() + vertical_.width()) * stride_ + kSlack);
+    const int64_t row_bytes = 4 * (read_columns.size() + horizontal_.width()) + kSlack;
     row_.assign(2 * row_bytes, 0);
     if (plan[kKind] == kMasked) {
       rows = {std::max<int64_t>(rows.begin, plan[kBoxY1]), std::min<int64_t>(rows.end, plan[kBoxY2])};
       columns = {std::max<int64_t>(columns.begin, plan[kBoxX1]), std::min<int64_t>(columns.end, plan[kBoxX2])};
     }
     if (rows.size() <= 0 || columns.size() <= 0) {
-      std::fill(final_.begin(), final_.end(), 0);
+      std::fill(resized_.begin(), resized_.end(), 0);
       return;
     }
     if (plan[kKind] == kRelation) draw_masks(plan, rows, columns);
     Focus focus(centres_[0], centres_[1], p_.region.sigma, plan[kKind] == kRelation ? columns.size() : 0);
 
-    uint8_t* const first = between_.data() + (rows.begin - plan[kY1] - read_rows.begin) * stride_;
+    uint8_t* const first = intermediate_.data() + (rows.begin - plan[kY1] - read_rows.begin) * stride_;
     uint8_t* const last = first + rows.size() * stride_;
-    std::memset(between_.data(), 0, first - between_.data());
-    std::memset(last, 0, between_.data() + read_rows.size() * stride_ - last);
+    std::memset(intermediate_.data(), 0, first - intermediate_.data());
+    std::memset(last, 0, intermediate_.data() + read_rows.size() * stride_ - last);
     for (int64_t y = rows.begin; y < rows.end; y += 2) {
-      const uint8_t* drawn[2];
+      const uint8_t* composed[2];
       uint8_t* resized[2];
       for (int64_t r = 0; r < 2; ++r) {
-        // An unpaired last row is paired with itself.
-        const int64_t mine = std::min(y + r, rows.end - 1);
-        drawn[r] = row_.data() + r * row_bytes;
-        resized[r] = first + (mine - rows.begin) * stride_;
+        // A single last row is paired with itself.
+        const int64_t source_row = std::min(y + r, rows.end - 1);
+        composed[r] = row_.data() + r * row_bytes;
+        resized[r] = first + (source_row - rows.begin) * stride_;
         uint8_t* out = row_.data() + r * row_bytes + 4 * (columns.begin - plan[kX1] - read_columns.begin);
-        const uint8_t* pixels = image_->pixels + 3 * (mine * image_->width + columns.begin);
+        const uint8_t* pixels = image_->pixels + 3 * (source_row * image_->width + columns.begin);
         if (plan[kKind] == kRelation) {
-          relation_row(mine, columns, pixels, rows, focus, out);
+          relation_row(source_row, columns, pixels, rows, focus, out);
         } else {
           expand(pixels, columns.size(), out, end_of_image_);
         }
       }
-      resize_across(drawn, read_columns.begin, across_, size_, resized);
+      resize_horizontally(composed, read_columns.begin, horizontal_, size_, resized);
     }
-    uint8_t* out = reinterpret_cast<uint8_t*>(final_.data());
+    uint8_t* out = reinterpret_cast<uint8_t*>(resized_.data());
     for (int64_t y = 0; y < size_; ++y) {
-      resize_down(between_.data(), read_rows.begin, down_, y, stride_, out + y * stride_);
+      resize_vertically(intermediate_.data(), read_rows.begin, vertical_, y, stride_, out + y * stride_);
     }
   }
 
@@ -419,12 +419,13 @@ class Renderer {
         blurred_.data() + (y - blurred_rows_.begin) * stride + 4 * (columns.begin - blurred_columns_.begin);
     std::memcpy(out, blurred, 4 * columns.size());
     if (y < mask_rows_.begin || y >= mask_rows_.end) return;
-    sharp_.resize(4 * columns.size() + kSlack);
-    expand(pixels, columns.size(), sharp_.data(), end_of_image_);
-    focus(y, columns, masks_.data() + (y - rows.begin) * columns.size(), sharp_.data(), out);
+    unblurred_.resize(4 * columns.size() + kSlack);
+    expand(pixels, columns.size(), unblurred_.data(), end_of_image_);
+    focus(y, columns, masks_.data() + (y - rows.begin) * columns.size(), unblurred_.data(), out);
   }
 
-  // Both masks of a relation as two bits per pixel of the given part of the image; centres from the whole image.
+  // Decodes both masks of a relation to two bits per pixel of the given part of the image; centres are of the whole
+  // image.
   void draw_masks(const int32_t* plan, Range rows, Range columns) {
     masks_.assign(rows.size() * columns.size(), 0);
     mask_rows_ = {rows.end, rows.begin};
@@ -437,7 +438,7 @@ class Renderer {
         const int64_t end = at + p_.mask_runs[r];
         if ((r - p_.mask_start[mask]) % 2 == 1) {
           add_run(sums, at, end, height);
-          draw_run(at, end, height, static_cast<uint8_t>(1 << which), rows, columns);
+          fill_run(at, end, height, static_cast<uint8_t>(1 << which), rows, columns);
         }
         at = end;
       }
@@ -445,42 +446,42 @@ class Renderer {
     }
   }
 
-  void draw_run(int64_t begin, int64_t end, int64_t height, uint8_t bit, Range rows, Range columns) {
+  void fill_run(int64_t begin, int64_t end, int64_t height, uint8_t bit, Range rows, Range columns) {
     int64_t x = begin / height;
     for (int64_t y = begin - x * height; begin < end; ++x, y = 0) {
       const int64_t stop = std::min(height, y + end - begin);
       begin += stop - y;
       if (x < columns.begin || x >= columns.end) continue;
-      const Range drawn{std::max(y, rows.begin), std::min(stop, rows.end)};
-      if (drawn.size() <= 0) continue;
-      mask_rows_ = {std::min(mask_rows_.begin, drawn.begin), std::max(mask_rows_.end, drawn.end)};
-      uint8_t* pixel = masks_.data() + (drawn.begin - rows.begin) * columns.size() + (x - columns.begin);
-      for (int64_t n = drawn.size(); n > 0; --n, pixel += columns.size()) *pixel |= bit;
+      const Range visible{std::max(y, rows.begin), std::min(stop, rows.end)};
+      if (visible.size() <= 0) continue;
+      mask_rows_ = {std::min(mask_rows_.begin, visible.begin), std::max(mask_rows_.end, visible.end)};
+      uint8_t* pixel = masks_.data() + (visible.begin - rows.begin) * columns.size() + (x - columns.begin);
+      for (int64_t n = visible.size(); n > 0; --n, pixel += columns.size()) *pixel |= bit;
     }
   }
 
   // Augments, normalises and stores.
   template <class T>
   void finish(int64_t view) {
-    const float* change = p_.augment + view * kAugmentWidth;
-    const bool changed = change[kBrightness] != 1 || change[kContrast] != 1 || change[kSaturation] != 1 ||
-                         change[kHue] != 0 || change[kSoften] > 0;
+    const float* augment = p_.augment + view * kAugmentWidth;
+    const bool augmented = augment[kBrightness] != 1 || augment[kContrast] != 1 || augment[kSaturation] != 1 ||
+                           augment[kHue] != 0 || augment[kBlurSigma] > 0;
     const int64_t pixels = size_ * size_;
     T* const out = static_cast<T*>(p_.out) + view * 3 * pixels;
-    if (changed) {
+    if (augmented) {
       colours_.resize(3 * pixels);
       float* planes = colours_.data();
-      each_row([&](int c, int64_t at, const uint32_t* row) {
+      for_each_row([&](int c, int64_t at, const uint32_t* row) {
         for (int64_t x = 0; x < size_; ++x) planes[c * pixels + at + x] = byte_of(row[x], c) * (1.0f / 255);
       });
-      change_colours(change);
-      if (change[kSoften] > 0) soften(change[kSoften]);
+      adjust_colours(augment);
+      if (augment[kBlurSigma] > 0) augmentation_blur(augment[kBlurSigma]);
     }
-    each_row([&](int c, int64_t at, const uint32_t* row) {
+    for_each_row([&](int c, int64_t at, const uint32_t* row) {
       const float scale = 1 / p_.std[c], shift = -p_.mean[c] / p_.std[c];
       const int64_t step = p_.channels_last ? 3 : 1;
       T* to = out + (p_.channels_last ? 3 * at + c : c * pixels + at);
-      if (changed) {
+      if (augmented) {
         const float* from = colours_.data() + c * pixels + at;
         for (int64_t x = 0; x < size_; ++x) convert(from[x] * scale + shift, to + x * step);
       } else if (step == 1) {
@@ -491,29 +492,29 @@ class Renderer {
     });
   }
 
-  // body(colour, number of the row's first pixel, the row)
+  // Calls body(colour, index of the row's first pixel, row).
   template <class F>
-  void each_row(F&& body) const {
+  void for_each_row(F&& body) const {
     for (int64_t y = 0; y < size_; ++y) {
-      for (int c = 0; c < 3; ++c) body(c, y * size_, final_.data() + y * stride_ / 4);
+      for (int c = 0; c < 3; ++c) body(c, y * size_, resized_.data() + y * stride_ / 4);
     }
   }
 
   static float byte_of(uint32_t rgbx, int c) { return static_cast<float>(static_cast<int32_t>(rgbx >> 8 * c & 255)); }
 
-  void change_colours(const float* change) {
+  void adjust_colours(const float* augment) {
     const int64_t pixels = size_ * size_;
     float *red = colours_.data(), *green = red + pixels, *blue = green + pixels;
-    if (const float factor = change[kBrightness]; factor != 1) {
+    if (const float factor = augment[kBrightness]; factor != 1) {
       for (float& value : colours_) value = clamp_unit(factor * value);
     }
-    if (const float factor = change[kContrast]; factor != 1) {
+    if (const float factor = augment[kContrast]; factor != 1) {
       double sum = 0;
       for (int64_t i = 0; i < pixels; ++i) sum += grey_of(red[i], green[i], blue[i]);
       const float mean = static_cast<float>(sum / static_cast<double>(pixels));
       for (float& value : colours_) value = blend(value, mean, factor);
     }
-    if (const float factor = change[kSaturation]; factor != 1) {
+    if (const float factor = augment[kSaturation]; factor != 1) {
       for (int64_t i = 0; i < pixels; ++i) {
         const float grey = grey_of(red[i], green[i], blue[i]);
         red[i] = blend(red[i], grey, factor);
@@ -521,29 +522,29 @@ class Renderer {
         blue[i] = blend(blue[i], grey, factor);
       }
     }
-    if (const float turn = change[kHue]; turn != 0) {
-      for (int64_t i = 0; i < pixels; ++i) turn_hue(red[i], green[i], blue[i], turn);
+    if (const float turns = augment[kHue]; turns != 0) {
+      for (int64_t i = 0; i < pixels; ++i) rotate_hue(red[i], green[i], blue[i], turns);
     }
   }
 
-  void soften(float sigma) {
-    constexpr int64_t radius = kSoftenRadius;
-    float bell[2 * radius + 1], total = 0;
+  void augmentation_blur(float sigma) {
+    constexpr int64_t radius = kAugmentBlurRadius;
+    float gaussian[2 * radius + 1], total = 0;
     for (int64_t k = -radius; k <= radius; ++k) {
       const float distance = static_cast<float>(k) / sigma;
-      total += bell[k + radius] = std::exp(-0.5f * distance * distance);
+      total += gaussian[k + radius] = std::exp(-0.5f * distance * distance);
     }
-    for (float& weight : bell) weight /= total;
-    softened_.resize(colours_.size());
-    // Rows: copied with mirrored ends. Columns: whole rows are added.
+    for (float& weight : gaussian) weight /= total;
+    blur_buffer_.resize(colours_.size());
+    // Horizontally: each row is copied with mirrored ends. Vertically: whole rows are added.
     std::vector<float> line(size_ + 2 * radius);
     for (int64_t y = 0; y < 3 * size_; ++y) {
       const float* from = colours_.data() + y * size_;
       for (int64_t x = -radius; x < size_ + radius; ++x) line[x + radius] = from[mirror(x, size_)];
-      float* to = softened_.data() + y * size_;
+      float* to = blur_buffer_.data() + y * size_;
       for (int64_t x = 0; x < size_; ++x) {
         float sum = 0;
-        for (int64_t k = 0; k <= 2 * radius; ++k) sum += bell[k] * line[x + k];
+        for (int64_t k = 0; k <= 2 * radius; ++k) sum += gaussian[k] * line[x + k];
         to[x] = sum;
       }
     }
@@ -552,8 +553,8 @@ class Renderer {
       float* to = colours_.data() + y * size_;
       std::fill(to, to + size_, 0.0f);
       for (int64_t k = -radius; k <= radius; ++k) {
-        const float* from = softened_.data() + (plane * size_ + mirror(y - plane * size_ + k, size_)) * size_;
-        for (int64_t x = 0; x < size_; ++x) to[x] += bell[k + radius] * from[x];
+        const float* from = blur_buffer_.data() + (plane * size_ + mirror(y - plane * size_ + k, size_)) * size_;
+        for (int64_t x = 0; x < size_; ++x) to[x] += gaussian[k + radius] * from[x];
       }
     }
   }
@@ -561,31 +562,31 @@ class Renderer {
   const RenderProblem& p_;
   const int64_t size_;
   const int64_t stride_;  // bytes per row of the view being rendered
-  const Picture* image_ = nullptr;
+  const Image* image_ = nullptr;
   const uint8_t* end_of_image_ = nullptr;
-  Taps across_, down_;
+  Taps horizontal_, vertical_;
   Range blurred_rows_{}, blurred_columns_{};
   std::vector<uint8_t> blurred_;  // RGBX
   Centre centres_[2]{};
   Range mask_rows_{};
   std::vector<uint8_t> masks_;
-  std::vector<uint8_t> row_, sharp_;  // RGBX: two source rows of the view, and a row of the image
-  std::vector<uint8_t> between_;      // resized horizontally, not yet vertically
-  std::vector<uint32_t> final_;       // the view, R in the low byte (as any little-endian machine stores RGBX)
-  std::vector<float> colours_, softened_;
+  std::vector<uint8_t> row_, unblurred_;  // RGBX: two source rows of the view, and a row of the image
+  std::vector<uint8_t> intermediate_;     // resized horizontally, not yet vertically
+  std::vector<uint32_t> resized_;         // the view, R in the low byte (as any little-endian machine stores RGBX)
+  std::vector<float> colours_, blur_buffer_;
 };
 
 Centre centre_of_mask(const bool* mask, int64_t height, int64_t width) {
   MaskSums sums;
   for (int64_t y = 0; y < height; ++y, mask += width) {
     uint32_t count = 0;
-    uint64_t along = 0;
+    uint64_t sum_x = 0;
     for (int64_t x = 0; x < width; ++x) {
       count += mask[x];
-      along += mask[x] ? x : 0;
+      sum_x += mask[x] ? x : 0;
     }
     sums.area += count;
-    sums.x += static_cast<int64_t>(along);
+    sums.x += static_cast<int64_t>(sum_x);
     sums.y += y * count;
   }
   return centre_of(sums);
@@ -602,15 +603,15 @@ void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
     const Range columns{0, width};
     Blur blur(p.image, p.region);
     Focus focus(subject, object, p.region.sigma, width);
-    std::vector<uint8_t> sharp(4 * width + kSlack), out(4 * width + kSlack), masks(width);
+    std::vector<uint8_t> unblurred(4 * width + kSlack), out(4 * width + kSlack), masks(width);
     for (int64_t y = begin; y < end; ++y) {
       const uint8_t* row = blur.row(y, columns);
       expand(row, width, out.data(), row + 3 * width + 16);
-      expand(p.image.pixels + y * width * 3, width, sharp.data(), end_of_image);
+      expand(p.image.pixels + y * width * 3, width, unblurred.data(), end_of_image);
       for (int64_t x = 0; x < width; ++x) {
         masks[x] = static_cast<uint8_t>(p.subject_mask[y * width + x] | p.object_mask[y * width + x] << 1);
       }
-      focus(y, columns, masks.data(), sharp.data(), out.data());
+      focus(y, columns, masks.data(), unblurred.data(), out.data());
       for (int64_t x = 0; x < width; ++x) std::memcpy(p.out + (y * width + x) * 3, out.data() + 4 * x, 3);
     }
   });

@@ -129,18 +129,18 @@ def decompress(counts: str | bytes) -> NDArray[np.int64]:
         raise ValueError(f"got {_short(counts)} as RLE counts, expected characters from '0' to 'o'")
     end = np.flatnonzero(codes < 32)
     if end.size == 0 or end[-1] != codes.size - 1:
-        raise ValueError("got RLE counts that stop inside a number, expected a complete string")
+        raise ValueError("got truncated RLE counts, expected a complete string")
     start = np.concatenate([[0], end[:-1] + 1])
     length = end - start + 1
     if length.max() > MAX_GROUPS:
-        raise ValueError(f"got an RLE number of {length.max()} characters, expected at most {MAX_GROUPS}")
+        raise ValueError(f"got a number of {length.max()} characters in RLE counts, expected at most {MAX_GROUPS}")
     shift = 5 * (np.arange(codes.size) - np.repeat(start, length))
     runs = np.add.reduceat((codes & 31) << shift, start)
     runs -= ((codes[end] >> 4) & 1) << (5 * length)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     if runs.min() < 0 or runs.max() > MAX_PIXELS:
-        raise ValueError("got a negative or huge run in RLE counts, expected run lengths >= 0")
+        raise ValueError("got a negative or huge run in RLE counts, expected 0 to 2^28")
     return runs
 
 

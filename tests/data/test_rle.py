@@ -84,7 +84,7 @@ def test_empty_image() -> None:
         ({"size": [2, 2], "counts": "\u00e9"}, "ASCII"),
         ({"size": [2, 2], "counts": " "}, "characters"),
         ({"size": [2, 2], "counts": "0~"}, "characters"),
-        ({"size": [2, 2], "counts": "0T"}, "stop inside"),
+        ({"size": [2, 2], "counts": "0T"}, "truncated"),
         ({"size": [2, 2], "counts": "0ooooooooo0"}, "at most"),
         ({"size": [2, 2], "counts": "05"}, "sum to 5"),
         ({"size": [2, 2], "counts": ""}, "sum to 0"),

@@ -63,6 +63,6 @@ def test_slurm_script_starts_every_rank_and_requeues_itself(tmp_path: Path, code
     script = [str(EXAMPLES / "train.slurm.sh"), "data.shards=a dir"]
     done = subprocess.run(["bash", *script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "")
-    command = "train -c configs/fast.yaml --resume data.threads=8 data.shards=a dir"
+    command = "train -c fast --resume data.threads=8 data.shards=a dir"
     expected = [f"{rank} {rank % 2} 3 node7:21234 {command}" for rank in range(3)]
     assert (tmp_path / "log").read_text().splitlines() == expected + ["scontrol requeue 41234"] * requeued
