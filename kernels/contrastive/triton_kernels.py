@@ -12,7 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEVELS = 4  # per launch; the kernels have arguments for the sizes of each
+# Per launch. Kernels take the size and pointer of each level as separate arguments, not as tuples: in Triton 3.6
+# and 3.7, do_not_specialize and do_not_specialize_on_alignment do not reach the elements of a tuple (handle_tuple in
+# specialize.cc). Measured with tuples: 7 sets of sizes compiled 7 times instead of once, and the 16 alignments of 4
+# pointers 16 times instead of once. A tensor of offsets would cost a copy to the device.
+# Within the kernels, ns and us are the tuples of n0..n3 and u0..u3.
+LEVELS = 4
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -32,20 +37,26 @@ _FEATURES = [f"{side}{k}" for side in "ao" for k in range(LEVELS)]
 
 
 @triton.jit
-def _pick(level, a0, a1, a2, a3):
-    return tl.where(level == 0, a0, tl.where(level == 1, a1, tl.where(level == 2, a2, a3)))
+def _pick(level, a):
+    return tl.where(level == 0, a[0], tl.where(level == 1, a[1], tl.where(level == 2, a[2], a[3])))
 
 
 @triton.jit
-def _before(level, a0, a1, a2):
-    return tl.where(level > 0, a0, 0) + tl.where(level > 1, a1, 0) + tl.where(level > 2, a2, 0)
+def _before(level, a):
+    """The sum over the levels before this one."""
+    return tl.where(level > 0, a[0], 0) + tl.where(level > 1, a[1], 0) + tl.where(level > 2, a[2], 0)
 
 
 @triton.jit
-def _locate(pid, b0, b1, b2, b3):
-    """The level of block pid when level k has b_k blocks, and the block's number within it."""
-    level = (pid >= b0).to(tl.int32) + (pid >= b0 + b1).to(tl.int32) + (pid >= b0 + b1 + b2).to(tl.int32)
-    return level, pid - _before(level, b0, b1, b2)
+def _cdiv(a, B: tl.constexpr):
+    return tl.cdiv(a[0], B), tl.cdiv(a[1], B), tl.cdiv(a[2], B), tl.cdiv(a[3], B)
+
+
+@triton.jit
+def _locate(pid, b):
+    """The level of block pid when level k has b[k] blocks, and the block's number within it."""
+    level = (pid >= b[0]).to(tl.int32) + (pid >= b[0] + b[1]).to(tl.int32) + (pid >= b[0] + b[1] + b[2]).to(tl.int32)
+    return level, pid - _before(level, b)
 
 
 @triton.jit
@@ -80,16 +91,18 @@ def _dot_tile(
 
 
 @triton.jit
-def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexpr):
+def _tile(pid, ns, us, BM: tl.constexpr, BN: tl.constexpr):
     """The tile of a program: level, its sizes, offsets of its rows and texts, block row and block column."""
     level, tile = _locate(
         pid,
-        tl.cdiv(n0, BM) * tl.cdiv(u0, BN),
-        tl.cdiv(n1, BM) * tl.cdiv(u1, BN),
-        tl.cdiv(n2, BM) * tl.cdiv(u2, BN),
-        tl.cdiv(n3, BM) * tl.cdiv(u3, BN),
+        (
+            tl.cdiv(ns[0], BM) * tl.cdiv(us[0], BN),
+            tl.cdiv(ns[1], BM) * tl.cdiv(us[1], BN),
+            tl.cdiv(ns[2], BM) * tl.cdiv(us[2], BN),
+            tl.cdiv(ns[3], BM) * tl.cdiv(us[3], BN),
+        ),
     )
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    n, u = _pick(level, ns), _pick(level, us)
     # Eight block rows at a time, so that concurrent tiles share operands in L2.
     block_rows, block_columns = tl.cdiv(n, BM), tl.cdiv(u, BN)
     first = tile // (8 * block_columns) * 8
@@ -99,8 +112,8 @@ def _tile(pid, n0, n1, n2, n3, u0, u1, u2, u3, BM: tl.constexpr, BN: tl.constexp
         level,
         n,
         u,
-        _before(level, n0, n1, n2),
-        _before(level, u0, u1, u2),
+        _before(level, ns),
+        _before(level, us),
         first + inside % height,
         inside // height,
     )
@@ -117,15 +130,15 @@ def _positive_column(index, row, rows, start, shift, mask, HAS_INDEX: tl.constex
 
 
 @triton.jit
-def _rows_of(level, row, f0, f1, f2, f3, stride, ALIGNED: tl.constexpr):
+def _rows_of(level, row, f, stride, ALIGNED: tl.constexpr):
     """A pointer to a row of one level's features."""
-    features = f0
+    features = f[0]
     if level == 1:
-        features = f1
+        features = f[1]
     if level == 2:
-        features = f2
+        features = f[2]
     if level == 3:
-        features = f3
+        features = f[3]
     features += row.to(tl.int64) * stride
     return tl.multiple_of(features, 16) if ALIGNED else features
 
@@ -157,8 +170,8 @@ def unit_rows(
     ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned
 ):
     pid = tl.program_id(0)
-    level, row = _locate(pid, n0, n1, n2, n3)
-    features = _rows_of(level, row, a0, a1, a2, a3, _pick(level, u0, u1, u2, u3), ALIGNED)
+    level, row = _locate(pid, (n0, n1, n2, n3))
+    features = _rows_of(level, row, (a0, a1, a2, a3), _pick(level, (u0, u1, u2, u3)), ALIGNED)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32)
     scale = 1.0
@@ -212,7 +225,8 @@ def tile_sums(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    level, n, u, row, column, i, j = _tile(tl.program_id(0), n0, n1, n2, n3, u0, u1, u2, u3, BM, BN)
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
+    level, n, u, row, column, i, j = _tile(tl.program_id(0), ns, us, BM, BN)
     acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
     rows, columns = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     in_rows, in_columns = rows < n, columns < u
@@ -244,14 +258,8 @@ def _log_sums(
     cosine,  # [sum N_a] of the positives
     positive,  # [sum N_a] float64
     out,  # [sum N_a] float64
-    n0,
-    n1,
-    n2,
-    n3,
-    u0,
-    u1,
-    u2,
-    u3,
+    ns,
+    us,
     total,
     count,
     WIDTH: tl.constexpr,
@@ -262,9 +270,9 @@ def _log_sums(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
-    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    level, i = _locate(pid, _cdiv(ns, BM))
+    n, u = _pick(level, ns), _pick(level, us)
+    row, column = _before(level, ns), _before(level, us)
     rows = i * BM + tl.arange(0, BM)
     in_rows = rows < n
     k2 = tl.load(scale + level) * LOG2E
@@ -338,17 +346,18 @@ def log_sums(
     PRECISION: tl.constexpr,
 ):
     """Adds the partial sums of tiles and takes logarithms; recomputes blocks whose sums are out of range."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     pid = tl.program_id(0)
     if pid < row_blocks:
         _log_sums(
             pid, row_parts, x, y, weight, scale, cosine, positive, row_lse,
-            n0, n1, n2, n3, u0, u1, u2, u3, rows_total, row_count,
+            ns, us, rows_total, row_count,
             WIDTH, HAS_WEIGHT, True, COLUMN_TILE, BM, BK, PRECISION,
         )  # fmt: skip
     else:
         _log_sums(
             pid - row_blocks, column_parts, y, x, weight, scale, cosine, positive, column_lse,
-            u0, u1, u2, u3, n0, n1, n2, n3, columns_total, column_count,
+            us, ns, columns_total, column_count,
             WIDTH, False, False, ROW_TILE, BM, BK, PRECISION,
         )  # fmt: skip
 
@@ -461,7 +470,8 @@ def tile_gradients(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    level, n, u, row, column, i, j = _tile(tl.program_id(0), n0, n1, n2, n3, u0, u1, u2, u3, BM, BN)
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
+    level, n, u, row, column, i, j = _tile(tl.program_id(0), ns, us, BM, BN)
     acc = _dot_tile(x, y, row + i * BM, column + j * BN, row + n, column + u, WIDTH, BM, BN, BK, TMA, PRECISION)
     rows = i * BM + tl.arange(0, BM)
     at_rows = row + tl.minimum(rows, n - 1)
@@ -469,7 +479,7 @@ def tile_gradients(
     positive_column = tl.where(rows < n, _positive_column(index, row, rows, j * BN, shift, rows < n, HAS_INDEX), -1)
     k2 = tl.load(scale + level) * LOG2E
     # Stored in whole tiles: entries past the ends are never read, and a mask would cost registers.
-    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM, BN)
+    base, stride = _grad_level(level, ns, us, u, BM, BN)
     out = grad + base + (i * BM).to(tl.int64) * stride + j * BN
     out = out + tl.arange(0, BM).to(tl.int64)[:, None] * stride + tl.arange(0, BN // 2)[None, :]
     # Half the columns at a time: the values loaded per column would not fit in registers beside a whole tile.
@@ -487,13 +497,15 @@ def tile_gradients(
 
 
 @triton.jit
-def _grad_level(level, n0, n1, n2, u0, u1, u2, u, BM: tl.constexpr, BN: tl.constexpr):
+def _grad_level(level, ns, us, u, BM: tl.constexpr, BN: tl.constexpr):
     """The offset of a level's dS, and the stride of its rows."""
     base = _before(
         level,
-        (tl.cdiv(n0, BM) * BM).to(tl.int64) * (tl.cdiv(u0, BN) * BN),
-        (tl.cdiv(n1, BM) * BM).to(tl.int64) * (tl.cdiv(u1, BN) * BN),
-        (tl.cdiv(n2, BM) * BM).to(tl.int64) * (tl.cdiv(u2, BN) * BN),
+        (
+            (tl.cdiv(ns[0], BM) * BM).to(tl.int64) * (tl.cdiv(us[0], BN) * BN),
+            (tl.cdiv(ns[1], BM) * BM).to(tl.int64) * (tl.cdiv(us[1], BN) * BN),
+            (tl.cdiv(ns[2], BM) * BM).to(tl.int64) * (tl.cdiv(us[2], BN) * BN),
+        ),
     )
     return base, tl.cdiv(u, BN) * BN
 
@@ -504,14 +516,8 @@ def _product(
     grad,
     other,  # [rows of the inner dimension, WIDTH]
     out,
-    n0,
-    n1,
-    n2,
-    n3,
-    u0,
-    u1,
-    u2,
-    u3,
+    ns,
+    us,
     SIDE: tl.constexpr,  # 0: dS other; 1: dS^T other
     WIDTH: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -524,12 +530,12 @@ def _product(
     # dS is read in whole blocks, without a mask, so blocks must not extend beyond its padding.
     tl.static_assert(ROW_TILE % BM == 0 and COLUMN_TILE % BM == 0 and ROW_TILE % BK == 0 and COLUMN_TILE % BK == 0)
     if SIDE == 0:
-        level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
+        level, i = _locate(pid, _cdiv(ns, BM))
     else:
-        level, i = _locate(pid, tl.cdiv(u0, BM), tl.cdiv(u1, BM), tl.cdiv(u2, BM), tl.cdiv(u3, BM))
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
-    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
-    base, stride = _grad_level(level, n0, n1, n2, u0, u1, u2, u, ROW_TILE, COLUMN_TILE)
+        level, i = _locate(pid, _cdiv(us, BM))
+    n, u = _pick(level, ns), _pick(level, us)
+    row, column = _before(level, ns), _before(level, us)
+    base, stride = _grad_level(level, ns, us, u, ROW_TILE, COLUMN_TILE)
     if SIDE == 0:
         height, depth, first, first_inner = n, u, row, column
     else:
@@ -590,16 +596,13 @@ def products(
     PRECISION: tl.constexpr,
 ):
     """Both products of all levels; program ids: block of rows, block of columns, side."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     pid = tl.program_id(0)
     # The side is a constant in each branch, so that the compiler knows along which dimension dS is contiguous.
     if tl.program_id(2) + FIRST_SIDE == 0:
-        _product(
-            pid, grad, y, d_x, n0, n1, n2, n3, u0, u1, u2, u3, 0, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION
-        )  # fmt: skip
+        _product(pid, grad, y, d_x, ns, us, 0, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION)
     else:
-        _product(
-            pid, grad, x, d_y, n0, n1, n2, n3, u0, u1, u2, u3, 1, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION
-        )  # fmt: skip
+        _product(pid, grad, x, d_y, ns, us, 1, WIDTH, ROW_TILE, COLUMN_TILE, BM, BN, BK, PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=[*_FEATURES, "scale"])
@@ -631,9 +634,9 @@ def finish_rows(
     ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned, in and out
 ):
     pid = tl.program_id(0)
-    level, row = _locate(pid, n0, n1, n2, n3)
-    features = _rows_of(level, row, a0, a1, a2, a3, _pick(level, u0, u1, u2, u3), ALIGNED)
-    out = _rows_of(level, row, o0, o1, o2, o3, D, ALIGNED)
+    level, row = _locate(pid, (n0, n1, n2, n3))
+    features = _rows_of(level, row, (a0, a1, a2, a3), _pick(level, (u0, u1, u2, u3)), ALIGNED)
+    out = _rows_of(level, row, (o0, o1, o2, o3), D, ALIGNED)
     d = tl.arange(0, BLOCK_D)
     inv = tl.load(inverse + pid)
     x = tl.load(features + d, mask=d < D, other=0.0).to(tl.float32) * inv
@@ -649,8 +652,8 @@ def finish_rows(
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
 def sum_levels(dots, out, n0, n1, n2, n3, BM: tl.constexpr):
     """dots [sum N] -> out [levels]: the sum of each level's rows."""
-    level = tl.program_id(0)
-    first, n = _before(level, n0, n1, n2), _pick(level, n0, n1, n2, n3)
+    ns, level = (n0, n1, n2, n3), tl.program_id(0)
+    first, n = _before(level, ns), _pick(level, ns)
     total = tl.zeros([BM], tl.float32)
     for i in range(0, n, BM):
         at = i + tl.arange(0, BM)
@@ -672,12 +675,13 @@ def count_rows(
     u3,
     BM: tl.constexpr,
 ):
-    level, i = _locate(tl.program_id(0), tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
+    level, i = _locate(tl.program_id(0), _cdiv(ns, BM))
+    n, u = _pick(level, ns), _pick(level, us)
     rows = i * BM + tl.arange(0, BM)
-    text = tl.load(index + _before(level, n0, n1, n2) + rows, mask=rows < n, other=-1)
+    text = tl.load(index + _before(level, ns) + rows, mask=rows < n, other=-1)
     # Integers: the sum does not depend on the order.
-    at = count + _before(level, u0, u1, u2) + text
+    at = count + _before(level, us) + text
     tl.atomic_add(at, tl.full([BM], 1, tl.int32), mask=(text >= 0) & (text < u), sem="relaxed")
 
 
@@ -713,9 +717,10 @@ def mean_losses(
     BM: tl.constexpr,
 ):
     """The loss of each level, one program per level, with sums in a fixed order."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     level = tl.program_id(0)
-    n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
-    row, column = _before(level, n0, n1, n2), _before(level, u0, u1, u2)
+    n, u = _pick(level, ns), _pick(level, us)
+    row, column = _before(level, ns), _before(level, us)
     by_row, by_column = tl.zeros([BM], tl.float64), tl.zeros([BM], tl.float64)
     texts = tl.zeros([BM], tl.float64)
     for start in range(0, n, BM):
@@ -769,17 +774,18 @@ def mean_gradients(
     BM: tl.constexpr,
 ):
     """The gradient of `mean_losses` with respect to each log-sum and each positive."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     pid = tl.program_id(0)
     if pid < row_blocks:
-        level, i = _locate(pid, tl.cdiv(n0, BM), tl.cdiv(n1, BM), tl.cdiv(n2, BM), tl.cdiv(n3, BM))
-        n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+        level, i = _locate(pid, _cdiv(ns, BM))
+        n, u = _pick(level, ns), _pick(level, us)
         mask = i * BM + tl.arange(0, BM) < n
-        at = _before(level, n0, n1, n2) + i * BM + tl.arange(0, BM)
+        at = _before(level, ns) + i * BM + tl.arange(0, BM)
         half = tl.load(grad + level * grad_stride).to(tl.float64) / 2
         share = tl.full([BM], 1.0, tl.float64) * (half / n)
         tl.store(grad_row + at, share, mask=mask)
         if POSITIVES:
-            shared = _counts_of(count, index, _before(level, u0, u1, u2), u, at, mask)
+            shared = _counts_of(count, index, _before(level, us), u, at, mask)
             # In float32, like the value it is added to: a vector of float64 quotients would need the stack.
             tl.store(
                 grad_positive + at, -share - half / tl.load(used + level) * (1.0 / shared.to(tl.float32)), mask=mask
@@ -787,10 +793,10 @@ def mean_gradients(
         else:
             tl.store(grad_positive + at, -2 * share, mask=mask)
     else:
-        level, i = _locate(pid - row_blocks, tl.cdiv(u0, BM), tl.cdiv(u1, BM), tl.cdiv(u2, BM), tl.cdiv(u3, BM))
-        n, u = _pick(level, n0, n1, n2, n3), _pick(level, u0, u1, u2, u3)
+        level, i = _locate(pid - row_blocks, _cdiv(us, BM))
+        n, u = _pick(level, ns), _pick(level, us)
         mask = i * BM + tl.arange(0, BM) < u
-        at = _before(level, u0, u1, u2) + i * BM + tl.arange(0, BM)
+        at = _before(level, us) + i * BM + tl.arange(0, BM)
         half = tl.load(grad + level * grad_stride).to(tl.float64) / 2
         c = mask.to(tl.float64)
         if HAS_COUNT:
