@@ -20,13 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch>=2.11,<2.14"
-BUILD_REQUIREMENTS = [
-    "setuptools>=77",
-    "wheel",
-    "cmake",
-    "ninja",
-    "pybind11",
-]  # for --no-build-isolation, as documented
+# For --no-build-isolation, as documented.
+BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "cmake", "ninja", "pybind11"]
 
 # With only torch, numpy and einops.
 LOSSES = """

@@ -231,7 +231,7 @@ def check(name: str, step: OurStep, expected: tuple[Tensor, Tensor], inputs: Ben
 
 
 def run(benchmark: Any, name: str, preset: str, inputs: BenchBatch, device: str, rounds: int, warmup: int = 1) -> None:
-    variant, where = FORMS[name], timing.device_for(device)
+    where = timing.device_for(device)
     release()
     if timing.WARM:
         rounds, warmup = 1, 1
@@ -255,21 +255,28 @@ def run(benchmark: Any, name: str, preset: str, inputs: BenchBatch, device: str,
         torch.cuda.reset_peak_memory_stats()
     benchmark.group = f"training step, {preset}, {inputs.batch.num_scenes} scenes ({inputs.source}), {device}"
     benchmark.pedantic(once, rounds=rounds, warmup_rounds=warmup)
+    record_figures(benchmark, name, step, inputs, device, host[-rounds:])
+
+
+def record_figures(
+    benchmark: Any, name: str, step: OurStep | BaselineStep, inputs: BenchBatch, device: str, host_seconds: list[float]
+) -> None:
+    """Record sizes, model operations, host time, peak memory and MFU."""
     seconds = benchmark.stats.stats.median
     info = benchmark.extra_info
     info["scenes"] = inputs.batch.num_scenes
     info["views"] = len(inputs.batch.pixels)
     info["threads"] = torch.get_num_threads()
     config = step.model.config
-    table = TokenTable(inputs.vocabulary, config.text).to(where)  # type: ignore[arg-type]
+    table = TokenTable(inputs.vocabulary, config.text).to(timing.device_for(device))  # type: ignore[arg-type]
     needed = batch_operations(config, inputs.batch, table, teacher=True)
     info["needed_tflop"] = needed / 1e12
     info["needed_tflop_per_s"] = needed / seconds / 1e12
     if device == "cuda":
-        info["host, ms"] = round(1e3 * statistics.median(host[-rounds:]), 3)
+        info["host, ms"] = round(1e3 * statistics.median(host_seconds), 3)
     if timing.on_gpu(device):
         info["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        peak = peak_flops(torch.cuda.get_device_name(), "bf16" if variant.bf16 else "tf32")
+        peak = peak_flops(torch.cuda.get_device_name(), "bf16" if FORMS[name].bf16 else "tf32")
         if peak is not None:
             info["mfu"] = needed / seconds / peak
 

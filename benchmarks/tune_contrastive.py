@@ -282,77 +282,104 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     )
 
 
-def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) -> None:
-    # Imported here because it imports pytest.
-    from scenarioclip_fast.benchmarks.bench_contrastive import FORMS, FOUR, PRODUCTS, Products, features, level_call
+class Tuner:
+    """Times the parts of a call and variants of the tuning parameters, adding rows to a table."""
 
-    predicted = Predictions(rows, width)
-    leaves = features(rows, width, DEVICE)
+    def __init__(self, rows: int, width: int, table: Table) -> None:
+        # Imported here because it imports pytest.
+        from scenarioclip_fast.benchmarks.bench_contrastive import FORMS, Products, features
 
-    def both() -> list[Tensor]:
-        loss = FORMS[OURS](*leaves)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        self.width, self.table, self.loss = width, table, FORMS[OURS]
+        self.predicted = Predictions(rows, width)
+        self.leaves = features(rows, width, DEVICE)
+        self.products = Products(*(t.detach() for t in self.leaves[:2]))
+        self.product_ms: dict[str, float] = {}
 
-    def forward() -> list[Tensor]:
+    def both(self) -> list[Tensor]:
+        loss = self.loss(*self.leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, self.leaves)]
+
+    def forward(self) -> list[Tensor]:
         with torch.no_grad():
-            return [FORMS[OURS](*leaves)]
+            return [self.loss(*self.leaves)]
 
-    products = Products(*(t.detach() for t in leaves[:2]))
-    side = DEFAULTS["block_side"]
-    bare: dict[str, float] = {}
-    halves = tuple(t / 2 for t in predicted.products(side))
-    spans = {FOUR: predicted.four(side), "K = width": predicted.cublas()}
-    for kind in PRODUCTS:
-        form, run, _ = products.named(kind)
-        bare[kind] = milliseconds(run)
-        table.add(Row("bare products", form, spans.get(kind, halves), bare[kind]))
+    def time_products(self) -> None:
+        from scenarioclip_fast.benchmarks.bench_contrastive import FOUR, PRODUCTS
 
-    def measure(what: str, variant: str, run: Callable[[], list[Tensor]], kind: str, span: Span) -> list[Tensor] | None:
+        low, high = self.predicted.products(DEFAULTS["block_side"])
+        spans = {FOUR: self.predicted.four(DEFAULTS["block_side"]), "K = width": self.predicted.cublas()}
+        for kind in PRODUCTS:
+            form, run, _ = self.products.named(kind)
+            self.product_ms[kind] = milliseconds(run)
+            self.table.add(Row("bare products", form, spans.get(kind, (low / 2, high / 2)), self.product_ms[kind]))
+
+    def time_call(
+        self, what: str, variant: str, run: Callable[[], list[Tensor]], product: str, span: Span
+    ) -> list[Tensor] | None:
+        """Time a call and return its result; None if it fails, as a configuration may not fit this GPU."""
         try:
             result = run()
             ms = milliseconds(run)
-        except Exception as error:  # a configuration may not fit this GPU
-            table.add(Row(what, variant, span, error=f"{type(error).__name__}: {str(error)[:100]}"))
+        except Exception as error:
+            self.table.add(Row(what, variant, span, error=describe_error(error)))
             return None
-        table.add(Row(what, variant, span, ms, share_of_bare_products=bare[kind] / ms))
+        self.table.add(Row(what, variant, span, ms, share_of_bare_products=self.product_ms[product] / ms))
         return result
 
-    default_both = measure("forward + backward", "current defaults", both, FOUR, predicted.both(**DEFAULTS))
-    default_forward = measure(
-        "forward", "current defaults", forward, "K = width", predicted.forward(DEFAULTS["sum_tile"])
-    )
+    def time_parts(self) -> None:
+        """Time each part of a call, by the profiler, and the host."""
+        # The profiler's times are with a warm L2 cache: their sum differs slightly from the time of a call.
+        try:
+            for row in split(kernel_milliseconds(self.both), self.predicted):
+                self.table.add(row)
+        except Exception as error:  # the other rows do not need the profiler
+            self.table.add(Row("part of one call", "all", error=describe_error(error)))
+        self.table.add(Row("host time of a call", "one level", (2.35, 2.35), host_milliseconds(self.both)))
+
+    def time_levels(self) -> None:
+        from scenarioclip_fast.benchmarks.bench_contrastive import level_call
+
+        leaves, loss = level_call(OURS, False, self.width, DEVICE)
+
+        def levels() -> Any:
+            return torch.autograd.grad(loss().sum(), leaves)
+
+        # Estimated at 78 us with narrow loads of G, 20 to 30 us less with wide ones.
+        self.table.add(Row("forward + backward", "three levels", (0.048, 0.078), milliseconds(levels)))
+        self.table.add(Row("host time of a call", "three levels", (1.35, 1.35), host_milliseconds(levels)))
+
+
+def tune(rows: int, width: int, variants: dict[str, list[Any]], table: Table) -> None:
+    from scenarioclip_fast.benchmarks.bench_contrastive import FOUR
+
+    tuner = Tuner(rows, width, table)
+    predicted = tuner.predicted
+    tuner.time_products()
+    span = predicted.both(**DEFAULTS)
+    default_both = tuner.time_call("forward + backward", "current defaults", tuner.both, FOUR, span)
+    span = predicted.forward(DEFAULTS["sum_tile"])
+    default_forward = tuner.time_call("forward", "current defaults", tuner.forward, "K = width", span)
     if default_both is None or default_forward is None:
         raise SystemExit("error: the loss fails with its default parameters")
-    # Kernel times are the profiler's, with a warm L2 cache: their sum differs slightly from the total above.
-    try:
-        for row in split(kernel_milliseconds(both), predicted):
-            table.add(row)
-    except Exception as error:  # the other rows do not need the profiler
-        table.add(Row("part of one call", "all", error=f"{type(error).__name__}: {str(error)[:100]}"))
-    table.add(Row("host time of a call", "one level", (2.35, 2.35), host_milliseconds(both)))
-    level_leaves, level_loss = level_call(OURS, False, width, DEVICE)
-
-    def levels() -> Any:
-        return torch.autograd.grad(level_loss().sum(), level_leaves)
-
-    # Estimated at 78 us with narrow loads of G, 20 to 30 us less with wide ones.
-    table.add(Row("forward + backward", "three levels", (0.048, 0.078), milliseconds(levels)))
-    table.add(Row("host time of a call", "three levels", (1.35, 1.35), host_milliseconds(levels)))
-
+    tuner.time_parts()
+    tuner.time_levels()
     for name, values in variants.items():
         for value in values:
-            if name == "sum_tile":
-                run, expected, kind = forward, default_forward, "K = width"
-                span = predicted.forward(value)
-            else:
-                run, expected, kind = both, default_both, FOUR
-                span = predicted.both(**{**DEFAULTS, name: value})
             is_tile = isinstance(value, tuple)
             label = "{} x {}, {} warps, {} stages".format(*value) if is_tile else f"{value}"
             with override(name, value):
-                result = measure(name, label, run, kind, span)
+                if name == "sum_tile":
+                    expected, span = default_forward, predicted.forward(value)
+                    result = tuner.time_call(name, label, tuner.forward, "K = width", span)
+                else:
+                    expected, span = default_both, predicted.both(**{**DEFAULTS, name: value})
+                    result = tuner.time_call(name, label, tuner.both, FOUR, span)
             if result is not None and not (deviation := difference(result, expected)) < TOLERANCE:
                 table.add(Row(name, label, error=f"relative error {deviation:.1e}"))
+
+
+def describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:100]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

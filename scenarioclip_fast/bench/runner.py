@@ -28,6 +28,7 @@ _PREFIX = "bench_"
 _KIND_OF = {"data": "data", "step": "step", "trainer": "step", "end_to_end": "step"}
 _POLL_S = 0.2
 _TERMINATE_S = 10.0  # between SIGTERM and SIGKILL
+_NO_TESTS = 5  # pytest's exit code if no tests were collected: not an error here
 
 
 class Process(Protocol):
@@ -150,9 +151,6 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
     """
     root = path.parents[1]
     arguments = [str(path.relative_to(root)), "-m", "gpu" if device == "cuda" else "not gpu"]
-    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("SCENARIOCLIP_FAST_BENCH")]
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        variables.append(f"OMP_NUM_THREADS={threads}")
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     commit, before = machine.commit(root), machine.state(device)
     begin = time.monotonic()
@@ -169,21 +167,24 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
                 _stop(process)
         seconds = time.monotonic() - begin
         timed_out = limit is not None and seconds >= limit
-        note = f"stopped at its time limit of {limit:.0f} s: the remaining benchmarks did not run" if timed_out else ""
-        if not timed_out and process.returncode not in (0, 1) and not any(row["outcome"] == "failed" for row in rows):
+        failed = any(row["outcome"] == "failed" for row in rows)
+        note = ""
+        if timed_out:
+            note = f"stopped at its time limit of {limit:.0f} s: the remaining benchmarks did not run"
+        elif process.returncode == _NO_TESTS and not failed:
+            note = "no benchmarks for this device"
+        elif process.returncode not in (0, 1) and not failed:
             note = f"pytest exited with code {process.returncode}: " + log.read_text(errors="replace").strip()[-1000:]
-            # Code 5: the file has no benchmark for this device, which is not an error.
-            note = "no benchmarks for this device" if process.returncode == 5 else note
     by_outcome = {kind: [row for row in rows if row["outcome"] == kind] for kind in ("measured", "left out", "failed")}
     keys = ("name", "group", "form", "samples", "clock", "extra", "took")
     return Part(
         name=name,
-        command=" ".join([*variables, shlex.join(["pytest", *arguments])]),
+        command=" ".join([*_variables(), shlex.join(["pytest", *arguments])]),
         commit=commit,
         started=started,
         seconds=round(seconds, 1),
         start_up=round(collected[0], 2) if collected else None,
-        exit=None if timed_out else 0 if process.returncode == 5 else process.returncode,
+        exit=None if timed_out else 0 if process.returncode == _NO_TESTS else process.returncode,
         before=before,
         after=machine.state(device),
         results=[Result(**{key: row[key] for key in keys}) for row in by_outcome["measured"]],
@@ -191,6 +192,14 @@ def run_file(name: str, path: Path, device: str, limit: float | None, start: Sta
         failed=[Unmeasured(row["name"], row["reason"]) for row in by_outcome["failed"]],
         note=note,
     )
+
+
+def _variables() -> list[str]:
+    """The environment variables that affect benchmarks, as NAME=VALUE."""
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("SCENARIOCLIP_FAST_BENCH")]
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        variables.append(f"OMP_NUM_THREADS={threads}")
+    return variables
 
 
 def _isolation(root: Path) -> list[str]:
