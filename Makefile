@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh clone with nothing before them; the rest is in CONTRIBUTING.md.
+# `make demo` and `make test` work on a fresh clone; CONTRIBUTING.md describes the other targets.
 PYTHON ?= python3
 VENV   := .venv
 GPU_VENV := .venv-gpu
@@ -18,7 +18,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*
 
 install: $(VENV)/native
 
-# torch first: building the compiled parts needs its headers. Triton 3.6, the oldest that is supported: see test-triton.
+# torch first: the extensions need its headers. Triton 3.6 is the oldest supported version; see test-triton.
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "torch>=2.11,<2.14" "setuptools>=77" wheel cmake ninja pybind11
@@ -35,16 +35,16 @@ demo: install
 test: install
 	$(BIN)/python -m pytest tests
 
-# The sdist and the wheel in empty environments, as users install them.
+# Install the sdist and the wheel in empty environments, as users do.
 test-install: install
 	$(BIN)/python .ci/check_install.py
 
-# The Triton kernels with the newest Triton that is supported; `make test` runs them with the oldest.
+# The Triton kernels with the newest supported Triton; `make test` runs them with the oldest.
 test-triton: install $(TRITON_VENV)/packages
 	$(TRITON_VENV)/bin/python -m pytest tests/kernels tests/ops/test_contrastive.py tests/ops/test_distillation.py \
 	  -k "triton or compile or launches"
 
-# An environment that sees the packages of .venv, but for Triton.
+# An environment that sees the packages of .venv, with another Triton.
 $(TRITON_VENV)/packages: $(VENV)/packages
 	$(PYTHON) -m venv --clear --without-pip $(TRITON_VENV)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
@@ -67,7 +67,7 @@ format: install
 docs: install
 	$(BIN)/python docs/build.py
 
-# For Linux x86-64 with the glibc of this machine or newer; torch's and CUDA's libraries stay those of the user.
+# For Linux x86-64 with this machine's glibc or newer; the libraries of torch and CUDA are not bundled.
 wheel: install
 	rm -rf build/wheel
 	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel .
@@ -77,7 +77,7 @@ wheel: install
 bench: install
 	$(BIN)/scenarioclip-fast bench --out runs/bench
 
-# A record to commit, and the chart of README.md and docs/benchmarks.md from it. The machine should have nothing else to do.
+# A record to commit, and the chart of README.md and docs/benchmarks.md from it. Run it on an otherwise idle machine.
 record: install
 	$(BIN)/scenarioclip-fast bench --out '$(RECORD)'; status=$$?; $(BIN)/python benchmarks/readme.py && exit $$status
 
@@ -85,15 +85,15 @@ record: install
 gpu:
 	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
 
-# What travels to such a machine beside the checkout, in gpu-pack/.
+# Collect in gpu-pack/ what such a machine needs beside the checkout.
 gpu-pack: install $(GPU_VENV)/packages
 	PYTHONPATH=benchmarks $(BIN)/python -m gpu.pack --python $(GPU_VENV)/bin/python
 
-# `make gpu` without a GPU, from an unpacked copy.
+# Rehearse `make gpu` without a GPU, in a copy of the checkout.
 gpu-rehearse: gpu-pack
 	PYTHONPATH=benchmarks $(BIN)/python -m gpu.rehearse $(GPU_VENV)/bin/python runs/gpu-rehearsal --only '$(ONLY)'
 
-# An environment like that machine's, several GB.
+# An environment like that of the GPU machine, several GB.
 $(GPU_VENV)/packages: benchmarks/gpu/machine.txt
 	$(BIN)/python benchmarks/gpu/like_machine.py $(GPU_VENV)
 	touch $@

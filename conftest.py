@@ -1,4 +1,4 @@
-"""Tests and benchmarks marked `gpu` are skipped where there is no GPU, except in a rehearsal of `make gpu`."""
+"""Skips tests and benchmarks marked `gpu` on machines without a GPU, except in a rehearsal of `make gpu`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if REHEARSAL or torch.cuda.is_available():
         return
-    absent = pytest.mark.skip(reason="no GPU is visible to torch")
+    skip = pytest.mark.skip(reason="no GPU is visible to torch")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(absent)
+            item.add_marker(skip)

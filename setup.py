@@ -1,9 +1,9 @@
-"""Builds the compiled parts with CMake and Ninja into scenarioclip_fast/_native, and lists the packages.
+"""Builds the compiled extensions with CMake and Ninja into scenarioclip_fast/_native, and lists the packages.
 
-SCENARIOCLIP_FAST_BUILD   auto (default): CPU, and CUDA where nvcc and a CUDA build of torch exist; cpu; cuda; none
+SCENARIOCLIP_FAST_BUILD   auto (default: CPU, and CUDA if nvcc and a CUDA build of torch are found), cpu, cuda or none
 SCENARIOCLIP_FAST_MARCH   -march of the CPU library (default: x86-64-v3 on x86-64, else the compiler's default)
-SCENARIOCLIP_FAST_ARCHS   CUDA architectures, as in TORCH_CUDA_ARCH_LIST without dots; "+PTX" adds code that newer
-                          devices can compile (default: those of 80, 90a, 100 that nvcc knows, the last with PTX)
+SCENARIOCLIP_FAST_ARCHS   CUDA architectures, as in TORCH_CUDA_ARCH_LIST without dots; "+PTX" adds PTX for newer
+                          devices (default: those of 80, 90a, 100 that nvcc supports, the last with PTX)
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "scenarioclip_fast"
 TORCH = "torch>=2.11,<2.14"
-# Folders that are installed inside the package. A well-known package is named `kernels`, and `benchmarks` and `configs`
-# are nobody's own: they are imported under our name alone.
-MAPPED = ("kernels", "benchmarks", "configs")
+# Top-level folders that are installed as subpackages: their names are too general for top-level packages (`kernels` is
+# already taken).
+SUBPACKAGES = ("kernels", "benchmarks", "configs")
 COMPILERS = ("c++", "g++", "clang++")
 
 
 def packages() -> list[str]:
     found = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
-    for folder in MAPPED:
-        # benchmarks/gpu measures a checkout.
+    for folder in SUBPACKAGES:
+        # benchmarks/gpu works only in a checkout.
         inner = find_packages(str(ROOT / folder), exclude=["gpu", "gpu.*"])
         found += [f"{PACKAGE}.{folder}", *(f"{PACKAGE}.{folder}.{name}" for name in inner)]
     return found
 
 
 def torch_folder() -> Path:
-    # Found without importing it: importing torch takes a second, and its version is in its metadata.
+    # Importing torch would take a second; its version is in its metadata.
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit(
@@ -57,28 +57,27 @@ def torch_folder() -> Path:
 
 
 def check_tools(path: str) -> None:
-    """Exits with one line where a build tool is missing."""
+    """Exit with a one-line error if a build tool is missing."""
     for tool in ("cmake", "ninja"):
         if shutil.which(tool, path=path) is None:
             sys.exit(
                 f"error: {tool} is not on PATH: run pip install cmake ninja, or set SCENARIOCLIP_FAST_BUILD=none for "
-                "the PyTorch and Triton backends alone"
+                "only the PyTorch and Triton backends"
             )
     chosen = os.environ.get("CXX", "").split()[:1]
     if not any(shutil.which(name, path=path) for name in chosen or COMPILERS):
         sys.exit(
             f"error: no C++ compiler found (looked for {', '.join(chosen or COMPILERS)}): install g++ 11 or later (apt "
-            "install g++), or set SCENARIOCLIP_FAST_BUILD=none for the PyTorch and Triton backends alone"
+            "install g++), or set SCENARIOCLIP_FAST_BUILD=none for only the PyTorch and Triton backends"
         )
 
 
 def cuda_obstacle() -> str | None:
+    """Why the CUDA library cannot be built; None if it can."""
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
     if "+cpu" in importlib.metadata.version("torch"):
-        return (
-            "torch is a CPU build, which cannot load CUDA code (SCENARIOCLIP_FAST_BUILD=cuda compiles it all the same)"
-        )
+        return "torch is a CPU build, which cannot load CUDA code (SCENARIOCLIP_FAST_BUILD=cuda compiles it anyway)"
     return None
 
 
@@ -90,13 +89,13 @@ def cuda_architectures() -> str:
 
 
 def pybind11_include(torch: Path) -> Path:
-    # torch ships the headers too, for machines where nothing can be installed.
+    # Fall back to the headers that torch ships, for machines where nothing can be installed.
     spec = importlib.util.find_spec("pybind11")
     return Path(spec.origin).parent / "include" if spec and spec.origin else torch / "include"
 
 
 class Build(build_ext):
-    """One CMake build for all parts; leaves build.json, which lists what was built, and why the rest was not."""
+    """Runs one CMake build for all libraries and writes build.json: what was built, and why the rest was not."""
 
     def run(self) -> None:
         mode = os.environ.get("SCENARIOCLIP_FAST_BUILD", "auto")
@@ -143,7 +142,7 @@ class Build(build_ext):
             "SCF_CUDA_ARCHITECTURES": cuda_architectures() if with_cuda else "",
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
-        # The CMake and Ninja that pip installed beside this Python come before the system's older ones.
+        # Prefer the CMake and Ninja installed beside this Python to older ones of the system.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         check_tools(path)
         cmake = shutil.which("cmake", path=path) or "cmake"
@@ -169,14 +168,14 @@ def version() -> str:
 setup(
     version=version(),
     packages=packages(),
-    package_dir={f"{PACKAGE}.{folder}": folder for folder in MAPPED},
+    package_dir={f"{PACKAGE}.{folder}": folder for folder in SUBPACKAGES},
     package_data={
         PACKAGE: ["py.typed"],
         f"{PACKAGE}._native": ["*.so", "build.json"],
         f"{PACKAGE}.configs": ["*.yaml"],
     },
     include_package_data=False,
-    # The name makes setuptools run build_ext and mark the wheel as platform-specific; CMake does the work.
+    # An extension makes setuptools run build_ext and tag the wheel as platform-specific; CMake builds it.
     ext_modules=[Extension(f"{PACKAGE}._native", sources=[])],
     cmdclass={"build_ext": Build},
 )

@@ -1,9 +1,9 @@
-"""Builds the sdist and the wheel from a clean clone, installs each in an empty environment and runs what users type.
+"""Builds the sdist and the wheel from a clean clone, installs each in an empty environment and runs users' commands.
 
 Run: python .ci/check_install.py [--keep DIR]
 
-Needs git, a C++ compiler, a package index, and the packages of the extra `release` beside this Python. Every command
-runs in an empty directory, with the extras that the documentation names for it and no others.
+Needs git, a C++ compiler, a package index, and the extra `release` in this Python. Every command runs in an empty
+directory, with only the extras that the documentation names for it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch>=2.11,<2.14"
-BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "cmake", "ninja", "pybind11"]  # of --no-build-isolation, see the docs
+# For --no-build-isolation, as documented.
+BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "cmake", "ninja", "pybind11"]
 
-# With torch, numpy and einops alone.
+# With only torch, numpy and einops.
 LOSSES = """
 import sys
 import torch
@@ -33,10 +34,10 @@ image, text = torch.nn.functional.normalize(torch.randn(2, 12, 8), dim=-1).unbin
 image.requires_grad_()
 scf.ops.contrastive_loss(image, text, 14.3).backward()
 assert image.grad.abs().sum() > 0
-plain = ClipLoss()(image, text, torch.tensor(14.3))
-assert torch.isfinite(plain)
-assert scf.ops.contrastive_loss(image, text, 14.3, backend="reference").isclose(plain, rtol=1e-5)
-# The compiled parts are there: a backend that was named never falls back.
+loss = ClipLoss()(image, text, torch.tensor(14.3))
+assert torch.isfinite(loss)
+assert scf.ops.contrastive_loss(image, text, 14.3, backend="reference").isclose(loss, rtol=1e-5)
+# The extensions are installed: an explicitly named backend never falls back.
 index = torch.arange(4)
 scf.ops.distillation_loss(image, text, index, index, torch.ones(4), backend="cpu").backward()
 loaded = {name.partition(".")[0] for name in sys.modules}
@@ -59,7 +60,7 @@ assert_type(config.data.batch_size, int)
 
 
 class Environment:
-    """An empty virtual environment with torch, and an empty directory to work in."""
+    """A virtual environment with only torch, and an empty working directory."""
 
     def __init__(self, folder: Path) -> None:
         self.bin, self.work = folder / "venv" / "bin", folder / "work"
@@ -72,7 +73,7 @@ class Environment:
         self._call(command, {})
 
     def __call__(self, *command: str, code: int = 0, expect: str = "", **env: str) -> None:
-        """Runs a command of the environment; `expect` must occur in its output."""
+        """Run a command of the environment; check its exit code, and that `expect` is in its output."""
         self._call([self.bin / command[0], *command[1:]], env, code, expect)
 
     def _call(self, command: Sequence[str | Path], env: dict[str, str], code: int = 0, expect: str = "") -> None:
@@ -97,7 +98,7 @@ class Environment:
 
 
 def check_losses(env: Environment) -> None:
-    """What needs torch, numpy and einops alone."""
+    """Check what needs only torch, numpy and einops."""
     env("python", "-c", LOSSES)
     env("python", "-m", "scenarioclip_fast", "--help", expect="usage: ")
     env("scenarioclip-fast", "--version")
@@ -115,7 +116,7 @@ def check_losses(env: Environment) -> None:
 
 
 def check_commands(env: Environment) -> None:
-    """The README's path through the commands, with the extra `train`."""
+    """Run the README's sequence of commands, with the extra `train`."""
     train = ["train", "-c", "tiny", "data.shards=shards", "data.batch_size=4", "train.steps=3"]
     env("scenarioclip-fast", "scenes", "--out", "scenes", "-n", "40")
     env("scenarioclip-fast", "pack", "scenes", "--out", "shards")
@@ -131,19 +132,19 @@ def check_commands(env: Environment) -> None:
 
 
 def check_benchmarks(env: Environment) -> None:
-    """With the extra `bench`."""
+    """Rehearse the kernel benchmarks, with the extra `bench`."""
     env("scenarioclip-fast", "bench", "kernels", "--rehearse", "--out", "bench", expect="record: ")
 
 
 def check_types(env: Environment) -> None:
-    """A user's file, checked by mypy."""
+    """Check a user's file with mypy."""
     env.pip("mypy")
     (env.work / "user.py").write_text(TYPES)
     env("mypy", "--strict", "user.py")
 
 
 def build(work: Path) -> tuple[Path, Path]:
-    """The sdist, and the wheel built from it, of a clean clone."""
+    """Build the sdist, and the wheel from it, in a clean clone."""
     subprocess.run(["git", "clone", "--quiet", ROOT, work / "clone"], check=True)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist", work / "clone"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -154,8 +155,8 @@ def build(work: Path) -> tuple[Path, Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Checks that the sdist and the wheel install and work.")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work there and leave everything")
+    parser = argparse.ArgumentParser(description="Check that the sdist and the wheel install and work.")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR and keep it")
     args = parser.parse_args()
     work = args.keep or Path(tempfile.mkdtemp(prefix="scenarioclip-fast-install-"))
     work = work.resolve()
@@ -180,7 +181,7 @@ def main() -> int:
     finally:
         if args.keep is None:
             shutil.rmtree(work, ignore_errors=True)
-    print("both install and work")
+    print("sdist and wheel install and work")
     return 0
 
 

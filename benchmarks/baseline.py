@@ -1,13 +1,13 @@
-"""The baseline: one training step as the method's published code does it, written plainly from its description.
+"""The baseline: one training step as in the method's published code, reimplemented from its description.
 
-Six whole encoders and a whole EMA teacher. Every view and every text passes its level's encoder from the first layer
-to the last, texts padded to the longest of their level in the batch; the trained layernorm in front of block 0 sends
-a backward pass through the frozen blocks; each contrastive term is `logits` and `logits.T`; distillation is a Python
-loop with one KLDivLoss call a pair; the teacher is averaged parameter by parameter.
+Six complete encoders and a complete EMA teacher. Every view and every text runs through all layers of its level's
+encoder, texts padded to the longest of their level in the batch; the trainable layernorm before block 0 makes the
+backward pass run through the frozen blocks; each contrastive term uses `logits` and `logits.T`; distillation is a
+Python loop with one KLDivLoss call per pair; the teacher is updated parameter by parameter.
 
-It is the yardstick of tests and benchmarks, so it is no straw man: attention is torch's fused one, as transformers
-calls it; AdamW and the clipping of gradients are torch's defaults; token ids are given, while the published step
-tokenises strings. Of the package it uses the config alone.
+Tests and benchmarks compare against it, so it is not made artificially slow: attention is PyTorch's fused attention, as
+in transformers; AdamW and gradient clipping use PyTorch's defaults; token ids are inputs, while the published step
+tokenises strings. From the package it uses only the config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig
 
 LEVELS = ("global", "object", "relation")
 TEMPERATURE = 0.07
-Tokens = Sequence[Sequence[int]]  # one list of ids a text, start and end included
+Tokens = Sequence[Sequence[int]]  # one list of ids per text, with start and end tokens
 
 
 class Attention(nn.Module):
@@ -66,7 +66,7 @@ class Head(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The stem of the preset "tiny": the published code has none but CLIP's patches."""
+    """The stem of the preset "tiny"; the published code has only CLIP's patch embedding."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class TextEncoder(nn.Module):
 
 
 class SixEncoders(nn.Module):
-    """A vision and a text encoder for each level, nothing shared."""
+    """A vision and a text encoder per level, without sharing."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -144,22 +144,22 @@ class SixEncoders(nn.Module):
 
     @torch.no_grad()
     def copy_weights_of(self, model: nn.Module) -> None:
-        """Takes over the weights of a ScenarioCLIP of this config, where query, key and value are one matrix."""
-        theirs = dict(model.named_parameters(remove_duplicate=False))
-        for name, mine in self.named_parameters():
+        """Copy the weights of a ScenarioCLIP of the same config, which fuses query, key and value into one matrix."""
+        source = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in self.named_parameters():
             kind, level, rest = name.split(".", 2)
             module, _, leaf = rest.rpartition(".")
             if module.endswith((".q", ".k", ".v")):
-                value = theirs[f"{kind}.{level}.{module[:-1]}qkv.{leaf}"].chunk(3)["qkv".index(module[-1])]
+                value = source[f"{kind}.{level}.{module[:-1]}qkv.{leaf}"].chunk(3)["qkv".index(module[-1])]
             else:
                 first = rest.partition(".")[0]
                 embedding = "embedding." if first in ("stem", "class_token", "position", "token") else ""
-                value = theirs[f"{kind}.{level}.{embedding}{rest}"]
-            mine.copy_(value.view_as(mine))
+                value = source[f"{kind}.{level}.{embedding}{rest}"]
+            parameter.copy_(value.view_as(parameter))
 
 
-def padded(tokens: Tokens, config: TextConfig, device: torch.device) -> Tensor:
-    """[n, L] ids, L the longest of these texts; cut to the context, end-of-text last."""
+def pad(tokens: Tokens, config: TextConfig, device: torch.device) -> Tensor:
+    """[n, L] ids, truncated to the context length and padded to the longest text with end-of-text."""
     end = config.end_of_text
     rows = [[*ids[: config.context_length - 1], end] for ids in tokens]
     longest = max(len(row) for row in rows)
@@ -182,12 +182,12 @@ def distillation(
     global_text: Tensor,  # [B, D]
     teacher_image: Tensor,  # [B, D]
     teacher_text: dict[str, Tensor],  # level -> [N, D]
-    counts: dict[str, list[int]],  # level -> items of each scene, whose rows follow one another
-    logit_scale: Tensor,  # [] ln(1 / T_s): takes a gradient, which the published optimiser is not given
+    counts: dict[str, list[int]],  # level -> number of items per scene; rows are ordered by scene
+    logit_scale: Tensor,  # [] ln(1 / T_s); the published optimiser does not update it
 ) -> Tensor:
-    """The four terms, scene by scene and pair by pair. A scene without items adds 0 (published: divides by 0).
+    """The four terms, scene by scene and pair by pair. A scene without items adds 0 (the published code divides by 0).
 
-    A pair is one KLDivLoss of 1-D rows, whose mean over the "batch" divides by D.
+    Each pair is one KLDivLoss of 1-D rows, whose "batchmean" divides by D.
     """
     divergence = nn.KLDivLoss(reduction="batchmean")
     scenes = len(teacher_image)
@@ -203,10 +203,10 @@ def distillation(
             for k in range(n):
                 log_q = F.log_softmax(students[k] / temperature, dim=-1)
                 vision = vision + divergence(log_q, p) * temperature**2
-            log_q, words = F.log_softmax(global_text[i] / temperature, dim=-1), 0
+            log_q, language = F.log_softmax(global_text[i] / temperature, dim=-1), 0
             for k in range(n):
-                words = words + divergence(log_q, target(teachers[k])) * temperature**2
-            total = total + (vision + words) / n / scenes
+                language = language + divergence(log_q, target(teachers[k])) * temperature**2
+            total = total + (vision + language) / n / scenes
     return total
 
 
@@ -214,15 +214,17 @@ class BaselineStep:
     """Model, teacher, optimiser and one step.
 
     Args:
-        weights: a ScenarioCLIP of that config to start from.
-        tokens: level -> token ids of every text of the vocabulary.
-        bf16: autocast; the published run is float32 with TF32 products.
+        config: of the model.
+        weights: a ScenarioCLIP of that config with the initial weights.
+        tokens: level -> token ids of every text in the vocabulary.
+        device: of the model.
+        bf16: use autocast; the published run is float32 with TF32 matrix products.
     """
 
     def __init__(
         self, config: ModelConfig, weights: nn.Module, tokens: dict[str, Tokens], device: str, bf16: bool = False
     ) -> None:
-        with torch.device("meta"):  # all of its weights are copied: drawing others first would take seconds
+        with torch.device("meta"):  # skips initialisation, which takes seconds: all weights are copied
             self.model = SixEncoders(config)
         self.model.to_empty(device=device).train()
         self.model.copy_weights_of(weights)
@@ -238,7 +240,7 @@ class BaselineStep:
         self.optimizer = torch.optim.AdamW(groups, lr=2e-5, betas=(0.9, 0.999), eps=1e-8)
 
     def loss(self, batch: Any) -> Tensor:
-        """Of a `scenarioclip_fast.data.Batch`: contrastive and distillation terms, unweighted."""
+        """Unweighted sum of contrastive and distillation terms of a `scenarioclip_fast.data.Batch`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self._loss(batch)
 
@@ -246,7 +248,7 @@ class BaselineStep:
         ids = dict(zip(LEVELS, (batch.action_id, batch.object_id, batch.relation_id), strict=True))
         pixels = dict(zip(LEVELS, batch.pixels.split([len(i) for i in ids.values()]), strict=True))
         texts = {
-            level: padded([self.tokens[level][i] for i in ids[level].tolist()], self.model.config.text, self.device)
+            level: pad([self.tokens[level][i] for i in ids[level].tolist()], self.model.config.text, self.device)
             for level in LEVELS
         }
         image = {level: self.model.vision[level](pixels[level]) for level in LEVELS}
@@ -263,7 +265,7 @@ class BaselineStep:
         return total + distillation(image, text["global"], teacher_image, teacher_text, counts, self.distillation_scale)
 
     def step(self, batch: Any) -> Tensor:
-        """Forward, backward, clipping, AdamW, teacher; the loss before the update."""
+        """Run forward, backward, clipping, AdamW and the teacher update; return the loss before the update."""
         loss = self.loss(batch)
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -271,15 +273,15 @@ class BaselineStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.distillation_scale.grad = None
-        self._average()
+        self._update_teacher()
         return loss.detach()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        """The moving average: decay 0.9995, its window growing over the first 2000 steps."""
+    def _update_teacher(self) -> None:
+        """EMA with decay 0.9995, whose window grows over the first 2000 steps."""
         window = 1 + min(self.steps / 2000, 1) * (1 / (1 - 0.9995) - 1)
         decay = 1 - 1 / window
-        for mine, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
-            if theirs.requires_grad:
-                mine.mul_(decay).add_(theirs, alpha=1 - decay)
+        for average, weight in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            if weight.requires_grad:
+                average.mul_(decay).add_(weight, alpha=1 - decay)
         self.steps += 1

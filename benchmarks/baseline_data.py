@@ -1,11 +1,11 @@
-"""The baseline's data: what the method's published code does to read a scene, written plainly from its description.
+"""The baseline's data loading: how the method's published code reads a scene, reimplemented from its description.
 
-A map-style data set over the published layout (a JPEG per image, a PNG per relation) that reads with Pillow, in the
-worker processes of torch's DataLoader. The focused regions are drawn once with SciPy and kept as PNGs, as published
-(`regions="read"`), or drawn whenever they are wanted (`regions="drawn"`), which needs no disk but time.
+A map-style dataset over the published layout (a JPEG per image, a PNG per relation), read with Pillow in the worker
+processes of PyTorch's DataLoader. Focused regions are computed once with SciPy and stored as PNGs, as published
+(`regions="read"`), or computed on the fly (`regions="computed"`).
 
-It is the yardstick of tests and benchmarks. Evaluation's views: the published augmentation draws from other random
-numbers than ours, and leaving it out spares the baseline time. Of the package it uses the scenes alone.
+Tests and benchmarks compare against it. It renders the evaluation views: the published augmentation uses other random
+numbers than this package, and omitting it favours the baseline. From the package it uses only the scenes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Levels = tuple[Tensor, Tensor, Tensor]  # a scene's views [1, ...], [N_o, ...], 
 
 @dataclass(frozen=True)
 class Entry:
-    """A scene of the metadata: paths and boxes; masks only where regions are drawn."""
+    """Metadata of a scene: paths and boxes; masks only if regions are computed on the fly."""
 
     image: Path
     boxes: list[tuple[float, float, float, float]]
@@ -42,8 +42,10 @@ class Entry:
     masks: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 
 
-def write_published(scenes: Iterable[Scene], folder: Path, regions: Literal["read", "drawn"] = "read") -> list[Entry]:
-    """Writes images and focused regions as the published code finds them; returns their entries."""
+def write_published(
+    scenes: Iterable[Scene], folder: Path, regions: Literal["read", "computed"] = "read"
+) -> list[Entry]:
+    """Write images and, with "read", focused regions in the published layout; return the entries."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(i: int, scene: Scene) -> Entry:
@@ -56,9 +58,9 @@ def write_published(scenes: Iterable[Scene], folder: Path, regions: Literal["rea
         if regions == "read":
             for path, pair in zip(paths, pairs, strict=True):
                 Image.fromarray(focused_region(pixels, *pair)).save(path)
-        return Entry(image, [o.box for o in scene.objects], paths, pairs if regions == "drawn" else [])
+        return Entry(image, [o.box for o in scene.objects], paths, pairs if regions == "computed" else [])
 
-    with ThreadPoolExecutor() as pool:  # nothing of this is timed
+    with ThreadPoolExecutor() as pool:  # not timed
         return list(pool.map(write, itertools.count(), scenes))
 
 
@@ -73,7 +75,7 @@ def as_array(mask: Any) -> NDArray[np.bool_]:
 
 
 class PublishedScenes(Dataset[Levels]):
-    """One scene's views, made as in the published code."""
+    """The views of each scene, rendered as in the published code."""
 
     def __init__(self, entries: list[Entry], size: int) -> None:
         self.entries, self.size = entries, size
@@ -117,7 +119,7 @@ def focused_region(pixels: NDArray[np.uint8], *masks: NDArray[np.bool_]) -> NDAr
 
 
 def transform(image: Image.Image, size: int) -> Tensor:
-    """Short side to `size`, middle cut out, normalised."""
+    """Resize the short side to `size`, centre-crop, normalise."""
     scale = size / min(image.size)
     width, height = (max(size, int(n * scale + 1e-6)) for n in image.size)
     left, top = (round((n - size) / 2) for n in (width, height))
@@ -132,11 +134,11 @@ def collate(scenes: list[Levels]) -> Tensor:
     return torch.cat([view for level in zip(*scenes, strict=True) for view in level])
 
 
-class Published:
-    """A loader whose every iteration is an epoch, in the order of the entries.
+class PublishedLoader:
+    """A loader over the entries in order; each iteration is one epoch.
 
-    Its workers start with the first epoch and stay: those of a benchmark are short, and after a fork the trainer's
-    first writes to its weights are slow, which in a real epoch is nothing.
+    Workers persist across epochs: benchmark epochs are short, and starting workers by fork makes the first writes to
+    the weights slow, which would not matter in a real epoch.
     """
 
     def __init__(self, entries: list[Entry], size: int, batch: int, workers: int, device: str = "cpu") -> None:

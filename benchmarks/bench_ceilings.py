@@ -1,7 +1,7 @@
-"""The ceilings of the roofline, on the machine and in the run that it is drawn for: bytes copied a second, and
-operations of a square matrix product a second, a multiplication and an addition each.
+"""The ceilings of the roofline, measured in the same run: bytes copied per second, and operations per second
+(multiplications plus additions) of a square matrix product.
 
-On a CPU on one thread and on all of them, because the views are measured on one core.
+On a CPU, measured on one thread and on all threads, because the views are measured on one core.
 
 Run: make bench, or: pytest benchmarks/bench_ceilings.py
 """
@@ -17,7 +17,7 @@ import torch
 from scenarioclip_fast.benchmarks.timing import counted, device_for, sized, timed
 
 THREADS = sorted({1, torch.get_num_threads()})
-COPY = {"cpu": 1 << 28, "cuda": sized(1 << 30, 1 << 22)}  # bytes: far more than the caches hold
+COPY = {"cpu": 1 << 28, "cuda": sized(1 << 30, 1 << 22)}  # bytes, far more than the caches hold
 SIDE = {"cpu": 2048, "cuda": sized(8192, 256)}
 CASES = [
     *(pytest.param("cpu", n, id=f"cpu, {n} thread{'s' * (n > 1)}") for n in THREADS),
@@ -54,7 +54,7 @@ def test_copy(benchmark: Any, device: str, threads: int) -> None:
 @pytest.mark.parametrize(("device", "threads"), CASES)
 def test_product(benchmark: Any, device: str, threads: int, precision: str) -> None:
     if device == "cpu" and precision == "tf32":
-        pytest.skip("TF32 is a GPU's")
+        pytest.skip("TF32 exists on GPUs only")
     side = SIDE[device]
     a, b = (torch.randn(side, side, device=device_for(device)).to(PRECISIONS[precision]) for _ in range(2))
     out = torch.empty_like(a)

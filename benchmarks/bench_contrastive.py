@@ -1,14 +1,14 @@
-"""contrastive_loss against eager and compiled PyTorch, the fused losses of others, and four bare matrix products.
+"""contrastive_loss against eager and compiled PyTorch, third-party fused losses, and the four bare matrix products.
 
 Run: make bench, or: pytest benchmarks/bench_contrastive.py --benchmark-only --benchmark-json=OUT.json
 Other sizes: SCENARIOCLIP_FAST_BENCH_ROWS=4096,16384 (or "all": 128 to 262,144), SCENARIOCLIP_FAST_BENCH_WIDTHS=512,768
-Pictures: python benchmarks/plot_contrastive.py RECORD OUT.png
+Plots: python benchmarks/plot_contrastive.py RECORD OUT.png
 
-CASES is the order of a run: on a GPU what matters most comes first, so that a run that is cut off has lost the least.
+CASES is in the order of a run. On a GPU the headline cases come first, so that a run that is cut short still has them.
 
-The others (GPU only): pip install 'scenarioclip-fast[rivals]'. Every form gets the same features, in the same run.
-Beside each time stand the errors of loss and gradients against float64 and the peak of memory above inputs and their
-gradients. What is wrong is not timed: ours fails, the rest is left out with its error as the reason.
+Third-party losses (GPU only): pip install 'scenarioclip-fast[rivals]'. All forms get the same features in the same run.
+Each result also has the errors of loss and gradients against float64, and the peak memory above inputs and gradients.
+A result that fails its check is not timed: this package's forms fail, the others are skipped with the error as reason.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ from scenarioclip_fast.ops.contrastive import log_sums
 
 SCALE = 1 / 0.07
 LEVELS = (128, 700, 350)  # global, object and relation rows of a batch of 128 scenes
-DISTINCT = (39, 73, 289)  # their texts, as 128 photos have them
+DISTINCT_TEXTS = (39, 73, 289)  # per level, as in 128 photos
 ROWS = {"cpu": (4096,), "cuda": (8192, 32768, 65536)}
-MAIN = 32768  # rows at which a GPU does everything
-LARGEST = 262144  # as many rows as a whole cluster's batch, for the memory; ours alone: the others would take minutes
+MAIN_ROWS = 32768  # on a GPU, the size at which all forms run
+LARGEST_ROWS = 262144  # a whole cluster's batch, to show memory; this package only: the others would take minutes
 ALL_ROWS = {
     "cpu": (128, 256, 512, 1024, 2048, 4096),
     "cuda": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144),
 }
-ASKED = os.environ.get("SCENARIOCLIP_FAST_BENCH_ROWS")
+REQUESTED_ROWS = os.environ.get("SCENARIOCLIP_FAST_BENCH_ROWS")
 WIDTHS = [int(d) for d in os.environ.get("SCENARIOCLIP_FAST_BENCH_WIDTHS", "512").split(",")]
-PARTS = ("loss", "d image", "d text", "d scale")
-# Relative error of a gradient above which a result counts as wrong: float32 products, and bfloat16 logits at scale 14.
-WRONG = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# Rows up to which every gradient is compared with float64: four products of 262,144 rows would take a GPU 13 s.
-WHOLE = sized(65536, 256)
-SAMPLE = 256  # rows, and texts, that are compared above
+OUTPUTS = ("loss", "d image", "d text", "d scale")
+# Largest accepted relative error of loss and gradients: float32 products, and bfloat16 logits at scale 14.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Up to this many rows, all gradients are compared with float64: four products of 262,144 rows would take a GPU 13 s.
+FULL_CHECK_ROWS = sized(65536, 256)
+SAMPLE = 256  # above that, the number of rows and of texts compared
 BOTH = "forward + backward"
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,7 +74,7 @@ def open_clip(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """The reference implementation's form: one product, and cross entropy over it and over its transpose."""
+    """As in the published code: one product, and cross entropy over the logits and over their transpose."""
     logits = s.to(x.dtype) * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
     target = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -86,9 +86,9 @@ def compiled(loss: Loss) -> Loss:
 
 @functools.cache
 def _compiled(loss: Loss) -> Loss:
-    # Every size is compiled for itself; above this limit, 8 otherwise, Dynamo silently runs the eager form.
+    # Each size is compiled separately. Beyond the default limit of 8, Dynamo would silently run the eager form.
     torch._dynamo.config.recompile_limit = 64
-    # A rehearsal traces alone: compiling for the CPU at hand takes long, and says nothing about a GPU.
+    # A rehearsal only traces: compiling for the CPU is slow and shows nothing about the GPU.
     return torch.compile(loss, dynamic=False, backend="eager" if REHEARSAL else "inductor")
 
 
@@ -97,7 +97,7 @@ def ours(backend: str) -> Loss:
 
 
 def inf_cl(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """Rows only, in TF32: once for images and once for texts."""
+    """One direction per call, in TF32; called for images and for texts."""
     from inf_cl import cal_flash_loss
 
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
@@ -105,42 +105,42 @@ def inf_cl(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 
 def memeff(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """Both sides in one pass; its temperature is a constant."""
+    """Both directions in one pass; its temperature is a constant."""
     from memeff import MemoryEfficientCLIPLoss
 
     return MemoryEfficientCLIPLoss(temperature=1 / SCALE, stable=False)(x, y)
 
 
-def _both_sides(rows_only: Loss) -> Loss:
-    """A loss of x, y and target that knows rows alone: once for images and once for texts."""
+def _both_directions(one_direction: Loss) -> Loss:
+    """Symmetrise a loss of (x, y, target) that covers one direction."""
 
     def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
         target = torch.arange(len(x), device=x.device)
         s = s.to(x.dtype)
-        return (rows_only(s * x, y, target) + rows_only(s * y, x, target)) / 2
+        return (one_direction(s * x, y, target) + one_direction(s * y, x, target)) / 2
 
     return loss
 
 
-@_both_sides
+@_both_directions
 def cut_cross_entropy(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Leaves out what is small of a gradient, as it does by default."""
+    """With its default gradient filter, which drops small values."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x, y, target)
 
 
-@_both_sides
+@_both_directions
 def liger_kernel(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Sums in float32, and 256 MiB for logits at a time, as ours: with its default of N D logits products are small."""
+    """With float32 sums and 256 MiB of logits per chunk, as this package; its default chunks are small."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     logits = max(2**28 // x.element_size() // x.numel(), 1)  # in units of N D
     return liger_fused_linear_cross_entropy(x, y, target, accum_dtype=torch.float32, chunk_mem_const=logits)
 
 
-@_both_sides
+@_both_directions
 def quack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -148,19 +148,19 @@ def quack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 SIGMOID = "siglip-kernel (sigmoid loss)"
-SIGMOID_BIAS = -10.0  # where such a loss begins: most pairs do not match
-SIGMOID_ROWS = 4096  # of N float64 logits at a time
+SIGMOID_BIAS = -10.0  # the usual initial value: most pairs do not match
+SIGMOID_ROWS = 4096  # rows of float64 logits held at a time
 
 
 def siglip_kernel(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    """Another loss with the same products, three of them; held to `exact_sigmoid`. Its bias is a constant here."""
+    """A different loss with three of the same products; checked against `exact_sigmoid`. Its bias is constant here."""
     from siglip_kernel import fused_siglip_loss
 
     bias = torch.tensor(SIGMOID_BIAS, device=x.device)
     return fused_siglip_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), s.log(), bias)
 
 
-WAYS: dict[str, Loss] = {
+FORMS: dict[str, Loss] = {
     **{f"ours: {backend}": ours(backend) for backend in ("triton", "cpu", "reference")},
     "logits.T": transposed,
     "logits.T compiled": compiled(transposed),
@@ -173,8 +173,8 @@ WAYS: dict[str, Loss] = {
     SIGMOID: siglip_kernel,
     "quack": quack,
 }
-# Form -> module and package, in the order of a run. quack-kernels brings a compiler that takes 20 s a kernel.
-RIVALS = {
+# Form -> module and package, in the order of a run. The compiler of quack-kernels takes 20 s per kernel.
+THIRD_PARTY = {
     "inf_cl": ("inf_cl", "inf-cl"),
     "cut_cross_entropy": ("cut_cross_entropy", "cut-cross-entropy"),
     "memeff": ("memeff", "memeff"),
@@ -182,134 +182,143 @@ RIVALS = {
     SIGMOID: ("siglip_kernel", "siglip-kernel"),
     "quack": ("quack", "quack-kernels"),
 }
-PLAIN = [way for way in WAYS if way not in RIVALS and not way.endswith("compiled")]
-# Bytes per logit that a form holds at its highest point, about: rows beyond memory are left out.
-HELD = {"open_clip": 12, "open_clip compiled": 12, "logits.T": 12, "logits.T compiled": 12, "ours: reference": 40}
+EAGER = [form for form in FORMS if form not in THIRD_PARTY and not form.endswith("compiled")]
+# Approximate peak bytes per logit of each form: sizes that would exceed memory are skipped.
+BYTES_PER_LOGIT = {
+    "open_clip": 12,
+    "open_clip compiled": 12,
+    "logits.T": 12,
+    "logits.T compiled": 12,
+    "ours: reference": 40,
+}
 
-# The products that the loss is made of, apart. "K" is what is summed over.
+# The matrix products of the loss, timed separately. K is the summed dimension.
 FOUR = "four bare products"
 PRODUCTS = (FOUR, "K = width", "K = side", "K = side, added", "K = side, transposed, added")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark. `rows` is that of a real run: a rehearsal takes fewer."""
+    """A benchmark case. `rows` is for a real run; a rehearsal uses fewer."""
 
     kind: str  # "products", "rows" or "levels"
-    way: str  # of PRODUCTS or WAYS
+    form: str  # a key of PRODUCTS or FORMS
     device: str
     rows: int
     width: int
     phase: str = BOTH
-    distinct: bool = False  # levels with texts as scenes have them, which the other forms repeat
+    distinct: bool = False  # for "levels": distinct texts with indices, which other forms expand
 
     @property
     def id(self) -> str:
         if self.kind == "levels":
-            return f"{self.way}-{'distinct texts' if self.distinct else 'a text a row'}-{self.width}-{self.device}"
-        return f"{self.way}-{self.device}-{self.rows}-{self.width}" + f"-{self.phase}" * (self.kind == "rows")
+            return f"{self.form}-{'distinct texts' if self.distinct else 'one text per row'}-{self.width}-{self.device}"
+        return f"{self.form}-{self.device}-{self.rows}-{self.width}" + f"-{self.phase}" * (self.kind == "rows")
 
     @property
     def size(self) -> int:
-        """Rows of this run."""
+        """Number of rows in this run."""
         return sized(self.rows, max(self.rows // 512, 32))
 
 
 def gpu_cases(width: int) -> list[Case]:
-    def rows(way: str, n: int, phase: str = BOTH) -> Case:
-        return Case("rows", way, "cuda", n, width, phase)
+    def rows(form: str, n: int, phase: str = BOTH) -> Case:
+        return Case("rows", form, "cuda", n, width, phase)
 
-    def products(way: str, n: int) -> Case:
-        return Case("products", way, "cuda", n, width)
+    def products(form: str, n: int) -> Case:
+        return Case("products", form, "cuda", n, width)
 
-    def levels(way: str) -> list[Case]:
-        return [Case("levels", way, "cuda", max(LEVELS), width, distinct=distinct) for distinct in (False, True)]
+    def levels(form: str) -> list[Case]:
+        return [Case("levels", form, "cuda", max(LEVELS), width, distinct=distinct) for distinct in (False, True)]
 
     return [
-        products(FOUR, MAIN),
-        *(rows(way, MAIN) for way in ("ours: triton", "logits.T compiled", "logits.T")),
-        *(products(way, MAIN) for way in PRODUCTS if way != FOUR),
+        products(FOUR, MAIN_ROWS),
+        *(rows(form, MAIN_ROWS) for form in ("ours: triton", "logits.T compiled", "logits.T")),
+        *(products(form, MAIN_ROWS) for form in PRODUCTS if form != FOUR),
         rows("ours: triton", 65536),
         products(FOUR, 65536),
-        *(case for way in ("ours: triton", "logits.T compiled", "logits.T") for case in levels(way)),
+        *(case for form in ("ours: triton", "logits.T compiled", "logits.T") for case in levels(form)),
         products(FOUR, 8192),
-        *(rows(way, 8192) for way in ("ours: triton", "logits.T")),
-        *(rows(way, MAIN, phase) for way in ("ours: triton", "logits.T") for phase in ("forward", "backward")),
-        *(rows(way, MAIN) for way in ("open_clip", "open_clip compiled")),
+        *(rows(form, 8192) for form in ("ours: triton", "logits.T")),
+        *(rows(form, MAIN_ROWS, phase) for form in ("ours: triton", "logits.T") for phase in ("forward", "backward")),
+        *(rows(form, MAIN_ROWS) for form in ("open_clip", "open_clip compiled")),
         *levels("open_clip"),
-        rows("ours: triton", LARGEST),
-        # Code of others: an illegal memory access in it would end the CUDA context for what comes after.
-        *(rows(way, n) for way in RIVALS for n in (MAIN, 8192)),
+        rows("ours: triton", LARGEST_ROWS),
+        # Third-party code last: an illegal memory access would break the CUDA context for later cases.
+        *(rows(form, n) for form in THIRD_PARTY for n in (MAIN_ROWS, 8192)),
     ]
 
 
 def cpu_cases(width: int) -> list[Case]:
-    ways = [way for way in WAYS if way != "ours: triton" and way not in RIVALS]
-    apart = ("ours: cpu", "logits.T")
+    forms = [form for form in FORMS if form != "ours: triton" and form not in THIRD_PARTY]
+    with_phases = ("ours: cpu", "logits.T")  # also timed forward and backward separately
     return [
         *(Case("products", FOUR, "cpu", n, width) for n in ROWS["cpu"]),
-        *(Case("levels", way, "cpu", max(LEVELS), width, distinct=d) for way in ways for d in (False, True)),
+        *(Case("levels", form, "cpu", max(LEVELS), width, distinct=d) for form in forms for d in (False, True)),
         *(
-            Case("rows", way, "cpu", n, width, phase)
-            for way in ways
+            Case("rows", form, "cpu", n, width, phase)
+            for form in forms
             for n in ROWS["cpu"]
             for phase in ("forward", "backward", BOTH)
-            if phase == BOTH or way in apart
+            if phase == BOTH or form in with_phases
         ),
     ]
 
 
-def asked_cases(device: str, sizes: Sequence[int], width: int) -> list[Case]:
-    """Everything at sizes that were asked for."""
-    others = ("ours: triton", *RIVALS) if device == "cpu" else ("ours: cpu",)
-    ways = [way for way in WAYS if way not in others]
+def requested_cases(device: str, sizes: Sequence[int], width: int) -> list[Case]:
+    """All forms at the requested sizes."""
+    unavailable = ("ours: triton", *THIRD_PARTY) if device == "cpu" else ("ours: cpu",)
+    forms = [form for form in FORMS if form not in unavailable]
     products = PRODUCTS if device == "cuda" else [FOUR]
     return [
-        *(Case("products", way, device, n, width) for n in sizes for way in products),
+        *(Case("products", form, device, n, width) for n in sizes for form in products),
         *(
-            Case("levels", way, device, max(LEVELS), width, distinct=d)
-            for way in ways
-            if way != SIGMOID
+            Case("levels", form, device, max(LEVELS), width, distinct=d)
+            for form in forms
+            if form != SIGMOID
             for d in (False, True)
         ),
         *(
-            Case("rows", way, device, n, width, phase)
-            for way in ways
+            Case("rows", form, device, n, width, phase)
+            for form in forms
             for n in sizes
             for phase in ("forward", "backward", BOTH)
-            if phase == BOTH or way in PLAIN
+            if phase == BOTH or form in EAGER
         ),
     ]
 
 
 def cases() -> Iterator[Case]:
     for width in WIDTHS:
-        for device, usual in (("cuda", gpu_cases), ("cpu", cpu_cases)):
-            if ASKED is None:
-                yield from usual(width)
+        for device, default_cases in (("cuda", gpu_cases), ("cpu", cpu_cases)):
+            if REQUESTED_ROWS is None:
+                yield from default_cases(width)
             else:
-                sizes = ALL_ROWS[device] if ASKED == "all" else [int(n) for n in ASKED.split(",")]
-                yield from asked_cases(device, sizes, width)
+                sizes = ALL_ROWS[device] if REQUESTED_ROWS == "all" else [int(n) for n in REQUESTED_ROWS.split(",")]
+                yield from requested_cases(device, sizes, width)
 
 
 def compiles(case: Case) -> bool:
-    """Whether a compiler has anything to do that it has not done for an earlier case."""
-    fused = case.way == "ours: triton" or case.way in RIVALS or case.way.endswith("compiled")
-    return fused and case.phase == BOTH and case.rows <= MAIN
+    """Whether a case compiles something that no earlier case has compiled."""
+    fused = case.form == "ours: triton" or case.form in THIRD_PARTY or case.form.endswith("compiled")
+    return fused and case.phase == BOTH and case.rows <= MAIN_ROWS
 
 
 CASES = [case for case in cases() if compiles(case) or not WARM]
 
 
 def texts_of(rows: int, texts: int, device: str) -> Tensor:  # [rows]
-    """The text of each row: every one of them, and some again."""
+    """The text index of each row; every text occurs, some repeatedly."""
     return torch.arange(rows, device=device_for(device)) * 7919 % texts  # a prime: neighbours differ
 
 
 def features(
     rows: int, width: int, device: str, seed: int = 0, texts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Matching pairs with noise, as in training; bfloat16 for a GPU. A text a row, or `texts` distinct ones."""
+    """Image, text and scale leaves: noisy matching pairs, as in training; bfloat16 on a GPU.
+
+    Each row has its own text, or shares `texts` distinct ones.
+    """
     where = device_for(device)
     g = torch.Generator(where).manual_seed(seed)
     text = torch.randn(texts or rows, width, generator=g, device=where)
@@ -322,14 +331,14 @@ def features(
 
 @functools.lru_cache(maxsize=16)
 def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None = None) -> list[Tensor]:
-    """Loss and gradients in float64, tile by tile: the N x N form in float64 would not fit at the larger sizes.
+    """Loss and gradients in float64, tile by tile: the larger sizes do not fit as N x N in float64.
 
-    Rows of equal text count as often as they are there, as where each has its own copy.
+    A shared text counts once per row, as if each row had its own copy.
     """
     image, text, scale = (t.detach().double() for t in features(rows, width, device, seed, texts))
     index = texts_of(rows, texts, device) if texts else None
     count = None if index is None else torch.bincount(index).double()
-    # A GPU spends most of its time waiting for launches on tiles that are made for a CPU.
+    # On a GPU, tiles of the CPU's size would be launch-bound.
     side = 16384 if on_gpu(device) else contrastive_cpu.ROWS
     with patch.multiple(contrastive_cpu, ROWS=side, COLUMNS=side):
         row, column, positive = contrastive_cpu.level_forward(image, text, scale, index, count)
@@ -343,8 +352,7 @@ def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None =
 
 @functools.lru_cache(maxsize=2)
 def exact_sigmoid(rows: int, width: int, device: str) -> list[Tensor]:
-    """The same of the sigmoid loss, -sum log sigmoid(+-(S + bias)) / N with plus for the pairs: torch in float64, by
-    rows."""
+    """Float64 loss and gradients of the sigmoid loss -sum log sigmoid(+-(S + bias)) / N, plus for matching pairs."""
     leaves = [t.detach().double().requires_grad_() for t in features(rows, width, device)]
     image, text, scale = leaves
     total = torch.zeros_like(scale)
@@ -359,9 +367,9 @@ def exact_sigmoid(rows: int, width: int, device: str) -> list[Tensor]:
 
 
 def sampled(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What was found and what is wanted: for the loss, and for some random rows and texts, in float64.
+    """Pairs of (found, expected in float64): the loss, and the gradients of some random rows and texts.
 
-    The gradient of a row needs the sums of all columns. They are ours, held to float64 for the sample as well.
+    The gradient of a row needs the sums of all columns. They are this package's, checked in float64 for the sample.
     """
     image, text, scale = (t.detach() for t in leaves)
     n = len(image)
@@ -377,57 +385,58 @@ def sampled(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> dict[st
         ("image", image, x, y, by_row, by_column, found[1]),
         ("text", text, y, x, by_column, by_row, found[2]),
     )
-    for name, raw, own, others, own_sums, other_sums, grad in sides:
-        logits = scale.double() * own[picked] @ others.T
+    for name, raw, own, other, own_sums, other_sums, grad in sides:
+        logits = scale.double() * own[picked] @ other.T
         sums = logits.logsumexp(1)
-        # Of the sums, not of their logarithms: an error of a tenth is no more than 0.1 there, of 15 and more.
+        # Compare the sums, not their logarithms: of a logarithm above 15, an error of 10 % would be below 0.1.
         out[f"sums of each {name}"] = ((own_sums[picked] - sums).exp(), torch.ones_like(sums))
         g = ((logits - sums[:, None]).exp() + (logits - other_sums).exp()) / (2 * n)
         g[torch.arange(len(picked), device=g.device), picked] -= 1 / n
-        wanted = reference.unit_rows_backward(raw[picked].double(), scale.double() * g @ others)
+        expected = reference.unit_rows_backward(raw[picked].double(), scale.double() * g @ other)
         if grad is not None:
-            out[f"d {name}"] = (grad[picked], wanted)
+            out[f"d {name}"] = (grad[picked], expected)
     return out
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-def judged(way: str, errors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
-    """The errors as a record has them; what is wrong is not timed."""
-    for part, error in errors.items():
-        if not error < WRONG[dtype]:
-            (pytest.fail if way.startswith("ours") else pytest.skip)(f"{way}: {part} is off by {error:.1e}, not timed")
-    return {f"error of {part}": error for part, error in errors.items()}
+def check_errors(form: str, errors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
+    """The errors as fields of the record; fails or skips the benchmark if one is too large."""
+    for output, error in errors.items():
+        if not error < TOLERANCE[dtype]:
+            reject = pytest.fail if form.startswith("ours") else pytest.skip
+            reject(f"{form}: {output} is off by {error:.1e}, not timed")
+    return {f"error of {output}": error for output, error in errors.items()}
 
 
-def checked(way: str, found: Sequence[Tensor | None], wanted: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """Relative errors; what a form does not compute has none."""
-    pairs = list(zip(PARTS, found, wanted, strict=True))
-    errors = judged(way, {part: relative_error(f, w) for part, f, w in pairs if f is not None}, dtype)
-    return errors | {f"error of {part}": "not computed" for part, f, _ in pairs if f is None}
+def check(form: str, found: Sequence[Tensor | None], expected: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """Relative errors of the outputs that a form computes."""
+    triples = list(zip(OUTPUTS, found, expected, strict=True))
+    errors = check_errors(form, {output: relative_error(f, e) for output, f, e in triples if f is not None}, dtype)
+    return errors | {f"error of {output}": "not computed" for output, f, _ in triples if f is None}
 
 
-def checked_by_sample(way: str, found: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> dict[str, Any]:
-    """Relative errors of a sample, where comparing everything would take too long."""
+def check_sample(form: str, found: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> dict[str, Any]:
+    """Relative errors of a sample, where comparing all rows would take too long."""
     pairs = sampled(leaves, found)
-    errors = judged(way, {part: relative_error(f, w) for part, (f, w) in pairs.items()}, leaves[0].dtype)
+    errors = check_errors(form, {output: relative_error(f, e) for output, (f, e) in pairs.items()}, leaves[0].dtype)
     of = f"{len(pairs['d image'][0])} random rows and as many texts of {len(leaves[0])}, and the loss"
     return errors | {"compared with float64": of, "error of d scale": "not compared at this size"}
 
 
 def peak_memory(run: Callable[[], Any], device: str) -> float | None:
-    """MiB above what was held before, at the highest point; None where the system does not tell."""
+    """Peak MiB that `run` allocates on top of what is held already; None if the system does not report it."""
     if on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # What the allocator kept of earlier calls would be used again unseen.
+        # Memory that the allocator kept from earlier calls would be reused without showing up.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except (OSError, AttributeError):
         return None
     status = Path("/proc/self/status")
@@ -437,27 +446,27 @@ def peak_memory(run: Callable[[], Any], device: str) -> float | None:
 
 
 def free_bytes(device: str) -> int:
-    if on_gpu(device):  # the allocator gives back what it keeps before it fails
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + kept
+    if on_gpu(device):  # the allocator releases its cache before it fails
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def skip_without(way: str, device: str, rows: int) -> None:
-    if way.startswith("ours"):
-        backend = backend_for(way.removeprefix("ours: "))
+def skip_unavailable(form: str, device: str, rows: int) -> None:
+    if form.startswith("ours"):
+        backend = backend_for(form.removeprefix("ours: "))
         if reason := unavailable_reason("contrastive_loss", backend, device_for(device)):
             pytest.skip(reason)
-    if way in RIVALS:
-        module, package = RIVALS[way]
+    if form in THIRD_PARTY:
+        module, package = THIRD_PARTY[form]
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{way} is not installed: pip install {package}")
-    if (needed := HELD.get(way, 0) * rows * rows) > 0.8 * (free := free_bytes(device)):
-        pytest.skip(f"{way} keeps the N x N logits: about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+            pytest.skip(f"{form} is not installed: pip install {package}")
+    if (required := BYTES_PER_LOGIT.get(form, 0) * rows * rows) > 0.8 * (free := free_bytes(device)):
+        pytest.skip(f"{form} keeps the N x N logits: about {required / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
 
 
 def rounds(run: Callable[[], Any], device: str, rows: int) -> dict[str, int]:
-    """On a GPU as many as half a second allows; `run` has run before."""
+    """On a GPU, as many rounds as fit half a second; `run` must be warm."""
     if not on_gpu(device):
         return {"rounds": sized(5 if rows < 4096 else 3, 1), "warmup_rounds": 1}
     synchronize(device)
@@ -472,10 +481,10 @@ def differentiated(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None
     return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
 
-def needed(phase: str) -> tuple[int, int]:
-    """Without N x U storage: how often N D numbers are read or written, and products of 2 N U D operations.
+def minimum_cost(phase: str) -> tuple[int, int]:
+    """Minimum cost without N x U storage: passes over N D numbers, and products of 2 N U D operations.
 
-    Forward reads both sides and takes one product, backward reads them, writes both gradients and takes three.
+    Forward reads images and texts and takes one product; backward reads them, writes both gradients and takes three.
     """
     forward, backward = (2, 1), (4, 3)
     both = (forward[0] + backward[0], forward[1] + backward[1])
@@ -483,10 +492,10 @@ def needed(phase: str) -> tuple[int, int]:
 
 
 class Products:
-    """The matrix products that the loss is made of, block by block as it takes them, and nothing else.
+    """The matrix products of the loss and nothing else, block by block as the Triton form computes them.
 
-    Of K = width, to operands' precision: S, once forward and once more backward. Of K = a block's side, to float32: G
-    and its transpose times features, the first block of a row or column written, the others added.
+    K = width, in the operands' precision: the logits S, once forward and again backward. K = side of a block, to
+    float32: G and its transpose times features; the first block of a row or column is written, the others are added.
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:  # [N, D], [U, D]
@@ -496,7 +505,7 @@ class Products:
         self.block = x.new_empty(high * wide)
         self.d_x = torch.zeros(high, x.shape[1], dtype=torch.float32, device=x.device)
         self.d_y = torch.zeros(len(y), x.shape[1], dtype=torch.float32, device=x.device)
-        self.logits()  # so that what the others multiply are numbers as they come
+        self.logits()  # realistic operands for the other products
 
     @staticmethod
     def block_side(x: Tensor) -> int:
@@ -504,7 +513,7 @@ class Products:
             from scenarioclip_fast.kernels.contrastive.contrastive_triton import Plan
 
             return Plan.of(x).block_side(x.device)
-        return sized(contrastive_cpu.ROWS, 48)  # a rehearsal has several blocks, too
+        return sized(contrastive_cpu.ROWS, 48)  # several blocks in a rehearsal, too
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:  # rows, texts, [rows, texts]
         for i in range(0, len(self.x), self.side):
@@ -532,15 +541,15 @@ class Products:
             product(block, self.y[texts], self.d_x[: len(block)], texts.start > 0)
             product(block.T, self.x[rows], self.d_y[texts], rows.start > 0)
 
-    def named(self, way: str) -> tuple[str, Callable[[], None], int]:
-        """The form of one of PRODUCTS, the call, and the bytes that it must read and write."""
+    def named(self, product: str) -> tuple[str, Callable[[], None], int]:
+        """The form name of one of PRODUCTS, its call, and the bytes that it must read and write."""
         (n, d), u, size = self.x.shape, len(self.y), self.x.element_size()
-        to = str(self.x.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
+        output = str(self.x.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
         summed = f"K = {min(self.side, u)}"
         operands, sums = (n * u + n * d) * size, 4 * n * d
         return {
-            FOUR: (FOUR, self.four, needed(BOTH)[0] * n * d * size),
-            "K = width": (f"bare product, K = {d}, {to} out", self.logits, (n * d + u * d + n * u) * size),
+            FOUR: (FOUR, self.four, minimum_cost(BOTH)[0] * n * d * size),
+            "K = width": (f"bare product, K = {d}, {output} out", self.logits, (n * d + u * d + n * u) * size),
             "K = side": (f"bare product, {summed}, float32 out", lambda: self.by_rows(False), operands + sums),
             "K = side, added": (
                 f"bare product, {summed}, added to float32",
@@ -552,28 +561,28 @@ class Products:
                 self.by_texts,
                 operands + 2 * sums,
             ),
-        }[way]
+        }[product]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, added: bool) -> None:
-    """out (+)= a b with float32 sums, as the backward pass calls it."""
+    """out (+)= a b, summed in float32, as in the backward pass."""
     if a.is_cuda:
         from scenarioclip_fast.kernels.contrastive.contrastive_triton import _product
 
         _product(a, b, out, added)
-    else:  # torch multiplies low precision to float32 on GPUs alone
+    else:  # on CPUs, torch cannot multiply low precision into float32
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(added), out=out)
 
 
 def measure_products(benchmark: Any, case: Case) -> None:
-    """The floor without N x N storage: one product forward, three backward."""
+    """The minimum without N x N storage: one product forward, three backward."""
     n, width, device = case.size, case.width, case.device
     x, y, _ = (t.detach() for t in features(n, width, device))
-    form, run, bytes_ = Products(x, y).named(case.way)
-    phase = BOTH if case.way == FOUR else "bare products"
+    form, run, bytes_ = Products(x, y).named(case.form)
+    phase = BOTH if case.form == FOUR else "bare products"
     benchmark.extra_info.update(form=form, phase=phase, rows=n, width=width)
     benchmark.group = f"contrastive, {phase}, {n} x {n} x {width}, {device}"
-    products = needed(BOTH)[1] if case.way == FOUR else 1
+    products = minimum_cost(BOTH)[1] if case.form == FOUR else 1
     precision = str(x.dtype).removeprefix("torch.")
     counted(benchmark, device, bytes=bytes_, operations=products * 2 * n * n * width, precision=precision)
     run()
@@ -581,28 +590,28 @@ def measure_products(benchmark: Any, case: Case) -> None:
 
 
 def measure_rows(benchmark: Any, case: Case) -> None:
-    way, n, width, device, phase = case.way, case.size, case.width, case.device, case.phase
-    skip_without(way, device, n)
+    form, n, width, device, phase = case.form, case.size, case.width, case.device, case.phase
+    skip_unavailable(form, device, n)
     leaves = features(n, width, device)
 
     def forward() -> Tensor:
-        return WAYS[way](*leaves)
+        return FORMS[form](*leaves)
 
     def both() -> list[Tensor | None]:
         return differentiated(forward(), leaves)
 
-    benchmark.extra_info.update(form=way, phase=phase, rows=n, width=width)
+    benchmark.extra_info.update(form=form, phase=phase, rows=n, width=width)
     benchmark.group = f"contrastive, {phase}, {n} x {n} x {width}, {device}"
     if not WARM:
-        if n > WHOLE and way != SIGMOID:
-            errors = checked_by_sample(way, both(), leaves)
+        if n > FULL_CHECK_ROWS and form != SIGMOID:
+            errors = check_sample(form, both(), leaves)
         else:
-            law = exact_sigmoid if way == SIGMOID else exact
-            errors = checked(way, both(), law(n, width, device), leaves[0].dtype)
+            expected = (exact_sigmoid if form == SIGMOID else exact)(n, width, device)
+            errors = check(form, both(), expected, leaves[0].dtype)
         benchmark.extra_info.update(errors)
-    numbers, products = needed(phase)
+    passes, products = minimum_cost(phase)
     precision = str(leaves[0].dtype).removeprefix("torch.")
-    count = {"bytes": numbers * leaves[0].nbytes, "operations": products * 2 * n * n * width}
+    count = {"bytes": passes * leaves[0].nbytes, "operations": products * 2 * n * n * width}
     counted(benchmark, device, **count, precision=precision)
     run: Callable[[], Any] = {"forward": forward, BOTH: both}.get(phase, both)
     if phase == "backward":
@@ -615,31 +624,34 @@ def measure_rows(benchmark: Any, case: Case) -> None:
 
 
 def level_sizes(distinct: bool) -> list[tuple[int, int | None]]:
-    """Rows and texts of each level."""
-    rows, texts = sized((LEVELS, DISTINCT), ((64, 120, 96), (20, 30, 70)))
+    """(rows, texts) of each level; texts is None if each row has its own."""
+    rows, texts = sized((LEVELS, DISTINCT_TEXTS), ((64, 120, 96), (20, 30, 70)))
     return list(zip(rows, texts if distinct else [None] * len(rows), strict=True))
 
 
-def level_call(way: str, distinct: bool, width: int, device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
-    """Leaves (images, texts and scales, level by level), and the losses [levels] of a batch by one of WAYS."""
+def level_call(form: str, distinct: bool, width: int, device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """The leaves (all images, all texts, all scales), and a call that returns the losses [levels] of a batch."""
     sizes = level_sizes(distinct)
     levels = [features(rows, width, device, seed, texts) for seed, (rows, texts) in enumerate(sizes)]
     indices = [texts_of(rows, texts, device) if texts else None for rows, texts in sizes]
 
     def loss() -> Tensor:
-        if not way.startswith("ours"):
+        if not form.startswith("ours"):
             return torch.stack(
-                [WAYS[way](x, y if own is None else y[own], s) for (x, y, s), own in zip(levels, indices, strict=True)]
+                [
+                    FORMS[form](x, y if own is None else y[own], s)
+                    for (x, y, s), own in zip(levels, indices, strict=True)
+                ]
             )
         images, texts, scales = ([level[k] for level in levels] for k in range(3))
-        backend = backend_for(way.removeprefix("ours: "))
+        backend = backend_for(form.removeprefix("ours: "))
         return multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend=backend)
 
     return [leaf for level in zip(*levels, strict=True) for leaf in level], loss
 
 
 def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
-    """Time that the GPU's own work takes, without the gaps between launches."""
+    """Sum of the kernel times of a call, without the gaps between launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             run()
@@ -648,33 +660,32 @@ def gpu_microseconds(run: Callable[[], Any], calls: int = 20) -> float:
 
 
 def measure_levels(benchmark: Any, case: Case) -> None:
-    """The three levels of one batch, where the launches are the cost: with a text a row, and with texts as scenes have
-    them, which the other forms repeat."""
-    way, width, device = case.way, case.width, case.device
+    """The three levels of one batch, which are launch-bound: one text per row, or distinct texts that repeat."""
+    form, width, device = case.form, case.width, case.device
     sizes = level_sizes(case.distinct)
     rows, texts = zip(*sizes, strict=True)
-    skip_without(way, device, max(rows))
-    leaves, loss = level_call(way, case.distinct, width, device)
+    skip_unavailable(form, device, max(rows))
+    leaves, loss = level_call(form, case.distinct, width, device)
 
     def both() -> list[Tensor | None]:
         value = loss()
         return [value.detach(), *torch.autograd.grad(value.sum(), leaves, allow_unused=True)]
 
     phase = "levels, distinct texts" if case.distinct else "levels"
-    benchmark.extra_info.update(form=way, phase=phase, rows=sum(rows), width=width, device=device)
+    benchmark.extra_info.update(form=form, phase=phase, rows=sum(rows), width=width, device=device)
     losses, *grads = both()
     assert losses is not None
     for seed, (size, value) in enumerate(zip(sizes, losses, strict=True)):
         found = [value, *grads[seed :: len(sizes)]]
-        errors = {} if WARM else checked(way, found, exact(size[0], width, device, seed, size[1]), leaves[0].dtype)
+        errors = {} if WARM else check(form, found, exact(size[0], width, device, seed, size[1]), leaves[0].dtype)
         benchmark.extra_info.update({f"{name}, {size[0]} rows": error for name, error in errors.items()})
     of = f"{rows} rows" + f" and {texts} texts" * case.distinct
     benchmark.group = f"contrastive, {BOTH}, levels of {of}, width {width}, {device}"
     timed(benchmark, both, device, **rounds(both, device, max(rows)))
-    if on_gpu(device) and way.startswith("ours") and not WARM:  # afterwards: a profiler may slow down launches
+    if on_gpu(device) and form.startswith("ours") and not WARM:  # last: a profiler may slow down launches
         try:
             benchmark.extra_info["GPU microseconds"] = gpu_microseconds(both)
-        except Exception as error:  # the times are taken, whatever the profiler says
+        except Exception as error:  # the timing does not depend on the profiler
             benchmark.extra_info["the profiler failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -690,8 +701,8 @@ def test_contrastive(benchmark: Any, case: Case) -> None:
     try:
         MEASURE[case.kind](benchmark, case)
     except Exception as error:
-        # A rival that fails costs only itself, as does a form of torch's without memory; else a failure is one.
-        full = isinstance(error, torch.OutOfMemoryError) and not case.way.startswith("ours")
-        if case.way in RIVALS or full:
-            pytest.skip(f"{case.way} failed: {type(error).__name__}: {str(error)[:300]}")
+        # Errors of third-party losses, and of PyTorch forms that run out of memory, only skip that case.
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) and not case.form.startswith("ours")
+        if case.form in THIRD_PARTY or out_of_memory:
+            pytest.skip(f"{case.form} failed: {type(error).__name__}: {str(error)[:300]}")
         raise

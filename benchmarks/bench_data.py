@@ -1,11 +1,11 @@
-"""Decoding, views and whole batches from packed shards, against the published way (baseline_data.py): a map-style data
-set that reads with Pillow, in two worker processes of torch's DataLoader; its focused regions are PNGs drawn
-beforehand, as published, or drawn with SciPy each time.
+"""Decoding, views and whole batches from packed shards, against the published loader (baseline_data.py): a map-style
+dataset read with Pillow in worker processes of PyTorch's DataLoader, with focused regions from precomputed PNGs, as
+published, or computed on the fly with SciPy.
 
-The scenes are the real photos where they are present (SCENARIOCLIP_FAST_PHOTOS), else drawn ones. The evaluation's
-views, because the published augmentation draws from other random numbers; those of ours cost the same. One section
-has scenes of one kind, 640 x 480 with 6 objects and 3 relations, for figures that are comparable between machines. On a
-GPU only the first batch of an epoch is checked, and the published way comes last: it takes seconds an epoch.
+Scenes are real photos if available (SCENARIOCLIP_FAST_PHOTOS), else synthetic. Views are those of evaluation, because
+the published augmentation uses other random numbers; this package's training views cost the same. `test_loader_alone`
+uses uniform scenes, 640 x 480 with 6 objects and 3 relations, to be comparable between machines. On a GPU only the
+first batch of an epoch is checked, and the published loader runs last: it takes seconds per epoch.
 
 Run: make bench, or: pytest benchmarks/bench_data.py
 """
@@ -39,11 +39,11 @@ from scenarioclip_fast.requirements import import_problem
 
 PHOTOS = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).parents[2] / "shared" / "data" / "photos"))
 SIZE, BATCH = sized((224, 32), (32, 4))
-WORKERS = {"cpu": 2, "cuda": sized(8, 1)}  # of the published way; eight is what its jobs had beside a GPU
-# Through 128 scenes in a sample; of the published way on a GPU as many as give each worker a batch.
+WORKERS = {"cpu": 2, "cuda": sized(8, 1)}  # of the published loader; eight per GPU, as published
+# Epochs of 128 scenes per sample; for the published loader on a GPU, enough to give each worker a batch.
 EPOCHS, PUBLISHED_EPOCHS = {"cpu": 1, "cuda": sized(4, 1)}, {"cpu": 1, "cuda": sized(2, 1)}
-DRAWN, EVEN = sized((128, 128), (8, 8))  # scenes where there are no photos, and of one kind
-CHECKED = sized(32, 4)  # scenes of a batch on a GPU
+SYNTHETIC_SCENES, UNIFORM_SCENES = sized((128, 128), (8, 8))
+CHECKED_SCENES = sized(32, 4)  # of a batch on a GPU
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -51,13 +51,13 @@ def rounds(full: int, warmup: int) -> dict[str, int]:
     return {"rounds": 1, "warmup_rounds": 0} if WARM else {"rounds": sized(full, 1), "warmup_rounds": sized(warmup, 0)}
 
 
-def needs(way: str, device: str) -> None:
-    """Skips what cannot run here: a fallback's time would say nothing."""
+def skip_unavailable(form: str, device: str) -> None:
+    """Skip forms that cannot run here, rather than time a fallback."""
     for name, module in (("torch", "simplejpeg"), ("dali", "nvidia.dali")):
-        if name in way and (problem := import_problem(module)):
+        if name in form and (problem := import_problem(module)):
             pytest.skip(problem)
-    if "published" in way:
-        pytest.importorskip("scipy", reason="SciPy is not installed: the published regions are drawn with it")
+    if "published" in form:
+        pytest.importorskip("scipy", reason="SciPy is not installed; it computes the published regions")
     if on_gpu(device) and (reason := unavailable_reason("render_views", "cuda", "cuda")):
         pytest.skip(reason)
 
@@ -67,19 +67,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if problem := import_problem("simplejpeg"):
         pytest.skip(problem)
     folder = tmp_path_factory.mktemp("bench") / "shards"
-    source: Any = PHOTOS if PHOTOS.is_dir() and not REHEARSAL else list(generate_scenes(DRAWN, seed=0))
+    source: Any = PHOTOS if PHOTOS.is_dir() and not REHEARSAL else list(generate_scenes(SYNTHETIC_SCENES, seed=0))
     pack(source, folder, val=0, test=0, progress=False)
     return folder
 
 
-@functools.lru_cache(maxsize=1)  # its workers wait while it is not used
-def published(shards: Path, device: str, regions: Literal["read", "drawn"]) -> baseline_data.Published:
+@functools.lru_cache(maxsize=1)  # persistent workers of one loader at a time
+def published(shards: Path, device: str, regions: Literal["read", "computed"]) -> baseline_data.PublishedLoader:
     entries = layout(shards, regions) * PUBLISHED_EPOCHS[device]
-    return baseline_data.Published(entries, SIZE, BATCH, WORKERS[device], device_for(device))
+    return baseline_data.PublishedLoader(entries, SIZE, BATCH, WORKERS[device], device_for(device))
 
 
 @functools.cache
-def layout(shards: Path, regions: Literal["read", "drawn"]) -> list[baseline_data.Entry]:
+def layout(shards: Path, regions: Literal["read", "computed"]) -> list[baseline_data.Entry]:
     return baseline_data.write_published(scenes_of(shards), shards.with_name(f"published {regions}"), regions)
 
 
@@ -92,19 +92,21 @@ def ours(shards: Path, device: str, **options: Any) -> Iterator[Tensor]:
         assert not loader.bad, loader.bad
 
 
-CACHED = 4  # epochs, of which the first one decodes
-WHOLE: dict[str, Callable[[Path, str], Iterable[Tensor]]] = {
+CACHED_EPOCHS = 4  # of which the first decodes
+LOADERS: dict[str, Callable[[Path, str], Iterable[Tensor]]] = {
     "ours, torch": lambda shards, device: ours(shards, device, decoder="torch"),
     "ours, dali": lambda shards, device: ours(shards, device, decoder="dali"),
-    "ours, torch, cached": lambda shards, device: ours(shards, device, decoder="torch", cache_gib=1.0, epochs=CACHED),
+    "ours, torch, cached": lambda shards, device: ours(
+        shards, device, decoder="torch", cache_gib=1.0, epochs=CACHED_EPOCHS
+    ),
     "published": lambda shards, device: published(shards, device, "read"),
-    "published, regions drawn": lambda shards, device: published(shards, device, "drawn"),  # the slowest: last
+    "published, regions drawn": lambda shards, device: published(shards, device, "computed"),  # slowest: last
 }
 
 
 @functools.cache
 def expected_batches(shards: Path, device: str) -> list[Tensor]:
-    """An epoch of the published way; for a GPU its first batch, by the `cpu` form, which the CPU's cases hold to it."""
+    """An epoch of the published loader; for a GPU, its first batch by the `cpu` backend, which the CPU cases verify."""
     if device == "cpu":
         return list(published(shards, "cpu", "read"))
     scenes = scenes_of(shards)[:BATCH]
@@ -112,10 +114,10 @@ def expected_batches(shards: Path, device: str) -> list[Tensor]:
 
 
 def check(pixels: Tensor, expected: Tensor, nvjpeg: bool = False) -> None:
-    """The renderer's promise: in bytes, one apart at most for 99.9 % of the values, never more than three.
+    """Check the renderer's tolerance: off by at most 1/255 for 99.9 % of the values, never by more than 3/255.
 
-    nvJPEG's inverse transform and upsampling round differently from libjpeg's, which moves a decoded pixel by a few
-    levels; a wrong colour order, size or crop moves the mean by tens.
+    nvJPEG's inverse transform and upsampling round differently from libjpeg's, which changes decoded pixels by a few
+    levels; a wrong colour order, size or crop changes the mean by tens.
     """
     std = torch.tensor(CLIP_STD)[:, None, None]
     apart = ((pixels.cpu() - expected) * std * 255).abs()
@@ -125,23 +127,23 @@ def check(pixels: Tensor, expected: Tensor, nvjpeg: bool = False) -> None:
         assert apart.max() < 3.01 and (apart > 1.01).float().mean() < 1e-3, f"off by {apart.max():.2f} bytes"
 
 
-def by_nvjpeg(way: str, device: str) -> bool:
-    return on_gpu(device) and "dali" in way  # a decoder on the CPU gives libjpeg-turbo's pixels
+def uses_nvjpeg(form: str, device: str) -> bool:
+    return on_gpu(device) and "dali" in form  # on a CPU, DALI decodes with libjpeg-turbo
 
 
 def pixels_of(scenes: Iterable[Scene]) -> list[Tensor]:
-    """By Pillow, which needs no decoder of ours."""
+    """Decode with Pillow, independently of this package's decoders."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(decode_with_pillow, [scene.image for scene in scenes]))  # type: ignore[arg-type]
 
 
-def even_scenes(pictures: Iterable[bytes], n: int) -> Iterator[Scene]:
-    """`n` scenes of 640 x 480 with 6 objects and 3 relations: what `pictures` show, scaled, under elliptic masks."""
+def uniform_scenes(pictures: Iterable[bytes], n: int) -> Iterator[Scene]:
+    """Yield `n` scenes of 640 x 480 with 6 objects and 3 relations: rescaled `pictures` with elliptic masks."""
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(even_scene, range(n), itertools.cycle(pictures))
+        yield from pool.map(uniform_scene, range(n), itertools.cycle(pictures))
 
 
-def even_scene(i: int, picture: bytes) -> Scene:
+def uniform_scene(i: int, picture: bytes) -> Scene:
     y, x = np.mgrid[:480, :640]
     rng = np.random.default_rng(i)
     out = io.BytesIO()
@@ -154,28 +156,29 @@ def even_scene(i: int, picture: bytes) -> Scene:
 
 
 @pytest.fixture(scope="session")
-def even_shards(shards: Path) -> Path:
-    folder = shards.with_name("even shards")
-    pack(even_scenes([s.image for s in scenes_of(shards)], EVEN), folder, val=0, test=0, progress=False)  # type: ignore[misc]
+def uniform_shards(shards: Path) -> Path:
+    folder = shards.with_name("uniform shards")
+    pictures: list[bytes] = [scene.image for scene in scenes_of(shards)]  # type: ignore[misc]
+    pack(uniform_scenes(pictures, UNIFORM_SCENES), folder, val=0, test=0, progress=False)
     return folder
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["ours, torch", "ours, dali"])
-def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) -> None:
-    """Training's batches, shards in the page cache, nobody waits but us. The figure of a GPU's data plane."""
-    needs(way, device)
+@pytest.mark.parametrize("form", ["ours, torch", "ours, dali"])
+def test_loader_alone(benchmark: Any, uniform_shards: Path, form: str, device: str) -> None:
+    """Training batches from shards in the page cache without a training step: the loader's peak throughput."""
+    skip_unavailable(form, device)
     batch_size = sized(128, 4) if device == "cuda" else BATCH
     epochs = sized(16, 2) if device == "cuda" else 1
-    options = {"device": device_for(device), "size": SIZE, "decoder": way.removeprefix("ours, "), "shuffle": False}
-    scenes = scenes_of(even_shards)[:batch_size]
-    with scene_loader(even_shards, batch_size, **options, epochs=1) as loader:
+    options = {"device": device_for(device), "size": SIZE, "decoder": form.removeprefix("ours, "), "shuffle": False}
+    scenes = scenes_of(uniform_shards)[:batch_size]
+    with scene_loader(uniform_shards, batch_size, **options, epochs=1) as loader:
         views = Views.of_scenes(scenes, train=True)
-        some = (views.image < CHECKED).nonzero()[:, 0]
-        expected = render_views(pixels_of(scenes[:CHECKED]), views.select(some), size=SIZE)
+        checked = (views.image < CHECKED_SCENES).nonzero()[:, 0]
+        expected = render_views(pixels_of(scenes[:CHECKED_SCENES]), views.select(checked), size=SIZE)
         found = next(iter(loader)).pixels
-        check(found[some.to(found.device)], expected, by_nvjpeg(way, device))
-    with scene_loader(even_shards, batch_size, **options, epochs=epochs) as loader:
+        check(found[checked.to(found.device)], expected, uses_nvjpeg(form, device))
+    with scene_loader(uniform_shards, batch_size, **options, epochs=epochs) as loader:
 
         def run() -> None:
             for _ in loader:
@@ -185,13 +188,13 @@ def test_loader_alone(benchmark: Any, even_shards: Path, way: str, device: str) 
         benchmark.group = f"640 x 480, 6 objects, 3 relations, {device}"
         benchmark.pedantic(run, **rounds(3 if device == "cuda" else 5, 1))
         assert not loader.bad, loader.bad
-    report(benchmark, EVEN * epochs, EVEN * epochs * 10)
+    report(benchmark, UNIFORM_SCENES * epochs, UNIFORM_SCENES * epochs * 10)
     if benchmark.stats is not None:
-        size = sum(len(scene.image) for scene in scenes_of(even_shards)) * epochs
+        size = sum(len(scene.image) for scene in scenes_of(uniform_shards)) * epochs
         seconds = benchmark.stats.stats.median
         benchmark.extra_info |= {
             "JPEG MB/s": round(size / seconds / 1e6, 1),
-            "KB a JPEG": round(size / 1e3 / EVEN / epochs),
+            "KB per JPEG": round(size / 1e3 / UNIFORM_SCENES / epochs),
         }
 
 
@@ -201,14 +204,14 @@ def pillow_pixels(shards: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["Pillow", "torch", "torch, one thread", "dali", "dali, one thread"])
-def test_decoding(benchmark: Any, shards: Path, way: str, device: str) -> None:
-    needs(way, device)
+@pytest.mark.parametrize("form", ["Pillow", "torch", "torch, one thread", "dali", "dali, one thread"])
+def test_decoding(benchmark: Any, shards: Path, form: str, device: str) -> None:
+    skip_unavailable(form, device)
     images: list[bytes] = [scene.image for scene in scenes_of(shards)]  # type: ignore[misc]
-    if way == "Pillow" and device == "cuda":
+    if form == "Pillow" and device == "cuda":
         pytest.skip("Pillow decodes on the CPU")
-    name, _, one = way.partition(",")
-    decoder = None if way == "Pillow" else make_decoder(name, device_for(device), threads=1 if one else None)
+    name, _, one = form.partition(",")
+    decoder = None if form == "Pillow" else make_decoder(name, device_for(device), threads=1 if one else None)
 
     def run() -> list[Any]:
         if decoder is None:
@@ -219,19 +222,19 @@ def test_decoding(benchmark: Any, shards: Path, way: str, device: str) -> None:
         synchronize(device)
         return decoded
 
-    for wanted, found in zip(pillow_pixels(shards), run(), strict=True):
-        apart = (found.cpu().int() - wanted.int()).abs().max()
-        assert apart <= (3 if by_nvjpeg(way, device) else 0), f"off by {apart}"
+    for expected, found in zip(pillow_pixels(shards), run(), strict=True):
+        apart = (found.cpu().int() - expected.int()).abs().max()
+        assert apart <= (3 if uses_nvjpeg(form, device) else 0), f"off by {apart}"
     benchmark.group = f"decoding, {device}"
-    few = one and device == "cuda"  # the check has warmed it up
-    benchmark.pedantic(run, **(rounds(2, 0) if few else rounds(5, 1)))
+    slow = one and device == "cuda"  # few rounds, warmed up by the check
+    benchmark.pedantic(run, **(rounds(2, 0) if slow else rounds(5, 1)))
     report(benchmark, len(images), len(images))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
-    """What one batch costs when nothing overlaps."""
-    needs("", device)
+    """The time of one batch without overlap."""
+    skip_unavailable("", device)
     scenes = scenes_of(shards)[:BATCH]
     encoded = [scene.image for scene in scenes]
     decoder = make_decoder("auto", device_for(device))
@@ -252,31 +255,31 @@ def test_decoding_and_views(benchmark: Any, shards: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", WHOLE)
-def test_whole_batches(benchmark: Any, shards: Path, way: str, device: str) -> None:
-    needs(way, device)
-    if device == "cuda" and "drawn" in way:
-        pytest.skip("takes half a minute on a GPU's host, and nothing of it is the GPU's: measured on CPUs")
+@pytest.mark.parametrize("form", LOADERS)
+def test_whole_batches(benchmark: Any, shards: Path, form: str, device: str) -> None:
+    skip_unavailable(form, device)
+    if device == "cuda" and "drawn" in form:
+        pytest.skip("takes half a minute on the host and does not use the GPU: measured on CPUs")
     views = 0
 
     def epoch() -> None:
         nonlocal views
-        views = sum(len(pixels) for pixels in WHOLE[way](shards, device))
+        views = sum(len(pixels) for pixels in LOADERS[form](shards, device))
         synchronize(device)
 
-    # The whole epoch, which also warms up. Publishing regions as PNGs comes before training and is not timed.
+    # Check the whole epoch, which also warms up. Writing the published PNGs precedes training and is not timed.
     expected, batches = expected_batches(shards, device), -(-len(ShardSet(shards)) // BATCH)
-    for i, pixels in enumerate(WHOLE[way](shards, device)):
+    for i, pixels in enumerate(LOADERS[form](shards, device)):
         if i % batches < len(expected):
-            check(pixels, expected[i % batches], by_nvjpeg(way, device))
+            check(pixels, expected[i % batches], uses_nvjpeg(form, device))
     benchmark.group = f"whole batches, {device}"
-    if "published" in way:
+    if "published" in form:
         benchmark.pedantic(epoch, **rounds(1 if device == "cuda" else 2, 0))
-    elif "cached" in way:
+    elif "cached" in form:
         benchmark.pedantic(epoch, **rounds(3, 0))
     else:
         benchmark.pedantic(epoch, **rounds(5 if device == "cuda" else 9, 1))
-    epochs = CACHED if "cached" in way else (PUBLISHED_EPOCHS if "published" in way else EPOCHS)[device]
+    epochs = CACHED_EPOCHS if "cached" in form else (PUBLISHED_EPOCHS if "published" in form else EPOCHS)[device]
     report(benchmark, len(ShardSet(shards)) * epochs, views)
 
 

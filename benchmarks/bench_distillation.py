@@ -1,9 +1,9 @@
-"""distillation_loss, forward and backward, at the size of a real batch, against the published way of computing it.
+"""distillation_loss, forward and backward, at the size of a real batch, against the published implementation.
 
-`test_forward_backward` times the op on the vision terms, `test_all_terms` DistillationLoss on all four of a batch. On a
-GPU both are device times: in a training step the host runs ahead, and the loss costs what the device takes for it. What
-the host needs for so many small launches shows in "as launched"; the forms with a loop of Python over the pairs take so
-long to launch that their samples are as launched, too.
+`test_forward_backward` times the op on the vision terms, `test_all_terms` DistillationLoss on all four terms of a
+batch. On a GPU both report device time: in a training step the host runs ahead, so the loss costs its device time. The
+host time of the many small launches shows in "as launched". The Python loops over pairs take too long to launch for
+that: their samples include the host time.
 
 Run: make bench, or: pytest benchmarks/bench_distillation.py
 """
@@ -30,12 +30,12 @@ SCENES = 128
 OBJECTS, RELATIONS, WIDTH = sized((684, 322, 512), (40, 20, 32))
 TEMPERATURE = 0.07
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# What a benchmark is stopped before is lost: README's rows first.
+# Forms in the README come first, in case the run is cut short.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 def batch(device: str) -> dict[str, Tensor]:
-    """Each object's and each relation's image embedding is taught by its scene's global one (the vision terms)."""
+    """The vision terms: each object's and relation's image embedding learns from its scene's global one."""
     g = torch.Generator().manual_seed(0)
     scene = torch.cat([torch.arange(n) % SCENES for n in (OBJECTS, RELATIONS)])
     counts = torch.cat([torch.bincount(part, minlength=SCENES)[part] for part in scene.split([OBJECTS, RELATIONS])])
@@ -50,7 +50,7 @@ def batch(device: str) -> dict[str, Tensor]:
 
 
 def python_loop(b: dict[str, Tensor]) -> Tensor:
-    """As published: one KLDivLoss call a pair, on 1-D inputs."""
+    """As in the published code: one KLDivLoss call per pair, on 1-D inputs."""
     kl = torch.nn.KLDivLoss(reduction="batchmean")
     total = b["student"].new_zeros(())
     for s, t, w in zip(b["student_index"].tolist(), b["teacher_index"].tolist(), b["weight"].tolist(), strict=True):
@@ -60,13 +60,13 @@ def python_loop(b: dict[str, Tensor]) -> Tensor:
 
 
 def batched(b: dict[str, Tensor]) -> Tensor:
-    """The same in a handful of calls: what one would write in plain torch."""
+    """The same loss vectorised in plain PyTorch."""
     return reference.distillation_loss(
         **b, student_temperature=torch.tensor(TEMPERATURE), teacher_temperature=TEMPERATURE
     )
 
 
-WAYS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+FORMS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "python loop": python_loop,
     **{
         f"ours: {b}": lambda x, b=b: distillation_loss(**x, backend=backend_for(b))  # type: ignore[misc]
@@ -76,60 +76,60 @@ WAYS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 }
 
 
-def needs(way: str, device: str) -> None:
-    """Skips a form of ours that cannot run here."""
-    if way.startswith("ours"):
-        backend = backend_for(way.removeprefix("ours: "))
+def skip_unavailable(form: str, device: str) -> None:
+    """Skip backends that cannot run here."""
+    if form.startswith("ours"):
+        backend = backend_for(form.removeprefix("ours: "))
         if reason := unavailable_reason("distillation_loss", backend, device_for(device)):
             pytest.skip(reason)
 
 
 def few_rounds(device: str) -> dict[str, int]:
-    """For a loop over pairs: on a GPU some 20,000 launches, and the check has warmed it up."""
+    """For the loop over pairs: on a GPU some 20,000 launches per call; the check has warmed it up."""
     return {"rounds": 2, "warmup_rounds": 0} if device == "cuda" else {"rounds": 3}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", WAYS)
-def test_forward_backward(benchmark: Any, way: str, device: str) -> None:
-    needs(way, device)
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_backward(benchmark: Any, form: str, device: str) -> None:
+    skip_unavailable(form, device)
     b = batch(device)
     student = b["student"].requires_grad_()
 
     def run() -> Tensor:
-        (gradient,) = torch.autograd.grad(WAYS[way](b), student)
+        (gradient,) = torch.autograd.grad(FORMS[form](b), student)
         return gradient
 
     exact_student = student.detach().double().requires_grad_()
     exact_inputs = {**b, "student": exact_student}
     exact = torch.autograd.grad(batched(exact_inputs), exact_student)[0]
-    # No time is reported for a wrong result. float32 sums of 512 terms: 1e-5 of the largest is what one must expect.
+    # Checked before timing. float32 sums of 512 terms: an error of 1e-5 of the largest is expected.
     error = (run().double() - exact).abs().max() / exact.abs().max()
-    assert error < 2e-5, f"{way}: the gradient is off by {error:.1e}"
+    assert error < 2e-5, f"{form}: the gradient is off by {error:.1e}"
 
     benchmark.group = f"distillation forward + backward, {SCENES} scenes, {device}"
     counted(benchmark, device, bytes=bytes_to_move(b), operations=operations(b))
-    timed(benchmark, run, device, **(few_rounds(device) if way == "python loop" else {"rounds": sized(30, 3)}))
+    timed(benchmark, run, device, **(few_rounds(device) if form == "python loop" else {"rounds": sized(30, 3)}))
 
 
 def bytes_to_move(b: dict[str, Tensor]) -> int:
-    """Student, teacher, indices and weights once, the gradient of the student once: (2 S + T) D numbers and 3 P."""
+    """Student, teacher, indices, weights and the student's gradient once: (2 S + T) D numbers and 3 P."""
     return b["student"].nbytes + sum(t.nbytes for t in b.values())
 
 
 def operations(b: dict[str, Tensor]) -> int:
-    """A coordinate of a row takes 5 for its softmax (scale, exponential counted as one, sum, division, clamp), and of a
-    pair 6 (entropy, product with the student's, and two terms of the gradient, a multiplication and an addition each).
+    """Per coordinate of a row, 5 for the softmax (scale, exponential, sum, division, clamp); per coordinate of a pair,
+    6 (entropy, cross term and two gradient terms, counted as multiply-adds).
     """
     rows, pairs = len(b["student"]) + len(b["teacher"]), len(b["student_index"])
     return WIDTH * (5 * rows + 6 * pairs)
 
 
-TEXTS = sized((100, 130, 300), (10, 12, 14))  # distinct ones of a batch: captions, object names, relations
+TEXTS = sized((100, 130, 300), (10, 12, 14))  # distinct texts of a batch: captions, object names, relations
 
 
 def embeddings(device: str) -> SimpleNamespace:
-    """What the model hands to the loss: rows as layernorms leave them, as many items a scene as scenes have."""
+    """Inputs as from the model: layernormed rows, and a realistic number of items per scene."""
     g = torch.Generator().manual_seed(0)
 
     def rows(n: int) -> Tensor:
@@ -152,7 +152,7 @@ def embeddings(device: str) -> SimpleNamespace:
 
 
 def scene_by_scene(e: SimpleNamespace) -> Tensor:
-    """The baseline has a row for each item's text, since it embeds every text every time."""
+    """The baseline's loss, with one text row per item: it embeds repeated texts again."""
     return baseline.distillation(
         dict(zip(baseline.LEVELS, e.image, strict=True)),
         e.text[0][e.text_index[0]],
@@ -174,28 +174,28 @@ def value_and_gradients(
 
 
 @functools.cache
-def expected_of_all_terms(device: str) -> tuple[Tensor, ...]:
+def expected_for_all_terms(device: str) -> tuple[Tensor, ...]:
     e = embeddings(device)
     return value_and_gradients(scene_by_scene, e, e.logit_scale)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["baseline", *(f"ours: {b}" for b in BACKENDS)])
-def test_all_terms(benchmark: Any, way: str, device: str) -> None:
-    needs(way, device)
+@pytest.mark.parametrize("form", ["baseline", *(f"ours: {b}" for b in BACKENDS)])
+def test_all_terms(benchmark: Any, form: str, device: str) -> None:
+    skip_unavailable(form, device)
     e = embeddings(device)
     loss: Callable[[Any], Tensor] = scene_by_scene
     scale = e.logit_scale
-    if way != "baseline":
-        backend = backend_for(way.removeprefix("ours: "))
+    if form != "baseline":
+        backend = backend_for(form.removeprefix("ours: "))
         loss = module = DistillationLoss(learn_temperature=True, backend=backend).to(device_for(device))
         scale = module.logit_scale
 
-    # No time is reported for a wrong result. Sums of 2,012 pairs and 512 terms in float32, in another order.
-    for got, expected in zip(value_and_gradients(loss, e, scale), expected_of_all_terms(device), strict=True):
+    # Checked before timing. float32 sums of 2,012 pairs and 512 terms, in another order.
+    for got, expected in zip(value_and_gradients(loss, e, scale), expected_for_all_terms(device), strict=True):
         error = (got - expected).abs().max() / expected.abs().max()
-        assert error < 5e-5, f"{way}: off by {error:.1e}"
+        assert error < 5e-5, f"{form}: off by {error:.1e}"
 
     benchmark.group = f"all four distillation terms, forward + backward, {SCENES} scenes, {device}"
-    rounds = few_rounds(device) if way == "baseline" else {"rounds": sized(50, 3)}
+    rounds = few_rounds(device) if form == "baseline" else {"rounds": sized(50, 3)}
     timed(benchmark, lambda: value_and_gradients(loss, e, scale), device, **rounds)

@@ -1,4 +1,4 @@
-"""ema_update_ over what ViT-B/32's freezing leaves trainable of one level, against a loop over parameters.
+"""ema_update_ over the trainable weights of one level at ViT-B/32, against a loop over parameters.
 
 Run: make bench, or: pytest benchmarks/bench_ema.py
 """
@@ -17,7 +17,7 @@ from scenarioclip_fast.ops import ema_update_
 
 DECAY = 0.9995
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# A block of width W: four W x W matrices of the attention, two of the MLP, their biases, two norms.
+# Widths of the trainable blocks. Each block has four W x W attention matrices, two MLP matrices, biases and two norms.
 WIDTHS = sized([768] * 6 + [512] * 2, [32] * 8)
 
 
@@ -45,27 +45,26 @@ def tensors(device: str, seed: int) -> list[Tensor]:
 
 
 def loop(teacher: list[Tensor], student: list[Tensor], decay: float) -> None:
-    """As published: parameter by parameter."""
-    for mine, theirs in zip(teacher, student, strict=True):
-        mine.mul_(decay).add_(theirs, alpha=1 - decay)
+    """As in the published code: parameter by parameter."""
+    for average, weight in zip(teacher, student, strict=True):
+        average.mul_(decay).add_(weight, alpha=1 - decay)
 
 
-WAYS: dict[str, Callable[[list[Tensor], list[Tensor], float], None]] = {"loop": loop, "ours: foreach": ema_update_}
+FORMS: dict[str, Callable[[list[Tensor], list[Tensor], float], None]] = {"loop": loop, "ours: foreach": ema_update_}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", WAYS)
-def test_update(benchmark: Any, way: str, device: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_update(benchmark: Any, form: str, device: str) -> None:
     teacher, student = tensors(device, 0), tensors(device, 1)
-    # No time is reported for a wrong result: one rounding of float32 apart.
-    expected = [DECAY * t.double() + (1 - DECAY) * s.double() for t, s in zip(teacher, student, strict=True)]
-    WAYS[way](teacher, student, DECAY)
-    for got, wanted in zip(teacher, expected, strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=2e-7, atol=2e-7)
+    # Checked before timing, to one rounding of float32.
+    expected_values = [DECAY * t.double() + (1 - DECAY) * s.double() for t, s in zip(teacher, student, strict=True)]
+    FORMS[form](teacher, student, DECAY)
+    for got, expected in zip(teacher, expected_values, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-7, atol=2e-7)
 
     benchmark.group = f"ema update, {sum(t.numel() for t in teacher) / 1e6:.0f} million weights, {device}"
-    # The teacher is read and written, the student read; a multiplication and an addition a weight, one more to
-    # weigh the student's.
+    # Per weight: teacher read and written, student read; two multiplications and an addition.
     weights = sum(t.numel() for t in teacher)
     counted(benchmark, device, bytes=3 * 4 * weights, operations=3 * weights)
-    timed(benchmark, lambda: WAYS[way](teacher, student, DECAY), device, rounds=10)
+    timed(benchmark, lambda: FORMS[form](teacher, student, DECAY), device, rounds=10)

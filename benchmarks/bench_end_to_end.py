@@ -1,20 +1,20 @@
-"""Training from end to end: the published way (baseline_data.py, baseline.py) against this package.
+"""Training end to end: the baseline (baseline_data.py, baseline.py) against this package.
 
-Both sides see the same scenes in the same order, begin with the same weights and make the same steps; their losses are
-compared step by step, updates included, and no time is reported where they differ. Measured are the loader alone, the
-step alone on a batch in memory, and the whole loop with loading and steps, which is what a run is made of.
+Both contenders train on the same scenes in the same order from the same weights. Their losses are compared step by
+step, updates included, and a contender whose losses differ is not timed. Three measurements: the loader alone, the step
+alone on a batch in memory, and the whole loop of loading and steps.
 
-On a CPU both sides have all cores: two worker processes of torch's DataLoader there, as many loader threads here, and
-torch's threads for the step. A loop is an epoch; its losses are compared before anything is timed, and the baseline's
-workers live through all epochs.
+On a CPU both use all cores: two DataLoader worker processes for the baseline, as many loader threads for this package,
+and PyTorch's threads for the step. A loop is one epoch; its losses are compared before timing, and the baseline's
+workers persist across epochs.
 
-A GPU's host feeds the baseline with eight processes, as published, and ours with all cores; our blocks are compiled,
-which the trainer does on a GPU by itself. The first steps of a loop are not timed: by then the loaders are at work, the
-blocks are compiled, and losses were compared. A process makes whole batches, so that eight processes deliver eight at
-a time: the baseline's timed steps are a multiple of eight, or the figure would depend on where they begin and end.
-extra_info["data_wait"] is the share of our loop that steps waited for batches.
+On a GPU, eight worker processes feed the baseline, as published; this package's loader uses all cores and its blocks
+are compiled, the trainer's default. The first steps of a loop are not timed: they start the loaders, compile the blocks
+and serve to compare the losses. Each worker makes whole batches, so eight workers deliver eight batches at a time: the
+baseline times a multiple of eight steps, since otherwise the result would depend on where the timing starts and ends.
+extra_info["data_wait"] is the share of this package's loop spent waiting for batches.
 
-Images are decoded anew in every epoch. Evaluation's views (see baseline_data.py).
+Images are decoded in every epoch. The views are those of evaluation (see baseline_data.py).
 
 Run: make bench, or: pytest benchmarks/bench_end_to_end.py
 """
@@ -39,7 +39,15 @@ import torch
 from PIL import Image
 from scenarioclip_fast.benchmarks import baseline_data, timing
 from scenarioclip_fast.benchmarks.baseline import LEVELS
-from scenarioclip_fast.benchmarks.bench_step import OBJECTS, PHOTOS, RELATIONS, Words, build, matmul_precision, release
+from scenarioclip_fast.benchmarks.bench_step import (
+    OBJECTS,
+    PHOTOS,
+    RELATIONS,
+    FixedVocabulary,
+    build,
+    matmul_precision,
+    release,
+)
 
 from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
 from scenarioclip_fast.data import pack as pack_scenes
@@ -50,13 +58,13 @@ from scenarioclip_fast.train.timing import DataWait
 @dataclass(frozen=True)
 class Setting:
     preset: str
-    size: int  # of a view
+    size: int  # of a view, pixels
     batch: int  # scenes
-    batches: int  # of our loop
-    theirs: int  # of the baseline's loop; those timed are a multiple of its workers
-    untimed: int  # of either, at the beginning
-    distinct: int  # scenes; they come again until the loop is full
-    workers: int  # of the baseline; on a GPU as many as in the published jobs
+    batches: int  # per loop of this package
+    baseline_batches: int  # per loop of the baseline; the timed ones are a multiple of `workers`
+    untimed: int  # batches at the start of either loop
+    distinct: int  # scenes, repeated to fill the loop
+    workers: int  # of the baseline; on a GPU, as published
     device: str
 
 
@@ -70,11 +78,12 @@ SETTINGS = {
     ),
 }
 FLOAT32, BF16 = ("baseline, float32", "ours, float32"), ("baseline, bf16", "ours, bf16")
-DRAWN = "baseline, regions drawn, float32"  # with SciPy in every epoch, where others read PNGs made beforehand
-# The tiny preset is trained in float32; on a GPU the published precision (TF32) stands against ours.
-WAYS = {"tiny": (*FLOAT32, DRAWN), "vit-b-32": FLOAT32 + BF16, ON_GPU: (FLOAT32[0], BF16[1])}
-CPU_CASES = [(setting, way) for setting in SETTINGS if setting != ON_GPU for way in WAYS[setting]]
-# What matters most comes first: the baseline needs seconds for every loop.
+# Focused regions computed with SciPy in every epoch; the other baselines read precomputed PNGs.
+REGIONS_COMPUTED = "baseline, regions drawn, float32"
+# "tiny" trains in float32; on a GPU, the published precision (TF32) is compared with bf16.
+FORMS = {"tiny": (*FLOAT32, REGIONS_COMPUTED), "vit-b-32": FLOAT32 + BF16, ON_GPU: (FLOAT32[0], BF16[1])}
+CPU_CASES = [(setting, form) for setting in SETTINGS if setting != ON_GPU for form in FORMS[setting]]
+# Headline figures first: each loop of the baseline takes seconds.
 GPU_CASES = [
     ("whole loop", BF16[1]),
     ("whole loop", FLOAT32[0]),
@@ -85,8 +94,8 @@ GPU_CASES = [
 ]
 
 
-def usual_scenes(count: int, size: tuple[int, int] = (640, 480)) -> list[Scene]:
-    """Photos with about as many objects and relations as scenes have; where there are none, drawings as large."""
+def typical_scenes(count: int, size: tuple[int, int] = (640, 480)) -> list[Scene]:
+    """Photos with about OBJECTS objects and RELATIONS relations; without photos, synthetic scenes of the same size."""
     if PHOTOS.is_dir():
         found = [s for s in load_reference(PHOTOS) if isinstance(s, Scene) and s.relations]
         found.sort(key=lambda s: abs(len(s.objects) - OBJECTS) + abs(len(s.relations) - RELATIONS))
@@ -107,14 +116,14 @@ def enlarged(scene: Scene, size: tuple[int, int]) -> Scene:
     return Scene(scene.key, baseline_data.encoded(image), scene.action, objects, scene.relations)
 
 
-class World:
-    """A setting's scenes in both layouts, and each side's batches."""
+class Workload:
+    """A setting's scenes in both layouts, and the batches of both contenders."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting, self.folder = setting, folder
         self.device = timing.device_for(setting.device)
-        self.distinct = usual_scenes(setting.distinct)
-        # Packed are whole batches, which both sides go through again and again.
+        self.distinct = typical_scenes(setting.distinct)
+        # Pack whole batches, over which both contenders iterate repeatedly.
         packed = max(setting.batch, setting.distinct)
         self.scenes = [
             dataclasses.replace(self.distinct[i % len(self.distinct)], key=f"scene {i:05d}", split="train")
@@ -123,16 +132,16 @@ class World:
         self.shards = folder / "shards"
         pack_scenes(self.scenes, self.shards, progress=False)
         self.vocabulary = Vocabulary.load(self.shards / "vocabulary.json")
-        self.words = Words({level: self.vocabulary.tokens(level) for level in LEVELS})
+        self.fixed_vocabulary = FixedVocabulary({level: self.vocabulary.tokens(level) for level in LEVELS})
         self.layout = functools.cache(self._layout)
 
-    def _layout(self, regions: Literal["read", "drawn"]) -> list[baseline_data.Entry]:
+    def _layout(self, regions: Literal["read", "computed"]) -> list[baseline_data.Entry]:
         return baseline_data.write_published(self.distinct, self.folder / regions, regions)
 
-    def published(self, regions: Literal["read", "drawn"]) -> baseline_data.Published:
+    def published(self, regions: Literal["read", "computed"]) -> baseline_data.PublishedLoader:
         s = self.setting
-        entries = list(itertools.islice(itertools.cycle(self.layout(regions)), s.batch * s.theirs))
-        return baseline_data.Published(entries, s.size, s.batch, s.workers, self.device)
+        entries = list(itertools.islice(itertools.cycle(self.layout(regions)), s.batch * s.baseline_batches))
+        return baseline_data.PublishedLoader(entries, s.size, s.batch, s.workers, self.device)
 
     def batches(self, pixels: Iterable[torch.Tensor]) -> Iterator[Batch]:
         scenes = itertools.cycle(self.scenes)
@@ -171,192 +180,190 @@ def _relations(scene: Scene) -> list[Any]:
     return scene.relations
 
 
-class Side:
-    """One way to train: its batches and its step."""
+class Contender:
+    """One form of training: its batches and its step."""
 
-    def __init__(self, world: World, way: str) -> None:
-        self.world, self.way, self.on_gpu = world, way, world.setting.device == "cuda"
-        self.published = None if way.startswith("ours") else world.published("drawn" if way == DRAWN else "read")
+    def __init__(self, workload: Workload, form: str) -> None:
+        self.workload, self.form, self.on_gpu = workload, form, workload.setting.device == "cuda"
+        regions: Literal["read", "computed"] = "computed" if form == REGIONS_COMPUTED else "read"
+        self.published = None if form.startswith("ours") else workload.published(regions)
         self.ours = self.published is None
         release()
-        name = way.replace("regions drawn, ", "") + ", compiled" * (self.ours and self.on_gpu)
-        self.step = build(name, world.setting.preset, world.words, world.device)
-        self.wait = DataWait(torch.device(world.device))
-        self.waits: list[float] = []  # of each loop, as a share of its timed part
-        self.losses: list[list[float]] = []  # of each loop's untimed steps
-        self.wrong: str | None = None  # what the check has found
+        name = form.replace("regions drawn, ", "") + ", compiled" * (self.ours and self.on_gpu)
+        self.step = build(name, workload.setting.preset, workload.fixed_vocabulary, workload.device)
+        self.wait = DataWait(torch.device(workload.device))
+        self.waits: list[float] = []  # per loop, as a share of its timed part
+        self.losses: list[list[float]] = []  # of the untimed steps, per loop
+        self.error: str | None = None  # message of the failed check
 
     @property
     def timed_scenes(self) -> int:
-        s = self.world.setting
-        return s.batch * ((s.batches if self.ours else s.theirs) - s.untimed)
+        s = self.workload.setting
+        return s.batch * ((s.batches if self.ours else s.baseline_batches) - s.untimed)
 
     def batches(self) -> Iterator[Batch]:
-        return self.world.ours() if self.published is None else self.world.batches(self.published)
+        return self.workload.ours() if self.published is None else self.workload.batches(self.published)
 
     def one_step(self, batch: Batch) -> torch.Tensor:
         with matmul_precision("high") if self.on_gpu else nullcontext():
             return self.step.step(batch)
 
     def steps(self) -> Iterator[torch.Tensor]:
-        """The whole loop: the loss of every step."""
-        asked = time.perf_counter()
+        """Run the whole loop, yielding the loss of each step."""
+        requested = time.perf_counter()
         for batch in self.batches():
-            self.wait.begin_step(time.perf_counter() - asked)
+            self.wait.begin_step(time.perf_counter() - requested)
             loss = self.one_step(batch)
             self.wait.end_step()
             yield loss
-            asked = time.perf_counter()
+            requested = time.perf_counter()
 
     def begin_loop(self) -> None:
-        self.under_way = self.steps()
-        self.losses.append(values(itertools.islice(self.under_way, self.world.setting.untimed)))
+        self.running_steps = self.steps()
+        self.losses.append(to_floats(itertools.islice(self.running_steps, self.workload.setting.untimed)))
 
     def finish_loop(self) -> list[float]:
-        """The losses of the rest of the loop."""
+        """Run the rest of the loop and return its losses."""
         self.wait.pop()
-        began = time.perf_counter()
-        losses = values(self.under_way)
-        self.waits.append(self.wait.pop() / (time.perf_counter() - began))
+        start = time.perf_counter()
+        losses = to_floats(self.running_steps)
+        self.waits.append(self.wait.pop() / (time.perf_counter() - start))
         return losses
 
     def begin_loading(self) -> None:
         self.loading = self.batches()
-        for batch in itertools.islice(self.loading, self.world.setting.untimed):
-            arrived(batch)
+        for batch in itertools.islice(self.loading, self.workload.setting.untimed):
+            wait_for(batch)
 
     def finish_loading(self) -> None:
         for batch in self.loading:
-            arrived(batch)
+            wait_for(batch)
 
 
-def values(losses: Iterable[torch.Tensor]) -> list[float]:
-    """Waits for the device."""
+def to_floats(losses: Iterable[torch.Tensor]) -> list[float]:
+    """Losses as floats; waits for the device."""
     found = list(losses)
     return torch.stack(found).tolist() if found else []
 
 
-def arrived(batch: Batch) -> None:
+def wait_for(batch: Batch) -> None:
     batch.pixels[-1, -1, -1, -1].item()
 
 
-def check(side: Side, got: list[float], expected: list[float]) -> None:
-    """Fails, now and for whatever else is measured of this side, where losses differ."""
-    # Pixels may be a byte apart and sums run in another order: 5e-7 of the loss in float32, and 4e-4 in bf16,
-    # which keeps 8 bits; twenty and ten times that. A GPU rounds products to TF32 or bf16 and may decode with nvJPEG.
-    tolerance = 2e-2 if side.on_gpu else 4e-3 if "bf16" in side.way else 1e-5
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        if not abs(ours - theirs) < tolerance * theirs:
-            side.wrong = f"{side.way}, step {i}: loss {ours}, the baseline's is {theirs}"
-            pytest.fail(side.wrong)
+def check(contender: Contender, got: list[float], expected: list[float]) -> None:
+    """Fail this and all later benchmarks of the contender if its losses differ."""
+    # Pixels may differ by one and sums run in another order: relative errors of 5e-7 in float32 and 4e-4 in bf16, of
+    # which the tolerances are 20 and 10 times. A GPU rounds products to TF32 or bf16 and may decode with nvJPEG.
+    tolerance = 2e-2 if contender.on_gpu else 4e-3 if "bf16" in contender.form else 1e-5
+    for i, (loss, reference) in enumerate(zip(got, expected, strict=True)):
+        if not abs(loss - reference) < tolerance * reference:
+            contender.error = f"{contender.form}, step {i}: loss {loss}, the baseline's is {reference}"
+            pytest.fail(contender.error)
 
 
 EXPECTED: dict[str, list[float]] = {}
 
 
-def check_epoch(setting: str, side: Side) -> None:
-    """An epoch against the baseline's in float32, which also warms up."""
+def check_epoch(setting: str, contender: Contender) -> None:
+    """Compare an epoch with the float32 baseline's, which also warms up."""
 
-    def epoch(side: Side) -> list[float]:
-        side.begin_loop()
-        return side.finish_loop()
+    def epoch(contender: Contender) -> list[float]:
+        contender.begin_loop()
+        return contender.finish_loop()
 
-    losses, baseline = epoch(side), FLOAT32[0]
+    losses, baseline = epoch(contender), FLOAT32[0]
     if setting not in EXPECTED:
-        EXPECTED[setting] = losses if side.way == baseline else epoch(Side(side.world, baseline))
-    check(side, losses, EXPECTED[setting])
+        EXPECTED[setting] = losses if contender.form == baseline else epoch(Contender(contender.workload, baseline))
+    check(contender, losses, EXPECTED[setting])
 
 
-def expected_on_gpu(world: World) -> list[float]:
-    """The baseline's first losses, on views of our loader: its own takes seconds for as many."""
+def expected_on_gpu(workload: Workload) -> list[float]:
+    """The baseline's first losses, on batches of this package's loader: its own would take seconds."""
     if ON_GPU not in EXPECTED:
-        side = Side(world, FLOAT32[0])
-        batches = world.ours()
-        EXPECTED[ON_GPU] = values(side.one_step(batch) for batch in itertools.islice(batches, world.setting.untimed))
+        baseline = Contender(workload, FLOAT32[0])
+        batches = itertools.islice(workload.ours(), workload.setting.untimed)
+        EXPECTED[ON_GPU] = to_floats(baseline.one_step(batch) for batch in batches)
     return EXPECTED[ON_GPU]
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
-    return functools.cache(lambda setting: World(SETTINGS[setting], tmp_path_factory.mktemp("worlds")))
+def workloads(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Workload]:
+    return functools.cache(lambda setting: Workload(SETTINGS[setting], tmp_path_factory.mktemp("workload")))
 
 
 @pytest.fixture(scope="module", params=CPU_CASES, ids=["-".join(case) for case in CPU_CASES])
-def case(request: pytest.FixtureRequest, worlds: Callable[[str], World]) -> tuple[str, Side]:
-    """A side at a time, for all three measurements."""
-    setting, way = request.param
-    side = Side(worlds(setting), way)
-    check_epoch(setting, side)
-    return setting, side
+def cpu_contender(request: pytest.FixtureRequest, workloads: Callable[[str], Workload]) -> Contender:
+    """One contender at a time, shared by all three measurements."""
+    setting, form = request.param
+    contender = Contender(workloads(setting), form)
+    check_epoch(setting, contender)
+    return contender
 
 
 @pytest.fixture(scope="module")
-def sides(worlds: Callable[[str], World]) -> Callable[[str], Side]:
-    """Both sides on the GPU."""
-    return functools.cache(lambda way: Side(worlds(ON_GPU), way))
+def gpu_contenders(workloads: Callable[[str], Workload]) -> Callable[[str], Contender]:
+    """Both contenders on the GPU, by form."""
+    return functools.cache(lambda form: Contender(workloads(ON_GPU), form))
 
 
-def name(benchmark: Any, what: str, side: Side, scenes: int) -> None:
-    source, setting = "photos" if PHOTOS.is_dir() else "drawn scenes", side.world.setting
+def describe(benchmark: Any, what: str, contender: Contender, scenes: int) -> None:
+    source, setting = "photos" if PHOTOS.is_dir() else "drawn scenes", contender.workload.setting
     benchmark.group = f"end to end, {what}, {setting.preset}, {source}, {setting.device}"
-    benchmark.extra_info.update(form=side.way, scenes=scenes, threads=torch.get_num_threads())
-    if side.on_gpu and side.ours:
+    benchmark.extra_info.update(form=contender.form, scenes=scenes, threads=torch.get_num_threads())
+    if contender.on_gpu and contender.ours:
         benchmark.extra_info["blocks"] = "compiled"
 
 
-def rounds(side: Side) -> int:
-    """Each side has gone through an epoch by then, and the slowest take half a minute for one."""
+def rounds(contender: Contender) -> int:
+    """Few rounds suffice: each contender is warm, and the slowest take half a minute per epoch."""
     if timing.WARM:
         return 1
-    if side.on_gpu:
-        return timing.sized(5, 2) if side.ours else 1
-    return 5 if side.world.setting.preset == "tiny" and side.ours else 2
+    if contender.on_gpu:
+        return timing.sized(5, 2) if contender.ours else 1
+    return 5 if contender.workload.setting.preset == "tiny" and contender.ours else 2
 
 
-def test_loader(benchmark: Any, case: tuple[str, Side]) -> None:
-    _, side = case
-    if "bf16" in side.way:
-        pytest.skip("the loader is that of float32")
-    if side.way == DRAWN:
+def test_loader(benchmark: Any, cpu_contender: Contender) -> None:
+    if "bf16" in cpu_contender.form:
+        pytest.skip("same loader as float32")
+    if cpu_contender.form == REGIONS_COMPUTED:
         pytest.skip("bench_data.py measures this loader")
-    name(benchmark, "loader", side, side.timed_scenes)
-    benchmark.pedantic(side.finish_loading, setup=side.begin_loading, rounds=rounds(side))
+    describe(benchmark, "loader", cpu_contender, cpu_contender.timed_scenes)
+    benchmark.pedantic(cpu_contender.finish_loading, setup=cpu_contender.begin_loading, rounds=rounds(cpu_contender))
 
 
-def test_step(benchmark: Any, case: tuple[str, Side]) -> None:
-    _, side = case
-    if side.world.setting.preset == "vit-b-32":
-        pytest.skip("bench_step.py measures the step on as many scenes")
-    if side.way == DRAWN:
-        pytest.skip("the step is that of the other baseline")
-    batch = next(iter(side.batches()))
-    name(benchmark, "step", side, batch.num_scenes)
-    benchmark.pedantic(lambda: side.one_step(batch).item(), rounds=5)
+def test_step(benchmark: Any, cpu_contender: Contender) -> None:
+    if cpu_contender.workload.setting.preset == "vit-b-32":
+        pytest.skip("bench_step.py measures the step at this size")
+    if cpu_contender.form == REGIONS_COMPUTED:
+        pytest.skip("same step as the other baseline")
+    batch = next(iter(cpu_contender.batches()))
+    describe(benchmark, "step", cpu_contender, batch.num_scenes)
+    benchmark.pedantic(lambda: cpu_contender.one_step(batch).item(), rounds=5)
 
 
-def test_whole_loop(benchmark: Any, case: tuple[str, Side]) -> None:
-    _, side = case
-    name(benchmark, "whole loop", side, side.timed_scenes)
-    benchmark.pedantic(side.finish_loop, setup=side.begin_loop, rounds=rounds(side))
+def test_whole_loop(benchmark: Any, cpu_contender: Contender) -> None:
+    describe(benchmark, "whole loop", cpu_contender, cpu_contender.timed_scenes)
+    benchmark.pedantic(cpu_contender.finish_loop, setup=cpu_contender.begin_loop, rounds=rounds(cpu_contender))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("what", "way"), GPU_CASES)
-def test_vit_b_32_on_a_gpu(benchmark: Any, what: str, way: str, sides: Callable[[str], Side]) -> None:
-    side = sides(way)
-    if side.wrong is not None:
-        pytest.fail(side.wrong)
+@pytest.mark.parametrize(("what", "form"), GPU_CASES)
+def test_vit_b_32_on_a_gpu(benchmark: Any, what: str, form: str, gpu_contenders: Callable[[str], Contender]) -> None:
+    contender = gpu_contenders(form)
+    if contender.error is not None:
+        pytest.fail(contender.error)
     if what == "step":
-        batch = next(side.world.ours())
-        name(benchmark, what, side, batch.num_scenes)
-        benchmark.pedantic(lambda: side.one_step(batch).item(), rounds=3, warmup_rounds=1)
+        batch = next(contender.workload.ours())
+        describe(benchmark, what, contender, batch.num_scenes)
+        benchmark.pedantic(lambda: contender.one_step(batch).item(), rounds=3, warmup_rounds=1)
         return
-    name(benchmark, what, side, side.timed_scenes)
+    describe(benchmark, what, contender, contender.timed_scenes)
     if what == "loader":
-        benchmark.pedantic(side.finish_loading, setup=side.begin_loading, rounds=min(rounds(side), 3))
+        benchmark.pedantic(contender.finish_loading, setup=contender.begin_loading, rounds=min(rounds(contender), 3))
         return
-    benchmark.pedantic(side.finish_loop, setup=side.begin_loop, rounds=rounds(side))
-    if side.ours:
-        benchmark.extra_info["data_wait"] = statistics.median(side.waits)
+    benchmark.pedantic(contender.finish_loop, setup=contender.begin_loop, rounds=rounds(contender))
+    if contender.ours:
+        benchmark.extra_info["data_wait"] = statistics.median(contender.waits)
     if not timing.WARM:
-        check(side, side.losses[0], expected_on_gpu(side.world))
+        check(contender, contender.losses[0], expected_on_gpu(contender.workload))

@@ -1,12 +1,12 @@
-"""What the trainer adds to its own bare step: the same modules, the same batch, the same thread, in turns.
+"""The overhead of the trainer's loop over its bare step: same modules, same batch, same thread, in alternation.
 
-The bare step is model, loss, backward pass, clipping, AdamW and the teacher's average. The trainer has all that and
-the rest of its loop: operations counted, schedule, metrics read from the device and written every ten steps. Loader
-and checkpoints are left out. A sample is ten steps. Before each of the trainer's, ten bare ones are timed, by the same
-clock; extra_info["overhead"] is the median of what the trainer's take longer than those, as a share.
+The bare step is model, loss, backward pass, clipping, AdamW and the teacher's update. The trainer adds the rest of its
+loop: operation counts, schedule, metrics read from the device and logged every ten steps. Loader and checkpoints are
+excluded. A sample is ten steps. Ten bare steps are timed by the same clock before each sample of the trainer;
+extra_info["overhead"] is the median relative excess over them.
 
-Run: make bench, or: pytest benchmarks/bench_trainer.py. Where others use the machine, the processor's time on one core
-is the steadier figure: OMP_NUM_THREADS=1 pytest benchmarks/bench_trainer.py --benchmark-timer=time.process_time
+Run: make bench, or: pytest benchmarks/bench_trainer.py. On a shared machine, CPU time on one core is less noisy:
+OMP_NUM_THREADS=1 pytest benchmarks/bench_trainer.py --benchmark-timer=time.process_time
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.optim import guarded_step
 from scenarioclip_fast.train.trainer import Trainer
 
-STEPS = sized(10, 2)  # a sample, and a log interval
+STEPS = sized(10, 2)  # per sample and per log interval
 SETTINGS = {
     "cpu": ["model.preset=tiny", "data.batch_size=16", "optim.lr=1e-5"],
     "cuda": [
@@ -43,12 +43,12 @@ SETTINGS = {
 }
 
 
-class Ended(Exception):
-    """The benchmark is over: the trainer is left without its last checkpoint."""
+class BenchmarkEnd(Exception):
+    """Ends the trainer's loop without a final checkpoint."""
 
 
-class OneBatch:
-    """A loader but for its batches."""
+class OneBatchLoader:
+    """Replaces a loader's batches."""
 
     def __init__(self, loader: SceneLoader, batches: Callable[[], Iterator[Batch]]) -> None:
         self.bad, self._batches = loader.bad, batches
@@ -57,44 +57,43 @@ class OneBatch:
         return self._batches()
 
 
-class Driven(Trainer):
-    """A trainer whose loader gives one batch over and over, as many times as it is told to, and which takes bare steps
-    in between."""
+class SteppedTrainer(Trainer):
+    """A trainer, run in a thread, that takes a commanded number of steps on one batch, or bare steps instead."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self.orders: queue.Queue[str] = queue.Queue()
+        self.commands: queue.Queue[str] = queue.Queue()
         self.done: queue.Queue[BaseException | None] = queue.Queue()
 
-    def run(self, what: str) -> None:
-        """STEPS steps, "bare" or by the "trainer"."""
-        self.orders.put(what)
+    def run(self, kind: str) -> None:
+        """Take STEPS steps; `kind`: "bare" or "trainer"."""
+        self.commands.put(kind)
         if (error := self.done.get()) is not None:
             raise error
 
     def work(self) -> None:
-        """What the thread does."""
+        """The thread's target."""
         try:
             self.fit()
         except BaseException as error:
-            self.done.put(None if isinstance(error, Ended) else error)
+            self.done.put(None if isinstance(error, BenchmarkEnd) else error)
 
     def _build(self, stack: ExitStack) -> None:
         super()._build(stack)
         self.batch = next(iter(self.loader))
-        self.loader = OneBatch(self.loader, self._batches)  # type: ignore[assignment]
+        self.loader = OneBatchLoader(self.loader, self._batches)  # type: ignore[assignment]
 
     def _batches(self) -> Iterator[Batch]:
-        wait: Callable[[], None] = torch.cuda.synchronize if self.world.device.type == "cuda" else lambda: None
-        while (order := self.orders.get()) != "end":
+        synchronize: Callable[[], None] = torch.cuda.synchronize if self.world.device.type == "cuda" else lambda: None
+        while (command := self.commands.get()) != "end":
             for _ in range(STEPS):
-                if order == "trainer":
+                if command == "trainer":
                     yield self.batch
                 else:
                     self._bare_step()
-            wait()
+            synchronize()
             self.done.put(None)
-        raise Ended
+        raise BenchmarkEnd
 
     def _bare_step(self) -> None:
         with self._autocast():
@@ -110,11 +109,11 @@ def run(benchmark: Any, device: str, rounds: int, folder: Path) -> None:
         if problem := import_problem(module):
             pytest.skip(problem)
     overrides = [f"data.shards={folder / 'shards'}", f"run.dir={folder / 'run'}", "train.steps=1000000"]
-    # Not compiled: that takes a minute, and what the loop adds to a step is the same.
+    # Not compiled: that takes a minute and does not change the overhead.
     overrides += ["train.checkpoint_every=1000000", f"train.log_every={STEPS}", "train.compile=false"]
     config = TrainConfig.of({}, [*SETTINGS[device], *overrides])
     pack(generate_scenes(config.data.batch_size, seed=0, val=0.0, test=0.0), folder / "shards", progress=False)
-    trainer = Driven(config)
+    trainer = SteppedTrainer(config)
     thread = threading.Thread(target=trainer.work)
     thread.start()
     bare: list[float] = []
@@ -130,16 +129,16 @@ def run(benchmark: Any, device: str, rounds: int, folder: Path) -> None:
         benchmark.group = f"trainer, {config.data.batch_size} scenes, {device}"
         benchmark.pedantic(lambda: trainer.run("trainer"), setup=bare_steps, rounds=rounds, warmup_rounds=int(not WARM))
     finally:
-        trainer.orders.put("end")
+        trainer.commands.put("end")
         thread.join()
     info = benchmark.extra_info
     info["form"] = "ours, trainer"
     info["scenes"] = STEPS * config.data.batch_size
     info["threads"] = torch.get_num_threads()
-    bare = bare[-rounds:]  # without the warm-up's
+    bare = bare[-rounds:]  # without the warm-up
     info["seconds of a bare step"] = statistics.median(bare) / STEPS
     pairs = zip(benchmark.stats.stats.data, bare, strict=True)
-    info["overhead"] = statistics.median(trainers / theirs for trainers, theirs in pairs) - 1
+    info["overhead"] = statistics.median(trainer_s / bare_s for trainer_s, bare_s in pairs) - 1
 
 
 def test_tiny(benchmark: Any, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""render_views on one core, against NumPy, SciPy and Pillow doing the same step by step, as published; and on a GPU,
-against the bytes that must move.
+"""render_views on one CPU core, against the published steps in NumPy, SciPy and Pillow; and on a GPU, against the
+roofline.
 
-640 x 480 pictures to 224 (ViT-B/32), and 192 x 144 to 64 (the demo's). The photos are the real ones where they are
-present (SCENARIOCLIP_FAST_PHOTOS), else drawn ones. On a CPU the time is that of one call that renders all views of a
-kind. On a GPU the samples are the device's time alone, although the host plans every view before it launches anything.
-What a call takes with the planning, on an idle device, is "as launched": of the two views/s, that is what a caller gets
-who does not plan the next batch meanwhile.
+From 640 x 480 to 224 pixels (ViT-B/32), and from 192 x 144 to 64 (the demo). Photos if available
+(SCENARIOCLIP_FAST_PHOTOS), else synthetic scenes. On a CPU a sample is one call that renders all views of a kind. On a
+GPU the samples are device time alone, excluding the host's planning of the views. "as launched" is the time of a call
+on an idle device, planning included: the views/s of a caller that does not overlap planning with the previous batch.
 
 Run: make bench, or: pytest benchmarks/bench_views.py
 """
@@ -58,16 +57,16 @@ def one_core() -> Iterator[None]:
 
 @functools.cache
 def make_scenes(size: tuple[int, int], count: int) -> list[Scene]:
-    """`count` scenes of `size` pixels, image as a tensor and masks as RLE. Not to be changed: all cases share them."""
-    scenes = photographed(size, count)
+    """`count` scenes of `size` pixels, image as a tensor and masks as RLE; shared by all cases, do not modify."""
+    scenes = from_photos(size, count)
     rng = np.random.default_rng(0)
     while len(scenes) < count:
-        scenes.append(drawn(f"drawn {len(scenes)}", size, rng))
+        scenes.append(synthetic(f"synthetic {len(scenes)}", size, rng))
     return scenes
 
 
-def photographed(size: tuple[int, int], count: int) -> list[Scene]:
-    """The first photos with relations, at most `count`; none where they, or what reads them, are not here."""
+def from_photos(size: tuple[int, int], count: int) -> list[Scene]:
+    """At most `count` of the first photos with relations; none if the photos or their decoder are missing."""
     scenes: list[Scene] = []
     if not PHOTOS.is_dir() or import_problem("simplejpeg"):
         return scenes
@@ -86,14 +85,14 @@ def photographed(size: tuple[int, int], count: int) -> list[Scene]:
 
     threads = torch.get_num_threads()
     try:
-        # A torch operator in one of these threads must not start as many again.
+        # PyTorch operators in these threads must not start threads of their own.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for start in range(0, source.total, count):
                 scenes += filter(None, pool.map(read, source.entries[start : start + count]))
                 if len(scenes) >= count:
                     break
     finally:
-        torch.set_num_threads(threads)  # threads to come take the number that was set last
+        torch.set_num_threads(threads)  # the setting also applies to threads started later
     return scenes[:count]
 
 
@@ -114,7 +113,7 @@ def resized(scene: Scene, size: tuple[int, int]) -> Scene:
     return Scene(scene.key, image, scene.action, objects, scene.relations)
 
 
-def drawn(key: str, size: tuple[int, int], rng: np.random.Generator) -> Scene:
+def synthetic(key: str, size: tuple[int, int], rng: np.random.Generator) -> Scene:
     width, height = size
     y, x = np.ogrid[:height, :width]
     objects = []
@@ -128,7 +127,7 @@ def drawn(key: str, size: tuple[int, int], rng: np.random.Generator) -> Scene:
 
 
 def step_by_step(scene: Scene, kind: str, size: int) -> list[Tensor]:
-    """The views of one kind of a scene, in the tools of the published code."""
+    """A scene's views of one kind, with the tools of the published code."""
     image = scene.image.numpy()  # type: ignore[union-attr]
     if kind == "global":
         return [to_tensor(centre(image, size))]
@@ -181,37 +180,37 @@ def to_tensor(picture: Image.Image) -> Tensor:
 @pytest.mark.usefixtures("one_core")
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["step by step", "ours: reference", "ours: cpu"])
-def test_views(benchmark: Any, way: str, kind: str, setting: str) -> None:
+@pytest.mark.parametrize("form", ["step by step", "ours: reference", "ours: cpu"])
+def test_views(benchmark: Any, form: str, kind: str, setting: str) -> None:
     pixels, size, count = SETTINGS[setting]
-    backend = way.removeprefix("ours: ")
-    if way.startswith("ours") and (reason := unavailable_reason("render_views", backend, "cpu")):
+    backend = form.removeprefix("ours: ")
+    if form.startswith("ours") and (reason := unavailable_reason("render_views", backend, "cpu")):
         pytest.skip(reason)
-    scenes = make_scenes(pixels, count if way != "ours: reference" else 2)
+    scenes = make_scenes(pixels, count if form != "ours: reference" else 2)
     images = [scene.image for scene in scenes]
     views = Views.of_scenes(scenes, object_view="crop" if kind == "crop" else "masked")
     views = views.select(views.kind == KINDS[kind])
-    ways: dict[str, Callable[[], Tensor]] = {
+    calls: dict[str, Callable[[], Tensor]] = {
         "step by step": lambda: torch.stack([v for scene in scenes for v in step_by_step(scene, kind, size)]),
-        way if way.startswith("ours") else "": lambda: render_views(images, views, size=size, backend=backend),  # type: ignore[arg-type]
+        form if form.startswith("ours") else "": lambda: render_views(images, views, size=size, backend=backend),  # type: ignore[arg-type]
     }
-    # No time is reported for a wrong result: one byte apart on 99.9 % of the values, three at most.
-    spread = torch.tensor(CLIP_STD)[:, None, None]
-    apart = (ways[way]() - ways["step by step"]()).abs() * spread * 255
-    assert apart.max() <= 3.01 and (apart <= 1.01).double().mean() >= 0.999, f"{way} is {apart.max():.2f} bytes off"
+    # Checked before timing: off by at most 1/255 on 99.9 % of the values, by at most 3/255 on the rest.
+    std = torch.tensor(CLIP_STD)[:, None, None]
+    apart = (calls[form]() - calls["step by step"]()).abs() * std * 255
+    assert apart.max() <= 3.01 and (apart <= 1.01).double().mean() >= 0.999, f"{form} is {apart.max():.2f} bytes off"
 
     benchmark.group = f"{kind} views, {setting}, one core"
-    benchmark.extra_info.update(form=way, views=len(views))
+    benchmark.extra_info.update(form=form, views=len(views))
     pixels_out = size * size * len(views)
     counted(benchmark, "cpu", bytes=bytes_to_move(scenes, views, pixels_out, 4), operations=operations(views, size))
-    benchmark.pedantic(ways[way], rounds=7 if way == "ours: cpu" else 4, warmup_rounds=1)
+    benchmark.pedantic(calls[form], rounds=7 if form == "ours: cpu" else 4, warmup_rounds=1)
 
 
 def bytes_to_move(scenes: list[Scene], views: Views, pixels_out: int, bytes_out: int) -> int:
-    """What the views show of every image once, the masks of the relations once as bits, the views once.
+    """Minimum bytes: the visible part of each image once, the relations' masks once as bits, the views once.
 
-    3 bytes a pixel: the middle square of an image for a whole or a relation view, a box for an object's, all together
-    at most the image; H W / 8 a mask; 3 numbers of `bytes_out` a pixel of a view.
+    3 bytes per image pixel: the centre square for a global or relation view and the boxes of object views, in total at
+    most the image; H W / 8 bytes per mask; 3 numbers of `bytes_out` bytes per pixel of a view.
     """
     shown = [0.0] * len(scenes)
     boxes = [0.0] * len(scenes)
@@ -226,17 +225,17 @@ def bytes_to_move(scenes: list[Scene], views: Views, pixels_out: int, bytes_out:
         height, width = scenes[i].image.shape[:2]  # type: ignore[union-attr]
         masks += len({k for r in scenes[i].relations for k in (r.subject, r.object)}) * height * width // 8
     limits = [scene.image.numel() for scene in scenes]  # type: ignore[union-attr]
-    read = sum(min(3 * (a + b), most) for a, b, most in zip(shown, boxes, limits, strict=True))
+    read = sum(min(3 * (a + b), limit) for a, b, limit in zip(shown, boxes, limits, strict=True))
     return int(read) + masks + 3 * pixels_out * bytes_out
 
 
 def operations(views: Views, size: int) -> float:
-    """Multiplications and additions, 3 colours, without augmentation.
+    """Multiplications and additions for 3 channels, without augmentation.
 
-    A view, from a window whose short side is n pixels (f = max(n / size, 1), 4 f taps): across, n rows of `size` with
-    4 f taps; down, size^2 with 4 f taps; normalisation, 2 a number. A relation besides, for n^2 pixels: weights about
-    20 (two distances, exponentials counted as one, the product with 3 colours); the blur of an image, once: 2 passes of
-    17 taps.
+    A view of a window with a short side of n pixels (f = max(n / size, 1)) takes: horizontally, n rows of `size` with
+    4 f taps; vertically, size^2 with 4 f taps; normalisation, 2 per number. A relation view also takes about 20 per
+    pixel for the weights (two distances, exponentials counted as one, the product with 3 channels). The blur takes 2
+    passes of 17 taps, once per image.
     """
     total = 0.0
     for kind, source in zip(views.kind.tolist(), views.source.tolist(), strict=True):
@@ -252,19 +251,19 @@ def operations(views: Views, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """All views of some scenes, their images on the device: what a batch of training or evaluation is."""
+class MixedViews:
+    """All views of some scenes, with images on the device, as in a batch of training or evaluation."""
 
     scenes: list[Scene]
     images: list[Tensor]
     views: Views
 
     @staticmethod
-    def of(device: str, object_view: str, train: bool, count: int = GPU_SCENES) -> Mixed:
-        """Of the first `count` scenes, over again where there are not as many."""
+    def of(device: str, object_view: str, train: bool, count: int = GPU_SCENES) -> MixedViews:
+        """All views of the first `count` scenes, repeated if there are fewer."""
         scenes = list(itertools.islice(itertools.cycle(make_scenes(GPU_SIZE, GPU_SCENES)), count))
         images = list(itertools.islice(itertools.cycle(images_on(device)), count))
-        return Mixed(scenes, images, Views.of_scenes(scenes, object_view=object_view, train=train))
+        return MixedViews(scenes, images, Views.of_scenes(scenes, object_view=object_view, train=train))
 
     def render(
         self, dtype: torch.dtype = torch.bfloat16, memory_format: torch.memory_format = torch.channels_last
@@ -273,11 +272,11 @@ class Mixed:
         return render_views(self.images, self.views, size=GPU_SIDE, **options)
 
     def planning_ms(self, rounds: int = 5) -> float:
-        """Host time of `lower_views`, a part of every call."""
+        """Host time of `lower_views`, which is part of every call."""
         return median_ms(lambda: lower_views(self.images, self.views.tensors, GPU_SIDE), rounds)
 
     def host_ms(self, rounds: int = 5) -> float:
-        """What a call takes of the host before it returns, on an idle device: planning in Python and C++, launches."""
+        """Host time until a call returns, on an idle device: planning in Python and C++, and launches."""
         return median_ms(self.render, rounds, lambda: synchronize("cuda"))
 
 
@@ -296,23 +295,25 @@ def median_ms(run: Callable[[], Any], rounds: int, before: Callable[[], None] = 
     return statistics.median(times)
 
 
-def check(rendered: Tensor, mixed: Mixed) -> None:
-    """Views of the first scenes against the `cpu` form, and one of each kind, plain and changed, against the reference.
+def check(rendered: Tensor, mixed: MixedViews) -> None:
+    """Check the first scenes' views against `cpu`, and one view of each kind and augmentation against `reference`.
 
-    The tests hold `cpu` to the reference, which takes 0.1 s for a relation view. A bfloat16 of a normalised colour may
-    be half a byte off by itself.
+    The reference takes 0.1 s per relation view; the tests check `cpu` against it. Rounding a normalised colour to
+    bfloat16 alone may be off by 0.5/255.
     """
     views = mixed.views
-    changed = (views.augment != torch.tensor([1.0, 1, 1, 0, 0])).any(1)
-    groups = [(views.kind == kind) & (changed == which) for kind in views.kind.unique() for which in (False, True)]
-    law = torch.tensor([int(group.nonzero()[0]) for group in groups if group.any()])
-    for backend, chosen in (("cpu", (views.image < GPU_CHECKED).nonzero()[:, 0]), ("reference", law)):
+    augmented = (views.augment != torch.tensor([1.0, 1, 1, 0, 0])).any(1)
+    groups = [(views.kind == kind) & (augmented == flag) for kind in views.kind.unique() for flag in (False, True)]
+    one_per_group = torch.tensor([int(group.nonzero()[0]) for group in groups if group.any()])
+    for backend, chosen in (("cpu", (views.image < GPU_CHECKED).nonzero()[:, 0]), ("reference", one_per_group)):
         images = [scene.image for scene in mixed.scenes]
         expected = render_views(images, views.select(chosen), size=GPU_SIDE, backend=backend)  # type: ignore[arg-type]
-        spread = 255 * torch.tensor(CLIP_STD, device=rendered.device)[:, None, None]
-        apart = (rendered[chosen.to(rendered.device)] - expected.to(rendered.device)).abs_().mul_(spread)
-        few = int((apart > 2).sum()) / apart.numel()
-        assert apart.max() <= 4 and few <= 1e-3, f"{apart.max():.2f} bytes off the {backend} form, {few:.2%} by over 2"
+        std = 255 * torch.tensor(CLIP_STD, device=rendered.device)[:, None, None]
+        apart = (rendered[chosen.to(rendered.device)] - expected.to(rendered.device)).abs_().mul_(std)
+        share = int((apart > 2).sum()) / apart.numel()
+        assert apart.max() <= 4 and share <= 1e-3, (
+            f"off from backend {backend} by up to {apart.max():.2f}/255, {share:.2%} of the values by over 2/255"
+        )
 
 
 @pytest.mark.gpu
@@ -322,7 +323,7 @@ def test_mixed_views_on_a_gpu(benchmark: Any, object_view: str, train: bool) -> 
     """All views of 128 scenes, bf16 and channels last, images in the GPU's memory."""
     if reason := unavailable_reason("render_views", backend_for("cuda"), device_for("cuda")):
         pytest.skip(reason)
-    mixed = Mixed.of("cuda", object_view, train)
+    mixed = MixedViews.of("cuda", object_view, train)
     views = len(mixed.views)
     check(mixed.render(), mixed)
 
@@ -340,8 +341,8 @@ def test_mixed_views_on_a_gpu(benchmark: Any, object_view: str, train: bool) -> 
     report(benchmark, mixed)
 
 
-def report(benchmark: Any, mixed: Mixed) -> None:
-    """Says apart what the device and the host take."""
+def report(benchmark: Any, mixed: MixedViews) -> None:
+    """Record host times and both rates."""
     info, views = benchmark.extra_info, len(mixed.views)
     info["planning, ms"] = round(mixed.planning_ms(), 3)
     info["host before the call returns, ms"] = round(mixed.host_ms(), 3)

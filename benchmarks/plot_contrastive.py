@@ -1,4 +1,4 @@
-"""Draws what bench_contrastive.py measured: time against rows, and the sizes at which launches are the cost.
+"""Plots the results of bench_contrastive.py: time over rows, and the launch-bound sizes.
 
 Run: SCENARIOCLIP_FAST_BENCH_ROWS=all scenarioclip-fast bench contrastive --out RECORD
      python benchmarks/plot_contrastive.py RECORD OUT.png
@@ -21,7 +21,7 @@ from scenarioclip_fast.errors import UserError
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-LAUNCH_BOUND = 2048  # rows up to which a GPU waits for launches
+LAUNCH_BOUND_ROWS = 2048  # up to which a GPU waits for launches
 Series = dict[str, dict[int, float]]  # form -> rows -> milliseconds
 
 
@@ -30,13 +30,13 @@ def series(runs: Sequence[Result], phase: str, device: str, width: int) -> Serie
     for run in runs:
         info = run.extra
         if (info["phase"], info["device"], info["width"]) == (phase, device, width):
-            # The minimum: what other programs on the machine disturbed least.
+            # The minimum is least affected by other load on the machine.
             out[run.form][info["rows"]] = min(run.samples) * 1e3
     return out
 
 
 def style(form: str) -> dict[str, Any]:
-    """Ours stands out, and a form looks the same in every picture."""
+    """The line style of a form, the same in every plot; this package stands out."""
     if form == "four bare products":
         return {"color": "black", "linestyle": "--"}
     linestyle = ":" if form.endswith("compiled") else "-"
@@ -64,19 +64,19 @@ def bars(axes: Axes, forms: Series, title: str) -> None:
     axes.set(title=title, xlabel="milliseconds")
 
 
-def draw(runs: Sequence[Result], out: Path) -> None:
+def plot(runs: Sequence[Result], out: Path) -> None:
     settings = sorted({(run.extra["device"], run.extra["width"]) for run in runs})
     figure, axes = plt.subplots(len(settings), 6, figsize=(31, 5 * len(settings)), squeeze=False)
     for row, (device, width) in zip(axes, settings, strict=True):
         for place, phase in zip(row, ("forward", "backward", "forward + backward"), strict=False):
             lines(place, series(runs, phase, device, width), f"{phase}, D = {width}, {device}")
         both = series(runs, "forward + backward", device, width)
-        small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND} for form, times in both.items()}
-        small = {form: times for form, times in small.items() if times}  # an axis of no numbers has no logarithm
+        small = {form: {n: t for n, t in times.items() if n <= LAUNCH_BOUND_ROWS} for form, times in both.items()}
+        small = {form: times for form, times in small.items() if times}  # an empty axis cannot be logarithmic
         lines(row[3], small, f"launch-bound, both passes, D = {width}, {device}")
-        title = "three levels of one batch, both passes,\n"
-        bars(row[4], series(runs, "levels", device, width), f"{title}a text a row")
-        bars(row[5], series(runs, "levels, distinct texts", device, width), f"{title}texts as 128 photos have them")
+        title = "three levels of a batch, both passes,\n"
+        bars(row[4], series(runs, "levels", device, width), f"{title}one text per row")
+        bars(row[5], series(runs, "levels, distinct texts", device, width), f"{title}distinct texts as in 128 photos")
         row[2].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
@@ -85,16 +85,16 @@ def draw(runs: Sequence[Result], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, help="directory of a record, or its record.json")
-    parser.add_argument("out", type=Path, help="picture to write")
-    given = parser.parse_args()
+    parser.add_argument("out", type=Path, help="image file to write")
+    args = parser.parse_args()
     try:
-        parts = read_record(given.record).parts
+        parts = read_record(args.record).parts
     except UserError as error:
         parser.error(str(error))
     runs = [run for part in parts if part.name == "contrastive" for run in part.results]
     if not runs:
-        parser.error(f"{given.record}: no run of bench_contrastive.py in this record")
-    draw(runs, given.out)
+        parser.error(f"{args.record}: no run of bench_contrastive.py in this record")
+    plot(runs, args.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Shared by the benchmarks: timing by device events with a cold L2, rehearsal on a CPU, bytes and operations of a call.
+"""Benchmark helpers: timing by device events with a cold L2, rehearsal on a CPU, bytes and operations of a call.
 
-The fields of `extra_info` that reports read are listed in scenarioclip_fast/bench/record.py.
+The fields of `extra_info` that reports use are listed in scenarioclip_fast/bench/record.py.
 
-With SCENARIOCLIP_FAST_REHEARSAL=1 (`make gpu-rehearse`) the GPU benchmarks run on the CPU at toy sizes, which exercises
-all but the device: `device_for` maps "cuda" to "cpu", `sized` picks the toy size, `backend_for` the CPU form of an op.
-With SCENARIOCLIP_FAST_BENCH_WARM=1 each benchmark takes one sample, which fills the compilers' caches.
+With SCENARIOCLIP_FAST_REHEARSAL=1 (`make gpu-rehearse`), the GPU benchmarks run on the CPU at toy sizes, which covers
+everything but the device: `device_for` maps "cuda" to "cpu", `sized` selects the toy size, `backend_for` the CPU
+backend. With SCENARIOCLIP_FAST_BENCH_WARM=1, each benchmark takes one sample, to fill the compilers' caches.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 
 REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 WARM = os.environ.get("SCENARIOCLIP_FAST_BENCH_WARM") == "1"
-# Above this host time per call the launches cannot be queued ahead: the device is then timed as launched.
+# Above this host time per call, launches cannot be queued ahead; samples then include the host time.
 LONGEST_SLEEP_S = 0.05
 
 T = TypeVar("T")
 
 
 def device_for(device: str) -> str:
-    """Where tensors of a case live: on the CPU in a rehearsal."""
+    """The device of a case's tensors: the CPU in a rehearsal."""
     return "cpu" if REHEARSAL else device
 
 
 def on_gpu(device: str) -> bool:
-    """Whether a case really runs on a GPU, so that torch.cuda may be called."""
+    """Whether a case runs on a real GPU, so that torch.cuda may be used."""
     return device_for(device) == "cuda"
 
 
@@ -41,7 +41,7 @@ def sized(full: T, toy: T) -> T:
 
 
 def backend_for(backend: str) -> str:
-    """The backend of an op that a case runs: GPU backends are replaced by the CPU form in a rehearsal."""
+    """The backend that a case uses: "cpu" in place of GPU backends in a rehearsal."""
     return "cpu" if REHEARSAL and backend in ("triton", "cuda") else backend
 
 
@@ -51,10 +51,10 @@ def synchronize(device: str) -> None:
 
 
 def timed(benchmark: Any, run: Callable[[], Any], device: str, *, rounds: int, warmup_rounds: int = 1) -> None:
-    """Samples `run`.
+    """Time calls of `run`.
 
-    On a GPU the samples are device times with a cold L2. The launches are queued while the device sleeps, so that the
-    host's time is not counted; `extra_info["as launched, ms"]` is the median on an idle device, host time included.
+    On a GPU the samples are device times with a cold L2. Launches are queued while the device sleeps, so host time is
+    excluded; `extra_info["as launched, ms"]` is the median on an idle device, including host time.
     """
     if WARM:
         rounds, warmup_rounds = 1, 0
@@ -74,7 +74,7 @@ def timed(benchmark: Any, run: Callable[[], Any], device: str, *, rounds: int, w
 
 
 class DeviceTimer:
-    """Times calls of `run` by device events, after writing twice the L2's size so that no input is cached."""
+    """Times calls of `run` by device events; writes twice the L2 size before each so that no input is cached."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         properties = torch.cuda.get_device_properties(0)
@@ -84,14 +84,14 @@ class DeviceTimer:
         self.host_s = 0.0
 
     def measure_host(self, calls: int = 3) -> None:
-        """Takes the host's time for one call, which `sample` hides."""
+        """Measure the host time of a call, which `sample` can hide."""
         times = []
         for _ in range(calls):
             torch.cuda.synchronize()
             start = time.perf_counter()
             self.run()
             times.append(time.perf_counter() - start)
-            if times[-1] >= LONGEST_SLEEP_S:  # cannot be hidden, whatever it is
+            if times[-1] >= LONGEST_SLEEP_S:  # too long to hide
                 break
         torch.cuda.synchronize()
         self.host_s = statistics.median(times)
@@ -101,7 +101,7 @@ class DeviceTimer:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         if hide_host and self.host_s < LONGEST_SLEEP_S:
-            # Half as long again, since the host's time varies. Oversleeping does not affect the measurement.
+            # 1.5 x, since the host time varies; oversleeping does not affect the measurement.
             torch.cuda._sleep(int((1.5 * self.host_s + 1e-4) * self.clock))
         else:
             torch.cuda.synchronize()
@@ -112,7 +112,7 @@ class DeviceTimer:
         return start.elapsed_time(end) / 1e3
 
     def median(self, rounds: int, warmup_rounds: int = 2) -> float:
-        """Median seconds of `rounds` calls, with the host's time hidden."""
+        """Median seconds of `rounds` calls, excluding host time."""
         for _ in range(warmup_rounds):
             self.run()
         self.measure_host(1)
@@ -120,7 +120,7 @@ class DeviceTimer:
 
 
 def median_seconds(run: Callable[[], Any], device: str, rounds: int = 10, warmup_rounds: int = 2) -> float:
-    """Median seconds of a call outside of pytest: on a GPU by device events, host hidden; else by the host's clock."""
+    """Median seconds of a call, without pytest: device time on a GPU, wall time on a CPU."""
     if on_gpu(device):
         return DeviceTimer(run).median(rounds, warmup_rounds)
     for _ in range(warmup_rounds):
@@ -137,11 +137,11 @@ def counted(
     benchmark: Any,
     device: str,
     *,
-    bytes: float,  # that one sample must read and write, each tensor once
-    operations: float,  # additions and multiplications of one sample
+    bytes: float,  # read and written per sample, each tensor once
+    operations: float,  # additions and multiplications per sample
     precision: str = "float32",
 ) -> None:
-    """Records bytes and operations for the roofline."""
+    """Record bytes and operations for the roofline."""
     benchmark.extra_info.update(bytes=bytes, operations=operations, precision=precision, device=device)
     if device == "cpu":
         benchmark.extra_info["threads"] = torch.get_num_threads()

@@ -1,10 +1,10 @@
-"""Where a training step's time goes on this GPU: device time by part, beside what was predicted.
+"""Breaks a training step's time on this GPU down by part, compared with predictions.
 
     python benchmarks/tune_step.py [--quick] [--out FILE.json]
 
-The step is bench_step.py's with bf16, eager and compiled (and with CUDA graphs, at other batch sizes, too, unless
---quick). Each is timed, then profiled for one step. The predictions are arithmetic from bytes and operations, made
-without a device; where measured and predicted differ by much, either the arithmetic or a kernel is wrong.
+The step is that of bench_step.py in bf16, eager and compiled (without --quick also with CUDA graphs and at other batch
+sizes). Each is timed, then profiled for one step. The predictions are computed from bytes and operations, without a
+device; a large difference means that either the estimate or a kernel is wrong.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PARTS = {
     "rest": "text towers, losses, other",
 }
 NOTE = (
-    "Predicted: estimates from bytes and operations, made without a device; all matrix products at 600 TFLOP/s, those "
-    "of texts included.\nThe bytes of attention are predicted under elementwise: compare the sum of the two."
+    "Predictions: estimates from bytes and operations, made without a device; all matrix products, including those of "
+    "texts, at 600 TFLOP/s.\nThe bytes of attention are predicted under elementwise: compare the sum of the two."
 )
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Of a step of 128 scenes on an H100."""
+    """Predictions for a step of 128 scenes on an H100."""
 
     ms: dict[str, float]
     scenes_per_s: float
@@ -61,24 +61,24 @@ PREDICTED = {
 }
 PREDICTED_SCENES = 128
 
-# Reading a profile
+# Analysing a profile
 
-VISION = "step: vision"  # the range in which the vision encoders run
+VISION = "step: vision"  # profiler range of the vision encoders
 _BACKWARD = "autograd::engine::evaluate_function: "
 _KINDS = [
-    # A fused kernel is named after all operators in it, products and attention before or after it included.
+    # Fused kernels are named after all their operators and may mention adjacent products and attention.
     ("elementwise", r"^triton_(?!tem_)"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("weights", r"multi_tensor_apply|lpnorm|fused_?adam|_foreach_"),
     ("products", r"gemm|gemv|nvjet|xmma|cutlass|wgmma|splitk|convol|^triton_tem_|aten::(addmm|mm|bmm|baddbmm)\b"),
 ]
-# Nothing but a cast, with changes of shape: Inductor fuses a cast of activations into what makes or reads them.
+# Only a cast and shape changes: Inductor fuses casts of activations into their producers or consumers.
 _ONLY_CAST = re.compile(r"^triton_poi_fused__to_copy(_(_to_copy|t|view|transpose|permute))*_\d+$")
 
 
 @functools.cache
 def own_kernels() -> frozenset[str]:
-    """Names of this package's kernels, from their sources."""
+    """The names of this package's kernels, from their sources."""
     found: set[str] = set()
     for path in (ROOT / "kernels").rglob("*.py"):
         found.update(re.findall(r"^@triton\.jit.*?\ndef (\w+)\(", path.read_text(encoding="utf-8"), re.M | re.S))
@@ -89,7 +89,7 @@ def own_kernels() -> frozenset[str]:
 
 
 def kind_of(name: str) -> str:
-    """ "products", "attention", "weights" (of optimiser and average), "own" or "elementwise", by a kernel's name."""
+    """Classify a kernel by name: "products", "attention", "weights" (optimiser, EMA), "own" or "elementwise"."""
     plain = re.sub(r"\(anonymous namespace\)::|^void ", "", name)
     if not plain.startswith(("at::", "aten::")) and re.split(r"[<(]", plain)[0].split("::")[-1] in own_kernels():
         return "own"
@@ -98,13 +98,13 @@ def kind_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, copy or fill of the device; on a CPU, an operator without those that it calls."""
+    """A kernel, copy or fill on the device; on a CPU, an operator's self time."""
 
     name: str
     us: float
     is_kernel: bool
     vision: bool
-    of_weights: bool  # a cast of a weight or of its gradient, or a gradient's way into .grad
+    of_weights: bool  # cast of a weight or its gradient, or accumulation into .grad
     cast: bool
 
     @property
@@ -116,7 +116,7 @@ class Launch:
 
 
 class Event:
-    """A span on a thread of the host, and the span around it."""
+    """A span on a host thread, linked to the enclosing span."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         self.name, self.category = record["name"], record["cat"]
@@ -129,8 +129,8 @@ class Event:
     def end(self) -> float:
         return self.start + self.us
 
-    def around(self) -> Iterator[Event]:
-        """This one and those around it, innermost first."""
+    def enclosing(self) -> Iterator[Event]:
+        """This event and the enclosing ones, innermost first."""
         event: Event | None = self
         while event is not None:
             yield event
@@ -138,13 +138,13 @@ class Event:
 
     @property
     def sequence(self) -> int | None:
-        """What a forward operator and the node of the backward pass that it makes have in common."""
+        """The number shared by a forward operator and its backward node."""
         number = self.args.get("Sequence number", -1)
         return number if 0 <= number < 2**62 else None
 
 
 def nested(records: Iterable[dict[str, Any]]) -> dict[Any, list[Event]]:
-    """Per thread, its spans by start, parents set."""
+    """The spans of each thread by start, linked to their parents."""
     threads: dict[Any, list[Event]] = defaultdict(list)
     for record in records:
         if record.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
@@ -164,42 +164,44 @@ def nested(records: Iterable[dict[str, Any]]) -> dict[Any, list[Event]]:
 
 
 def launches(records: Sequence[dict[str, Any]], weights: set[tuple[int, ...]]) -> list[Launch]:
-    """What a Chrome trace of torch.profiler says that the device did. `weights`: shapes of the model's parameters."""
+    """The device's work in a Chrome trace of torch.profiler. `weights`: shapes of the model's parameters."""
     records = [r for r in records if r.get("ph") == "X"]
     threads = nested(records)
-    every = [event for events in threads.values() for event in events]
-    # Backward nodes by the forward operator that made them: the last of its number, in the order of time.
+    all_events = [event for events in threads.values() for event in events]
+    # Sequence number -> the forward operator, the last with that number in time order.
     forward: dict[int, Event] = {}
-    for event in sorted(every, key=lambda e: e.start):
-        if event.sequence is not None and not any(e.name.startswith(_BACKWARD) for e in event.around()):
+    for event in sorted(all_events, key=lambda e: e.start):
+        if event.sequence is not None and not any(e.name.startswith(_BACKWARD) for e in event.enclosing()):
             forward[event.sequence] = event
 
     def in_vision(event: Event) -> bool:
-        for e in event.around():
+        for e in event.enclosing():
             if e.name == VISION:
                 return True
             if e.name.startswith(_BACKWARD):
                 made_by = forward.get(e.sequence) if e.sequence is not None else None
-                return made_by is not None and any(f.name == VISION for f in made_by.around())
+                return made_by is not None and any(f.name == VISION for f in made_by.enclosing())
         return False
 
     def launch(name: str, us: float, is_kernel: bool, event: Event | None) -> Launch:
         if event is None:
             return Launch(name, us, is_kernel, False, False, False)
-        around = list(event.around())
-        copies = [e for e in around if e.name == "aten::_to_copy"]
+        enclosing = list(event.enclosing())
+        copies = [e for e in enclosing if e.name == "aten::_to_copy"]
         shapes = [tuple(dims[0]) for e in copies if (dims := e.args.get("Input Dims"))]
         only_cast = bool(_ONLY_CAST.match(name))
-        gathered = any("AccumulateGrad" in e.name for e in around)
-        of_weights = gathered or only_cast or any(shape in weights for shape in shapes)
+        accumulated = any("AccumulateGrad" in e.name for e in enclosing)
+        of_weights = accumulated or only_cast or any(shape in weights for shape in shapes)
         return Launch(name, us, is_kernel, in_vision(event), of_weights, bool(copies) or only_cast)
 
     on_device = [r for r in records if r.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not on_device:
         return [
-            launch(e.name, us, True, e) for e in every if e.category == "cpu_op" and (us := e.us - e.children_us) > 0
+            launch(e.name, us, True, e)
+            for e in all_events
+            if e.category == "cpu_op" and (us := e.us - e.children_us) > 0
         ]
-    launched = {e.args["correlation"]: e for e in every if "correlation" in e.args}
+    launched = {e.args["correlation"]: e for e in all_events if "correlation" in e.args}
     return [
         launch(r["name"], float(r["dur"]), r["cat"] == "kernel", launched.get(r["args"].get("correlation")))
         for r in on_device
@@ -223,7 +225,7 @@ class Row:
 
 @dataclass
 class Result:
-    """One form at one batch size."""
+    """The result of one form at one batch size."""
 
     form: str
     scenes: int
@@ -243,8 +245,8 @@ class Result:
         return PREDICTED.get(self.form) if self.scenes == PREDICTED_SCENES or timing.REHEARSAL else None
 
 
-def named(step: Any) -> None:
-    """Marks in a profile where the vision encoders of student and teacher run."""
+def mark_vision(step: Any) -> None:
+    """Mark the vision encoders of student and teacher in profiles."""
     encoders = [*step.model.vision.values(), step.teacher.encoders["vision.global"]]
     for encoder in dict.fromkeys(encoders):
         encoder.run = _ranged(encoder.run)
@@ -259,7 +261,7 @@ def _ranged(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def trace_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """One call's profile, after one that starts the profiler."""
+    """Profile one call, after a warm-up call of the profiler."""
     from torch.profiler import ProfilerActivity, profile, schedule
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if timing.on_gpu("cuda") else [])]
@@ -280,7 +282,7 @@ def trace_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def times_of(run: Callable[[], Any], rounds: int, warmup: int) -> tuple[float, float]:
-    """Median ms of a call, and until it has returned to the host."""
+    """Median ms of a call, and until the call returns on the host."""
     whole, host = [], []
     for i in range(-warmup, rounds):
         timing.synchronize("cuda")
@@ -295,7 +297,7 @@ def times_of(run: Callable[[], Any], rounds: int, warmup: int) -> tuple[float, f
 
 
 def summarise(result: Result, found: Sequence[Launch]) -> None:
-    """Puts a profile into rows."""
+    """Fill in the rows of `result` from a profile."""
     ms: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     by_name: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -315,7 +317,7 @@ def summarise(result: Result, found: Sequence[Launch]) -> None:
 
 
 def table(result: Result) -> str:
-    """The result as a table of text."""
+    """Format the result as a text table."""
     predicted, device = result.predicted, sum(row.measured_ms for row in result.rows)
 
     def line(what: str, expected: float | None, measured: float | int, launched: int | None = None) -> str:
@@ -349,9 +351,9 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
-def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
+def measure(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
     """One result per batch size, on one model."""
-    from scenarioclip_fast.benchmarks.bench_step import build, drawn, matmul_precision, release
+    from scenarioclip_fast.benchmarks.bench_step import build, matmul_precision, release, synthetic
 
     from scenarioclip_fast.model import TokenTable
     from scenarioclip_fast.model.flops import batch_flops
@@ -363,26 +365,26 @@ def measured(form: str, sizes: Sequence[int], quick: bool) -> Iterator[Result]:
         for scenes in sizes:
             result = Result(form, scenes)
             try:
-                work = drawn(scenes, size, device)
+                inputs = synthetic(scenes, size, device)
                 if step is None:
-                    step = build(form, "vit-b-32", work.words, device)
-                    named(step)
+                    step = build(form, "vit-b-32", inputs.vocabulary, device)
+                    mark_vision(step)
                     weights = {tuple(p.shape) for p in step.model.parameters()}
-                run = functools.partial(step.step, work.batch)
+                run = functools.partial(step.step, inputs.batch)
                 if timing.on_gpu("cuda"):
                     torch.cuda.reset_peak_memory_stats()
                 rounds, warmup = timing.sized((5 if quick else 10, 3), (1, 1))
                 result.step_ms, result.host_ms = times_of(run, rounds, warmup)
                 if timing.on_gpu("cuda"):
                     result.memory_gib = torch.cuda.max_memory_allocated() / 2**30
-                words: Any = work.words
-                words = TokenTable(words, step.model.config.text).to(device)
-                result.needed_tflop = batch_flops(step.model.config, work.batch, words, teacher=True) / 1e12
+                vocabulary: Any = inputs.vocabulary
+                tokens = TokenTable(vocabulary, step.model.config.text).to(device)
+                result.needed_tflop = batch_flops(step.model.config, inputs.batch, tokens, teacher=True) / 1e12
                 summarise(result, launches(trace_of(run), weights))
-                if form == EAGER:  # as many launches, and a device that is always done with them
-                    few = drawn(timing.sized(8, 3), size, device).batch
+                if form == EAGER:  # as many launches, but the device never falls behind
+                    few = synthetic(timing.sized(8, 3), size, device).batch
                     result.host_few_ms = times_of(functools.partial(step.step, few), rounds, 1)[1]
-            except Exception as error:  # the other forms and sizes still count
+            except Exception as error:  # other forms and sizes can still run
                 result.error = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             yield result
 
@@ -399,7 +401,7 @@ def record(results: Sequence[Result], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="128 scenes, eager and compiled alone")
+    parser.add_argument("--quick", action="store_true", help="only 128 scenes, eager and compiled")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args(arguments)
     if not timing.REHEARSAL and not torch.cuda.is_available():
@@ -410,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     print(NOTE)
     for form in forms:
-        for result in measured(form, sizes, args.quick):
+        for result in measure(form, sizes, args.quick):
             results.append(result)
             print(table(result), flush=True)
             if args.out is not None:

@@ -1,4 +1,4 @@
-"""What several test files share: where real photos lie, and compiling kernels for a GPU that is not here."""
+"""Shared fixtures: the folder of real photos, and compiling kernels for sm_90a without a GPU."""
 
 from __future__ import annotations
 
@@ -13,38 +13,44 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# sm_90: what one thread block may have, and the registers of one thread.
-SHARED_LIMIT = 232_448
+SHARED_MEMORY_LIMIT = 232_448  # bytes per thread block, sm_90
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes of one multiprocessor, as the assembler reports it."""
+    """The resources of a kernel, as reported by the assembler."""
 
     registers: int
     stack: int
     shared: int
-    ptx: str = field(default="", repr=False)  # of a Triton kernel
+    ptx: str = field(default="", repr=False)  # only for Triton kernels
 
     def check(self) -> None:
-        assert self.stack == 0, f"spills or a local array: {self}"
-        assert self.shared <= SHARED_LIMIT, f"more shared memory than a block may have: {self}"
+        assert self.stack == 0, f"register spills or a local array: {self}"
+        assert self.shared <= SHARED_MEMORY_LIMIT, f"too much shared memory: {self}"
 
 
 class Compiler:
-    """Compiles for sm_90a without a GPU and reads the resources off the machine code."""
+    """Compiles for sm_90a without a GPU and reads the resources from the machine code."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def triton(self, kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: int) -> Resources:
-        """`signature`: the type of each argument ("*fp32", "i32", "constexpr"); `options`: num_warps, num_stages."""
+        """Compile a Triton kernel.
+
+        Args:
+            kernel: the jitted function.
+            signature: the type of each argument ("*fp32", "i32", "constexpr").
+            constants: the values of constexpr arguments.
+            options: num_warps, num_stages.
+        """
         triton = pytest.importorskip("triton", reason="Triton is not installed")
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        # As at run time, where buffers begin at multiples of 16 bytes: loads are wide, and can be asynchronous. Those
-        # that may be slices of buffers are named by do_not_specialize_on_alignment.
+        # As at run time, buffers are aligned to 16 bytes, which allows wide and asynchronous loads. Arguments that may
+        # be slices are marked do_not_specialize_on_alignment.
         pointers = [
             p.num for p in kernel.params if signature[p.name].startswith("*") and not p.do_not_specialize_on_alignment
         ]
@@ -57,13 +63,13 @@ class Compiler:
         return Resources(resources.registers, resources.stack, compiled.metadata.shared, compiled.asm["ptx"])
 
     def warnings(self, ptx: str) -> str:
-        """What the assembler says besides."""
+        """The assembler's warnings."""
         (self.folder / "kernel.ptx").write_text(ptx)
         command = [_tool("ptxas"), "-arch=sm_90a", "-v", self.folder / "kernel.ptx", "-o", self.folder / "kernel.cubin"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
     def cuda(self, source: Path) -> list[Resources]:
-        """Every kernel of a .cu file."""
+        """Compile all kernels of a .cu file."""
         if shutil.which("nvcc") is None:
             pytest.skip("nvcc is not on PATH")
         cubin = self.folder / f"{source.stem}.cubin"
@@ -104,8 +110,8 @@ def compiler(tmp_path: Path) -> Compiler:
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """The folder of real photographs with human masks, in the published layout; skips where it is absent."""
+    """The folder of real photos with human masks, in the published layout; skips the test without it."""
     folder = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", ROOT.parent / "shared" / "data" / "photos"))
     if not (folder / "metadata.json").exists():
-        pytest.skip("no real photos here: set SCENARIOCLIP_FAST_PHOTOS to a folder in the published layout")
+        pytest.skip("no real photos: set SCENARIOCLIP_FAST_PHOTOS to a folder in the published layout")
     return folder

@@ -1,4 +1,4 @@
-"""setup.py: the installed packages, the CUDA code that is built, and one line for each missing tool."""
+"""setup.py: the installed packages, the CUDA architectures, and one-line errors for missing tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names of setup.py, and under "arguments" what it passes to setuptools."""
+    """The globals of setup.py, and its arguments to setuptools under "arguments"."""
     arguments: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: arguments.update(kwargs))
     return {**runpy.run_path(str(ROOT / "setup.py")), "arguments": arguments}
@@ -58,7 +58,7 @@ def test_missing_tools(
     assert "\n" not in str(error.value)
 
 
-def test_the_compiler_that_CXX_names(setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_named_by_CXX(setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cmake", "ninja", "g++"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
@@ -76,12 +76,12 @@ def test_unsupported_torch(setup: dict[str, Any], version: str, monkeypatch: pyt
         setup["torch_folder"]()
 
 
-def test_the_supported_torch_is_the_one_of_pyproject(setup: dict[str, Any]) -> None:
+def test_supported_torch_matches_pyproject(setup: dict[str, Any]) -> None:
     assert (ROOT / "pyproject.toml").read_text().count(f'"{setup["TORCH"]}"') == 2
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_cuda_code_for_later_devices(setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ptx_for_later_devices(setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCENARIOCLIP_FAST_ARCHS", raising=False)
     architectures = setup["cuda_architectures"]()
     *_, last = architectures.removesuffix("+PTX").split(";")

@@ -1,4 +1,4 @@
-"""Uses the GPU for the first time, and writes what a record says of the machine.
+"""Uses the GPU for the first time and writes the description of the machine for the record.
 
 Run: python describe.py OUT.json
 """
@@ -16,13 +16,13 @@ from scenarioclip_fast.bench import machine
 
 def main() -> None:
     if REHEARSAL:
-        found = machine.describe_rehearsal()
+        description = machine.describe_rehearsal()
     else:
         import torch
 
         torch.ones(1, device="cuda").add_(1).item()
-        found = machine.describe("cuda")
-    Path(sys.argv[1]).write_text(json.dumps(found))
+        description = machine.describe("cuda")
+    Path(sys.argv[1]).write_text(json.dumps(description))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Work that runs side by side: each job has its own log, its own end and its own line of the sections table."""
+"""Runs jobs in parallel: each has its own log, its own outcome and its own row in the sections table."""
 
 from __future__ import annotations
 
@@ -12,69 +12,69 @@ from pathlib import Path
 from gpu import start_up
 from gpu.processes import Process
 
-Begin = Callable[[Path], Process]  # takes the log
-DONE = "passed"
+Start = Callable[[Path], Process]  # argument: the log file
+PASSED = "passed"
 
 
 @dataclass
 class Row:
-    """A line of sections.csv."""
+    """A row of sections.csv."""
 
     section: str
-    result: str  # DONE, "exit N", or in words what happened
+    result: str  # PASSED, "exit N" or a description
     seconds: float
     start_up: float | None = None
 
 
 class Job:
-    """Some processes, at most `at_once` of them side by side. Each has a log; `log` holds all of them in the end."""
+    """A group of processes, at most `parallel` at a time. Each has its own log; `end` joins them in `log`."""
 
-    def __init__(self, name: str, folder: Path, begin: Sequence[Begin], at_once: int = 1) -> None:
+    def __init__(self, name: str, folder: Path, starts: Sequence[Start], parallel: int = 1) -> None:
         self.name, self.log = name, folder / f"{name}.txt"
-        self._waiting = [(entry, folder / f"{name}-{i}.part") for i, entry in enumerate(begin)]
-        self._logs = [log for _, log in self._waiting]
+        self._pending = [(start, folder / f"{name}-{i}.part") for i, start in enumerate(starts)]
+        self._logs = [log for _, log in self._pending]
         self._running: list[Process] = []
         self._codes: list[int] = []
-        self._at_once, self._stopped = at_once, False
-        self._began, self._seconds = time.time(), 0.0
+        self._parallel, self._interrupted = parallel, False
+        self._started, self._seconds = time.time(), 0.0
 
     def advance(self) -> bool:
-        """Starts what may start; whether everything has ended."""
+        """Start pending processes where possible; return whether all have ended."""
         for process in self._running[:]:
             if (code := process.poll()) is not None:
                 self._running.remove(process)
                 self._codes.append(code)
-        while self._waiting and len(self._running) < self._at_once and not self._stopped:
-            begin, log = self._waiting.pop(0)
-            self._running.append(begin(log))
-        ended = not self._running and (not self._waiting or self._stopped)
+        while self._pending and len(self._running) < self._parallel and not self._interrupted:
+            start, log = self._pending.pop(0)
+            self._running.append(start(log))
+        ended = not self._running and (not self._pending or self._interrupted)
         if not ended:
-            self._seconds = time.time() - self._began
+            self._seconds = time.time() - self._started
         return ended
 
     def interrupt(self) -> None:
-        """Asks what still runs to end, and starts nothing more."""
-        if self._running or self._waiting:
-            self._stopped = True
+        """Interrupt running processes and start no more."""
+        if self._running or self._pending:
+            self._interrupted = True
         for process in self._running:
             process.interrupt()
 
     def end(self) -> Row:
-        """Kills what still runs; what became of it all."""
+        """Kill running processes, join the logs and return the outcome."""
         killed = [process.end() for process in self._running]
         texts = [shortened(log) for log in self._logs if log.exists()]
         self.log.write_text("\n".join(text.rstrip() for text in texts) + "\n")
-        bad = [code for code in self._codes if code]
-        result = "timed out" if self._stopped else f"exit {bad[0]}" if bad else DONE
+        failures = [code for code in self._codes if code]
+        result = "timed out" if self._interrupted else f"exit {failures[0]}" if failures else PASSED
         result += "" if all(killed) else ", and could not be killed"
-        started = [seconds for log in self._logs if (seconds := start_up.seconds(log)) is not None]
+        start_ups = [seconds for log in self._logs if (seconds := start_up.seconds(log)) is not None]
         for log in self._logs:
             log.unlink(missing_ok=True)
             log.with_suffix(".start-up").unlink(missing_ok=True)
-        return Row(self.name, result, self._seconds, sum(started) / self._at_once if started else None)
+        return Row(self.name, result, self._seconds, sum(start_ups) / self._parallel if start_ups else None)
 
     def summary(self) -> list[str]:
-        """The last lines of the log, or what pytest says of its tests. After `end`."""
+        """Pytest's counts and failures, or the last lines of the log. Call after `end`."""
         text = self.log.read_text(errors="replace")
         counts: Counter[str] = Counter()
         for line in text.splitlines():
@@ -88,7 +88,7 @@ class Job:
 
 
 def run(jobs: Sequence[Job], seconds: float, grace: float) -> list[Row]:
-    """Runs jobs side by side for at most `seconds`. What is late is interrupted, and after `grace` killed."""
+    """Run jobs in parallel for at most `seconds`: interrupt those still running `grace` seconds before, then kill."""
     end = time.time() + seconds
     rows = []
     try:
@@ -96,13 +96,13 @@ def run(jobs: Sequence[Job], seconds: float, grace: float) -> list[Row]:
         for job in jobs:
             job.interrupt()
         _advance(jobs, end)
-    finally:  # also where this process is interrupted
+    finally:  # also if this process is interrupted
         rows = [job.end() for job in jobs]
     return rows
 
 
 def shortened(log: Path, head: int = 1 << 18, tail: int = 1 << 20) -> str:
-    """A log's text; of one that has got out of hand, its beginning and its end."""
+    """The text of a log; of a very long one, only beginning and end."""
     size = log.stat().st_size
     with log.open("rb") as file:
         if size <= head + tail:

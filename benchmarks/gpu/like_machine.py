@@ -1,9 +1,9 @@
-"""Makes a virtual environment like that of a bare GPU machine: Python 3.12, torch 2.11 and the packages of machine.txt.
+"""Creates a virtual environment like that of a bare GPU machine: Python 3.12, torch 2.11, packages of machine.txt.
 
 Run: python benchmarks/gpu/like_machine.py DIR
 
-Where Python 3.12 or this torch is unavailable, it falls back to the Python that runs this, with a torch that the
-package supports; like.json in DIR says why.
+If Python 3.12 or this torch is unavailable, falls back to the current Python with a supported torch; like.json in DIR
+records the reason.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def interpreters() -> list[str]:
-    """Pythons of that version: GPU_PYTHON, one on PATH, those of pyenv."""
-    found = [os.environ.get("GPU_PYTHON"), shutil.which(f"python{VERSION}")]
+    """Python 3.12 interpreters: GPU_PYTHON, the one on PATH, those of pyenv."""
+    candidates = [os.environ.get("GPU_PYTHON"), shutil.which(f"python{VERSION}")]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found += map(str, sorted(pyenv.glob(f"versions/{VERSION}.*/bin/python"), reverse=True))
+    candidates += map(str, sorted(pyenv.glob(f"versions/{VERSION}.*/bin/python"), reverse=True))
     query = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
     out = []
-    for path in filter(None, found):
-        done = subprocess.run([path, "-c", query], capture_output=True, text=True, check=False)  # may be a shim
+    for path in filter(None, candidates):
+        done = subprocess.run([path, "-c", query], capture_output=True, text=True, check=False)  # it may be a shim
         if done.stdout.strip() == VERSION:
             out.append(path)
     return out
 
 
 def make(python: str, folder: Path, requirements: list[str]) -> str | None:
-    """None, or why it failed."""
+    """Create the environment; return None, or the error."""
     shutil.rmtree(folder, ignore_errors=True)
     install = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    # The wheels of torch depend on packages of gigabytes: one after the other, so that a failure is an early one.
+    # torch first, since it brings gigabytes of dependencies: an unavailable version fails early.
     commands = [[python, "-m", "venv", str(folder)], [*install, requirements[0]], [*install, *requirements]]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -53,21 +53,21 @@ def main() -> int:
     folder = Path(sys.argv[1]).resolve()
     lines = [line.strip() for line in REQUIREMENTS.read_text().splitlines()]
     requirements = [line for line in lines if line and not line.startswith("#")]
-    why = f"no Python {VERSION} was found (GPU_PYTHON=... names one)"
+    reason = f"no Python {VERSION} was found (GPU_PYTHON=... names one)"
     for python in interpreters():
         print(f"{folder.name}: Python {VERSION}, {requirements[0]} and {len(requirements) - 1} packages", flush=True)
-        if (why := make(python, folder, requirements) or "") == "":
+        if (reason := make(python, folder, requirements) or "") == "":
             break
     else:
         dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
         supported = next(entry for entry in dependencies if entry.startswith("torch"))
-        print(f"{folder.name}: {why}; falling back to {sys.executable} with {supported}", flush=True)
-        # The versions of machine.txt may not exist for this Python.
+        print(f"{folder.name}: {reason}; falling back to {sys.executable} with {supported}", flush=True)
+        # The versions pinned in machine.txt may not exist for this Python.
         relaxed = [supported, *(line.partition("==")[0] for line in requirements[1:])]
         if (failure := make(sys.executable, folder, relaxed)) is not None:
             print(f"error: {failure}", file=sys.stderr)
             return 1
-    (folder / "like.json").write_text(json.dumps({"fallback_reason": why}) + "\n")
+    (folder / "like.json").write_text(json.dumps({"fallback_reason": reason}) + "\n")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The part of `make gpu` that runs on the prepared machine: checks side by side, then the timed sections, all in forks.
+"""The part of `make gpu` that runs on the prepared machine: parallel checks, then the timed sections, all in forks.
 
-Started by run.py (`python -m gpu.measure FILE`), with a file that says when the call began and what was prepared.
+Started by run.py (`python -m gpu.measure FILE`); the JSON file holds the start time and the preparation's results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gpu import headline, jobs, sections
-from gpu.jobs import DONE, Job, Row
+from gpu.jobs import PASSED, Job, Row
 from gpu.processes import Launcher, Process, Task, command_line_task, pytest_task, script_task
 from gpu.sections import REHEARSAL, Section
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.bench.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
-# What sections import, imported once before they are forked. None of it may initialise CUDA.
+# Modules that sections import, imported once before forking. None may initialise CUDA.
 IMPORTS = (
     "torch",
     "torch._dynamo",
@@ -58,8 +58,8 @@ IMPORTS = (
     "scenarioclip_fast.kernels.contrastive.contrastive_triton",
     "scenarioclip_fast.kernels.distillation.distillation_triton",
 )
-# Each file, and the number of processes that share its tests: many of them compile a kernel. No process is forked from
-# one that has collected tests, since that asks the driver for devices.
+# Each test file, and the number of processes that share its tests, many of which compile a kernel. Collecting tests
+# queries the driver for devices, so no process that has collected tests may be forked.
 TESTS = {
     "tests/ops/test_contrastive.py": 4,
     "tests/ops/test_views.py": 3,
@@ -76,11 +76,11 @@ TESTS = {
     "tests/ops/test_ema.py": 1,
     "tests/test_native.py": 1,
 }
-TESTS_AT_ONCE = 8
-FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of each process of the checks, which share the cores
-# Those of them that compile training steps, for what time is left in the end.
+PARALLEL_TESTS = 8
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # per process: the checks share the cores
+# Those with tests that compile training steps, run at the end if time allows.
 TESTS_COMPILED = ("tests/train/test_trainer_switches.py",)
-# The benchmarks whose compilation is brought forward, so that the timed sections find warm caches.
+# Benchmarks that are compiled ahead, so that the timed sections find warm caches.
 WARM = {"warm_step": ("bench_step", "compiled"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
 SANITIZE = {
     "memcheck_cuda": ("memcheck", "cuda"),
@@ -88,95 +88,95 @@ SANITIZE = {
     "memcheck_triton": ("memcheck", "triton"),
 }
 UNKNOWN: dict[str, Any] = {"kind": "cuda", "device": "unknown", "versions": {}}
-NO_TIME = "skipped: too little time was left"
+NO_TIME = "skipped: too little time left"
 FILES = ("record.json", "README.md", "sections.csv", "log.txt", "all.tar.gz")
-# Large, and can be made again.
-LARGEST = 4 << 20  # bytes of a file in the archive
+# Files that are large and reproducible are not archived.
+MAX_FILE_BYTES = 4 << 20
 EXCLUDED = ("demo/scenes", "demo/shards", "checkpoints", ".safetensors")
 
 
-class Call:
-    """One call of `make gpu`: its clock, its folders and what became of each section."""
+class GpuRun:
+    """A run of `make gpu`: its clock, its folders and the outcome of each section."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.factor: float = state["factor"]
         self.clock = sections.Clock(state["total"], state["started"])
-        self.left, self.out = Path(state["out"]), Path(state["work"]) / "out"
+        self.destination, self.out = Path(state["out"]), Path(state["work"]) / "out"
         self.only: list[str] = state["only"]
         self.rows = [Row(*note) for note in state["notes"]]
         self.launch = Launcher(ROOT)
         self.machine: dict[str, Any] = {}
         self.commit: str | None = state["commit"]
         self.out.mkdir()
-        self.earlier = self._set_aside()
+        self.earlier = self._move_earlier_files()
         for text in Path(state["work"]).glob("*.txt"):
             shutil.move(text, self.out / text.name)
         for row in self.rows:
             self._log(row)
 
-    def _set_aside(self) -> Path | None:
-        """Moves what an earlier call left in OUT to OUT/earlier-N; its folder, if there is any."""
-        found = [self.left / name for name in FILES if (self.left / name).exists()]
+    def _move_earlier_files(self) -> Path | None:
+        """Move the files of an earlier run from OUT to OUT/earlier-N; return that folder, or None."""
+        found = [self.destination / name for name in FILES if (self.destination / name).exists()]
         if not found:
             return None
         number = 1
-        while (folder := self.left / f"earlier-{number}").exists():
+        while (folder := self.destination / f"earlier-{number}").exists():
             number += 1
         folder.mkdir()
         for path in found:
             path.rename(folder / path.name)
-        print(f"== the files of an earlier call are in {folder}", flush=True)
+        print(f"== moved the files of an earlier run to {folder}", flush=True)
         return folder
 
     def run(self) -> int:
-        """All sections; 1 where one failed or was skipped."""
+        """Run all sections; return 1 if one failed or was skipped."""
         try:
             self.start()
-            checks = [name for name in sections.CHECK_PARTS if self.wanted(name)]
+            checks = [name for name in sections.CHECK_PARTS if self.requested(name)]
             if checks:
-                self._guarded("checks", lambda: self.checks(checks))
+                self._guarded("checks", lambda: self.run_checks(checks))
             for section in sections.TIMED:
-                if self.wanted(section.name):
-                    self.timed(section)
-        finally:  # an interrupted call keeps what it has measured
+                if self.requested(section.name):
+                    self.run_timed(section)
+        finally:  # also if interrupted
             self.archive()
         print(f"\n== headline figures, after {self.clock.elapsed():.0f} s")
         from scenarioclip_fast.bench import machine
 
         for line in headline.lines(self.out, self.machine, self.rows, machine.commit(ROOT)):
             print(line)
-        return int(any(row.result != DONE for row in self.rows))
+        return int(any(row.result != PASSED for row in self.rows))
 
-    def wanted(self, name: str) -> bool:
+    def requested(self, name: str) -> bool:
         return not self.only or name in self.only
 
     def limit(self, section: Section) -> float | None:
-        """Seconds that `section` may take."""
-        later = [s for s in sections.TIMED if self.wanted(s.name)]
+        """The time limit of `section` in seconds, or None to skip it."""
+        later = [s for s in sections.TIMED if self.requested(s.name)]
         if section in later:
             later = later[later.index(section) + 1 :]
         return self.clock.limit(self._scaled(section), [self._scaled(s) for s in later])
 
     def _scaled(self, section: Section) -> Section:
-        return replace(section, budget=section.budget * self.factor, most=section.most * self.factor)
+        return replace(section, budget=section.budget * self.factor, maximum=section.maximum * self.factor)
 
-    # What is left behind
+    # Output files
 
-    def ended(self, row: Row) -> None:
-        """Prints and keeps what became of a section."""
+    def add_row(self, row: Row) -> None:
+        """Print and save the outcome of a section."""
         self.rows.append(row)
         print(self._log(row), flush=True)
-        self.keep()
+        self.save()
 
     def _log(self, row: Row) -> str:
         line = f"== {row.section}: {row.result}, {row.seconds:.1f} s"
         log = self.out / f"{row.section}.txt"
-        with (self.left / "log.txt").open("a", encoding="utf-8") as whole:
-            whole.write(f"{line}\n{jobs.shortened(log) if log.exists() else ''}\n")
+        with (self.destination / "log.txt").open("a", encoding="utf-8") as full_log:
+            full_log.write(f"{line}\n{jobs.shortened(log) if log.exists() else ''}\n")
         return line
 
-    def keep(self) -> None:
-        """Copies the results so far into OUT, each file whole."""
+    def save(self) -> None:
+        """Copy the results so far into OUT, each file atomically."""
         lines = ["section,result,seconds,start-up seconds"]
         for row in self.rows:
             start_up = "" if row.start_up is None else f"{row.start_up:.2f}"
@@ -185,57 +185,57 @@ class Call:
         headline.write_readme(self.out)
         for name in ("record.json", "README.md", "sections.csv"):
             if (self.out / name).exists():
-                shutil.copyfile(self.out / name, self.left / f"{name}.partial")
-                (self.left / f"{name}.partial").replace(self.left / name)
+                shutil.copyfile(self.out / name, self.destination / f"{name}.partial")
+                (self.destination / f"{name}.partial").replace(self.destination / name)
 
     def archive(self) -> None:
-        """Everything else, in one file: a machine may hand back no more than a few."""
+        """Archive everything else in one file, since some machines return only a few files."""
 
-        def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-            excluded = entry.size > LARGEST or any(part in entry.name for part in EXCLUDED)
+        def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+            excluded = entry.size > MAX_FILE_BYTES or any(part in entry.name for part in EXCLUDED)
             return None if excluded else entry
 
-        partial = self.left / "all.tar.gz.partial"
+        partial = self.destination / "all.tar.gz.partial"
         with tarfile.open(partial, "w:gz", compresslevel=1) as everything:
-            everything.add(self.out, arcname=".", filter=kept)
-        partial.replace(self.left / "all.tar.gz")
+            everything.add(self.out, arcname=".", filter=keep)
+        partial.replace(self.destination / "all.tar.gz")
 
     # Sections
 
     def start(self) -> None:
-        """Imports, and a first use of the device in a fork, which also describes the machine."""
+        """Import everything, then use the device for the first time in a fork, which also describes the machine."""
         begin = time.time()
-        missing = []
+        problems = []
         for name in IMPORTS:
             try:
                 importlib.import_module(name)
-            except Exception as error:  # what needs it will say so
-                missing.append(f"cannot import {name}: {type(error).__name__}: {error}".splitlines()[0])
+            except Exception as error:  # fatal only to the sections that need it
+                problems.append(f"cannot import {name}: {type(error).__name__}: {error}".splitlines()[0])
         for plugin in importlib.metadata.entry_points(group="pytest11"):
-            with contextlib.suppress(Exception):  # pytest says what it thinks of it
+            with contextlib.suppress(Exception):  # pytest reports broken plugins
                 plugin.load()
-        gc.freeze()  # else the first collection of each fork walks, and copies, all that was imported
+        gc.freeze()  # else the first collection in each fork touches, and so copies, all imported objects
         from scenarioclip_fast.bench import machine
 
         if self.commit is not None:
             os.environ.setdefault(machine.COMMIT_VARIABLE, self.commit)
-        log, answer = self.out / "start.txt", self.out / "machine.json"
-        task = script_task(Path(__file__).with_name("describe.py"), [str(answer)])
-        if not self._ends_well(self.launch(task, log), 30):
-            missing.append("a fork could not use the GPU: every section gets a process of its own")
+        log, description = self.out / "start.txt", self.out / "machine.json"
+        task = script_task(Path(__file__).with_name("describe.py"), [str(description)])
+        if not self._succeeds(self.launch(task, log), 30):
+            problems.append("a fork could not use the GPU: sections run in new processes")
             self.launch.forks = False
-            if not self._ends_well(self.launch(task, log), 40):
-                missing.append("the GPU could not be used: see start in log.txt")
-        self.machine = self._described(answer)
+            if not self._succeeds(self.launch(task, log), 40):
+                problems.append("the GPU could not be used: see start in log.txt")
+        self.machine = self._read_description(description)
         with log.open("a") as text:
-            text.write("".join(f"{line}\n" for line in missing))
-        for line in missing:
+            text.write("".join(f"{line}\n" for line in problems))
+        for line in problems:
             print(f"   {line}")
         seconds = time.time() - begin
-        result = "the machine could not be described" if self.machine == UNKNOWN else DONE
-        self.ended(Row("start", result, seconds, seconds))
+        result = "the machine could not be described" if self.machine == UNKNOWN else PASSED
+        self.add_row(Row("start", result, seconds, seconds))
 
-    def _ends_well(self, process: Process, seconds: float) -> bool:
+    def _succeeds(self, process: Process, seconds: float) -> bool:
         try:
             return process.wait(seconds * self.factor) == 0
         except subprocess.TimeoutExpired:
@@ -243,32 +243,32 @@ class Call:
             return False
 
     @staticmethod
-    def _described(answer: Path) -> dict[str, Any]:
+    def _read_description(path: Path) -> dict[str, Any]:
         try:
-            return dict(json.loads(answer.read_text()))
+            return dict(json.loads(path.read_text()))
         except (OSError, ValueError):
             return UNKNOWN
 
-    def checks(self, names: Sequence[str]) -> None:
-        """Correctness, and the compilers' caches: untimed, side by side."""
+    def run_checks(self, names: Sequence[str]) -> None:
+        """Run tests, sanitizers and warm-ups of the compilers' caches, in parallel and untimed."""
         limit = self.limit(sections.CHECKS)
         if limit is None:
-            self.ended(Row("checks", NO_TIME, 0))
+            self.add_row(Row("checks", NO_TIME, 0))
             return
-        print(f"== side by side, limit {limit:.0f} s: {', '.join(names)}", flush=True)
-        chosen = []
+        print(f"== in parallel, limit {limit:.0f} s: {', '.join(names)}", flush=True)
+        started = []
         for name in names:
             job = self._check(name)
             if isinstance(job, Row):
-                self.ended(job)
+                self.add_row(job)
             else:
-                chosen.append(job)
-        rows = jobs.run(chosen, limit, grace=5 * self.factor)
-        for job, row in zip(chosen, rows, strict=True):
-            self.ended(row)
-            if row.result != DONE or job.name == "tests":
+                started.append(job)
+        rows = jobs.run(started, limit, grace=5 * self.factor)
+        for job, row in zip(started, rows, strict=True):
+            self.add_row(row)
+            if row.result != PASSED or job.name == "tests":
                 self._show(job.summary())
-        # Inductor has chosen between its kernels on a GPU that was busy with all of this: it shall choose again.
+        # Inductor autotuned on a GPU busy with the other checks: make it choose again.
         if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
             for choice in Path(cache).glob("**/*.best_config"):
                 choice.unlink(missing_ok=True)
@@ -294,17 +294,17 @@ class Call:
         if not REHEARSAL:
             options = ["--report-api-errors", "no"] if tool == "memcheck" else []
             command = [str(sanitizer), "--tool", tool, *options, "--error-exitcode", "9", *command]
-        # Without torch's pools every tensor is an allocation of its own, whose bounds are known.
+        # Without PyTorch's memory pools, each tensor is its own allocation with known bounds.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **FEW_THREADS}
         return Job(name, self.out, [lambda log: self.launch.command(command, log, **env)])
 
     def _tests(self) -> Job:
-        def begin(file: str, shard: str) -> jobs.Begin:
+        def start(file: str, shard: str) -> jobs.Start:
             task = self._tests_task([file], "gpu and not compiles", f"--shard={shard}", timeout=60)
             return lambda log: self.launch(task, log, **FEW_THREADS)
 
-        parts = [begin(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
-        return Job("tests", self.out, parts, at_once=min(TESTS_AT_ONCE, os.cpu_count() or 1))
+        starts = [start(file, f"{i}/{count}") for file, count in TESTS.items() for i in range(count)]
+        return Job("tests", self.out, starts, parallel=min(PARALLEL_TESTS, os.cpu_count() or 1))
 
     @staticmethod
     def _tests_task(files: Sequence[str], marks: str, *options: str, timeout: int) -> Task:
@@ -324,48 +324,48 @@ class Call:
             arguments.append("--benchmark-disable")
         if importlib.util.find_spec("pytest_timeout") is not None:
             arguments.append(f"--timeout={timeout}")
-        if REHEARSAL:  # else pytest may cut off the words by which a use of the device is known
+        if REHEARSAL:  # else pytest may truncate the message that shows a use of the device
             arguments.append("-vv")
         return pytest_task([*arguments, *options])
 
-    def timed(self, section: Section) -> None:
-        """A section by itself; whatever goes wrong in it costs no other."""
+    def run_timed(self, section: Section) -> None:
+        """Run one timed section; its failure does not affect the others."""
         limit = self.limit(section)
         if limit is None:
-            self.ended(Row(section.name, NO_TIME, 0))
+            self.add_row(Row(section.name, NO_TIME, 0))
             return
         print(f"== {section.name}: limit {limit:.0f} s, elapsed {self.clock.elapsed():.0f} s", flush=True)
         runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
-        self._guarded(section.name, lambda: self.ended(runs[section.kind](section.name, limit)))
+        self._guarded(section.name, lambda: self.add_row(runs[section.kind](section.name, limit)))
 
     def _guarded(self, name: str, run: Callable[[], None]) -> None:
         begin = time.time()
         try:
             run()
-        except Exception as error:  # a fault of this script must not cost the sections that follow
+        except Exception as error:  # an error in this script must not prevent later sections
             result = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.ended(Row(name, result, time.time() - begin))
+            self.add_row(Row(name, result, time.time() - begin))
 
     def _bench(self, name: str, limit: float) -> Row:
         from scenarioclip_fast.bench.record import FILE, read_record
         from scenarioclip_fast.bench.runner import run_file
 
         def start(arguments: Sequence[str], directory: Path, output: IO[bytes]) -> Process:
-            return self.launch.to(pytest_task(arguments), output.fileno(), directory)
+            return self.launch.start(pytest_task(arguments), output.fileno(), directory)
 
         record = read_record(self.out) if (self.out / FILE).exists() else self._first_record()
         path = ROOT / "benchmarks" / f"{name}.py"
         part = run_file(name.removeprefix("bench_"), path, "cuda", limit, start)
         record.with_part(part).write(self.out)
         table = headline.short_table(part)
-        failures = [f"{absent.name}: {absent.reason}" for absent in part.failed]
+        failures = [f"{failure.name}: {failure.reason}" for failure in part.failed]
         (self.out / f"{name}.txt").write_text("\n".join([*table, *failures]) + "\n")
         self._show(table)
-        result = "timed out" if part.exit is None else f"exit {part.exit}" if part.exit else DONE
+        result = "timed out" if part.exit is None else f"exit {part.exit}" if part.exit else PASSED
         return Row(name, result, part.seconds, part.start_up)
 
     def _first_record(self) -> Record:
-        """Empty, or what an earlier call measured on this machine where only some sections are wanted."""
+        """An empty record or, if only some sections are requested, that of an earlier run on this machine."""
         from scenarioclip_fast.bench.record import FILE, Record, read_record
         from scenarioclip_fast.bench.runner import same_machine
 
@@ -377,7 +377,7 @@ class Call:
 
     def _tune(self, name: str, limit: float) -> Row:
         task = script_task(ROOT / "benchmarks" / f"{name}.py", ["--quick", "--out", str(self.out / f"{name}.json")])
-        return self._alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=60)
+        return self._run_alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=60)
 
     def _tests_compiled(self, name: str, limit: float) -> Row:
         task = self._tests_task(TESTS_COMPILED, "gpu and compiles", timeout=120)
@@ -390,9 +390,9 @@ class Call:
         arguments = ["demo", "--device", "cpu" if REHEARSAL else "cuda", "--out", str(self.out / "demo")]
         arguments += ["--scenes", "48", "--views", "700"] if REHEARSAL else []
         task = command_line_task(arguments)
-        return self._alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=12)
+        return self._run_alone(Job(name, self.out, [lambda log: self.launch(task, log)]), limit, shown=12)
 
-    def _alone(self, job: Job, limit: float, shown: int) -> Row:
+    def _run_alone(self, job: Job, limit: float, shown: int) -> Row:
         (row,) = jobs.run([job], limit, grace=1.0)
         self._show(job.log.read_text(errors="replace").splitlines()[-shown:])
         return row
@@ -405,11 +405,11 @@ class Call:
 
 def main() -> int:
     state = json.loads(Path(sys.argv[1]).read_text())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is measured is kept, children are killed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that results are saved and children killed
     try:
-        return Call(state).run()
+        return GpuRun(state).run()
     except KeyboardInterrupt:
-        print("== interrupted: OUT holds what was measured", flush=True)
+        print("== interrupted: OUT holds the results so far", flush=True)
         return 130
     finally:
         shutil.rmtree(state["work"], ignore_errors=True)

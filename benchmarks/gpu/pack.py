@@ -1,11 +1,11 @@
-"""`make gpu-pack`: gathers in gpu-pack/ what a bare GPU machine without a registry lacks, and prints how to use it.
+"""`make gpu-pack`: collects in gpu-pack/ what an offline GPU machine lacks, and prints how to use it.
 
     wheels/         packages that such a machine does not have, for its Python
-    native/         the compiled parts, for the case that the build fails there
-    photos/         the real photographs, where they lie beside the checkout
+    native/         prebuilt extensions, in case the build fails there
+    photos/         the real photos, if present beside the checkout
     manifest.json   commit, versions, and every file with its size and SHA-256
 
-The folder is ignored by git and travels beside the tracked files. Reading it needs the standard library alone.
+git ignores the folder; copy it along with the tracked files. Reading it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FOLDER = "gpu-pack"
 LIMIT_MIB = 60
 CHANGED = " + changes"
 PYTHON_VERSION = "3.12"
-# Needed by the trainer, the loader and the demo; then the rivals of the contrastive benchmark, which need nothing but
-# torch and Triton.
+# Needed by the trainer, the loader and the demo; then the third-party losses of the contrastive benchmark, which need
+# only torch and Triton.
 WHEELS = (
     "simplejpeg",
     "instant-clip-tokenizer",
@@ -43,18 +43,18 @@ _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_
 
 @dataclass(frozen=True)
 class Manifest:
-    """What gpu-pack/ holds and where it comes from."""
+    """The contents of gpu-pack/ and their origin."""
 
     commit: str
-    python: str  # of the wheels and of the compiled parts
-    torch: str | None  # that the compiled parts were linked with; None: there are none
-    missing: list[str] = field(default_factory=list)  # what could not be brought, with the reason
+    python: str  # version of the wheels and the extensions
+    torch: str | None  # version the extensions were linked with; None without extensions
+    missing: list[str] = field(default_factory=list)  # what could not be included, with the reason
     files: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> bytes, SHA-256
-    sources: dict[str, str] = field(default_factory=dict)  # tracked file -> SHA-256, when the pack was made
+    sources: dict[str, str] = field(default_factory=dict)  # tracked file -> SHA-256 when the pack was made
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a pack; None where there is no pack. Raises SystemExit where it is damaged."""
+    """The manifest of a pack, or None without a pack. Raises SystemExit if it is damaged_files."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None
@@ -65,23 +65,25 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise SystemExit(f"error: {path}: not a manifest of make gpu-pack ({error}): run make gpu-pack again") from None
 
 
-def damaged(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that are missing or differ from the manifest."""
+def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The files that are missing or differ from the manifest."""
     return [
         name
         for name, entry in manifest.files.items()
-        if not (folder / name).is_file() or _entry(folder / name) != tuple(entry)
+        if not (folder / name).is_file() or _size_and_digest(folder / name) != tuple(entry)
     ]
 
 
 def commit_here(root: Path, manifest: Manifest) -> str:
-    """The commit of the files below `root`, which may have changed since the pack was made."""
-    same = all((root / name).is_file() and _digest(root / name) == digest for name, digest in manifest.sources.items())
-    return manifest.commit if same or manifest.commit.endswith(CHANGED) else manifest.commit + CHANGED
+    """The commit of the files below `root`, marked if they have changed since the pack was made."""
+    unchanged = all(
+        (root / name).is_file() and _digest(root / name) == digest for name, digest in manifest.sources.items()
+    )
+    return manifest.commit if unchanged or manifest.commit.endswith(CHANGED) else manifest.commit + CHANGED
 
 
 def _sources() -> dict[str, str]:
-    """What git tracks, without texts and records, which change no measurement."""
+    """Digests of the tracked files, except documentation and records, which do not affect measurements."""
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, check=False).stdout.decode()
     names = [name for name in listed.split("\0") if name and not name.endswith(".md")]
     return {
@@ -95,12 +97,12 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _entry(path: Path) -> tuple[int, str]:
+def _size_and_digest(path: Path) -> tuple[int, str]:
     return path.stat().st_size, _digest(path)
 
 
 def download(python: str, names: tuple[str, ...], folder: Path) -> list[str]:
-    """Wheels of `names` for the machine's Python, each by itself; returns what could not be had, with the reason."""
+    """Download wheels of `names` for the GPU machine, one by one; return the unavailable ones with the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
     options = ["--no-deps", "--only-binary=:all:", f"--python-version={PYTHON_VERSION}", "--implementation=cp"]
@@ -115,9 +117,9 @@ def download(python: str, names: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def build(python: str, folder: Path) -> tuple[str | None, list[str]]:
-    """Compiles for `python` into `folder`; returns the torch linked with, and what is missing."""
+    """Build the extensions for `python` into `folder`; return the torch version they use, and what is missing."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return None, [f"compiled parts: this machine is {platform.machine()}, the GPU machine x86-64"]
+        return None, [f"extensions: this machine is {platform.machine()}, the GPU machine is x86-64"]
     query = "import sys, torch; print('%d.%d' % sys.version_info[:2], torch.__version__, torch.version.cuda)"
     version, torch, cuda = subprocess.run(
         [python, "-c", query], capture_output=True, text=True, check=True
@@ -133,20 +135,20 @@ def build(python: str, folder: Path) -> tuple[str | None, list[str]]:
         command = [python, "setup.py", "--quiet", "build_ext", "--build-lib", work]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
-            return None, [f"compiled parts: the build failed: {done.stderr.strip()[-500:]}"]
+            return None, [f"extensions: the build failed: {done.stderr.strip()[-500:]}"]
         built = Path(work) / "scenarioclip_fast" / "_native"
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*built.glob("*.so"), built / "build.json"]:
             shutil.copy2(path, folder / path.name)
         left_out = json.loads((built / "build.json").read_text())["left_out"]
-    missing = [f"compiled parts, {part}: {reason}" for part, reason in left_out.items()]
+    missing = [f"extensions, {part}: {reason}" for part, reason in left_out.items()]
     if version != PYTHON_VERSION:
-        missing.append(f"compiled parts, host: built for Python {version}, the GPU machine has {PYTHON_VERSION}")
+        missing.append(f"extensions, host: built for Python {version}, the GPU machine has {PYTHON_VERSION}")
     return torch, missing
 
 
 def pack(python: str, folder: Path, photos: Path) -> Manifest:
-    """Fills `folder` anew."""
+    """Create the pack in `folder` from scratch."""
     from scenarioclip_fast.bench import machine
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,31 +164,33 @@ def pack(python: str, folder: Path, photos: Path) -> Manifest:
             path.chmod(0o755 if path.is_dir() else 0o644)
     else:
         missing.append(f"photos: {photos} does not exist (--photos DIR); synthetic scenes will be used instead")
-    files = {str(path.relative_to(folder)): _entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): _size_and_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     manifest = Manifest(machine.commit(ROOT), PYTHON_VERSION, torch, missing, files, _sources())
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
 def up_to_date(folder: Path) -> Manifest | None:
-    """The manifest where nothing has changed since the pack was made, and nothing was missing then."""
+    """The manifest of a complete pack of the current sources; None if it must be made again."""
     from scenarioclip_fast.bench import machine
 
     manifest = read_manifest(folder)
-    if manifest is None or manifest.missing or damaged(folder, manifest):
+    if manifest is None or manifest.missing or damaged_files(folder, manifest):
         return None
-    same = manifest.commit == machine.commit(ROOT) and commit_here(ROOT, manifest) == manifest.commit
-    return manifest if same else None
+    current = manifest.commit == machine.commit(ROOT) and commit_here(ROOT, manifest) == manifest.commit
+    return manifest if current else None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Gathers what a bare GPU machine lacks, in gpu-pack/.")
-    parser.add_argument("--python", default=sys.executable, help="Python like the machine's, with torch")
+    parser = argparse.ArgumentParser(description="Collect what an offline GPU machine lacks, in gpu-pack/.")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the GPU machine's version, with torch")
     parser.add_argument(
         "--photos",
         type=Path,
         default=ROOT.parent / "shared" / "data" / "photos",
-        help="real photographs in the published layout, taken along where they exist (default: %(default)s)",
+        help="real photos in the published layout, included if they exist (default: %(default)s)",
     )
     args = parser.parse_args()
     folder = ROOT / FOLDER
@@ -199,7 +203,7 @@ def main() -> int:
 
 
 def report(manifest: Manifest) -> int:
-    """Prints what the pack holds, and how to use it; 1 where it is too large."""
+    """Print the contents and how to use them; return 1 if the pack is too large."""
     by_part: dict[str, int] = {}
     for name, (size, _) in manifest.files.items():
         by_part[name.partition("/")[0]] = by_part.get(name.partition("/")[0], 0) + size
@@ -214,17 +218,17 @@ def report(manifest: Manifest) -> int:
         return 1
     print(
         f"""
-What travels to the GPU machine (x86-64, Python {PYTHON_VERSION}; the compiled parts are for sm_90a) fits one archive:
+Create one archive for the GPU machine (x86-64, Python {PYTHON_VERSION}; the extensions are for sm_90a):
 
     git ls-files -z | tar --null -czf checkout.tgz -T - {FOLDER}
 
-Unpack it there in an empty directory and run, in that directory:
+Unpack it there in an empty directory and run in it:
 
     make gpu OUT=runs/gpu
 
 or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out runs/gpu
 
-It takes at most eight minutes and leaves record.json, README.md, sections.csv, log.txt and all.tar.gz in OUT."""
+It takes at most eight minutes and writes record.json, README.md, sections.csv, log.txt and all.tar.gz to OUT."""
     )
     return 0
 

@@ -1,7 +1,7 @@
-"""The pytest plugin of `make gpu`: notes the start-up, divides long files, and in a rehearsal stops at the device.
+"""The pytest plugin of `make gpu`: records the start-up time, shards long files, and handles GPU tests in a rehearsal.
 
-A rehearsal runs the GPU's tests on a machine without one. A test that gets as far as its first use of the device has
-shown all that can be shown there, and is skipped; any other failure is one.
+A rehearsal runs the GPU tests on a machine without a GPU. A test that reaches its first use of the device is reported
+as skipped; any other failure counts.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _NO_DEVICE = re.compile(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="0/1", help="I/N: shard I of N, counted from 0 (default: all tests)")
+    parser.addoption("--shard", default="0/1", help="I/N: run shard I of N, counted from 0 (default: all tests)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first, count = map(int, config.getoption("--shard").split("/"))
-    # Neighbours are cases of one test and compile the same kernels: they are dealt out in turn.
-    others = [item for i, item in enumerate(items) if i % count != first]
-    if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = items[first::count]
+    shard, count = map(int, config.getoption("--shard").split("/"))
+    # Adjacent items are cases of one test and compile the same kernels: distribute them over the shards.
+    deselected = [item for i, item in enumerate(items) if i % count != shard]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = items[shard::count]
 
 
 def pytest_collection_finish() -> None:
@@ -39,14 +39,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # all of a file's GPU tests may be left to other sections
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # other sections or shards may have all GPU tests of a file
         session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    # A command that refuses says so in its output.
+    # The message may be in the captured output of a command.
     output = [report.longreprtext, *(text for _, text in report.sections)] if report.failed else []
     if REHEARSAL and any(map(_NO_DEVICE.search, output)):
         report.outcome = "skipped"

@@ -1,7 +1,7 @@
-"""What sections run in: forks of the process that has imported everything, or new processes where forks will not do.
+"""The processes that sections run in: forks of a process that has imported everything, or new processes.
 
-A fork starts in milliseconds. It has its own process group, CUDA context and output file: what hangs is killed with all
-that it started, and an illegal memory access ends with it. The parent must never initialise CUDA.
+A fork starts in milliseconds. It has its own process group, CUDA context and output file: a hanging section is killed
+with all its children, and an illegal memory access affects only its own process. The parent must never initialise CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpu import start_up
 
 @dataclass(frozen=True)
 class Task:
-    """The same work for a fork and for a new process."""
+    """Work that runs either in a fork (`run`) or in a new process (`command`)."""
 
     run: Callable[[], Any]
     command: list[str]
@@ -35,7 +35,7 @@ def pytest_task(arguments: Sequence[str]) -> Task:
     def run() -> int:
         import pytest
 
-        # As `python -m` does: test files may import what stands beside pyproject.toml.
+        # As `python -m` does: test files may import modules next to pyproject.toml.
         sys.path.insert(0, os.getcwd())
         return int(pytest.main(list(arguments)))
 
@@ -43,7 +43,7 @@ def pytest_task(arguments: Sequence[str]) -> Task:
 
 
 def script_task(path: Path, arguments: Sequence[str]) -> Task:
-    """A script with a function `main`, which returns its exit code or None."""
+    """A script with a function `main` that returns its exit code or None."""
 
     def run() -> int:
         sys.path.insert(0, str(path.parent))
@@ -68,14 +68,14 @@ def command_line_task(arguments: Sequence[str]) -> Task:
 
 
 class Process(ABC):
-    """The part of subprocess.Popen's interface that is used here, for a whole process group."""
+    """The part of subprocess.Popen's interface used here, applied to a whole process group."""
 
     pid: int
     returncode: int | None = None
 
     @abstractmethod
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code, or None while the process runs."""
 
     def wait(self, timeout: float | None = None) -> int:
         end = None if timeout is None else time.monotonic() + timeout
@@ -86,7 +86,7 @@ class Process(ABC):
         return code
 
     def end(self, seconds: float = 5.0) -> bool:
-        """Kills it; False where it is still there after so many seconds, as a process stuck in a driver may be."""
+        """Kill the group; return False if it survives for `seconds`, as a process stuck in a driver may."""
         self.kill()
         try:
             self.wait(seconds)
@@ -95,7 +95,7 @@ class Process(ABC):
         return True
 
     def interrupt(self) -> None:
-        """As Ctrl-C does: pytest then still reports what has failed so far."""
+        """Send SIGINT, on which pytest still reports the failures so far."""
         self._signal(signal.SIGINT)
 
     def terminate(self) -> None:
@@ -110,7 +110,7 @@ class Process(ABC):
 
 
 class Forked(Process):
-    """`run` in a fork. Its exit code is what `run` returns, or 1 with a traceback in the output."""
+    """Runs a function in a fork. The exit code is its return value, or 1 with a traceback in the output."""
 
     def __init__(self, run: Callable[[], Any], output: int, cwd: Path, env: Mapping[str, str]) -> None:
         sys.stdout.flush()
@@ -118,7 +118,7 @@ class Forked(Process):
         self.pid = os.fork()
         if self.pid == 0:
             self._child(run, output, cwd, env)
-        with contextlib.suppress(OSError):  # in both processes, so that neither depends on who comes first
+        with contextlib.suppress(OSError):  # also set in the child, so that the order does not matter
             os.setpgid(self.pid, self.pid)
 
     @staticmethod
@@ -134,7 +134,7 @@ class Forked(Process):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(env)
             os.chdir(cwd)
-            if "torch" in sys.modules and "OMP_NUM_THREADS" in env:  # which OpenMP has read already
+            if "torch" in sys.modules and "OMP_NUM_THREADS" in env:  # OpenMP has already read the environment
                 sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
             code = int(run() or 0)
         except SystemExit as exit_:
@@ -154,12 +154,12 @@ class Forked(Process):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
-                self.kill()  # what it left running
+                self.kill()  # its remaining children
         return self.returncode
 
 
 class Spawned(Process):
-    """A command in a process of its own."""
+    """Runs a command in a new process."""
 
     def __init__(self, command: Sequence[str], output: int, cwd: Path, env: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -169,7 +169,7 @@ class Spawned(Process):
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
-            process_group=0,  # not a session of its own, which would survive the command that this call is
+            process_group=0,  # a new group, but not a new session, which would outlive this command
         )
         self.pid = self._process.pid
 
@@ -182,22 +182,22 @@ class Spawned(Process):
 
 
 class Launcher:
-    """Starts tasks in forks; in processes of their own once `forks` is false."""
+    """Starts tasks in forks, or in new processes if `forks` is false."""
 
     def __init__(self, cwd: Path) -> None:
         self.cwd, self.forks = cwd, True
 
     def __call__(self, task: Task, log: Path, **env: str) -> Process:
         with log.open("ab") as output:
-            return self.to(task, output.fileno(), self.cwd, **start_up.variable(log), **env)
+            return self.start(task, output.fileno(), self.cwd, **start_up.variable(log), **env)
 
-    def to(self, task: Task, output: int, cwd: Path, **env: str) -> Process:
-        """With an output that is open."""
+    def start(self, task: Task, output: int, cwd: Path, **env: str) -> Process:
+        """Start a task with an open output file."""
         if self.forks:
             return Forked(task.run, output, cwd, env)
         return Spawned(task.command, output, cwd, env)
 
     def command(self, command: Sequence[str], log: Path, **env: str) -> Process:
-        """A command that must have a process of its own."""
+        """Start a command in a new process."""
         with log.open("ab") as output:
             return Spawned(command, output.fileno(), self.cwd, {**start_up.variable(log), **env})

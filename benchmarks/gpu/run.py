@@ -1,15 +1,15 @@
-"""`make gpu`: turns a few minutes on a machine with a GPU into a record, with or without a registry.
+"""`make gpu`: measures a record on a GPU machine in a few minutes, with or without a package index.
 
 Run: make gpu [OUT=DIR] [ONLY="bench_step tests"] [TOTAL=480] [PYTHON=python3]
      or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out DIR
 
-In order: a look at the machine; the wheels of gpu-pack/ and a build of the compiled parts, or those of gpu-pack/ where
-the build fails; tests, sanitizers and the compilers' caches in parallel; then the timed sections, headline figures
-first. A failure, a hang or a missing package costs only its own section. After each section OUT holds what there is by
-then: record.json, README.md, sections.csv, log.txt, all.tar.gz.
+In order: probe the machine; install the wheels of gpu-pack/ and build the extensions, or use those of gpu-pack/ if the
+build fails; run tests, sanitizers and compiler warm-ups in parallel; then the timed sections, headline figures first. A
+failure, a hang or a missing package affects only its own section. After each section OUT holds the results so far:
+record.json, README.md, sections.csv, log.txt, and all.tar.gz at the end.
 
-Only this first part, `prepare`, runs in the machine's own Python, with the standard library alone. The rest is
-measure.py, in a virtual environment on top of that Python, which stays as it was.
+Only this first part runs in the machine's own Python, with only the standard library. The rest is measure.py, in a
+virtual environment on top of that Python, which is left unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import sections
-from gpu.jobs import DONE, shortened
+from gpu.jobs import PASSED, shortened
 from gpu.pack import FOLDER, Manifest, commit_here, read_manifest
 from gpu.processes import Spawned
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "scenarioclip_fast" / "_native"
 WHEELS = ["--no-index", "--no-deps", "--no-compile"]
 EDITABLE = ["--no-index", "--no-build-isolation", "--no-deps", "--editable", "."]
-# The environment on top has no cmake and ninja of its own.
+# The virtual environment uses the cmake and ninja of this Python.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 PROBE = """
@@ -55,23 +55,23 @@ print(json.dumps(out))
 
 
 class SetupError(Exception):
-    """What the machine lacks, in one line."""
+    """A one-line message about what the machine lacks."""
 
 
 def probe() -> dict[str, Any]:
-    """Python, torch and GPU of this machine. Raises SetupError where there is nothing to measure with."""
+    """The Python, torch and GPU of this machine. Raises SetupError without torch or a GPU."""
     command = [sys.executable, "-c", PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except subprocess.TimeoutExpired:
-        raise SetupError("torch did not say within a minute whether there is a GPU") from None
+        raise SetupError("torch did not report within a minute whether a GPU is present") from None
     try:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         raise SetupError(f"{sys.executable} cannot import torch: {done.stderr.strip()[-300:]}") from None
     if "torch" not in found:
         raise SetupError(
-            f"{sys.executable} has no torch ({found.get('error')}): make gpu uses the torch that is installed "
+            f"{sys.executable} has no torch ({found.get('error')}): make gpu uses the installed torch "
             "(set PYTHON=... to use another interpreter)"
         )
     if not found["cuda"] and not sections.REHEARSAL:
@@ -80,18 +80,19 @@ def probe() -> dict[str, Any]:
 
 
 def environment(folder: Path) -> Path:
-    """A virtual environment that sees this Python's packages; returns its interpreter.
+    """Create a virtual environment that sees this Python's packages; return its interpreter.
 
-    Written by hand: `venv --system-site-packages` looks through to the base installation, not to an environment that
-    this Python may itself be.
+    `venv --system-site-packages` would see only the base installation, not an environment that this Python belongs to.
     """
     import site
     import venv
 
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
     purelib = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
-    below = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
-    lines = [f"import site; site.addsitedir({path!r})" for path in below if os.path.isdir(path)]
+    site_packages = dict.fromkeys(
+        [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    )
+    lines = [f"import site; site.addsitedir({path!r})" for path in site_packages if os.path.isdir(path)]
     (purelib / "machine.pth").write_text("\n".join(lines) + "\n")
     python = folder / "bin" / "python"
     subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('torch')"], check=True, timeout=20)
@@ -104,7 +105,7 @@ def start(command: list[str | Path], log: Path, **env: str) -> Spawned:
 
 
 def finish(process: Spawned, seconds: float) -> int | None:
-    """Its exit code; None where it was stopped after `seconds`."""
+    """Wait for the exit code; kill the process after `seconds` and return None."""
     try:
         return process.wait(max(seconds, 1))
     except subprocess.TimeoutExpired:
@@ -113,10 +114,10 @@ def finish(process: Spawned, seconds: float) -> int | None:
 
 
 class Preparation:
-    """Wheels and compiled parts. Fills `notes`, their rows of the sections table."""
+    """Installs wheels and extensions. `notes` collects their rows (name, result, seconds) of the sections table."""
 
-    def __init__(self, work: Path, python: Path, found: dict[str, Any], pack: Manifest | None, until: float) -> None:
-        self.work, self.python, self.found, self.pack, self.until = work, python, found, pack, until
+    def __init__(self, work: Path, python: Path, found: dict[str, Any], pack: Manifest | None, deadline: float) -> None:
+        self.work, self.python, self.found, self.pack, self.deadline = work, python, found, pack, deadline
         self.notes: list[tuple[str, str, float]] = []
 
     def run(self) -> None:
@@ -127,12 +128,12 @@ class Preparation:
             installing = start(self._pip(*WHEELS, *wheels), self.work / "wheels.txt")
         building = start(self._pip(*EDITABLE), self.work / "build.txt", **self._build())
         if installing is None:
-            self.notes.append(("wheels", f"none in {FOLDER}/: make gpu-pack", 0))
+            self.notes.append(("wheels", f"none in {FOLDER}/: run make gpu-pack", 0))
         else:
             self._finish_wheels(installing, wheels, begin)
-        code = finish(building, self.until - time.time())
+        code = finish(building, self.deadline - time.time())
         if code == 0:
-            self.notes.append(("build", DONE, time.time() - begin))
+            self.notes.append(("build", PASSED, time.time() - begin))
         else:
             self._use_prebuilt("timed out" if code is None else f"exit {code}", begin)
 
@@ -141,7 +142,7 @@ class Preparation:
 
     def _build(self) -> dict[str, str]:
         capability = self.found.get("capability", "90")
-        archs = {"90": "90a"}.get(capability, capability)  # for the device at hand alone
+        archs = {"90": "90a"}.get(capability, capability)  # for this device only
         return {
             "SCENARIOCLIP_FAST_BUILD": "cuda" if self.found["cuda"] else "auto",
             "SCENARIOCLIP_FAST_ARCHS": os.environ.get("SCENARIOCLIP_FAST_ARCHS", archs),
@@ -150,52 +151,52 @@ class Preparation:
 
     def _finish_wheels(self, installing: Spawned, wheels: list[Path], begin: float) -> None:
         if finish(installing, 20) == 0:
-            self.notes.append(("wheels", DONE, time.time() - begin))
+            self.notes.append(("wheels", PASSED, time.time() - begin))
             return
         failed = []
         for wheel in wheels:
             one = start(self._pip(*WHEELS, wheel), self.work / "wheels.txt")
-            if finish(one, min(10, self.until - time.time())) != 0:
+            if finish(one, min(10, self.deadline - time.time())) != 0:
                 failed.append(wheel.name.partition("-")[0])
-        result = f"failed to install: {' '.join(failed)}" if failed else DONE
+        result = f"failed to install: {' '.join(failed)}" if failed else PASSED
         self.notes.append(("wheels", result, time.time() - begin))
 
-    def _end_of(self, log: str) -> str:
+    def _tail(self, log: str) -> str:
         path = self.work / log
         return "\n".join(shortened(path).splitlines()[-20:]) if path.exists() else ""
 
-    def _use_prebuilt(self, why: str, begin: float) -> None:
-        """Installs with the compiled parts of gpu-pack/, or without any, in place of those that could not be built."""
-        print(self._end_of("build.txt"), flush=True)
+    def _use_prebuilt(self, reason: str, begin: float) -> None:
+        """Install with the extensions of gpu-pack/, or without any, after a failed build."""
+        print(self._tail("build.txt"), flush=True)
         done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")
         if finish(done, 60) != 0:
-            print(self._end_of("install.txt"), file=sys.stderr)
+            print(self._tail("install.txt"), file=sys.stderr)
             raise SetupError("the package cannot be installed")
         prebuilt = ROOT / FOLDER / "native"
         parts = sorted(prebuilt.glob("*.so"))
         if self.pack is None or not parts:
-            result = f"failed ({why}), and {FOLDER}/native holds nothing: Triton and torch backends only"
+            result = f"failed ({reason}), and {FOLDER}/native is empty: Triton and PyTorch backends only"
         else:
             NATIVE.mkdir(exist_ok=True)
             for part in parts:
                 shutil.copy2(part, NATIVE / part.name)
             info = json.loads((prebuilt / "build.json").read_text())
             (NATIVE / "build.json").write_text(json.dumps({**info, "prebuilt_from": self.pack.commit}, indent=1) + "\n")
-            result = f"failed ({why}): using the prebuilt extensions of {FOLDER}"
+            result = f"failed ({reason}): using the prebuilt extensions of {FOLDER}"
         self.notes.append(("build", result, time.time() - begin))
 
 
-def make_folder(out: Path) -> None:
+def create_output_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.txt.partial").touch()
         (out / "log.txt.partial").unlink()
     except OSError as error:
-        raise SetupError(f"--out {out}: cannot be written to ({error.strerror})") from None
+        raise SetupError(f"--out {out}: is not writable ({error.strerror})") from None
 
 
-def packed() -> tuple[Manifest | None, str | None]:
-    """The manifest of gpu-pack/ and the commit of these files; a damaged pack must not cost the call."""
+def load_pack() -> tuple[Manifest | None, str | None]:
+    """The manifest of gpu-pack/ and the commit of these files; None without a usable pack."""
     try:
         pack = read_manifest(ROOT / FOLDER)
         return pack, None if pack is None else commit_here(ROOT, pack)
@@ -206,8 +207,8 @@ def packed() -> tuple[Manifest | None, str | None]:
 
 def main() -> int:
     started = time.time()
-    parser = argparse.ArgumentParser(description="Measures this machine's GPU and leaves a record.")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="where the record goes (default: runs/gpu)")
+    parser = argparse.ArgumentParser(description="Measure this machine's GPU and write a record.")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="output directory (default: runs/gpu)")
     names = ", ".join(sections.names())
     parser.add_argument("--only", default="", help=f"run only these sections, space-separated: {names}")
     parser.add_argument("--total", type=float, default=sections.TOTAL_S, help="time limit in seconds (default: 480)")
@@ -221,20 +222,20 @@ def main() -> int:
     try:
         found = probe()
         probed = time.time() - started
-        make_folder(args.out)
-        pack, commit = packed()
+        create_output_folder(args.out)
+        pack, commit = load_pack()
         work = Path(tempfile.mkdtemp(prefix="scenarioclip-fast-gpu-"))
-        device = found.get("device", "no GPU: a rehearsal")
+        device = found.get("device", "no GPU (rehearsal)")
         print(f"== {device}, Python {found['python']}, torch {found['torch']}", flush=True)
         try:
             python = environment(work / "venv")
-        except Exception as error:  # then in the machine's own
+        except Exception as error:  # fall back to the machine's own
             print(
                 f"== no virtual environment ({type(error).__name__}: {error}): wheels go into {sys.prefix}", flush=True
             )
             python = Path(sys.executable)
-        until = started + min(args.factor * sections.PREPARE.most, args.total / 2)
-        preparation = Preparation(work, python, found, pack, until)
+        deadline = started + min(args.factor * sections.PREPARE.maximum, args.total / 2)
+        preparation = Preparation(work, python, found, pack, deadline)
         preparation.run()
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -248,15 +249,15 @@ def main() -> int:
         "only": only,
         "out": str(args.out.resolve()),
         "work": str(work),
-        "notes": [("probe", DONE, probed, probed), *preparation.notes],
+        "notes": [("probe", PASSED, probed, probed), *preparation.notes],
         "commit": commit,
     }
     (work / "state.json").write_text(json.dumps(state))
     env = {**os.environ, "PATH": os.pathsep.join([str(python.parent), PATH]), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
-    # In one place, where measure.py finds the choices to be made again; kept for the next call on this machine.
+    # A fixed place, where measure.py finds the autotuning results to discard; reused by later runs on this machine.
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "scenarioclip-fast-inductor"))
-    # Lets quick-GELU's graphs be cached with their backward passes, so that the timed sections find them.
+    # Lets Inductor cache quick-GELU's graphs with their backward passes, so that the timed sections find them.
     env.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     if (ROOT / FOLDER / "photos").is_dir():
         env.setdefault("SCENARIOCLIP_FAST_PHOTOS", str(ROOT / FOLDER / "photos"))

@@ -1,10 +1,10 @@
-"""Every kernel once, forward and backward, on inputs small enough for compute-sanitizer.
+"""Runs every kernel once, forward and backward, on inputs small enough for compute-sanitizer.
 
 Run: export PYTHONPATH=benchmarks
      compute-sanitizer --tool memcheck --error-exitcode 9 python -m gpu.sanitize cuda triton
      compute-sanitizer --tool racecheck --error-exitcode 9 python -m gpu.sanitize cuda
 
-Races are looked for in kernels written by hand: Triton places the barriers of its own.
+racecheck covers only the handwritten kernels: Triton inserts its barriers itself.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def distillation(backend: str) -> None:
 
 
 def triton() -> None:
-    """Shared launches, and a level alone by blocks; texts given and on the diagonal, sizes that fit no tile."""
+    """Shared launches and one large level by blocks; with and without text indices; sizes that fit no tile."""
     for rows, texts in ((137, 70), (137, 137), (4500, 4300)):
         image, text = (
             torch.randn(n, 96, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)

@@ -1,6 +1,6 @@
-"""The sections of `make gpu`: their order, what each may take, and how saved time is passed on.
+"""The sections of `make gpu`: their order, time budgets, and how saved time is redistributed.
 
-Imports nothing but the standard library: it is read before any package is known to be there.
+Imports only the standard library: it runs before any package is installed.
 """
 
 from __future__ import annotations
@@ -10,31 +10,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# `make gpu-rehearse`: no GPU is there, and none is expected.
+# `make gpu-rehearse` runs without a GPU.
 REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
-TOTAL_S = 480  # of the whole call, from its first instruction to its last
-HEADLINE_S = 400  # by then the headline figures are in the record
+TOTAL_S = 480  # for the whole of `make gpu`
+HEADLINE_S = 400  # until the headline figures are recorded
 
-Kind = str  # "prepare", "start", "check" (side by side, untimed), "bench", "tune", "demo" or "compiled"
+Kind = str  # "prepare", "start", "check" (parallel, untimed), "bench", "tune", "demo" or "compiled"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the call that fails, hangs or is skipped without affecting the others.
+    """A part of `make gpu` that can fail, hang or be skipped without affecting the others.
 
-    budget: seconds that are kept for it. It may take more where earlier sections left some, up to `most`.
-    least: it is skipped where fewer seconds remain.
+    Attributes:
+        budget: seconds reserved for it.
+        maximum: seconds it may use if earlier sections saved time.
+        minimum: it is skipped if fewer seconds remain.
     """
 
     name: str
     kind: Kind
     budget: float
-    most: float
-    least: float = 3.0
+    maximum: float
+    minimum: float = 3.0
 
 
 PREPARE = Section("prepare", "prepare", 50, 60)
-# Imports of the process that all others are forked from, and a first look at the device.
+# Imports in the process that all others are forked from, and the first use of the device.
 START = Section("start", "start", 12, 60)
 CHECKS = Section("checks", "check", 88, 120)
 TIMED = [
@@ -50,21 +52,21 @@ TIMED = [
     Section("bench_distillation", "bench", 8, 20),
     Section("bench_ema", "bench", 5, 10),
     Section("bench_trainer", "bench", 12, 30),
-    # As time allows; useless if cut short.
-    Section("demo", "demo", 0, 120, least=45),
-    Section("tests_compiled", "compiled", 0, 120, least=30),
+    # If time allows; useless if cut short.
+    Section("demo", "demo", 0, 120, minimum=45),
+    Section("tests_compiled", "compiled", 0, 120, minimum=30),
 ]
-FINISH_S = 8  # the record's README, the archive
+FINISH_S = 8  # to write the record's README and the archive
 HEADLINES = ("bench_step", "bench_contrastive", "bench_views", "bench_end_to_end")
 ALL = [PREPARE, START, CHECKS, *TIMED]
-# What runs in parallel under CHECKS, each by itself.
+# The parts of CHECKS, which run in parallel.
 CHECK_PARTS = ("doctor", "tests", "memcheck_cuda", "memcheck_triton", "racecheck", "warm_step", "warm_contrastive")
 
 
 class Clock:
-    """Time since the call began, and how much of it a section may take.
+    """The elapsed time, and the time limit of each section.
 
-    Every section after the one at hand keeps its budget; what the earlier ones saved is passed on.
+    Later sections keep their budgets; time saved by earlier sections goes to the next ones.
     """
 
     def __init__(self, total: float, started: float, now: Callable[[], float] = time.time) -> None:
@@ -74,20 +76,20 @@ class Clock:
         return self._now() - self.started
 
     def limit(self, section: Section, later: list[Section]) -> float | None:
-        """Seconds for `section` when `later` are still to come; None where too few are left for it."""
+        """Time limit of `section` when `later` sections follow; None if less than its minimum remains."""
         left = self.total - FINISH_S - self.elapsed()
         spare = left - sum(s.budget for s in later)
-        # Where the call is late already, a section still gets its share of what is left.
+        # If already late, a section still gets its proportional share of the remaining time.
         share = left * section.budget / max(section.budget + sum(s.budget for s in later), 1.0)
-        limit = min(max(spare, min(share, section.budget)), section.most)
-        return limit if limit >= section.least else None
+        limit = min(max(spare, min(share, section.budget)), section.maximum)
+        return limit if limit >= section.minimum else None
 
 
 def names() -> list[str]:
-    """What ONLY may name."""
+    """The names accepted by ONLY."""
     return [*CHECK_PARTS, *(s.name for s in TIMED)]
 
 
 def budgets() -> float:
-    """Seconds of all sections together."""
+    """Sum of all budgets in seconds."""
     return sum(s.budget for s in ALL) + FINISH_S

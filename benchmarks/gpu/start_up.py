@@ -1,6 +1,6 @@
-"""How long a section takes until its own work begins: imports, collection, probes.
+"""Measures a section's start-up time: imports, collection and probes until its actual work begins.
 
-A section notes it in a file that its environment names, beside its log.
+A section writes it to a file beside its log, whose path it gets from the environment.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import os
 import time
 from pathlib import Path
 
-_VARIABLE = "SCENARIOCLIP_FAST_START_UP"  # when the process was started, and the file
+_VARIABLE = "SCENARIOCLIP_FAST_START_UP"  # "start time:file"
 
 
 def variable(log: Path) -> dict[str, str]:
-    """What a process that starts now must have in its environment."""
+    """The environment variable for a process that starts now."""
     return {_VARIABLE: f"{time.time()}:{log.with_suffix('.start-up')}"}
 
 
 def note() -> None:
-    """Says that the work begins now; does nothing outside of `make gpu`."""
-    began, _, path = os.environ.pop(_VARIABLE, "").partition(":")
+    """Record that the actual work begins now; does nothing outside `make gpu`."""
+    started, _, path = os.environ.pop(_VARIABLE, "").partition(":")
     if path:
         with open(path, "a") as file:
-            file.write(f"{time.time() - float(began):.3f}\n")
+            file.write(f"{time.time() - float(started):.3f}\n")
 
 
 def seconds(log: Path) -> float | None:
-    """Of all processes with this log; None where none got as far."""
+    """Total start-up time of the processes with this log; None if none recorded it."""
     path = log.with_suffix(".start-up")
     return sum(map(float, path.read_text().split())) if path.exists() else None

@@ -1,10 +1,10 @@
-"""Measurements that can be believed: runs the benchmark files of the checkout, keeps records, draws reports.
+"""Benchmark runner: runs the benchmark files of the checkout, writes records and renders reports.
 
-plugin.py    what pytest loads: hands over every result as it comes, and times where pytest-benchmark is missing
-runner.py    a process per benchmark file; leaves a record after each
-machine.py   what the numbers were measured on
-record.py    the record's format, and the fields that reports read of a benchmark
-tables.py    what records say, as tables and rooflines
+plugin.py    pytest plugin: streams each result, and replaces pytest-benchmark where it is not installed
+runner.py    runs each benchmark file in its own process and saves the record after each
+machine.py   describes the machine: device, versions, clocks, commit
+record.py    the record format, and the benchmark fields that reports use
+tables.py    records as tables and rooflines
 report.py    any set of records as Markdown and one HTML page
-plots.py     bars of a group, and the roofline
+plots.py     bar charts per group, and the roofline plot
 """

@@ -1,4 +1,4 @@
-"""What the numbers were measured on: device, driver, clocks, versions, commit."""
+"""Describes the measurement environment: device, driver, clocks, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 COMMIT_VARIABLE = "SCENARIOCLIP_FAST_COMMIT"
 REHEARSAL_VARIABLE = "SCENARIOCLIP_FAST_REHEARSAL"
 _PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "simplejpeg", "pytest-benchmark", "scenarioclip-fast")
-_RIVALS = ("cut-cross-entropy", "inf-cl", "liger-kernel", "memeff", "quack-kernels", "siglip-kernel")
-_CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+_THIRD_PARTY_LOSSES = ("cut-cross-entropy", "inf-cl", "liger-kernel", "memeff", "quack-kernels", "siglip-kernel")
+_CLOCK_FIELDS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What stays as it is while a record is made. `device`: "cpu" or "cuda"."""
+    """Describe what stays fixed during a run. `device`: "cpu" or "cuda"."""
     import torch
 
     from scenarioclip_fast import native
@@ -38,33 +38,33 @@ def describe(device: str) -> dict[str, Any]:
     if (origin := native.build_info().get("prebuilt_from")) is not None:
         out["compiled_parts"] = f"built on another machine, from commit {origin}"
     if device == "cuda":
-        out["driver"] = _smi("driver_version")
+        out["driver"] = _nvidia_smi("driver_version")
         out["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
         out["versions"]["cuda"] = str(torch.version.cuda)
     return out
 
 
 def describe_rehearsal() -> dict[str, Any]:
-    """As `describe`, of a kind of its own: a rehearsal must never be mistaken for a record."""
-    found = describe("cpu")
-    return found | {"device": f"rehearsal on {found['device']}", "kind": "rehearsal"}
+    """Like `describe`, with kind "rehearsal", so that a rehearsal is never mistaken for a measurement."""
+    host = describe("cpu")
+    return host | {"device": f"rehearsal on {host['device']}", "kind": "rehearsal"}
 
 
 def state(device: str) -> dict[str, Any]:
-    """What changes: how busy the machine is, and its clocks."""
+    """Describe what varies during a run: load and clock frequencies."""
     out: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
     if device == "cuda":
-        values = _smi(_CLOCKS).split(", ")
-        out["gpu"] = dict(zip(_CLOCKS.split(","), values, strict=False))
-    elif clocks := re.findall(r"cpu MHz\s*:\s*([\d.]+)", _text("/proc/cpuinfo")):
+        values = _nvidia_smi(_CLOCK_FIELDS).split(", ")
+        out["gpu"] = dict(zip(_CLOCK_FIELDS.split(","), values, strict=False))
+    elif clocks := re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read_text("/proc/cpuinfo")):
         out["mhz"] = round(max(map(float, clocks)))
     return out
 
 
 def commit(folder: Path) -> str:
-    """Of the checkout, with "+ changes" where tracked files that matter to a measurement differ from it.
+    """The commit of the checkout, with "+ changes" appended if tracked files that affect measurements are modified.
 
-    Outside of a checkout, where the files were copied without .git: SCENARIOCLIP_FAST_COMMIT, or else "unknown".
+    Without .git (files copied from a checkout), returns SCENARIOCLIP_FAST_COMMIT, or "unknown" if that is not set.
     """
 
     def git(*args: str) -> str | None:
@@ -74,12 +74,13 @@ def commit(folder: Path) -> str:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed package may lie in the repository of another project.
+    # The package may be installed inside the repository of another project.
     head = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(folder.resolve()) else None
     if head is None:
         return os.environ.get(COMMIT_VARIABLE) or "unknown"
-    texts = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # what measuring itself rewrites
-    return head + (" + changes" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", *texts) else "")
+    generated = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # rewritten by the benchmarks themselves
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *generated)
+    return head + (" + changes" if changed else "")
 
 
 def _cores() -> int:
@@ -87,11 +88,11 @@ def _cores() -> int:
 
 
 def _processor() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", _text("/proc/cpuinfo"))
+    found = re.search(r"model name\s*:\s*(.+)", _read_text("/proc/cpuinfo"))
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError:
@@ -101,7 +102,7 @@ def _text(path: str) -> str:
 def _versions() -> dict[str, str]:
     dali = [d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
     out = {}
-    for name in (*_PACKAGES, *_RIVALS, *dali):
+    for name in (*_PACKAGES, *_THIRD_PARTY_LOSSES, *dali):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -109,7 +110,7 @@ def _versions() -> dict[str, str]:
     return out
 
 
-def _smi(fields: str) -> str:
+def _nvidia_smi(fields: str) -> str:
     command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)

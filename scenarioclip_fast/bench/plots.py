@@ -1,4 +1,4 @@
-"""Pictures of a record: bars per group, and the roofline."""
+"""Plots of a record: bar charts per group, and the roofline."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from scenarioclip_fast.bench.tables import Roof, ceilings, fastest_of_ours, roof
 from scenarioclip_fast.report.style import COLOURS, GRID, INK, MUTED, STYLE
 from scenarioclip_fast.requirements import require
 
-OURS, LAW, OTHERS = "#2f6db5", "#9dbde3", "#b9c1ca"
+OURS, REFERENCE, OTHERS = "#2f6db5", "#9dbde3", "#b9c1ca"
 _MARKERS = "osD^vP*Xp<>hd8"
 
 
-def draw(record: Record, out: Path) -> dict[str, Path]:
-    """Draws a picture a part and the roofline into `out`; the title of the table that each belongs to -> its path."""
+def plot_record(record: Record, out: Path) -> dict[str, Path]:
+    """Plot each part and the roofline into `out`; return the path of each plot by the title of its table."""
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {part.name: bars(part, out / f"{part.name}.png") for part in record.parts if part.results}
-    drawn = [roof for roof in roofs(record) if roof.floor is not None]
-    if drawn:
-        pictures["Roofline"] = roofline(drawn, record, out / "roofline.png")
-    return pictures
+    plots = {part.name: bars(part, out / f"{part.name}.png") for part in record.parts if part.results}
+    bounded = [roof for roof in roofs(record) if roof.floor is not None]
+    if bounded:
+        plots["Roofline"] = roofline(bounded, record, out / "roofline.png")
+    return plots
 
 
 def bars(part: Part, out: Path) -> Path:
-    """Medians with the spread of their samples, a panel per group."""
+    """Plot medians and the range of their samples, one panel per group."""
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def bars(part: Part, out: Path) -> Path:
         for axes, (group, results) in zip(panels, groups.items(), strict=True):
             unit = unit_of(results)
             _panel(axes, sorted(results, key=lambda r: r.per(unit)), unit)
-            axes.set_title(f"{group}, a {unit}", fontsize=9.5)
+            axes.set_title(f"{group} (per {unit})", fontsize=9.5)
         figure.savefig(out, dpi=110)
     return out
 
@@ -50,10 +50,10 @@ def _panel(axes: Any, results: Sequence[Result], unit: str) -> None:
     amounts = [r.median / r.per(unit) for r in results]
     ends = [(min(r.samples) / n, max(r.samples) / n) for r, n in zip(results, amounts, strict=True)]
     shortest, longest = min(low for low, _ in ends), max(high for _, high in ends)
-    log = longest > 30 * shortest  # else the short bars could not be told apart
+    log = longest > 30 * shortest  # on a linear axis, short bars would be indistinguishable
     ours = fastest_of_ours(results)
     for y, (r, (low, high)) in enumerate(zip(results, ends, strict=True)):
-        colour = OTHERS if not r.ours else LAW if "reference" in r.form else OURS
+        colour = OTHERS if not r.ours else REFERENCE if "reference" in r.form else OURS
         axes.barh(y, r.per(unit), 0.66, color=colour)
         axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
         label = seconds(r.per(unit))
@@ -74,63 +74,66 @@ def _panel(axes: Any, results: Sequence[Result], unit: str) -> None:
     axes.set_axisbelow(True)
 
 
-def roofline(drawn: Sequence[Roof], record: Record, out: Path) -> Path:
-    """Operations a second against operations a byte, under the measured ceilings."""
+def roofline(kernels: Sequence[Roof], record: Record, out: Path) -> Path:
+    """Plot operations per second over operations per byte, below the measured ceilings."""
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    def intensity(r: Result) -> float:
-        return float(r.extra["operations"] / r.extra["bytes"])
-
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 6.2), layout="constrained")
         axes = figure.subplots()
-        xs = [intensity(roof.result) for roof in drawn]
+        xs = [_intensity(roof.result) for roof in kernels]
         low, high = min(xs) / 3, max(*xs, 30) * 6
         measured = ceilings(record)
-        styles = {"float32": "-", "tf32": "-.", "bfloat16": "--"}
-        for (kind, precision, device, threads), peak in measured.items():
-            copy = measured.get(("copy", "", device, threads))
-            if kind != "product" or copy is None:
-                continue
-            points = [low, peak / copy, high]
-            axes.plot(points, [min(copy * x, peak) for x in points], styles[precision], color=MUTED, linewidth=1.1)
-            where = "GPU" if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
-            axes.annotate(
-                f"{precision}, {where}",
-                (high, peak),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-                fontsize=7.5,
-            )
-        colours = [*COLOURS.values(), "#7a5ba8", "#b3402e", "#2b8c8c"]
-        kernels = list(dict.fromkeys(_kernel(roof.result) for roof in drawn))
-        for i, roof in enumerate(drawn):
-            r = roof.result
-            share = 100 * (roof.floor or 0) / r.median
-            label = f"{r.group}: {r.form} ({share:.0f} %)"
-            colour = colours[kernels.index(_kernel(r)) % len(colours)]
-            marker = _MARKERS[i % len(_MARKERS)]
-            face = colour if r.ours else "none"
-            y = r.extra["operations"] / r.median
-            axes.scatter(intensity(r), y, 46, marker=marker, edgecolors=colour, facecolors=face, label=label, zorder=3)
+        _plot_ceilings(axes, measured, low, high)
+        _plot_kernels(axes, kernels)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        bottom = min(roof.result.extra["operations"] / roof.result.median for roof in drawn)
+        bottom = min(roof.result.extra["operations"] / roof.result.median for roof in kernels)
         axes.set_ylim(bottom / 4, max(v for (kind, *_), v in measured.items() if kind == "product") * 2)
         axes.set_xlim(low, high)
-        axes.set_xlabel("operations per byte that must move")
-        axes.set_ylabel("operations a second")
+        axes.set_xlabel("arithmetic intensity (operations per byte)")
+        axes.set_ylabel("operations per second")
         axes.yaxis.set_major_formatter(lambda value, _: si(value))
         axes.grid(color=GRID)
-        columns = 1 if len(drawn) <= 12 else 2
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=7.5, title="share of the ceiling in brackets")
-        figure.set_size_inches(10, 5.4 + 0.19 * math.ceil(len(drawn) / columns))
+        columns = 1 if len(kernels) <= 12 else 2
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=7.5, title="share of roofline in parentheses")
+        figure.set_size_inches(10, 5.4 + 0.19 * math.ceil(len(kernels) / columns))
         figure.savefig(out, dpi=110)
     return out
 
 
-def _kernel(r: Result) -> str:
+def _plot_ceilings(axes: Any, measured: dict[tuple[str, str, str, int], float], low: float, high: float) -> None:
+    styles = {"float32": "-", "tf32": "-.", "bfloat16": "--"}
+    for (kind, precision, device, threads), peak in measured.items():
+        copy = measured.get(("copy", "", device, threads))
+        if kind != "product" or copy is None:
+            continue
+        points = [low, peak / copy, high]
+        axes.plot(points, [min(copy * x, peak) for x in points], styles[precision], color=MUTED, linewidth=1.1)
+        where = "GPU" if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
+        text = f"{precision}, {where}"
+        axes.annotate(text, (high, peak), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=7.5)
+
+
+def _plot_kernels(axes: Any, kernels: Sequence[Roof]) -> None:
+    colours = [*COLOURS.values(), "#7a5ba8", "#b3402e", "#2b8c8c"]
+    names = list(dict.fromkeys(_kernel_name(roof.result) for roof in kernels))
+    for i, roof in enumerate(kernels):
+        r = roof.result
+        share = 100 * (roof.floor or 0) / r.median
+        label = f"{r.group}: {r.form} ({share:.0f} %)"
+        colour = colours[names.index(_kernel_name(r)) % len(colours)]
+        marker = _MARKERS[i % len(_MARKERS)]
+        face = colour if r.ours else "none"
+        y = r.extra["operations"] / r.median
+        axes.scatter(_intensity(r), y, 46, marker=marker, edgecolors=colour, facecolors=face, label=label, zorder=3)
+
+
+def _intensity(r: Result) -> float:
+    return float(r.extra["operations"] / r.extra["bytes"])
+
+
+def _kernel_name(r: Result) -> str:
     return r.group.partition(",")[0]

@@ -1,8 +1,8 @@
-"""The pytest plugin behind `scenarioclip-fast bench`: one JSON line per benchmark as it ends, so that a run that is cut
-short leaves what came before.
+"""The pytest plugin behind `scenarioclip-fast bench`: writes a JSON line as each benchmark ends, so that an aborted run
+keeps its earlier results.
 
-Where pytest-benchmark is not installed, a stand-in for its fixture `benchmark` does what the benchmark files ask of it:
-`pedantic`, `group`, `extra_info`, `name` and `stats.stats.median`.
+Where pytest-benchmark is not installed, a stand-in for its `benchmark` fixture provides what the benchmark files use:
+`pedantic`, `group`, `extra_info`, `name` and `stats.stats`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 
 import pytest
 
-_REASON = 2000  # characters kept of why something failed
+_MAX_REASON = 2000  # characters kept of an error message
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bench-lines", type=Path, required=True, help="file that takes one JSON line per benchmark")
+    parser.addoption("--bench-lines", type=Path, required=True, help="JSON lines file to append each result to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(_Lines(config.getoption("--bench-lines")))
+    config.pluginmanager.register(_ResultWriter(config.getoption("--bench-lines")))
     if not config.pluginmanager.hasplugin("benchmark"):
-        config.pluginmanager.register(_StandIn())
+        config.pluginmanager.register(_BenchmarkFixture())
 
 
-class _Lines:
+class _ResultWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._timed: dict[str, Any] | None = None  # until its teardown has passed too
+        self._pending: dict[str, Any] | None = None  # written once teardown has passed
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as out:
@@ -56,24 +56,24 @@ class _Lines:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self._write({"name": name, "outcome": "left out", "reason": reason.removeprefix("Skipped: ")})
         elif report.failed:
-            # Whatever was timed before the failure is not reported.
-            self._timed = None
+            # A failure in teardown discards the timing.
+            self._pending = None
             self._write({"name": name, "outcome": "failed", "reason": _reason(report.longreprtext)})
         elif call.when == "call":
-            self._timed = _measured(item, name, report.duration)
-        if call.when == "teardown" and self._timed is not None:
-            self._write(self._timed)
-            self._timed = None
+            self._pending = _result_line(item, name, report.duration)
+        if call.when == "teardown" and self._pending is not None:
+            self._write(self._pending)
+            self._pending = None
         return report
 
 
 def _reason(text: str) -> str:
-    """The lines pytest marks as the error, or the end of a traceback."""
+    """The lines that pytest marks as the error, or the end of the traceback."""
     marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
-    return ("\n".join(marked) or text.strip())[-_REASON:]
+    return ("\n".join(marked) or text.strip())[-_MAX_REASON:]
 
 
-def _measured(item: pytest.Item, name: str, seconds: float) -> dict[str, Any]:
+def _result_line(item: pytest.Item, name: str, seconds: float) -> dict[str, Any]:
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if benchmark is None or benchmark.stats is None:
         return {"name": name, "outcome": "left out", "reason": "nothing was timed"}
@@ -84,20 +84,20 @@ def _measured(item: pytest.Item, name: str, seconds: float) -> dict[str, Any]:
         "name": name,
         "outcome": "measured",
         "group": benchmark.group or "",
-        "form": str(extra.pop("form", params.get("way", name))),
+        "form": str(extra.pop("form", params.get("form", name))),
         "clock": "host" if samples is None else "device",
         "samples": list(benchmark.stats.stats.data) if samples is None else samples,
-        "extra": {key: _plain(value) for key, value in extra.items()},
+        "extra": {key: _json_value(value) for key, value in extra.items()},
         "took": seconds,
     }
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict | None) else str(value)
 
 
-class _StandIn:
-    """Registered only where pytest-benchmark is not."""
+class _BenchmarkFixture:
+    """Registered only if pytest-benchmark is not."""
 
     @pytest.fixture
     def benchmark(self, request: pytest.FixtureRequest) -> Timer:
@@ -105,13 +105,13 @@ class _StandIn:
 
 
 class Timer:
-    """Times calls as pytest-benchmark's `pedantic` does: `rounds` samples after `warmup_rounds`."""
+    """Times calls like pytest-benchmark's `pedantic`: `rounds` samples after `warmup_rounds`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.group: str | None = None
         self.extra_info: dict[str, Any] = {}
-        self.stats: Any = None  # as in pytest-benchmark: stats.stats.data, .median, .min, .max
+        self.stats: Any = None  # same shape as pytest-benchmark's: stats.stats.data, .median, .min, .max
 
     def pedantic(
         self,
@@ -122,19 +122,19 @@ class Timer:
         rounds: int = 1,
         warmup_rounds: int = 0,
     ) -> Any:
-        """Calls `target`; `setup` runs before each call, outside the time, and may return its arguments."""
+        """Time calls of `target`; `setup` runs untimed before each and may return (args, kwargs)."""
         samples = []
         result = None
         for round_ in range(-warmup_rounds, rounds):
-            given = setup() if setup is not None else None
-            a, k = given if given is not None else (args, kwargs or {})
+            prepared = setup() if setup is not None else None
+            a, k = prepared if prepared is not None else (args, kwargs or {})
             start = time.perf_counter()
             result = target(*a, **k)
             seconds = time.perf_counter() - start
             if round_ >= 0:
                 samples.append(seconds)
-        numbers = SimpleNamespace(
+        stats = SimpleNamespace(
             data=samples, median=statistics.median(samples), min=min(samples), max=max(samples), rounds=len(samples)
         )
-        self.stats = SimpleNamespace(stats=numbers)
+        self.stats = SimpleNamespace(stats=stats)
         return result

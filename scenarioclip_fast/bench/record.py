@@ -1,20 +1,20 @@
-"""A record: machine, and per benchmark file the command, the commit and every sample.
+"""The record format: the machine and, per benchmark file, the command, the commit and every sample.
 
-What reports read of a benchmark's `extra_info` (all optional; anything else is shown as it is):
+Fields of a benchmark's `extra_info` that reports interpret (all optional; other fields are shown verbatim):
 
 | field | meaning |
 |---|---|
-| form | the way that was measured; left out: the parameter `way`, else the test's name. Ours begin with "ours" |
-| scenes | scenes of one sample; where all forms of a group say so, times are per scene, and scenes/s are shown |
-| views | image views of one sample, likewise |
-| bytes, operations | what one sample must move, and compute: with both it stands in the roofline |
-| precision | of its products: float32, tf32 or bfloat16; left out: float32 |
-| threads | CPU threads that it ran on; a roofline takes the ceilings measured on as many |
-| device | cpu or cuda; left out: the record's |
-| ceiling | "copy" or "product": this measures a ceiling of the roofline |
-| device_seconds | the samples by device events, taken in place of the host's clock |
+| form | the implementation (default: the parameter `form`, else the test's name); this package's start with "ours" |
+| scenes | scenes per sample; if all forms of a group have it, times are per scene and scenes/s are shown |
+| views | image views per sample; likewise |
+| bytes, operations | minimum bytes moved and operations computed per sample; both are required for the roofline |
+| precision | of its matrix products: float32, tf32 or bfloat16 (default: float32) |
+| threads | CPU threads used; the roofline uses the ceilings measured with the same number |
+| device | cpu or cuda (default: the record's) |
+| ceiling | "copy" or "product": the benchmark measures a ceiling of the roofline |
+| device_seconds | samples timed by device events; they replace the host's |
 
-The group names the inputs; forms of one group are compared with one another.
+A group names the inputs; the forms of a group are compared with one another.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Result:
     group: str
     form: str
     samples: list[float]
-    clock: str = "host"  # or device: events on its stream
+    clock: str = "host"  # or "device": timed by device events
     extra: dict[str, Any] = field(default_factory=dict)
-    took: float = 0.0  # checks, warm-up and all
+    took: float = 0.0  # seconds including checks and warm-up
 
     @property
     def median(self) -> float:
@@ -62,13 +62,13 @@ class Result:
 
 
 def unit_of(results: Sequence[Result]) -> str:
-    """What the times of a group are given for: forms may differ in how much they do in a sample."""
+    """The unit of a group's times. Forms may process different amounts per sample."""
     return next((unit for unit in ("scene", "view") if all(f"{unit}s" in r.extra for r in results)), "call")
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A benchmark without a time, and why: it failed, or something that it needs is not here."""
+class Unmeasured:
+    """A benchmark without a time: it failed, or was skipped because a requirement is missing."""
 
     name: str
     reason: str
@@ -76,10 +76,11 @@ class Absent:
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark file's run.
+    """The run of one benchmark file.
 
-    exit: pytest's code, or None if it was stopped at its limit.
-    start_up: seconds until its cases were collected; None where that was not measured.
+    Attributes:
+        exit: pytest's exit code, or None if the run was stopped at its time limit.
+        start_up: seconds until the cases were collected; None if not measured.
     """
 
     name: str
@@ -91,8 +92,8 @@ class Part:
     before: dict[str, Any]
     after: dict[str, Any]
     results: list[Result] = field(default_factory=list)
-    left_out: list[Absent] = field(default_factory=list)
-    failed: list[Absent] = field(default_factory=list)
+    left_out: list[Unmeasured] = field(default_factory=list)
+    failed: list[Unmeasured] = field(default_factory=list)
     note: str = ""
     start_up: float | None = None
 
@@ -113,7 +114,7 @@ class Record:
 
     machine: dict[str, Any]
     parts: list[Part] = field(default_factory=list)
-    name: str = ""  # the directory's, not stored
+    name: str = ""  # of the directory; not stored
 
     @property
     def kind(self) -> str:
@@ -121,7 +122,7 @@ class Record:
 
     @property
     def latest(self) -> str:
-        """When its newest part was started, ISO 8601."""
+        """Start time of the newest part, ISO 8601."""
         return max((part.started for part in self.parts), default="")
 
     @property
@@ -133,18 +134,20 @@ class Record:
             yield from part.results
 
     def with_part(self, part: Part) -> Record:
-        """The same with this part in the place of an older one of its name."""
+        """This record with `part` added, replacing an older part of the same name."""
         names = [p.name for p in self.parts]
         if part.name not in names:
             return Record(self.machine, [*self.parts, part], self.name)
         return Record(self.machine, [part if p.name == part.name else p for p in self.parts], self.name)
 
     def write(self, directory: Path) -> Path:
-        """Writes DIRECTORY/record.json, whole or not at all."""
+        """Write DIRECTORY/record.json atomically."""
         directory.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "machine": self.machine, "parts": [asdict(part) for part in self.parts]}
         text = json.dumps(content, indent=1)
-        text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)  # samples in a line
+        text = re.sub(
+            r"\[\s+([-\d.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text
+        )  # one line per list of samples
         path = directory / FILE
         partial = path.with_suffix(".partial")
         partial.write_text(text + "\n", encoding="utf-8")
@@ -153,7 +156,11 @@ class Record:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads a record's directory or its record.json. Raises UserError for anything else."""
+    """Read a record from its directory or its record.json.
+
+    Raises:
+        UserError: `path` is not a record, or its format is of another version.
+    """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
@@ -172,15 +179,15 @@ def read_record(path: str | Path) -> Record:
 
 def _part(content: dict[str, Any]) -> Part:
     if not all(isinstance(content[key], str) for key in ("name", "command", "commit", "started", "note")):
-        raise ValueError("a part's name, command, commit, start or note is no text")
+        raise ValueError("a part's name, command, commit, start or note is not a string")
     if not content["name"] or Path(content["name"]).name != content["name"]:
-        raise ValueError(f"part: got the name {content['name']!r}, expected one that a picture's file can have")
+        raise ValueError(f"part: got the name {content['name']!r}, expected a valid file name")
     if not all(isinstance(content[key], dict) for key in ("before", "after")):
-        raise ValueError(f"part {content['name']}: before or after is no mapping")
+        raise ValueError(f"part {content['name']}: before or after is not a mapping")
     lists = {
         "results": [_result(r) for r in content["results"]],
-        "left_out": [Absent(**a) for a in content["left_out"]],
-        "failed": [Absent(**a) for a in content["failed"]],
+        "left_out": [Unmeasured(**a) for a in content["left_out"]],
+        "failed": [Unmeasured(**a) for a in content["failed"]],
     }
     return Part(**{**content, **lists})
 
@@ -193,8 +200,8 @@ def _result(content: dict[str, Any]) -> Result:
         raise ValueError(f"{result.name}: expected samples in seconds, their median above 0")
     for field_ in ("scenes", "views", "bytes", "operations"):
         amount = result.extra.get(field_, 1)
-        if not (amount > 0 or (field_ == "operations" and amount == 0)):  # a copy has none
+        if not (amount > 0 or (field_ == "operations" and amount == 0)):  # a copy computes nothing
             raise ValueError(f"{result.name}: {field_}: got {amount!r}, expected a number above 0")
     if (kind := result.extra.get("ceiling")) and ("bytes" if kind == "copy" else "operations") not in result.extra:
-        raise ValueError(f"{result.name}: a ceiling without its amount")
+        raise ValueError(f"{result.name}: ceiling without bytes or operations")
     return result

@@ -1,4 +1,4 @@
-"""What records say, as tables and rooflines, and how its numbers are written."""
+"""Renders records as tables and rooflines, and formats their numbers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from scenarioclip_fast.bench.record import NOT_MEASURED, Part, Record, Result, unit_of
 
-# Fields of `extra` with columns of their own, or that are in the group's name already.
-_SHOWN = {"scenes", "views", "bytes", "operations", "precision", "threads", "device", "ceiling"}
-_SHOWN |= {"phase", "rows", "width"}
+# Fields of `extra` that have their own column or are part of the group name.
+_OWN_COLUMN = {"scenes", "views", "bytes", "operations", "precision", "threads", "device", "ceiling"}
+_OWN_COLUMN |= {"phase", "rows", "width"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, rows of texts, and what stands below them."""
+    """A title, a header, rows of cells, and a note below them."""
 
     title: str
     head: list[str]
@@ -32,7 +32,7 @@ class Table:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; a bar inside a cell is escaped."""
+    """The lines of a Markdown table; "|" in cells is escaped."""
     cells = [
         [cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, ["---"] * len(head), *rows)
     ]
@@ -40,7 +40,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def seconds(value: float) -> str:
-    """Three digits with a unit."""
+    """Format a duration with three digits and a unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
             return f"{digits(value * factor)} {unit}"
@@ -48,12 +48,12 @@ def seconds(value: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Format with three significant digits, without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def si(value: float) -> str:
-    """Three digits with a prefix: 4.4 M."""
+    """Format with three digits and an SI prefix: 4.4 M."""
     for letter, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{digits(value / size)} {letter}"
@@ -61,18 +61,18 @@ def si(value: float) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: two digits, three from 100 on."""
+    """Format a ratio: two decimals below 10, none from 10 on."""
     return f"{value:.0f} x" if value >= 10 else f"{value:.2f} x"
 
 
 def fastest_of_ours(results: Sequence[Result]) -> Result | None:
-    """The yardstick of a group; None where none of ours was measured."""
+    """This package's fastest form, to which the others are compared; None if none was measured."""
     unit = unit_of(results)
     return min((r for r in results if r.ours), key=lambda r: r.per(unit), default=None)
 
 
 def part_table(part: Part) -> Table:
-    """Every form of every group, compared with the fastest of ours."""
+    """All forms of all groups, compared with this package's fastest form."""
     rows = []
     for group, results in part.groups().items():
         ours, unit = fastest_of_ours(results), unit_of(results)
@@ -82,17 +82,17 @@ def part_table(part: Part) -> Table:
             rates = [f"{digits(r.extra[n] / r.median)} {n}/s" for n in ("scenes", "views") if n in r.extra]
             if kind := r.extra.get("ceiling"):
                 rates.append(_rate(kind, r.extra["bytes" if kind == "copy" else "operations"] / r.median))
-            # A rival says "not computed" of what it does not differentiate.
+            # Third-party losses report "not computed" for gradients they lack.
             errors = {k: v for k, v in r.extra.items() if k.startswith("error of ") and isinstance(v, float)}
-            rest = [f"largest error {_value(max(errors.values()))}"] if errors else []
-            rest += [
-                f"{k.replace('_', ' ')} {_value(v)}" for k, v in r.extra.items() if k not in _SHOWN | errors.keys()
+            details = [f"largest error {_value(max(errors.values()))}"] if errors else []
+            details += [
+                f"{k.replace('_', ' ')} {_value(v)}" for k, v in r.extra.items() if k not in _OWN_COLUMN | errors.keys()
             ]
-            place = f"{group} (a {unit})" if i == 0 else ""
-            row = [place, r.form, seconds(r.per(unit)), f"{low} to {high}", str(len(r.samples)), ratio]
-            rows.append([*row, "; ".join(rates + rest)])
-    head = ["inputs", "form", "median", "spread", "samples", "against ours", "also"]
-    return Table(part.name, head, rows, _about(part))
+            inputs = f"{group} (per {unit})" if i == 0 else ""
+            row = [inputs, r.form, seconds(r.per(unit)), f"{low} to {high}", str(len(r.samples)), ratio]
+            rows.append([*row, "; ".join(rates + details)])
+    head = ["inputs", "form", "median", "range", "samples", "relative to ours", "details"]
+    return Table(part.name, head, rows, _caption(part))
 
 
 def _value(value: Any) -> str:
@@ -103,39 +103,39 @@ def _value(value: Any) -> str:
     )
 
 
-def _about(part: Part) -> str:
-    busy = f"load {part.before.get('load', '?')} before, {part.after.get('load', '?')} after"
+def _caption(part: Part) -> str:
+    load = f"load {part.before.get('load', '?')} before, {part.after.get('load', '?')} after"
     lines = [
-        f"`{part.command}`, commit {part.commit[:12]}{part.commit[40:]}, {part.started}, {part.seconds:.0f} s, {busy}."
+        f"`{part.command}`, commit {part.commit[:12]}{part.commit[40:]}, {part.started}, {part.seconds:.0f} s, {load}."
     ]
     if any(result.clock == "device" for result in part.results):
-        lines.append("Times by device events, with a cold L2.")
-    lines += [f"Failed, so not reported: {a.name}: {a.reason.splitlines()[0] if a.reason else ''}" for a in part.failed]
+        lines.append("Timed by device events, with a cold L2 cache.")
+    lines += [f"Failed: {a.name}: {a.reason.splitlines()[0] if a.reason else ''}" for a in part.failed]
     reasons: dict[str, list[str]] = {}
-    for absent in part.left_out:
-        reasons.setdefault(absent.reason, []).append(absent.name)
-    lines += [f"Left out: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    for skipped in part.left_out:
+        reasons.setdefault(skipped.reason, []).append(skipped.name)
+    lines += [f"Skipped: {', '.join(names)}: {reason}." for reason, names in reasons.items()]
     return " ".join([*lines, part.note]).strip()
 
 
 @dataclass(frozen=True)
 class Roof:
-    """A kernel under its ceilings: operations and bytes of one call, in units and per second."""
+    """A kernel and the ceilings that apply to it."""
 
     result: Result
-    copy: float | None  # bytes a second; None: not measured
-    product: float | None  # operations a second
+    copy: float | None  # bytes per second; None if not measured
+    product: float | None  # operations per second
 
     @property
     def floor(self) -> float | None:
-        """Seconds that the ceilings allow."""
+        """Lower bound of the time in seconds, by the roofline model."""
         if self.copy is None or self.product is None:
             return None
         return max(self.result.extra["bytes"] / self.copy, self.result.extra["operations"] / self.product)
 
 
 def ceilings(record: Record) -> dict[tuple[str, str, str, int], float]:
-    """(copy or product, precision or "", device, threads) -> best bytes or operations a second."""
+    """Map (copy or product, precision or "", device, threads) to the best bytes or operations per second."""
     out = {}
     for r in record.results():
         if kind := r.extra.get("ceiling"):
@@ -150,7 +150,7 @@ def _key(record: Record, r: Result, kind: str) -> tuple[str, str, str, int]:
 
 
 def roofs(record: Record) -> list[Roof]:
-    """Every form of ours that counts its bytes and operations."""
+    """This package's forms that report bytes and operations."""
     found = ceilings(record)
     return [
         Roof(r, found.get(_key(record, r, "copy")), found.get(_key(record, r, "product")))
@@ -160,7 +160,7 @@ def roofs(record: Record) -> list[Roof]:
 
 
 def roofline_table(record: Record) -> Table:
-    """Floor on the measured ceilings and achieved share of every kernel."""
+    """The lower bound from the measured ceilings, and the share achieved, per kernel."""
     rows = []
     for roof in roofs(record):
         r, floor = roof.result, roof.floor
@@ -183,11 +183,11 @@ def roofline_table(record: Record) -> Table:
         f"{kind}{' ' * bool(precision)}{precision} on {_place(device, threads)} " + _rate(kind, value)
         for (kind, precision, device, threads), value in ceilings(record).items()
     ]
-    note = f"Ceilings, the best of their samples in the same record: {'; '.join(parts) or NOT_MEASURED}. " + (
-        "Bytes: each tensor read or written once; operations: additions and multiplications. Floor: the larger of "
-        "bytes by the copy's rate and operations by the product's. On a CPU part of the data may come from its caches."
+    note = f"Ceilings (best samples of the same record): {'; '.join(parts) or NOT_MEASURED}. " + (
+        "Bytes: each tensor read or written once; operations: additions and multiplications. Lower bound: the larger "
+        "of bytes / copy rate and operations / product rate. On a CPU, part of the data may come from caches."
     )
-    head = ["inputs", "form", "bytes", "operations", "floor", "median", "share of the ceiling"]
+    head = ["inputs", "form", "bytes", "operations", "lower bound", "median", "share of roofline"]
     return Table("Roofline", head, rows, note)
 
 
@@ -200,7 +200,7 @@ def _place(device: str, threads: int) -> str:
 
 
 def facts(record: Record) -> dict[str, str]:
-    """What was measured on what."""
+    """The environment of a record as label -> value."""
     machine = record.machine
     out = {
         key.replace("_gib", ", GiB").replace("_", " "): str(value)
@@ -216,7 +216,7 @@ def facts(record: Record) -> dict[str, str]:
 
 
 def across(records: Sequence[Record]) -> Table | None:
-    """Medians of what more than one record has."""
+    """The medians of forms that occur in more than one record; None if there are none."""
     by_key: dict[tuple[str, str], dict[int, float]] = {}
     for i, record in enumerate(records):
         for r in record.results():
@@ -230,7 +230,7 @@ def across(records: Sequence[Record]) -> Table | None:
 
 
 def tables(record: Record) -> Iterator[Table]:
-    """A table a part, then the roofline."""
+    """One table per part, then the roofline."""
     yield from map(part_table, record.parts)
     roof = roofline_table(record)
     if roof.rows:

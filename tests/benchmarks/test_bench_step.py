@@ -1,4 +1,4 @@
-"""bench_step.py and bench_end_to_end.py: every GPU case without a GPU, their order, and what they refuse to time."""
+"""bench_step.py and bench_end_to_end.py: all GPU cases rehearsed, their order, and the checks before timing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The lines of both files' GPU benchmarks."""
+    """The result lines of both files' GPU benchmarks."""
     lines = tmp_path_factory.mktemp("rehearsal") / "lines.jsonl"
     files = ["benchmarks/bench_step.py", "benchmarks/bench_end_to_end.py"]
     plugin = ["-p", "scenarioclip_fast.bench.plugin", "--bench-lines", str(lines), "-p", "no:cacheprovider"]
@@ -34,7 +35,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines.read_text().splitlines()) if "total" not in row]
 
 
-def test_every_gpu_case_in_its_order(rehearsed: list[dict[str, Any]]) -> None:
+def test_gpu_cases_run_in_order(rehearsed: list[dict[str, Any]]) -> None:
     assert {row["outcome"] for row in rehearsed} == {"measured"}
     steps, loops = rehearsed[:6], rehearsed[6:]
     assert [row["form"] for row in steps] == [
@@ -56,9 +57,9 @@ def test_every_gpu_case_in_its_order(rehearsed: list[dict[str, Any]]) -> None:
     for row in steps:
         assert row["extra"]["needed_tflop"] > 0
         assert 0 < row["extra"]["host, ms"] <= 1.001e3 * max(row["samples"])
-    ours, theirs = loops[:2]
-    # Timed are 4 of 6 batches and 2 of 4, of 3 scenes each.
-    assert (ours["extra"]["scenes"], theirs["extra"]["scenes"]) == (12, 6)
+    ours, baseline = loops[:2]
+    # 4 of 6 and 2 of 4 batches are timed, of 3 scenes each.
+    assert (ours["extra"]["scenes"], baseline["extra"]["scenes"]) == (12, 6)
     assert 0 <= ours["extra"]["data_wait"] < 1 and ours["extra"]["blocks"] == "compiled"
 
 
@@ -71,17 +72,17 @@ def test_claims_find_their_groups_and_forms(rehearsed: list[dict[str, Any]]) -> 
     assert len(claims) >= 3 and all(readme.find(claim, [record]) is not None for claim in claims)
 
 
-def test_the_baseline_is_timed_over_whole_rounds_of_its_workers() -> None:
-    """Eight processes deliver eight batches at a time."""
+def test_baseline_is_timed_over_a_multiple_of_its_workers() -> None:
+    """Eight workers deliver eight batches at a time."""
     setting = bench_end_to_end.SETTINGS[bench_end_to_end.ON_GPU]
-    assert (setting.theirs - setting.untimed) % setting.workers == 0
-    # Our loop is made of the same packed batches, and both begin alike.
+    assert (setting.baseline_batches - setting.untimed) % setting.workers == 0
+    # Both loops repeat the same packed batches and start with the same untimed ones.
     assert setting.batches > setting.untimed > 0 and setting.batch % setting.distinct == 0
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Which ways are built."""
+    """The names of the forms that were built."""
     names: list[str] = []
     build: Callable[..., Any] = bench_step.build
 
@@ -98,21 +99,21 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-def run(way: str) -> Timer:
-    benchmark = Timer(way)
-    bench_step.run(benchmark, way, "vit-b-32", bench_step.drawn(3, 64), "cpu", rounds=1)
+def run(form: str) -> Timer:
+    benchmark = Timer(form)
+    bench_step.run(benchmark, form, "vit-b-32", bench_step.synthetic(3, 64), "cpu", rounds=1)
     return benchmark
 
 
-def test_one_pass_of_the_baseline_serves_all(built: list[str]) -> None:
+def test_baseline_is_measured_once(built: list[str]) -> None:
     published = "ours as published (pre_layernorm trains), float32"
-    for way in ("ours, float32", published, bench_step.REFERENCE):
-        assert len(run(way).stats.stats.data) == 1
-    # It is built for the check of the first, and once more to be timed.
+    for form in ("ours, float32", published, bench_step.REFERENCE):
+        assert len(run(form).stats.stats.data) == 1
+    # It is built for the first check, and again to be timed.
     assert built == [bench_step.REFERENCE, "ours, float32", published, bench_step.REFERENCE]
 
 
-def test_no_time_for_a_wrong_step(built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_step_is_not_timed(built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run("ours, float32")
     ((key, (loss, norm)),) = bench_step.EXPECTED.items()
     for wrong, what in (((1.001 * loss, norm), "loss"), ((loss, 1.001 * norm), "gradient norm")):
@@ -121,31 +122,28 @@ def test_no_time_for_a_wrong_step(built: list[str], monkeypatch: pytest.MonkeyPa
             run("ours, float32")
 
 
-def test_warm_up_makes_the_same_steps_without_the_check(built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_takes_the_same_steps_unchecked(built: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM", True)
     steps: list[Any] = []
     step = bench_step.OurStep.step
     monkeypatch.setattr(bench_step.OurStep, "step", lambda self, batch: steps.append(batch) or step(self, batch))
     run("ours, float32")
     assert built == ["ours, float32"] and bench_step.EXPECTED == {}
-    assert len(steps) == 2 and all(batch is bench_step.drawn(3, 64).batch for batch in steps)
+    assert len(steps) == 2 and all(batch is bench_step.synthetic(3, 64).batch for batch in steps)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_losses_of_a_loop_that_differ(device: str) -> None:
-    class Side:
-        way, on_gpu, wrong = "ours, bf16", device == "cuda", None
-
-    side: Any = Side()
-    tolerance = 2e-2 if side.on_gpu else 4e-3
+def test_differing_losses_of_a_loop_fail(device: str) -> None:
+    contender: Any = SimpleNamespace(form="ours, bf16", on_gpu=device == "cuda", error=None)
+    tolerance = 2e-2 if contender.on_gpu else 4e-3
     expected = [5.0, 4.0]
-    bench_end_to_end.check(side, [5.0, 4.0 * (1 + 0.9 * tolerance)], expected)
-    assert side.wrong is None
+    bench_end_to_end.check(contender, [5.0, 4.0 * (1 + 0.9 * tolerance)], expected)
+    assert contender.error is None
     for other in (4.0 * (1 + 1.1 * tolerance), float("nan")):
         with pytest.raises(pytest.fail.Exception, match=r"ours, bf16, step 1: loss .*, the baseline's is 4\.0"):
-            bench_end_to_end.check(side, [5.0, other], expected)
-    with pytest.raises(ValueError):  # a step too few
-        bench_end_to_end.check(side, [5.0], expected)
-    # Nothing else is measured of a side that was found wrong.
+            bench_end_to_end.check(contender, [5.0, other], expected)
+    with pytest.raises(ValueError):  # one step is missing
+        bench_end_to_end.check(contender, [5.0], expected)
+    # All later benchmarks of this contender fail, too.
     with pytest.raises(pytest.fail.Exception, match="ours, bf16, step 1"):
-        bench_end_to_end.test_vit_b_32_on_a_gpu(None, "loader", side.way, lambda way: side)
+        bench_end_to_end.test_vit_b_32_on_a_gpu(None, "loader", contender.form, lambda form: contender)

@@ -1,4 +1,4 @@
-"""The scenes that the benchmark of views is given, and its check of a GPU's views."""
+"""bench_views.py: its scenes, and its check of a GPU's views."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from scenarioclip_fast.benchmarks import bench_views
-from scenarioclip_fast.benchmarks.bench_views import Mixed
+from scenarioclip_fast.benchmarks.bench_views import MixedViews
 
 from scenarioclip_fast.data import Scene, Views, load_reference
 from scenarioclip_fast.ops import render_views
 
 
-def test_the_first_photos_with_relations(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_photos_with_relations(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_views, "PHOTOS", photos)
     threads = torch.get_num_threads()
-    scenes = bench_views.photographed((64, 48), 5)
+    scenes = bench_views.from_photos((64, 48), 5)
     assert torch.get_num_threads() == threads
     with_relations = (scene.key for scene in load_reference(photos) if isinstance(scene, Scene) and scene.relations)
     assert [scene.key for scene in scenes] == [next(with_relations) for _ in range(5)]
@@ -25,21 +25,21 @@ def test_the_first_photos_with_relations(photos: Path, monkeypatch: pytest.Monke
 
 def test_without_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_views, "PHOTOS", tmp_path / "none")
-    assert bench_views.photographed((64, 48), 5) == []
+    assert bench_views.from_photos((64, 48), 5) == []
     scenes = bench_views.make_scenes((65, 48), 3)
-    assert [scene.key for scene in scenes] == ["drawn 0", "drawn 1", "drawn 2"]
+    assert [scene.key for scene in scenes] == ["synthetic 0", "synthetic 1", "synthetic 2"]
 
 
 @pytest.mark.parametrize("object_view", ["masked", "crop"])
-def test_a_wrong_view_is_found(object_view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_detects_a_wrong_view(object_view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_views, "PHOTOS", Path("none"))
     monkeypatch.setattr(bench_views, "GPU_SIDE", 16)
     scenes = bench_views.make_scenes((40, 32), 12)
     views = Views.of_scenes(scenes, object_view=object_view, train=True)
-    mixed = Mixed(scenes, [scene.image for scene in scenes], views)  # type: ignore[misc]
+    mixed = MixedViews(scenes, [scene.image for scene in scenes], views)  # type: ignore[misc]
     rendered = render_views(mixed.images, views, size=16, dtype=torch.bfloat16, backend="cpu")
     bench_views.check(rendered, mixed)
     wrong = rendered.clone()
     wrong[1] = wrong[0]
-    with pytest.raises(AssertionError, match="bytes off the cpu form"):
+    with pytest.raises(AssertionError, match="off from backend cpu"):
         bench_views.check(wrong, mixed)

@@ -1,4 +1,4 @@
-"""Bytes and operations of the roofline, against small cases counted by hand."""
+"""Bytes and operations of the roofline, checked on small cases counted by hand."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def scene() -> Scene:
 @pytest.mark.parametrize(
     ("kind", "read", "operations"),
     [
-        # 80 x 80 is shown of 120 x 80, at 40 pixels: f = 2, so 8 taps.
+        # 80 x 80 of 120 x 80 is visible, at 40 pixels: f = 2, so 8 taps.
         ("global", 3 * 80 * 80, 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
-        # Two boxes of 40 x 20; what is around them is black whatever it was.
+        # Two boxes of 40 x 20; pixels outside are not read.
         ("object", 3 * 2 * 40 * 20, 2 * 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
         # Two masks of 1,200 bytes; the blur is two passes of 17 taps over the three colours.
         (
@@ -55,53 +55,53 @@ def test_distillation() -> None:
 
 
 def test_contrastive() -> None:
-    phases = {phase: bench_contrastive.needed(phase) for phase in ("forward", "backward", "forward + backward")}
-    # The floor of kernels/contrastive/README.md: four products, one forward and three backward.
+    phases = {phase: bench_contrastive.minimum_cost(phase) for phase in ("forward", "backward", "forward + backward")}
+    # The minimum in kernels/contrastive/README.md: four products, one forward and three backward.
     assert [products for _, products in phases.values()] == [1, 3, 4]
     assert [numbers for numbers, _ in phases.values()] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("way", bench_contrastive.PRODUCTS)
-def test_bare_products(way: str) -> None:
-    """Operations as torch counts those of the calls, and of four products 4 x 2 N U D."""
+@pytest.mark.parametrize("form", bench_contrastive.PRODUCTS)
+def test_bare_products(form: str) -> None:
+    """Operations match PyTorch's count of the calls, and 4 x 2 N U D for the four products."""
     counts: dict[str, float] = {}
-    case = bench_contrastive.Case("products", way, "cpu", 100, 32)
+    case = bench_contrastive.Case("products", form, "cpu", 100, 32)
     benchmark = SimpleNamespace(extra_info=counts, group=None, pedantic=lambda run, **_: run())
     with patch.object(bench_contrastive.Products, "block_side", staticmethod(lambda _: 48)):
         bench_contrastive.measure_products(benchmark, case)
         products = bench_contrastive.Products(torch.ones(100, 32), torch.ones(100, 32))
     with FlopCounterMode(display=False) as counter:
-        products.named(way)[1]()
+        products.named(form)[1]()
     assert counts["operations"] == counter.get_total_flops()
-    if way == bench_contrastive.FOUR:
+    if form == bench_contrastive.FOUR:
         assert counts["operations"] == 4 * 2 * 100 * 100 * 32
         assert counts["bytes"] == 6 * 100 * 32 * 4
         assert benchmark.group == "contrastive, forward + backward, 100 x 100 x 32, cpu"
     else:
-        assert counts["bytes"] >= (100 * 100 + 2 * 100 * 32) * 4  # both operands and what comes out
+        assert counts["bytes"] >= (100 * 100 + 2 * 100 * 32) * 4  # both operands and the result
         assert benchmark.group == "contrastive, bare products, 100 x 100 x 32, cpu"
 
 
-def test_peak_memory_sees_what_the_allocator_had_kept() -> None:
-    """Freed memory that is handed out again is memory all the same."""
+def test_peak_memory_includes_memory_cached_by_the_allocator() -> None:
+    """Memory that the allocator kept and reuses counts, too."""
 
     def run() -> None:
-        torch.ones(6 << 20)  # 24 MiB, which glibc keeps once it has seen some
+        torch.ones(6 << 20)  # 24 MiB, which glibc caches after a few allocations
 
     for _ in range(3):
         run()
     peak = bench_contrastive.peak_memory(run, "cpu")
     if peak is None:
-        pytest.skip("this system does not tell its peak of memory")
-    assert 23 < peak < 40  # pages of something else may come and go
+        pytest.skip("this system does not report peak memory")
+    assert 23 < peak < 40  # other allocations may come and go
 
 
 @pytest.mark.parametrize("texts", [None, 12])
-def test_the_exact_loss_is_that_of_the_n_by_n_form(texts: int | None) -> None:
+def test_exact_loss_matches_the_n_by_n_form(texts: int | None) -> None:
     leaves = bench_contrastive.features(70, 16, "cpu", texts=texts)
     image, text, scale = (t.detach().double().requires_grad_() for t in leaves)
     own = bench_contrastive.texts_of(70, texts or 70, "cpu")
     assert len(own.unique()) == len(text)
     loss = reference.naive_loss(image, text[own] if texts else text, scale)
-    wanted = [loss.detach(), *torch.autograd.grad(loss, (image, text, scale))]
-    torch.testing.assert_close(bench_contrastive.exact(70, 16, "cpu", texts=texts), wanted)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (image, text, scale))]
+    torch.testing.assert_close(bench_contrastive.exact(70, 16, "cpu", texts=texts), expected)

@@ -1,4 +1,4 @@
-"""The picture of the contrastive benchmark, from a record."""
+"""The plot of the contrastive benchmark, from a record."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ def result(form: str, rows: int, samples: list[float], phase: str = "forward + b
     return Result("t", "g", form, samples, extra={"phase": phase, "rows": rows, "width": 512, "device": "cuda"})
 
 
-@pytest.mark.parametrize("sizes", [(128, 4096), (4096,)])  # the second: nothing that launches bind
-def test_a_record_becomes_a_picture(sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", [(128, 4096), (4096,)])  # the second has no launch-bound sizes
+def test_record_becomes_a_plot(sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = [
         *(result("ours: triton", n, [0.003, 0.002]) for n in sizes),
         result("logits.T compiled", sizes[0], [0.004]),
         result("four bare products", 4096, [0.001]),
         result("inf_cl", 1178, [0.01], "levels"),
     ]
-    drawn = plot_contrastive.series(results, "forward + backward", "cuda", 512)
-    assert drawn["ours: triton"] == dict.fromkeys(sizes, 2.0)
+    plotted = plot_contrastive.series(results, "forward + backward", "cuda", 512)
+    assert plotted["ours: triton"] == dict.fromkeys(sizes, 2.0)
     record(*results).write(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot_contrastive.py", str(tmp_path), str(tmp_path / "out.png")])
     plot_contrastive.main()
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
-def test_every_form_has_a_look_of_its_own() -> None:
-    looks = {way: plot_contrastive.style(way) for way in (*bench_contrastive.WAYS, bench_contrastive.FOUR)}
-    ours = ("ours: triton", "ours: cpu")  # never in one picture
-    assert all(looks[a] != looks[b] for a in looks for b in looks if a != b and {a, b} != {*ours})
+def test_every_form_has_its_own_style() -> None:
+    styles = {form: plot_contrastive.style(form) for form in (*bench_contrastive.FORMS, bench_contrastive.FOUR)}
+    ours = ("ours: triton", "ours: cpu")  # never in the same plot
+    assert all(styles[a] != styles[b] for a in styles for b in styles if a != b and {a, b} != {*ours})
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_is_no_such_record_is_named(
-    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("exists", [False, True])
+def test_unusable_record_is_an_error(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if there:
+    if exists:
         record().write(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot_contrastive.py", str(tmp_path), "out.png"])
     with pytest.raises(SystemExit):
         plot_contrastive.main()
-    expected = "no run of bench_contrastive.py in this record" if there else "no record here"
+    expected = "no run of bench_contrastive.py in this record" if exists else "no record here"
     assert expected in capsys.readouterr().err

@@ -83,8 +83,8 @@ def test_gpu_targets_name_existing_benchmark_groups() -> None:
     groups = [f"contrastive, forward + backward, {n} x {n} x 512, cuda" for n in bench_contrastive.ROWS["cuda"]]
     groups += [f"contrastive, forward + backward, levels of {bench_contrastive.LEVELS} rows, width 512, cuda"]
     groups += ["training step, vit-b-32, 128 scenes (random pixels), cuda", "end to end, whole loop, vit-b-32, x, cuda"]
-    forms = {*bench_contrastive.WAYS, "four bare products", *bench_step.GPU_WAYS}
-    forms |= {*bench_end_to_end.WAYS["vit-b-32 on a GPU"]}
+    forms = {*bench_contrastive.FORMS, "four bare products", *bench_step.GPU_FORMS}
+    forms |= {*bench_end_to_end.FORMS["vit-b-32 on a GPU"]}
     results = [Result("t", group, form, [1.0], extra={"scenes": 1}) for group in groups for form in forms]
     part = Part("all", "pytest", "c", "2026-01-01T08:00:00", 1.0, 0, {}, {}, results)
     record = Record({"device": "a GPU", "kind": "cuda", "versions": {}}, [part], "here")

@@ -1,4 +1,4 @@
-"""The GPU's cases of the smaller benchmarks go through all of their code on a CPU, at toy sizes."""
+"""The GPU cases of the smaller benchmarks, rehearsed on a CPU at toy sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, "benchmarks")
 from scenarioclip_fast.benchmarks import tune_views
 sys.exit(code or tune_views.main(["--quick", "--out", sys.argv[1]]))
 """
-# Reasons for which a case may be left out.
+# Accepted reasons for skipping a case.
 ALLOWED = ("Pillow decodes on the CPU", "takes half a minute", "nvidia-dali", "simplejpeg", "instant-clip-tokenizer")
 
 
@@ -27,7 +27,7 @@ def test_rehearsals(tmp_path: Path) -> None:
     options = ["-m", "gpu", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'pytest'}"]
     options += ["-p", "scenarioclip_fast.bench.plugin", f"--bench-lines={lines}"]
     files = [f"benchmarks/bench_{name}.py" for name in FILES]
-    # One thread, since toy sizes gain nothing from more.
+    # One thread: more do not help at toy sizes.
     env = {**os.environ, "SCENARIOCLIP_FAST_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(tuned), *files, *options]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
@@ -36,9 +36,9 @@ def test_rehearsals(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     cases = [row for row in rows if "outcome" in row]
     assert len(cases) == next(row["total"] for row in rows if "total" in row)
-    left_out = [row for row in cases if row["outcome"] != "measured"]
-    assert all(row["outcome"] == "left out" and row["reason"].startswith(ALLOWED) for row in left_out), left_out
-    # The names that tables of records look for.
+    skipped = [row for row in cases if row["outcome"] != "measured"]
+    assert all(row["outcome"] == "left out" and row["reason"].startswith(ALLOWED) for row in skipped), skipped
+    # The names that benchmarks/readme.py matches.
     measured = {(row["group"], row["form"]) for row in cases if row["outcome"] == "measured"}
     for form in ("python loop", "ours: cuda", "ours: triton"):
         assert ("distillation forward + backward, 128 scenes, cuda", form) in measured
@@ -51,7 +51,7 @@ def test_rehearsals(tmp_path: Path) -> None:
     }
     assert sum(group.startswith("mixed views, ") and group.endswith(", GPU") for group, _ in measured) == 4
     assert any(group.startswith("ema update, ") for group, _ in measured)
-    if not any("simplejpeg" in row["reason"] for row in left_out):
+    if not any("simplejpeg" in row["reason"] for row in skipped):
         assert {("whole batches, cuda", form) for form in ("published", "ours, torch")} <= measured
         assert ("640 x 480, 6 objects, 3 relations, cuda", "ours, torch") in measured
 

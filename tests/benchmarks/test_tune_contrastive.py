@@ -1,4 +1,4 @@
-"""The tuning script of the contrastive loss, on a CPU, and the arithmetic of its predictions."""
+"""tune_contrastive.py: a rehearsal on a CPU, and its predictions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scenarioclip_fast.benchmarks.tune_contrastive import DEFAULTS, Predictions
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_rehearsal_goes_through_every_variant(tmp_path: Path) -> None:
-    """Without Triton: a CPU need not have it."""
+def test_rehearsal_runs_every_variant(tmp_path: Path) -> None:
+    """Without Triton, which a CPU machine need not have."""
     out = tmp_path / "tune.json"
     code = "import sys; sys.modules['triton'] = None; import tune_contrastive; tune_contrastive.main(sys.argv[1:])"
     path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
@@ -38,8 +38,8 @@ def test_a_rehearsal_goes_through_every_variant(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == len(rows) + 2  # one line each
 
 
-def test_what_is_taken_is_what_the_code_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The predictions of a call are of its choices on an H100."""
+def test_defaults_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictions assume the code's choices on an H100."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
 
@@ -48,28 +48,28 @@ def test_what_is_taken_is_what_the_code_takes(monkeypatch: pytest.MonkeyPatch) -
     assert plan.gradient_tile() == contrastive_triton.Tile(*DEFAULTS["gradient_tile"])
     monkeypatch.setattr(contrastive_triton, "_processors", lambda _: tune_contrastive.PROCESSORS)
     assert plan.block_side(torch.device("cuda")) == DEFAULTS["block_side"]
-    with tune_contrastive.chosen("gradient_tile", (256, 128, 8, 4)):
+    with tune_contrastive.override("gradient_tile", (256, 128, 8, 4)):
         assert plan.gradient_tile() == contrastive_triton.Tile(256, 128, 8, 4)
-    with tune_contrastive.chosen("block_side", 4224):
+    with tune_contrastive.override("block_side", 4224):
         assert plan.block_side(torch.device("cuda")) == 4224
 
 
 def test_predictions() -> None:
     predicted = Predictions(32768, 512)
-    # A tile of 128 x 128 asks 64 bytes a cycle of the L2 cache, and 8 more where it writes; 32 to 39 are to be had.
-    assert predicted.share((128, 128), written=0) == (32 / 64, 39 / 64)
-    assert predicted.share((128, 128), written=2) == (32 / 72, 39 / 72)
-    assert predicted.share((256, 128), written=0) == tune_contrastive.ALONE  # 32 / 48 is above
+    # A tile of 128 x 128 needs 64 bytes per cycle from the L2, and 8 more if it writes; 32 to 39 are available.
+    assert predicted.peak_share((128, 128), written=0) == (32 / 64, 39 / 64)
+    assert predicted.peak_share((128, 128), written=2) == (32 / 72, 39 / 72)
+    assert predicted.peak_share((256, 128), written=0) == tune_contrastive.ONE_BLOCK  # below 32 / 48
     assert predicted.forward_tiles((256, 128)) == pytest.approx((1.112 / 0.70, 1.112 / 0.65), rel=1e-3)
-    # 8,448 rows are one wave of 128 x 256 tiles, 4,224 half of one that takes as long.
+    # 8,448 rows are one wave of 128 x 256 tiles; 4,224 rows are half a wave, which takes as long.
     one, half = Predictions(8448, 512), Predictions(8448, 512).products(4224)
-    assert one.products(8448)[0] == pytest.approx(2 * one.library()[0])
-    assert half[0] == pytest.approx(4 * one.library()[0])
+    assert one.products(8448)[0] == pytest.approx(2 * one.cublas()[0])
+    assert half[0] == pytest.approx(4 * one.cublas()[0])
     parts = [span for *_, span in tune_contrastive.parts(predicted)]
     assert tune_contrastive.total(*parts) == pytest.approx(predicted.both(**DEFAULTS))
 
 
-def test_kernels_belong_to_one_part() -> None:
+def test_each_kernel_belongs_to_one_part() -> None:
     kernels = {
         "tile_sums": 1.0,
         "log_sums": 0.25,
@@ -84,14 +84,14 @@ def test_kernels_belong_to_one_part() -> None:
     assert rows["others: at::native::vectorized_element"] == 4.0 and sum(rows.values()) == sum(kernels.values())
 
 
-def test_what_is_wrong_differs() -> None:
-    right = [torch.tensor(3.0), torch.ones(4)]
-    assert tune_contrastive.difference(right, right) == 0
-    assert tune_contrastive.difference([right[0], torch.full((4,), 1.5)], right) == pytest.approx(0.5)
+def test_difference() -> None:
+    expected = [torch.tensor(3.0), torch.ones(4)]
+    assert tune_contrastive.difference(expected, expected) == 0
+    assert tune_contrastive.difference([expected[0], torch.full((4,), 1.5)], expected) == pytest.approx(0.5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         tune_contrastive.main([])
     assert error.value.code == 2

@@ -1,4 +1,4 @@
-"""benchmarks/tune_step.py: which part of a step a kernel belongs to, and that all of it runs without a GPU."""
+"""tune_step.py: the part of a step that each kernel belongs to, and the tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMES = {
         "void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float, func_wrapper_t<float> > >(float)",
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<OpaqueType<2u>, unsigned int, 3>",
         "Memcpy HtoD (Pinned -> Device)",
-        # Fused around products and attention: named after them, but neither.
+        # Fused with operators next to products and attention, and named after them.
         "triton_poi_fused__to_copy_addmm_silu_backward_t_7",
         "triton_red_fused_native_layer_norm_native_layer_norm_backward_3",
         "triton_per_fused__scaled_dot_product_flash_attention_add_native_layer_norm_2",
@@ -69,10 +69,10 @@ def test_kinds_of_kernels(kind: str, name: str) -> None:
     assert tune_step.kind_of(name) == kind
 
 
-def test_own_kernels_are_found_in_their_sources() -> None:
+def test_own_kernels_are_found_in_the_sources() -> None:
     found = tune_step.own_kernels()
     assert {"unit_rows", "products", "distillation", "resize_across", "augment"} <= found
-    # torch has kernels of such names, too.
+    # PyTorch has kernels of the same names.
     assert tune_step.kind_of("void at::native::augment<float>(float*)") == "elementwise"
 
 
@@ -87,7 +87,7 @@ class Trace:
         self.records.append({**record, "args": args})
 
     def kernel(self, name: str, us: float, at: float, tid: int = 1, category: str = "kernel") -> None:
-        """One that is launched at `at`, and runs later."""
+        """Add a kernel that is launched at `at` and runs later."""
         number = len(self.records)
         self.host("cuda_runtime", "cudaLaunchKernel", at, at + 1, tid, correlation=number)
         self.host(category, name, 1e4 + number, 1e4 + number + us, 7, correlation=number)
@@ -99,7 +99,7 @@ def op(number: int | None = None, dims: list[int] | None = None) -> dict[str, An
 
 
 def profile() -> list[dict[str, Any]]:
-    """A step with one vision block, one text block, the backward pass on a thread of its own, and an update."""
+    """A step with one vision block, one text block, the backward pass on its own thread, and an update."""
     t = Trace()
     gemm, cast = "nvjet_tst_128x256", f"void at::native::unrolled_elementwise_kernel<{COPY}>(int)"
     t.host("user_annotation", "ProfilerStep#1", 0, 1000)
@@ -132,7 +132,7 @@ def profile() -> list[dict[str, Any]]:
     return t.records
 
 
-def test_a_profile_of_a_gpu() -> None:
+def test_gpu_profile() -> None:
     found = tune_step.launches(profile(), {(768, 3072), (768,)})
     us = {part: sum(launch.us for launch in found if launch.part == part) for part in tune_step.PARTS}
     assert us == {
@@ -155,7 +155,7 @@ def test_a_profile_of_a_gpu() -> None:
     assert "0.02 TFLOP of model operations: 500 TFLOP/s" in text and "2000.00" in text  # 128 scenes in 64 ms
 
 
-def test_predictions_are_for_one_size() -> None:
+def test_predictions_are_for_one_batch_size() -> None:
     assert tune_step.Result(tune_step.EAGER, 256).predicted is None
     for form, total in ((tune_step.EAGER, 90), (tune_step.COMPILED, 68)):
         predicted = tune_step.PREDICTED[form]

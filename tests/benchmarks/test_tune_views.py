@@ -1,4 +1,4 @@
-"""What tune_views.py makes of a trace, and what it says where there is nothing to measure."""
+"""tune_views.py: groups of kernels, comparison with the predictions, and the error without a GPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def kernels() -> list[str]:
-    """Names of all kernels in views.cu."""
+    """The names of all kernels in views.cu."""
     source = (ROOT / "kernels" / "views" / "views.cu").read_text()
     return re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", source)
 
 
 def traced(name: str) -> list[str]:
-    """As a trace writes the name: the arguments' types must not count."""
+    """The kernel's names in a trace, with argument types that must not matter."""
     arguments = "(scf::(anonymous namespace)::MaskJob const*, scf::(anonymous namespace)::BlurWeights, unsigned char*)"
     templated = f"void scf::(anonymous namespace)::{name}<__nv_bfloat16>{arguments}"
     return [f"scf::(anonymous namespace)::{name}{arguments}", templated]
@@ -31,7 +31,7 @@ def test_every_kernel_has_a_group() -> None:
     assert len(names) == len(re.findall(r"^__global__ ", source, re.MULTILINE)) > 0
     for name in names:
         groups = {tune_views.group_of(text) for text in traced(name)}
-        assert len(groups) == 1 and tune_views.REST not in groups, f"{name}: {groups}: give it a group in GROUPS"
+        assert len(groups) == 1 and tune_views.REST not in groups, f"{name}: {groups}: add it to GROUPS"
     seen = {tune_views.group_of(text) for name in names for text in traced(name)}
     assert set(tune_views.KERNEL_MS) <= seen, "a prediction without a kernel"
 
@@ -44,7 +44,7 @@ def test_groups() -> None:
     assert [tune_views.group_of(traced(name)[0]) for name in ("blur_images", "resize_down")] == ["blur", "down"]
 
 
-def test_a_trace_beside_the_predictions() -> None:
+def test_trace_compared_with_predictions() -> None:
     trace = [(traced("resize_down")[1], 0.5), (traced("blur_images")[0], 1.0), (traced("blur_images")[0], 2.0)]
     blur, down, whole = tune_views.by_group([*trace], views=640)
     assert (blur["kernels"], blur["launches"], blur["ms"]) == ("blur", 2, 3.0)
@@ -57,5 +57,5 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(tune_views, "REHEARSAL", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune_views.main([]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err == "error: torch sees no GPU: there is nothing to tune\n"
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == "error: torch sees no GPU: there is nothing to tune\n"
