@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in _LOADER_OPTIONS},
     ) as session:
         if session.world.is_main_process:
-            _make_places(args)
+            _prepare_outputs(args)
         finish = _KINDS[args.kind](args, session)
     if session.world.is_main_process:
         _write(args, session, *finish())
@@ -174,20 +174,20 @@ def _write(args: argparse.Namespace, session: Session, result: Any, sections: li
         print(f"report: {page.write(args.report / 'report.html')}")
 
 
-def _make_places(args: argparse.Namespace) -> None:
+def _prepare_outputs(args: argparse.Namespace) -> None:
     """Create the output directories first, so that a wrong path fails before the evaluation."""
     from scenarioclip_fast.errors import UserError
 
     for option in ("report", "cache"):
         if (directory := getattr(args, option, None)) is not None:
-            _make_place(option, directory, directory)
+            _check_writable(option, directory, directory)
     if args.json is not None:
         if args.json.is_dir():
             raise UserError(f"--json: {args.json} is a directory; name a file")
-        _make_place("json", args.json, args.json.parent)
+        _check_writable("json", args.json, args.json.parent)
 
 
-def _make_place(option: str, path: Path, directory: Path) -> None:
+def _check_writable(option: str, path: Path, directory: Path) -> None:
     from scenarioclip_fast.errors import UserError
 
     if directory.exists() and not directory.is_dir():
@@ -250,7 +250,7 @@ def _probe(args: argparse.Namespace, session: Session) -> _Finish:
     settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(range(args.seeds)))
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
     if "train" not in splits:
-        raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probes on")
+        raise UserError(f"{args.shards}: the train split has no scenes: nothing to train the probes on")
     # --split first: it may be misspelt, and is usually the smallest
     found = {split: split_features(session, split, cache=args.cache) for split in (args.split, *splits)}
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the statistics and draw the figures."""
     from scenarioclip_fast.data.inspect import inspect_shards
 
-    census = inspect_shards(
+    statistics = inspect_shards(
         args.shards,
         args.out,
         split=args.split,
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         blur=args.blur,
         seed=args.seed,
     )
-    print(census)
+    print(statistics)
     print(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
     return 0
 

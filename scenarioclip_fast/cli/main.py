@@ -119,10 +119,10 @@ def _run(argv: Sequence[str], prog: str) -> int:
     # Importing the modules of the other commands would only cost time.
     parser = build_parser(prog, argv[:1] if argv and argv[0] in COMMANDS else COMMANDS)
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = hasattr(args, "overrides")
-    if rest and (not takes_overrides or any(text.startswith("-") for text in rest)):
+    accepts_overrides = hasattr(args, "overrides")
+    if rest and (not accepts_overrides or any(text.startswith("-") for text in rest)):
         parser.prog += f" {args.command}"
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), takes_overrides)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), accepts_overrides)}")
     if rest:  # `train a=1 -c FILE b=2`: argparse accepts only the first group of positional arguments
         args.overrides += rest
     check_installed()
@@ -141,10 +141,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     return options
 
 
-def _hint(arguments: Sequence[str], options: Sequence[str], takes_overrides: bool) -> str:
+def _hint(arguments: Sequence[str], options: Sequence[str], accepts_overrides: bool) -> str:
     option = next((text for text in arguments if text.startswith("-")), "")
     key = option.lstrip("-")
-    if takes_overrides and "." in key.partition("=")[0]:
+    if accepts_overrides and "." in key.partition("=")[0]:
         return f": did you mean {key}{'' if '=' in key else '=VALUE'}, without dashes?"
     return _did_you_mean(option.partition("=")[0], options)
 

@@ -27,9 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and print the number of scenes per file."""
-    from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+    from scenarioclip_fast.data.synthetic.write import generate_published_layout
 
-    counts = draw_reference_layout(args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers)
+    counts = generate_published_layout(
+        args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers
+    )
     for name, scenes in counts.items():
         print(f"{args.out / name}: {scenes} scene{'s' * (scenes != 1)}")
     return 0

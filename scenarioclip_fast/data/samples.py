@@ -111,7 +111,7 @@ class SampleDecoder:
         """Decode the good samples; samples whose image cannot be decoded join the bad ones."""
         samples, bad = partition(read)
         missing = [sample for sample in samples if sample.index not in self.cache]
-        with synchronized(self._stream):
+        with synchronised(self._stream):
             images = self._decode([sample.scene.image for sample in missing])
         decoded = {sample.index: image for sample, image in zip(missing, images, strict=True)}
         good = []
@@ -156,7 +156,7 @@ def partition(samples: Iterable[Sample | BadSample]) -> tuple[list[Sample], list
 
 
 @contextmanager
-def synchronized(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def synchronised(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run GPU work on `stream` and wait for it on exit, so that other threads can use the results at once."""
     if stream is None:
         yield

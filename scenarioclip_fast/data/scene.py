@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def check_shares(val: float, test: float) -> None:
+def check_fractions(val: float, test: float) -> None:
     """Raise UserError unless `val` and `test` are valid shares of all scenes."""
     if not (val >= 0 and test >= 0 and val + test <= 1):
         raise UserError(f"got shares val={val:g} and test={test:g}, expected shares >= 0 whose sum is <= 1")

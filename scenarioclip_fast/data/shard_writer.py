@@ -16,7 +16,8 @@ from scenarioclip_fast.data.scene import SCHEMA, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import Stage, dump, sha256
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.levels import LEVELS
 
 COUNTS = ("scenes", "objects", "relations")
 

@@ -28,8 +28,8 @@ from typing import Any
 from scenarioclip_fast.data.scene import SCHEMA
 from scenarioclip_fast.errors import UserError
 
-OWN_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
-INSIDE = ".partial"
+PACK_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
+INNER_STAGE = ".partial"
 _JOURNAL = "journal.jsonl"
 
 
@@ -50,7 +50,7 @@ class Stage:
     def beside(out: Path) -> Path:
         """The staging directory of the pack `out`; its name is fixed so that a later run finds it."""
         out = out.resolve()
-        return out / INSIDE if _on_other_device(out) else out.parent / f".{out.name}.partial"
+        return out / INNER_STAGE if _on_other_device(out) else out.parent / f".{out.name}.partial"
 
     @classmethod
     def is_complete(cls, out: Path) -> bool:
@@ -78,12 +78,12 @@ class Stage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or not self.worth_keeping:
+        if kind is None or not self.resumable:
             shutil.rmtree(self.path)
         os.close(self._lock)
 
     @property
-    def worth_keeping(self) -> bool:
+    def resumable(self) -> bool:
         """Whether a later run could resume from here."""
         return (self._fingerprint is not None and self.finished > 0) or self.is_complete(self.out)
 
@@ -177,7 +177,7 @@ class Stage:
         self.out.mkdir(exist_ok=True)
         (self.out / "manifest.json").unlink(missing_ok=True)
         for path in list(self.out.iterdir()):
-            if OWN_FILES.fullmatch(path.name) and path.name not in new:
+            if PACK_FILES.fullmatch(path.name) and path.name not in new:
                 path.unlink()
         for path in sorted(self.path.iterdir()):
             if path.name in new:
@@ -210,7 +210,9 @@ def check_target(out: Path, force: bool) -> None:
         raise UserError(f"{out}: is a file; choose a directory for the pack")
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"{out}: not writable; choose another directory for the pack")
-    foreign = sorted(path.name for path in out.iterdir() if path.name != INSIDE and not OWN_FILES.fullmatch(path.name))
+    foreign = sorted(
+        path.name for path in out.iterdir() if path.name != INNER_STAGE and not PACK_FILES.fullmatch(path.name)
+    )
     if foreign and not force:
         raise UserError(
             f"{out}: contains files that are not part of a pack ({foreign[0]}); choose another directory or use --force"

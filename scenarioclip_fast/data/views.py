@@ -88,7 +88,9 @@ class Views(ViewBatch):
         if object_view == "crop":
             source[rows.objects] = _crop_window(pixels, rows.height[rows.objects], rows.width[rows.objects])
 
-        ends = np.array([_ends(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(-1, 2)
+        ends = np.array([_subject_and_object(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(
+            -1, 2
+        )
         if relation_view == "box":
             union = _union_boxes(pixels, ends + rows.first_object[rows.image[rows.relations], None])
             source[rows.relations] = _crop_window(union, rows.height[rows.relations], rows.width[rows.relations])
@@ -210,7 +212,7 @@ def _image_size(scene: Scene) -> tuple[int, int]:
     return parsed.height, parsed.width
 
 
-def _ends(scene: Scene, relation: int) -> tuple[int, int]:
+def _subject_and_object(scene: Scene, relation: int) -> tuple[int, int]:
     """Subject and object of a relation, checked to be objects of the scene."""
     entry = scene.relations[relation]
     for which in (entry.subject, entry.object):

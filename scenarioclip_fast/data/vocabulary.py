@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.levels import LEVELS as LEVELS
-from scenarioclip_fast.levels import check_level
+from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 
 @dataclass(frozen=True)
-class Trained:
+class OpenedCheckpoint:
     """An opened checkpoint.
 
     Attributes:
@@ -35,7 +35,7 @@ class Trained:
 
 def open_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", weights: Literal["student", "teacher"] = "student"
-) -> Trained:
+) -> OpenedCheckpoint:
     """Read RUN/model of a finished run, or a `save_pretrained` directory.
 
     Args:
@@ -53,7 +53,7 @@ def open_checkpoint(
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()
-        why = "is an unfinished run: resume it with `train --resume`" if unfinished else "holds no trained model"
+        why = "is an unfinished run: resume it with `train --resume`" if unfinished else "has no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     config = directory / "config.yaml"
     data = TrainConfig.load(config).data if config.is_file() else DataSection()
@@ -64,7 +64,7 @@ def open_checkpoint(
 
         files.append(directory / "teacher.safetensors")
         load_teacher(model, files[-1])
-    return Trained(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
+    return OpenedCheckpoint(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
 
 
 def pick_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 
-_NAMED = 10  # skipped images listed in the warning
+_MAX_LISTED = 10  # skipped images listed in the warning
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def _embed_files(
         reader.close()
     seconds = time.monotonic() - start
     if skipped:
-        listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_NAMED])
-        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_MAX_LISTED])
+        more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
         print(f"warning: skipped {len(skipped)} images: {listed}{more}", file=sys.stderr)
     rows = features.levels.get("global")
     image = torch.empty(0, trained.model.config.embed_dim) if rows is None else rows.image.cpu()

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.levels import LEVELS
 
-ALONE = World(0, 1, torch.device("cpu"), None)  # a single process; its tensors may be on any device
+SINGLE_PROCESS = World(0, 1, torch.device("cpu"), None)  # a single process; its tensors may be on any device
 _BLOCK = 1 << 24  # scores per block: 64 MiB
 _CHUNK = 256  # views embedded at once
 

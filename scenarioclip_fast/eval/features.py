@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval.encoding import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
@@ -78,17 +78,17 @@ def embed_views(
                     parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
             keys += batch.keys
     # pop frees each level's parts once they are joined, which halves the peak memory
-    features = Features(keys, {level: _joined(parts.pop(level)) for level in levels if parts[level]})
+    features = Features(keys, {level: _concatenate(parts.pop(level)) for level in levels if parts[level]})
     for level, found in features.levels.items():
         check_finite(found.image.isfinite().all(1), level)
     return features
 
 
-def _joined(parts: Sequence[LevelFeatures]) -> LevelFeatures:
+def _concatenate(parts: Sequence[LevelFeatures]) -> LevelFeatures:
     return LevelFeatures(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
-def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
+def gather_features(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
     """Gather the shares of all ranks on rank 0's CPU, sorted by scene key; other ranks get the keys alone.
 
     The order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
@@ -153,7 +153,7 @@ def split_features(
         own = embed_views(
             session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.is_main_process
         )
-    features = gathered(own, world, levels)
+    features = gather_features(own, world, levels)
     if path is not None and world.is_main_process and not any(scene.split == split for scene in session.skipped):
         _save(features, path)
     return features

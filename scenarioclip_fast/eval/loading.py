@@ -15,11 +15,11 @@ from scenarioclip_fast.data.loader import SceneLoader
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 
-_NAMED = 3  # scenes listed in a message
+_MAX_LISTED = 3  # scenes listed in a message
 # A rank aborts its own pass only above this share; `max_bad_fraction` is checked over all ranks at the end.
-_HOPELESS = 0.5
+_MAX_RANK_BAD_FRACTION = 0.5
 
 
 class SkippedScene(NamedTuple):
@@ -55,14 +55,14 @@ class EvaluationLoader(SceneLoader):
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
         *,
         split: str = "test",
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         skipped: list[SkippedScene] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
             shards,
             batch_size,
-            replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _HOPELESS)),
+            replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _MAX_RANK_BAD_FRACTION)),
             split=split,
             rank=world.rank,
             world_size=world.size,
@@ -73,7 +73,7 @@ class EvaluationLoader(SceneLoader):
             **options,
         )
         self.skipped = [] if skipped is None else skipped
-        self._split, self._world, self._tolerated = split, world, config.max_bad_fraction
+        self._split, self._world, self._max_bad_fraction = split, world, config.max_bad_fraction
         self._own: dict[str, SkippedScene] = {}
 
     @property
@@ -86,16 +86,16 @@ class EvaluationLoader(SceneLoader):
         yield from super().__iter__()
         found = sorted(scene for own in self._world.gather(list(self._own.values())) for scene in own)
         scenes = len(self.shards)
-        if len(found) > self._tolerated * scenes:
+        if len(found) > self._max_bad_fraction * scenes:
             raise UserError(
                 f"{len(found)} of the {scenes} scenes of the {self._split} split cannot be used, more than "
-                f"max_bad_fraction = {self._tolerated:g}: {_named(found)}"
+                f"max_bad_fraction = {self._max_bad_fraction:g}: {_list_scenes(found)}"
             )
         if new := sorted(set(found) - set(self.skipped)):
             self.skipped += new
             if self._world.is_main_process:
                 about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are skipped"
-                print(f"warning: {about}: {_named(new)}", file=sys.stderr)
+                print(f"warning: {about}: {_list_scenes(new)}", file=sys.stderr)
 
     def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
         self._own |= {bad.key: SkippedScene(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
@@ -106,6 +106,8 @@ def skipped_record(scenes: Sequence[SkippedScene]) -> dict[str, Any]:
     return {"count": len(scenes), "scenes": [scene._asdict() for scene in scenes]}
 
 
-def _named(scenes: Sequence[SkippedScene]) -> str:
-    shown = [f"{s.scene} ({s.reason}: {textwrap.shorten(s.detail, 100, placeholder='…')})" for s in scenes[:_NAMED]]
-    return ", ".join(shown) + (f" and {len(scenes) - _NAMED} more" if len(scenes) > _NAMED else "")
+def _list_scenes(scenes: Sequence[SkippedScene]) -> str:
+    shown = [
+        f"{s.scene} ({s.reason}: {textwrap.shorten(s.detail, 100, placeholder='…')})" for s in scenes[:_MAX_LISTED]
+    ]
+    return ", ".join(shown) + (f" and {len(scenes) - _MAX_LISTED} more" if len(scenes) > _MAX_LISTED else "")

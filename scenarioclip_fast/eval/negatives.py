@@ -25,7 +25,7 @@ from scenarioclip_fast.data.splitmix64 import hash64
 from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import Features, embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
 
@@ -47,7 +47,7 @@ class Triple(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preference:
+class NegativesAccuracy:
     """Share of pairs in which the true text won: over all pairs of a kind, or those of one true predicate."""
 
     kind: str
@@ -66,11 +66,11 @@ class NegativesResult:
 
     split: str
     relations: int
-    rows: list[Preference] = field(default_factory=list)
-    predicates: list[Preference] = field(default_factory=list)
+    rows: list[NegativesAccuracy] = field(default_factory=list)
+    predicates: list[NegativesAccuracy] = field(default_factory=list)
     without: dict[str, int] = field(default_factory=dict)
 
-    def get(self, kind: Kind) -> Preference | None:
+    def get(self, kind: Kind) -> NegativesAccuracy | None:
         """The row of that kind; None if no relation has such a negative."""
         return next((row for row in self.rows if row.kind == kind), None)
 
@@ -115,7 +115,7 @@ def _parse(text: str, names: Collection[str]) -> Triple | None:
     return None
 
 
-def draw_negatives(
+def make_negatives(
     triple: Triple,
     true: Collection[str],
     predicates: Sequence[str],
@@ -125,7 +125,7 @@ def draw_negatives(
 
     Args:
         triple: the relation.
-        true: the texts of all relations of its image, which are never drawn.
+        true: the texts of all relations of its image, which are never used as negatives.
         predicates: candidates for the new predicate.
         numbers: seed of the choice of the new predicate.
     """
@@ -150,14 +150,14 @@ def hard_negatives(
     *,
     split: str = "test",
     seed: int = 0,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> NegativesResult:
     """Measure how often relation views score their true text above a hard negative, on one pass over `batches`.
 
     Args:
         model, batches, vocabulary, split, world, show_progress: see `zeroshot`.
-        seed: of the predicates drawn, which depend only on it, the scene key and the relation's position in the scene.
+        seed: of the replacement predicates, which depend only on it, the scene key and the relation's position.
 
     Raises:
         UserError: no relation, none with a valid negative, or embeddings that are not finite.
@@ -170,7 +170,7 @@ def hard_negatives(
         own = _score_relations(model, features, vocabulary, seed)
     relations = [relation for share in world.gather(own) for relation in share]
     if not relations:
-        raise UserError(f"the {split} split holds no relations: nothing to evaluate")
+        raise UserError(f"the {split} split has no relations: nothing to evaluate")
     if not any(points for _, points in relations):
         raise UserError(
             f"none of the {len(relations)} relations of the {split} split has a valid negative: every swapped or "
@@ -182,7 +182,7 @@ def hard_negatives(
 
 def _accuracies(
     relations: Sequence[tuple[str, dict[Kind, float]]],
-) -> tuple[list[Preference], list[Preference], dict[str, int]]:
+) -> tuple[list[NegativesAccuracy], list[NegativesAccuracy], dict[str, int]]:
     """Per kind; per kind and predicate, the most frequent first; and per kind the relations without a negative."""
     points: dict[tuple[Kind, str | None], list[float]] = defaultdict(list)
     without: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
@@ -192,7 +192,7 @@ def _accuracies(
             points[kind, None].append(point)
             points[kind, predicate].append(point)
     # sums of halves are exact in any order
-    found = [Preference(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
+    found = [NegativesAccuracy(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
     rows = [row for kind in KINDS for row in found if row.kind == kind and row.predicate is None]
     named = sorted((row for row in found if row.predicate), key=lambda r: (r.kind, -r.questions, r.predicate or ""))
     return rows, named, dict(without)
@@ -207,8 +207,8 @@ def _score_relations(
     own = features.levels["relation"]
     triples = parse_relations(vocabulary)
     ids = own.text_id.tolist()
-    drawn = _draw_all(features, vocabulary, triples, seed)
-    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in drawn)))
+    negatives = _all_negatives(features, vocabulary, triples, seed)
+    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in negatives)))
     row_of = {text: row for row, text in enumerate(texts)}
     text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
     image = F.normalize(own.image, dim=-1)
@@ -216,15 +216,15 @@ def _score_relations(
     truth = _cosines(image, text, range(len(ids)), own_rows)
     points: list[dict[Kind, float]] = [{} for _ in ids]
     for kind in KINDS:
-        views = [view for view, negatives in enumerate(drawn) if kind in negatives]
-        false = _cosines(image, text, views, [row_of[drawn[view][kind]] for view in views])
+        views = [view for view, negatives in enumerate(negatives) if kind in negatives]
+        false = _cosines(image, text, views, [row_of[negatives[view][kind]] for view in views])
         for view, own_score, other in zip(views, truth[views].tolist(), false.tolist(), strict=True):
             points[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
     names = [triple.predicate if (triple := triples[i]) else "" for i in ids]
     return list(zip(names, points, strict=True))
 
 
-def _draw_all(
+def _all_negatives(
     features: Features, vocabulary: Vocabulary, triples: Sequence[Triple | None], seed: int
 ) -> list[dict[Kind, str]]:
     """The negatives of each relation view."""
@@ -235,13 +235,13 @@ def _draw_all(
     for i, scene in zip(ids, scenes, strict=True):
         true[scene].add(vocabulary.relations[i])
     position: Counter[int] = Counter()
-    drawn: list[dict[Kind, str]] = []
+    negatives: list[dict[Kind, str]] = []
     for i, scene in zip(ids, scenes, strict=True):
         triple = triples[i]
         numbers = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
         position[scene] += 1
-        drawn.append(draw_negatives(triple, true[scene], predicates, *numbers) if triple else {})
-    return drawn
+        negatives.append(make_negatives(triple, true[scene], predicates, *numbers) if triple else {})
+    return negatives
 
 
 def _cosines(

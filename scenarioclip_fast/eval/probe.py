@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import Features, LevelFeatures
 from scenarioclip_fast.eval.ranking import check_topk
 from scenarioclip_fast.eval.tables import TASKS, text_table
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress
 
 WEIGHT_DECAY = 5e-4
@@ -144,12 +145,16 @@ def linear_probe(
         selection = val.levels.get(level) if val else None
         classes = len(vocabulary.texts(level))
         head, step = _fit(
-            _on(train.levels[level], device), selection and _on(selection, device), classes, settings, seed
+            _to_device(train.levels[level], device),
+            selection and _to_device(selection, device),
+            classes,
+            settings,
+            seed,
         )
         steps[level].append(step)
-        ahead = _ahead(head, _on(test.levels[level], device))
+        ahead = _ranks(head, _to_device(test.levels[level], device))
         for k in topk:
-            scores[level][k].append(_share_below(ahead, k))
+            scores[level][k].append(_topk_accuracy(ahead, k))
     rows = [
         _summarise(
             level,
@@ -188,7 +193,7 @@ def _summarise(
     )
 
 
-def _on(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
+def _to_device(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
     return LevelFeatures(*(t.to(device) for t in (rows.image, rows.text_id, rows.scene)))
 
 
@@ -218,7 +223,7 @@ def _fit(
         optimizer.step()
         schedule.step()
         if val is not None and (step % every == 0 or step == settings.steps):
-            accuracy = _share_below(_ahead(head, val), 1)
+            accuracy = _topk_accuracy(_ranks(head, val), 1)
             if accuracy > best:
                 best, best_step = accuracy, step
                 kept = {name: p.clone() for name, p in head.state_dict().items()}
@@ -239,7 +244,7 @@ def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
+def _ranks(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
     """Number of other classes that score at least as high as each view's own."""
     found = []
     step = max(1, _BLOCK // head.out_features)
@@ -249,5 +254,5 @@ def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
     return torch.cat(found)
 
 
-def _share_below(values: Tensor, k: int) -> float:
+def _topk_accuracy(values: Tensor, k: int) -> float:
     return int((values < k).sum()) / len(values)

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import embed_views
 from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
 from scenarioclip_fast.eval.tables import TASKS, percent, text_table
+from scenarioclip_fast.levels import LEVELS
 
 Direction = Literal["image_to_text", "text_to_image"]
 DIRECTIONS: dict[Direction, str] = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -87,7 +88,7 @@ def retrieval(
     split: str = "test",
     levels: Sequence[str] = LEVELS,
     topk: Sequence[int] = (1, 5, 10),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> RetrievalResult:
     """Measure recall at k in both directions, on one pass over `batches`. Arguments and errors: see `zeroshot`."""
@@ -97,7 +98,7 @@ def retrieval(
     )
     scenes = sum(world.gather(len(features.keys)))
     if scenes == 0:
-        raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
+        raise UserError(f"the {split} split has no scenes: nothing to evaluate")
     rows: list[Recall] = []
     for level in levels:
         tokens = vocabulary.tokens(level)
@@ -146,7 +147,7 @@ def ranks(
     image: Tensor,  # [N, D], unit length: this rank's
     text: Tensor,  # [U, D], unit length, distinct, the same on every rank
     text_index: Tensor,  # [N] int64: the text of each image
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:  # [U], [U], int64
     """Rank the right answers, from 0, among the images of all processes.
 

@@ -14,8 +14,8 @@ from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.checkpoint import Trained, open_checkpoint, pick_device
-from scenarioclip_fast.eval.encoding import ALONE
+from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint, open_checkpoint, pick_device
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.train.config import DataSection
@@ -35,7 +35,7 @@ class Session:
         skipped: scenes of all ranks that could not be used in any pass so far.
     """
 
-    trained: Trained
+    trained: OpenedCheckpoint
     shards: str | Path
     world: World
     batch_size: int
@@ -62,7 +62,7 @@ class Session:
             self.batch_size,
             self.data,
             split=split,
-            world=ALONE if whole else self.world,
+            world=SINGLE_PROCESS if whole else self.world,
             # whole passes only pick sample scenes: what they skip is not part of a result
             skipped=[*self.skipped] if whole else self.skipped,
             device=self.world.device,

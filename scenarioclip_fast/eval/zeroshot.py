@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.encoding import (
-    ALONE,
+    SINGLE_PROCESS,
     Encoder,
     check_finite,
     class_embeddings,
@@ -33,6 +33,7 @@ from scenarioclip_fast.eval.encoding import (
 )
 from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
 from scenarioclip_fast.eval.tables import TASKS, text_table
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress
 
 Match = Literal["own", "any_in_image"]
@@ -159,7 +160,7 @@ def zeroshot(
     split: str = "test",
     levels: Sequence[str] = LEVELS,
     topk: Sequence[int] = (1, 5, 10),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> ZeroShotResult:
     """Measure the zero-shot accuracy of `model` on one pass over `batches`.
@@ -195,7 +196,7 @@ def zeroshot(
                         tallies[level].add(scores, ids[some], present[scene[some]])
     scenes = sum(world.gather(scenes))
     if scenes == 0:
-        raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
+        raise UserError(f"the {split} split has no scenes: nothing to evaluate")
     rows = [
         row
         for level, tally in tallies.items()

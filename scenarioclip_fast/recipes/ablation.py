@@ -222,7 +222,7 @@ def _check_data(data: DataSection, split: str) -> None:
     scenes = len(shards)
     shards.close()
     if scenes == 0:
-        raise UserError(f"{data.shards}: the {split} split holds no scenes to evaluate on; choose another with --split")
+        raise UserError(f"{data.shards}: the {split} split has no scenes to evaluate on; choose another with --split")
 
 
 def _check_directory(variant: Variant) -> None:

@@ -25,7 +25,7 @@ import torch
 from scenarioclip_fast import __version__
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.packing import pack
-from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
 from scenarioclip_fast.eval.loading import EvaluationLoader
@@ -39,7 +39,7 @@ from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
 MIN_SCENES = 40  # fewer leave splits empty
-PRETRAIN_SHARE = 5 / 12  # of the training budget
+PRETRAIN_FRACTION = 5 / 12  # of the training budget
 PRETRAINED, METHOD = "Phase 1: PyramidCLIP from scratch", "Phase 2: ScenarioCLIP, started from phase 1"
 _MARKER = "demo.json"  # marks a directory that a demo may clear
 _FOLDERS = ("scenes", "shards", "pretrain", "train")
@@ -109,10 +109,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
     out = _prepare(config.out, config)
     timer = _StepTimer(6)
     with timer.step("generating", f"{config.scenes:,} scenes in the published layout"):
-        draw_reference_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
+        generate_published_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
     with timer.step("packing", "checks, run-length masks, shards"):
         packed = pack(out / "scenes", out / "shards")
-    first, scenes = ceil(config.views * PRETRAIN_SHARE), packed.splits["train"]["scenes"]
+    first, scenes = ceil(config.views * PRETRAIN_FRACTION), packed.splits["train"]["scenes"]
     with timer.step("training from scratch", "one pair of towers on all views, in place of a pretrained CLIP"):
         pretrained = _fit(config, device, "pretrain", first, scenes)
     with timer.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation"):

@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 DEFAULT_VARIANTS = ("full", "no-distillation", "no-focused-regions", "pyramidclip")
 # Settings that do not affect the weights: they may differ when a run is resumed.
-_HARMLESS = {
+_NOT_AFFECTING_WEIGHTS = {
     "run.dir",
     "run.device",
     "run.timeout_s",
@@ -124,5 +124,5 @@ def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
     return [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
-        if key not in _HARMLESS and old.get(key) != new.get(key)
+        if key not in _NOT_AFFECTING_WEIGHTS and old.get(key) != new.get(key)
     ]

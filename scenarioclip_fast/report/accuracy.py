@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.report.style import (
     COLOURS,
     GRID,

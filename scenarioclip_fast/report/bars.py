@@ -1,4 +1,4 @@
-"""Shares as horizontal bars, each with a dark mark at its baseline: retrieval, linear probes, hard negatives."""
+"""Scores as horizontal bars, each with a dark mark at its baseline: retrieval, linear probes, hard negatives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.eval.negatives import CHANCE, KINDS, NegativesResult, Preference
+from scenarioclip_fast.eval.negatives import CHANCE, KINDS, NegativesAccuracy, NegativesResult
 from scenarioclip_fast.eval.probe import ProbeResult
 from scenarioclip_fast.eval.retrieval import DIRECTIONS, RetrievalResult
 from scenarioclip_fast.eval.tables import TASKS
@@ -51,7 +51,7 @@ def recall_bars(result: RetrievalResult, out: Path) -> Path:
         ]
         for direction, words in DIRECTIONS.items()
     }
-    return share_bars(panels, "chance", out)
+    return score_bars(panels, "chance", out)
 
 
 def probe_bars(result: ProbeResult, out: Path) -> Path:
@@ -64,15 +64,15 @@ def probe_bars(result: ProbeResult, out: Path) -> Path:
         )
         for row in result.rows
     ]
-    return share_bars({f"Linear-probe accuracy, {result.split} split": groups}, "majority", out)
+    return score_bars({f"Linear-probe accuracy, {result.split} split": groups}, "majority", out)
 
 
-def preference_bars(result: NegativesResult, out: Path) -> Path:
+def negatives_bars(result: NegativesResult, out: Path) -> Path:
     """Draw the accuracy on each kind of negative, then on the most frequent true predicates."""
     colours: dict[str, str] = dict(zip(KINDS, _KIND_COLOURS, strict=True))
     kinds = {str(kind): words for kind, words in KINDS.items()}
 
-    def group(row: Preference, label: str) -> Group:
+    def group(row: NegativesAccuracy, label: str) -> Group:
         return Group(label, colours[row.kind], [Bar("", row.accuracy, CHANCE)])
 
     panels = {
@@ -85,10 +85,10 @@ def preference_bars(result: NegativesResult, out: Path) -> Path:
         panels[f"{words.capitalize()}, by true predicate"] = [
             group(row, f"{row.predicate} ({row.questions} pair{'s' * (row.questions != 1)})") for row in rows
         ]
-    return share_bars(panels, "chance", out)
+    return score_bars(panels, "chance", out)
 
 
-def share_bars(panels: dict[str, list[Group]], baseline: str, out: Path) -> Path:
+def score_bars(panels: dict[str, list[Group]], baseline: str, out: Path) -> Path:
     """Draw `panels` (title -> groups) below each other; `baseline` names the dark marks."""
     panels = {title: groups for title, groups in panels.items() if groups}
     heights = [0.75 + sum(_height(group) for group in groups) for groups in panels.values()]

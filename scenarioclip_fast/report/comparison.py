@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.report.accuracy import MATCH_TITLES, accuracy_comparison
 from scenarioclip_fast.report.curves import CURVES_NOTE, run_curves
 from scenarioclip_fast.report.evaluation import zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
-from scenarioclip_fast.report.runs import PROBE, Run, Shares, zeroshot_title
+from scenarioclip_fast.report.runs import PROBE, Run, Scores, zeroshot_title
 
 _NONE = "\u2013"
 _PROBE_CHANCE = "Chance here is the majority baseline: always predicting the most frequent classes of the train split."
@@ -82,7 +82,7 @@ def accuracy_table(
     results: Mapping[str, ZeroShotResult], match: str, subsets: Sequence[str] = ("all",)
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row per task and k, a column per run; rows that no run has are omitted."""
-    return share_table(
+    return score_table(
         {
             name: {
                 f"{TASKS[row.level]}{_SUBSETS[row.subset]}, top-{k}": (row.top[k], row.chance[k])
@@ -95,7 +95,7 @@ def accuracy_table(
     )
 
 
-def share_table(runs: Mapping[str, Shares]) -> tuple[list[str], list[list[str]]]:
+def score_table(runs: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row per label, a column per run."""
     rows = []
     for label in dict.fromkeys(label for shares in runs.values() for label in shares):
@@ -124,28 +124,28 @@ def _zeroshot_comparison(results: Mapping[str, ZeroShotResult], picture: Path) -
             head, rows = accuracy_table(results, match, subsets)
             if rows:
                 kind = f"{title}, {rule}" if "all" in subsets else f"{title}, {rule}: seen and held-out texts"
-                sections.append(_share_section(kind, head, rows, folded="all" not in subsets))
+                sections.append(_score_section(kind, head, rows, folded="all" not in subsets))
     return sections
 
 
 def _other_evaluations(runs: Sequence[Run]) -> list[Section]:
     sections = []
-    for title in dict.fromkeys(title for run in runs for title in run.others):
-        head, rows = share_table({run.name: run.others[title] for run in runs if title in run.others})
-        sections.append(_share_section(title, head, rows, _PROBE_CHANCE if title.startswith(PROBE) else ""))
+    for title in dict.fromkeys(title for run in runs for title in run.other_results):
+        head, rows = score_table({run.name: run.other_results[title] for run in runs if title in run.other_results})
+        sections.append(_score_section(title, head, rows, _PROBE_CHANCE if title.startswith(PROBE) else ""))
     return sections
 
 
-def _share_section(
+def _score_section(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "", folded: bool = False
 ) -> Section:
-    """A `share_table` with the best cell of each row in bold."""
+    """A `score_table` with the best cell of each row in bold."""
     best = _best_cells(rows)
     return Section(title, head, rows, note=f"{note} {_BEST if best else ''}".strip(), strong=best, folded=folded)
 
 
 def _best_cells(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """The cells of a `share_table` with the highest share of their row, except in rows of equal shares."""
+    """The cells of a `score_table` with the highest share of their row, except in rows of equal shares."""
     cells = set()
     for i, row in enumerate(rows):
         values = [-1.0 if cell == _NONE else float(cell.removesuffix(" %")) for cell in row[2:]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.eval.tables import TASKS
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.report.style import COLOURS, DISTILLATION, GRID, INK, canvas, run_colours, run_legend
 
 CURVES_NOTE = "Pale: every logged step. Solid: moving average over a twentieth of the run."

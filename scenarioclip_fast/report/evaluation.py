@@ -16,7 +16,7 @@ from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.tsne import EmbeddingMap
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.report.accuracy import accuracy_bars
-from scenarioclip_fast.report.bars import preference_bars, probe_bars, recall_bars
+from scenarioclip_fast.report.bars import negatives_bars, probe_bars, recall_bars
 from scenarioclip_fast.report.curves import CURVES_NOTE, Metrics, loss_curves
 from scenarioclip_fast.report.maps import scatter_map
 from scenarioclip_fast.report.page import Section
@@ -128,5 +128,5 @@ def negatives_section(result: NegativesResult, directory: Path) -> Section:
         "relation of the image carries. A focused region shows both objects alike and does not mark which one is the "
         "subject; for a symmetric predicate the swapped text is true as well."
     )
-    picture = preference_bars(result, directory / "negatives.png")
+    picture = negatives_bars(result, directory / "negatives.png")
     return Section("Hard negatives", *result.table(), picture, note)

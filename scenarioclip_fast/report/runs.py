@@ -24,7 +24,7 @@ from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
 PROBE = "Linear probe"
-Shares = dict[str, tuple[float, float]]  # what was measured -> its share and that of chance, both in [0, 1]
+Scores = dict[str, tuple[float, float]]  # what was measured -> its share and that of chance, both in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
         rows: rows of metrics.jsonl.
         config: dotted key -> value, as in config.yaml.
         results: file stem -> zero-shot result, of the JSON files in the directory.
-        others: title -> shares, of the other evaluations among them.
+        other_results: title -> shares, of the other evaluations among them.
         skipped: title -> number of scenes that the evaluation could not use; evaluations that used all are omitted.
         finished: the training budget is used up.
         idle: seconds since the last logged step.
@@ -48,7 +48,7 @@ class Run:
     rows: list[dict[str, Any]]
     config: dict[str, Any]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
-    others: dict[str, Shares] = field(default_factory=dict)
+    other_results: dict[str, Scores] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     finished: bool = False
     idle: float = 0.0
@@ -70,7 +70,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Read run directories; a directory that contains runs (of an ablation or a demo) stands for all of them.
 
     Raises:
-        UserError: a path does not exist or holds no run, or a file is damaged.
+        UserError: a path does not exist or contains no run, or a file is damaged.
     """
     directories: list[Path] = []
     for path in map(Path, paths):
@@ -79,7 +79,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
             raise UserError(f"{path} {problem}; expected a run directory")
         found = [path] if _is_run(path) else sorted(p for p in path.iterdir() if _is_run(p))
         if not found:
-            raise UserError(f"{path} holds no run: expected {METRICS} in it or in its subdirectories")
+            raise UserError(f"{path} contains no run: expected {METRICS} in it or in its subdirectories")
         directories += found
     directories = list(dict.fromkeys(d.resolve() for d in directories))
     named = list(zip(directories, _names(directories), strict=True))
@@ -133,9 +133,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return flat(values) if isinstance(values, Mapping) else {}
 
 
-def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares], dict[str, int]]:
+def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Scores], dict[str, int]]:
     results: dict[str, ZeroShotResult] = {}
-    others: dict[str, Shares] = {}
+    other_results: dict[str, Scores] = {}
     skipped: dict[str, int] = {}
     for path in sorted(directory.glob("*.json")):
         try:
@@ -144,19 +144,19 @@ def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str,
             if "match" in data["rows"][0]:
                 results[path.stem] = ZeroShotResult.from_dict(data)
                 title = zeroshot_title(path.stem)
-            elif shares := _shares(data):
+            elif shares := _scores(data):
                 title = f"{shares[0]}, {data['split']} split"
-                others[title] = shares[1]
+                other_results[title] = shares[1]
             else:
                 continue
         except (ValueError, LookupError, TypeError, AttributeError):
             continue  # JSON of another kind
         if count:
             skipped[title] = count
-    return results, others, skipped
+    return results, other_results, skipped
 
 
-def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:
+def _scores(data: Mapping[str, Any]) -> tuple[str, Scores] | None:
     """Title and shares of an evaluation other than zero-shot."""
     rows = data["rows"]
     if "recall" in rows[0]:

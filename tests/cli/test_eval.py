@@ -330,7 +330,7 @@ def test_no_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for checkpoint, message in (
         (tmp_path / "none", "none does not exist; expected a run directory"),
         (place / "model" / "config.json", "config.json is a file; expected a run directory"),
-        (tmp_path / "empty", "empty holds no trained model"),
+        (tmp_path / "empty", "empty has no trained model"),
         (tmp_path / "begun", "begun is an unfinished run: resume it with `train --resume`"),
     ):
         assert main(["eval", "retrieval", str(checkpoint), str(place / "shards"), "--device", "cpu"]) == 2
@@ -342,4 +342,4 @@ def test_no_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_empty_split(kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(generate_scenes(4, seed=0, val=0, test=0), tmp_path / "shards")
     assert main(["eval", kind, str(place / "model"), str(tmp_path / "shards"), "--device", "cpu"]) == 2
-    assert "the test split holds no scenes" in capsys.readouterr().err
+    assert "the test split has no scenes" in capsys.readouterr().err

@@ -75,5 +75,5 @@ def test_whole_model_in_one_file(tmp_path: Path) -> None:
 def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path} holds no trained model")
+    assert error.startswith(f"error: {tmp_path} has no trained model")
     assert error.count("\n") == 1

@@ -455,7 +455,7 @@ def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
 
 
 def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
-    message = r"\d of the 4 scenes drawn in epoch 0 cannot be used.*s00\d\d: "
+    message = r"\d of the 4 scenes read in epoch 0 cannot be used.*s00\d\d: "
     loader = load(damaged, 4, max_bad_fraction=0.0, on_bad=BadSampleLog(tmp_path / "bad.jsonl"))
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
@@ -615,9 +615,11 @@ def test_the_image_cache_is_bounded(shards: Path, monkeypatch: pytest.MonkeyPatc
 def test_invalid_arguments(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="the val split holds no scenes"):
+    with pytest.raises(UserError, match="the val split has no scenes"):
         load(shards, split="val")
-    with pytest.raises(UserError, match=r"has 30 scenes, expected at least 32: pack more, or lower the batch size"):
+    with pytest.raises(
+        UserError, match=r"has 30 scenes, expected at least 32 \(one global batch\): pack more scenes, or reduce"
+    ):
         load(shards, 16, world_size=2)
     with pytest.raises(ValueError, match="epochs: got 0"):
         load(shards, epochs=0)
@@ -626,7 +628,7 @@ def test_invalid_arguments(shards: Path, tmp_path: Path) -> None:
     with load(shards) as loader:
         with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
             loader.load_state_dict({**loader.state_dict(), "seed": 6})
-        with pytest.raises(UserError, match="belongs to as many scenes, but other ones"):
+        with pytest.raises(UserError, match="belongs to other scenes or to another order"):
             loader.load_state_dict({**loader.state_dict(), "keys": 1})
         assert loader.vocabulary.actions == sorted(ACTIONS)
 

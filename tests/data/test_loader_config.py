@@ -25,7 +25,7 @@ from scenarioclip_fast.train.config import DataSection
         ("cache_gib", float("inf"), "at least 0"),
         ("shard_cache_gib", -1.0, "at least 0"),
         ("max_pixels", 0, "at least 1"),
-        ("max_bad_fraction", 1.5, "a share from 0 to 1"),
+        ("max_bad_fraction", 1.5, "a fraction from 0 to 1"),
     ],
 )
 def test_an_invalid_value_names_its_field(field: str, value: Any, expected: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, ShardSet, Vocabulary, generate_scenes, pack
 from scenarioclip_fast.data.rle import decode
-from scenarioclip_fast.data.synthetic import vocabulary, write_reference_layout
+from scenarioclip_fast.data.synthetic import vocabulary, write_published_layout
 from scenarioclip_fast.errors import UserError
 
 
@@ -38,14 +38,14 @@ def synthetic() -> list[Scene]:
 @pytest.fixture(scope="module")
 def source(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source") / "set"
-    write_reference_layout(synthetic, directory, classes=vocabulary())
+    write_published_layout(synthetic, directory, classes=vocabulary())
     return directory
 
 
 @pytest.fixture
 def small_source(synthetic: list[Scene], tmp_path: Path) -> Path:
     """A small source that a test may damage."""
-    write_reference_layout([replace(scene, split=None) for scene in synthetic[:6]], tmp_path / "set")
+    write_published_layout([replace(scene, split=None) for scene in synthetic[:6]], tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -267,7 +267,7 @@ def test_no_valid_scene(small_source: Path, tmp_path: Path, capsys: Any) -> None
     out = tmp_path / "out"
     assert main(["pack", str(small_source), "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error:") and "no valid scene to pack: 6 missing_image" in error
+    assert error.startswith("error:") and "no valid scenes to pack: 6 missing_image" in error
     assert not out.exists()
     assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 6
 
@@ -329,7 +329,7 @@ def test_a_failed_run_keeps_the_old_pack(source: Path, small_source: Path, tmp_p
     before = contents(tmp_path / "out")
     for path in (small_source / "images").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no valid scene"):
+    with pytest.raises(UserError, match="no valid scenes"):
         pack_quietly(small_source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -345,7 +345,7 @@ def test_command_line_from_scenes_to_shards(tmp_path: Path, capsys: Any) -> None
         assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), option, "0"]) == 2
     capsys.readouterr()
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--max-pixels", "99"]) == 2
-    assert re.search(r"no valid scene to pack: \d+ image_too_large", capsys.readouterr().err)
+    assert re.search(r"no valid scenes to pack: \d+ image_too_large", capsys.readouterr().err)
 
 
 def test_lone_surrogates_in_texts(small_source: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, SceneObject, generate_scenes, pack, packing
 from scenarioclip_fast.data.decode import TorchDecoder
-from scenarioclip_fast.data.synthetic import write_reference_layout
+from scenarioclip_fast.data.synthetic import write_published_layout
 
 # How often each kind of run is killed at a random moment; 20 takes minutes.
 KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "3"))
@@ -52,7 +52,7 @@ def synthetic() -> list[Scene]:
 def published(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some scenes are bad, entirely or partly, so that rejections are compared too."""
     directory = tmp_path_factory.mktemp("published") / "set"
-    write_reference_layout(synthetic, directory)
+    write_published_layout(synthetic, directory)
     images = sorted((directory / "images").iterdir())
     for path in images[::9]:
         path.write_bytes(path.read_bytes()[:500])
@@ -98,7 +98,9 @@ def test_resume_after_the_last_finished_shard(
     command = ["pack", str(source), "--out", str(out), "--shard-size", str(SHARD)]
     images = Interrupted(monkeypatch, 40)
     assert main(command) == 130
-    message = re.search(r"\.out\.partial keeps (\d) finished shards: re-run the command", capsys.readouterr().err)
+    message = re.search(
+        r"(\d) finished shards are kept in \S*\.out\.partial: re-run the command", capsys.readouterr().err
+    )
     assert message is not None and not out.exists()
     kept = int(message[1])
     assert kept >= 3 and len(list((tmp_path / ".out.partial").glob("*.tar"))) - kept in (0, 1)
@@ -128,7 +130,7 @@ def test_a_changed_source_or_option_starts_over(
     mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
     assert len(list(stage.glob("*.tar"))) >= 3
     pack(source, out, shard_size=SHARD)
-    assert "left nothing to resume from: packing from the start" in capsys.readouterr().err
+    assert "nothing to resume from the interrupted run: packing from the start" in capsys.readouterr().err
     pack_quietly(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):
@@ -219,12 +221,12 @@ def test_a_pack_of_another_edition_is_remade(
     source, out = request.getfixturevalue(kind), tmp_path / "out"
     pack_quietly(source, out)
     assert pack_quietly(source, out).up_to_date
-    monkeypatch.setattr(packing, "_EDITION", packing._EDITION + 1)
+    monkeypatch.setattr(packing, "_PACK_VERSION", packing._PACK_VERSION + 1)
     assert not pack_quietly(source, out).up_to_date
 
 
 def test_output_of_the_edition(tmp_path: Path) -> None:
-    """If this fails, the output of `pack` has changed: raise packing._EDITION and update the digest."""
+    """If this fails, the output of `pack` has changed: raise packing._PACK_VERSION and update the digest."""
     box = torch.zeros(24, 40, dtype=torch.bool)
     box[3:9, 5:30] = True
     objects = [SceneObject("Dining  Table", (5.0, 3.0, 30.25, 9.0), box), SceneObject("cat", (-0.5, 2, 39, 7), ~box)]
@@ -239,7 +241,7 @@ def test_output_of_the_edition(tmp_path: Path) -> None:
         )
     ]
     digest = hashlib.sha256()
-    write_reference_layout(scenes, tmp_path / "set")
+    write_published_layout(scenes, tmp_path / "set")
     (tmp_path / "set/images/a.jpg").write_bytes(b"")
     pack_quietly(tmp_path / "set", tmp_path / "published", split="hash", shard_size=1)
     pack_quietly(tmp_path / "published", tmp_path / "tars", split="hash", val=0.5, test=0.5)
@@ -254,7 +256,7 @@ def test_output_of_the_edition(tmp_path: Path) -> None:
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())
-    assert (packing._EDITION, digest.hexdigest()[:16]) == (1, "f9e315fa3b376b38")
+    assert (packing._PACK_VERSION, digest.hexdigest()[:16]) == (1, "f9e315fa3b376b38")
 
 
 def test_scenes_from_memory_are_packed_from_the_start(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from scenarioclip_fast.data import Scene, generate_scenes, load_reference, write_reference_layout
+from scenarioclip_fast.data import Scene, generate_scenes, load_reference, write_published_layout
 from scenarioclip_fast.data.synthetic import (
     ACTIONS,
     COLOURS,
@@ -24,7 +24,7 @@ from scenarioclip_fast.data.synthetic import (
 )
 from scenarioclip_fast.data.synthetic.events import RELATED
 from scenarioclip_fast.data.synthetic.scenes import split_of
-from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.errors import UserError
 
 N = 700
@@ -320,7 +320,7 @@ def test_bad_arguments(bad: dict[str, float]) -> None:
 
 def test_published_layout_round_trip(tmp_path: Path) -> None:
     written = scenes()[:40]
-    counts = write_reference_layout(written, tmp_path / "set")
+    counts = write_published_layout(written, tmp_path / "set")
     assert counts == {f"metadata_{s}.json": n for s, n in sorted(Counter(s.split for s in written).items())}
     rejected: list[object] = []
     back = {s.key: s for s in load_reference(tmp_path / "set", rejected.append)}
@@ -339,7 +339,7 @@ def test_published_layout_round_trip(tmp_path: Path) -> None:
 def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
     import simplejpeg
 
-    write_reference_layout(scenes()[:10], tmp_path)
+    write_published_layout(scenes()[:10], tmp_path)
     for scene in scenes()[:10]:
         data = (tmp_path / "images" / f"{scene.key}.jpg").read_bytes()
         decoded = simplejpeg.decode_jpeg(data).astype(np.int16)
@@ -349,7 +349,7 @@ def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
 
 def test_files_are_independent_of_the_number_of_processes(tmp_path: Path) -> None:
     for workers in (1, 2):
-        draw_reference_layout(24, tmp_path / str(workers), seed=1, workers=workers)
+        generate_published_layout(24, tmp_path / str(workers), seed=1, workers=workers)
     one, two = ({p.relative_to(r): p.read_bytes() for p in r.rglob("*.*")} for r in (tmp_path / "1", tmp_path / "2"))
     assert one == two and len(one) > 48
     classes = json.loads((tmp_path / "1" / "classes.json").read_text())
@@ -359,11 +359,11 @@ def test_files_are_independent_of_the_number_of_processes(tmp_path: Path) -> Non
 def test_nonempty_directories_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty directory"):
-        draw_reference_layout(1, tmp_path)
+        generate_published_layout(1, tmp_path)
     with pytest.raises(UserError, match="at least one"):
-        draw_reference_layout(0, tmp_path / "new")
+        generate_published_layout(0, tmp_path / "new")
     with pytest.raises(UserError, match="seed: got -1"):
-        draw_reference_layout(1, tmp_path / "new", seed=-1)
+        generate_published_layout(1, tmp_path / "new", seed=-1)
     with pytest.raises(UserError, match=r"val=0\.6 and test=0\.6"):
-        draw_reference_layout(1, tmp_path / "new", val=0.6, test=0.6)
+        generate_published_layout(1, tmp_path / "new", val=0.6, test=0.6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]

@@ -14,7 +14,7 @@ from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import tokenize
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import negatives as module
-from scenarioclip_fast.eval.negatives import Triple, draw_negatives, hard_negatives, parse_relations
+from scenarioclip_fast.eval.negatives import Triple, hard_negatives, make_negatives, parse_relations
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
@@ -36,17 +36,17 @@ def test_a_negative_is_never_true_of_the_image() -> None:
     triple, predicates = Triple("cat", "on", "box"), ["beside", "in", "on", "under"]
     true = {"cat on box", "box on cat", "cat in box"}
     for number in range(20):
-        found = draw_negatives(triple, true, predicates, number)
+        found = make_negatives(triple, true, predicates, number)
         assert set(found) == {"predicate"}
         assert found["predicate"] in {"cat beside box", "cat under box"}
-    assert draw_negatives(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
-    assert draw_negatives(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
+    assert make_negatives(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
+    assert make_negatives(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
 
 
 def test_every_predicate_is_drawn() -> None:
     predicates = ["beside", "in", "on", "under"]
     drawn = Counter(
-        draw_negatives(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600)
+        make_negatives(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600)
     )
     assert set(drawn) == {"a beside b", "a in b", "a under b"}
     # "on" passes its share on to "under"; six standard deviations below a quarter

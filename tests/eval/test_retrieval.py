@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import retrieval as module
 from scenarioclip_fast.eval.retrieval import ranks, retrieval
+from scenarioclip_fast.levels import LEVELS
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.eval.samples import answer_samples, to_picture
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 VOCABULARY = Vocabulary(

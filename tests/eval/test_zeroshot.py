@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import encoding
 from scenarioclip_fast.eval.ranking import random_hit_rate
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
+from scenarioclip_fast.levels import LEVELS
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 

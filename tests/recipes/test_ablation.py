@@ -246,7 +246,7 @@ def test_plans() -> None:
         (["{shards}", "--variant", "a"], "variant 'a': got no changes"),
         (["{shards}", "--variants", "full,nothing"], "variant 'nothing': expected one of"),
         (["{shards}", "--batch-size", "0"], "--batch-size: got 0"),
-        (["{shards}", "--split", "val"], "the val split holds no scenes"),
+        (["{shards}", "--split", "val"], "the val split has no scenes"),
         (["-c", "nowhere.yaml", "{shards}"], "nowhere.yaml"),
         (["nowhere"], "nowhere"),
         ([], "give SHARDS"),

@@ -13,7 +13,7 @@ import pytest
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.negatives import NegativesResult, Preference
+from scenarioclip_fast.eval.negatives import NegativesAccuracy, NegativesResult
 from scenarioclip_fast.eval.probe import ProbeAccuracy, ProbeResult, ProbeSettings
 from scenarioclip_fast.eval.retrieval import Recall, RetrievalResult
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
@@ -22,7 +22,7 @@ from scenarioclip_fast.report.comparison import (
     accuracy_table,
     compare_runs,
     config_differences,
-    share_table,
+    score_table,
     summary_table,
 )
 from scenarioclip_fast.report.curves import run_curves
@@ -168,19 +168,21 @@ def test_other_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
     made = {
         "retrieval": RetrievalResult("test", 8, (1,), [recall]),
         "probe": ProbeResult("test", (1,), ProbeSettings(), True, [accuracy]),
-        "negatives": NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]),
+        "negatives": NegativesResult("test", 8, [NegativesAccuracy("swapped", 0.75, 8)]),
     }
     paths = [make_run("a"), make_run("b")]
     for name, of_a in made.items():
         (paths[0] / f"{name}.json").write_text(json.dumps(of_a.to_dict()))
     (paths[1] / "negatives.json").write_text(
         json.dumps(
-            NegativesResult("test", 8, [Preference("swapped", 0.25, 8), Preference("predicate", 1, 8)]).to_dict()
+            NegativesResult(
+                "test", 8, [NegativesAccuracy("swapped", 0.25, 8), NegativesAccuracy("predicate", 1, 8)]
+            ).to_dict()
         )
     )
     runs = find_runs(paths)
     tables = {
-        title: share_table({run.name: run.others[title] for run in runs if title in run.others})
+        title: score_table({run.name: run.other_results[title] for run in runs if title in run.other_results})
         for title in ("Retrieval, test split", "Linear probe, test split", "Hard negatives, test split")
     }
     assert tables["Retrieval, test split"] == (
@@ -198,7 +200,7 @@ def test_other_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_skipped_scenes(make_run: MakeRun, tmp_path: Path) -> None:
     paths = [make_run("a", share=0.5), make_run("b", share=0.25)]
-    made = NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]).to_dict()
+    made = NegativesResult("test", 8, [NegativesAccuracy("swapped", 0.75, 8)]).to_dict()
     counts = {paths[0] / "zeroshot.json": 1234, paths[0] / "negatives.json": 0, paths[1] / "negatives.json": 7}
     for path, count in counts.items():
         record = json.loads(path.read_text()) if path.exists() else made
@@ -251,7 +253,7 @@ def test_damaged_lines_are_skipped(make_run: MakeRun) -> None:
     ("broken", "message"),
     [
         (lambda run: run.rename(run.parent / "moved"), "does not exist; expected a run directory"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "holds no run: expected metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "contains no run: expected metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\nnonsense\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "metrics.jsonl").write_text("[1, 2]\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml is not YAML"),

@@ -23,8 +23,8 @@ from scenarioclip_fast.data.check import (
     CheckedScene,
     Rejection,
     SceneChecker,
+    assigned_splits,
     clean_scene,
-    given_splits,
     normalise,
     safe_key,
     short,
@@ -206,7 +206,7 @@ class PublishedReader:
             item = _parse_object(record)
             if item is None:
                 bad.append(Rejection(here, "malformed_object", f"got {short(record)}"))
-            elif not self._checker.knows("objects", item.name):
+            elif not self._checker.is_known("objects", item.name):
                 bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
                 item = None
             objects.append(item)
@@ -242,7 +242,7 @@ class PublishedReader:
             pair = _nearest_pair(objects, triple[0], triple[2])
             if missing:
                 bad.append(Rejection(here, "relation_unknown_label", f"{text!r}: no object {missing[0]!r}"))
-            elif not self._checker.knows("relations", text):
+            elif not self._checker.is_known("relations", text):
                 bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation"))
             elif isinstance(pair, str):
                 bad.append(Rejection(here, pair, repr(text)))
@@ -294,7 +294,7 @@ def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Ite
 
 def _resolve_splits(entries: list[Entry]) -> tuple[list[Entry], list[Rejection]]:
     """Assign entries without a split the one that another file gives their id, and reject ids in several splits."""
-    given = given_splits((entry.id, entry.split) for entry in entries if entry.id)
+    given = assigned_splits((entry.id, entry.split) for entry in entries if entry.id)
     resolved: list[Entry] = []
     conflicts: list[Rejection] = []
     for entry in entries:

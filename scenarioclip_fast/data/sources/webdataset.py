@@ -26,8 +26,8 @@ from scenarioclip_fast.data.check import (
     BadEntry,
     CheckedScene,
     SceneChecker,
-    given_splits,
-    normalised,
+    assigned_splits,
+    normalise_scene,
     split_conflict,
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS
@@ -155,7 +155,7 @@ class WebDatasetSource(Source):
         if len({tar.split for tar in self._tars}) == 1:
             return
         indexed = list(zip(self._tars, self._indexes, strict=True))
-        self._given = given_splits((key, tar.split) for tar, index in indexed for key in index.keys.splitlines())
+        self._given = assigned_splits((key, tar.split) for tar, index in indexed for key in index.keys.splitlines())
         for tar, index in indexed:
             keys = index.keys.splitlines()
             kept = [i for i, key in enumerate(keys) if tar.split in (None, self._given.get(key))]
@@ -234,7 +234,7 @@ def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, in
     """The scene of a record, with normalised texts, and the (H, W) in the record."""
     try:
         record = json.loads(content)
-        scene = normalised(scene_from_json(key, image, record))
+        scene = normalise_scene(scene_from_json(key, image, record))
         height, width = (int(n) for n in record["size"])
     except BadEntry:
         raise

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, check_shares
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, check_fractions
 from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS, RGB, SUPERSAMPLING, Pen
 from scenarioclip_fast.data.synthetic.events import (
     ACTIONS,
@@ -59,7 +59,7 @@ def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05,
     """
     if n < 0 or seed < 0 or start < 0:
         raise ValueError(f"got n={n}, seed={seed}, start={start}, expected values >= 0")
-    check_shares(val, test)
+    check_fractions(val, test)
     for index in range(start, start + n):
         yield render_scene(seed, index, split_of(index, val, test))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scenarioclip_fast.data.parallel import ordered_map
-from scenarioclip_fast.data.scene import Scene, check_shares
+from scenarioclip_fast.data.scene import Scene, check_fractions
 from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
@@ -20,7 +20,7 @@ from scenarioclip_fast.requirements import require
 QUALITY = 90
 
 
-def write_reference_layout(
+def write_published_layout(
     scenes: Iterable[Scene],
     out_dir: str | Path,
     *,
@@ -46,7 +46,7 @@ def write_reference_layout(
     return _write_metadata(((scene.split, _write_scene(scene, out)) for scene in scenes), out, classes)
 
 
-def draw_reference_layout(
+def generate_published_layout(
     n: int, out_dir: str | Path, *, seed: int = 0, val: float = 0.05, test: float = 0.15, workers: int = 1
 ) -> dict[str, int]:
     """Write `n` synthetic scenes in the published layout, in `workers` processes, with a progress report.
@@ -57,7 +57,7 @@ def draw_reference_layout(
         raise UserError(f"got {n} scenes and {workers} workers, expected at least one each")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
-    check_shares(val, test)
+    check_fractions(val, test)
     out = _prepare(out_dir)
     job = partial(_write_one, seed=seed, val=val, test=test, out=out)
     entries = ordered_map(job, range(n), workers)

@@ -425,7 +425,7 @@ def test_an_id_in_two_splits_is_held_out(data: Dataset, tmp_path: Path) -> None:
     rejected: list[Rejection] = []
     assert {s.key: s.split for s in load_reference(data.directory, rejected.append)} == {"a": "test", "b": "train"}
     assert [(r.entry, r.detail) for r in rejected if r.reason == "split_conflict"] == [
-        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, which keeps it")
+        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, where it stays")
         for name in ("train", "val")
     ]
     report = pack(data.directory, tmp_path / "out", progress=False)

@@ -201,8 +201,8 @@ def test_a_key_in_two_splits_is_held_out(tmp_path: Path) -> None:
         assert report.rejected == {"duplicate_id": 4, "split_conflict": 2}
         conflicts = {row["entry"]: row["detail"] for row in rejected if row["reason"] == "split_conflict"}
         assert conflicts == {
-            "train-0.tar: b": "the id is also in the val split, which keeps it",
-            "val-0.tar: c": "the id is also in the test split, which keeps it",
+            "train-0.tar: b": "the id is also in the val split, where it stays",
+            "val-0.tar: c": "the id is also in the test split, where it stays",
         }
 
 
@@ -419,9 +419,9 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "d.tar: not a regular file" in error(str(source))
     (source / "d.tar").rmdir()
     good.write_bytes(b"")
-    assert "no valid scene to pack: 1 damaged_tar" in error(str(source))
+    assert "no valid scenes to pack: 1 damaged_tar" in error(str(source))
     write(good, [("a.png", b""), ("a.txt", b"")])
-    assert "no valid scene to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
+    assert "no valid scenes to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
 
 
 def test_a_tar_that_changes_while_packing(tmp_path: Path) -> None:
