@@ -278,7 +278,7 @@ def test_remote_shards_use_the_configured_cache(
     assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of size 0 stays empty"
     capsys.readouterr()
     for option, value, message in (
-        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the shard cache"),
+        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot be used as shard cache"),
         ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a number"),
         ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
     ):

@@ -143,7 +143,7 @@ def test_splits_by_hash_of_the_key(synthetic: list[Scene], tmp_path: Path) -> No
         assert all(split[key] == s for key in ShardSet(tmp_path / "b", s).keys)
     pack_quietly(bare, tmp_path / "c", val=0.0, test=0.0)
     assert len(ShardSet(tmp_path / "c")) == len(bare)
-    with pytest.raises(UserError, match=r"got shares val=0\.7 and test=0\.6"):
+    with pytest.raises(UserError, match=r"got fractions val=0\.7 and test=0\.6"):
         pack_quietly(bare, tmp_path / "d", val=0.7, test=0.6)
     with pytest.raises(UserError, match="workers: got 0, expected at least 1"):
         pack_quietly(bare, tmp_path / "d", workers=0)
@@ -318,7 +318,7 @@ def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
 def test_a_pack_with_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
     pack_quietly(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')
-    with pytest.raises(UserError, match="contains a pack of schema 7"):
+    with pytest.raises(UserError, match="contains a pack with schema 7"):
         pack_quietly(source, tmp_path / "out")
     pack_quietly(source, tmp_path / "out", force=True)
     assert len(ShardSet(tmp_path / "out")) > 0

@@ -214,7 +214,7 @@ def test_errors_name_scene_and_entry() -> None:
         Views.of_scenes([scene])
     scene = make_scene("kitchen 7")
     scene.objects[0].box = (60.0, 1.0, 70.0, 9.0)
-    with pytest.raises(ValueError, match=r"kitchen 7, object 0: got box .* overlap the image of 60 x 40"):
+    with pytest.raises(ValueError, match=r"kitchen 7, object 0: got box .* overlap the image \(60 x 40\)"):
         Views.of_scenes([scene])
     scene = make_scene("kitchen 7")
     scene.relations[0].object = 9
