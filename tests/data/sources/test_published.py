@@ -202,7 +202,7 @@ BAD_SCENES: dict[str, tuple[str, Callable[[Dataset], None]]] = {
     "empty id": ("unsafe_id", _entry(id="")),
     "long id": ("unsafe_id", _entry(id="a" * 91)),
     "absolute image path": ("unsafe_path", _entry(image_path="/etc/passwd")),
-    "image path that leads out": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
+    "image path that escapes the directory": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
     "image path of two lines": ("missing_image", _entry(image_path="images/a\nb.jpg")),
     "image path that never ends": ("missing_image", _entry(image_path="images/" + "a" * 5000)),
     "image path of half a character": ("unsafe_path", _entry(image_path="images/\ud800.jpg")),
@@ -625,7 +625,7 @@ def test_large_files_are_not_read(data: Dataset, monkeypatch: pytest.MonkeyPatch
     np.savez(data.npz, **data.arrays)
     monkeypatch.setattr("scenarioclip_fast.data.sources.published.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
     scenes, (rejection,) = data.load()
-    assert not scenes and rejection.reason == "image_too_large" and "bytes, the limit is" in rejection.detail
+    assert not scenes and rejection.reason == "image_too_large" and "bytes, expected at most" in rejection.detail
     monkeypatch.undo()
     monkeypatch.setattr("scenarioclip_fast.data.sources.masks_npz.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
     _, rejected = data.load()
