@@ -1,4 +1,4 @@
-"""Evaluations of a trained model, each measured beside its chance level; `scenarioclip_fast.report` draws them."""
+"""Evaluations of a trained model, each with its chance level; `scenarioclip_fast.report` plots the results."""
 
 from __future__ import annotations
 

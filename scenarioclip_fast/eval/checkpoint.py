@@ -1,4 +1,4 @@
-"""Open a model for evaluation: a run directory, or a directory that `save_pretrained` wrote."""
+"""Open a model for evaluation, from a run directory or a directory written by `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class OpenedCheckpoint:
 
     Attributes:
         model: in evaluation mode.
-        directory: holds model.safetensors.
+        directory: directory of model.safetensors.
         files: the files that determine the weights.
-        data: data settings of the training run; the defaults if they are unknown.
-        scales: logit scale per level, where known.
+        data: data settings of the training run; the defaults if unknown.
+        scales: level -> logit scale, if known.
     """
 
     model: ScenarioCLIP
@@ -40,16 +40,16 @@ def open_checkpoint(
 
     Args:
         path: the directory.
-        device: where to put the model.
-        weights: "teacher" loads the EMA teacher's weights, which runs with loss.teacher_scope=all save.
+        device: device of the model.
+        weights: "teacher" loads the weights of the EMA teacher, saved by runs with loss.teacher_scope=all.
 
     Raises:
-        UserError: no model there, or no teacher weights.
+        UserError: the directory has no model, or no teacher weights.
     """
     path = Path(path)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}; expected a run directory, or one that `save_pretrained` wrote")
+        raise UserError(f"{path} {problem}; expected a run directory, or one written by `save_pretrained`")
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()
@@ -68,7 +68,7 @@ def open_checkpoint(
 
 
 def pick_device(name: str) -> torch.device:
-    """Parse a device name; "auto" is the GPU if there is one.
+    """Parse a device name; "auto" is a GPU if there is one, otherwise the CPU.
 
     Raises:
         UserError: no such device.

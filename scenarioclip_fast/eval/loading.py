@@ -1,4 +1,4 @@
-"""Load a split for evaluation: every scene once, in order; scenes that cannot be used are skipped and reported."""
+"""Load a split for evaluation: every scene once, in order. Unusable scenes are skipped and reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 
 _MAX_LISTED = 3  # scenes listed in a message
-# A rank aborts its own pass only above this share; `max_bad_fraction` is checked over all ranks at the end.
+# A single rank aborts only above this fraction; `max_bad_fraction` is checked over all ranks at the end.
 _MAX_RANK_BAD_FRACTION = 0.5
 
 
@@ -32,20 +32,20 @@ class SkippedScene(NamedTuple):
 
 
 class EvaluationLoader(SceneLoader):
-    """One rank's share of a split.
+    """Loads one rank's share of a split.
 
-    At the end of a pass the ranks exchange the scenes they skipped: new ones are appended to `skipped`, and the main
-    process prints one warning about them.
+    At the end of a pass, the ranks exchange their skipped scenes: new ones are appended to `skipped`, and the main
+    process prints a warning.
 
     Args:
         shards, batch_size, split, options: see `SceneLoader`.
-        config: how scenes become pixels; never augmented. `max_bad_fraction` is the largest share of the split's scenes
-            that may be skipped, checked over all ranks at the end of a pass.
+        config: decoding, views and resources; `augment` is ignored. `max_bad_fraction` limits the skipped scenes of the
+            split, and is checked over all ranks at the end of a pass.
         world: the ranks that share the split.
-        skipped: a list to append to, shared by several splits or passes.
+        skipped: list to which skipped scenes are appended; may be shared by several splits or passes.
 
     Raises:
-        UserError: as `SceneLoader`; at the end of a pass, too many skipped scenes.
+        UserError: see `SceneLoader`; at the end of a pass, too many scenes were skipped.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class EvaluationLoader(SceneLoader):
 
     @property
     def decoder(self) -> str:
-        """The decoder in use, "auto" resolved."""
+        """The class name of the decoder in use."""
         return type(self._decoder.decoder).__name__
 
     def __iter__(self) -> Iterator[Batch]:
@@ -102,7 +102,7 @@ class EvaluationLoader(SceneLoader):
 
 
 def skipped_record(scenes: Sequence[SkippedScene]) -> dict[str, Any]:
-    """The entry `skipped` of a result's JSON."""
+    """Format skipped scenes as the `skipped` entry of a JSON result."""
     return {"count": len(scenes), "scenes": [scene._asdict() for scene in scenes]}
 
 

@@ -1,12 +1,12 @@
 """Hard negatives: does a relation view score its true text above one that differs in a single part?
 
-Two kinds, each compared pairwise with the true text, so chance is 50 %:
+There are two kinds of negatives, each compared pairwise with the true text, so chance is 50 %:
 
-swapped     subject and object exchanged: "man riding horse" becomes "horse riding man"
+swapped     subject and object swapped: "man riding horse" becomes "horse riding man"
 predicate   predicate replaced by another of the vocabulary: "man riding horse" becomes "man under horse"
 
-A text that any relation of the image carries is never used as its negative. For a symmetric predicate ("next to") the
-swapped text is true although it is not annotated, and no model can tell the two apart. Ties score half a point.
+The text of another relation of the image is never used as a negative. For a symmetric predicate ("next to"), the
+swapped text is true although not annotated, and no model can distinguish the two. Ties score half a point.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Triple(NamedTuple):
 
 @dataclass(frozen=True)
 class NegativesAccuracy:
-    """Share of pairs in which the true text won: over all pairs of a kind, or those of one true predicate."""
+    """Fraction of pairs in which the true text scored higher, for one kind, optionally for one true predicate."""
 
     kind: str
     accuracy: float
@@ -58,10 +58,10 @@ class NegativesAccuracy:
 
 @dataclass(frozen=True)
 class NegativesResult:
-    """Accuracies of one evaluation. `to_dict()` is ready for JSON, `str()` is the table.
+    """Accuracies of one evaluation. `to_dict()` can be serialised as JSON; `str()` is the table.
 
-    `rows` has one entry per kind, `predicates` one per kind and true predicate, the most frequent first. `without`
-    counts, per kind, the relations without a valid negative.
+    `rows` has one entry per kind, `predicates` one per kind and true predicate, most frequent first. `without` counts
+    the relations without a valid negative, per kind.
     """
 
     split: str
@@ -71,14 +71,14 @@ class NegativesResult:
     without: dict[str, int] = field(default_factory=dict)
 
     def get(self, kind: Kind) -> NegativesAccuracy | None:
-        """The row of that kind; None if no relation has such a negative."""
+        """The row for `kind`; None if no relation has such a negative."""
         return next((row for row in self.rows if row.kind == kind), None)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows, as text."""
+        """The header and rows, as text."""
         head = ["negative", "accuracy", "chance", "pairs", "relations without a negative"]
         body = [
             [
@@ -97,9 +97,9 @@ class NegativesResult:
 
 
 def parse_relations(vocabulary: Vocabulary) -> list[Triple | None]:
-    """Split every relation text, in order of ids: the longest object names at either end, the predicate between them.
+    """Split each relation text, in order of ids: the longest object names at both ends, and the predicate in between.
 
-    None for a text that does not begin and end with an object name of the vocabulary.
+    None for texts that do not begin and end with an object name of the vocabulary.
     """
     names = frozenset(vocabulary.objects)
     return [_parse(text, names) for text in vocabulary.relations]
@@ -119,21 +119,21 @@ def make_negatives(
     triple: Triple,
     true: Collection[str],
     predicates: Sequence[str],
-    *numbers: int,
+    *seed: int,
 ) -> dict[Kind, str]:
-    """Draw the negatives of one relation, by kind; a kind without a valid negative is omitted.
+    """Make the negatives of one relation, by kind; kinds without a valid negative are omitted.
 
     Args:
         triple: the relation.
         true: the texts of all relations of its image, which are never used as negatives.
         predicates: candidates for the new predicate.
-        numbers: seed of the choice of the new predicate.
+        seed: numbers that determine the choice of the new predicate.
     """
     found: dict[Kind, str] = {}
     swapped = str(Triple(triple.object, triple.predicate, triple.subject))
     if swapped not in true:
         found["swapped"] = swapped
-    first = hash64(*numbers) % max(len(predicates), 1)
+    first = hash64(*seed) % max(len(predicates), 1)
     for i in range(len(predicates)):
         predicate = predicates[(first + i) % len(predicates)]
         if (text := str(triple._replace(predicate=predicate))) not in true:
@@ -153,14 +153,14 @@ def hard_negatives(
     world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> NegativesResult:
-    """Measure how often relation views score their true text above a hard negative, on one pass over `batches`.
+    """Measure how often relation views score their true text above a hard negative, in one pass over `batches`.
 
     Args:
         model, batches, vocabulary, split, world, show_progress: see `zeroshot`.
         seed: of the replacement predicates, which depend only on it, the scene key and the relation's position.
 
     Raises:
-        UserError: no relation, none with a valid negative, or embeddings that are not finite.
+        UserError: no relations, none with a valid negative, or the embeddings are not finite.
     """
     desc = f"hard negatives, {split}"
     features = embed_views(
@@ -183,7 +183,7 @@ def hard_negatives(
 def _accuracies(
     relations: Sequence[tuple[str, dict[Kind, float]]],
 ) -> tuple[list[NegativesAccuracy], list[NegativesAccuracy], dict[str, int]]:
-    """Per kind; per kind and predicate, the most frequent first; and per kind the relations without a negative."""
+    """Accuracies per kind, accuracies per kind and predicate (most frequent first), and counts without a negative."""
     points: dict[tuple[Kind, str | None], list[float]] = defaultdict(list)
     without: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for predicate, scored in relations:
@@ -191,7 +191,7 @@ def _accuracies(
         for kind, point in scored.items():
             points[kind, None].append(point)
             points[kind, predicate].append(point)
-    # sums of halves are exact in any order
+    # Sums of multiples of 1/2 are exact in any order.
     found = [NegativesAccuracy(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
     rows = [row for kind in KINDS for row in found if row.kind == kind and row.predicate is None]
     named = sorted((row for row in found if row.predicate), key=lambda r: (r.kind, -r.questions, r.predicate or ""))
@@ -201,14 +201,14 @@ def _accuracies(
 def _score_relations(
     model: Encoder, features: Features, vocabulary: Vocabulary, seed: int
 ) -> list[tuple[str, dict[Kind, float]]]:
-    """For each relation of this rank: its predicate, and per kind 1 (right), 0 (wrong) or 1/2 (tie)."""
+    """For each relation of this rank: its predicate, and per kind 1 (correct), 0 (wrong) or 1/2 (tie)."""
     if "relation" not in features.levels:
         return []
     own = features.levels["relation"]
     triples = parse_relations(vocabulary)
     ids = own.text_id.tolist()
     negatives = _all_negatives(features, vocabulary, triples, seed)
-    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in negatives)))
+    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(texts_of.values() for texts_of in negatives)))
     row_of = {text: row for row, text in enumerate(texts)}
     text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
     image = F.normalize(own.image, dim=-1)
@@ -216,7 +216,7 @@ def _score_relations(
     truth = _cosines(image, text, range(len(ids)), own_rows)
     points: list[dict[Kind, float]] = [{} for _ in ids]
     for kind in KINDS:
-        views = [view for view, negatives in enumerate(negatives) if kind in negatives]
+        views = [view for view, texts_of in enumerate(negatives) if kind in texts_of]
         false = _cosines(image, text, views, [row_of[negatives[view][kind]] for view in views])
         for view, own_score, other in zip(views, truth[views].tolist(), false.tolist(), strict=True):
             points[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
@@ -238,9 +238,9 @@ def _all_negatives(
     negatives: list[dict[Kind, str]] = []
     for i, scene in zip(ids, scenes, strict=True):
         triple = triples[i]
-        numbers = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
+        seeds = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
         position[scene] += 1
-        negatives.append(make_negatives(triple, true[scene], predicates, *numbers) if triple else {})
+        negatives.append(make_negatives(triple, true[scene], predicates, *seeds) if triple else {})
     return negatives
 
 

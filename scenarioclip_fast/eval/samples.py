@@ -1,4 +1,4 @@
-"""A model's answers for a few sample scenes: views, true texts and top guesses, ready to be drawn."""
+"""A model's predictions for a few sample scenes: views, true texts and top predictions, for plots."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _CANDIDATES = 10  # scenes considered per scene shown
 
 @dataclass(frozen=True)
 class Answer:
-    """One view as the model received it, its true text, and the top guesses with their cosine similarity, best first.
+    """One view as seen by the model, its true text, and the top texts with their cosine similarities, best first.
 
-    `truth_score` is the true text's similarity, `truth_rank` its rank from 1 among all texts; ties count against it.
+    `truth_score` is the similarity of the true text, `truth_rank` its rank among all texts, from 1; ties count against
+    it.
     """
 
     picture: Tensor  # uint8 [S, S, 3]
@@ -38,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SampleScene:
-    """The answers for the views of one scene."""
+    """The predictions for the views of one scene."""
 
     key: str
     action: Answer
@@ -58,9 +59,9 @@ def to_picture(
 def answer_samples(
     model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
 ) -> list[SampleScene]:
-    """Collect the model's top guesses for `scenes` scenes among the first ones of `batches`.
+    """Collect the model's top predictions for `scenes` scenes among the first ones of `batches`.
 
-    Scenes with relations precede those without; within each group, scenes whose action is not shown yet come first.
+    Scenes with relations precede those without; within each group, actions that are not shown yet come first.
     """
     found: list[SampleScene] = []
     with evaluating(model):

@@ -374,7 +374,7 @@ def test_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     monkeypatch.setattr(os, "posix_fallocate", full)
     shards = ShardCache(cache, 1000)
     assert put(shards, b"x") is None
-    assert "cannot allocate a shard: No space left on device" in caplog.text
+    assert "cannot allocate space for a shard: No space left on device" in caplog.text
     shards.close()
     assert [path.name for path in cache.iterdir()] == ["lock"]
 
