@@ -203,7 +203,7 @@ def _check_writable(option: str, path: Path, directory: Path) -> None:
 
 
 def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:
-    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.samples import predict_samples
     from scenarioclip_fast.eval.zeroshot import zeroshot
     from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
     from scenarioclip_fast.train.metrics import read_metrics
@@ -218,7 +218,7 @@ def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:
         if args.report is None:
             return result, []
         with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, session.vocabulary)
+            samples = predict_samples(session.model, loader, session.vocabulary)
         sections = zeroshot_tables(result) + zeroshot_figures(result, samples, args.report)
         metrics = session.trained.directory.parent / "metrics.jsonl"
         if metrics.is_file():
@@ -272,7 +272,7 @@ def _probe(args: argparse.Namespace, session: Session) -> _Finish:
 
 def _tsne(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.samples import predict_samples
     from scenarioclip_fast.eval.tsne import check_settings, embedding_map
     from scenarioclip_fast.report.evaluation import map_sections
     from scenarioclip_fast.requirements import require
@@ -293,7 +293,7 @@ def _tsne(args: argparse.Namespace, session: Session) -> _Finish:
             seed=args.seed,
         )
         with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
+            samples = predict_samples(session.model, loader, session.vocabulary, topk=5)
         return found, map_sections(found, samples, args.report)
 
     return finish

@@ -18,7 +18,7 @@ _CANDIDATES = 10  # scenes considered per scene shown
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """One view as seen by the model, its true text, and the top texts with their cosine similarities, best first.
 
     `truth_score` is the similarity of the true text, `truth_rank` its rank among all texts, from 1; ties count against
@@ -27,14 +27,14 @@ class Answer:
 
     picture: Tensor  # uint8 [S, S, 3]
     truth: str
-    guesses: list[tuple[str, float]]
+    top_texts: list[tuple[str, float]]
     held_out: bool = False
     truth_score: float = float("nan")
     truth_rank: int = 0
 
     @property
-    def right(self) -> bool:
-        return self.guesses[0][0] == self.truth
+    def correct(self) -> bool:
+        return self.top_texts[0][0] == self.truth
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class SampleScene:
     """The predictions for the views of one scene."""
 
     key: str
-    action: Answer
-    objects: list[Answer] = field(default_factory=list)
-    relations: list[Answer] = field(default_factory=list)
+    action: Prediction
+    objects: list[Prediction] = field(default_factory=list)
+    relations: list[Prediction] = field(default_factory=list)
 
 
 def to_picture(
@@ -56,8 +56,8 @@ def to_picture(
 
 
 @torch.inference_mode()
-def answer_samples(
-    model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
+def predict_samples(
+    model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, topk: int = 3
 ) -> list[SampleScene]:
     """Collect the model's top predictions for `scenes` scenes among the first ones of `batches`.
 
@@ -67,7 +67,7 @@ def answer_samples(
     with evaluating(model):
         texts = class_embeddings(model, vocabulary)
         for batch in batches:
-            found += _answer_batch(model, batch, vocabulary, texts, guesses)
+            found += _predict_batch(model, batch, vocabulary, texts, topk)
             if len(found) >= _CANDIDATES * scenes:
                 break
     shown: Counter[tuple[bool, str]] = Counter()
@@ -80,24 +80,25 @@ def answer_samples(
     return [found[i] for i in order[:scenes]]
 
 
-def _answer_batch(
-    model: Encoder, batch: Batch, vocabulary: Vocabulary, texts: dict[str, Tensor], guesses: int
+def _predict_batch(
+    model: Encoder, batch: Batch, vocabulary: Vocabulary, texts: dict[str, Tensor], topk: int
 ) -> list[SampleScene]:
-    answers: dict[str, list[list[Answer]]] = {}
+    predictions: dict[str, list[list[Prediction]]] = {}
     for level, (pixels, ids, scene) in level_views(batch).items():
-        answers[level] = [[] for _ in range(batch.num_scenes)]
+        predictions[level] = [[] for _ in range(batch.num_scenes)]
         if len(ids) == 0:
             continue
         names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
         for some, scores in score_blocks(model, pixels, texts[level], level):
-            best = scores.topk(min(guesses, len(names)))
+            best = scores.topk(min(topk, len(names)))
             own = scores.gather(1, ids[some][:, None])
             rank = (~(scores < own)).sum(1)
             columns = (ids[some], scene[some], best.indices, best.values, own[:, 0], rank)
             rows = zip(pixels[some], *(column.tolist() for column in columns), strict=True)
-            for view, truth, home, top, cosines, score, place in rows:
-                ranked = [(names[i], cosine) for i, cosine in zip(top, cosines, strict=True)]
+            for view, truth, i, top, cosines, score, position in rows:
+                ranked = [(names[j], cosine) for j, cosine in zip(top, cosines, strict=True)]
                 held_out = counts[truth] == 0
-                answers[level][home].append(Answer(to_picture(view), names[truth], ranked, held_out, score, place))
-    per_scene = zip(batch.keys, answers["global"], answers["object"], answers["relation"], strict=True)
+                prediction = Prediction(to_picture(view), names[truth], ranked, held_out, score, position)
+                predictions[level][i].append(prediction)
+    per_scene = zip(batch.keys, predictions["global"], predictions["object"], predictions["relation"], strict=True)
     return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]

@@ -1,4 +1,4 @@
-"""Figures and self-contained HTML pages of evaluations and training runs. Matplotlib is imported when one is drawn."""
+"""Figures and self-contained HTML pages of evaluations and training runs. Matplotlib is imported on first use."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(
     out = tmp_path / "out.npz"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for arguments, message in (
-        ((images, out, "--level", "object"), "level 'object' needs annotations"),
+        ((images, out, "--level", "object"), "level 'object' requires annotations"),
         ((images, there), "there.npz exists: pass --force"),
         ((images, tmp_path / "out.csv"), "got suffix '.csv', expected .npz or .parquet"),
         ((images, tmp_path / "out.parquet"), r"pyarrow is not installed"),

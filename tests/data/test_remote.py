@@ -498,7 +498,7 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
     ):
         next(iter(loader))
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage needs one more .*s3fs"):
+    with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage requires another .*s3fs"):
         ShardSet("s3://bucket/dir")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'scenarioclip-fast\[remote\]'"):

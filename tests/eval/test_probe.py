@@ -103,7 +103,7 @@ def test_invalid_settings_and_splits() -> None:
             ProbeSettings(**wrong)
     with pytest.raises(UserError, match="seeds: got none"):
         ProbeSettings(seeds=())
-    with pytest.raises(UserError, match="no level of views in common"):
+    with pytest.raises(UserError, match="no level has views in both"):
         linear_probe(make(10, 0), Features([], {}), VOCABULARY, show_progress=False)
 
 

@@ -142,7 +142,7 @@ def test_results_with_skipped_scenes_are_evaluated_again(
 def test_other_settings_are_refused(ablation: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", str(shards), *SMALL, "optim.lr=2e-3", f"run.dir={ablation}", *CHOSEN]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "full holds a run with another config (optim.lr was 0.001, is 0.002)" in error
+    assert "full contains a run with another config (optim.lr was 0.001, is 0.002)" in error
 
 
 class Killed(BaseException):
@@ -238,7 +238,7 @@ def test_plans() -> None:
         (["--variants", "full", "no-distilation"], "variant 'no-distilation': expected one of full, no-distillation"),
         (["--variants", "full", "scenarioclip1"], "got 1 variant, expected at least 2"),
         (["{shards}", "elsewhere"], "expected one SHARDS directory"),
-        (["{shards}", "model.variant=pyramidclip"], "the variants set model.variant"),
+        (["{shards}", "model.variant=pyramidclip"], "model.variant is set by the variants"),
         (["{shards}", "optim.rate=1"], "did you mean optim.lr"),
         (["{shards}", "--variant", "full", "optim.lr=1"], "is built in"),
         (["{shards}", "--variant", "a/b", "optim.lr=1"], "is not a valid directory name"),
@@ -249,7 +249,7 @@ def test_plans() -> None:
         (["{shards}", "--split", "val"], "the val split has no scenes"),
         (["-c", "nowhere.yaml", "{shards}"], "nowhere.yaml"),
         (["nowhere"], "nowhere"),
-        ([], "give SHARDS"),
+        ([], "pass SHARDS"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_trained(

@@ -99,7 +99,7 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     os.utime(going / "metrics.jsonl", (before, before))
     table = summary_table(find_runs([done, going, fresh]))
     assert table[0] == ["", "a", "b", "c"]
-    assert cells(table, "state") == ["finished", "step 10 of 2,000, 2 h ago", "no step yet"]
+    assert cells(table, "state") == ["finished", "step 10 of 2,000, 2 h ago", "no steps yet"]
     endless = make_run("d", 4, "train.steps=null", "train.views=1000")
     assert find_runs([endless])[0].state == "step 4, 0 s ago"
     assert cells(table, "views seen") == ["1,000", "500", "–"]
@@ -225,7 +225,7 @@ def test_page_of_one_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) 
     empty = make_run("empty", 0)
     assert main(["report", str(empty)]) == 0
     page = (empty / "report" / "report.html").read_text()
-    assert "no step yet" in page and "data:image" not in page
+    assert "no steps yet" in page and "data:image" not in page
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_pictures(tmp_path: Path) -> None:
     many = {f"run {i}": rows(5 + i, views=50 + 10 * i) for i in range(11)}
     few = {"run": [{"step": 1, "loss": 1.0, "contrastive/object": 1.0}]}
     assert height(run_curves(many, tmp_path / "many.png")) > 2 * height(run_curves(few, tmp_path / "few.png"))
-    with pytest.raises(ValueError, match="no logged step"):
+    with pytest.raises(ValueError, match="no logged steps"):
         run_curves({"run": []}, tmp_path / "none.png")
     own = {"a": result(0.0, chance=0.0).only("own"), "b": result(1.0)}
     assert height(accuracy_comparison(own, tmp_path / "bars.png")) > 300
@@ -253,7 +253,7 @@ def test_damaged_lines_are_skipped(make_run: MakeRun) -> None:
     ("broken", "message"),
     [
         (lambda run: run.rename(run.parent / "moved"), "does not exist; expected a run directory"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "contains no run: expected metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "contains no runs: expected metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\nnonsense\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "metrics.jsonl").write_text("[1, 2]\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml is not YAML"),
