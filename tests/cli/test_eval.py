@@ -207,7 +207,7 @@ def test_skipped_scenes_are_reported_and_incomplete_features_not_cached(
         (split, names[split], "not_an_image") for split in splits
     ]
     page = (report / "report.html").read_text()
-    assert f"could not be used: {len(splits)}." in page
+    assert f"Unusable scenes skipped: {len(splits)}." in page
     if cached:
         kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
         assert kept == (["val"] if kind == "probe" else [])
@@ -295,7 +295,7 @@ def test_remote_shards_use_the_configured_cache(
         ("retrieval", ["--weights", "teacher"], "this run had no teacher"),
         ("retrieval", ["--device", "gpu"], "device: got 'gpu'"),
         ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before any work
-        ("probe", ["--split", "train"], "--split: got 'train', which probes are trained on"),
+        ("probe", ["--split", "train"], "--split: got 'train', the split on which probes are trained"),
         ("probe", ["--steps", "0"], "steps: got 0, expected at least 1"),
         ("probe", ["--seeds", "0"], "seeds: got none"),
         ("tsne", ["--classes", "1"], "classes: got 1, expected at least 2"),
@@ -304,7 +304,7 @@ def test_remote_shards_use_the_configured_cache(
         ("negatives", ["--batch-size", "0"], "--batch-size: got 0"),
         ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file, expected a directory"),
         ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file, expected a directory"),
-        ("retrieval", ["--json", "{place}/model"], "model is a directory; name a file"),
+        ("retrieval", ["--json", "{place}/model"], "model is a directory, expected a file"),
         # not writable even for root
         ("retrieval", ["--json", "/proc/a.json"], "--json: /proc/a.json cannot be written (No such file"),
         ("retrieval", ["--json", "/proc/version"], "--json: /proc/version cannot be written ("),
