@@ -32,7 +32,7 @@ def make_scene(key: str, size: tuple[int, int] = (40, 80)) -> Scene:
     return Scene(key, image, "a $ dollar _ sign", objects, [Relation(0, "left of", 1), Relation(1, "near", 2)])
 
 
-def test_census() -> None:
+def test_statistics() -> None:
     scenes: list[Scene | BadSample] = [make_scene("a"), make_scene("bb"), BadSample("c", "short_shard", "...")]
     lonely = make_scene("d")
     lonely.relations, lonely.objects = [], [SceneObject("thing", (0.0, 0.0, 40.0, 40.0), None)]
@@ -48,7 +48,7 @@ def test_census() -> None:
 
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (50, 50)])
-def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
+def test_all_black_views_render_black(size: tuple[int, int]) -> None:
     height, width = size
     rng = np.random.default_rng(0)
     white = torch.full((height, width, 3), 255, dtype=torch.uint8)
@@ -56,7 +56,7 @@ def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
     objects = [SceneObject("thing", (float(x), float(y), float(x) + 6, float(y) + 6)) for x, y in corners]
     scene = Scene("a", white, "resting", objects)
     views = Views.of_scenes([scene])
-    # At the size of the centre crop nothing is resampled, so no filter reaches past its edge.
+    # At the size of the centre crop, nothing is resampled, so no filter extends past its edge.
     pixels = render_views([white], views, size=min(size), mean=(0, 0, 0), std=(1, 1, 1))
     black = int((pixels[views.kind == 1].amax((1, 2, 3)) == 0).sum())
     assert collect_statistics([scene]).all_black == black
@@ -88,7 +88,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("flag", "value", "message"),
     [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0"), ("--size", "1000000", "1 to 1024")],
 )
-def test_command_with_numbers_out_of_range(
+def test_command_rejects_numbers_out_of_range(
     flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(tmp_path), "--out", str(tmp_path), flag, value]) == 2
@@ -100,7 +100,7 @@ def test_command_without_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
-def test_command_with_a_file_in_place_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_rejects_files_as_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["inspect", str(tmp_path / "file"), "--out", str(tmp_path / "out")]) == 2
     assert "file: is a file; `scenarioclip-fast pack" in capsys.readouterr().err

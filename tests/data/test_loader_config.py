@@ -43,7 +43,7 @@ def test_every_choice_of_views_is_implemented() -> None:
             assert len(Views.of_scenes([], object_view=config.object_view, relation_view=config.relation_view)) == 0
 
 
-def test_the_trainers_section_extends_the_config() -> None:
+def test_the_trainer_config_extends_the_loader_config() -> None:
     own = {"shards", "batch_size"}
     assert {f.name for f in fields(DataSection)} == {f.name for f in fields(LoaderConfig)} | own
 

@@ -120,7 +120,7 @@ def test_packing_is_deterministic(source: Path, tmp_path: Path) -> None:
     assert "train-000001.tar" not in names, "shards of the replaced pack are removed"
 
 
-def test_concurrent_runs_are_refused(source: Path, tmp_path: Path) -> None:
+def test_concurrent_runs_are_rejected(source: Path, tmp_path: Path) -> None:
     import fcntl
 
     stage = tmp_path / ".out.partial"
@@ -184,21 +184,21 @@ def _of_one_object(scene: Scene, **change: Any) -> Scene:
 # Scenes with malformed fields: the expected reason (None: valid) and the change.
 MALFORMED: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
     "no scene": ("malformed_entry", lambda s: None),
-    "key of several lines": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
-    "key of a number": ("malformed_entry", lambda s: replace(s, key=7)),
+    "key with line breaks": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
+    "key is a number": ("malformed_entry", lambda s: replace(s, key=7)),
     "no image": ("image_not_an_image", lambda s: replace(s, image=None)),
-    "image of floats": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(8, 8, 3))),
+    "float image": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(8, 8, 3))),
     "channels first": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(3, 8, 8, dtype=torch.uint8))),
     "image without pixels": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(0, 8, 3, dtype=torch.uint8))),
     "empty action": ("malformed_entry", lambda s: replace(s, action=" ")),
     "empty name": ("malformed_entry", lambda s: _of_one_object(s, name="")),
     "empty predicate": ("malformed_entry", lambda s: replace(s, relations=[Relation(0, "", 0)])),
-    "endless objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
-    "objects that are none": ("malformed_entry", lambda s: replace(s, objects=None)),
-    "box of three": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
-    "mask of NumPy": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
-    "box of NumPy": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
-    "image with its axes moved": (
+    "too many objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
+    "objects is None": ("malformed_entry", lambda s: replace(s, objects=None)),
+    "box with three numbers": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
+    "NumPy mask": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
+    "NumPy box": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
+    "image with permuted axes": (
         None,
         lambda s: replace(
             s, image=torch.zeros(3, 64, 64, dtype=torch.uint8).permute(1, 2, 0), objects=[], relations=[]
@@ -246,7 +246,7 @@ def test_bad_entries_are_rejected_and_counted(small_source: Path, tmp_path: Path
 
 
 def test_an_entry_nested_too_deeply_to_be_pickled(small_source: Path, tmp_path: Path) -> None:
-    """JSON may be shallow enough to be parsed, but too deep to be pickled."""
+    """JSON can be shallow enough to parse, but too deep to pickle."""
     text = (small_source / "metadata.json").read_text()
     for depth in range(1000, 0, -2):
         nested = text.replace('"objects":', f'"relations": {"[" * depth}{"]" * depth}, "objects":', 1)
@@ -261,7 +261,7 @@ def test_an_entry_nested_too_deeply_to_be_pickled(small_source: Path, tmp_path: 
     assert sum(n["scenes"] for n in report.splits.values()) == 6
 
 
-def test_no_valid_scene(small_source: Path, tmp_path: Path, capsys: Any) -> None:
+def test_no_valid_scenes(small_source: Path, tmp_path: Path, capsys: Any) -> None:
     for path in (small_source / "images").iterdir():
         path.unlink()
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""`scenarioclip_fast.preprocess`: every kind of input gives the loader's global views, and errors are one line."""
+"""`scenarioclip_fast.preprocess`: all kinds of input give the loader's global views; errors are one line."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ def test_boxes_bound_the_visible_masks() -> None:
 
 
 def test_masks_show_the_colour_of_their_object() -> None:
-    # An object's own colour is the most frequent palette colour within its mask: a mask that is off by a few pixels or
-    # a name swapped with a neighbour would fail. Compared by hue, because tints and shades occur too.
+    # An object's colour is the most frequent palette colour within its mask: a mask that is off by a few pixels or
+    # a name swapped with a neighbour would fail. Compared by hue, because tints and shades occur as well.
     names = sorted(COLOURS)
     palette = torch.tensor([COLOURS[n] for n in names], dtype=torch.float32)
     palette = torch.nn.functional.normalize(palette - palette.mean(1, keepdim=True), dim=1)
@@ -150,7 +150,7 @@ def _centre(scene: Scene, i: int) -> tuple[float, float]:
 
 
 def _left_of(scene: Scene, a: int, b: int) -> bool:
-    """Side by side: centres apart, at most a small overlap."""
+    """Whether the objects are side by side, with at most a small overlap."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = scene.objects[a].box, scene.objects[b].box
     overlap = ax2 - bx1
     return overlap < 0.25 * min(ax2 - ax1, bx2 - bx1) and _centre(scene, a)[0] < bx1 and min(ay2, by2) > max(ay1, by1)
@@ -162,7 +162,7 @@ def _touch(scene: Scene, a: int, b: int, reach: int = 2) -> bool:
 
 
 def _within(scene: Scene, a: int, b: int, axis: int) -> bool:
-    """The box of `a` lies inside that of `b` along an axis, give or take 2 pixels."""
+    """Whether the box of `a` is inside that of `b` along an axis, within 2 pixels."""
     box_a, box_b = scene.objects[a].box, scene.objects[b].box
     return box_b[axis] - 2 <= box_a[axis] and box_a[axis + 2] <= box_b[axis + 2] + 2
 
@@ -233,7 +233,7 @@ def test_relations_determine_the_action() -> None:
         assert scene.action == action_of(template(scene, k)[0] for k in range(len(scene.relations)))
         assert (scene.action == "waiting") == (not scene.relations)
     counts = Counter(s.action for s in scenes())
-    # 700 draws from ten: a standard deviation of 8 around 70.
+    # 700 samples of ten actions: a standard deviation of 8 around 70.
     assert all(35 < counts[action] < 105 for action in ACTIONS)
 
 
@@ -242,7 +242,7 @@ def test_kinds_are_related_in_one_order_only() -> None:
 
 
 def test_relation_texts_are_unambiguous() -> None:
-    """The text of a relation fits no other pair of the scene, and bystanders are related to nothing."""
+    """The text of a relation matches no other pair of the scene, and bystanders have no relations."""
     for scene in scenes():
         names = [o.name for o in scene.objects]
         related = {frozenset((r.subject, r.object)) for r in scene.relations}
@@ -275,7 +275,7 @@ def test_each_colour_of_a_held_out_relation_is_trained_in_its_role() -> None:
         assert {s for s, _ in shown} == {o for _, o in shown} == set(COLOURS)
 
 
-def test_split_shares() -> None:
+def test_split_fractions() -> None:
     for n in (100, 2500):
         counts = Counter(split_of(i) for i in range(n))
         assert abs(counts["val"] - 0.05 * n) <= 2 and abs(counts["test"] - 0.15 * n) <= 2
@@ -336,7 +336,7 @@ def test_published_layout_round_trip(tmp_path: Path) -> None:
         assert all(torch.equal(mask(scene, i), mask(other, i)) for i in range(len(scene.objects)))
 
 
-def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
+def test_jpegs_match_the_scenes_and_have_no_metadata(tmp_path: Path) -> None:
     import simplejpeg
 
     write_published_layout(scenes()[:10], tmp_path)

@@ -1,4 +1,4 @@
-"""Evaluations on several gloo processes equal one process with all scenes, bit for bit."""
+"""Evaluations on several gloo processes are bitwise equal to one process with all scenes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def evaluate(batches: list[Batch], world: World) -> dict[str, Any]:
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    features_module._ROWS = 4  # several exchanges, in which some ranks have no rows left
+    features_module._ROWS = 4  # several exchanges; in some of them, ranks have no rows left
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
         world = World(rank, RANKS, torch.device("cpu"), dist.group.WORLD)

@@ -41,7 +41,7 @@ def make_batch(actions: list[int], objects: list[list[int]], relations: list[lis
     return Batch(pixels, keys, *homes, *(torch.tensor(ids[level], dtype=torch.int64) for level in LEVELS))
 
 
-def test_answers_and_pictures() -> None:
+def test_predictions_and_pictures() -> None:
     batch = make_batch([0, 1], [[2], [0, 1]], [[], [0, 1]])
     second, first = predict_samples(Colours(), [batch], VOCABULARY, scenes=2, topk=2)
     assert (first.key, second.key) == ("scene 0", "scene 1")  # scenes with relations come first
@@ -53,7 +53,7 @@ def test_answers_and_pictures() -> None:
         assert prediction.correct
         assert len(prediction.top_texts) == 2
         assert prediction.top_texts[0][1] > 0.9 > prediction.top_texts[1][1]
-    # 3 / 4 and 1 / 4 as bytes; the red of class 1 is 1 / 4
+    # 3 / 4 and 1 / 4 as bytes; the red value of class 1 is 1 / 4.
     assert second.objects[1].picture[0, 0].tolist() == [64, 64, 191]
 
 

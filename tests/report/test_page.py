@@ -105,8 +105,8 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     ("package", "absent"),
     [("report", "matplotlib"), ("eval", "matplotlib"), ("eval", "scenarioclip_fast.report")],
 )
-def test_what_importing_does_not_load(package: str, absent: str) -> None:
-    """Matplotlib is loaded only to draw, and evaluations never import reports."""
+def test_imports_are_lazy(package: str, absent: str) -> None:
+    """Matplotlib is imported only for figures, and evaluations never import reports."""
     code = (
         f"import sys, pkgutil, scenarioclip_fast.{package} as package\n"
         "for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'): __import__(module.name)\n"

@@ -41,7 +41,7 @@ def rows(steps: int, loss: float = 4.0, views: int = 50) -> list[dict[str, Any]]
             **{f"contrastive/{level}": loss / i / 3 for level in LEVELS},
             **{f"temperature/{level}": 0.07 for level in LEVELS},
             "distillation": 0.0,
-            "grad_norm": None if i == 2 else 1.0,  # null: it was not finite
+            "grad_norm": None if i == 2 else 1.0,  # null: not finite
             "skipped": int(i == 2),
             "lr": 1e-3,
             "views": views * i,
@@ -68,7 +68,7 @@ def result(share: float, chance: float = 0.125, scenes: int = 8) -> ZeroShotResu
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """make_run("name", steps, "key=value", ...): a run's directory below tmp_path."""
+    """make_run("name", steps, "key=value", ...) creates a run directory below tmp_path."""
 
     def make(name: str, steps: int = 20, *overrides: str, share: float | None = None, done: bool = False) -> Path:
         run = tmp_path / name
@@ -94,7 +94,7 @@ def cells(table: tuple[list[str], list[list[str]]], name: str) -> list[str]:
 def test_summary_and_state(make_run: MakeRun) -> None:
     done, going, fresh = make_run("a", 20, done=True), make_run("b", 10, "train.steps=2000"), make_run("c", 0)
     with open(going / "metrics.jsonl", "a") as file:
-        file.write('{"step": 11, "lo')  # the trainer is writing this very line
+        file.write('{"step": 11, "lo')  # a line that the trainer is still writing
     before = time.time() - 7300
     os.utime(going / "metrics.jsonl", (before, before))
     table = summary_table(find_runs([done, going, fresh]))
@@ -111,7 +111,7 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     assert cells(table, "time waiting for data") == ["25.0 %", "25.0 %", "–"]
     assert cells(table, "skipped steps") == ["1", "1", "0"]
     assert cells(table, "bad samples") == ["5", "2", "0"]
-    assert not any(row[0] == "MFU" for row in table[1])  # no run has it
+    assert not any(row[0] == "MFU" for row in table[1])  # logged by no run
 
 
 def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
@@ -119,7 +119,7 @@ def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
     assert cells(table, "loss") == [f"{(4 / 60 + 4 / 59 + 4 / 58) / 3:.3f}"]
 
 
-def test_names_are_the_shortest_distinct_path_ends(make_run: MakeRun, tmp_path: Path) -> None:
+def test_names_are_the_shortest_distinct_path_suffixes(make_run: MakeRun, tmp_path: Path) -> None:
     one, other = make_run("x/run"), make_run("y/run")
     assert [run.name for run in find_runs([one, other])] == ["x/run", "y/run"]
     assert [run.name for run in find_runs([one, one, tmp_path / "x" / ".." / "x" / "run"])] == ["run"]
@@ -151,7 +151,7 @@ def test_accuracy_table() -> None:
 
 def test_page(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [make_run("first", share=0.5, done=True), make_run("second<b>", 7, "optim.lr=1e-3", share=0.25)]
-    (paths[1] / "other.json").write_text('{"rows": 3}')  # of another kind
+    (paths[1] / "other.json").write_text('{"rows": 3}')  # not an evaluation result
     assert main(["report", *map(str, paths), "--out", str(tmp_path / "out"), "--title", "Two & two"]) == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and f"report: {tmp_path / 'out' / 'report.html'}" in printed
