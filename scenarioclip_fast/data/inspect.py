@@ -287,5 +287,5 @@ def _spread(counts: Sequence[int]) -> str:
     return f"{min(counts)} to {max(counts)}, mean {np.mean(counts):.1f}"
 
 
-def _percent(share: float | np.floating[Any]) -> str:
-    return f"{100 * float(share):.1f} %"
+def _percent(fraction: float | np.floating[Any]) -> str:
+    return f"{100 * float(fraction):.1f} %"

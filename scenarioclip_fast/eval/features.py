@@ -94,8 +94,8 @@ def gather_features(features: Features, world: World, levels: Sequence[str] = LE
     The order does not depend on the number of ranks. Shares may differ in size, and may be empty.
     """
     keys_of_rank = world.gather(features.keys)
-    keys = [key for own in keys_of_rank for key in own]
-    first = sum(len(own) for own in keys_of_rank[: world.rank])
+    keys = [key for rank_keys in keys_of_rank for key in rank_keys]
+    first = sum(len(rank_keys) for rank_keys in keys_of_rank[: world.rank])
     order = sorted(range(len(keys)), key=keys.__getitem__)
     rank_of = torch.empty(len(keys), dtype=torch.int64)
     rank_of[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(keys))

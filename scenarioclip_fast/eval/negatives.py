@@ -192,7 +192,7 @@ def _accuracies(
             points[kind, None].append(point)
             points[kind, predicate].append(point)
     # Sums of multiples of 1/2 are exact in any order.
-    found = [NegativesAccuracy(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
+    found = [NegativesAccuracy(kind, sum(p) / len(p), len(p), name) for (kind, name), p in points.items()]
     rows = [row for kind in KINDS for row in found if row.kind == kind and row.predicate is None]
     named = sorted((row for row in found if row.predicate), key=lambda r: (r.kind, -r.questions, r.predicate or ""))
     return rows, named, dict(without)
@@ -204,14 +204,14 @@ def _score_relations(
     """For each relation of this rank: its predicate, and per kind 1 (correct), 0 (wrong) or 1/2 (tie)."""
     if "relation" not in features.levels:
         return []
-    own = features.levels["relation"]
+    relation_views = features.levels["relation"]
     triples = parse_relations(vocabulary)
-    ids = own.text_id.tolist()
+    ids = relation_views.text_id.tolist()
     negatives = _all_negatives(features, vocabulary, triples, seed)
     texts = sorted({vocabulary.relations[i] for i in ids}.union(*(texts_of.values() for texts_of in negatives)))
     row_of = {text: row for row, text in enumerate(texts)}
     text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
-    image = F.normalize(own.image, dim=-1)
+    image = F.normalize(relation_views.image, dim=-1)
     own_rows = [row_of[vocabulary.relations[i]] for i in ids]
     truth = _cosines(image, text, range(len(ids)), own_rows)
     points: list[dict[Kind, float]] = [{} for _ in ids]
@@ -229,8 +229,8 @@ def _all_negatives(
 ) -> list[dict[Kind, str]]:
     """The negatives of each relation view."""
     predicates = sorted({triple.predicate for triple in triples if triple})
-    own = features.levels["relation"]
-    ids, scenes = own.text_id.tolist(), own.scene.tolist()
+    relation_views = features.levels["relation"]
+    ids, scenes = relation_views.text_id.tolist(), relation_views.scene.tolist()
     true: dict[int, set[str]] = defaultdict(set)
     for i, scene in zip(ids, scenes, strict=True):
         true[scene].add(vocabulary.relations[i])

@@ -187,8 +187,8 @@ def _summarise(
         unseen=int((counts[test] == 0).sum()),
         classes=len(counts),
         train_views=len(train),
-        top={k: fmean(own) for k, own in scores.items()},
-        spread={k: stdev(own) if len(own) > 1 else 0.0 for k, own in scores.items()},
+        top={k: fmean(values) for k, values in scores.items()},
+        spread={k: stdev(values) if len(values) > 1 else 0.0 for k, values in scores.items()},
         baseline={k: int(torch.isin(test, frequent[:k]).sum()) / len(test) for k in scores},
         step=steps,
     )

@@ -103,16 +103,16 @@ def retrieval(
     rows: list[Recall] = []
     for level in levels:
         tokens = vocabulary.tokens(level)
-        own = features.levels.get(level)
-        device = world.device if own is None else own.image.device
-        ids = torch.empty(0, dtype=torch.int64, device=device) if own is None else own.text_id
+        found = features.levels.get(level)
+        device = world.device if found is None else found.image.device
+        ids = torch.empty(0, dtype=torch.int64, device=device) if found is None else found.text_id
         count = world.sum_(torch.bincount(ids, minlength=len(tokens)))  # [all texts of the vocabulary]
         present = count.nonzero()[:, 0]
         if len(present) == 0:
             continue
         with evaluating(model):
             text = embed_texts(model, [tokens[i] for i in present.tolist()], level)
-        image = text[:0] if own is None else F.normalize(own.image, dim=-1)
+        image = text[:0] if found is None else F.normalize(found.image, dim=-1)
         to_text, to_image = ranks(image, text, torch.searchsorted(present, ids), world)
         views = int(count.sum())
         rows += [

@@ -98,7 +98,7 @@ def embedding_map(
             "of 2 classes: use a larger split"
         )
     index = torch.cat(chosen)
-    label = torch.repeat_interleave(torch.tensor([len(own) for own in chosen]))
+    label = torch.repeat_interleave(torch.tensor([len(index) for index in chosen]))
     image = F.normalize(rows.image[index].float(), dim=-1)
     if bool((image == image[0]).all()):
         raise UserError(f"all {total} {level} embeddings have the same direction: nothing to map")
@@ -136,7 +136,7 @@ def _choose_views(
     """Choose at most `views` views in total, and return the rows of each class."""
     each, more = divmod(views, max(len(classes), 1))
     rows = [(text_id == i).nonzero()[:, 0] for i in classes]
-    return [_spread(own, each + (place < more)) for place, own in enumerate(rows)]
+    return [_spread(class_rows, each + (i < more)) for i, class_rows in enumerate(rows)]
 
 
 def _spread(rows: torch.Tensor, limit: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ class MemorySource(Source):
 
     @property
     def directories(self) -> set[Path]:
-        """None: nothing is on disk."""
+        """Empty: the scenes are in memory."""
         return set()
 
     @property

@@ -34,8 +34,8 @@ _FIXED: dict[str, RGB] = {
 }
 
 
-def _mix(a: RGB, b: RGB, share: float) -> RGB:
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+def _mix(a: RGB, b: RGB, weight: float) -> RGB:
+    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 class Pen:

@@ -26,7 +26,7 @@ from scenarioclip_fast.requirements import require
 
 # Kinds of unrelated objects, added at random so that they do not correlate with an action.
 BYSTANDERS = ("boat", "cactus", "fish", "lamp", "umbrella", "flower", "mushroom", "cup")
-HELD_OUT_SHARE = 0.25  # fraction of the relations of val and test scenes
+HELD_OUT_FRACTION = 0.25  # fraction of the relations of val and test scenes
 
 Box = tuple[float, float, float, float]
 
@@ -118,11 +118,11 @@ def _unit_box(place: Place, shift: float) -> Box:
 def _event_colours(rng: np.random.Generator, event: Event, held_out: bool) -> list[str]:
     """Choose a colour per place. With `held_out`, relations may be held-out ones; otherwise all are training ones."""
     main, *joined = event.relations
-    pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_SHARE)
+    pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_FRACTION)
     colours = list(pairs[rng.integers(len(pairs))])
     for subject, predicate, anchor in joined:
         template = event.template((subject, predicate, anchor))
-        use_held_out = held_out and rng.random() < HELD_OUT_SHARE
+        use_held_out = held_out and rng.random() < HELD_OUT_FRACTION
         candidates = [s for s, o in _pairs(template, use_held_out) if o == colours[anchor]]
         candidates = candidates or [s for s, o in _pairs(template, False) if o == colours[anchor]]
         colours.append(candidates[rng.integers(len(candidates))])
