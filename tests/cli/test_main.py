@@ -112,7 +112,7 @@ def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.Ca
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
         ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a number"),
-        ("pack missing --out packed", "missing: no such directory or tar"),
+        ("pack missing --out packed", "missing: no such file or directory"),
         ("inspect missing", "missing: no such directory"),
         ("report missing", "missing does not exist"),
         ("scenes --out /dev/null", "/dev/null"),
