@@ -12,10 +12,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "ablate",
         help="train the method with and without its parts, and compare",
         description="Trains every variant with the same seed, data and budget in RUN/VARIANT (RUN: run.dir), evaluates "
-        "each zero-shot, prints one table, and writes RUN/ablation.json and RUN/report.html. Re-run the command to "
-        "resume an interrupted ablation; finished variants are kept.",
+        "it zero-shot, prints a table, and writes RUN/ablation.json and RUN/report.html. Re-run the command to resume "
+        "an interrupted ablation; finished variants are kept.",
         epilog="Variants: full (the method); no-distillation or scenarioclip0 (six encoders, contrastive losses only); "
-        "no-focused-regions (relation views show the whole scene); relation-boxes (relation views are a crop around "
+        "no-focused-regions (relation views show the whole scene); relation-boxes (relation views are crops around "
         "the two boxes); pyramidclip (one pair of encoders for all levels). Exit code 75: stopped by a signal, state "
         "saved.",
     )
@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "overrides",
         nargs="*",
         metavar="SHARDS|key=value",
-        help="the data set, unless FILE names one, and config overrides for all variants",
+        help="data set (default: data.shards of FILE), and config overrides for all variants",
     )
     parser.add_argument(
         "--variants",
@@ -38,10 +38,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar=("NAME", "key=value"),
-        help="a custom variant: full with these overrides; may be repeated",
+        help="custom variant: full with these overrides; can be repeated",
     )
     parser.add_argument(
-        "--split", default="test", choices=("train", "val", "test"), help="to evaluate on (default: test)"
+        "--split", default="test", choices=("train", "val", "test"), help="evaluation split (default: test)"
     )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="scenes per batch of the evaluation (default: 64)"
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from scenarioclip_fast.recipes.ablation import run_ablation
     from scenarioclip_fast.recipes.variants import DEFAULT_VARIANTS, VARIANTS, plan_ablation
 
-    # argparse assigns everything after `--variants a b` to the variants, including a path and overrides
+    # argparse assigns everything after `--variants a b` to the variants, including the data set and overrides.
     listed = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]
     names = [text for text in listed if text in VARIANTS or not ("=" in text or Path(text).is_dir())]
     overrides = [text for text in [*args.overrides, *listed] if "=" in text]
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     overrides += [f"data.shards={path}" for path in paths]
-    own = {name: changes for name, *changes in args.variant}
-    variants = plan_ablation(args.config, overrides, names or DEFAULT_VARIANTS, own)
+    custom = {name: changes for name, *changes in args.variant}
+    variants = plan_ablation(args.config, overrides, names or DEFAULT_VARIANTS, custom)
     ablation = run_ablation(variants, args.split, args.batch_size)
     if ablation.is_main_process:
         print(ablation)

@@ -11,11 +11,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help="run the whole pipeline on synthetic scenes: generate, pack, train, evaluate, report",
-        description="Generates synthetic scenes, packs them, trains, evaluates and writes DIR/report.html, on the GPU "
-        "if there is one: about three minutes on two CPU cores.",
+        description="Generates synthetic scenes, packs them, trains, evaluates and writes DIR/report.html. Uses a GPU "
+        "if available; takes about three minutes on two CPU cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of scenes and training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument("--scenes", type=int, default=3500, metavar="N", help="scenes to generate (default: 3500)")
     parser.add_argument(
         "--views", type=int, default=120_000, metavar="N", help="training budget in views (default: 120000)"

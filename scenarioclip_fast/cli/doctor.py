@@ -10,8 +10,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     subparsers.add_parser(
         "doctor",
         help="check versions, devices and available backends",
-        description="Print versions, devices, compiled parts and the backends that each op can use here, with the "
-        "reason for each that it cannot.",
+        description="Prints versions, devices, compiled extensions and the available backends of each op, with the "
+        "reason for each unavailable one.",
     )
 
 

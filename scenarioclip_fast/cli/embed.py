@@ -1,9 +1,13 @@
-"""`scenarioclip-fast embed`: embeddings of images as a file."""
+"""`scenarioclip-fast embed`: write embeddings of images to a file."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+from scenarioclip_fast.data.config import DecoderName
+from scenarioclip_fast.levels import LEVELS
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,16 +18,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Embeds the images of a folder (searched recursively), of tars or of packed shards, and writes "
         "keys and embeddings (float32, not normalised) as .npz or .parquet. Unreadable images are skipped and listed.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory, or a saved model's")
-    parser.add_argument("images", metavar="IMAGES", help="an image, a folder, a tar, or a directory that `pack` wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz or .parquet file to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, or directory of a saved model")
+    parser.add_argument("images", metavar="IMAGES", help="image, folder, tar, or directory written by `pack`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .parquet file to write")
     parser.add_argument(
         "--level",
-        choices=("global", "object", "relation"),
+        choices=LEVELS,
         default="global",
-        help="object and relation need packed shards (default: global)",
+        help="object and relation require packed shards (default: global)",
     )
-    parser.add_argument("--split", default="test", metavar="NAME", help="of packed shards (default: test)")
+    parser.add_argument("--split", default="test", metavar="NAME", help="split of packed shards (default: test)")
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
@@ -32,12 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as in training")
+    parser.add_argument("--decoder", choices=get_args(DecoderName), help="default: as in training")
     parser.add_argument("--force", action="store_true", help="overwrite FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed, write the file and print one line."""
+    """Embed the images, write the file and print a summary."""
     from scenarioclip_fast.eval.embed import embed
 
     table = embed(

@@ -7,26 +7,29 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from scenarioclip_fast.data.config import Blur, DecoderName, ObjectView, RelationView
+from scenarioclip_fast.levels import LEVELS
 
 if TYPE_CHECKING:
     from scenarioclip_fast.eval.session import Session
     from scenarioclip_fast.report.page import Section
 
-# A result, which has to_dict() and prints as a table, and its sections of the report.
+# A result (with to_dict(), and a table as str()), and its sections of the report.
 _Outcome = tuple[Any, "list[Section]"]
-# Evaluations do the work that all ranks share, and return the rest, which the main process does after the others left.
+# Evaluations do the work shared by all ranks, and return a function that the main process calls after the others exit.
 _Finish = Callable[[], _Outcome]
 # Options that override fields of the run's LoaderConfig.
 _LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its kinds of evaluation."""
+    """Add the command with one subcommand per kind of evaluation."""
     parser = subparsers.add_parser(
         "eval",
         help="evaluate a trained model, on several GPUs under torchrun",
-        description="Prints a table of scores beside their chance level. `eval KIND --help` lists the options.",
+        description="Prints a table of scores and their chance levels. `eval KIND --help` lists the options.",
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=type(parser))
     common = _common()
@@ -41,31 +44,33 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "zeroshot",
         parents=[common, topk],
         help="zero-shot recognition of actions, objects and relations",
-        description="Compares every view with all class texts of its level; reports top-k accuracy.",
+        description="Compares each view with all class texts of its level, and reports top-k accuracy.",
     )
     zeroshot.add_argument(
         "--match",
         choices=("own", "any_in_image", "both"),
         default="both",
-        help="what counts as right: the view's own text, any text of its image, or report both (default)",
+        help="what counts as correct: the view's own text, any text of its image, or report both (default)",
     )
     kinds.add_parser(
         "retrieval",
         parents=[common, topk],
         help="image-to-text and text-to-image retrieval",
-        description="Reports recall@K and median rank per level, in both directions. A text query is answered by any "
-        "view that carries the text.",
+        description="Reports recall@K and median rank per level, in both directions. For a text query, any view "
+        "with that text is correct.",
     )
     _add_probe(kinds, [common, topk, cached])
     _add_tsne(kinds, [common, cached])
     negatives = kinds.add_parser(
         "negatives",
         parents=[common],
-        help="relations against hard negatives",
+        help="accuracy of relations against hard negatives",
         description="Reports how often a relation view scores its text above the same text with subject and object "
-        "swapped, and above one with another predicate. Chance is 50 %.",
+        "swapped, and above the same text with another predicate. Chance is 50 %.",
     )
-    negatives.add_argument("--seed", type=int, default=0, metavar="N", help="of the predicates drawn (default: 0)")
+    negatives.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the predicates (default: 0)"
+    )
 
 
 def _add_probe(kinds: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -73,16 +78,24 @@ def _add_probe(kinds: Any, parents: list[argparse.ArgumentParser]) -> None:
         "probe",
         parents=parents,
         help="linear probes on frozen embeddings",
-        description="Trains one linear layer per task on the train split, selects its weights on the val split if "
-        "there is one, and reports accuracy on --split.",
+        description="Trains one linear layer per task on the train split, selects its weights on the val split, if "
+        "any, and reports accuracy on --split.",
     )
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="training steps per probe (default: 1000)")
     parser.add_argument("--probe-batch", type=int, default=512, metavar="N", help="views per step (default: 512)")
     parser.add_argument(
-        "--lr", type=float, default=3e-3, metavar="RATE", help="initial rate of a cosine schedule (default: 3e-3)"
+        "--lr",
+        type=float,
+        default=3e-3,
+        metavar="RATE",
+        help="initial learning rate of a cosine schedule (default: 3e-3)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="probes per task; the mean is reported (default: 3)"
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="probes per task, with seeds 0 to N - 1; reports the mean (default: 3)",
     )
 
 
@@ -90,22 +103,22 @@ def _add_tsne(kinds: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser = kinds.add_parser(
         "tsne",
         parents=parents,
-        help="t-SNE map of the embeddings, and views with their nearest texts",
+        help="t-SNE map of embeddings, and views with their nearest texts",
         description="Writes map.png, nearest.png and report.html to --report (default: CHECKPOINT/tsne).",
     )
-    parser.add_argument("--level", choices=("global", "object", "relation"), default="object", help="default: object")
+    parser.add_argument("--level", choices=LEVELS, default="object", help="default: object")
     parser.add_argument(
-        "--classes", type=int, default=20, metavar="N", help="how many of the most frequent classes (default: 20)"
+        "--classes", type=int, default=20, metavar="N", help="number of classes, the most frequent ones (default: 20)"
     )
     parser.add_argument("--views", type=int, default=2000, metavar="N", help="maximum number of views (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the layout (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of t-SNE (default: 0)")
 
 
 def _common() -> argparse.ArgumentParser:
-    """The arguments of every kind."""
+    """The arguments common to all kinds."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run directory, or a saved model")
-    parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote; its texts are the classes")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, or directory of a saved model")
+    parser.add_argument("shards", metavar="SHARDS", help="directory written by `pack`; its texts are the classes")
     parser.add_argument("--split", default="test", metavar="NAME", help="train, val or test (default: test)")
     parser.add_argument(
         "--weights",
@@ -113,12 +126,12 @@ def _common() -> argparse.ArgumentParser:
         default="student",
         help="student (default), or the EMA teacher of a run with loss.teacher_scope=all",
     )
-    parser.add_argument("--object-view", choices=("masked", "crop"), help="default: as in training")
-    parser.add_argument("--relation-view", choices=("focused", "box", "scene"), help="default: as in training")
-    parser.add_argument("--blur", choices=("rgb", "reference"), help="blur of relation views (default: as in training)")
+    parser.add_argument("--object-view", choices=get_args(ObjectView), help="default: as in training")
+    parser.add_argument("--relation-view", choices=get_args(RelationView), help="default: as in training")
+    parser.add_argument("--blur", choices=get_args(Blur), help="blur of relation views (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="scenes per batch (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--decoder", choices=("auto", "dali", "torch"), help="default: as in training")
+    parser.add_argument("--decoder", choices=get_args(DecoderName), help="default: as in training")
     parser.add_argument(
         "--shard-cache-dir", metavar="DIR", help="local cache of remote shards (default: as in training)"
     )
@@ -131,7 +144,7 @@ def _common() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate on all ranks; on the main process, print the table and write the requested files."""
+    """Evaluate on all ranks; the main process prints the table and writes the requested files."""
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.session import open_session
 
@@ -150,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in _LOADER_OPTIONS},
     ) as session:
         if session.world.is_main_process:
-            _make_places(args)
+            _prepare_outputs(args)
         finish = _KINDS[args.kind](args, session)
     if session.world.is_main_process:
         _write(args, session, *finish())
@@ -169,25 +182,25 @@ def _write(args: argparse.Namespace, session: Session, result: Any, sections: li
         teacher = ", EMA teacher" if args.weights == "teacher" else ""
         lead = f"Evaluated on {args.shards}."
         if session.skipped:
-            lead += f" Scenes skipped because they could not be used: {len(session.skipped)}."
+            lead += f" Unusable scenes skipped: {len(session.skipped)}."
         page = Report(f"{args.checkpoint}{teacher}, {args.split} split", lead, sections)
         print(f"report: {page.write(args.report / 'report.html')}")
 
 
-def _make_places(args: argparse.Namespace) -> None:
-    """Create the output directories first, so that a wrong path fails before the evaluation."""
+def _prepare_outputs(args: argparse.Namespace) -> None:
+    """Create the output directories, so that an invalid path fails before the evaluation."""
     from scenarioclip_fast.errors import UserError
 
     for option in ("report", "cache"):
         if (directory := getattr(args, option, None)) is not None:
-            _make_place(option, directory, directory)
+            _check_writable(option, directory, directory)
     if args.json is not None:
         if args.json.is_dir():
-            raise UserError(f"--json: {args.json} is a directory; name a file")
-        _make_place("json", args.json, args.json.parent)
+            raise UserError(f"--json: {args.json} is a directory, expected a file")
+        _check_writable("json", args.json, args.json.parent)
 
 
-def _make_place(option: str, path: Path, directory: Path) -> None:
+def _check_writable(option: str, path: Path, directory: Path) -> None:
     from scenarioclip_fast.errors import UserError
 
     if directory.exists() and not directory.is_dir():
@@ -203,7 +216,7 @@ def _make_place(option: str, path: Path, directory: Path) -> None:
 
 
 def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:
-    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.samples import predict_samples
     from scenarioclip_fast.eval.zeroshot import zeroshot
     from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
     from scenarioclip_fast.train.metrics import read_metrics
@@ -218,7 +231,7 @@ def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:
         if args.report is None:
             return result, []
         with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, session.vocabulary)
+            samples = predict_samples(session.model, loader, session.vocabulary)
         sections = zeroshot_tables(result) + zeroshot_figures(result, samples, args.report)
         metrics = session.trained.directory.parent / "metrics.jsonl"
         if metrics.is_file():
@@ -246,12 +259,12 @@ def _probe(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.report.evaluation import probe_section
 
     if args.split == "train":
-        raise UserError("--split: got 'train', which probes are trained on; expected test or val")
+        raise UserError("--split: got 'train', the split on which probes are trained; expected test or val")
     settings = ProbeSettings(args.steps, args.probe_batch, args.lr, tuple(range(args.seeds)))
     splits = [split for split in ("train", "val") if split != args.split and session.scenes(split)]
     if "train" not in splits:
-        raise UserError(f"{args.shards}: the train split holds no scenes: nothing to train the probes on")
-    # --split first: it may be misspelt, and is usually the smallest
+        raise UserError(f"{args.shards}: the train split has no scenes to train the probes on")
+    # --split first: it may be misspelt, and it is usually the smallest.
     found = {split: split_features(session, split, cache=args.cache) for split in (args.split, *splits)}
 
     def finish() -> _Outcome:
@@ -272,12 +285,12 @@ def _probe(args: argparse.Namespace, session: Session) -> _Finish:
 
 def _tsne(args: argparse.Namespace, session: Session) -> _Finish:
     from scenarioclip_fast.eval.features import split_features
-    from scenarioclip_fast.eval.samples import answer_samples
+    from scenarioclip_fast.eval.samples import predict_samples
     from scenarioclip_fast.eval.tsne import check_settings, embedding_map
     from scenarioclip_fast.report.evaluation import map_sections
     from scenarioclip_fast.requirements import require
 
-    # fail before embedding a large split
+    # Fail before embedding a large split.
     require("sklearn.manifold")
     check_settings(args.classes, args.views, args.seed)
     features = split_features(session, args.split, [args.level], cache=args.cache)
@@ -293,7 +306,7 @@ def _tsne(args: argparse.Namespace, session: Session) -> _Finish:
             seed=args.seed,
         )
         with session.loader(args.split, whole=True) as loader:
-            samples = answer_samples(session.model, loader, session.vocabulary, guesses=5)
+            samples = predict_samples(session.model, loader, session.vocabulary, topk=5)
         return found, map_sections(found, samples, args.report)
 
     return finish

@@ -10,10 +10,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command."""
     parser = subparsers.add_parser(
         "export",
-        help="write weights for other programs",
+        help="export weights for other programs",
         description="Writes a trained model's student weights in a format that other programs load.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory, or RUN/model")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run directory, or RUN/model")
     parser.add_argument(
         "--to",
         choices=("hf", "safetensors"),
@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print the written files."""
+    """Export the weights, and print the written files."""
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
     from scenarioclip_fast.levels import LEVELS
     from scenarioclip_fast.model.export_hf import CLIP_INITIAL_SCALE, export_hf
@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for level in LEVELS:
         export_hf(model, args.out / level, level, scales.get(level, CLIP_INITIAL_SCALE))
-        print(f"wrote {args.out / level}: a CLIPModel, and the rest of its head in projection.safetensors")
+        print(f"wrote {args.out / level}: a CLIPModel, with the rest of its head in projection.safetensors")
     return 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+from scenarioclip_fast.data.config import Blur, ObjectView, RelationView
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -11,10 +14,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "inspect",
         help="statistics, histograms and sample views of a packed data set",
-        description="Prints statistics of a split, and draws DIR/histograms.png and DIR/scenes.png: scenes with their "
-        "boxes and masks, and the views that a model receives.",
+        description="Prints statistics of a split, and writes DIR/histograms.png and DIR/scenes.png: scenes with their "
+        "boxes and masks, and the views as seen by a model.",
     )
-    parser.add_argument("shards", metavar="SHARDS", help="directory that `pack` wrote, or its URL")
+    parser.add_argument("shards", metavar="SHARDS", help="directory written by `pack`, or its URL")
     parser.add_argument(
         "--out", type=Path, default=Path("inspect"), metavar="DIR", help="output directory (default: inspect)"
     )
@@ -25,21 +28,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--size", type=_positive, default=224, metavar="PX", help="view size in pixels, at most 1024 (default: 224)"
     )
-    parser.add_argument("--object-view", default="masked", choices=("masked", "crop"), help="default: masked")
+    parser.add_argument("--object-view", default="masked", choices=get_args(ObjectView), help="default: masked")
+    parser.add_argument("--relation-view", default="focused", choices=get_args(RelationView), help="default: focused")
+    parser.add_argument("--blur", default="rgb", choices=get_args(Blur), help="blur of relation views (default: rgb)")
     parser.add_argument(
-        "--relation-view", default="focused", choices=("focused", "box", "scene"), help="default: focused"
+        "--seed", type=int, default=0, metavar="N", help="random seed of the selection of scenes (default: 0)"
     )
-    parser.add_argument(
-        "--blur", default="rgb", choices=("rgb", "reference"), help="blur of relation views (default: rgb)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of scenes (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the statistics and draw the figures."""
     from scenarioclip_fast.data.inspect import inspect_shards
 
-    census = inspect_shards(
+    statistics = inspect_shards(
         args.shards,
         args.out,
         split=args.split,
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         blur=args.blur,
         seed=args.seed,
     )
-    print(census)
+    print(statistics)
     print(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
     return 0
 

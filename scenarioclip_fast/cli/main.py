@@ -1,6 +1,6 @@
-"""The command `scenarioclip-fast`: parse the arguments, run one command, print a user's mistake as one line.
+"""The command `scenarioclip-fast`: parses the arguments, runs one command, and reports user errors in one line.
 
-Exit codes: 0 success; 2 wrong usage or input; 75 training stopped by a signal, state saved; 130 interrupted; 1 any
+Exit codes: 0 success; 2 invalid usage or input; 75 training stopped by a signal, state saved; 130 interrupted; 1 any
 other failure.
 """
 
@@ -40,7 +40,7 @@ PROGRAM = "scenarioclip-fast"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports wrong usage in one line, with the nearest valid choice."""
+    """Reports invalid usage in one line, with the closest valid choice."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
@@ -64,7 +64,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def build_parser(prog: str = PROGRAM, commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of these subcommands, whose modules are imported."""
+    """Build the parser with these subcommands; imports their modules."""
     parser = _Parser(
         prog=prog,
         description="High-throughput ScenarioCLIP: data, training, evaluation.",
@@ -84,14 +84,14 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Run one command and return its exit code.
 
     Args:
-        argv: the arguments (default: the process's).
-        prog: the program's name in usage messages.
+        argv: command-line arguments; None: sys.argv[1:].
+        prog: program name in usage messages.
     """
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv, prog)
         finally:
-            sys.stdout.flush()  # a closed pipe shows here, not while Python exits
+            sys.stdout.flush()  # raises BrokenPipeError here, not while Python exits
     except (UserError, BackendError, MissingDependencyError, InstallationError) as error:
         return _fail(str(error))
     except TrainingFailed as error:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has exited: no error, but nothing more may be written.
+        # The reader (`| head`) has exited: not an error, but nothing more can be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -116,13 +116,13 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def _run(argv: Sequence[str], prog: str) -> int:
-    # Importing the modules of the other commands would only cost time.
+    # Import only the module of the requested command, to start fast.
     parser = build_parser(prog, argv[:1] if argv and argv[0] in COMMANDS else COMMANDS)
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = hasattr(args, "overrides")
-    if rest and (not takes_overrides or any(text.startswith("-") for text in rest)):
+    accepts_overrides = hasattr(args, "overrides")
+    if rest and (not accepts_overrides or any(text.startswith("-") for text in rest)):
         parser.prog += f" {args.command}"
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), takes_overrides)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), accepts_overrides)}")
     if rest:  # `train a=1 -c FILE b=2`: argparse accepts only the first group of positional arguments
         args.overrides += rest
     check_installed()
@@ -141,10 +141,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
     return options
 
 
-def _hint(arguments: Sequence[str], options: Sequence[str], takes_overrides: bool) -> str:
+def _hint(arguments: Sequence[str], options: Sequence[str], accepts_overrides: bool) -> str:
     option = next((text for text in arguments if text.startswith("-")), "")
     key = option.lstrip("-")
-    if takes_overrides and "." in key.partition("=")[0]:
+    if accepts_overrides and "." in key.partition("=")[0]:
         return f": did you mean {key}{'' if '=' in key else '=VALUE'}, without dashes?"
     return _did_you_mean(option.partition("=")[0], options)
 

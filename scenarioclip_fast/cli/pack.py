@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_SHOWN = 10  # rejections printed; rejected.jsonl lists all
+_SHOWN = 10  # rejections printed; rejected.jsonl lists all of them
 
 
 class _Formats:
-    """The registered formats, looked up only when the option is used or its help is shown."""
+    """The registered formats, looked up only when the option is used or the help is shown."""
 
     def __iter__(self) -> Iterator[str]:
         from scenarioclip_fast.data.sources import format_names
@@ -29,9 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "pack",
         help="check and pack a data set into shards",
-        description="Check every scene of a data set and pack the valid ones into WebDataset shards. Re-run the "
+        description="Checks every scene of a data set and packs the valid ones into WebDataset shards. Re-run the "
         "command to resume; packing an up-to-date data set is a no-op.",
-        epilog="A record KEY.json of a tar: "
+        epilog="Format of KEY.json in a tar: "
         '{"schema": 1, "size": [height, width], "action": "riding a bike", '
         '"objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": COCO RLE or null}, ...], '
         '"relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}',
@@ -40,38 +40,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; or a "
-        "data set in another registered format",
+        help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; or data "
+        "set in another registered format",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the pack")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
     parser.add_argument(
         "--format",
         choices=_Formats(),
         default="auto",
         metavar="FORMAT",
-        help="format of SOURCE: one of %(choices)s (default: auto, which recognises it)",
+        help="format of SOURCE: one of %(choices)s (default: auto, which detects it)",
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(
-        "--val", type=float, default=0.1, metavar="SHARE", help="val share of scenes without a split (default: 0.1)"
+        "--val", type=float, default=0.1, metavar="FRACTION", help="of scenes without a split, for val (default: 0.1)"
     )
     parser.add_argument(
-        "--test", type=float, default=0.2, metavar="SHARE", help="test share of scenes without a split (default: 0.2)"
+        "--test", type=float, default=0.2, metavar="FRACTION", help="of scenes without a split, for test (default: 0.2)"
     )
     parser.add_argument(
         "--split",
         choices=("given", "hash"),
         default="given",
-        help="given (default): the split that the data set assigns, otherwise a hash of the key; hash: always the hash",
+        help="given (default): the split assigned by the data set, otherwise a hash of the key; hash: always the hash",
     )
     parser.add_argument(
         "--max-pixels",
         type=int,
         metavar="N",
-        help="reject larger images (default: 67108864; for training, see data.max_pixels)",
+        help="reject larger images (default: 67108864; see data.max_pixels for training)",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one, or all cores for a large data set)"
+        "--workers", type=int, metavar="N", help="worker processes (default: 1, or all cores for a large data set)"
     )
     parser.add_argument(
         "--force", action="store_true", help="write into a directory with other files; pack even if up to date"
@@ -79,7 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack, and print the first rejections and the counts."""
+    """Pack the data set, and print the first rejections and the counts."""
     from scenarioclip_fast.data.config import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
 

@@ -11,15 +11,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "report",
         help="compare runs: curves, throughput, accuracies and configs on one page",
-        description="Writes report.html, a self-contained page, from the logs of finished or running runs: losses, "
-        "temperatures, throughput, time waiting for data, config differences. Accuracies are included if "
-        "`eval KIND ... --json RUN/KIND.json` saved them.",
+        description="Writes report.html, a self-contained page, from the logs of finished or active runs: losses, "
+        "temperatures, throughput, time waiting for data, config differences. Accuracies are included if saved by "
+        "`eval KIND ... --json RUN/KIND.json`.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run directory, finished or not, or a directory of runs"
+        "runs", nargs="+", metavar="RUN", help="directory of a run, finished or not, or of several runs"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write (default: RUN/report for one RUN, else report)"
+        "--out", type=Path, metavar="DIR", help="output directory (default: RUN/report for one RUN, otherwise report)"
     )
     parser.add_argument("--title", default="", help="page title (default: the names of the runs)")
 

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast train`: train a model as a config describes, in one process or under torchrun."""
+"""`scenarioclip-fast train`: train a model from a config, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from scenarioclip_fast.errors import UserError
 
-# EX_TEMPFAIL: ended by a signal with everything saved, so a batch system may queue the run again with --resume.
+# EX_TEMPFAIL: stopped by a signal with all state saved, so a batch system can requeue the run with --resume.
 STOPPED = 75
 
 
 class _Help(argparse.Action):
-    """Prints the usage, then every config key."""
+    """Prints the usage and all config keys."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from scenarioclip_fast.train.config_reference import text
@@ -28,14 +28,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "train",
         help="train a model; under torchrun on many GPUs",
-        description="Train the model that FILE and the overrides describe. The package has three configs: tiny (from "
+        description="Trains the model described by FILE and the overrides. The package has three configs: tiny (from "
         "scratch, on a CPU), fast (the method, from CLIP weights) and reference (the published run).",
-        epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; run again with --resume.",
+        epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; rerun with --resume.",
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message and every config key, and exit")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message and all config keys, and exit")
     parser.add_argument(
-        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: no file)"
+        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: built-in defaults)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of FILE: optim.lr=1e-4")
     parser.add_argument(
@@ -44,9 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         const=True,
         default=False,
         metavar="auto|best|PATH",
-        help="resume from the newest valid checkpoint of run.dir, or start anew if there is none (auto, the default "
-        "without a value); from the checkpoint with the lowest loss (best); or from PATH, a checkpoint or the "
-        "directory of another run",
+        help="resume from the newest valid checkpoint in run.dir, or start a new run if there is none (auto, the "
+        "default without a value); from the checkpoint with the lowest loss (best); or from PATH, a checkpoint or "
+        "another run directory",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resulting config as YAML, and exit")
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Train and print a summary."""
     from scenarioclip_fast.train.config import TrainConfig
 
-    if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: no path, an override
+    if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: an override, not a path
         args.overrides.append(args.resume)
         args.resume = True
     _check_resume(args.resume)

@@ -1,4 +1,4 @@
-"""Scenes: generated, read from data sets, packed into shards and loaded as batches."""
+"""Generate scenes, read data sets, pack them into shards and load batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.shards import BadSample, ShardSet
     from scenarioclip_fast.data.sources.base import Reader, Source
     from scenarioclip_fast.data.sources.published import load_reference
-    from scenarioclip_fast.data.synthetic import generate_scenes, write_reference_layout
+    from scenarioclip_fast.data.synthetic import generate_scenes, write_published_layout
     from scenarioclip_fast.data.views import Views
     from scenarioclip_fast.data.vocabulary import Vocabulary
 else:
@@ -30,7 +30,7 @@ else:
             "shards": ["BadSample", "ShardSet"],
             "sources.base": ["Reader", "Source"],
             "sources.published": ["load_reference"],
-            "synthetic": ["generate_scenes", "write_reference_layout"],
+            "synthetic": ["generate_scenes", "write_published_layout"],
             "views": ["Views"],
             "vocabulary": ["Vocabulary"],
         },
@@ -55,5 +55,5 @@ __all__ = [
     "load_reference",
     "pack",
     "scene_loader",
-    "write_reference_layout",
+    "write_published_layout",
 ]

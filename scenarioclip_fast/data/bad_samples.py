@@ -1,4 +1,4 @@
-"""A file of the scenes that could not be used."""
+"""A log file of unusable scenes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _log = logging.getLogger(__name__)
 class BadSampleLog:
     """Append bad samples to a file, one JSON object per line. Pass it as `on_bad` to a loader.
 
-    Records that cannot be written, on a full disk for example, go to the log instead: the run continues.
+    If the file cannot be written, e.g. on a full disk, the records are logged as a warning and the run continues.
 
     Args:
-        path: the file; it and its directory are created with the first record.
+        path: the file; created, with its directory, when the first record is written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,4 +32,4 @@ class BadSampleLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
-            _log.warning("cannot write %s: %s; missing records:\n%s", self.path, error, lines.rstrip())
+            _log.warning("cannot write %s: %s; lost records:\n%s", self.path, error, lines.rstrip())

@@ -1,4 +1,4 @@
-"""Batches: what the loader delivers and the model consumes."""
+"""Batches, as the loader yields them and the model consumes them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Batch:
         keys: [B], keys of the scenes.
         object_scene, relation_scene: int64 [N_o] and [N_r], the scene of each row.
         action_id, object_id, relation_id: int64 [B], [N_o] and [N_r], positions in the vocabulary.
-        host: the five index tensors on the CPU, in this order, readable without waiting for the device. By default they
-            are copied from the device, which synchronises once.
+        host: CPU copies of the five index tensors, in this order, readable without synchronising with the device. By
+            default they are copied from the device, which synchronises once.
 
     Raises:
         ValueError: the number of rows of `pixels` is not B + N_o + N_r.
@@ -74,9 +74,9 @@ class Batch:
         return Batch(pixels, self.keys, *index, host=self.host)
 
     def split(self, parts: int) -> list[Batch]:
-        """Split into `parts` microbatches of consecutive scenes, some of them empty if there are fewer scenes.
+        """Split into `parts` microbatches of consecutive scenes; some are empty if there are fewer scenes.
 
-        Sizes differ by at most one scene. Rows must be ordered by scene, as the loader delivers them. Does not
+        Sizes differ by at most one scene. Rows must be ordered by scene, as the loader yields them. Does not
         synchronise with the device.
         """
         scene_of_row = [torch.arange(self.num_scenes), *self.host[:2]]

@@ -1,4 +1,4 @@
-"""Validation of scenes, and the record of what was rejected and why."""
+"""Validate scenes, and record what was rejected and why."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from scenarioclip_fast.data import rle
-from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
+from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, decode_checked
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.errors import UserError
 
-# reason -> description. First the reasons that reject a whole scene, then those that drop one object, mask or relation.
+# reason -> description. The first group rejects a whole scene, the second drops one object, mask or relation.
 REASONS = {
     "malformed_entry": "the entry does not match the published layout, or the record does not match this schema",
     "unsafe_id": "the id is empty, too long, or contains a path separator or a control character",
     "duplicate_id": "another scene has the same id",
-    "split_conflict": "the id occurs in several splits; only the one held out most (test, then val) keeps it",
-    "unsafe_path": "the image path is absolute or leads out of the directory",
-    "unsafe_member": "the tar member is a link or a device, or its name is absolute or leads out of the directory",
+    "split_conflict": "the id occurs in several splits; it stays in test, else in val",
+    "unsafe_path": "the image path is absolute or escapes the directory",
+    "unsafe_member": "the tar member is a link or a device, or its name is absolute or escapes the directory",
     "damaged_tar": "the file is not a tar or is truncated; members after the damage are lost",
     "missing_image": "the image file does not exist",
     "missing_record": "the tar has an image with this key but no .json",
@@ -40,8 +40,8 @@ REASONS = {
     "bad_masks": "the mask file does not match the published layout",
     "malformed_object": "the object is not [name, [x1, y1, x2, y2]]",
     "unknown_object": "the name is not in classes.json",
-    "box_outside": "the box is empty, not finite, or outside the image",
-    "empty_mask": "the mask has no set pixel",
+    "box_outside": "the box is empty, not finite, or extends outside the image",
+    "empty_mask": "the mask has no set pixels",
     "bad_mask": "the mask is malformed or its size differs from the image's",
     "malformed_relation": "the relation is not [path, [subject, predicate, object]]",
     "unknown_relation": "the relation is not in classes.json",
@@ -51,19 +51,19 @@ REASONS = {
     "relation_without_mask": "the relation's subject or object has no mask",
 }
 
-# Pixels by which a box may exceed the image before it is rejected instead of clipped: annotations are often rounded up.
+# Boxes that exceed the image by up to this many pixels are clipped, not rejected: annotations are often rounded up.
 BOX_SLACK = 1.0
 
-MAX_ITEMS = 1024  # objects, and relations, of one scene
-MAX_KEY = 90  # a tar header holds 100 bytes of name
-MAX_IMAGE_BYTES = 1 << 28  # of an encoded image; uncompressed MAX_PIXELS take less
+MAX_ITEMS = 1024  # objects per scene; also relations per scene
+MAX_KEY = 90  # a tar header has 100 bytes for the name
+MAX_IMAGE_BYTES = 1 << 28  # encoded; more than MAX_PIXELS uncompressed
 
 
 @dataclass(frozen=True)
 class Rejection:
     """A rejected part of a data set: `entry` locates it, `reason` is a key of REASONS.
 
-    `entry` and `detail` are cut to one printable line: text from a data set may be arbitrarily long or contain
+    `entry` and `detail` are reduced to one printable line: text from a data set may be arbitrarily long or contain
     terminal control sequences.
     """
 
@@ -88,7 +88,7 @@ def _line(text: str) -> str:
 
 
 class BadEntry(ValueError):
-    """A whole scene is unusable. `reason` is a key of REASONS."""
+    """The whole scene is unusable. `reason` is a key of REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS, reason
@@ -97,7 +97,7 @@ class BadEntry(ValueError):
 
 
 def normalise(text: str) -> str:
-    """Lower-case a text and collapse its whitespace: the form of every text in a vocabulary."""
+    """Lower-case a text and collapse its whitespace, as in a vocabulary."""
     # JSON can contain lone surrogates, which UTF-8 cannot encode.
     return " ".join(text.encode("utf-8", "ignore").decode().lower().split())
 
@@ -120,21 +120,21 @@ def safe_key(name: str, raw: str | None = None) -> str:
     return safe[: MAX_KEY - len(mark)] + mark
 
 
-def given_splits(named: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    """Map each id to its assigned split. An id in several splits gets the one held out most: test, then val."""
-    given: dict[str, str] = {}
+def assigned_splits(named: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Map each id to its assigned split. An id in several splits is assigned to test, else to val."""
+    assigned: dict[str, str] = {}
     for name, split in named:
         if split is not None:
-            given[name] = max(split, given.get(name, split), key=SPLITS.index)
-    return given
+            assigned[name] = max(split, assigned.get(name, split), key=SPLITS.index)
+    return assigned
 
 
-def split_conflict(entry: str, keeps: str) -> Rejection:
-    """Reject an entry whose id is kept by another split, `keeps`."""
-    return Rejection(entry, "split_conflict", f"the id is also in the {keeps} split, which keeps it")
+def split_conflict(entry: str, split: str) -> Rejection:
+    """Create the rejection of an entry whose id is assigned to another split, `split`."""
+    return Rejection(entry, "split_conflict", f"the id is also in the {split} split, where it stays")
 
 
-def normalised(scene: Scene) -> Scene:
+def normalise_scene(scene: Scene) -> Scene:
     """Normalise the texts of a scene.
 
     Raises:
@@ -154,7 +154,7 @@ def normalised(scene: Scene) -> Scene:
 
 
 def short(value: object) -> str:
-    """The repr of a value, cut to 80 characters for messages."""
+    """The repr of a value for error messages, truncated to 80 characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -164,7 +164,7 @@ def short(value: object) -> str:
 
 @dataclass(frozen=True)
 class CheckedScene:
-    """A valid scene, the (H, W) of its image, and the parts of it that were rejected."""
+    """A valid scene, its image size (H, W), and the parts of it that were rejected."""
 
     scene: Scene
     size: tuple[int, int]
@@ -173,7 +173,7 @@ class CheckedScene:
 
 @contextmanager
 def malformed_entries() -> Iterator[None]:
-    """Turn errors that fields of wrong types cause into BadEntry("malformed_entry")."""
+    """Convert errors caused by malformed fields to BadEntry("malformed_entry")."""
     try:
         yield
     except (BadEntry, UserError):
@@ -183,7 +183,7 @@ def malformed_entries() -> Iterator[None]:
 
 
 class SceneChecker:
-    """Checks scenes and their images. Picklable: each process creates its own decoder.
+    """Validates scenes and their images. Picklable: each process creates its own decoder.
 
     Args:
         max_pixels: larger images are rejected.
@@ -199,38 +199,43 @@ class SceneChecker:
         """Normalise and validate a scene whose image is encoded bytes; encode its masks as RLE.
 
         Args:
-            entry: how rejections refer to the scene.
+            entry: name of the scene in rejections.
 
         Raises:
             BadEntry: the whole scene is unusable.
         """
         assert isinstance(scene.image, bytes)
         size = self.image_size(scene.image)
-        scene = replace(normalised(scene), key=safe_key(scene.key))
+        scene = replace(normalise_scene(scene), key=safe_key(scene.key))
         self.check_action(scene.action)
         return self.clean(scene, size, entry)
 
     def image_size(self, image: bytes, where: str = "") -> tuple[int, int]:
-        """Decode an image to make sure that it is intact, and return its (H, W).
+        """Decode an image to verify that it is intact, and return its (H, W).
 
         Args:
-            where: prefix of the error's detail.
+            where: prefix for the error's detail.
 
         Raises:
             BadEntry: the image is damaged, not an image, or too large.
         """
         if self._decoder is None:
             self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
-        height, width = decode_checked(self._decoder, image, where).shape[:2]
+        try:
+            height, width = decode_checked(self._decoder, image).shape[:2]
+        except DecodeError as error:
+            known = ("truncated", "corrupt", "too_large", "not_an_image")
+            reason = f"image_{error.reason}" if error.reason in known else "image_undecodable"
+            raise BadEntry(reason, f"{where}{error.detail}") from error
         return height, width
 
-    def knows(self, level: str, text: str) -> bool:
+    def is_known(self, level: str, text: str) -> bool:
         """Whether `text` is a known class of `level`: "actions", "objects" or "relations"."""
         return self._classes is None or text in self._classes[level]
 
     def check_action(self, action: str) -> None:
         """Raise BadEntry if the action is not a known class."""
-        if not self.knows("actions", action):
+        if not self.is_known("actions", action):
             raise BadEntry("unknown_action", f"{action!r} is not a known action")
 
     def clean(self, scene: Scene, size: tuple[int, int], entry: str) -> CheckedScene:
@@ -240,16 +245,6 @@ class SceneChecker:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_decoder": None}
-
-
-def decode_checked(decoder: TorchDecoder, image: bytes, where: str = "") -> Tensor:  # uint8 [H, W, 3]
-    """Decode one image, raising BadEntry with the matching reason if that fails."""
-    (pixels,) = decoder.decode([image])
-    if isinstance(pixels, DecodeError):
-        known = ("truncated", "corrupt", "too_large", "not_an_image")
-        reason = f"image_{pixels.reason}" if pixels.reason in known else "image_undecodable"
-        raise BadEntry(reason, f"{where}{pixels.detail}")
-    return pixels
 
 
 def clean_scene(
@@ -262,12 +257,12 @@ def clean_scene(
 ) -> tuple[Scene, list[Rejection]]:
     """Drop the invalid parts of a scene whose image is `size` = (H, W).
 
-    Objects with an invalid box are dropped, and with them their relations. An unusable mask becomes None, and
-    relations of an object without a mask are dropped because they have no focused region.
+    Objects with an invalid box are dropped along with their relations. An unusable mask becomes None, and relations of
+    an object without a mask are dropped because they have no focused region.
 
     Args:
-        entry: how rejections refer to the scene.
-        encode: convert masks to compressed COCO RLE; otherwise they are kept as they are.
+        entry: name of the scene in rejections.
+        encode: convert masks to compressed COCO RLE; otherwise they are unchanged.
         classes: the known "objects" and "relations"; None accepts any text.
     """
     objects, kept, bad = _clean_objects(scene, size, entry, encode, classes)
@@ -336,7 +331,7 @@ def _usable_mask(mask: Mask | None, size: tuple[int, int], encode: bool) -> tupl
             return None, "bad_mask", f"got a mask of size {list(shape)}, expected the image size {list(size)}"
         empty = not bool(mask.any()) if isinstance(mask, Tensor) else rle.area(mask) == 0
         if empty:
-            return None, "empty_mask", "the mask has no set pixel; the object keeps its box"
+            return None, "empty_mask", "the mask has no set pixels; the object keeps its box"
         return (_compressed(mask) if encode else mask), "", ""
     except (KeyError, TypeError, ValueError) as error:
         return None, "bad_mask", str(error)

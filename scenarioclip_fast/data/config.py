@@ -1,4 +1,4 @@
-"""Loader settings. Imports no torch, so that configs load fast."""
+"""Loader settings. Does not import torch, so configs load fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from scenarioclip_fast.data.remote import CACHE_GIB
 from scenarioclip_fast.errors import UserError
 
-MAX_PIXELS = 1 << 26  # 201 MB of RGB: above any camera, far below a decompression bomb
+MAX_PIXELS = 1 << 26  # 201 MB of RGB: more than any camera, far less than a decompression bomb
 
 DecoderName = Literal["auto", "dali", "torch"]
 ObjectView = Literal["masked", "crop"]
@@ -28,7 +28,7 @@ class LoaderConfig:
     """How `scene_loader` turns packed scenes into pixels, and the resources it may use.
 
     Raises:
-        UserError: a value out of range; the message names the field.
+        UserError: a value is out of range; the message names the field.
     """
 
     object_view: ObjectView = "masked"
@@ -38,23 +38,23 @@ class LoaderConfig:
     blur: Blur = "rgb"
     """Blur around the masks of a relation: spatial (rgb), or along the colour axis too, as published (reference)."""
     augment: bool = True
-    """Random crops, colour jitter and blur; false: the views of the evaluation."""
+    """Random crops, colour jitter and blur; false: evaluation views."""
     decoder: DecoderName = "auto"
-    """JPEG decoder; auto: DALI on a GPU where it is installed, torch elsewhere."""
+    """JPEG decoder; auto: DALI on a GPU if it is installed, otherwise torch."""
     prefetch: int = 2
-    """Batches prepared ahead of the step by background threads; 0: each is prepared on request."""
+    """Batches that background threads prepare ahead of the step; 0: each is prepared on request."""
     threads: int | None = None
-    """Threads that read and decode; null: one per core, at most 16."""
+    """Threads for reading and decoding; null: one per core, at most 16."""
     cache_gib: float = 0.0
-    """Memory of the device for decoded images, in GiB; worth it for a data set that is seen many times."""
+    """Device memory for cached decoded images, in GiB; useful for many epochs over a small data set."""
     shard_cache_dir: str | None = None
     """Local directory that caches shards read from a URL; null: ~/.cache/scenarioclip-fast/shards."""
     shard_cache_gib: float = CACHE_GIB
     """Size limit of that directory, in GiB; shards that do not fit are read scene by scene."""
     max_pixels: int = MAX_PIXELS
-    """Images with more pixels are rejected from their header."""
+    """Images with more pixels are rejected, based on their header."""
     max_bad_fraction: float = 0.1
-    """Share of unreadable scenes above which the run ends with an error."""
+    """Fraction of unusable scenes above which the run ends with an error."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -65,7 +65,7 @@ class LoaderConfig:
         _check(0 <= self.cache_gib < math.inf, "cache_gib", self.cache_gib, "at least 0")
         _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")
         _check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
-        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a share from 0 to 1")
+        _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
 
 
 def _check(good: bool, name: str, got: object, expected: str) -> None:

@@ -33,10 +33,10 @@ OnSkip = Callable[[SkippedImage], None]
 
 
 def find_images(source: str | Path) -> list[Path]:
-    """The image files and tars at or below `source`, sorted; hidden files are excluded.
+    """List the image files and tars at or below `source`, sorted; hidden files are excluded.
 
     Raises:
-        UserError: `source` does not exist, or there are none.
+        UserError: `source` does not exist or contains no images.
     """
     source = Path(source)
     if not source.exists():
@@ -52,7 +52,7 @@ def find_images(source: str | Path) -> list[Path]:
 def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
     """Yield the key and the encoded bytes of each image at or below `source`.
 
-    A key is the path below `source`; for images in a tar, the tar's path and the member's name.
+    A key is the path relative to `source`; for images in a tar, followed by the member's name.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source
@@ -80,7 +80,7 @@ def _read_tar(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
 def image_batches(
     images: Iterable[tuple[str, bytes]], decoder: Decoder, *, batch_size: int, size: int, on_skip: OnSkip
 ) -> Iterator[Batch]:
-    """Batches of global views on the decoder's device, one prepared ahead; bad images go to `on_skip`."""
+    """Yield batches of global views on the decoder's device, prepared one ahead; bad images are passed to `on_skip`."""
     return _one_ahead(_decoded_batches(iter(images), decoder, batch_size, size, on_skip))
 
 
@@ -103,7 +103,7 @@ def _decoded_batches(
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Computes the next item in a thread while the consumer works on the last one."""
+    """Compute the next item in a thread while the consumer works on the current one."""
     with ThreadPoolExecutor(1, "images") as pool:
         pending = pool.submit(next, items, None)
         while (item := pending.result()) is not None:

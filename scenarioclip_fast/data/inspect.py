@@ -26,22 +26,22 @@ from scenarioclip_fast.requirements import require
 
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"
-MAX_SCENES = 40  # on a sheet: the time of Matplotlib's layout grows with their square
-MAX_SIDE = 1024  # pixels of a view: far more than the sheet resolves
+MAX_SCENES = 40  # per sheet: Matplotlib's layout time grows quadratically
+MAX_SIDE = 1024  # pixels per view: far more than the sheet resolves
 # Views without normalisation: values from 0 to 1, as Matplotlib expects.
 _UNNORMALISED: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 @dataclass
-class Census:
-    """Counts of a split."""
+class SplitStatistics:
+    """Statistics of a split."""
 
     scenes: int = 0
     objects: list[int] = field(default_factory=list)  # per scene
     relations: list[int] = field(default_factory=list)  # per scene
     mask_area: list[float] = field(default_factory=list)  # per mask, fraction of the image
     without_mask: int = 0
-    black: int = 0  # masked object views that are all black: the box is outside the centre crop
+    all_black: int = 0  # masked object views that are all black: the box is outside the centre crop
     bad: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -49,10 +49,12 @@ class Census:
         lines = [
             f"scenes     {self.scenes}",
             f"objects    {objects}  ({_spread(self.objects)} per scene)",
-            f"relations  {relations}  ({_spread(self.relations)} per scene; {self.relations.count(0)} scenes without)",
+            f"relations  {relations}  ({_spread(self.relations)} per scene; "
+            f"{self.relations.count(0)} scenes have none)",
             f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
             f"image; {self.without_mask} objects have none)",
-            f"all black  {self.black} of {objects} masked object views ({_percent(self.black / max(objects, 1))}): "
+            f"all black  {self.all_black} of {objects} masked object views "
+            f"({_percent(self.all_black / max(objects, 1))}): "
             "the box is outside the centre crop; object_view=crop shows them",
         ]
         if self.bad:
@@ -60,27 +62,27 @@ class Census:
         return "\n".join(lines)
 
 
-def take_census(scenes: Iterable[Scene | BadSample]) -> Census:
-    """Count scenes. BadSamples and scenes without valid views are counted by reason."""
-    census = Census()
+def collect_statistics(scenes: Iterable[Scene | BadSample]) -> SplitStatistics:
+    """Collect statistics of scenes. BadSamples and scenes without valid views are counted by reason."""
+    statistics = SplitStatistics()
     for scene in scenes:
         if isinstance(scene, BadSample):
-            census.bad[scene.reason] += 1
+            statistics.bad[scene.reason] += 1
             continue
         try:
             views = Views.of_scenes([scene])
         except ValueError:
-            census.bad["no_views"] += 1
+            statistics.bad["no_views"] += 1
             continue
-        census.scenes += 1
-        census.objects.append(len(scene.objects))
-        census.relations.append(len(scene.relations))
+        statistics.scenes += 1
+        statistics.objects.append(len(scene.objects))
+        statistics.relations.append(len(scene.relations))
         width, height = views.source[0, 2:].tolist()
         masks = [entry.mask for entry in scene.objects if entry.mask is not None]
-        census.mask_area += [_area(mask) / (height * width) for mask in masks]
-        census.without_mask += len(scene.objects) - len(masks)
-        census.black += int(_outside_centre(views.box[views.kind == 1], height, width).sum())
-    return census
+        statistics.mask_area += [_area(mask) / (height * width) for mask in masks]
+        statistics.without_mask += len(scene.objects) - len(masks)
+        statistics.all_black += int(_outside_centre(views.box[views.kind == 1], height, width).sum())
+    return statistics
 
 
 def _area(mask: Mask) -> int:
@@ -88,7 +90,7 @@ def _area(mask: Mask) -> int:
 
 
 def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which boxes do not intersect the centre crop of the image, the only part that a masked view shows."""
+    """Mark boxes outside the centre crop of the image, the only part that a masked view shows."""
     ones = np.ones(len(boxes), int)
     pixels = pixel_box(boxes.numpy(), ones * height, ones * width)
     side = min(height, width)
@@ -98,7 +100,7 @@ def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, n
 
 
 def read_scenes(shards: ShardSet, indices: Iterable[int]) -> Iterable[Scene | BadSample]:
-    """Yield scenes in the order of `indices`, or the BadSample of one that cannot be read."""
+    """Yield the scenes at `indices`, or a BadSample for each one that cannot be read."""
     for i in indices:
         try:
             yield shards.read(i)
@@ -106,7 +108,7 @@ def read_scenes(shards: ShardSet, indices: Iterable[int]) -> Iterable[Scene | Ba
             yield error
 
 
-def draw_histograms(census: Census, out: Path) -> None:
+def draw_histograms(statistics: SplitStatistics, out: Path) -> None:
     """Write a PNG with histograms of objects and relations per scene and of mask areas."""
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -114,9 +116,9 @@ def draw_histograms(census: Census, out: Path) -> None:
     figure = Figure(figsize=(11, 3), layout="constrained")
     axes = figure.subplots(1, 3)
     panels: list[tuple[str, Sequence[float], Any]] = [
-        ("objects per scene", census.objects, np.arange(max(census.objects, default=0) + 2) - 0.5),
-        ("relations per scene", census.relations, np.arange(max(census.relations, default=0) + 2) - 0.5),
-        ("mask area (fraction of the image)", census.mask_area, np.geomspace(1e-5, 1, 31)),
+        ("objects per scene", statistics.objects, np.arange(max(statistics.objects, default=0) + 2) - 0.5),
+        ("relations per scene", statistics.relations, np.arange(max(statistics.relations, default=0) + 2) - 0.5),
+        ("mask area (fraction of the image)", statistics.mask_area, np.geomspace(1e-5, 1, 31)),
     ]
     for k, (axis, (title, values, bins)) in enumerate(zip(axes, panels, strict=True)):
         axis.hist(np.maximum(values, 1e-5) if k == 2 else values, bins=bins, color=COLOURS[1], rwidth=0.9)
@@ -129,10 +131,10 @@ def draw_histograms(census: Census, out: Path) -> None:
     for axis in axes:
         axis.yaxis.get_major_locator().set_params(integer=True)
     axes[2].set_xscale("log")
-    total = max(sum(census.objects), 1)
+    total = max(sum(statistics.objects), 1)
     figure.suptitle(
-        f"{census.scenes} scenes; {census.black} of {sum(census.objects)} masked object views all black "
-        f"({_percent(census.black / total)})",
+        f"{statistics.scenes} scenes; {statistics.all_black} of {sum(statistics.objects)} masked object views are all "
+        f"black ({_percent(statistics.all_black / total)})",
         fontsize=10,
         color=GREY,
     )
@@ -147,37 +149,38 @@ def draw_sheet(
     object_view: str = "masked",
     relation_view: str = "focused",
     blur: str = "rgb",
-    most: int = 4,
+    max_views: int = 4,
 ) -> None:
-    """Write a PNG: for each scene its image with boxes and masks, its global view, and captioned views of its first
-    `most` objects and relations."""
+    """Write a PNG with one row per scene: its image with boxes and masks, its global view, and captioned views of its
+    first `max_views` objects and relations.
+    """
     require("matplotlib")
     from matplotlib.figure import Figure
 
     images = [scene.image for scene in scenes if isinstance(scene.image, Tensor)]
     views = Views.of_scenes(scenes, object_view=object_view, relation_view=relation_view)
     pixels = render_views(images, views, size=size, blur=blur, **_UNNORMALISED).clamp(0, 1).permute(0, 2, 3, 1).cpu()
-    figure = Figure(figsize=(3 + 1.9 * (1 + most), 3.6 * len(scenes)), layout="constrained")
+    figure = Figure(figsize=(3 + 1.9 * (1 + max_views), 3.6 * len(scenes)), layout="constrained")
     rows = figure.subfigures(len(scenes), 1, squeeze=False)[:, 0]
     object_at, relation_at = len(scenes), len(scenes) + sum(len(scene.objects) for scene in scenes)
     for i, (scene, image, row) in enumerate(zip(scenes, images, rows, strict=True)):
-        left, right = row.subfigures(1, 2, width_ratios=[3, 1.9 * (1 + most)])
+        left, right = row.subfigures(1, 2, width_ratios=[3, 1.9 * (1 + max_views)])
         overview = left.subplots()
-        _draw_overview(overview, scene, image, most)
-        grid = right.subplots(2, 1 + most, squeeze=False)
+        _draw_overview(overview, scene, image, max_views)
+        grid = right.subplots(2, 1 + max_views, squeeze=False)
         for axis in grid.flat:
             axis.set_axis_off()
         _draw_view(grid[0, 0], pixels[i], "global view", GREY)
-        for k, entry in enumerate(scene.objects[:most]):
+        for k, entry in enumerate(scene.objects[:max_views]):
             _draw_view(grid[0, 1 + k], pixels[object_at + k], entry.name, COLOURS[k % len(COLOURS)])
-        for k in range(len(scene.relations[: most + 1])):
+        for k in range(len(scene.relations[: max_views + 1])):
             _draw_view(grid[1, k], pixels[relation_at + k], scene.relation_text(k), GREY)
         object_at += len(scene.objects)
         relation_at += len(scene.relations)
     figure.savefig(out, dpi=110)
 
 
-def _draw_overview(axis: Any, scene: Scene, image: Tensor, most: int) -> None:
+def _draw_overview(axis: Any, scene: Scene, image: Tensor, max_views: int) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
@@ -201,9 +204,9 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor, most: int) -> None:
         axis.text(x, y1, name, color="white", fontsize=6, ha=edge, va=below, bbox=label, clip_on=True)
     axis.set_axis_off()
     axis.set_title(f"{scene.key}: {_wrapped(scene.action, 36)}", fontsize=9, loc="left")
-    counts = [(len(scene.objects), most, "objects"), (len(scene.relations), most + 1, "relations")]
-    fewer = [f"views of {shown} of {total} {what}" for total, shown, what in counts if total > shown]
-    note = "; ".join([f"{width} x {height}", *fewer])
+    counts = [(len(scene.objects), max_views, "objects"), (len(scene.relations), max_views + 1, "relations")]
+    truncated = [f"views of {shown} of {total} {what}" for total, shown, what in counts if total > shown]
+    note = "; ".join([f"{width} x {height}", *truncated])
     axis.text(0, -0.02, note, transform=axis.transAxes, fontsize=7, color=GREY, va="top")
 
 
@@ -213,7 +216,7 @@ def _draw_view(axis: Any, picture: Tensor, text: str, colour: str) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    # A dollar sign would start Matplotlib mathtext.
+    # An unescaped dollar sign starts Matplotlib mathtext.
     return "\n".join(textwrap.wrap(text, width)[:3]).replace("$", r"\$")
 
 
@@ -228,14 +231,14 @@ def inspect_shards(
     relation_view: str = "focused",
     blur: str = "rgb",
     seed: int = 0,
-) -> Census:
-    """Count a split, and write `histograms.png` and `scenes.png` (randomly chosen scenes) into `out`.
+) -> SplitStatistics:
+    """Collect statistics of a split, and write `histograms.png` and `scenes.png` (randomly chosen scenes) to `out`.
 
     Raises:
-        UserError: no packed data set, no usable scene in the split, or an argument out of range.
+        UserError: no packed data set, no usable scenes in the split, or an argument is out of range.
     """
     if not 1 <= scenes <= MAX_SCENES:
-        raise UserError(f"scenes: got {scenes}, expected 1 to {MAX_SCENES} per sheet; another seed selects others")
+        raise UserError(f"scenes: got {scenes}, expected 1 to {MAX_SCENES}; another seed selects other scenes")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
     if not 1 <= size <= MAX_SIDE:
@@ -244,18 +247,20 @@ def inspect_shards(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a directory for the pictures")
     shards = ShardSet(directory, split)
-    census = take_census(read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting")))
-    if census.scenes == 0:
-        raise UserError(f"{directory}: split {split!r} has no usable scene ({dict(census.bad) or 'it is empty'})")
+    statistics = collect_statistics(
+        read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting"))
+    )
+    if statistics.scenes == 0:
+        raise UserError(f"{directory}: split {split!r} has no usable scenes ({dict(statistics.bad) or 'it is empty'})")
     out.mkdir(parents=True, exist_ok=True)
-    draw_histograms(census, out / "histograms.png")
+    draw_histograms(statistics, out / "histograms.png")
     decoder = make_decoder("auto", "cpu")
     chosen: list[Scene] = []
     for scene in read_scenes(shards, np.random.default_rng(seed).permutation(len(shards)).tolist()):
         if isinstance(scene, BadSample) or not isinstance(scene.image, bytes):
             continue
         image = decoder.decode([scene.image])[0]
-        if isinstance(image, DecodeError) or not _drawable(scene, relation_view):
+        if isinstance(image, DecodeError) or not _has_views(scene, relation_view):
             continue
         scene.image = image
         chosen.append(scene)
@@ -265,10 +270,10 @@ def inspect_shards(
     if chosen:
         sheet = out / "scenes.png"
         draw_sheet(chosen, sheet, size=size, object_view=object_view, relation_view=relation_view, blur=blur)
-    return census
+    return statistics
 
 
-def _drawable(scene: Scene, relation_view: str) -> bool:
+def _has_views(scene: Scene, relation_view: str) -> bool:
     try:
         Views.of_scenes([scene], relation_view=relation_view)
     except ValueError:
@@ -282,5 +287,5 @@ def _spread(counts: Sequence[int]) -> str:
     return f"{min(counts)} to {max(counts)}, mean {np.mean(counts):.1f}"
 
 
-def _percent(share: float | np.floating[Any]) -> str:
-    return f"{100 * float(share):.1f} %"
+def _percent(fraction: float | np.floating[Any]) -> str:
+    return f"{100 * float(fraction):.1f} %"

@@ -1,4 +1,4 @@
-"""Packed shards -> batches on the device, prepared ahead of the training step."""
+"""Load batches from packed shards onto the device, ahead of the training step."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from scenarioclip_fast.data.decode import make_decoder
 from scenarioclip_fast.data.decode.base import thread_count
 from scenarioclip_fast.data.order import Order
 from scenarioclip_fast.data.prefetch import Prefetcher
-from scenarioclip_fast.data.samples import Sample, SampleDecoder, SampleReader, partition, synchronized
+from scenarioclip_fast.data.samples import Sample, SampleDecoder, SampleReader, partition, synchronised
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops import render_views
 
-# Bad scenes come in clusters, so their share is taken over at least this many scenes.
-_MIN_JUDGED = 256
+# Bad scenes tend to cluster, so their fraction is computed over at least this many scenes.
+_MIN_SCENES = 256
 
 
 def scene_loader(
@@ -51,16 +51,16 @@ def scene_loader(
     Args:
         shards: directory written by `pack`, or its URL (see `ShardSet`).
         batch_size: scenes per batch of this rank.
-        config: how scenes become pixels.
-        device: where batches are made and delivered.
+        config: decoding, views and resources.
+        device: where batches are rendered.
         seed: determines the order of scenes and the augmentation.
-        rank, world_size: this rank's share of each global batch of batch_size * world_size scenes.
+        rank, world_size: select this rank's share of each global batch of batch_size * world_size scenes.
         split: "train", "val" or "test".
-        options: fields of `config` to change, such as `blur="reference"`, and further arguments of `SceneLoader`.
+        options: overrides of fields of `config`, such as `blur="reference"`, and further arguments of `SceneLoader`.
 
     Raises:
         UserError: see `LoaderConfig` and `SceneLoader`.
-        TypeError: an option that neither of them has.
+        TypeError: an unknown option.
     """
     changed = {f.name: options.pop(f.name) for f in fields(config) if f.name in options}
     return SceneLoader(
@@ -80,8 +80,8 @@ def scene_loader(
 class _State:
     """The consumer's progress.
 
-    All ranks together have consumed `position` scenes of the epoch's order, and this rank has taken `ahead` more of its
-    share to replace as many bad ones.
+    All ranks together have consumed `position` scenes of the epoch's order. This rank has read `ahead` further scenes
+    of its share, as replacements for bad ones.
     """
 
     epoch: int = 0
@@ -94,32 +94,32 @@ class EpochCursor:
     """Progress through this rank's share of an epoch.
 
     Attributes:
-        drawn: scenes taken from the share since the epoch began, bad ones included.
+        taken: scenes read from the share since the start of the epoch, including bad ones.
         total: scenes in the share.
-        bad: how many of the drawn scenes are bad.
+        bad: how many of those are bad.
         scenes: the rest of the share.
     """
 
     epoch: int
-    drawn: int
+    taken: int
     total: int
     bad: int
     scenes: Iterator[Sample | BadSample]
 
     def take(self, n: int) -> list[Sample | BadSample]:
-        """Draw the next `n` scenes, or as many as are left."""
+        """Return the next `n` scenes, or as many as remain."""
         taken = list(islice(self.scenes, n))
-        self.drawn += len(taken)
+        self.taken += len(taken)
         return taken
 
     def bad_fraction(self) -> float:
-        """The share of bad scenes, among at least 256 where the epoch has as many."""
-        return self.bad / max(self.drawn, min(self.total, _MIN_JUDGED), 1)
+        """The fraction of bad scenes, over at least 256 scenes if the epoch has that many."""
+        return self.bad / max(self.taken, min(self.total, _MIN_SCENES), 1)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What belongs to one delivered batch: the state after it, and the bad scenes found while gathering it."""
+    """Bookkeeping of one batch: the state after it, and the bad scenes found while gathering it."""
 
     epoch: int
     after: _State
@@ -127,28 +127,28 @@ class _Step:
 
 
 class SceneLoader:
-    """Batches of a packed data set, rendered on `device`.
+    """Iterates over the batches of a packed data set, rendered on `device`.
 
-    The order of scenes and every random number of their augmentation depend on the seed, the epoch and the scene alone:
-    threads, prefetching and resuming change no pixel. A scene that cannot be read, decoded or understood is replaced by
-    the next one of this rank's share; at the end of the share the last batches are shorter instead. `bad` counts such
-    scenes by reason, as their batches are delivered.
+    The order of scenes and their augmentation depend only on the seed, the epoch and the scene: threads, prefetching
+    and resuming change no pixel. A scene that cannot be read, decoded or parsed is replaced by the next one of this
+    rank's share; at the end of the share, the last batches are smaller instead. `bad` counts such scenes by reason, as
+    their batches are yielded.
 
     Args:
         shards: directory written by `pack`, or its URL (see `ShardSet`).
         batch_size: scenes per batch of this rank.
-        config: how scenes become pixels.
+        config: decoding, views and resources.
         split: "train", "val" or "test".
-        device: where batches are made and delivered.
+        device: where batches are rendered.
         seed: determines the order of scenes and the augmentation.
-        rank, world_size: this rank's share of each global batch of batch_size * world_size scenes.
+        rank, world_size: select this rank's share of each global batch of batch_size * world_size scenes.
         size: side of the views, in pixels.
         shuffle, drop_last: as in torch's DataLoader. Every rank gets the same number of batches either way; with
             `drop_last=False` a rank's last batch may be smaller than another's, or empty.
-        epochs: an iteration ends at the next multiple of this many epochs. None: never with `config.augment`, after one
+        epochs: an iteration ends at the next multiple of this many epochs. None: endless with `config.augment`, one
             epoch without.
         dtype, memory_format: of the pixels.
-        on_bad: called with the epoch and the bad scenes of each batch that met any, in the consumer's thread (see
+        on_bad: called in the consumer's thread, with the epoch and the bad scenes found for a batch, if any (see
             `BadSampleLog`).
 
     Raises:
@@ -183,11 +183,11 @@ class SceneLoader:
         )
         self.order = Order(len(self.shards), batch_size, seed, rank, world_size, shuffle, drop_last)
         if len(self.shards) == 0:
-            raise UserError(f"{shards}: the {split} split holds no scenes: choose another split, or pack it with some")
+            raise UserError(f"{shards}: the {split} split has no scenes: choose another split, or pack more scenes")
         if len(self.order) == 0:
             raise UserError(
                 f"{shards}: the {split} split has {len(self.shards)} scenes, expected at least "
-                f"{self.order.global_batch}: pack more, or lower the batch size"
+                f"{self.order.global_batch} (one global batch): pack more scenes, or reduce the batch size"
             )
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)
@@ -209,7 +209,7 @@ class SceneLoader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state = _State()
         self._closed = False
-        # Weak, so that an iteration that its consumer abandons is collected and stops its threads.
+        # Weak, so that an abandoned iteration is garbage-collected and stops its threads.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
 
     def __len__(self) -> int:
@@ -217,40 +217,40 @@ class SceneLoader:
         return len(self.order)
 
     def state_dict(self) -> dict[str, int]:
-        """The consumer's progress as plain integers; prefetched batches do not count.
+        """The consumer's progress as plain integers, excluding prefetched batches.
 
-        Each rank has its own state: ranks differ in how many bad scenes they have replaced.
+        Each rank has its own state, since ranks may have replaced different numbers of bad scenes.
         """
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
         return {**asdict(self._state), **ranks, "seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Make the next iteration continue where `state` was taken.
+        """Resume the next iteration from `state`.
 
-        Exact on the rank that took the state. On another rank, or with another number of ranks, the global order
-        continues at the same position; only scenes that replaced bad ones may then come twice in that epoch.
+        Exact on the rank that saved the state. On another rank, or with another number of ranks, the global order
+        resumes at the same position, but scenes that replaced bad ones may occur twice in that epoch.
 
         Raises:
-            UserError: the state belongs to another order of scenes.
+            UserError: the state belongs to another seed or other shards.
         """
         order = self.order
-        for name, here in (("seed", order.seed), ("scenes", order.scenes)):
-            if state[name] != here:
+        for name, current in (("seed", order.seed), ("scenes", order.scenes)):
+            if state[name] != current:
                 raise UserError(
-                    f"the saved loader state has {name} {state[name]}, this run has {here}: resume with "
+                    f"the saved loader state has {name} {state[name]}, this run has {current}: resume with "
                     "the same seed and shards, or start a new run"
                 )
         if state["keys"] != self.shards.digest:
             raise UserError(
-                f"{self.shards.source}: the saved loader state belongs to as many scenes, but other ones or in another "
-                "order: resume with the same shards, or start a new run"
+                f"{self.shards.source}: the saved loader state belongs to other scenes or to another order of the same "
+                "number of scenes: resume with the same shards, or start a new run"
             )
         same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
         self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the consumer's position on. One iteration at a time: a new one ends the previous one."""
+        """Iterate from the consumer's position. Starting a new iteration ends the previous one."""
         if self._closed:
             raise RuntimeError("this loader is closed: create a new one")
         self._end_iteration()
@@ -263,7 +263,7 @@ class SceneLoader:
             iteration.close()
 
     def close(self) -> None:
-        """Stop the threads and release the decoder and the files. The loader cannot be used again."""
+        """Stop the threads, and release the decoder and the files. The loader cannot be reused."""
         self._closed = True
         self._end_iteration()
         self._reader.close()
@@ -276,7 +276,7 @@ class SceneLoader:
         self.close()
 
     def _deliver(self) -> Generator[Batch, None, None]:
-        """The batches of one iteration; consuming one advances the state and reports its bad scenes."""
+        """Yield the batches of one iteration; consuming one advances the state and reports its bad scenes."""
         steps = self._plan(self._state)
         depth = self.config.prefetch
         with Prefetcher(steps, depth, self.shards.close) if depth else nullcontext(steps) as source:
@@ -284,7 +284,7 @@ class SceneLoader:
                 self._report(step)
                 batch = build()
                 for tensor in batch.tensors:
-                    if tensor.is_cuda:  # made on another stream, which must not reuse it under the consumer's kernels
+                    if tensor.is_cuda:  # allocated on another stream, which must not reuse it while the consumer does
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
                 self._state = step.after
                 yield batch
@@ -295,7 +295,7 @@ class SceneLoader:
             self._on_bad(step.epoch, step.bad)
 
     def _plan(self, state: _State) -> Iterator[tuple[_Step, Callable[[], Batch]]]:
-        """Read and decode one batch after the other; calling the function beside a step renders its batch."""
+        """Yield steps, read and decoded, each with a function that renders its batch."""
         order = self.order
         end = math.inf if self.epochs is None else (state.epoch // self.epochs + 1) * self.epochs
         while state.epoch < end:
@@ -306,7 +306,7 @@ class SceneLoader:
                 state = _State(cursor.epoch, position, cursor.bad) if left else _State(cursor.epoch + 1)
                 build = partial(self._build, samples, views)
                 if self._too_many_bad(cursor):
-                    build = partial(self._give_up, cursor, bad)
+                    build = partial(self._raise_too_many_bad, cursor, bad)
                 yield _Step(cursor.epoch, state, bad), build
             state = _State(cursor.epoch + 1)
 
@@ -318,7 +318,7 @@ class SceneLoader:
         return EpochCursor(state.epoch, consumed + skipped, consumed + len(share), state.ahead, scenes)
 
     def _gather(self, cursor: EpochCursor) -> tuple[list[Sample], Views, list[BadSample]]:
-        """The next good scenes, a batch of them unless the share ends, and the bad ones met on the way."""
+        """Gather the next batch of good scenes (fewer at the end of the share), and the bad ones found on the way."""
         samples: list[Sample] = []
         bad: list[BadSample] = []
         views = None
@@ -336,15 +336,15 @@ class SceneLoader:
     def _too_many_bad(self, cursor: EpochCursor) -> bool:
         return cursor.bad_fraction() > self.config.max_bad_fraction
 
-    def _give_up(self, cursor: EpochCursor, bad: list[BadSample]) -> Batch:
-        last = f"; the last one is {bad[-1]}" if bad else ""
+    def _raise_too_many_bad(self, cursor: EpochCursor, bad: list[BadSample]) -> Batch:
+        last = f"; last: {bad[-1]}" if bad else ""
         raise UserError(
-            f"{cursor.bad} of the {cursor.drawn} scenes drawn in epoch {cursor.epoch} cannot be used, "
+            f"{cursor.bad} of the {cursor.taken} scenes read in epoch {cursor.epoch} cannot be used, "
             f"more than max_bad_fraction = {self.config.max_bad_fraction:g}{last}"
         )
 
     def _plan_views(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], Views | None, list[BadSample]]:
-        """The views of all samples; or None, with the samples that do not fit their image moved to the bad ones."""
+        """Plan the views of all samples; if any is invalid, return None and move those samples to the bad ones."""
         try:
             return samples, self._make_views([sample.scene for sample in samples], epoch=epoch), []
         except ValueError:
@@ -361,7 +361,7 @@ class SceneLoader:
         return sample
 
     def _build(self, samples: list[Sample], views: Views) -> Batch:
-        """Render the views, and copy everything to the device."""
+        """Render the views, and copy all tensors to the device."""
         objects = [len(sample.object_id) for sample in samples]
         relations = [len(sample.relation_id) for sample in samples]
         rows = np.arange(len(samples))
@@ -372,7 +372,7 @@ class SceneLoader:
             [i for sample in samples for i in sample.object_id],
             [i for sample in samples for i in sample.relation_id],
         )
-        with synchronized(self._stream), torch.no_grad():
+        with synchronised(self._stream), torch.no_grad():
             images = cast(list[Tensor], [sample.scene.image for sample in samples])
             pixels = self._render(images, views).to(self.device)
             host = tuple(torch.as_tensor(x, dtype=torch.int64) for x in index)

@@ -11,7 +11,7 @@ from scenarioclip_fast.data.splitmix64 import hash64, splitmix64
 
 
 def epoch_order(scenes: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """The order [scenes] of an epoch. Sorted by hash: unlike a library's shuffle, it is the same in every version."""
+    """The order [scenes] of an epoch. Sorted by a hash, which is stable across library versions, unlike a shuffle."""
     index = np.arange(scenes, dtype=np.int64)
     if not shuffle:
         return index
@@ -23,8 +23,8 @@ class Order:
     """How an epoch is divided among ranks.
 
     With W ranks of B scenes each, global batch k holds positions [k B W, (k + 1) B W) of the epoch's order, and rank r
-    gets every W-th of them, starting at r. Any number of ranks thus traverses the same order, and shares differ by at
-    most one scene.
+    gets every W-th of them, starting at r. The global order is thus the same for any number of ranks, and shares differ
+    by at most one scene.
     """
 
     scenes: int
@@ -47,15 +47,15 @@ class Order:
 
     @property
     def global_batch(self) -> int:
-        """Scenes per batch, over all ranks."""
+        """Scenes per batch, summed over all ranks."""
         return self.batch_size * self.world_size
 
     def batches(self, position: int = 0) -> int:
-        """Batches left on every rank in an epoch of which `position` scenes are consumed."""
+        """Batches that remain on every rank after `position` scenes of the epoch."""
         left = max(0, self.scenes - position)
         return left // self.global_batch if self.drop_last else -(-left // self.global_batch)
 
     def share(self, epoch: int, position: int = 0) -> npt.NDArray[np.int64]:
-        """This rank's scenes from `position` to the end of the epoch, including those that `drop_last` drops."""
+        """This rank's scenes [n] from `position` to the end of the epoch, including those that `drop_last` drops."""
         order = epoch_order(self.scenes, self.seed, epoch, self.shuffle)
         return order[position:][self.rank :: self.world_size]

@@ -1,4 +1,4 @@
-"""Packs scenes into WebDataset shards with an index, a vocabulary, a manifest and a list of rejections.
+"""Pack scenes into WebDataset shards with an index, a vocabulary, a manifest and a list of rejections.
 
     DIR/train-000000.tar ...  KEY.jpg (the source file's bytes), KEY.json (see `scene.scene_to_json`)
     DIR/index.json            {"schema": 1, "shards": {name: [[key, jpg offset, size, json offset, size], ...]}}
@@ -8,8 +8,8 @@
     DIR/source.json           fingerprint of the source and options, to detect an up-to-date pack; only for data sets on
                               disk
 
-Output bytes depend only on the scenes, not on the number of processes or on interrupted runs (see `staging`). Memory
-holds the keys, the distinct texts and the open shards; everything else is on disk.
+The output bytes depend only on the scenes, not on the number of processes or on interruptions (see `staging`). Only the
+keys, the distinct texts and the open shards are kept in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, cast
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.parallel import ordered_map
-from scenarioclip_fast.data.scene import SCHEMA, Scene, check_shares
+from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter, rejection_lines
 from scenarioclip_fast.data.sources.base import Reader, Source
 from scenarioclip_fast.data.sources.memory import MemorySource
@@ -38,16 +38,16 @@ from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress as show_progress
 
-# Part of the fingerprint: raise it when the same source gives a different pack, so that existing packs are remade.
-_EDITION = 1
+# Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
+_PACK_VERSION = 1
 
 
 @dataclass
 class PackReport:
-    """What `pack` wrote: counts of scenes, objects and relations per split, and of rejections by reason.
+    """Summary of a pack: scenes, objects and relations per split, and rejections by reason.
 
-    `ignored` counts tar members that belong to no scene, by suffix. `up_to_date`: the pack existed, and nothing was
-    written.
+    `ignored` counts tar members that belong to no scene, by suffix. `up_to_date`: an up-to-date pack existed, so
+    nothing was written.
     """
 
     directory: Path
@@ -91,24 +91,24 @@ class PackOptions:
             raise UserError(f"split: got {self.split!r}, expected given or hash")
         if self.shard_size < 1:
             raise UserError(f"shard size: got {self.shard_size}, expected at least 1")
-        check_shares(self.val, self.test)
+        check_fractions(self.val, self.test)
         if self.max_pixels < 1:
             raise UserError(f"max_pixels: got {self.max_pixels}, expected at least 1")
 
     def split_of(self, key: str, given: str | None) -> str:
-        """The split of a key: the one that the data set assigns, or one from a hash of the key alone."""
+        """The split of a key: the one assigned by the data set, or else one chosen by a hash of the key."""
         if given is not None and self.split == "given":
             return given
         u = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
         return "test" if u < self.test else "val" if u < self.test + self.val else "train"
 
     def fingerprint(self, source: Source) -> str | None:
-        """A hash of everything that the pack depends on; None if that of the source is unknown."""
+        """A hash of everything that the pack depends on; None if the source has no fingerprint."""
         found = source.fingerprint()
         if found is None:
             return None
-        shares = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
-        options = [SCHEMA, _EDITION, self.shard_size, *shares, self.split, self.max_pixels]
+        fractions = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
+        options = [SCHEMA, _PACK_VERSION, self.shard_size, *fractions, self.split, self.max_pixels]
         return hashlib.sha256(json.dumps([found, *options]).encode()).hexdigest()
 
 
@@ -128,28 +128,29 @@ def pack(
 ) -> PackReport:
     """Check scenes and pack the valid ones.
 
-    Repeat the call to resume an interrupted run; packing an up-to-date data set is a no-op. Whether the source changed
-    is decided by the names, sizes and times of its files, as in rsync and make. Scenes from memory are packed from the
-    start each time.
+    Repeat the call to resume an interrupted run; packing an up-to-date data set is a no-op. Changes of the source are
+    detected from the names, sizes and modification times of its files, as in rsync. Scenes in memory are always packed
+    from the start.
 
     Args:
         source: a data set on disk (a path, a glob pattern or a list of them, in any format of `sources.registry`); or
-            scenes, whose images are bytes, or pixels, which are then encoded.
-        out_dir: created, or replaced if it holds a pack of this schema. Nothing appears in it until the pack is
+            scenes, whose images are encoded bytes, or pixels, which are encoded as JPEG.
+        out_dir: created, or replaced if it holds a pack of this schema. Files are moved into it when the pack is
             complete.
         format: a registered format ("published", "webdataset", ...), or "auto" to recognise it.
         shard_size: scenes per shard.
-        val, test: shares of these splits among scenes without an assigned split, chosen by a hash of the key.
-        split: "given" uses the split that the data set assigns, "hash" the hash of the key for all scenes.
-        workers: processes that read the source; None: all cores for a large one, else one. Scenes from memory are
+        val, test: fractions of the scenes without an assigned split that go to these splits, chosen by a hash of the
+            key.
+        split: "given" uses the split assigned by the data set, "hash" the hash of the key for all scenes.
+        workers: processes that read the source; None: all cores for a large source, otherwise one. Scenes in memory are
             packed in this process.
         force: write into a directory that holds other files, which are kept; pack even if up to date.
-        progress: show a bar on a terminal, lines elsewhere.
+        progress: show a progress bar on a terminal, and log lines elsewhere.
         max_pixels: larger images are rejected.
 
     Raises:
-        UserError: unusable source or directory, no disk space, or no valid scene. Single bad entries are rejected,
-            counted and listed in rejected.jsonl.
+        UserError: unusable source or directory, no disk space, or no valid scenes. Single bad entries do not raise:
+            they are counted and listed in rejected.jsonl.
     """
     check_format(format)
     options = PackOptions(shard_size, val, test, split, max_pixels)
@@ -159,7 +160,7 @@ def pack(
     check_target(out, force)
     data = _open(source, format, max_pixels)
     if out.resolve() in data.directories:
-        raise UserError(f"{out}: this directory holds the source; choose another one for the pack")
+        raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
     run = _Run(data, out, options, options.fingerprint(data), workers, progress)
     with Stage(out) as stage:
         stage.complete_installation()
@@ -170,13 +171,13 @@ def pack(
             run.log(
                 f"resuming after {stage.finished} finished shards"
                 if stage.finished
-                else "an interrupted run left nothing to resume from: packing from the start"
+                else "nothing to resume from the interrupted run: packing from the start"
             )
         try:
             manifest = run.fill(stage)
         except BaseException as error:
-            if stage.worth_keeping:
-                run.log(f"{stage.path} keeps {stage.finished} finished shards: re-run the command to resume")
+            if stage.resumable:
+                run.log(f"{stage.finished} finished shards are kept in {stage.path}: re-run the command to resume")
             if isinstance(error, OSError):
                 raise UserError(f"{error.filename or stage.path}: {error.strerror}") from error
             raise
@@ -205,7 +206,7 @@ class _Run:
             print(message, file=sys.stderr)
 
     def fill(self, stage: Stage) -> dict[str, Any]:
-        """Write a whole pack into the stage, move it into place, and return its manifest."""
+        """Write the complete pack into the staging directory, move it into place, and return its manifest."""
         source = self.source
         processes = (self.workers or (len(os.sched_getaffinity(0)) if source.large else 1)) if source.parallel else 1
         with ShardWriter(stage, self.options.shard_size, ordered=self.fingerprint is not None) as writer:
@@ -221,13 +222,13 @@ class _Run:
             return writer.finish(scan, source.classes, self.fingerprint)
 
     def _no_scenes(self, rejected: list[Rejection], ignored: dict[str, int]) -> UserError:
-        # Not in `out`, which may hold an older pack.
+        # Written next to `out`, which may hold an older pack.
         listing = self.out.absolute().with_name(f"{self.out.absolute().name}.rejected.jsonl")
         listing.write_bytes(b"".join(rejection_lines(rejected)))
         found = [f"{n} {reason}" for reason, n in sorted(Counter(r.reason for r in rejected).items())]
         found += [f"{n} {suffix} ignored" for suffix, n in ignored.items()]
         reasons = ", ".join(found) or "the source is empty"
-        return UserError(f"{self.out}: no valid scene to pack: {reasons}; see {listing}")
+        return UserError(f"{self.out}: no valid scenes to pack: {reasons}; see {listing}")
 
 
 def _pack_item(reader: Reader, options: PackOptions, item: Any) -> PackedItem:

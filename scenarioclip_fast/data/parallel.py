@@ -23,9 +23,9 @@ _AHEAD = 4  # chunks in flight per worker
 
 
 def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: int = _CHUNK) -> Iterator[B]:
-    """`map(job, items)` in `workers` processes, `chunk` items at a time; in this process if `workers` is 1.
+    """Like `map(job, items)`, in `workers` processes, `chunk` items at a time; in this process if `workers` is 1.
 
-    The worker processes exit with this one, even if it is killed.
+    The workers exit with this process, even if it is killed.
 
     Raises:
         RuntimeError: a worker process died.
@@ -35,7 +35,7 @@ def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: 
         return
     source = iter(items)
     chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
-    # spawn, because a process that has used torch's threads may hang after a fork
+    # Spawn, because forking a process that has used torch's threads may hang the child.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise)
     waiting: deque[tuple[list[A], Future[list[B]]]] = deque()
@@ -48,7 +48,7 @@ def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: 
         while waiting:
             yield from _result(job, *waiting.popleft())
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died (killed or out of memory?); try fewer workers") from error
+        raise RuntimeError("a worker process died (killed, or out of memory?): try fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -66,7 +66,7 @@ def _result(job: Callable[[A], B], chunk: list[A], future: Future[list[B]]) -> l
 
 @contextmanager
 def _block_interrupts() -> Iterator[None]:
-    """Processes started in this context ignore Ctrl-C, which a terminal sends to all; only this process handles it."""
+    """Make processes started in this context ignore Ctrl-C, which terminals send to the whole process group."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -81,7 +81,7 @@ def _initialise() -> None:
 
 
 def _exit_with_parent() -> None:
-    # A pool's worker holds both ends of the pipe that it reads from, so it would wait forever for a killed parent.
+    # A pool worker holds both ends of its input pipe, so it would never see EOF after the parent is killed.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

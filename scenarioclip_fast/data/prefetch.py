@@ -1,4 +1,4 @@
-"""Running an iterator ahead of its consumer, in background threads."""
+"""Run an iterator ahead of its consumer, in background threads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _JOIN_TIMEOUT_S = 1.0
 class Prefetcher(Generic[T, R]):
     """Iterate over `steps` in one thread and call each step's function in another.
 
-    A context manager that gives an iterator of the same pairs, in the same order; leaving it stops both threads.
+    A context manager that returns an iterator over the same values, in the same order; exiting it stops both threads.
 
     Args:
-        steps: pairs of a value and a function, whose call is started at once and returned as a call that waits for it.
-        depth: steps that may be finished ahead of the consumer.
+        steps: pairs of a value and a function. The function is called in the background; the consumer receives a
+            function that waits for the result.
+        depth: maximum number of steps ahead of the consumer.
         interrupt: makes a blocked `next(steps)` fail; called on exit if the thread does not stop within a second.
     """
 
@@ -57,7 +58,7 @@ class Prefetcher(Generic[T, R]):
                 break
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
-                    raise RuntimeError("the loader's thread died without an error") from None
+                    raise RuntimeError("the loader thread died without an error") from None
         if item is None:
             raise StopIteration
         if isinstance(item, BaseException):
@@ -69,7 +70,7 @@ class Prefetcher(Generic[T, R]):
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
-        while not self._ready.empty():  # frees a thread that is blocked on a full queue
+        while not self._ready.empty():  # unblocks a thread that waits on a full queue
             self._ready.get_nowait()
         self._thread.join(_JOIN_TIMEOUT_S)
         if self._thread.is_alive():

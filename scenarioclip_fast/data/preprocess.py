@@ -1,4 +1,4 @@
-"""Preprocess images for the model: the global views of the evaluation, as one function."""
+"""Preprocess images for inference, exactly as the loader renders global views for evaluation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def preprocess(
     dtype: torch.dtype = torch.float32,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:  # [N, 3, size, size]
-    """Decode, resize and normalise images as the evaluation does.
+    """Decode, resize and normalise images as for evaluation.
 
-    The short side becomes `size` (bicubic, antialiased), the centre is cut out, and colours are normalised with CLIP's
-    mean and standard deviation. The pixels equal the loader's global views bit for bit. EXIF orientation is ignored, as
-    in packed data sets: pixels are taken as stored.
+    The short side is resized to `size` (bicubic, antialiased), followed by a centre crop and normalisation with CLIP's
+    mean and standard deviation. The pixels are bitwise equal to the loader's global views. EXIF orientation is ignored,
+    as in packed data sets.
 
     Args:
         images: one image or a list of images: paths, encoded bytes (JPEG, PNG, WebP, BMP, GIF or TIFF), PIL images, or
@@ -45,15 +45,15 @@ def preprocess(
         size: side of the output in pixels; a model's is `model.config.vision.image_size`.
         device: where the images are resized and returned.
         dtype: float32, bfloat16 or float16.
-        max_pixels: larger encoded images are refused by their header.
+        max_pixels: larger encoded images are rejected, based on their header.
 
     Returns:
         [N, 3, size, size]; N = 1 for a single image.
 
     Raises:
-        UserError: a file that cannot be read or decoded; it is named.
-        TypeError: something that is not an image.
-        ValueError: an array of another shape or dtype.
+        UserError: a file cannot be read or decoded; the message names it.
+        TypeError: not an image.
+        ValueError: an array has the wrong shape or dtype.
     """
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     decoded = _decode(many, torch.device(device), max_pixels)
@@ -102,7 +102,7 @@ def _as_tensor(image: Any, name: str) -> Tensor:  # [H, W, 3] uint8
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ValueError(f"{name}: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
-        # A copy where torch could not share the memory: read-only or with negative strides.
+        # Copies only arrays whose memory torch cannot share: read-only or with negative strides.
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor):
         raise TypeError(f"{name}: got a {type(image).__name__}, {_EXPECTED}")

@@ -1,14 +1,14 @@
-"""Packed data sets in object storage or on a server: whole shards in a bounded disk cache, byte ranges for the rest.
+"""Read packed data sets from object storage or a server: a bounded disk cache of whole shards, and byte ranges.
 
-A global shuffle touches every shard in every batch. Waiting for whole shards would stall the first epoch, and replacing
-shards as they are touched would, in a cache smaller than the data set, fetch a thousand scenes to use one. Hence:
+A global shuffle touches every shard in every batch. Waiting for whole shards would stall the first epoch, and a cache
+smaller than the data set that replaced shards on access would fetch a thousand scenes to use one. Hence:
 
-- a scene whose shard is not cached is read by one byte range;
-- meanwhile threads fetch whole shards while there is room, and a loader keeps those it has: under a uniform shuffle
-  each is equally likely to be needed next;
-- room is made by evicting shards that no live process uses, least recently used first.
+- a scene whose shard is not cached is read with one byte-range request;
+- meanwhile, threads fetch whole shards as long as there is room, and a loader keeps them: under a uniform shuffle, each
+  shard is equally likely to be needed next;
+- shards that no live process uses are evicted to make room, least recently used first.
 
-A scene thus crosses the network at most twice in the first epoch; later epochs fetch only what does not fit.
+Each scene is thus transferred at most twice in the first epoch; later epochs fetch only what does not fit in the cache.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from scenarioclip_fast.requirements import require
 
 CACHE_GIB = 32.0
 
-_RETRY_FAILED_S = 60.0  # before a file whose attempts all failed is requested again
-_CHUNK = 8 << 20  # bytes of a shard per request, which are lost if the connection breaks
+_RETRY_FAILED_S = 60.0  # wait before requesting a file again after all attempts failed
+_CHUNK = 8 << 20  # bytes per request of a shard; lost if the connection breaks
 _FETCHERS = 4  # shards fetched concurrently
-_POLL_S = 2.0  # interval of looking for a shard that another process fetches
+_POLL_S = 2.0  # polling interval for a shard that another process fetches
 
 _log = logging.getLogger(__name__)
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether fsspec opens `source`: "s3://...", "https://...", also "file://..." for a slow mount."""
+    """Whether `source` is a URL for fsspec: "s3://...", "https://...", or "file://..." for a slow mount."""
     return "://" in str(source)
 
 
@@ -66,18 +66,18 @@ _PERMANENT = (
 
 
 class Store:
-    """The files below a URL. Reads never hang: each attempt has a timeout, and transient failures are retried.
+    """Reads files below a URL. Reads never hang: each attempt has a timeout, and transient failures are retried.
 
     Args:
-        url: of a directory, with any protocol that fsspec supports.
+        url: URL of a directory, with any protocol that fsspec supports.
 
     Raises:
         UserError: fsspec does not support the protocol.
         MissingDependencyError: fsspec, or its package for this protocol, is not installed.
     """
 
-    timeout = 30.0  # seconds for one attempt
-    pause = 0.5  # seconds before the second attempt; doubled before each further one
+    timeout = 30.0  # seconds per attempt
+    pause = 0.5  # seconds before the second attempt; doubles after each further one
     attempts = 4
 
     def __init__(self, url: str) -> None:
@@ -87,7 +87,7 @@ class Store:
         except MissingDependencyError:
             raise
         except ImportError as error:
-            raise MissingDependencyError(f"{url}: this kind of storage needs one more package: {error}") from error
+            raise MissingDependencyError(f"{url}: this kind of storage requires another package: {error}") from error
         except ValueError as error:
             raise UserError(f"{url}: not a URL that fsspec can open ({error})") from None
         self._closed = threading.Event()
@@ -99,11 +99,11 @@ class Store:
         return f"{self.url.rstrip('/')}/{name}"
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes [start, end) of a file, fewer at the end of the file; by default all of it.
+        """Read the bytes [start, end) of a file, fewer at its end; by default the whole file.
 
         Raises:
             OSError: the file does not exist, or every attempt failed. Such a file is not requested again for a minute,
-                and while no read succeeds, each further file gets a single attempt, so that reads fail fast.
+                and until a read succeeds, every other file gets a single attempt, so that reads fail fast.
         """
         if time.monotonic() < self._retry_at.get(name, 0):
             raise OSError(f"not reachable; the next attempt is at most {_RETRY_FAILED_S:g} s away")
@@ -117,13 +117,13 @@ class Store:
                 data = self._read_once(name, start, end)
             except _PERMANENT:
                 raise
-            except Exception as error:  # each storage library has its own
+            except Exception as error:  # each storage library has its own exceptions
                 failure = error
                 continue
             if start is not None and end is not None and len(data) != end - start:
                 if len(data) > end - start:
                     raise NoRanges(f"got {len(data)} bytes for a range of {end - start}")
-                if len(data) != (-1 if short is None else len(short)):  # the end of the file if it happens twice
+                if len(data) != (-1 if short is None else len(short)):  # twice the same size: the end of the file
                     failure, short = OSError(f"got {len(data)} of {end - start} bytes"), data
                     continue
             self._failing = False
@@ -145,7 +145,7 @@ class Store:
             raise
 
     def _with_timeout(self, call: Callable[[], bytes]) -> bytes:
-        """Run `call` in a thread that is abandoned on timeout: not every storage library has timeouts."""
+        """Run `call` in a thread that is abandoned on timeout, since not every storage library has timeouts."""
         outcome: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
 
         def run() -> None:
@@ -186,7 +186,7 @@ class RemoteShard:
 class RemoteShards:
     """The shards of one split, cached or remote.
 
-    Threads fetch whole shards into the cache while there is room. A shard whose checksum is wrong is not cached: its
+    Threads fetch whole shards into the cache as long as there is room. A shard with a wrong checksum is not cached: its
     scenes are read one by one, so that only damaged scenes are lost, as with a local shard.
     """
 
@@ -206,11 +206,15 @@ class RemoteShards:
             thread.start()
 
     def path(self, shard: int) -> Path:
-        """The cache path of shard number `shard`; it may not exist yet."""
+        """The path of shard number `shard` in the cache; it may not exist yet."""
         return self._cache.path(self._shards[shard].sha256)
 
     def read(self, shard: int, start: int, end: int) -> bytes:
-        """Read the bytes [start, end) of a remote shard, fewer at its end. OSError if that fails."""
+        """Read the bytes [start, end) of a remote shard, fewer at its end.
+
+        Raises:
+            OSError: the read failed.
+        """
         return self.store.read(self._shards[shard].name, start, end)
 
     def _fetch_all(self) -> None:
@@ -250,7 +254,7 @@ class RemoteShards:
         _log.warning("%s: not cached: its checksum differs from the manifest's", self.store.where(shard.name))
 
     def _copy(self, shard: RemoteShard, descriptor: int) -> str:
-        """Copy a shard, and return the SHA-256 of the received bytes."""
+        """Download a shard, and return the SHA-256 of the received bytes."""
         digest = hashlib.sha256()
         for start in range(0, shard.size, _CHUNK):
             data = self.store.read(shard.name, start, min(start + _CHUNK, shard.size))

@@ -1,8 +1,8 @@
 """COCO run-length masks: {"size": [H, W], "counts": str}, byte-compatible with pycocotools.
 
-A mask is stored column by column as run lengths that alternate between 0 and 1, starting with 0 (possibly of length
-zero). From the fourth run on, each is stored as the difference to the run two before. Numbers are written in groups of
-five bits, low group first, with bit 5 as continuation bit, plus 48 to make them printable.
+A mask is stored in column-major order as lengths of alternating runs of 0s and 1s, starting with 0s (possibly of length
+zero). From the fourth run on, each is stored as the difference from the run two before. Numbers are written in groups
+of five bits, low group first, with bit 5 as the continuation bit, plus 48 to make them printable.
 Source: the COCO API's `maskApi.c` (format only).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scenarioclip_fast import native
 
-MAX_PIXELS = 1 << 28  # 268 megapixels; bounds the memory that a malformed size can request
+MAX_PIXELS = 1 << 28  # 268 megapixels; bounds the memory that a malformed size can allocate
 MAX_GROUPS = 7  # 35 bits hold every run up to MAX_PIXELS and every difference
 
 
@@ -25,7 +25,7 @@ def encode(mask: Tensor | NDArray[Any]) -> dict[str, Any]:
     """Encode a bool [H, W] mask.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: wrong shape or dtype.
     """
     array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
@@ -38,7 +38,7 @@ def decode(rle: dict[str, Any]) -> Tensor:  # bool [H, W]
     """Decode a mask.
 
     Raises:
-        ValueError: malformed RLE, or run lengths that do not match its size.
+        ValueError: malformed RLE, or the run lengths do not match the size.
     """
     height, width, runs = read_runs(rle)
     values = np.arange(len(runs), dtype=np.uint8) & 1
@@ -71,7 +71,7 @@ def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
         raise ValueError(f"got an RLE of size {height} x {width}, expected at most {MAX_PIXELS} pixels")
     if isinstance(counts, (list, tuple)):  # COCO's uncompressed form
         if not all(type(n) is int and 0 <= n <= MAX_PIXELS for n in counts):
-            raise ValueError("got RLE counts that are not run lengths, expected integers >= 0")
+            raise ValueError("got invalid run lengths in RLE counts, expected integers >= 0")
         runs = np.array(counts, dtype=np.int64)
     elif isinstance(counts, (str, bytes)):
         runs = decompress(counts)

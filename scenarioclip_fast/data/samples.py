@@ -20,8 +20,8 @@ from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.errors import UserError
 
-_REMOTE_READS = 32  # at a time
-# Not caused by a scene: these errors end the run.
+_REMOTE_READS = 32  # concurrent
+# Errors that are not caused by a scene and end the run.
 _FATAL = (MemoryError, ImportError, Closed)
 
 
@@ -37,11 +37,11 @@ class Sample:
 
 
 class SampleReader:
-    """Read scenes in background threads and look up their texts in the vocabulary.
+    """Reads scenes in background threads and looks up their texts in the vocabulary.
 
     Args:
-        shards: the scenes.
-        threads: readers; remote shards get at least 32, which wait for the network and use no core.
+        shards: the data set.
+        threads: number of reader threads; at least 32 for remote shards, as they mostly wait for the network.
     """
 
     def __init__(self, shards: ShardSet, threads: int) -> None:
@@ -50,7 +50,7 @@ class SampleReader:
         self._pool = ThreadPoolExecutor(self._threads, "read")
 
     def read_ahead(self, indices: npt.NDArray[np.int64], batch_size: int) -> Iterator[Sample | BadSample]:
-        """Read the scenes at `indices`, in this order, a batch ahead of the one that the consumer works on."""
+        """Read the scenes at `indices`, in this order, one batch ahead of the consumer."""
         per_task = -(-batch_size // self._threads)  # one task per scene would cost more than the reads
         reads: deque[Future[list[Sample | BadSample]]] = deque()
         for start in range(0, len(indices), per_task):
@@ -69,7 +69,7 @@ class SampleReader:
             scene = self._shards.read(index)
         except BadSample as bad:
             return bad
-        except (UserError, *_FATAL):  # a UserError concerns the cache of remote shards
+        except (UserError, *_FATAL):  # UserError: the cache of remote shards is unusable
             raise
         except Exception as error:  # damaged bytes can make the parsers raise anything
             return BadSample(key, "unreadable", f"{type(error).__name__}: {error}")
@@ -93,12 +93,12 @@ class SampleReader:
 
 
 class SampleDecoder:
-    """Replace the encoded images of samples by pixels, keeping decoded images in memory up to a limit.
+    """Replaces the encoded images of samples by pixels, caching decoded images up to a limit.
 
     Args:
-        decoder: decodes the images; owned by this object.
-        cache_bytes: memory of the decoder's device for decoded images. An image is kept for good: as every scene comes
-            once per epoch, replacing images would gain nothing.
+        decoder: owned by this object.
+        cache_bytes: memory on the decoder's device for cached images. Images are never evicted: as every scene occurs
+            once per epoch, replacing them would not help.
     """
 
     def __init__(self, decoder: Decoder, cache_bytes: int) -> None:
@@ -108,10 +108,10 @@ class SampleDecoder:
         self._stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
     def decode(self, read: Sequence[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
-        """Decode the good samples; samples whose image cannot be decoded join the bad ones."""
+        """Decode the good samples; those whose image cannot be decoded are added to the bad ones."""
         samples, bad = partition(read)
         missing = [sample for sample in samples if sample.index not in self.cache]
-        with synchronized(self._stream):
+        with synchronised(self._stream):
             images = self._decode([sample.scene.image for sample in missing])
         decoded = {sample.index: image for sample, image in zip(missing, images, strict=True)}
         good = []
@@ -133,7 +133,7 @@ class SampleDecoder:
         except _FATAL:
             raise
         except Exception as error:
-            if len(images) > 1:  # find the image that caused it
+            if len(images) > 1:  # find the image that caused the error
                 return [self._decode([image])[0] for image in images]
             return [DecodeError("decoder_failed", f"{type(error).__name__}: {error}")]
 
@@ -156,7 +156,7 @@ def partition(samples: Iterable[Sample | BadSample]) -> tuple[list[Sample], list
 
 
 @contextmanager
-def synchronized(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def synchronised(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run GPU work on `stream` and wait for it on exit, so that other threads can use the results at once."""
     if stream is None:
         yield

@@ -1,4 +1,4 @@
-"""One scene in memory and its JSON form."""
+"""A scene in memory, and its conversion to and from JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SceneObject:
 
 @dataclass(slots=True)
 class Relation:
-    """A relation between two objects, given as positions in the scene's list of objects."""
+    """A relation between two objects, given as indices into the scene's list of objects."""
 
     subject: int
     predicate: str
@@ -38,8 +38,7 @@ class Relation:
 class Scene:
     """An image with its action, objects and relations.
 
-    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` is the split that the data set assigns, None if it
-    assigns none.
+    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` is the split assigned by the data set, if any.
     """
 
     key: str
@@ -56,7 +55,7 @@ class Scene:
 
 
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
-    """Convert a scene to the KEY.json of a pack; `size` is (H, W). Masks must be RLE or None."""
+    """Convert a scene to the KEY.json record of a pack; `size` is (H, W). Masks must be RLE or None."""
     return {
         "schema": SCHEMA,
         "size": list(size),
@@ -70,7 +69,7 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     """Invert `scene_to_json`.
 
     Raises:
-        ValueError: another schema, or a malformed record.
+        ValueError: unsupported schema, or a malformed record.
     """
     schema = record.get("schema") if isinstance(record, Mapping) else None
     if schema != SCHEMA:
@@ -85,7 +84,9 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
-        raise ValueError(f"scene {key}: a relation refers to an object outside its {len(objects)} objects")
+        raise ValueError(
+            f"scene {key}: a relation refers to an object that does not exist (the scene has {len(objects)})"
+        )
     return Scene(key, image, action, objects, relations)
 
 
@@ -109,7 +110,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def check_shares(val: float, test: float) -> None:
-    """Raise UserError unless `val` and `test` are valid shares of all scenes."""
+def check_fractions(val: float, test: float) -> None:
+    """Raise UserError unless `val` and `test` are valid fractions of all scenes."""
     if not (val >= 0 and test >= 0 and val + test <= 1):
-        raise UserError(f"got shares val={val:g} and test={test:g}, expected shares >= 0 whose sum is <= 1")
+        raise UserError(f"got fractions val={val:g} and test={test:g}, expected values >= 0 with a sum <= 1")

@@ -1,4 +1,4 @@
-"""A cache of shards on a local disk that processes share."""
+"""A cache of shards on a local disk, shared by processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/scenarioclip-fast/shards, by default below ~/.cache."""
+    """Return $XDG_CACHE_HOME/scenarioclip-fast/shards, by default below ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scenarioclip-fast" / "shards"
 
 
@@ -25,12 +25,12 @@ class ShardCache:
 
         DIR/DIGEST.tar    a complete, verified file; its modification time is the time of last use
         DIR/DIGEST.part   a file being fetched, preallocated at full size and locked by its writer
-        DIR/ID.claims     digests that one process uses; locked while the process lives
-        DIR/lock          held while any of this changes
+        DIR/ID.claims     digests of the files that one process uses; locked while the process lives
+        DIR/lock          held while any of these files changes
 
     Args:
         directory: created if missing.
-        limit: bytes that files may occupy, including those being fetched. Files in use are never evicted.
+        limit: maximum total size in bytes, including files being fetched. Files in use are never evicted.
 
     Raises:
         UserError: the directory is not writable.
@@ -47,31 +47,31 @@ class ShardCache:
                 fcntl.flock(self._claims_fd, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"{directory}: cannot hold the shard cache ({error.strerror}); choose another directory"
+                f"{directory}: cannot be used as shard cache ({error.strerror}); choose another directory"
             ) from None
 
     def path(self, digest: str) -> Path:
-        """Where a complete file is stored."""
+        """The path of a complete file."""
         return self.directory / f"{digest}.tar"
 
     def claim(self, digests: Iterable[str]) -> set[str]:
-        """Return the files that are cached, and keep them until `close`."""
+        """Return those of `digests` that are cached, and protect their files from eviction until `close`."""
         with self._locked():
             return {digest for digest in digests if self._claim(digest)}
 
     def trim(self) -> None:
-        """Evict files beyond `limit`, which may have been larger in an earlier run."""
+        """Evict files in excess of `limit`, which may be lower than in an earlier run."""
         with self._locked():
             self._make_room(0)
 
     def reserve(self, digest: str, size: int) -> int | None:
-        """Allocate a file of `size` bytes, to be filled and passed to `commit` or `drop`.
+        """Allocate a file of `size` bytes; the caller fills it and calls `commit` or `drop`.
 
         Returns:
-            Its file descriptor, or None if there is no room.
+            The file descriptor, or None if there is no room.
 
         Raises:
-            BlockingIOError: another process is fetching this file, or has just done so.
+            BlockingIOError: another process is fetching this file, or has just fetched it.
         """
         part = self._part(digest)
         with self._locked():
@@ -86,12 +86,12 @@ class ShardCache:
                 os.posix_fallocate(descriptor, 0, max(1, size))
             except OSError as error:
                 self.drop(digest, descriptor)
-                _log.warning("%s: cannot allocate a shard: %s", self.directory, error.strerror)
+                _log.warning("%s: cannot allocate space for a shard: %s", self.directory, error.strerror)
                 return None
         return descriptor
 
     def commit(self, digest: str, descriptor: int) -> None:
-        """Publish a filled file, durably, and claim it.
+        """Sync a filled file to disk, move it to its final name and claim it.
 
         Raises:
             OSError: writing failed; call `drop`.
@@ -126,7 +126,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # Opened each time, so that threads of one process exclude one another too.
+        # Opened each time, so that the lock also excludes other threads of this process.
         descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -148,7 +148,7 @@ class ShardCache:
         return True
 
     def _make_room(self, size: int) -> bool:
-        """Evict files until `size` more bytes fit; evict nothing if that is impossible."""
+        """Evict files until `size` more bytes fit; if that is impossible, evict nothing."""
         claimed = self._claimed()
         evictable: list[tuple[int, int, Path]] = []
         used = 0
@@ -172,7 +172,7 @@ class ShardCache:
         return True
 
     def _claimed(self) -> set[str]:
-        """The digests that live processes use."""
+        """The digests claimed by live processes."""
         claimed: set[str] = set()
         for path in self.directory.glob("*.claims"):
             if _is_locked(path):

@@ -1,4 +1,4 @@
-"""Writes packed scenes into shards, and the files that describe a finished pack."""
+"""Write packed scenes into shards, and the files that describe a finished pack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from scenarioclip_fast.data.scene import SCHEMA, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import Stage, dump, sha256
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.levels import LEVELS
 
 COUNTS = ("scenes", "objects", "relations")
 
 
 @dataclass
 class PackedItem:
-    """A scene ready to be written, or (key None) the rejections of an item that is unusable."""
+    """A scene ready to be written; or, if `key` is None, the rejections of an unusable item."""
 
     key: str | None
     split: str = ""
@@ -56,7 +57,7 @@ class _OpenShard:
     def add(self, item: PackedItem) -> None:
         row: list[Any] = [item.key]
         for suffix, data in (("jpg", item.image), ("json", item.record)):
-            header = tarfile.TarInfo(f"{item.key}.{suffix}")  # time, owner and mode keep TarInfo's constant defaults
+            header = tarfile.TarInfo(f"{item.key}.{suffix}")  # constant defaults for time, owner and mode
             header.size = len(data)
             row += [self.tar.offset + tarfile.BLOCKSIZE, len(data)]
             self.tar.addfile(header, io.BytesIO(data))
@@ -66,11 +67,11 @@ class _OpenShard:
 
 
 class ShardWriter:
-    """Writes shards into a stage, then the index, the vocabulary, the rejections and the manifest.
+    """Writes shards into a staging directory, then the index, the vocabulary, the rejections and the manifest.
 
     Args:
-        ordered: all scenes of a split come before those of the next. At most one shard is then open at a time, and
-            `end`, the number of items before the first that is in no finished shard, is where a later run resumes.
+        ordered: scenes are sorted by split. At most one shard is then open at a time, and a later run resumes at `end`,
+            the position of the first item that is not in a finished shard.
     """
 
     def __init__(self, stage: Stage, shard_size: int, ordered: bool) -> None:
@@ -95,24 +96,26 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._finisher.shutdown()  # waits: a shard in progress is worth keeping
+        self._finisher.shutdown()  # waits for the shard in progress, so that it is kept
         for shard in self._open.values():
-            with suppress(OSError):  # of a full disk, already reported
+            with suppress(OSError):  # disk full: already reported
                 shard.tar.close()
 
     @property
     def scenes(self) -> int:
-        """The number of scenes written, including those of the run that is resumed."""
+        """The number of scenes written, including those of the resumed run."""
         return len(self._keys)
 
     def write(self, packed: Iterable[PackedItem]) -> None:
-        """Write scenes, the first of which is item number `end`, and close every shard."""
+        """Write scenes, starting with item number `end`, and close all shards."""
         i = self.end - 1
         for i, item in enumerate(packed, self.end):
             if item.key is None:
                 self.rejected += item.rejected
             elif item.key in self._keys:
-                self.rejected.append(Rejection(item.key, "duplicate_id", "another scene with this id has been packed"))
+                self.rejected.append(
+                    Rejection(item.key, "duplicate_id", "another scene with this id is already packed")
+                )
             else:
                 self._add(item, i)
         for split in list(self._open):
@@ -163,7 +166,7 @@ class ShardWriter:
                 self._train[level].update(texts[level])
 
     def finish(self, scan: Scan, classes: dict[str, list[str]] | None, fingerprint: str | None) -> dict[str, Any]:
-        """Write the other files, move the pack into place, and return its manifest."""
+        """Write the remaining files, move the pack into place, and return its manifest."""
         self._wait()
         directory = self._stage.path
         splits, reasons = self._write_index(scan.rejected)
@@ -185,7 +188,7 @@ class ShardWriter:
         return manifest
 
     def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-        """Write index.json and rejected.jsonl shard by shard; returns the manifest's splits, and counts of reasons."""
+        """Write index.json and rejected.jsonl shard by shard; return the manifest's splits, and counts by reason."""
         directory = self._stage.path
         splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
         reasons = Counter(r.reason for r in scanned + self.rejected)

@@ -21,11 +21,11 @@ from scenarioclip_fast.errors import UserError
 SPLITS = ("train", "val", "test")
 # key, shard number, JPEG offset and size, JSON offset and size
 _IndexEntry = tuple[str, int, int, int, int, int]
-_OPEN_FILES = 256  # at a time: the usual limit is 1024 per process, and a large data set has more shards
+_OPEN_FILES = 256  # large data sets have more shards than the usual limit of 1024 open files per process
 
 
 class BadSample(ValueError):
-    """A scene of a shard is unusable. `reason` is a short name to count by."""
+    """A scene of a shard is unusable. `reason` is a short identifier, by which loaders count."""
 
     def __init__(self, key: str, reason: str, detail: str) -> None:
         super().__init__(key, reason, detail)
@@ -38,21 +38,21 @@ class BadSample(ValueError):
 class ShardSet:
     """The scenes of one split, in the order of the index.
 
-    Reads are positioned (`pread`), so threads may share one ShardSet; a pickled copy opens its own files. Remote shards
-    are read by byte ranges and, as far as they fit, fetched into a disk cache (see `remote`). Fetching starts at the
-    first read: reading only the keys or the vocabulary fetches no shard.
+    Reads are positioned (`pread`), so threads may share a ShardSet; a pickled copy opens its own files. Remote shards
+    are read by byte ranges and, as far as they fit, fetched into a disk cache (see `remote`). Fetching starts with the
+    first read of a scene: reading only the keys or the vocabulary fetches no shards.
 
     Args:
-        source: the output of `scenarioclip-fast pack`: a directory, or its URL ("s3://...", "https://...", any protocol
-            of fsspec; "file://..." caches a slow mount).
+        source: output directory of `scenarioclip-fast pack`, or its URL: "s3://...", "https://..." or any other
+            protocol of fsspec; "file://..." caches a slow mount.
         split: "train", "val" or "test".
-        shard_cache_dir: cache of remote shards on a local disk, which processes may share. None:
+        shard_cache_dir: local cache of remote shards, which processes may share. None:
             ~/.cache/scenarioclip-fast/shards.
-        shard_cache_gib: size limit of the cache; 0 caches nothing.
+        shard_cache_gib: size limit of the cache in GiB; 0 disables it.
 
     Raises:
-        UserError: no packed data set, an unreachable one, or no such split; at the first read, a cache directory that
-            is not writable.
+        UserError: no packed data set, or no such split, or the data set cannot be reached; at the first read, the cache
+            directory is not writable.
         MissingDependencyError: fsspec, or its package for this kind of storage, is not installed.
     """
 
@@ -68,7 +68,7 @@ class ShardSet:
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not 0 <= shard_cache_gib < math.inf:
-            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected a number of at least 0")
+            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected at least 0")
         self.is_remote = is_url(source)
         if not self.is_remote and not Path(source).is_dir():
             problem = "is a file" if Path(source).exists() else "no such directory"
@@ -100,19 +100,21 @@ class ShardSet:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.source}: malformed index ({type(error).__name__}: {error}); pack it again"
+                f"{self.source}: malformed index ({type(error).__name__}: {error}); pack the data set again"
             ) from None
         for shard in shards:  # names and digests become file names
             if os.path.basename(shard.name) != shard.name:
-                raise UserError(f"{self._where('manifest.json')}: the name of a shard leads out of the directory")
-            if len(shard.sha256) != 64 or set(shard.sha256) - set(
-                "0123456789abcdef"
-            ):  # becomes a file name in the cache
-                raise UserError(f"{self._where('manifest.json')}: {shard.name} has no SHA-256; pack it again")
+                raise UserError(f"{self._where('manifest.json')}: shard name {shard.name!r} escapes the directory")
+            if len(shard.sha256) != 64 or set(shard.sha256) - set("0123456789abcdef"):
+                raise UserError(
+                    f"{self._where('manifest.json')}: {shard.name} has no valid SHA-256; pack the data set again"
+                )
         for key, number, *members in entries:
             jo, js, to, ts = members
             if min(members) < 0 or max(jo + js, to + ts) > shards[number].size:
-                raise UserError(f"{self.source}: malformed index: {key} is outside its shard; pack it again")
+                raise UserError(
+                    f"{self.source}: malformed index: {key} extends past the end of its shard; pack the data set again"
+                )
         return shards, entries
 
     def __len__(self) -> int:
@@ -120,7 +122,7 @@ class ShardSet:
 
     @functools.cached_property
     def digest(self) -> int:
-        """Checksum of the keys in order, to detect shards with other scenes."""
+        """Checksum of the keys in order, which identifies the scenes of the split."""
         return functools.reduce(lambda crc, key: zlib.crc32(key.encode(), crc), self.keys, 0)
 
     @property
@@ -132,13 +134,17 @@ class ShardSet:
         return self._vocabulary
 
     def read(self, i: int) -> Scene:
-        """Read scene `i`: `image` holds JPEG bytes, masks are RLE. BadSample if it is missing or truncated."""
+        """Read scene `i`: `image` holds JPEG bytes, masks are RLE.
+
+        Raises:
+            BadSample: the scene is missing, truncated or malformed.
+        """
         key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
         try:
             file = self._open(shard)
             if file is not None:
                 image, record = file.read(jpg_offset, jpg_size), file.read(json_offset, json_size)
-            else:  # in one request, since `pack` writes them side by side
+            else:  # one request, since `pack` writes them next to each other
                 start = min(jpg_offset, json_offset)
                 data = self._remote().read(shard, start, max(jpg_offset + jpg_size, json_offset + json_size))
                 image, record = (
@@ -160,7 +166,7 @@ class ShardSet:
         return scene
 
     def close(self) -> None:
-        """Close the shard files and stop fetching; the next read opens them again."""
+        """Close the shard files and stop fetching; the next read reopens them."""
         with self._lock:
             fetching = self._fetching
             self._files, self._fetching = {}, None
@@ -168,7 +174,7 @@ class ShardSet:
             fetching.close()
 
     def _open(self, shard: int) -> _File | None:
-        """The open file of a shard; None while it is not on this machine."""
+        """The open file of a shard; None if it is not on this machine yet."""
         with self._lock:
             if (file := self._files.get(shard)) is not None:
                 return file
@@ -191,8 +197,8 @@ class ShardSet:
             store.read("manifest.json", 0, 1)
         except NoRanges as error:
             raise UserError(
-                f"{self.source}: the server ignores byte ranges ({error}), which reading single scenes requires; use "
-                "another server, or copy the shards to a local disk"
+                f"{self.source}: the server does not support byte ranges ({error}), which are required to read single "
+                "scenes; use another server, or copy the shards to a local disk"
             ) from None
         except OSError as error:
             raise UserError(f"{self.source}: not readable ({error})") from None
@@ -207,7 +213,7 @@ class ShardSet:
         return f"{self.source.rstrip('/')}/{name}"
 
     def _read_file(self, name: str, store: Store | None) -> bytes:
-        """Read a small file, and verify it against the manifest if it is remote."""
+        """Read a small file; if it is remote, verify it against the manifest."""
         try:
             if store is None:
                 return Path(self.source, name).read_bytes()
@@ -219,7 +225,7 @@ class ShardSet:
         except OSError as error:
             raise UserError(f"{self._where(name)}: not readable ({error.strerror or error})") from None
         if name != "manifest.json" and hashlib.sha256(data).hexdigest() != self.manifest.get("sha256", {}).get(name):
-            raise UserError(f"{self._where(name)}: its checksum differs from the manifest's; copy the data set again")
+            raise UserError(f"{self._where(name)}: the checksum differs from the manifest's; copy the data set again")
         return data
 
     def _read_json(self, name: str, store: Store | None) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The staging directory of a pack: locked, with a journal of finished shards, moved into place when complete.
 
     .DIR.partial/journal.jsonl   {"fingerprint"}, then one line per finished shard
-    .DIR.partial/*               finished shards, the shard being written, at the end the other files
+    .DIR.partial/*               finished shards, the shard being written and, finally, the other files
 
 An interrupted run leaves this directory behind. The next run with the same fingerprint resumes after the last shard in
 the journal, or finishes moving a complete pack. A shard is synced to disk before its journal line is written, and all
 files before the manifest.
 
-Where files cannot be moved from there into DIR (a mount point, for example), the directory is DIR/.partial.
+If files cannot be moved from there into DIR (a mount point, for example), the directory is DIR/.partial.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from typing import Any
 from scenarioclip_fast.data.scene import SCHEMA
 from scenarioclip_fast.errors import UserError
 
-OWN_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
-INSIDE = ".partial"
+PACK_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
+INNER_STAGE = ".partial"
 _JOURNAL = "journal.jsonl"
 
 
 class Stage:
-    """The locked staging directory of one run; a context manager that removes it unless a later run can resume from it.
+    """The locked staging directory of one run. On exit, it is removed unless a later run can resume from it.
 
     Raises:
         UserError: another process is packing into `out`.
     """
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path = out.resolve(), self.beside(out)
+        self.out, self.path = out.resolve(), self.directory_for(out)
         self.finished = 0  # shards in the journal
         self._fingerprint: str | None = None
         self._lock = self._locked()
 
     @staticmethod
-    def beside(out: Path) -> Path:
-        """The staging directory of the pack `out`; its name is fixed so that a later run finds it."""
+    def directory_for(out: Path) -> Path:
+        """The staging directory for `out`; its name is fixed, so that a later run finds it."""
         out = out.resolve()
-        return out / INSIDE if _on_other_device(out) else out.parent / f".{out.name}.partial"
+        return out / INNER_STAGE if _on_other_device(out) else out.parent / f".{out.name}.partial"
 
     @classmethod
     def is_complete(cls, out: Path) -> bool:
-        """Whether a complete pack is staged because a run was killed while moving it to `out`."""
-        return (cls.beside(out) / "manifest.json").exists()
+        """Whether a complete pack is staged, because a run was killed while moving it to `out`."""
+        return (cls.directory_for(out) / "manifest.json").exists()
 
     def _locked(self) -> int:
         while True:
@@ -78,25 +78,25 @@ class Stage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None or not self.worth_keeping:
+        if kind is None or not self.resumable:
             shutil.rmtree(self.path)
         os.close(self._lock)
 
     @property
-    def worth_keeping(self) -> bool:
-        """Whether a later run could resume from here."""
+    def resumable(self) -> bool:
+        """Whether a later run can resume from this directory."""
         return (self._fingerprint is not None and self.finished > 0) or self.is_complete(self.out)
 
     def complete_installation(self) -> None:
-        """Finish moving a complete pack that an interrupted run left."""
+        """Finish moving a complete pack that an interrupted run left behind."""
         if self.is_complete(self.out):
             self.install()
 
     def resume(self, fingerprint: str | None) -> bool:
-        """Keep the shards that a run with the same fingerprint finished, and remove other files.
+        """Keep the shards finished by a run with the same fingerprint, and remove all other files.
 
         Args:
-            fingerprint: None keeps nothing, because the source is unknown.
+            fingerprint: of the source and options; None, if unknown, keeps nothing.
 
         Returns:
             Whether an interrupted run left a journal.
@@ -124,7 +124,7 @@ class Stage:
         return exists
 
     def _intact(self, line: bytes, fingerprint: str, first: bool) -> str | None:
-        """The file that a journal line refers to (the first line: the journal itself); None if it is unusable."""
+        """The file name that a journal line refers to (the first line: the journal itself); None if unusable."""
         try:
             record = json.loads(line) if line.endswith(b"\n") else {}
         except ValueError:
@@ -137,13 +137,13 @@ class Stage:
         return path.name if path.is_file() and path.stat().st_size == record.get("bytes") else None
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of finished shards in the order in which they were finished."""
+        """Yield the records of finished shards, in order of completion."""
         with (self.path / _JOURNAL).open("rb") as lines:
             next(lines)
             yield from map(json.loads, lines)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a finished shard, "name", to the journal with the state that resuming needs."""
+        """Add the finished shard record["name"] to the journal, with the state required to resume."""
         path = self.path / record["name"]
         _sync(path)
         _sync(self.path)
@@ -157,7 +157,7 @@ class Stage:
             os.fsync(file.fileno())
 
     def finish(self, manifest: dict[str, Any], names: list[str]) -> None:
-        """Write the manifest of a complete pack, whose other small files are `names`, and move all into place."""
+        """Write the manifest of a complete pack, whose other small files are `names`, and move the pack into place."""
         for name in names:
             _sync(self.path / name)
         written = self.path / "manifest.tmp"
@@ -170,14 +170,14 @@ class Stage:
     def install(self) -> None:
         """Move a complete pack into place, continuing an interrupted move. Files that are not part of a pack are kept.
 
-        The old manifest is removed first and the new one moved last: a directory with a manifest holds a complete pack.
+        The old manifest is removed first and the new one moved last, so a directory with a manifest is a complete pack.
         """
         manifest = self.path / "manifest.json"
         new = _files(json.loads(manifest.read_bytes()))
         self.out.mkdir(exist_ok=True)
         (self.out / "manifest.json").unlink(missing_ok=True)
         for path in list(self.out.iterdir()):
-            if OWN_FILES.fullmatch(path.name) and path.name not in new:
+            if PACK_FILES.fullmatch(path.name) and path.name not in new:
                 path.unlink()
         for path in sorted(self.path.iterdir()):
             if path.name in new:
@@ -203,14 +203,16 @@ def _on_other_device(out: Path) -> bool:
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Raise UserError if a pack may not be written to `out`; `force` permits other files and foreign packs there."""
+    """Raise UserError if a pack must not be written to `out`; `force` allows other files and packs of other schemas."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; choose a directory for the pack")
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"{out}: not writable; choose another directory for the pack")
-    foreign = sorted(path.name for path in out.iterdir() if path.name != INSIDE and not OWN_FILES.fullmatch(path.name))
+    foreign = sorted(
+        path.name for path in out.iterdir() if path.name != INNER_STAGE and not PACK_FILES.fullmatch(path.name)
+    )
     if foreign and not force:
         raise UserError(
             f"{out}: contains files that are not part of a pack ({foreign[0]}); choose another directory or use --force"
@@ -231,12 +233,12 @@ def check_target(out: Path, force: bool) -> None:
             schema = None
         if schema != SCHEMA:
             raise UserError(
-                f"{out}: contains a pack of schema {schema}, this version writes {SCHEMA}; use --force to replace it"
+                f"{out}: contains a pack with schema {schema}, this version writes {SCHEMA}; use --force to replace it"
             )
 
 
 def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of the pack in `out` if it is complete and has this fingerprint."""
+    """Return the manifest of the pack in `out` if it is complete and has this fingerprint."""
     try:
         manifest = json.loads((out / "manifest.json").read_bytes())
         source = json.loads((out / "source.json").read_bytes())

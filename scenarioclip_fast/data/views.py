@@ -1,4 +1,4 @@
-"""Views of scenes: which windows of which images `ops.render_views` renders, and how."""
+"""Plan the views of scenes that `ops.render_views` renders: image windows, boxes, masks and augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, MASKED, RELA
 from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
-# The kind of view for each name in configs.
+# Config values -> kinds of views.
 OBJECT_VIEWS = {"masked": MASKED, "crop": CROP}
 RELATION_VIEWS = {"focused": RELATION, "box": CROP, "scene": GLOBAL}
 
@@ -57,22 +57,22 @@ class Views(ViewBatch):
 
         Args:
             scenes: image i of the batch is the image of scenes[i].
-            object_view: "masked": the image, black outside the box (the paper's); "crop": a square window around the
-                box, 10 % wider on each side, shifted into the image where it fits, otherwise black beyond it.
-            relation_view: "focused": the focused region of the relation's two masks (the paper's). The other two are
-                for ablations and for data without masks. "scene": the whole image, which is a focused region without
+            object_view: "masked": the image, black outside the box (as in the paper); "crop": a square window around
+                the box, 10 % wider on each side, shifted into the image if it fits, otherwise black outside the image.
+            relation_view: "focused": the focused region of the relation's two masks (as in the paper). The other two
+                are for ablations and for data without masks. "scene": the whole image, i.e. a focused region without
                 masks, weights and blur; it does not show which of the image's relations is meant. "box": a crop, as for
-                an object, around the boxes of subject and object; it shows where the relation is, without weighting
-                pixels. All three are augmented alike.
+                an object, around the boxes of subject and object; it shows the location, without weighting pixels. All
+                three have the same augmentation.
             train: apply the reference's augmentation. A view's random numbers depend only on (seed, epoch, scene key,
-                level, position within the scene), never on the batch or the number of workers.
-            generator: with `train`, one draw from it replaces `seed`.
-            seed, epoch: of the augmentation.
+                level, position within the scene), not on the batch or the number of workers.
+            generator: with `train`, a number drawn from it replaces `seed`.
+            seed, epoch: seed of the augmentation, and the epoch.
             sizes: (H, W) of each image; None: read from the images.
 
         Raises:
-            ValueError: a focused relation without a mask, a mask that does not fit its image, a box outside the
-                image, or an unreadable image header; the message names the scene and its object or relation.
+            ValueError: a focused relation without a mask, a mask that does not match its image, a box outside the
+                image, or an unreadable image header; the message names the scene and the object or relation.
         """
         if object_view not in OBJECT_VIEWS:
             raise ValueError(f"object_view: got {object_view!r}, expected 'masked' or 'crop'")
@@ -88,7 +88,9 @@ class Views(ViewBatch):
         if object_view == "crop":
             source[rows.objects] = _crop_window(pixels, rows.height[rows.objects], rows.width[rows.objects])
 
-        ends = np.array([_ends(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(-1, 2)
+        ends = np.array([_subject_and_object(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(
+            -1, 2
+        )
         if relation_view == "box":
             union = _union_boxes(pixels, ends + rows.first_object[rows.image[rows.relations], None])
             source[rows.relations] = _crop_window(union, rows.height[rows.relations], rows.width[rows.relations])
@@ -116,10 +118,10 @@ class _Rows:
 
     Attributes:
         level: 0 global, 1 object, 2 relation.
-        image, position: the scene of each view, and which of that scene's objects or relations it shows.
-        height, width: of its image.
-        objects, relations: where the views of these levels lie.
-        first_object: [B + 1], where the objects of each scene begin among all objects.
+        image, position: the scene of each view, and the index of its object or relation within the scene.
+        height, width: size of its image.
+        objects, relations: slices of the views of these levels.
+        first_object: [B + 1], index of the first object of each scene among all objects.
     """
 
     def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
@@ -138,7 +140,7 @@ class _Rows:
 
 
 class _MaskTable:
-    """The masks that the views need, each object's stored once."""
+    """The masks that the views use; each object's mask is stored once."""
 
     def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
         self._scenes, self._sizes = scenes, sizes
@@ -151,7 +153,7 @@ class _MaskTable:
         relations: Sequence[tuple[int, int]],  # [n], scene and relation
         ends: NDArray[np.int64],  # [n, 2], their subject and object
     ) -> NDArray[np.int64]:  # [n, 2]
-        """The table's rows of the masks of each relation."""
+        """The table rows of the masks of each relation, added if missing."""
         pairs = [[self._row(i, k, end) for end in both] for (i, k), both in zip(relations, ends.tolist(), strict=True)]
         return np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -206,12 +208,12 @@ def _image_size(scene: Scene) -> tuple[int, int]:
     except ValueError as error:
         raise ValueError(f"scene {scene.key}: {error}") from None
     if parsed is None:
-        raise ValueError(f"scene {scene.key}: the image is neither JPEG nor PNG, expected those, a tensor, or `sizes`")
+        raise ValueError(f"scene {scene.key}: the image is neither JPEG nor PNG; pass a tensor, or `sizes`")
     return parsed.height, parsed.width
 
 
-def _ends(scene: Scene, relation: int) -> tuple[int, int]:
-    """Subject and object of a relation, checked to be objects of the scene."""
+def _subject_and_object(scene: Scene, relation: int) -> tuple[int, int]:
+    """Return the subject and object of a relation, checked to be objects of the scene."""
     entry = scene.relations[relation]
     for which in (entry.subject, entry.object):
         if not 0 <= which < len(scene.objects):
@@ -236,7 +238,7 @@ def _object_boxes(
         i, k = members[v]
         raise ValueError(
             f"{_name(scenes[i], 'object', k)}: got box {list(scenes[i].objects[k].box)}, expected x1, y1, x2, "
-            f"y2 that overlap the image of {width[v]} x {height[v]}"
+            f"y2 that overlap the image ({width[v]} x {height[v]})"
         )
     return box, pixels
 
@@ -245,7 +247,7 @@ def _union_boxes(
     box: NDArray[np.int64],  # [N_o, 4]
     ends: NDArray[np.int64],  # [N_r, 2], rows of `box`
 ) -> NDArray[np.int64]:  # [N_r, 4]
-    """The smallest boxes that hold subject and object."""
+    """The smallest boxes that contain subject and object."""
     one, other = box[ends].swapaxes(0, 1)
     return np.concatenate([np.minimum(one[:, :2], other[:, :2]), np.maximum(one[:, 2:], other[:, 2:])], axis=1)
 
@@ -275,7 +277,7 @@ def _random_crop(
     height: NDArray[np.int64],
     width: NDArray[np.int64],
 ) -> NDArray[np.int64]:  # [n, 4]
-    """Random resized crop: the first of ten draws of area and ratio that fits, else a centre crop."""
+    """Random resized crop: the first of ten random areas and aspect ratios that fits, else a centre crop."""
     h, w = height[:, None], width[:, None]
     draws = draws.reshape(-1, 3, _TRIES)
     area = h * w * _between(draws[:, 0], *_AREA)

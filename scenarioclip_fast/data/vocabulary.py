@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.levels import LEVELS as LEVELS
-from scenarioclip_fast.levels import check_level
+from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
@@ -96,7 +95,7 @@ class Vocabulary:
         return self._tokens[level]
 
     def train_counts(self, level: str) -> list[int]:
-        """Occurrences of each text of a level in the train split; 0 means that it is held out of training."""
+        """Occurrences of each text of a level in the train split; 0: held out of training."""
         return self._counts[check_level(level)]
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +114,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a file that `save` wrote, without a tokenizer.
+        """Read a file written by `save`; does not require the tokenizer.
 
         Raises:
             UserError: missing or malformed file.
@@ -134,7 +133,7 @@ class Vocabulary:
         """Invert `to_json`.
 
         Args:
-            where: the file name for errors.
+            where: file name for error messages.
 
         Raises:
             UserError: malformed record.
@@ -152,9 +151,9 @@ class Vocabulary:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: malformed vocabulary ({type(error).__name__}: {error})") from None
         if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):
-            raise UserError(f"{where}: the texts are not sorted or not distinct; pack the data set again")
+            raise UserError(f"{where}: the texts are unsorted or not distinct; pack the data set again")
         if any(len(tokens[level]) != len(vocabulary._texts[level]) for level in LEVELS):
-            raise UserError(f"{where}: the numbers of token lists and texts differ; pack the data set again")
+            raise UserError(f"{where}: the numbers of texts and token lists differ; pack the data set again")
         vocabulary._tokens = tokens
         return vocabulary
 

@@ -1,4 +1,4 @@
-"""Evaluations of a trained model, each measured beside its chance level; `scenarioclip_fast.report` draws them."""
+"""Evaluations of a trained model, each with its chance level; `scenarioclip_fast.report` plots the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.eval.negatives import NegativesResult, hard_negatives
     from scenarioclip_fast.eval.probe import ProbeResult, ProbeSettings, linear_probe
     from scenarioclip_fast.eval.retrieval import RetrievalResult
-    from scenarioclip_fast.eval.samples import SampleScene, answer_samples
+    from scenarioclip_fast.eval.samples import SampleScene, predict_samples
     from scenarioclip_fast.eval.session import Session, open_session
     from scenarioclip_fast.eval.tsne import EmbeddingMap, embedding_map
     from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
@@ -21,7 +21,7 @@ else:
             "negatives": ["NegativesResult", "hard_negatives"],
             "probe": ["ProbeResult", "ProbeSettings", "linear_probe"],
             "retrieval": ["RetrievalResult"],
-            "samples": ["SampleScene", "answer_samples"],
+            "samples": ["SampleScene", "predict_samples"],
             "session": ["Session", "open_session"],
             "tsne": ["EmbeddingMap", "embedding_map"],
             "zeroshot": ["Accuracy", "ZeroShotResult"],
@@ -38,9 +38,9 @@ __all__ = [
     "SampleScene",
     "Session",
     "ZeroShotResult",
-    "answer_samples",
     "embedding_map",
     "hard_negatives",
     "linear_probe",
     "open_session",
+    "predict_samples",
 ]

@@ -1,4 +1,4 @@
-"""Open a model for evaluation: a run directory, or a directory that `save_pretrained` wrote."""
+"""Open a model for evaluation, from a run directory or a directory written by `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from scenarioclip_fast.train.config import DataSection, TrainConfig
 
 
 @dataclass(frozen=True)
-class Trained:
+class OpenedCheckpoint:
     """An opened checkpoint.
 
     Attributes:
         model: in evaluation mode.
-        directory: holds model.safetensors.
+        directory: directory of model.safetensors.
         files: the files that determine the weights.
-        data: data settings of the training run; the defaults if they are unknown.
-        scales: logit scale per level, where known.
+        data: data settings of the training run; the defaults if unknown.
+        scales: level -> logit scale, if known.
     """
 
     model: ScenarioCLIP
@@ -35,25 +35,25 @@ class Trained:
 
 def open_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", weights: Literal["student", "teacher"] = "student"
-) -> Trained:
+) -> OpenedCheckpoint:
     """Read RUN/model of a finished run, or a `save_pretrained` directory.
 
     Args:
         path: the directory.
-        device: where to put the model.
-        weights: "teacher" loads the EMA teacher's weights, which runs with loss.teacher_scope=all save.
+        device: device of the model.
+        weights: "teacher" loads the weights of the EMA teacher, saved by runs with loss.teacher_scope=all.
 
     Raises:
-        UserError: no model there, or no teacher weights.
+        UserError: the directory has no model, or no teacher weights.
     """
     path = Path(path)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {problem}; expected a run directory, or one that `save_pretrained` wrote")
+        raise UserError(f"{path} {problem}; expected a run directory, or one written by `save_pretrained`")
     directory = path / "model" if (path / "model" / "model.safetensors").is_file() else path
     if not (directory / "model.safetensors").is_file():
         unfinished = (path / "checkpoints").is_dir()
-        why = "is an unfinished run: resume it with `train --resume`" if unfinished else "holds no trained model"
+        why = "is an unfinished run: resume it with `train --resume`" if unfinished else "has no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     config = directory / "config.yaml"
     data = TrainConfig.load(config).data if config.is_file() else DataSection()
@@ -64,11 +64,11 @@ def open_checkpoint(
 
         files.append(directory / "teacher.safetensors")
         load_teacher(model, files[-1])
-    return Trained(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
+    return OpenedCheckpoint(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
 
 
 def pick_device(name: str) -> torch.device:
-    """Parse a device name; "auto" is the GPU if there is one.
+    """Parse a device name; "auto" is a GPU if there is one, otherwise the CPU.
 
     Raises:
         UserError: no such device.

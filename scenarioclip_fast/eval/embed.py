@@ -25,19 +25,21 @@ from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 
-_NAMED = 10  # skipped images listed in the warning
+_MAX_LISTED = 10  # skipped images in the warning
 
 
 @dataclass(frozen=True)
 class EmbeddingTable:
     """N embeddings of one level.
 
-    keys: N paths or scene keys; object and relation embeddings of a scene share its key
-    embeddings: float32 [N, D] on the CPU, as the encoder returns them, not normalised
-    text_ids: int64 [N], the class text of each row; only of packed shards
-    texts: the level's class texts, which `text_ids` index
-    skipped: images without an embedding
-    seconds: time spent on reading, decoding and embedding
+    Attributes:
+        level: "global", "object" or "relation".
+        keys: N paths or scene keys; object and relation embeddings of a scene share its key.
+        embeddings: float32 [N, D] on the CPU, encoder outputs, not normalised.
+        text_ids: int64 [N], class text of each row; only for packed shards.
+        texts: class texts of the level, indexed by `text_ids`.
+        skipped: images without an embedding.
+        seconds: time spent on reading, decoding and embedding.
     """
 
     level: str
@@ -51,11 +53,11 @@ class EmbeddingTable:
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the table atomically.
 
-        `.npz`: arrays `keys`, `embeddings` and `level`, of shards also `text_ids` and `texts`. `.parquet` (requires
-        pyarrow): columns `key` and `embedding`, of shards also `text_id` and `text`.
+        `.npz`: arrays `keys`, `embeddings` and `level`; for shards also `text_ids` and `texts`. `.parquet` (requires
+        pyarrow): columns `key` and `embedding`; for shards also `text_id` and `text`.
 
         Raises:
-            UserError: another suffix, or `path` exists and `force` is False.
+            UserError: unsupported suffix, or `path` exists and `force` is False.
             MissingDependencyError: pyarrow is not installed.
         """
         path = Path(path)
@@ -73,7 +75,7 @@ class EmbeddingTable:
 
     @staticmethod
     def _writer(path: Path, force: bool) -> Callable[[EmbeddingTable, BinaryIO], None]:
-        """The function that writes `path`; raises what `save` documents, before anything is computed."""
+        """Choose the function that writes `path`; raises the errors of `save`, before anything is computed."""
         if path.suffix not in (".npz", ".parquet"):
             raise UserError(f"{path}: got suffix {path.suffix!r}, expected .npz or .parquet")
         if path.is_dir():
@@ -101,24 +103,24 @@ def embed(
 ) -> EmbeddingTable:
     """Embed images with one vision encoder of a trained model.
 
-    Packed shards can be embedded under torchrun; rank 0 then writes and returns all rows, other ranks none.
+    Packed shards can be embedded under torchrun; rank 0 then writes and returns all rows, the other ranks none.
 
     Args:
-        checkpoint: a run's directory, or one that `save_pretrained` wrote.
+        checkpoint: a run directory, or a directory written by `save_pretrained`.
         images: an image, a folder of images and tars (searched recursively), a tar, or a directory or URL of packed
             shards.
-        out: file to write, .npz or .parquet; None: none.
-        level: "global", "object" or "relation"; the last two need the annotations of packed shards.
-        split: of packed shards: "train", "val" or "test".
+        out: the .npz or .parquet file to write; None writes no file.
+        level: "global", "object" or "relation"; the latter two require the annotations of packed shards.
+        split: split of packed shards: "train", "val" or "test".
         weights: "student", or "teacher" for the EMA weights of a run with loss.teacher_scope=all.
-        batch_size: images (of shards: scenes) per batch.
+        batch_size: images (for shards: scenes) per batch.
         device: auto, cpu, cuda or cuda:N.
         decoder: auto, torch or dali; None: as in training.
         force: overwrite `out`.
 
     Raises:
-        UserError: no such checkpoint, images, split or device; a level that needs annotations; no usable image; an
-            existing `out` without `force`.
+        UserError: no such checkpoint, images, split or device; the level requires annotations; no usable images; or
+            `out` exists and `force` is False.
     """
     check_level(level)
     if batch_size < 1:
@@ -138,7 +140,7 @@ def embed(
             return table
     if level != "global":
         raise UserError(
-            f"level {level!r} needs annotations, which {images} does not have: embed packed shards "
+            f"level {level!r} requires annotations, which {images} does not have: embed packed shards "
             "(`scenarioclip-fast pack`), or use level 'global'"
         )
     table = _embed_files(checkpoint, images, weights, batch_size, device, decoder)
@@ -155,7 +157,7 @@ def _embed_files(
     decoder: str | None,
 ) -> EmbeddingTable:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{images}: folders and tars are embedded by one process; pack them to use torchrun")
+        raise UserError(f"{images}: folders and tars are embedded in one process; pack the images to use torchrun")
     on = pick_device(device)
     paths = find_images(images)
     trained = open_checkpoint(checkpoint, on, weights)
@@ -172,8 +174,8 @@ def _embed_files(
         reader.close()
     seconds = time.monotonic() - start
     if skipped:
-        listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_NAMED])
-        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_MAX_LISTED])
+        more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
         print(f"warning: skipped {len(skipped)} images: {listed}{more}", file=sys.stderr)
     rows = features.levels.get("global")
     image = torch.empty(0, trained.model.config.embed_dim) if rows is None else rows.image.cpu()

@@ -1,4 +1,4 @@
-"""What every evaluation needs of a model: embeddings of class texts and of a batch's views, checked to be finite."""
+"""Embeddings of class texts and of a batch's views, checked to be finite; shared by all evaluations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.levels import LEVELS
 
-ALONE = World(0, 1, torch.device("cpu"), None)  # a single process; its tensors may be on any device
+SINGLE_PROCESS = World(0, 1, torch.device("cpu"), None)  # a single process; its tensors may be on any device
 _BLOCK = 1 << 24  # scores per block: 64 MiB
 _CHUNK = 256  # views embedded at once
 
 
 class Encoder(Protocol):
-    """The part of a model that evaluations call."""
+    """The model interface that evaluations use."""
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor: ...  # [V, 3, S, S] -> [V, D]
 
@@ -30,7 +31,7 @@ class Encoder(Protocol):
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Put an `nn.Module` in evaluation mode, and restore its mode at the end; ignore other objects."""
+    """Put an `nn.Module` in evaluation mode, and restore its mode on exit; ignores other objects."""
     if not isinstance(model, torch.nn.Module):
         yield
         return
@@ -43,10 +44,10 @@ def evaluating(model: object) -> Iterator[None]:
 
 
 def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[str] = LEVELS) -> dict[str, Tensor]:
-    """Unit-length embeddings [classes, D] of all class texts, per level with texts.
+    """Compute unit-length embeddings [classes, D] of all class texts, for each level with texts.
 
     Raises:
-        UserError: embeddings that are not finite.
+        UserError: the embeddings are not finite.
     """
     return {level: embed_texts(model, tokens, level) for level in levels if (tokens := vocabulary.tokens(level))}
 
@@ -55,7 +56,7 @@ def embed_texts(model: Encoder, tokens: list[list[int]], level: str) -> Tensor: 
     """Embed n tokenised texts.
 
     Raises:
-        UserError: embeddings that are not finite.
+        UserError: the embeddings are not finite.
     """
     text = F.normalize(model.encode_text(tokens, level).float(), dim=-1)
     check_finite(text.isfinite().all(1), f"{level} text")
@@ -66,7 +67,7 @@ def check_finite(
     finite: Tensor,  # bool [n]
     what: str,
 ) -> None:
-    """Raise UserError if some embeddings are not finite: scores computed from them would look like any others."""
+    """Raise UserError if any embedding is not finite: scores computed from it would look valid."""
     if bad := int((~finite).sum()):
         raise UserError(
             f"{bad} of {len(finite)} {what} embeddings are not finite: training diverged, or the weights are damaged"
@@ -74,7 +75,7 @@ def check_finite(
 
 
 def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Per level: pixels [n, 3, S, S], class ids [n] and the scene of each view [n]."""
+    """Split a batch into, per level, pixels [n, 3, S, S], class ids [n] and the scene of each view [n]."""
     pixels = torch.split(batch.pixels, [batch.num_scenes, batch.num_objects, batch.num_relations])
     ids = (batch.action_id, batch.object_id, batch.relation_id)
     scenes = (
@@ -91,7 +92,7 @@ def score_blocks(
     classes: Tensor,  # [C, D], unit length
     level: str,
 ) -> Iterator[tuple[slice, Tensor]]:  # rows of V, their cosines [rows, C]
-    """Cosine similarities of views with all class texts, in blocks of bounded size."""
+    """Yield cosine similarities of views with all class texts, in blocks of bounded size."""
     step = max(1, _BLOCK // len(classes))
     for start in range(0, len(pixels), _CHUNK):
         image = F.normalize(model.encode_image(pixels[start : start + _CHUNK], level).float(), dim=-1)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval.encoding import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
@@ -34,8 +34,8 @@ class LevelFeatures:
 
     Attributes:
         image: float32 [n, D], encoder outputs, not normalised.
-        text_id: int64 [n], positions in the vocabulary.
-        scene: int64 [n], positions among the `keys` of the split.
+        text_id: int64 [n], ids in the vocabulary.
+        scene: int64 [n], indices into the `keys` of the split.
     """
 
     image: Tensor  # [n, D]
@@ -63,10 +63,10 @@ def embed_views(
     desc: str = "embedding",
     show_progress: bool = True,
 ) -> Features:
-    """Embed every view of `batches`; batches and result are on the model's device.
+    """Embed all views of `batches`; batches and result are on the model's device.
 
     Raises:
-        UserError: embeddings that are not finite.
+        UserError: the embeddings are not finite.
     """
     parts: dict[str, list[LevelFeatures]] = {level: [] for level in levels}
     keys: list[str] = []
@@ -77,25 +77,25 @@ def embed_views(
                     image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])
                     parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
             keys += batch.keys
-    # pop frees each level's parts once they are joined, which halves the peak memory
-    features = Features(keys, {level: _joined(parts.pop(level)) for level in levels if parts[level]})
+    # pop frees the parts of each level after concatenation, which halves peak memory
+    features = Features(keys, {level: _concatenate(parts.pop(level)) for level in levels if parts[level]})
     for level, found in features.levels.items():
         check_finite(found.image.isfinite().all(1), level)
     return features
 
 
-def _joined(parts: Sequence[LevelFeatures]) -> LevelFeatures:
+def _concatenate(parts: Sequence[LevelFeatures]) -> LevelFeatures:
     return LevelFeatures(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
-def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
-    """Gather the shares of all ranks on rank 0's CPU, sorted by scene key; other ranks get the keys alone.
+def gather_features(features: Features, world: World, levels: Sequence[str] = LEVELS) -> Features:
+    """Gather the shares of all ranks on rank 0's CPU, sorted by scene key; other ranks get only the keys.
 
-    The order does not depend on the number of ranks. Shares may differ in size; a rank may have none.
+    The order does not depend on the number of ranks. Shares may differ in size, and may be empty.
     """
-    every = world.gather(features.keys)
-    keys = [key for own in every for key in own]
-    first = sum(len(own) for own in every[: world.rank])
+    keys_of_rank = world.gather(features.keys)
+    keys = [key for rank_keys in keys_of_rank for key in rank_keys]
+    first = sum(len(rank_keys) for rank_keys in keys_of_rank[: world.rank])
     order = sorted(range(len(keys)), key=keys.__getitem__)
     rank_of = torch.empty(len(keys), dtype=torch.int64)
     rank_of[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(keys))
@@ -108,7 +108,7 @@ def gathered(features: Features, world: World, levels: Sequence[str] = LEVELS) -
             own = LevelFeatures(torch.empty(0, width, device=world.device), none, none)
         image, text_id, scene = (_to_main_process(t, world) for t in (own.image, own.text_id, own.scene + first))
         if len(image):
-            by_key = rank_of[scene].argsort(stable=True)  # views of a scene keep their order
+            by_key = rank_of[scene].argsort(stable=True)  # preserves the order of a scene's views
             out[level] = LevelFeatures(image[by_key], text_id[by_key], rank_of[scene][by_key])
     return Features([keys[i] for i in order], out)
 
@@ -117,14 +117,14 @@ def _to_main_process(
     rows: Tensor,  # [n, ...], n differs among ranks
     world: World,
 ) -> Tensor:
-    """Gather rows on rank 0's CPU, blocks of ranks interleaved; other ranks get none."""
+    """Gather rows on rank 0's CPU, with the blocks of ranks interleaved; other ranks get none."""
     if world.group is None:
         return rows.cpu()
     sizes = [size for (size,) in exchange([len(rows)], world.device, world.group)]
     found = [rows[:0].cpu()]
-    for start in range(0, max(sizes), _ROWS):  # bounds device memory: the own share and one block
-        now = [min(max(size - start, 0), _ROWS) for size in sizes]
-        blocks = gather_rows(rows[start : start + _ROWS], now, world.group)
+    for start in range(0, max(sizes), _ROWS):  # device memory: this rank's share and one block
+        block_sizes = [min(max(size - start, 0), _ROWS) for size in sizes]
+        blocks = gather_rows(rows[start : start + _ROWS], block_sizes, world.group)
         if world.is_main_process:
             found += [block.cpu() for block in blocks]
     return torch.cat(found)
@@ -137,23 +137,23 @@ def split_features(
 
     Args:
         session: the model and data.
-        split: train, val or test.
-        levels: of "global", "object" and "relation".
+        split: "train", "val" or "test".
+        levels: subset of "global", "object" and "relation".
         cache: directory of cached features; None: no cache. File names contain a hash of the weights, the data set and
-            the view settings, so stale files are never read. Features of a split with skipped scenes are not cached,
-            since the scenes may become readable again.
+            the view settings, so stale files are never read. Splits with skipped scenes are not cached, since the
+            scenes may become readable.
     """
     world = session.world
     with session.loader(split) as loader:
         path = None if cache is None else _cache_file(session, loader, split, levels, Path(cache))
         kept = None if path is None or not world.is_main_process else _load(path)
-        # rank 0 decides for all ranks
+        # Rank 0 decides for all ranks.
         if world.gather(kept is not None)[0]:
             return kept or Features([], {})
         own = embed_views(
             session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.is_main_process
         )
-    features = gathered(own, world, levels)
+    features = gather_features(own, world, levels)
     if path is not None and world.is_main_process and not any(scene.split == split for scene in session.skipped):
         _save(features, path)
     return features
@@ -162,10 +162,10 @@ def split_features(
 def _cache_file(session: Session, loader: EvaluationLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
     digest = hashlib.sha256()
     data = session.data
-    how = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur, loader.decoder]
-    how += levels
-    # the manifest holds the SHA-256 of every shard
-    digest.update(json.dumps([how, loader.shards.manifest], sort_keys=True).encode())
+    settings = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur, loader.decoder]
+    settings += levels
+    # The manifest contains the SHA-256 of every shard.
+    digest.update(json.dumps([settings, loader.shards.manifest], sort_keys=True).encode())
     for path in session.trained.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -190,15 +190,15 @@ def _save(features: Features, path: Path) -> None:
 
 
 def _load(path: Path) -> Features | None:
-    """Read what `_save` wrote; None if the file is missing or damaged."""
+    """Read features written by `_save`; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
         with require("safetensors").safe_open(path, "pt") as file:
             keys = json.loads(file.metadata()["keys"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # damaged bytes may raise anything
-        print(f"{path}: not readable ({error}); embedding the split again", file=sys.stderr)
+    except Exception as error:  # damaged files can raise anything
+        print(f"warning: {path}: not readable ({error}); recomputing the features", file=sys.stderr)
         return None
     print(f"features read from {path}", file=sys.stderr)
     found = [level for level in LEVELS if f"{level}.image" in tensors]

@@ -1,4 +1,4 @@
-"""Load a split for evaluation: every scene once, in order; scenes that cannot be used are skipped and reported."""
+"""Load a split for evaluation: every scene once, in order. Unusable scenes are skipped and reported."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scenarioclip_fast.data.loader import SceneLoader
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 
-_NAMED = 3  # scenes listed in a message
-# A rank aborts its own pass only above this share; `max_bad_fraction` is checked over all ranks at the end.
-_HOPELESS = 0.5
+_MAX_LISTED = 3  # scenes listed in a message
+# A single rank aborts only above this fraction; `max_bad_fraction` is checked over all ranks at the end.
+_MAX_RANK_BAD_FRACTION = 0.5
 
 
 class SkippedScene(NamedTuple):
@@ -32,20 +32,20 @@ class SkippedScene(NamedTuple):
 
 
 class EvaluationLoader(SceneLoader):
-    """One rank's share of a split.
+    """Loads one rank's share of a split.
 
-    At the end of a pass the ranks exchange the scenes they skipped: new ones are appended to `skipped`, and the main
-    process prints one warning about them.
+    At the end of a pass, the ranks exchange their skipped scenes: new ones are appended to `skipped`, and the main
+    process prints a warning.
 
     Args:
         shards, batch_size, split, options: see `SceneLoader`.
-        config: how scenes become pixels; never augmented. `max_bad_fraction` is the largest share of the split's scenes
-            that may be skipped, checked over all ranks at the end of a pass.
+        config: decoding, views and resources; `augment` is ignored. `max_bad_fraction` limits the skipped scenes of the
+            split, and is checked over all ranks at the end of a pass.
         world: the ranks that share the split.
-        skipped: a list to append to, shared by several splits or passes.
+        skipped: list to which skipped scenes are appended; may be shared by several splits or passes.
 
     Raises:
-        UserError: as `SceneLoader`; at the end of a pass, too many skipped scenes.
+        UserError: see `SceneLoader`; at the end of a pass, too many scenes were skipped.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class EvaluationLoader(SceneLoader):
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
         *,
         split: str = "test",
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         skipped: list[SkippedScene] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
             shards,
             batch_size,
-            replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _HOPELESS)),
+            replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _MAX_RANK_BAD_FRACTION)),
             split=split,
             rank=world.rank,
             world_size=world.size,
@@ -73,12 +73,12 @@ class EvaluationLoader(SceneLoader):
             **options,
         )
         self.skipped = [] if skipped is None else skipped
-        self._split, self._world, self._tolerated = split, world, config.max_bad_fraction
+        self._split, self._world, self._max_bad_fraction = split, world, config.max_bad_fraction
         self._own: dict[str, SkippedScene] = {}
 
     @property
     def decoder(self) -> str:
-        """The decoder in use, "auto" resolved."""
+        """The class name of the decoder in use."""
         return type(self._decoder.decoder).__name__
 
     def __iter__(self) -> Iterator[Batch]:
@@ -86,26 +86,28 @@ class EvaluationLoader(SceneLoader):
         yield from super().__iter__()
         found = sorted(scene for own in self._world.gather(list(self._own.values())) for scene in own)
         scenes = len(self.shards)
-        if len(found) > self._tolerated * scenes:
+        if len(found) > self._max_bad_fraction * scenes:
             raise UserError(
                 f"{len(found)} of the {scenes} scenes of the {self._split} split cannot be used, more than "
-                f"max_bad_fraction = {self._tolerated:g}: {_named(found)}"
+                f"max_bad_fraction = {self._max_bad_fraction:g}: {_list_scenes(found)}"
             )
         if new := sorted(set(found) - set(self.skipped)):
             self.skipped += new
             if self._world.is_main_process:
                 about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are skipped"
-                print(f"warning: {about}: {_named(new)}", file=sys.stderr)
+                print(f"warning: {about}: {_list_scenes(new)}", file=sys.stderr)
 
     def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
         self._own |= {bad.key: SkippedScene(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
 
 
 def skipped_record(scenes: Sequence[SkippedScene]) -> dict[str, Any]:
-    """The entry `skipped` of a result's JSON."""
+    """Format skipped scenes as the `skipped` entry of a JSON result."""
     return {"count": len(scenes), "scenes": [scene._asdict() for scene in scenes]}
 
 
-def _named(scenes: Sequence[SkippedScene]) -> str:
-    shown = [f"{s.scene} ({s.reason}: {textwrap.shorten(s.detail, 100, placeholder='…')})" for s in scenes[:_NAMED]]
-    return ", ".join(shown) + (f" and {len(scenes) - _NAMED} more" if len(scenes) > _NAMED else "")
+def _list_scenes(scenes: Sequence[SkippedScene]) -> str:
+    shown = [
+        f"{s.scene} ({s.reason}: {textwrap.shorten(s.detail, 100, placeholder='…')})" for s in scenes[:_MAX_LISTED]
+    ]
+    return ", ".join(shown) + (f" and {len(scenes) - _MAX_LISTED} more" if len(scenes) > _MAX_LISTED else "")

@@ -1,12 +1,12 @@
 """Hard negatives: does a relation view score its true text above one that differs in a single part?
 
-Two kinds, each compared pairwise with the true text, so chance is 50 %:
+There are two kinds of negatives, each compared pairwise with the true text, so chance is 50 %:
 
-swapped     subject and object exchanged: "man riding horse" becomes "horse riding man"
+swapped     subject and object swapped: "man riding horse" becomes "horse riding man"
 predicate   predicate replaced by another of the vocabulary: "man riding horse" becomes "man under horse"
 
-A text that any relation of the image carries is never used as its negative. For a symmetric predicate ("next to") the
-swapped text is true although it is not annotated, and no model can tell the two apart. Ties score half a point.
+The text of another relation of the image is never used as a negative. For a symmetric predicate ("next to"), the
+swapped text is true although not annotated, and no model can distinguish the two. Ties score half a point.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scenarioclip_fast.data.splitmix64 import hash64
 from scenarioclip_fast.data.vocabulary import Vocabulary, tokenize
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import Features, embed_views
 from scenarioclip_fast.eval.tables import percent, text_table
 
@@ -47,8 +47,8 @@ class Triple(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Preference:
-    """Share of pairs in which the true text won: over all pairs of a kind, or those of one true predicate."""
+class NegativesAccuracy:
+    """Fraction of pairs in which the true text scored higher, for one kind, optionally for one true predicate."""
 
     kind: str
     accuracy: float
@@ -58,27 +58,27 @@ class Preference:
 
 @dataclass(frozen=True)
 class NegativesResult:
-    """Accuracies of one evaluation. `to_dict()` is ready for JSON, `str()` is the table.
+    """Accuracies of one evaluation. `to_dict()` can be serialised as JSON; `str()` is the table.
 
-    `rows` has one entry per kind, `predicates` one per kind and true predicate, the most frequent first. `without`
-    counts, per kind, the relations without a valid negative.
+    `rows` has one entry per kind, `predicates` one per kind and true predicate, most frequent first. `without` counts
+    the relations without a valid negative, per kind.
     """
 
     split: str
     relations: int
-    rows: list[Preference] = field(default_factory=list)
-    predicates: list[Preference] = field(default_factory=list)
+    rows: list[NegativesAccuracy] = field(default_factory=list)
+    predicates: list[NegativesAccuracy] = field(default_factory=list)
     without: dict[str, int] = field(default_factory=dict)
 
-    def get(self, kind: Kind) -> Preference | None:
-        """The row of that kind; None if no relation has such a negative."""
+    def get(self, kind: Kind) -> NegativesAccuracy | None:
+        """The row for `kind`; None if no relation has such a negative."""
         return next((row for row in self.rows if row.kind == kind), None)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows, as text."""
+        """The header and rows, as text."""
         head = ["negative", "accuracy", "chance", "pairs", "relations without a negative"]
         body = [
             [
@@ -97,9 +97,9 @@ class NegativesResult:
 
 
 def parse_relations(vocabulary: Vocabulary) -> list[Triple | None]:
-    """Split every relation text, in order of ids: the longest object names at either end, the predicate between them.
+    """Split each relation text, in order of ids: the longest object names at both ends, and the predicate in between.
 
-    None for a text that does not begin and end with an object name of the vocabulary.
+    None for texts that do not begin and end with an object name of the vocabulary.
     """
     names = frozenset(vocabulary.objects)
     return [_parse(text, names) for text in vocabulary.relations]
@@ -115,25 +115,25 @@ def _parse(text: str, names: Collection[str]) -> Triple | None:
     return None
 
 
-def draw_negatives(
+def make_negatives(
     triple: Triple,
     true: Collection[str],
     predicates: Sequence[str],
-    *numbers: int,
+    *seed: int,
 ) -> dict[Kind, str]:
-    """Draw the negatives of one relation, by kind; a kind without a valid negative is omitted.
+    """Make the negatives of one relation, by kind; kinds without a valid negative are omitted.
 
     Args:
         triple: the relation.
-        true: the texts of all relations of its image, which are never drawn.
+        true: the texts of all relations of its image, which are never used as negatives.
         predicates: candidates for the new predicate.
-        numbers: seed of the choice of the new predicate.
+        seed: numbers that determine the choice of the new predicate.
     """
     found: dict[Kind, str] = {}
     swapped = str(Triple(triple.object, triple.predicate, triple.subject))
     if swapped not in true:
         found["swapped"] = swapped
-    first = hash64(*numbers) % max(len(predicates), 1)
+    first = hash64(*seed) % max(len(predicates), 1)
     for i in range(len(predicates)):
         predicate = predicates[(first + i) % len(predicates)]
         if (text := str(triple._replace(predicate=predicate))) not in true:
@@ -150,17 +150,17 @@ def hard_negatives(
     *,
     split: str = "test",
     seed: int = 0,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> NegativesResult:
-    """Measure how often relation views score their true text above a hard negative, on one pass over `batches`.
+    """Measure how often relation views score their true text above a hard negative, in one pass over `batches`.
 
     Args:
         model, batches, vocabulary, split, world, show_progress: see `zeroshot`.
-        seed: of the predicates drawn, which depend only on it, the scene key and the relation's position in the scene.
+        seed: of the replacement predicates, which depend only on it, the scene key and the relation's position.
 
     Raises:
-        UserError: no relation, none with a valid negative, or embeddings that are not finite.
+        UserError: no relations, none with a valid negative, or the embeddings are not finite.
     """
     desc = f"hard negatives, {split}"
     features = embed_views(
@@ -170,7 +170,7 @@ def hard_negatives(
         own = _score_relations(model, features, vocabulary, seed)
     relations = [relation for share in world.gather(own) for relation in share]
     if not relations:
-        raise UserError(f"the {split} split holds no relations: nothing to evaluate")
+        raise UserError(f"the {split} split has no relations: nothing to evaluate")
     if not any(points for _, points in relations):
         raise UserError(
             f"none of the {len(relations)} relations of the {split} split has a valid negative: every swapped or "
@@ -182,8 +182,8 @@ def hard_negatives(
 
 def _accuracies(
     relations: Sequence[tuple[str, dict[Kind, float]]],
-) -> tuple[list[Preference], list[Preference], dict[str, int]]:
-    """Per kind; per kind and predicate, the most frequent first; and per kind the relations without a negative."""
+) -> tuple[list[NegativesAccuracy], list[NegativesAccuracy], dict[str, int]]:
+    """Accuracies per kind, accuracies per kind and predicate (most frequent first), and counts without a negative."""
     points: dict[tuple[Kind, str | None], list[float]] = defaultdict(list)
     without: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for predicate, scored in relations:
@@ -191,8 +191,8 @@ def _accuracies(
         for kind, point in scored.items():
             points[kind, None].append(point)
             points[kind, predicate].append(point)
-    # sums of halves are exact in any order
-    found = [Preference(kind, sum(own) / len(own), len(own), name) for (kind, name), own in points.items()]
+    # Sums of multiples of 1/2 are exact in any order.
+    found = [NegativesAccuracy(kind, sum(p) / len(p), len(p), name) for (kind, name), p in points.items()]
     rows = [row for kind in KINDS for row in found if row.kind == kind and row.predicate is None]
     named = sorted((row for row in found if row.predicate), key=lambda r: (r.kind, -r.questions, r.predicate or ""))
     return rows, named, dict(without)
@@ -201,47 +201,47 @@ def _accuracies(
 def _score_relations(
     model: Encoder, features: Features, vocabulary: Vocabulary, seed: int
 ) -> list[tuple[str, dict[Kind, float]]]:
-    """For each relation of this rank: its predicate, and per kind 1 (right), 0 (wrong) or 1/2 (tie)."""
+    """For each relation of this rank: its predicate, and per kind 1 (correct), 0 (wrong) or 1/2 (tie)."""
     if "relation" not in features.levels:
         return []
-    own = features.levels["relation"]
+    relation_views = features.levels["relation"]
     triples = parse_relations(vocabulary)
-    ids = own.text_id.tolist()
-    drawn = _draw_all(features, vocabulary, triples, seed)
-    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(negatives.values() for negatives in drawn)))
+    ids = relation_views.text_id.tolist()
+    negatives = _all_negatives(features, vocabulary, triples, seed)
+    texts = sorted({vocabulary.relations[i] for i in ids}.union(*(texts_of.values() for texts_of in negatives)))
     row_of = {text: row for row, text in enumerate(texts)}
     text = embed_texts(model, [tokenize(t, None) for t in texts], "relation")
-    image = F.normalize(own.image, dim=-1)
+    image = F.normalize(relation_views.image, dim=-1)
     own_rows = [row_of[vocabulary.relations[i]] for i in ids]
     truth = _cosines(image, text, range(len(ids)), own_rows)
     points: list[dict[Kind, float]] = [{} for _ in ids]
     for kind in KINDS:
-        views = [view for view, negatives in enumerate(drawn) if kind in negatives]
-        false = _cosines(image, text, views, [row_of[drawn[view][kind]] for view in views])
+        views = [view for view, texts_of in enumerate(negatives) if kind in texts_of]
+        false = _cosines(image, text, views, [row_of[negatives[view][kind]] for view in views])
         for view, own_score, other in zip(views, truth[views].tolist(), false.tolist(), strict=True):
             points[view][kind] = 0.5 * (own_score > other) + 0.5 * (own_score >= other)
     names = [triple.predicate if (triple := triples[i]) else "" for i in ids]
     return list(zip(names, points, strict=True))
 
 
-def _draw_all(
+def _all_negatives(
     features: Features, vocabulary: Vocabulary, triples: Sequence[Triple | None], seed: int
 ) -> list[dict[Kind, str]]:
     """The negatives of each relation view."""
     predicates = sorted({triple.predicate for triple in triples if triple})
-    own = features.levels["relation"]
-    ids, scenes = own.text_id.tolist(), own.scene.tolist()
+    relation_views = features.levels["relation"]
+    ids, scenes = relation_views.text_id.tolist(), relation_views.scene.tolist()
     true: dict[int, set[str]] = defaultdict(set)
     for i, scene in zip(ids, scenes, strict=True):
         true[scene].add(vocabulary.relations[i])
     position: Counter[int] = Counter()
-    drawn: list[dict[Kind, str]] = []
+    negatives: list[dict[Kind, str]] = []
     for i, scene in zip(ids, scenes, strict=True):
         triple = triples[i]
-        numbers = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
+        seeds = (seed, zlib.crc32(features.keys[scene].encode()), position[scene])
         position[scene] += 1
-        drawn.append(draw_negatives(triple, true[scene], predicates, *numbers) if triple else {})
-    return drawn
+        negatives.append(make_negatives(triple, true[scene], predicates, *seeds) if triple else {})
+    return negatives
 
 
 def _cosines(

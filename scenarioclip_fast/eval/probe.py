@@ -1,8 +1,9 @@
 """Linear probes of the three tasks on frozen embeddings.
 
 As published: `Linear(D, classes)` on the unnormalised encoder outputs, trained by AdamW with weight decay 5e-4. The
-learning rate follows a cosine from `lr` to 0. With a validation split, the weights are the best by its top-1 accuracy
-among `CHECKS` evenly spaced steps (early stopping); without one, the last. The test split is used once, at the end.
+learning rate follows a cosine schedule from `lr` to 0. With a validation split, the weights with the best top-1
+accuracy on it are selected among `CHECKS` evenly spaced steps (early stopping); without one, the last weights are used.
+The test split is used once, at the end.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.features import Features, LevelFeatures
 from scenarioclip_fast.eval.ranking import check_topk
 from scenarioclip_fast.eval.tables import TASKS, text_table
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress
 
 WEIGHT_DECAY = 5e-4
@@ -31,7 +33,7 @@ _BLOCK = 1 << 24  # scores per block: 64 MiB
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Training of probes: `steps` of `batch_size` views (or all, if there are fewer), once per seed."""
+    """Training settings of probes: `steps` with `batch_size` views (or all, if there are fewer), once per seed."""
 
     steps: int = 1000
     batch_size: int = 512
@@ -55,12 +57,12 @@ class ProbeAccuracy:
     Attributes:
         level: "global", "object" or "relation".
         views: views of the test split.
-        unseen: how many of them have a class that no training view has.
-        classes: classes of the vocabulary.
+        unseen: number of these views whose class does not occur in the train split.
+        classes: number of classes in the vocabulary.
         train_views: views of the train split.
-        top: k -> accuracy in [0, 1], the mean over seeds.
-        spread: k -> standard deviation over seeds; 0 for a single one.
-        baseline: k -> majority baseline: always predicting the k most frequent classes of the train split.
+        top: k -> accuracy in [0, 1], mean over seeds.
+        spread: k -> standard deviation over seeds; 0 for a single seed.
+        baseline: k -> accuracy of always predicting the k most frequent classes of the train split.
         step: step of the selected weights, per seed.
     """
 
@@ -77,7 +79,7 @@ class ProbeAccuracy:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The accuracies of one evaluation. `to_dict()` is ready for JSON, `str()` is the table."""
+    """The accuracies of one evaluation. `to_dict()` can be serialised as JSON; `str()` is the table."""
 
     split: str
     topk: tuple[int, ...]
@@ -86,14 +88,14 @@ class ProbeResult:
     rows: list[ProbeAccuracy] = field(default_factory=list)
 
     def get(self, level: str) -> ProbeAccuracy | None:
-        """The row of that level; None if a split has no view of it."""
+        """The row for `level`; None if a split has no views of it."""
         return next((row for row in self.rows if row.level == level), None)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows, as text."""
+        """The header and rows, as text."""
         several = len(self.settings.seeds) > 1
         head = ["task", "train views", "views", "views of unseen classes", "classes"]
         head += [f"top-{k} (majority)" for k in self.topk]
@@ -124,19 +126,19 @@ def linear_probe(
     device: str | torch.device = "cpu",
     show_progress: bool = True,
 ) -> ProbeResult:
-    """Train one probe per level and seed on `train`, select its weights on `val`, and measure it on `test`.
+    """Train one probe per level and seed on `train`, select its weights on `val`, and evaluate it on `test`.
 
-    A level without views in `train` or `test` has no row; one without views in `val` keeps its last weights.
+    Levels without views in `train` or `test` have no row; for levels without views in `val`, the last weights are used.
 
     Raises:
         UserError: no level has views in both `train` and `test`.
-        ValueError: a k below 1.
+        ValueError: `topk` is empty or has a number below 1.
     """
     topk = check_topk(topk)
     settings = settings or ProbeSettings()
     levels = [level for level in LEVELS if level in train.levels and level in test.levels]
     if not levels:
-        raise UserError(f"the train and {split} splits have no level of views in common: nothing to probe")
+        raise UserError(f"no level has views in both the train and the {split} split: nothing to probe")
     jobs = [(level, seed) for level in levels for seed in settings.seeds]
     scores: dict[str, dict[int, list[float]]] = {level: {k: [] for k in topk} for level in levels}
     steps: dict[str, list[int]] = {level: [] for level in levels}
@@ -144,12 +146,16 @@ def linear_probe(
         selection = val.levels.get(level) if val else None
         classes = len(vocabulary.texts(level))
         head, step = _fit(
-            _on(train.levels[level], device), selection and _on(selection, device), classes, settings, seed
+            _to_device(train.levels[level], device),
+            selection and _to_device(selection, device),
+            classes,
+            settings,
+            seed,
         )
         steps[level].append(step)
-        ahead = _ahead(head, _on(test.levels[level], device))
+        ranks = _ranks(head, _to_device(test.levels[level], device))
         for k in topk:
-            scores[level][k].append(_share_below(ahead, k))
+            scores[level][k].append(_topk_accuracy(ranks, k))
     rows = [
         _summarise(
             level,
@@ -172,7 +178,7 @@ def _summarise(
     scores: dict[int, list[float]],
     steps: list[int],
 ) -> ProbeAccuracy:
-    """Reduce `scores`, k -> accuracy per seed, to one row beside the majority baseline."""
+    """Summarise `scores` (k -> accuracy per seed) in one row, with the majority baseline."""
     counts = train.bincount(minlength=classes)
     frequent = counts.sort(descending=True, stable=True).indices
     return ProbeAccuracy(
@@ -181,14 +187,14 @@ def _summarise(
         unseen=int((counts[test] == 0).sum()),
         classes=len(counts),
         train_views=len(train),
-        top={k: fmean(own) for k, own in scores.items()},
-        spread={k: stdev(own) if len(own) > 1 else 0.0 for k, own in scores.items()},
+        top={k: fmean(values) for k, values in scores.items()},
+        spread={k: stdev(values) if len(values) > 1 else 0.0 for k, values in scores.items()},
         baseline={k: int(torch.isin(test, frequent[:k]).sum()) / len(test) for k in scores},
         step=steps,
     )
 
 
-def _on(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
+def _to_device(rows: LevelFeatures, device: str | torch.device) -> LevelFeatures:
     return LevelFeatures(*(t.to(device) for t in (rows.image, rows.text_id, rows.scene)))
 
 
@@ -199,17 +205,17 @@ def _fit(
     settings: ProbeSettings,
     seed: int,
 ) -> tuple[nn.Linear, int]:
-    """Train a head; return it and the step of its weights. Bitwise reproducible per seed on one kind of machine."""
+    """Train a head; return it and the step of its weights. Bitwise reproducible for a seed on the same hardware."""
     device, width = train.image.device, train.image.shape[1]
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(width, classes, device=device)
     with torch.no_grad():
-        for p in head.parameters():  # the initialisation of nn.Linear, from a seeded generator
+        for p in head.parameters():  # initialisation of nn.Linear, with a seeded generator
             p.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) / math.sqrt(width))
     optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     every = max(1, settings.steps // CHECKS)
-    best, best_step, kept = -1.0, settings.steps, None
+    best, best_step, best_state = -1.0, settings.steps, None
     for step, order in enumerate(_batches(len(train), settings, generator), start=1):
         rows = order.to(device)
         loss = F.cross_entropy(head(train.image[rows]), train.text_id[rows])
@@ -218,17 +224,17 @@ def _fit(
         optimizer.step()
         schedule.step()
         if val is not None and (step % every == 0 or step == settings.steps):
-            accuracy = _share_below(_ahead(head, val), 1)
+            accuracy = _topk_accuracy(_ranks(head, val), 1)
             if accuracy > best:
                 best, best_step = accuracy, step
-                kept = {name: p.clone() for name, p in head.state_dict().items()}
-    if kept is not None:
-        head.load_state_dict(kept)
+                best_state = {name: p.clone() for name, p in head.state_dict().items()}
+    if best_state is not None:
+        head.load_state_dict(best_state)
     return head, best_step
 
 
 def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) -> list[Tensor]:
-    """The rows of each step; every epoch shuffles the views anew and drops the last partial batch."""
+    """The rows of each step; each epoch reshuffles the views and drops the last partial batch."""
     size = min(settings.batch_size, views)
     per_epoch = views // size
     out: list[Tensor] = []
@@ -239,8 +245,8 @@ def _batches(views: int, settings: ProbeSettings, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
-    """Number of other classes that score at least as high as each view's own."""
+def _ranks(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
+    """Rank of each view's true class, from 0: the number of other classes that score at least as high."""
     found = []
     step = max(1, _BLOCK // head.out_features)
     for image, ids in zip(rows.image.split(step), rows.text_id.split(step), strict=True):
@@ -249,5 +255,5 @@ def _ahead(head: nn.Linear, rows: LevelFeatures) -> Tensor:  # [n]
     return torch.cat(found)
 
 
-def _share_below(values: Tensor, k: int) -> float:
-    return int((values < k).sum()) / len(values)
+def _topk_accuracy(ranks: Tensor, k: int) -> float:
+    return int((ranks < k).sum()) / len(ranks)

@@ -1,10 +1,11 @@
 """Cross-modal retrieval between views and texts, in both directions, at each level.
 
-The text gallery holds the distinct texts of the split, the image gallery all its views of the level. An image query has
-one right answer, its own text; a text query, one per distinct text, is answered by any view that carries it. Recall at
-k is the share of queries with a right answer among the first k; ties count against the model, as in `zeroshot`.
+The text gallery consists of the distinct texts of the split, the image gallery of all views of the level. An image
+query has one correct answer, its own text. There is one text query per distinct text, and any view with that text is
+correct. Recall at k is the fraction of queries with a correct answer among the first k; ties count against the model,
+as in `zeroshot`.
 
-Similarities are computed in blocks, so no views x texts matrix is kept. Processes exchange one number per text, and
+Similarities are computed in blocks, so no views x texts matrix is stored. Processes exchange one number per text, and
 features stay on the rank that computed them.
 """
 
@@ -20,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.encoding import ALONE, Encoder, embed_texts, evaluating
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS, Encoder, embed_texts, evaluating
 from scenarioclip_fast.eval.features import embed_views
 from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
 from scenarioclip_fast.eval.tables import TASKS, percent, text_table
+from scenarioclip_fast.levels import LEVELS
 
 Direction = Literal["image_to_text", "text_to_image"]
 DIRECTIONS: dict[Direction, str] = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -38,8 +40,8 @@ _BLOCK = 1 << 24  # similarities per block: 64 MiB
 class Recall:
     """Recall at k of one level in one direction.
 
-    `recall` and `chance` map k to a share in [0, 1]; `chance` is the expected recall of a random ranking of the
-    gallery. `median_rank`, from 1, is the median over queries of the rank of the first right answer.
+    `recall` and `chance` map k to a value in [0, 1]; `chance` is the expected recall of a random ranking of the
+    gallery. `median_rank`, from 1, is the median over queries of the rank of the first correct answer.
     """
 
     level: str
@@ -53,7 +55,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Every recall of one evaluation. `to_dict()` is ready for JSON, `str()` is the table."""
+    """All recalls of one evaluation. `to_dict()` can be serialised as JSON; `str()` is the table."""
 
     split: str
     scenes: int
@@ -64,7 +66,7 @@ class RetrievalResult:
         return asdict(self)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows, as text."""
+        """The header and rows, as text."""
         head = ["task", "direction", "queries", "gallery", *(f"R@{k} (chance)" for k in self.topk), "median rank"]
         body = [
             [TASKS[row.level], DIRECTIONS[row.direction], f"{row.queries}", f"{row.gallery}"]  # type: ignore[index]
@@ -87,30 +89,30 @@ def retrieval(
     split: str = "test",
     levels: Sequence[str] = LEVELS,
     topk: Sequence[int] = (1, 5, 10),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> RetrievalResult:
-    """Measure recall at k in both directions, on one pass over `batches`. Arguments and errors: see `zeroshot`."""
+    """Measure recall at k in both directions, in one pass over `batches`. Arguments and errors as for `zeroshot`."""
     topk = check_topk(topk)
     features = embed_views(
         model, batches, levels, desc=f"retrieval, {split}", show_progress=show_progress and world.is_main_process
     )
     scenes = sum(world.gather(len(features.keys)))
     if scenes == 0:
-        raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
+        raise UserError(f"the {split} split has no scenes: nothing to evaluate")
     rows: list[Recall] = []
     for level in levels:
         tokens = vocabulary.tokens(level)
-        own = features.levels.get(level)
-        device = world.device if own is None else own.image.device
-        ids = torch.empty(0, dtype=torch.int64, device=device) if own is None else own.text_id
+        found = features.levels.get(level)
+        device = world.device if found is None else found.image.device
+        ids = torch.empty(0, dtype=torch.int64, device=device) if found is None else found.text_id
         count = world.sum_(torch.bincount(ids, minlength=len(tokens)))  # [all texts of the vocabulary]
         present = count.nonzero()[:, 0]
         if len(present) == 0:
             continue
         with evaluating(model):
             text = embed_texts(model, [tokens[i] for i in present.tolist()], level)
-        image = text[:0] if own is None else F.normalize(own.image, dim=-1)
+        image = text[:0] if found is None else F.normalize(found.image, dim=-1)
         to_text, to_image = ranks(image, text, torch.searchsorted(present, ids), world)
         views = int(count.sum())
         rows += [
@@ -123,9 +125,9 @@ def retrieval(
 def _recall(
     level: str,
     direction: Direction,
-    histogram: Tensor,  # [ranks] number of queries whose first right answer has that rank
+    histogram: Tensor,  # [ranks] number of queries whose first correct answer has that rank
     gallery: int,
-    right: Tensor,  # number of right answers per query, or one for all
+    correct: Tensor,  # number of correct answers of each query, or one number for all
     topk: Sequence[int],
 ) -> Recall:
     found = histogram.cumsum(0).cpu()
@@ -137,21 +139,24 @@ def _recall(
         queries,
         gallery,
         recall={k: int(found[min(k, len(found)) - 1]) / queries for k in topk},
-        chance={k: random_hit_rate(k, gallery, right) for k in topk},
+        chance={k: random_hit_rate(k, gallery, correct) for k in topk},
         median_rank=float((torch.searchsorted(found, middle) + 1).double().mean()),
     )
 
 
 def ranks(
-    image: Tensor,  # [N, D], unit length: this rank's
+    image: Tensor,  # [N, D], unit length, of this rank
     text: Tensor,  # [U, D], unit length, distinct, the same on every rank
-    text_index: Tensor,  # [N] int64: the text of each image
-    world: World = ALONE,
+    text_index: Tensor,  # [N] int64, the text of each image
+    world: World = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:  # [U], [U], int64
-    """Rank the right answers, from 0, among the images of all processes.
+    """Rank the correct answers, from 0, among the images of all processes.
 
-    Returns the number of images whose text has rank r, for r = 0 to U - 1, and for each text the rank of the first
-    image that carries it. Memory: N + U numbers and one block of float32 similarities.
+    Memory: N + U numbers and one block of float32 similarities.
+
+    Returns:
+        For r = 0 to U - 1, the number of images whose text has rank r; and for each text, the rank of the first image
+        with that text.
     """
     best = text.new_full((text.shape[0],), -torch.inf)
     for rows, scores in _blocks(image, text):
@@ -162,15 +167,15 @@ def ranks(
     to_text, to_image = (torch.zeros(text.shape[0], dtype=torch.int64, device=text.device) for _ in range(2))
     for rows, scores in _blocks(image, text):
         own = text_index[rows][:, None]
-        right = scores.gather(1, own)
-        # "not less" rather than "greater or equal", so that NaN counts as ahead; a right answer is not ahead of itself.
-        to_text += (~(scores < right)).scatter_(1, own, False).sum(1).bincount(minlength=text.shape[0])
+        correct = scores.gather(1, own)
+        # "not less" instead of "greater or equal", so that NaN ranks higher; correct answers do not outrank themselves.
+        to_text += (~(scores < correct)).scatter_(1, own, False).sum(1).bincount(minlength=text.shape[0])
         to_image += (~(scores < best)).scatter_(1, own, False).sum(0)
     return world.sum_(to_text), world.sum_(to_image)
 
 
 def _blocks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Similarities of images with all texts, block by block."""
+    """Yield similarities of images with all texts, in blocks."""
     step = max(1, _BLOCK // text.shape[0])
     for start in range(0, image.shape[0], step):
         rows = slice(start, start + step)

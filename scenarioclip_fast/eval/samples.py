@@ -1,4 +1,4 @@
-"""A model's answers for a few sample scenes: views, true texts and top guesses, ready to be drawn."""
+"""A model's predictions for a few sample scenes: views, true texts and top predictions, for plots."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ _CANDIDATES = 10  # scenes considered per scene shown
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One view as the model received it, its true text, and the top guesses with their cosine similarity, best first.
+class Prediction:
+    """One view as seen by the model, its true text, and the top texts with their cosine similarities, best first.
 
-    `truth_score` is the true text's similarity, `truth_rank` its rank from 1 among all texts; ties count against it.
+    `truth_score` is the similarity of the true text, `truth_rank` its rank among all texts, from 1; ties count against
+    it.
     """
 
     picture: Tensor  # uint8 [S, S, 3]
     truth: str
-    guesses: list[tuple[str, float]]
+    top_texts: list[tuple[str, float]]
     held_out: bool = False
     truth_score: float = float("nan")
     truth_rank: int = 0
 
     @property
-    def right(self) -> bool:
-        return self.guesses[0][0] == self.truth
+    def correct(self) -> bool:
+        return self.top_texts[0][0] == self.truth
 
 
 @dataclass(frozen=True)
 class SampleScene:
-    """The answers for the views of one scene."""
+    """The predictions for the views of one scene."""
 
     key: str
-    action: Answer
-    objects: list[Answer] = field(default_factory=list)
-    relations: list[Answer] = field(default_factory=list)
+    action: Prediction
+    objects: list[Prediction] = field(default_factory=list)
+    relations: list[Prediction] = field(default_factory=list)
 
 
 def to_picture(
@@ -55,18 +56,18 @@ def to_picture(
 
 
 @torch.inference_mode()
-def answer_samples(
-    model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, guesses: int = 3
+def predict_samples(
+    model: Encoder, batches: Iterable[Batch], vocabulary: Vocabulary, *, scenes: int = 6, topk: int = 3
 ) -> list[SampleScene]:
-    """Collect the model's top guesses for `scenes` scenes among the first ones of `batches`.
+    """Collect the model's top predictions for `scenes` scenes among the first ones of `batches`.
 
-    Scenes with relations precede those without; within each group, scenes whose action is not shown yet come first.
+    Scenes with relations precede those without; within each group, actions that are not shown yet come first.
     """
     found: list[SampleScene] = []
     with evaluating(model):
         texts = class_embeddings(model, vocabulary)
         for batch in batches:
-            found += _answer_batch(model, batch, vocabulary, texts, guesses)
+            found += _predict_batch(model, batch, vocabulary, texts, topk)
             if len(found) >= _CANDIDATES * scenes:
                 break
     shown: Counter[tuple[bool, str]] = Counter()
@@ -79,24 +80,25 @@ def answer_samples(
     return [found[i] for i in order[:scenes]]
 
 
-def _answer_batch(
-    model: Encoder, batch: Batch, vocabulary: Vocabulary, texts: dict[str, Tensor], guesses: int
+def _predict_batch(
+    model: Encoder, batch: Batch, vocabulary: Vocabulary, texts: dict[str, Tensor], topk: int
 ) -> list[SampleScene]:
-    answers: dict[str, list[list[Answer]]] = {}
+    predictions: dict[str, list[list[Prediction]]] = {}
     for level, (pixels, ids, scene) in level_views(batch).items():
-        answers[level] = [[] for _ in range(batch.num_scenes)]
+        predictions[level] = [[] for _ in range(batch.num_scenes)]
         if len(ids) == 0:
             continue
         names, counts = vocabulary.texts(level), vocabulary.train_counts(level)
         for some, scores in score_blocks(model, pixels, texts[level], level):
-            best = scores.topk(min(guesses, len(names)))
+            best = scores.topk(min(topk, len(names)))
             own = scores.gather(1, ids[some][:, None])
             rank = (~(scores < own)).sum(1)
             columns = (ids[some], scene[some], best.indices, best.values, own[:, 0], rank)
             rows = zip(pixels[some], *(column.tolist() for column in columns), strict=True)
-            for view, truth, home, top, cosines, score, place in rows:
-                ranked = [(names[i], cosine) for i, cosine in zip(top, cosines, strict=True)]
+            for view, truth, i, top, cosines, score, position in rows:
+                ranked = [(names[j], cosine) for j, cosine in zip(top, cosines, strict=True)]
                 held_out = counts[truth] == 0
-                answers[level][home].append(Answer(to_picture(view), names[truth], ranked, held_out, score, place))
-    per_scene = zip(batch.keys, answers["global"], answers["object"], answers["relation"], strict=True)
+                prediction = Prediction(to_picture(view), names[truth], ranked, held_out, score, position)
+                predictions[level][i].append(prediction)
+    per_scene = zip(batch.keys, predictions["global"], predictions["object"], predictions["relation"], strict=True)
     return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]

@@ -1,4 +1,4 @@
-"""The common setup of every evaluation: a trained model, a packed data set and the ranks that share the work."""
+"""Common setup of evaluations: a trained model, a packed data set and the ranks that share the work."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.checkpoint import Trained, open_checkpoint, pick_device
-from scenarioclip_fast.eval.encoding import ALONE
+from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint, open_checkpoint, pick_device
+from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.train.config import DataSection
 
-# Ranks wait for one another at the end of their shares, which may take unequal time.
+# Ranks wait for one another at the end of their shares, which may take different times.
 _TIMEOUT_S = 3600.0
-# Not those of the run, which may have used another machine; and every scene is read once, so a cache is useless.
+# The run's values may suit another machine; and each scene is read once, so a cache is useless.
 _LOADING = {"threads": LoaderConfig.threads, "prefetch": LoaderConfig.prefetch, "cache_gib": 0.0}
 
 
 @dataclass(frozen=True)
 class Session:
-    """An open checkpoint, a data set and how to read it.
+    """An open checkpoint, a data set and the settings for reading it.
 
     Attributes:
-        data: data settings of the model's training run, with the caller's overrides.
-        skipped: scenes of all ranks that could not be used in any pass so far.
+        data: data settings of the training run, with the caller's overrides.
+        skipped: scenes skipped so far, on all ranks.
     """
 
-    trained: Trained
+    trained: OpenedCheckpoint
     shards: str | Path
     world: World
     batch_size: int
@@ -52,7 +52,7 @@ class Session:
         return len(ShardSet(self.shards, split))
 
     def loader(self, split: str, *, whole: bool = False) -> EvaluationLoader:
-        """Open this rank's share of a split, in order; with `whole`, the whole split.
+        """Open this rank's share of a split, or with `whole`, the whole split. Scenes are in order.
 
         Raises:
             UserError: the data set has no such split, or the split has no scenes.
@@ -62,8 +62,8 @@ class Session:
             self.batch_size,
             self.data,
             split=split,
-            world=ALONE if whole else self.world,
-            # whole passes only pick sample scenes: what they skip is not part of a result
+            world=SINGLE_PROCESS if whole else self.world,
+            # Passes over the whole split only select sample scenes, so their skipped scenes are not reported.
             skipped=[*self.skipped] if whole else self.skipped,
             device=self.world.device,
             size=self.model.config.vision.image_size,
@@ -80,19 +80,19 @@ def open_session(
     batch_size: int = 64,
     **overrides: Any,
 ) -> Iterator[Session]:
-    """Open `checkpoint` on every rank that torchrun started, or in this process alone.
+    """Open `checkpoint` and `shards`, on every rank under torchrun, otherwise in this process.
 
     Reports texts of the data set that exceed the model's context length.
 
     Args:
         checkpoint, weights: see `open_checkpoint`.
-        shards: directory that `pack` wrote.
+        shards: directory written by `pack`, or its URL.
         device: auto, cpu, cuda or cuda:N.
         batch_size: scenes per batch and rank.
-        overrides: fields of `LoaderConfig` that replace those of the model's run; None keeps the run's value.
+        overrides: fields of `LoaderConfig` that replace those of the training run; None keeps the run's value.
 
     Raises:
-        UserError: no such checkpoint, data set or device, or texts that do not match the model.
+        UserError: no such checkpoint, data set or device, or the texts do not match the model.
     """
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")

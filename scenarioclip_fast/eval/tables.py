@@ -1,10 +1,10 @@
-"""Results as aligned text for a terminal."""
+"""Format results as aligned text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}  # level -> what it recognises
+TASKS: dict[str, str] = {"global": "action", "object": "object", "relation": "relation"}  # level -> task
 
 
 def text_table(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> str:
@@ -21,6 +21,6 @@ def text_table(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -
     return "\n".join([text(head), "  ".join("-" * width for width in widths), *map(text, body)])
 
 
-def percent(share: float) -> str:
-    """Format a share in [0, 1] as "12.3 %"."""
-    return f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """Format a fraction in [0, 1] as "12.3 %"."""
+    return f"{100 * fraction:.1f} %"

@@ -1,7 +1,7 @@
-"""t-SNE map of the embeddings of one level, and the 1-NN accuracy of the embeddings themselves.
+"""t-SNE map of the embeddings of one level, and the 1-NN accuracy of the embeddings.
 
-Only neighbourhoods of a t-SNE map are meaningful, not distances between clusters or their sizes. The 1-NN accuracy is
-measured without the map: the share of views whose nearest neighbour by cosine similarity has the same class.
+In a t-SNE map, only neighbourhoods are meaningful, not distances between clusters or cluster sizes. The 1-NN accuracy
+is computed from the embeddings: the fraction of views whose nearest neighbour by cosine similarity has the same class.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MIN_VIEWS = 10
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """The map: `keys`, `label`, `x` and `y` have one entry per view.
+    """A t-SNE map; `keys`, `label`, `x` and `y` have one entry per view.
 
     Attributes:
-        classes: the most frequent classes of the split, in descending order.
+        classes: the most frequent classes of the split, in descending order of frequency.
         keys: scene keys.
-        label: positions in `classes`.
-        agreement: 1-NN accuracy: share of views whose nearest neighbour has the same class.
-        chance: the same for a random neighbour.
+        label: indices into `classes`.
+        agreement: 1-NN accuracy: fraction of views whose nearest neighbour has the same class.
+        chance: 1-NN accuracy for a random neighbour.
     """
 
     split: str
@@ -48,7 +48,7 @@ class EmbeddingMap:
         return asdict(self)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and one row, as text."""
+        """The header and one row, as text."""
         head = ["task", "views", "classes", "1-NN accuracy", "chance"]
         row = [TASKS[self.level], f"{len(self.x)}", f"{len(self.classes)}"]
         return head, [[*row, percent(self.agreement), percent(self.chance)]]
@@ -67,16 +67,16 @@ def embedding_map(
     views: int = 2000,
     seed: int = 0,
 ) -> EmbeddingMap:
-    """Lay out the views of the `classes` most frequent texts of `level`.
+    """Compute a t-SNE map of the views of the `classes` most frequent texts of `level`.
 
     Args:
-        features: of the split, on the CPU.
-        vocabulary: the class texts.
+        features: features of the split, on the CPU.
+        vocabulary: provides the class texts.
         split: name of the split, for the result.
         level: "global", "object" or "relation".
         classes: number of classes.
-        views: maximum number of views, equally many per class where there are enough.
-        seed: of the layout, which is reproducible on one machine.
+        views: maximum number of views, divided equally among the classes if they have enough.
+        seed: random seed of t-SNE; reproducible on one machine.
 
     Raises:
         UserError: fewer than two classes or MIN_VIEWS views, or all embeddings are equal.
@@ -87,18 +87,18 @@ def embedding_map(
     rows = features.levels.get(level)
     texts = vocabulary.texts(level)
     counts = torch.zeros(len(texts), dtype=torch.int64) if rows is None else rows.text_id.bincount(minlength=len(texts))
-    # at least two views per class, so that each has a neighbour of its own class
-    most = min(classes, views // 2)
-    frequent = [i for i in counts.sort(descending=True, stable=True).indices[:most].tolist() if counts[i]]
+    # At least two views per class, so that each can have a neighbour of the same class.
+    limit = min(classes, views // 2)
+    frequent = [i for i in counts.sort(descending=True, stable=True).indices[:limit].tolist() if counts[i]]
     chosen = [] if rows is None else _choose_views(rows.text_id, frequent, views)
     total = sum(map(len, chosen))
     if rows is None or len(frequent) < 2 or total < MIN_VIEWS:
         raise UserError(
             f"the {split} split has {total} {level} views of {len(frequent)} classes, expected at least {MIN_VIEWS} "
-            "of 2: use a larger split"
+            "of 2 classes: use a larger split"
         )
     index = torch.cat(chosen)
-    label = torch.repeat_interleave(torch.tensor([len(own) for own in chosen]))
+    label = torch.repeat_interleave(torch.tensor([len(index) for index in chosen]))
     image = F.normalize(rows.image[index].float(), dim=-1)
     if bool((image == image[0]).all()):
         raise UserError(f"all {total} {level} embeddings have the same direction: nothing to map")
@@ -119,7 +119,7 @@ def embedding_map(
 
 
 def check_settings(classes: int, views: int, seed: int) -> None:
-    """Raise UserError for too few classes or views, or a seed that scikit-learn rejects."""
+    """Raise UserError if there are too few classes or views, or scikit-learn would reject the seed."""
     if classes < 2:
         raise UserError(f"classes: got {classes}, expected at least 2")
     if views < MIN_VIEWS:
@@ -133,10 +133,10 @@ def _choose_views(
     classes: list[int],
     views: int,
 ) -> list[torch.Tensor]:
-    """Per class, the rows of its share of at most `views` views."""
+    """Choose at most `views` views in total, and return the rows of each class."""
     each, more = divmod(views, max(len(classes), 1))
     rows = [(text_id == i).nonzero()[:, 0] for i in classes]
-    return [_spread(own, each + (place < more)) for place, own in enumerate(rows)]
+    return [_spread(class_rows, each + (i < more)) for i, class_rows in enumerate(rows)]
 
 
 def _spread(rows: torch.Tensor, limit: int) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Zero-shot recognition of actions, objects and relations against all class texts of a vocabulary.
 
-Each view is compared by cosine similarity with every text of its level: actions with global views, objects with object
-views, relations with relation views. Two matching rules:
+Each view is compared by cosine similarity with all texts of its level: global views with actions, object views with
+objects, relation views with relations. There are two matching rules:
 
-own            strict: only the view's own text is right
-any_in_image   as published: any object (relation) of the image is right for each of its object (relation) views
+own            strict: only the view's own text is correct
+any_in_image   as published: any object (relation) of the image is correct for each of its object (relation) views
 
-Ties count against the model: the right text has rank r if r - 1 wrong texts score at least as high.
+Ties count against the model: the correct text has rank r if r - 1 wrong texts score at least as high.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.vocabulary import LEVELS, Vocabulary
+from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.encoding import (
-    ALONE,
+    SINGLE_PROCESS,
     Encoder,
     check_finite,
     class_embeddings,
@@ -33,6 +33,7 @@ from scenarioclip_fast.eval.encoding import (
 )
 from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
 from scenarioclip_fast.eval.tables import TASKS, text_table
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress
 
 Match = Literal["own", "any_in_image"]
@@ -43,8 +44,8 @@ MATCHES: tuple[Match, ...] = ("own", "any_in_image")
 class Accuracy:
     """Top-k accuracy of one level under one matching rule on one subset of its views.
 
-    `top` and `chance` map k to a share in [0, 1]; `chance` is the expected accuracy of a random ranking on the same
-    views. `subset` is "all", or "seen" / "held_out": views whose text occurs (does not occur) in the train split.
+    `top` and `chance` map k to an accuracy in [0, 1]; `chance` is the expected accuracy of a random ranking on the same
+    views. `subset` is "all", or "seen" / "held_out": views whose text does / does not occur in the train split.
     """
 
     level: str
@@ -58,7 +59,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """Every accuracy of one evaluation. `to_dict()` is ready for JSON, `str()` is the table."""
+    """All accuracies of one evaluation. `to_dict()` can be serialised as JSON; `str()` is the table."""
 
     split: str
     scenes: int
@@ -66,12 +67,12 @@ class ZeroShotResult:
     rows: list[Accuracy] = field(default_factory=list)
 
     def get(self, level: str, match: str = "own", subset: str = "all") -> Accuracy | None:
-        """The row of that level, rule and subset; None if the split has no such view."""
+        """The row for a level, matching rule and subset; None if the split has no such views."""
         key = (level, match, subset)
         return next((row for row in self.rows if (row.level, row.match, row.subset) == key), None)
 
     def only(self, match: str) -> ZeroShotResult:
-        """The rows of one matching rule."""
+        """Restrict the result to one matching rule."""
         return replace(self, rows=[row for row in self.rows if row.match == match])
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,11 +80,11 @@ class ZeroShotResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ZeroShotResult:
-        """The inverse of `to_dict`, also of JSON (whose keys k are strings)."""
+        """Invert `to_dict`, also after a round trip through JSON (where keys are strings)."""
 
         def row(entry: dict[str, Any]) -> Accuracy:
-            shares = {name: {int(k): share for k, share in entry[name].items()} for name in ("top", "chance")}
-            return Accuracy(**{**entry, **shares})
+            by_k = {name: {int(k): value for k, value in entry[name].items()} for name in ("top", "chance")}
+            return Accuracy(**{**entry, **by_k})
 
         return cls(data["split"], data["scenes"], tuple(data["topk"]), [row(entry) for entry in data["rows"]])
 
@@ -99,8 +100,8 @@ class ZeroShotResult:
 
 @dataclass
 class _Tally:
-    """Per view of one level: whether its scores are finite, its class id, the number of classes of its image, and per
-    matching rule the number of wrong classes that score at least as high as the best right one.
+    """Per view of one level: whether its scores are finite, its class id, the number of classes in its image, and per
+    matching rule the number of wrong classes that score at least as high as the best correct one.
     """
 
     classes: int
@@ -113,27 +114,27 @@ class _Tally:
         present: Tensor,  # bool [V, C], the classes of each view's image
     ) -> None:
         own = torch.zeros_like(present).scatter_(1, ids[:, None], True)
-        rights: dict[Match, Tensor] = {"own": own, "any_in_image": present}
+        correct: dict[Match, Tensor] = {"own": own, "any_in_image": present}
         columns = [scores.isfinite().all(1), ids, present.sum(1)]
         for match in MATCHES:
-            best = scores.masked_fill(~rights[match], -torch.inf).amax(1, keepdim=True)
-            columns.append(((scores >= best) & ~rights[match]).sum(1))
+            best = scores.masked_fill(~correct[match], -torch.inf).amax(1, keepdim=True)
+            columns.append(((scores >= best) & ~correct[match]).sum(1))
         self.views.append(torch.stack(columns, 1).int().cpu())
 
     def merged(self, world: World) -> Tensor:
-        """Gather the views of all ranks, on every rank."""
+        """Gather the views of all ranks on every rank."""
         return torch.cat(world.gather(torch.cat([torch.zeros(0, 5, dtype=torch.int32), *self.views])))
 
     def rows(self, views: Tensor, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
-        finite, ids, right, *ahead_of_best = views.long().unbind(1)
+        finite, ids, classes_in_image, *ranks_by_match = views.long().unbind(1)
         check_finite(finite.bool(), level)
         seen = torch.tensor(train_counts)[ids] > 0
         subsets = {"all": torch.ones_like(seen)}
         if not bool(seen.all()):
             subsets |= {"seen": seen, "held_out": ~seen}
         rows = []
-        for match, ahead in zip(MATCHES, ahead_of_best, strict=True):
-            enough = torch.ones_like(right) if match == "own" else right
+        for match, ranks in zip(MATCHES, ranks_by_match, strict=True):
+            correct = torch.ones_like(classes_in_image) if match == "own" else classes_in_image
             rows += [
                 Accuracy(
                     level,
@@ -141,8 +142,8 @@ class _Tally:
                     name,
                     int(mask.sum()),
                     self.classes,
-                    {k: float((ahead[mask] < k).double().mean()) for k in topk},
-                    {k: random_hit_rate(k, self.classes, enough[mask]) for k in topk},
+                    {k: float((ranks[mask] < k).double().mean()) for k in topk},
+                    {k: random_hit_rate(k, self.classes, correct[mask]) for k in topk},
                 )
                 for name, mask in subsets.items()
                 if bool(mask.any())
@@ -159,24 +160,24 @@ def zeroshot(
     split: str = "test",
     levels: Sequence[str] = LEVELS,
     topk: Sequence[int] = (1, 5, 10),
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     show_progress: bool = True,
 ) -> ZeroShotResult:
-    """Measure the zero-shot accuracy of `model` on one pass over `batches`.
+    """Measure the zero-shot accuracy of `model` in one pass over `batches`.
 
     Args:
-        model: a ScenarioCLIP; `with teacher.averaged(model)` evaluates an EMA teacher's weights.
-        batches: an `EvaluationLoader(...)` or any iterable of `Batch` on the model's device.
-        vocabulary: provides the class texts, and which of them occur in the train split.
+        model: a ScenarioCLIP; use `with teacher.averaged(model)` to evaluate an EMA teacher's weights.
+        batches: an `EvaluationLoader` or any iterable of `Batch` on the model's device.
+        vocabulary: provides the class texts and their counts in the train split.
         split: name of the split, for the result.
-        levels: of "global", "object" and "relation"; a level without views in the split has no rows.
-        topk: the numbers k.
-        world: the ranks that share the split, each with its own `batches`; all return the whole result.
+        levels: subset of "global", "object" and "relation"; levels without views in the split have no rows.
+        topk: values of k.
+        world: the ranks that share the split, each with its own `batches`; every rank returns the complete result.
         show_progress: show a progress bar on the main process.
 
     Raises:
-        UserError: there are no scenes, or embeddings that are not finite.
-        ValueError: a k below 1.
+        UserError: there are no scenes, or the embeddings are not finite.
+        ValueError: `topk` is empty or has a number below 1.
     """
     topk = check_topk(topk)
     if show_progress and world.is_main_process:
@@ -195,7 +196,7 @@ def zeroshot(
                         tallies[level].add(scores, ids[some], present[scene[some]])
     scenes = sum(world.gather(scenes))
     if scenes == 0:
-        raise UserError(f"the {split} split holds no scenes: nothing to evaluate")
+        raise UserError(f"the {split} split has no scenes: nothing to evaluate")
     rows = [
         row
         for level, tally in tallies.items()

@@ -1,1 +1,1 @@
-"""Whole jobs built from the other packages: the demo and ablations."""
+"""End-to-end jobs built from the other packages: the demo and ablations."""

@@ -1,4 +1,4 @@
-"""Ablations: train with and without parts of the method on the same data, seed and budget, and compare."""
+"""Ablations: train with and without parts of the method, on the same data, seed and budget, and compare."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Ablation:
     """The state of an ablation.
 
     Attributes:
-        directory: holds ablation.json, report.html and a run directory per variant.
-        split: the split evaluated on.
+        directory: directory of ablation.json, report.html and one run directory per variant.
+        split: the evaluation split.
         variants: all planned runs.
-        results: variant -> zero-shot result, of those evaluated so far.
-        skipped: variant -> scenes that its evaluation could not use.
+        results: variant -> zero-shot result, for those evaluated so far.
+        skipped: variant -> scenes skipped by its evaluation.
         failures: variant -> error message.
         stopped_by: the signal that ended the ablation early.
-        is_main_process: this process writes and prints.
+        is_main_process: whether this process writes and prints.
     """
 
     directory: Path
@@ -56,12 +56,12 @@ class Ablation:
         return self.directory / "report.html"
 
     def runs(self) -> list[Run]:
-        """The started runs, in the order of the variants."""
+        """Read the started runs, in the order of the variants."""
         started = (v for v in self.variants if (v.directory / "metrics.jsonl").is_file())
         return [read_run(v.directory, v.name) for v in started]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Convert to a dict that can be serialised as JSON."""
         states = {run.name: run.state for run in self.runs()}
         return {
             "split": self.split,
@@ -82,7 +82,7 @@ class Ablation:
         (self.directory / "ablation.json").write_text(text, encoding="utf-8")
 
     def write_report(self) -> None:
-        """Write report.html, and its figures in pictures/."""
+        """Write report.html, and its figures to pictures/."""
         if runs := self.runs():
             lead = (
                 f"{len(self.results)} of {len(self.variants)} variants trained and evaluated, with the same seed, data "
@@ -92,7 +92,7 @@ class Ablation:
             page.write(self.report)
 
     def __str__(self) -> str:
-        """The comparison as one table: accuracies under both matching rules, then losses and throughput."""
+        """The comparison as a table: accuracies under both matching rules, then losses and throughput."""
         head, rows = ["", "chance", *self.results], []
         for match in MATCHES:
             found = accuracy_table(self.results, match)[1]
@@ -102,27 +102,30 @@ class Ablation:
         kept = [row for row in summary if row[0].startswith(("loss", "contrastive", "views/s"))]
         rows += [[row[0], "", *(row[i] for i in order)] for row in kept]
         table = text_table(head, rows, names=1) if self.results else "nothing to compare yet"
-        failed = [f"{name} failed: {why}" for name, why in self.failures.items()]
+        failed = [f"{name} failed: {error}" for name, error in self.failures.items()]
         return "\n".join([table, *failed])
 
 
 def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: int = 64) -> Ablation:
     """Train and evaluate all variants, and write ablation.json and report.html.
 
-    Finished work of an earlier call is kept, and interrupted training is resumed. A variant whose training fails is
-    reported, and the others continue. After a signal the state is saved and `stopped_by` is set.
+    Finished work of an earlier call is kept, and interrupted training is resumed. If the training of a variant fails,
+    the error is reported and the next variant is trained. After a signal, the state is saved and `stopped_by` is set.
 
     Args:
-        variants: from `plan_ablation`.
-        split: to evaluate on.
+        variants: the output of `plan_ablation`.
+        split: the evaluation split.
         batch_size: scenes per batch of the evaluation.
 
+    Returns:
+        The state of the ablation.
+
     Raises:
-        UserError: no such data or split, or a variant's directory holds a run with another config.
+        UserError: no such data or split, or a variant's directory contains a run with another config.
     """
     first = variants[0]
     if not first.config.data.shards:
-        raise UserError("no data: give SHARDS, the directory that `scenarioclip-fast pack` wrote, or set data.shards")
+        raise UserError("no data: pass SHARDS, the directory written by `scenarioclip-fast pack`, or set data.shards")
     for variant in variants:
         _check_data(variant.config.data, split)
         _check_directory(variant)
@@ -131,7 +134,7 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
         ablation.is_main_process = world.is_main_process
         for variant in variants:
             for name in variant.aliases:
-                _log(world, f"{name} is the same as {variant.name}: trained once")
+                _log(world, f"{name} is the same as {variant.name}, and is trained only once")
         for number, variant in enumerate(variants, 1):
             where = f"[{number}/{len(variants)}] {variant.name}"
             try:
@@ -151,14 +154,14 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
 
 
 def _train(variant: Variant, world: World, where: str) -> str | None:
-    """Train or resume a variant; return what stopped it early, if anything."""
+    """Train or resume a variant; return what stopped it early, or None."""
     if world.gather(_finished(variant))[0]:
         _log(world, f"{where}: already trained")
         return None
     resume = (variant.directory / "checkpoints").is_dir()
     _log(world, f"{where}: {'resuming' if resume else 'training in'} {variant.directory}")
     result = Trainer(variant.config, resume=resume).fit()
-    # Free the memory for the next variant, whose blocks must not count as recompilations of this one's.
+    # Free the memory for the next variant, and reset torch.compile so that it does not count as a recompilation.
     gc.collect()
     torch.compiler.reset()
     if world.device.type == "cuda":
@@ -183,7 +186,7 @@ def _evaluate(
             data.shards,
             device=str(world.device),
             batch_size=batch_size,
-            # the run may have been trained by an earlier call with another shard cache
+            # An earlier call may have trained the run with another shard cache.
             shard_cache_dir=data.shard_cache_dir,
             shard_cache_gib=data.shard_cache_gib,
         ) as session,
@@ -197,7 +200,7 @@ def _evaluate(
 
 
 def _stored_result(path: Path, variant: Variant, split: str) -> ZeroShotResult | None:
-    """The result of an earlier call, if it is of this model and of all scenes of this split."""
+    """The result of an earlier call, if it is for this model and all scenes of this split."""
     try:
         if path.stat().st_mtime < (variant.directory / "model" / "model.safetensors").stat().st_mtime:
             return None
@@ -209,7 +212,7 @@ def _stored_result(path: Path, variant: Variant, split: str) -> ZeroShotResult |
 
 
 def _record(result: ZeroShotResult, skipped: Sequence[SkippedScene]) -> dict[str, Any]:
-    """The JSON of `eval zeroshot --json`."""
+    """The same record as `eval zeroshot --json` writes."""
     return {**result.to_dict(), "skipped": skipped_record(skipped)}
 
 
@@ -222,7 +225,7 @@ def _check_data(data: DataSection, split: str) -> None:
     scenes = len(shards)
     shards.close()
     if scenes == 0:
-        raise UserError(f"{data.shards}: the {split} split holds no scenes to evaluate on; choose another with --split")
+        raise UserError(f"{data.shards}: the {split} split has no scenes; choose another one with --split")
 
 
 def _check_directory(variant: Variant) -> None:
@@ -231,8 +234,8 @@ def _check_directory(variant: Variant) -> None:
         return
     if changed := differences(TrainConfig.load(file), variant.config):
         raise UserError(
-            f"{variant.directory} holds a run with another config ({'; '.join(changed)}): remove it, or set another "
-            "run.dir"
+            f"{variant.directory} contains a run with another config ({'; '.join(changed)}): remove it, or set "
+            "another run.dir"
         )
 
 

@@ -1,7 +1,7 @@
-"""The whole pipeline on synthetic scenes, through the same public functions as a user's own data.
+"""The whole pipeline on synthetic scenes, with the same public functions as for real data.
 
 Generates scenes in the published layout, packs them, trains one pair of towers from scratch on all three kinds of views
-(in place of a pretrained CLIP), starts ScenarioCLIP from it as the paper starts from CLIP (lower blocks frozen and
+(in place of a pretrained CLIP), initialises ScenarioCLIP from it as the paper does from CLIP (lower blocks frozen and
 shared, six encoders, EMA teacher, distillation), evaluates on held-out scenes, and writes a report.
 """
 
@@ -25,11 +25,11 @@ import torch
 from scenarioclip_fast import __version__
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.packing import pack
-from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
 from scenarioclip_fast.eval.loading import EvaluationLoader
-from scenarioclip_fast.eval.samples import SampleScene, answer_samples
+from scenarioclip_fast.eval.samples import SampleScene, predict_samples
 from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
@@ -38,14 +38,14 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
 
-MIN_SCENES = 40  # fewer leave splits empty
-PRETRAIN_SHARE = 5 / 12  # of the training budget
-PRETRAINED, METHOD = "Phase 1: PyramidCLIP from scratch", "Phase 2: ScenarioCLIP, started from phase 1"
+MIN_SCENES = 40  # with fewer, splits may be empty
+PRETRAIN_FRACTION = 5 / 12  # of the training budget
+PRETRAINED, METHOD = "Phase 1: PyramidCLIP from scratch", "Phase 2: ScenarioCLIP, initialised from phase 1"
 _MARKER = "demo.json"  # marks a directory that a demo may clear
 _FOLDERS = ("scenes", "shards", "pretrain", "train")
 
-# Shared by both phases: tiny towers on 64-pixel views, all decoded images in memory. Equal texts of a batch are one
-# class, since with ten actions every batch has duplicates.
+# Both phases: tiny towers, 64-pixel views, all decoded images cached in memory. Equal texts in a batch are positives,
+# since with ten actions every batch has duplicates.
 _COMMON: dict[str, Any] = {
     "data": {"object_view": "crop", "cache_gib": 1.0},
     "model": {"preset": "tiny"},
@@ -53,7 +53,7 @@ _COMMON: dict[str, Any] = {
     "optim": {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.98]},
     "train": {"checkpoint_every": 1_000_000, "tensorboard": False},
 }
-# Small batches first, for many steps; then larger ones, with more negatives.
+# Phase 1 has small batches, for many steps; phase 2 has larger ones, for more negatives.
 _PRETRAIN: dict[str, Any] = {"data": {"batch_size": 16}, "model": {"variant": "pyramidclip"}}
 _TRAIN: dict[str, Any] = {
     "data": {"batch_size": 64},
@@ -66,7 +66,7 @@ _TRAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Options of the demo; `views` is the budget of both training phases together."""
+    """Options of the demo; `views` is the total budget of both training phases."""
 
     out: Path = Path("runs/demo")
     seed: int = 0
@@ -85,7 +85,7 @@ class DemoConfig:
 
 @dataclass
 class DemoResult:
-    """Accuracies on the test split after each phase, and the seconds spent per step of the job."""
+    """Accuracies on the test split after each training phase, and the seconds per step of the pipeline."""
 
     report: Path
     pretrained: ZeroShotResult
@@ -99,20 +99,20 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Run the demo; writes `report.html`, PNGs and `result.json` below `config.out`.
+    """Run the demo; writes `report.html`, figures and `result.json` to `config.out`.
 
     Raises:
         UserError: `config.out` is not empty and was not written by a demo.
-        KeyboardInterrupt: a signal ended the training.
+        KeyboardInterrupt: a signal stopped training.
     """
     device = pick_device(config.device)
     out = _prepare(config.out, config)
     timer = _StepTimer(6)
     with timer.step("generating", f"{config.scenes:,} scenes in the published layout"):
-        draw_reference_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
+        generate_published_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
     with timer.step("packing", "checks, run-length masks, shards"):
         packed = pack(out / "scenes", out / "shards")
-    first, scenes = ceil(config.views * PRETRAIN_SHARE), packed.splits["train"]["scenes"]
+    first, scenes = ceil(config.views * PRETRAIN_FRACTION), packed.splits["train"]["scenes"]
     with timer.step("training from scratch", "one pair of towers on all views, in place of a pretrained CLIP"):
         pretrained = _fit(config, device, "pretrain", first, scenes)
     with timer.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation"):
@@ -131,7 +131,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 
 def train_config(name: str, views: int, scenes: int, **sections: dict[str, Any]) -> TrainConfig:
-    """The config of phase "pretrain" or "train"; `sections` override it, and batches hold at most `scenes`."""
+    """The config of phase "pretrain" or "train"; `sections` override it, and batches have at most `scenes` scenes."""
     tree: dict[str, Any] = {"train": {"views": views}}
     for part in (_COMMON, _PRETRAIN if name == "pretrain" else _TRAIN, sections):
         for section, values in part.items():
@@ -165,8 +165,8 @@ def _evaluate(
     size, loading = trained.model.config.vision.image_size, LoaderConfig(object_view=trained.data.object_view)
     with EvaluationLoader(config.out / "shards", 64, loading, device=device, size=size) as loader:
         result = zeroshot(trained.model, loader, loader.vocabulary)
-        answers = answer_samples(trained.model, loader, loader.vocabulary, scenes=samples) if samples else []
-    return result, answers
+        predictions = predict_samples(trained.model, loader, loader.vocabulary, scenes=samples) if samples else []
+    return result, predictions
 
 
 def _write_report(
@@ -178,15 +178,15 @@ def _write_report(
 ) -> None:
     report = Report(
         "ScenarioCLIP on synthetic scenes",
-        "Trained from scratch on generated scenes with exact masks, relations and actions; evaluated on other scenes. "
+        "Trained from scratch on synthetic scenes with exact masks, relations and actions; evaluated on other scenes. "
         "First, one pair of towers is trained on all three kinds of views, in place of a pretrained CLIP. ScenarioCLIP "
-        "then starts from it: six encoders whose lower blocks are frozen and shared, an EMA teacher and distillation.",
+        "is initialised from it: six encoders with frozen, shared lower blocks, an EMA teacher and distillation.",
     )
     report.sections += zeroshot_tables(result.trained) + zeroshot_figures(result.trained, samples, config.out)
     curves = {name: read_metrics(run.run_dir / "metrics.jsonl") for name, run in runs.items()}
     note = (
         "The second phase has larger batches, so its losses start higher. The action loss cannot reach 0: equal texts "
-        "of a batch are one class, and c views of one class cost at least log(c) / 2."
+        "in a batch are one class, and c views of the same class have a loss of at least log(c) / 2."
     )
     report.sections += [training_section(curves, config.out, note), _phases(result)]
     report.add_facts("Reproduction", _facts(config, result, runs, splits))
@@ -228,7 +228,7 @@ def _facts(
 
 
 class _StepTimer:
-    """Announces each step of the job and records how long it took."""
+    """Logs each step of the pipeline and records its duration."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -243,9 +243,9 @@ class _StepTimer:
 
 
 def _prepare(out: Path, config: DemoConfig) -> Path:
-    """Create the output directory, or clear what an earlier demo wrote there; nothing else is ever removed."""
+    """Create the output directory, or remove the folders of an earlier demo; nothing else is ever removed."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a directory")
+        raise UserError(f"{out} is a file; choose a directory")
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
         raise UserError(f"{out} is not empty and was not written by a demo: choose another directory with --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Figures and self-contained HTML pages of evaluations and training runs. Matplotlib is imported when one is drawn."""
+"""Figures and self-contained HTML pages of evaluations and training runs. Matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast.report.accuracy import accuracy_bars, accuracy_comparison
-    from scenarioclip_fast.report.bars import preference_bars, probe_bars, recall_bars
+    from scenarioclip_fast.report.bars import negatives_bars, probe_bars, recall_bars
     from scenarioclip_fast.report.comparison import compare_runs
     from scenarioclip_fast.report.curves import loss_curves, run_curves
     from scenarioclip_fast.report.maps import scatter_map
@@ -20,7 +20,7 @@ else:
         __name__,
         {
             "accuracy": ["accuracy_bars", "accuracy_comparison"],
-            "bars": ["preference_bars", "probe_bars", "recall_bars"],
+            "bars": ["negatives_bars", "probe_bars", "recall_bars"],
             "comparison": ["compare_runs"],
             "curves": ["loss_curves", "run_curves"],
             "maps": ["scatter_map"],
@@ -40,7 +40,7 @@ __all__ = [
     "find_runs",
     "loss_curves",
     "nearest_sheet",
-    "preference_bars",
+    "negatives_bars",
     "probe_bars",
     "read_run",
     "recall_bars",

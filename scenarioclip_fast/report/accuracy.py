@@ -1,4 +1,4 @@
-"""Zero-shot accuracies as bars, with the chance level as a dark mark."""
+"""Bar charts of zero-shot accuracies, with chance levels as dark marks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.report.style import (
     COLOURS,
     GRID,
@@ -27,10 +27,10 @@ _SUBSETS = {"all": "", "seen": "\nseen in training", "held_out": "\nheld out"}
 
 
 def accuracy_bars(result: ZeroShotResult, out: Path) -> Path:
-    """Draw every accuracy of one evaluation, one panel per matching rule."""
+    """Plot all accuracies of one evaluation, with one panel per matching rule."""
     groups = {match: rows for match in _PANEL_TITLES if (rows := result.only(match).rows)}
     count = max(len(rows) for rows in groups.values())
-    row = max(0.66, 0.06 + 0.18 * len(result.topk))  # inches; bars need room for their labels
+    row = max(0.66, 0.06 + 0.18 * len(result.topk))  # inches, leaving room for the labels
     with canvas(out, 9.5, (0.9 + row * count) * len(groups), pad=0.12) as figure:
         panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
         for axes, (match, rows) in zip(panels, groups.items(), strict=True):
@@ -55,10 +55,11 @@ def _bars(axes: Any, rows: Sequence[Accuracy], topk: Sequence[int]) -> None:
 
 
 def accuracy_comparison(results: Mapping[str, ZeroShotResult], out: Path) -> Path:
-    """Draw the accuracies of several runs side by side, one panel per matching rule and task.
+    """Plot the accuracies of several runs side by side, with one panel per matching rule and task.
 
     Args:
-        results: run -> result. Only the rows of all texts are drawn, not those of seen or held-out ones.
+        results: run -> result. Only rows over all texts are shown, not those over seen or held-out texts.
+        out: the PNG to write.
     """
     rows = {(name, row.match, row.level): row for name, r in results.items() for row in r.rows if row.subset == "all"}
     matches = [match for match in MATCH_TITLES if any(key[1] == match for key in rows)]
@@ -73,11 +74,11 @@ def accuracy_comparison(results: Mapping[str, ZeroShotResult], out: Path) -> Pat
 
 
 def _comparison_panel(axes: Any, rows: Mapping[str, Accuracy | None]) -> None:
-    """Groups of bars, a group per k and a bar per run."""
+    """Draw one group of bars per k, with one bar per run."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     colours, width = run_colours(rows), 0.84 / len(rows)
-    # the white box keeps the value readable where it meets the mark of chance
+    # The white box keeps the value readable where it overlaps the chance mark.
     small: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": MUTED}
     small["bbox"] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.4}
     topk = sorted({k for row in rows.values() if row for k in row.top})

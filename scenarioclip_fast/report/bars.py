@@ -1,4 +1,4 @@
-"""Shares as horizontal bars, each with a dark mark at its baseline: retrieval, linear probes, hard negatives."""
+"""Horizontal bar charts with baselines as dark marks: retrieval, linear probes, hard negatives."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.eval.negatives import CHANCE, KINDS, NegativesResult, Preference
+from scenarioclip_fast.eval.negatives import CHANCE, KINDS, NegativesAccuracy, NegativesResult
 from scenarioclip_fast.eval.probe import ProbeResult
 from scenarioclip_fast.eval.retrieval import DIRECTIONS, RetrievalResult
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.report.style import COLOURS, INK, MUTED, canvas, horizontal_percent_axes
 
 _KIND_COLOURS = ("#7a5ba8", "#3b8f9c")
-_PREDICATES = 12  # shown by name
-_BAR = 0.24  # inches
+_PREDICATES = 12  # maximum number of predicates shown
+_BAR = 0.24  # inches per bar
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A share and its baseline, both in [0, 1]; `spread` is drawn as an error bar."""
+    """A value and its baseline, both in [0, 1]; `spread` is shown as an error bar."""
 
     name: str
-    share: float
+    value: float
     baseline: float
     spread: float = 0.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Bars under one label."""
+    """Bars with a common label."""
 
     label: str
     colour: str
@@ -38,7 +38,7 @@ class Group:
 
 
 def recall_bars(result: RetrievalResult, out: Path) -> Path:
-    """Draw recall at k: one panel per direction, one group of bars per level."""
+    """Plot recall at k, with one panel per direction and one group of bars per level."""
     panels = {
         f"Recall@k, {words}": [
             Group(
@@ -51,11 +51,11 @@ def recall_bars(result: RetrievalResult, out: Path) -> Path:
         ]
         for direction, words in DIRECTIONS.items()
     }
-    return share_bars(panels, "chance", out)
+    return score_bars(panels, "chance", out)
 
 
 def probe_bars(result: ProbeResult, out: Path) -> Path:
-    """Draw probe accuracies: one group of bars per task; error bars are the standard deviation over seeds."""
+    """Plot probe accuracies, with one group of bars per task; error bars: standard deviation over seeds."""
     groups = [
         Group(
             f"{TASKS[row.level]}\n{row.views} views, {row.classes} classes\n{row.train_views} training views",
@@ -64,19 +64,19 @@ def probe_bars(result: ProbeResult, out: Path) -> Path:
         )
         for row in result.rows
     ]
-    return share_bars({f"Linear-probe accuracy, {result.split} split": groups}, "majority", out)
+    return score_bars({f"Linear-probe accuracy, {result.split} split": groups}, "majority", out)
 
 
-def preference_bars(result: NegativesResult, out: Path) -> Path:
-    """Draw the accuracy on each kind of negative, then on the most frequent true predicates."""
+def negatives_bars(result: NegativesResult, out: Path) -> Path:
+    """Plot the accuracy for each kind of negative, and for the most frequent true predicates."""
     colours: dict[str, str] = dict(zip(KINDS, _KIND_COLOURS, strict=True))
     kinds = {str(kind): words for kind, words in KINDS.items()}
 
-    def group(row: Preference, label: str) -> Group:
+    def group(row: NegativesAccuracy, label: str) -> Group:
         return Group(label, colours[row.kind], [Bar("", row.accuracy, CHANCE)])
 
     panels = {
-        "Share of pairs with the true text scored higher": [
+        "Pairs in which the true text scores higher": [
             group(row, f"{kinds[row.kind]}\n{row.questions} pairs") for row in result.rows
         ]
     }
@@ -85,11 +85,11 @@ def preference_bars(result: NegativesResult, out: Path) -> Path:
         panels[f"{words.capitalize()}, by true predicate"] = [
             group(row, f"{row.predicate} ({row.questions} pair{'s' * (row.questions != 1)})") for row in rows
         ]
-    return share_bars(panels, "chance", out)
+    return score_bars(panels, "chance", out)
 
 
-def share_bars(panels: dict[str, list[Group]], baseline: str, out: Path) -> Path:
-    """Draw `panels` (title -> groups) below each other; `baseline` names the dark marks."""
+def score_bars(panels: dict[str, list[Group]], baseline: str, out: Path) -> Path:
+    """Plot `panels` (title -> groups) in a column; `baseline` labels the dark marks."""
     panels = {title: groups for title, groups in panels.items() if groups}
     heights = [0.75 + sum(_height(group) for group in groups) for groups in panels.values()]
     with canvas(out, 9.5, sum(heights), pad=0.1) as figure:
@@ -101,7 +101,7 @@ def share_bars(panels: dict[str, list[Group]], baseline: str, out: Path) -> Path
 
 
 def _height(group: Group) -> float:
-    """Inches: as high as its bars or its label need."""
+    """Height in inches, sufficient for the bars and the label."""
     return max(_BAR * len(group.bars), 0.17 * (1 + group.label.count("\n"))) + 0.1
 
 
@@ -124,11 +124,11 @@ def _panel(axes: Any, groups: Sequence[Group], baseline: str) -> None:
 
 
 def _bar(axes: Any, bar: Bar, y: float, colour: str, alpha: float) -> None:
-    axes.barh(y, 100 * bar.share, 0.86 * _BAR, color=colour, alpha=alpha)
+    axes.barh(y, 100 * bar.value, 0.86 * _BAR, color=colour, alpha=alpha)
     axes.plot([100 * bar.baseline] * 2, [y - 0.43 * _BAR, y + 0.43 * _BAR], color=INK, linewidth=2.2)
-    label = f"{bar.name}  {100 * bar.share:.1f}".strip()
+    label = f"{bar.name}  {100 * bar.value:.1f}".strip()
     if bar.spread:
-        axes.errorbar(100 * bar.share, y, xerr=100 * bar.spread, color=INK, linewidth=1, capsize=2)
+        axes.errorbar(100 * bar.value, y, xerr=100 * bar.spread, color=INK, linewidth=1, capsize=2)
         label += f" ± {100 * bar.spread:.1f}"
-    end = 100 * max(bar.share + bar.spread, bar.baseline)
+    end = 100 * max(bar.value + bar.spread, bar.baseline)
     axes.text(end + 1, y, f"{label} %", va="center", fontsize=7.5)

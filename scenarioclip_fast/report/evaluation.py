@@ -1,6 +1,6 @@
-"""Report sections of each evaluation: its table, its figure, and a caption that defines what was measured.
+"""Report sections of each evaluation: a table, a figure, and a caption that defines the measure.
 
-Figures are drawn into the directory that the caller names.
+Figures are written to the directory given by the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.tsne import EmbeddingMap
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.report.accuracy import accuracy_bars
-from scenarioclip_fast.report.bars import preference_bars, probe_bars, recall_bars
+from scenarioclip_fast.report.bars import negatives_bars, probe_bars, recall_bars
 from scenarioclip_fast.report.curves import CURVES_NOTE, Metrics, loss_curves
 from scenarioclip_fast.report.maps import scatter_map
 from scenarioclip_fast.report.page import Section
@@ -30,11 +30,11 @@ _RULES = {
 
 
 def zeroshot_tables(result: ZeroShotResult) -> list[Section]:
-    """One table per matching rule: each accuracy with its chance level."""
+    """Make one table per matching rule: accuracies with their chance levels."""
     head = ["task", "texts", "views", "classes", *(f"top-{k} (chance)" for k in result.topk)]
     note = (
-        f"{result.scenes:,} scenes of the {result.split} split. Every view is compared with all class texts of its "
-        "level. In parentheses: expected accuracy of a random ranking on the same views."
+        f"{result.scenes:,} scenes of the {result.split} split. Each view is compared with all class texts of its "
+        "level. In parentheses: expected accuracy of a random ranking of the same views."
     )
     sections = []
     for match, title in _RULES.items():
@@ -49,7 +49,7 @@ def zeroshot_tables(result: ZeroShotResult) -> list[Section]:
 
 
 def zeroshot_figures(result: ZeroShotResult, samples: Sequence[SampleScene], directory: Path) -> list[Section]:
-    """Accuracies against chance, and sample scenes with the model's answers where there are any."""
+    """Plot accuracies against chance, and the model's predictions for sample scenes, if any."""
     sections = [
         Section(
             "Accuracy against chance",
@@ -59,8 +59,8 @@ def zeroshot_figures(result: ZeroShotResult, samples: Sequence[SampleScene], dir
     ]
     if samples:
         note = (
-            "Views as the model receives them. Bold: the true text; below it the top guesses with their cosine "
-            "similarity. Frame: green if the top guess is right, amber if a lower one is, red otherwise."
+            "Views as seen by the model. Bold: the true text; below it: the top predictions with their cosine "
+            "similarities. Frame: green if the top prediction is correct, amber if a lower one is, red otherwise."
         )
         picture = sample_sheet(samples, directory / "scenes.png")
         sections.append(Section("Sample predictions", picture=picture, note=note))
@@ -68,16 +68,16 @@ def zeroshot_figures(result: ZeroShotResult, samples: Sequence[SampleScene], dir
 
 
 def training_section(runs: Metrics, directory: Path, note: str = "") -> Section:
-    """Loss curves of `runs` (name -> rows of metrics.jsonl); `note` is added to the caption."""
+    """Plot loss curves of `runs` (name -> rows of metrics.jsonl); `note` is appended to the caption."""
     picture = loss_curves(runs, directory / "losses.png")
     return Section("Training", picture=picture, note=f"{CURVES_NOTE} {note}".strip())
 
 
 def retrieval_section(result: RetrievalResult, directory: Path) -> Section:
-    """Recall at k in both directions."""
+    """Report recall at k in both directions."""
     note = (
-        f"{result.scenes:,} scenes of the {result.split} split; the text gallery holds its distinct texts. An image "
-        "query has one right answer, its own text; a text query is answered by any view that carries the text. Dark "
+        f"{result.scenes:,} scenes of the {result.split} split; the text gallery contains its distinct texts. An "
+        "image query has one correct answer, its own text; for a text query, any view with that text is correct. Dark "
         "marks and parentheses: expected recall of a random ranking."
     )
     picture = recall_bars(result, directory / "retrieval.png")
@@ -85,11 +85,11 @@ def retrieval_section(result: RetrievalResult, directory: Path) -> Section:
 
 
 def probe_section(result: ProbeResult, directory: Path) -> Section:
-    """Linear-probe accuracies."""
+    """Report linear-probe accuracies."""
     settings = result.settings
     seeds = len(settings.seeds)
     spread = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
-    selection = " Weights are selected by accuracy on the val split." if result.chosen_on_val else ""
+    selection = " Weights are selected by their accuracy on the val split." if result.chosen_on_val else ""
     note = (
         f"One linear layer on frozen embeddings, trained for {settings.steps:,} steps of AdamW{spread}.{selection} "
         "Dark marks and parentheses: majority baseline, which always predicts the k most frequent classes of the train "
@@ -100,15 +100,15 @@ def probe_section(result: ProbeResult, directory: Path) -> Section:
 
 
 def map_sections(found: EmbeddingMap, samples: Sequence[SampleScene], directory: Path) -> list[Section]:
-    """The t-SNE map, and sample views with their nearest texts."""
+    """Show the t-SNE map, and sample views with their nearest texts."""
     map_note = (
-        "One point per view, coloured by class. Only neighbourhoods are meaningful: distances between clusters and "
-        "their sizes are not. 1-NN accuracy: share of views whose nearest neighbour, by cosine similarity of the "
+        "One point per view, coloured by class. Only neighbourhoods are meaningful, not distances between clusters or "
+        "cluster sizes. 1-NN accuracy: fraction of views whose nearest neighbour, by cosine similarity of the "
         "embeddings, has the same class."
     )
     nearest_note = (
-        "Green bar: the true text; if it is not among the nearest, it follows below with its rank among all texts. "
-        "Frame: green if the nearest text is the true one, amber if a lower one is, red otherwise."
+        "Green bar: the true text; if it is not among the nearest texts, it is shown below them with its rank among "
+        "all texts. Frame: green if the nearest text is the true one, amber if a lower one is, red otherwise."
     )
     return [
         Section(
@@ -122,11 +122,11 @@ def map_sections(found: EmbeddingMap, samples: Sequence[SampleScene], directory:
 
 
 def negatives_section(result: NegativesResult, directory: Path) -> Section:
-    """Accuracy on hard negatives."""
+    """Report accuracy on hard negatives."""
     note = (
-        f"{result.relations:,} relations. Each pair compares a relation's text with a hard negative, a text that no "
-        "relation of the image carries. A focused region shows both objects alike and does not mark which one is the "
-        "subject; for a symmetric predicate the swapped text is true as well."
+        f"{result.relations:,} relations. Each pair compares a relation's text with a hard negative, a text that "
+        "belongs to no relation of the image. A focused region shows both objects alike and does not mark the subject; "
+        "for a symmetric predicate, the swapped text is true as well."
     )
-    picture = preference_bars(result, directory / "negatives.png")
+    picture = negatives_bars(result, directory / "negatives.png")
     return Section("Hard negatives", *result.table(), picture, note)

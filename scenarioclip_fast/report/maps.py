@@ -1,4 +1,4 @@
-"""The t-SNE map of a level's embeddings."""
+"""Scatter plot of a t-SNE map."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.tsne import EmbeddingMap
 from scenarioclip_fast.report.style import GRID, canvas
 
-_MARKERS = "os^Dv"  # one per ten colours
+_MARKERS = "os^Dv"  # one for every ten colours
 
 
 def scatter_map(found: EmbeddingMap, out: Path) -> Path:
-    """Scatter the views, with a colour and marker per class; the legend is ordered by frequency."""
+    """Plot the views, with one colour and marker per class; the legend is sorted by frequency."""
     x, y, label = np.asarray(found.x), np.asarray(found.y), np.asarray(found.label)
     with canvas(out, 10, 7, pad=0.05) as figure:
         from matplotlib import colormaps

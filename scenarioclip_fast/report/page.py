@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML file, images embedded, that can be mailed and opened anywhere."""
+"""Reports as single self-contained HTML files with embedded images."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ details[open] summary { margin-bottom: .6rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """One card of a report: a heading, then any of a table, a picture and a note.
+    """One card of a report: a heading, and optionally a table, a picture and a note.
 
     Attributes:
         title: heading.
         head: column headings of the table.
         rows: cells of the table.
         picture: a PNG file, embedded when the report is written.
-        note: caption; text in backquotes is set as code.
-        strong: (row, column) of the cells set in bold.
-        folded: collapsed until its heading is clicked.
+        note: caption; text in backquotes is formatted as code.
+        strong: (row, column) of bold cells.
+        folded: collapsed until the heading is clicked.
     """
 
     title: str
@@ -98,7 +98,7 @@ def _card(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
-    # columns of text are aligned left, columns of numbers right
+    # Text columns are left-aligned, number columns right-aligned.
     filled = [[row[i] for row in section.rows if row[i]] for i in range(len(section.rows[0]))]
     numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
     lines = [_row("th", section.head, numeric)] if section.head else []

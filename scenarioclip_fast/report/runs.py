@@ -1,7 +1,4 @@
-"""Run directories, read for comparison: their metrics, configs and evaluation results.
-
-A run may still be training: what it has written so far is read.
-"""
+"""Read the metrics, configs and evaluation results of run directories, finished or still training."""
 
 from __future__ import annotations
 
@@ -24,22 +21,22 @@ from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
 PROBE = "Linear probe"
-Shares = dict[str, tuple[float, float]]  # what was measured -> its share and that of chance, both in [0, 1]
+Scores = dict[str, tuple[float, float]]  # label -> accuracy or recall, and its chance level, both in [0, 1]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory as it is now.
+    """The current contents of a run directory.
 
     Attributes:
         name: label in tables and figures.
         directory: the run directory.
         rows: rows of metrics.jsonl.
         config: dotted key -> value, as in config.yaml.
-        results: file stem -> zero-shot result, of the JSON files in the directory.
-        others: title -> shares, of the other evaluations among them.
-        skipped: title -> number of scenes that the evaluation could not use; evaluations that used all are omitted.
-        finished: the training budget is used up.
+        results: file stem -> zero-shot result, from the JSON files in the directory.
+        other_results: title -> scores of other evaluations, from the JSON files in the directory.
+        skipped: title -> number of scenes skipped by the evaluation, if any.
+        finished: whether training is complete.
         idle: seconds since the last logged step.
     """
 
@@ -48,7 +45,7 @@ class Run:
     rows: list[dict[str, Any]]
     config: dict[str, Any]
     results: dict[str, ZeroShotResult] = field(default_factory=dict)
-    others: dict[str, Shares] = field(default_factory=dict)
+    other_results: dict[str, Scores] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     finished: bool = False
     idle: float = 0.0
@@ -59,18 +56,18 @@ class Run:
         if self.finished:
             return "finished"
         if not self.rows:
-            return "no step yet"
-        total = self.config.get("train.steps")  # None where the budget is in epochs or views
-        of = f" of {total:,}" if total else ""
+            return "no steps yet"
+        total = self.config.get("train.steps")  # None if the budget is in epochs or views
+        of_total = f" of {total:,}" if total else ""
         unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if self.idle >= s or s == 1)
-        return f"step {self.rows[-1]['step']:,}{of}, {self.idle / seconds:.0f} {unit} ago"
+        return f"step {self.rows[-1]['step']:,}{of_total}, {self.idle / seconds:.0f} {unit} ago"
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Read run directories; a directory that contains runs (of an ablation or a demo) stands for all of them.
+    """Read run directories. A directory of runs (of an ablation or a demo) is replaced by the runs in it.
 
     Raises:
-        UserError: a path does not exist or holds no run, or a file is damaged.
+        UserError: a path does not exist or contains no runs, or a file is damaged.
     """
     directories: list[Path] = []
     for path in map(Path, paths):
@@ -79,7 +76,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
             raise UserError(f"{path} {problem}; expected a run directory")
         found = [path] if _is_run(path) else sorted(p for p in path.iterdir() if _is_run(p))
         if not found:
-            raise UserError(f"{path} holds no run: expected {METRICS} in it or in its subdirectories")
+            raise UserError(f"{path} contains no runs: expected {METRICS} in it or in its subdirectories")
         directories += found
     directories = list(dict.fromkeys(d.resolve() for d in directories))
     named = list(zip(directories, _names(directories), strict=True))
@@ -96,7 +93,7 @@ def read_run(directory: Path, name: str) -> Run:
     try:
         rows = [row for row in read_metrics(path) if "views" in row]
         if not rows and b"\n" in path.read_bytes():
-            raise UserError(f"{path}: not the metrics of a run: no line has a step and its views")
+            raise UserError(f"{path}: not the metrics of a run: no line has a step and its number of views")
         idle = time.time() - path.stat().st_mtime
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -105,7 +102,7 @@ def read_run(directory: Path, name: str) -> Run:
 
 
 def zeroshot_title(stem: str) -> str:
-    """The title of the zero-shot result in STEM.json."""
+    """The title for the zero-shot result in STEM.json."""
     return "Zero-shot accuracy" if stem == Path(RESULT).stem else f"Zero-shot accuracy, {stem}"
 
 
@@ -114,7 +111,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The shortest trailing parts of the paths that are distinct."""
+    """The shortest path suffixes that are distinct."""
     for parts in range(1, max((len(d.parts) for d in directories), default=1) + 1):
         names = [os.sep.join(d.parts[-parts:]) for d in directories]
         if len(set(names)) == len(names):
@@ -133,9 +130,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return flat(values) if isinstance(values, Mapping) else {}
 
 
-def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Shares], dict[str, int]]:
+def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Scores], dict[str, int]]:
     results: dict[str, ZeroShotResult] = {}
-    others: dict[str, Shares] = {}
+    other_results: dict[str, Scores] = {}
     skipped: dict[str, int] = {}
     for path in sorted(directory.glob("*.json")):
         try:
@@ -144,29 +141,29 @@ def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str,
             if "match" in data["rows"][0]:
                 results[path.stem] = ZeroShotResult.from_dict(data)
                 title = zeroshot_title(path.stem)
-            elif shares := _shares(data):
-                title = f"{shares[0]}, {data['split']} split"
-                others[title] = shares[1]
+            elif scores := _scores(data):
+                title = f"{scores[0]}, {data['split']} split"
+                other_results[title] = scores[1]
             else:
                 continue
         except (ValueError, LookupError, TypeError, AttributeError):
             continue  # JSON of another kind
         if count:
             skipped[title] = count
-    return results, others, skipped
+    return results, other_results, skipped
 
 
-def _shares(data: Mapping[str, Any]) -> tuple[str, Shares] | None:
-    """Title and shares of an evaluation other than zero-shot."""
+def _scores(data: Mapping[str, Any]) -> tuple[str, Scores] | None:
+    """The title and scores of an evaluation other than zero-shot; None for other JSON files."""
     rows = data["rows"]
     if "recall" in rows[0]:
         found = {
-            f"{TASKS[row['level']]}, {row['direction'].replace('_', ' ')}, R@{k}": (share, row["chance"][k])
+            f"{TASKS[row['level']]}, {row['direction'].replace('_', ' ')}, R@{k}": (recall, row["chance"][k])
             for row in rows
-            for k, share in row["recall"].items()
+            for k, recall in row["recall"].items()
         }
         return "Retrieval", found
-    if "baseline" in rows[0]:  # the majority baseline takes the place of chance
+    if "baseline" in rows[0]:  # shown in place of chance
         found = {
             f"{TASKS[row['level']]}, top-{k}": (row["top"][k], row["baseline"][k]) for row in rows for k in row["top"]
         }

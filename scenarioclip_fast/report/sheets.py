@@ -1,4 +1,4 @@
-"""Sheets of sample scenes: what the model saw, and what it answered."""
+"""Sheets of sample scenes: the views of the model, and its predictions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.eval.samples import Answer, SampleScene
+from scenarioclip_fast.eval.samples import Prediction, SampleScene
 from scenarioclip_fast.eval.tables import TASKS
-from scenarioclip_fast.report.style import AMBER, COLOURS, CROSS, MUTED, RIGHT, TICK, WRONG, canvas
+from scenarioclip_fast.report.style import AMBER, COLOURS, CORRECT, CROSS, MUTED, TICK, WRONG, canvas
 
 _HEADINGS = {"global": "Action: global view", "object": "Object views", "relation": "Relation views"}
 
@@ -17,8 +17,8 @@ _HEADINGS = {"global": "Action: global view", "object": "Object views", "relatio
 def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3, relations: int = 3) -> Path:
     """Draw one row per scene: its global view, then its first object and relation views.
 
-    Below each view: its true text and the model's top guesses with their cosine similarity. Frame colour: green if the
-    top guess is right, amber if a lower one is, red otherwise.
+    Below each view are its true text and the top predictions with their cosine similarities. Frame colour: green if the
+    top prediction is correct, amber if a lower one is, red otherwise.
 
     Raises:
         ValueError: no samples.
@@ -39,11 +39,11 @@ def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3,
                 "object": sample.objects[:objects],
                 "relation": sample.relations[:relations],
             }
-            for level, answers in views.items():
-                for left, answer in zip(lefts[first_column[level] :], answers, strict=False):
+            for level, predictions in views.items():
+                for left, prediction in zip(lefts[first_column[level] :], predictions, strict=False):
                     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-                    _view(axes, answer)
-                    _guesses_below(axes, answer)
+                    _view(axes, prediction)
+                    _caption_below(axes, prediction)
         for level, words in _HEADINGS.items():
             if first_column[level] < columns:
                 _heading(figure, lefts[first_column[level]] / width, 1 - 0.2 / height, words, COLOURS[level])
@@ -53,7 +53,7 @@ def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3,
 def nearest_sheet(samples: Sequence[SampleScene], out: Path) -> Path:
     """Draw one row per scene: its global, first object and first relation view, each with its nearest texts.
 
-    The true text is highlighted; if it is not among the nearest, it follows below them with its rank.
+    The true text is highlighted; if it is not among the nearest texts, it is shown below them with its rank.
 
     Raises:
         ValueError: no samples.
@@ -75,7 +75,7 @@ def nearest_sheet(samples: Sequence[SampleScene], out: Path) -> Path:
                 view = figure.add_axes((left / width, bottom, side / width, side / height))
                 bars = figure.add_axes(((left + side + 0.08) / width, bottom, words / width, side / height))
                 _view(view, row[level][0])
-                _guesses_beside(bars, row[level][0], COLOURS[level])
+                _caption_beside(bars, row[level][0], COLOURS[level])
     return out
 
 
@@ -88,34 +88,34 @@ def _heading(figure: Any, x: float, y: float, words: str, colour: str) -> None:
     figure.text(x, y, words, color=colour, fontsize=9.5, fontweight="bold", va="center")
 
 
-def _view(axes: Any, answer: Answer) -> None:
-    axes.imshow(answer.picture.numpy(), interpolation="bicubic")
+def _view(axes: Any, prediction: Prediction) -> None:
+    axes.imshow(prediction.picture.numpy(), interpolation="bicubic")
     axes.set(xticks=[], yticks=[])
-    found = any(text == answer.truth for text, _ in answer.guesses)
+    found = any(text == prediction.truth for text, _ in prediction.top_texts)
     for spine in axes.spines.values():
-        spine.set(visible=True, color=RIGHT if answer.right else AMBER if found else WRONG, linewidth=2)
+        spine.set(visible=True, color=CORRECT if prediction.correct else AMBER if found else WRONG, linewidth=2)
 
 
-def _guesses_below(axes: Any, answer: Answer) -> None:
-    if answer.held_out:
+def _caption_below(axes: Any, prediction: Prediction) -> None:
+    if prediction.held_out:
         tag = {"facecolor": AMBER, "edgecolor": "none", "boxstyle": "round,pad=0.25"}
         axes.text(0.97, 0.95, "held out", transform=axes.transAxes, ha="right", va="top", fontsize=6, bbox=tag)
-    truth = textwrap.shorten(answer.truth, 38, placeholder="\u2026")
+    truth = textwrap.shorten(prediction.truth, 38, placeholder="\u2026")
     axes.text(0, -0.035, truth, transform=axes.transAxes, va="top", fontsize=6.9, fontweight="bold")
-    for line, (text, score) in enumerate(answer.guesses):
-        right = text == answer.truth
-        guess = textwrap.shorten(f"{TICK if right else CROSS} {score:.2f} {text}", 40, placeholder="\u2026")
+    for line, (text, score) in enumerate(prediction.top_texts):
+        correct = text == prediction.truth
+        guess = textwrap.shorten(f"{TICK if correct else CROSS} {score:.2f} {text}", 40, placeholder="\u2026")
         y = -0.115 - 0.075 * line
-        axes.text(0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=RIGHT if right else WRONG)
+        axes.text(0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=CORRECT if correct else WRONG)
 
 
-def _guesses_beside(axes: Any, answer: Answer, colour: str) -> None:
-    lines = [(text, score, rank) for rank, (text, score) in enumerate(answer.guesses, start=1)]
-    if answer.truth_rank > len(lines):
-        lines.append((answer.truth, answer.truth_score, answer.truth_rank))
+def _caption_beside(axes: Any, prediction: Prediction, colour: str) -> None:
+    lines = [(text, score, rank) for rank, (text, score) in enumerate(prediction.top_texts, start=1)]
+    if prediction.truth_rank > len(lines):
+        lines.append((prediction.truth, prediction.truth_score, prediction.truth_rank))
     for y, (text, score, rank) in enumerate(lines):
-        true = text == answer.truth
-        axes.barh(y, max(score, 0.0), 0.8, color=RIGHT if true else colour, alpha=0.45 if true else 0.18)
+        true = text == prediction.truth
+        axes.barh(y, max(score, 0.0), 0.8, color=CORRECT if true else colour, alpha=0.45 if true else 0.18)
         name = textwrap.shorten(f"{rank}. {text}", 38, placeholder="…")
         mark = TICK if true and rank == 1 else CROSS if rank == 1 else ""
         weight = "bold" if true else "normal"

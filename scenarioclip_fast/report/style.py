@@ -1,7 +1,7 @@
-"""The common style of every figure: colours, Matplotlib settings, and a canvas that needs no display.
+"""Common style of all figures: colours, Matplotlib settings, and a canvas that requires no display.
 
-Matplotlib is imported when a figure is drawn, always with the Agg canvas and never through pyplot, so the caller's own
-Matplotlib state is left alone.
+Matplotlib is imported on first use, always with the Agg canvas and never through pyplot, so the caller's Matplotlib
+state is not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLOURS = {"global": "#3b6ea8", "object": "#cf7a30", "relation": "#3f8f63"}
 DISTILLATION = "#7a5ba8"
 TICK, CROSS = "\u2713", "\u2717"
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e3e7ec"
-RIGHT, AMBER, WRONG = "#2b7a4b", "#d9a036", "#b3402e"
+CORRECT, AMBER, WRONG = "#2b7a4b", "#d9a036", "#b3402e"
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -40,10 +40,12 @@ _RUN_COLOURS = ("#3b6ea8", "#cf7a30", "#3f8f63", "#b3402e", "#7a5ba8", "#4aa3a3"
 
 @contextmanager
 def canvas(out: Path, width: float, height: float, *, pad: float | None = None) -> Iterator[Any]:
-    """Yield a Matplotlib figure of `width` x `height` inches, and save it to `out` at the end.
+    """Yield a Matplotlib figure of `width` x `height` inches, and save it to `out` on exit.
 
     Args:
-        pad: vertical padding of a constrained layout, in inches; None: axes are placed by hand.
+        out: the PNG to write.
+        width, height: figure size in inches.
+        pad: vertical padding of a constrained layout, in inches; None: the caller places the axes.
     """
     require("matplotlib")
     from matplotlib import rc_context
@@ -59,12 +61,12 @@ def canvas(out: Path, width: float, height: float, *, pad: float | None = None) 
 
 
 def run_colours(names: Iterable[str]) -> dict[str, str]:
-    """One colour per run, the same in every figure of a page."""
+    """Assign one colour per run, the same in all figures of a page."""
     return {name: _RUN_COLOURS[k % len(_RUN_COLOURS)] for k, name in enumerate(names)}
 
 
 def run_legend(figure: Any, names: Sequence[str]) -> None:
-    """Name the colours of several runs above the panels."""
+    """Add a legend of the runs above the panels."""
     from matplotlib.patches import Patch
 
     colours = run_colours(names)
@@ -73,7 +75,7 @@ def run_legend(figure: Any, names: Sequence[str]) -> None:
 
 
 def horizontal_percent_axes(axes: Any, labels: Sequence[str], ticks: Sequence[float], right: float) -> None:
-    """Lay out horizontal bars of percentages: a label per tick, the text beside the bars reaching to `right`."""
+    """Set up axes for horizontal bars of percentages: a label per tick, and room for text up to x = `right`."""
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
     axes.set_xlim(0, right)

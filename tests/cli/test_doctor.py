@@ -1,4 +1,4 @@
-"""doctor and the dispatch of backends report what is missing; each absence is faked."""
+"""doctor and backend dispatch report missing dependencies, which the tests simulate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fresh_probes() -> Iterator[None]:
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Make `import package` fail as it does where it is not installed."""
+    """Make `import package` fail as if the package were not installed."""
     for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
         monkeypatch.delitem(sys.modules, name)
     real = builtins.__import__
@@ -84,7 +84,7 @@ def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'scenarioclip-fast[dali]'" in detail
 
 
-def test_without_compiled_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_compiled_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     assert row("cpu", "compiled parts")[0] == "missing"
     assert "without its compiled parts" in row("cpu", "backends of distillation_loss")[1]
@@ -93,7 +93,7 @@ def test_without_compiled_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         dispatch.resolve("distillation_loss", "cpu", "cpu")
 
 
-def test_the_reason_why_the_build_skipped_a_part_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_reason_for_a_skipped_extension_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = {"built": ["cpu"], "left_out": {"cuda": "nvcc is not on PATH"}, "march": ""}
     (tmp_path / "build.json").write_text(json.dumps(info))
     monkeypatch.setattr(native, "FOLDER", tmp_path)

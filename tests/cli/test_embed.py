@@ -1,4 +1,4 @@
-"""`scenarioclip-fast embed`: embeddings of folders, tars and shards equal the model's own; mistakes are one line."""
+"""`scenarioclip-fast embed`: embeddings of folders, tars and shards equal the model's; user errors are one line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert found.keys() == {"keys", "embeddings", "level"} and found["level"] == "global"
     assert list(found["keys"]) == ["a.jpg", "below/b.PNG", "gray.jpg", "rotated.jpg"]
     assert found["embeddings"].dtype == np.float32
-    # Float32 sums in another order for another batch.
+    # The order of float32 sums depends on the batch size.
     torch.testing.assert_close(
         torch.from_numpy(found["embeddings"]),
         expected(place, [place / "images" / key for key in found["keys"]]),
@@ -132,7 +132,7 @@ def test_parquet(place: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(found["embedding"].to_pylist(), np.float32), table.embeddings.numpy())
 
 
-def test_mistakes_are_one_line(
+def test_user_errors_are_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, empty = place / "images", tmp_path / "empty"
@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(
     out = tmp_path / "out.npz"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for arguments, message in (
-        ((images, out, "--level", "object"), "level 'object' needs annotations"),
+        ((images, out, "--level", "object"), "level 'object' requires annotations"),
         ((images, there), "there.npz exists: pass --force"),
         ((images, tmp_path / "out.csv"), "got suffix '.csv', expected .npz or .parquet"),
         ((images, tmp_path / "out.parquet"), r"pyarrow is not installed"),

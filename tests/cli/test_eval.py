@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same shards with the image of the second scene of the test and train splits damaged."""
+    """The same shards, with damaged images in the second scene of the test and train splits."""
     folder = shutil.copytree(place / "shards", tmp_path_factory.mktemp("damaged") / "shards")
     for name, rows in json.loads((folder / "index.json").read_text())["shards"].items():
         if not name.startswith("val"):
@@ -113,12 +113,12 @@ def test_features_are_cached(place: Path, tmp_path: Path, capsys: pytest.Capture
     files = sorted(path.name for path in cache.iterdir())
     assert [name.split("-")[0] for name in files] == ["test", "train", "val"]
 
-    # other view settings use other files
+    # Other view settings use other files.
     assert main(command(place, "probe", "--cache", str(cache), "--object-view", "crop")) == 0
     assert "read from" not in capsys.readouterr().err
     assert len(list(cache.iterdir())) == 6
 
-    # a damaged file is replaced
+    # A damaged file is replaced.
     damaged = cache / files[0]
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
@@ -128,7 +128,7 @@ def test_features_are_cached(place: Path, tmp_path: Path, capsys: pytest.Capture
     assert damaged.read_bytes() == whole
 
 
-def test_a_full_disk_costs_only_the_cache(
+def test_a_full_disk_only_disables_the_cache(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(tensors: Any, path: Path, metadata: Any) -> None:
@@ -159,7 +159,7 @@ def test_two_ranks_equal_one_process(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for kind, shards in {"zeroshot": damaged, "retrieval": place / "shards"}.items():
         one, two = tmp_path / f"{kind}-1.json", tmp_path / f"{kind}-2.json"
-        # batches that do not divide evenly among ranks
+        # Batches are not divided evenly among ranks.
         assert main(command(place, kind, "--json", str(one), "--batch-size", "3", shards=shards)) == 0
         alone = capsys.readouterr()
         done = subprocess.run(
@@ -195,9 +195,7 @@ def test_skipped_scenes_are_reported_and_incomplete_features_not_cached(
     splits = ["test", "train"] if kind == "probe" else ["test"]
     names = {split: second(damaged, split) for split in splits}
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    for split, line in zip(
-        splits, warnings, strict=True
-    ):  # the pass for the report's samples does not repeat the warning
+    for split, line in zip(splits, warnings, strict=True):  # the pass for sample scenes does not repeat the warning
         number = len(ShardSet(damaged, split))
         about = f"1 of the {number} scenes of the {split} split cannot be used and are skipped: {names[split]}"
         assert line.startswith(f"warning: {about} (not_an_image: ")
@@ -207,7 +205,7 @@ def test_skipped_scenes_are_reported_and_incomplete_features_not_cached(
         (split, names[split], "not_an_image") for split in splits
     ]
     page = (report / "report.html").read_text()
-    assert f"could not be used: {len(splits)}." in page
+    assert f"Unusable scenes skipped: {len(splits)}." in page
     if cached:
         kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
         assert kept == (["val"] if kind == "probe" else [])
@@ -216,7 +214,7 @@ def test_skipped_scenes_are_reported_and_incomplete_features_not_cached(
 def test_too_many_bad_scenes_are_counted_over_all_ranks(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes = len(ShardSet(damaged, "test"))
     found: list[SkippedScene] = []
-    for rank in range(5):  # the one bad scene is more than a tenth of its rank's share
+    for rank in range(5):  # the bad scene is more than a tenth of its rank's share
         world = World(rank, 5, torch.device("cpu"), None)
         with EvaluationLoader(damaged, 2, world=world, skipped=found, size=16) as loader:
             seen = [key for batch in loader for key in batch.keys]
@@ -246,7 +244,7 @@ def test_data_settings_of_the_run_are_used(
                 pixels[blur] = next(iter(loader)).pixels
     assert torch.equal(pixels[None], pixels["reference"]) and not torch.equal(pixels[None], pixels["rgb"])
 
-    # the feature cache distinguishes them
+    # The feature cache distinguishes them.
     cache = ["--steps", "1", "--seeds", "1", "--cache", str(tmp_path / "cache")]
     probe = ["eval", "probe", str(run), str(place / "shards"), "--device", "cpu", *cache]
     for options, files in (([], 3), (["--blur", "rgb"], 6), (["--blur", "reference"], 6)):
@@ -254,7 +252,7 @@ def test_data_settings_of_the_run_are_used(
         assert len(list((tmp_path / "cache").iterdir())) == files
     assert capsys.readouterr().err.count("features read from") == 3
 
-    # the max_bad_fraction of the run applies
+    # The run's max_bad_fraction applies.
     assert main(["eval", "zeroshot", str(run), str(damaged), "--device", "cpu"]) == 2
     assert "max_bad_fraction = 0.02" in capsys.readouterr().err
 
@@ -271,14 +269,14 @@ def test_remote_shards_use_the_configured_cache(
     probe = ["eval", "probe", str(run), (place / "shards").as_uri(), "--device", "cpu", "--cache", str(features)]
     assert main([*probe, "--steps", "1"]) == 0
     assert near.is_dir() and not (tmp_path / "home").exists()
-    # with cached features no shard is read
+    # With cached features, no shards are read.
     assert main([*probe, "--steps", "1", "--shard-cache-dir", str(nearer)]) == 0
     assert not nearer.exists()
     assert main(["eval", "retrieval", *probe[2:6], "--shard-cache-dir", str(nearer), "--shard-cache-gib", "0"]) == 0
     assert [path.name for path in nearer.iterdir()] == ["lock"], "a cache of size 0 stays empty"
     capsys.readouterr()
     for option, value, message in (
-        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot hold the shard cache"),
+        ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot be used as shard cache"),
         ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a number"),
         ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
     ):
@@ -294,8 +292,8 @@ def test_remote_shards_use_the_configured_cache(
         ("retrieval", ["--top", "0"], "--top: got 0"),
         ("retrieval", ["--weights", "teacher"], "this run had no teacher"),
         ("retrieval", ["--device", "gpu"], "device: got 'gpu'"),
-        ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before any work
-        ("probe", ["--split", "train"], "--split: got 'train', which probes are trained on"),
+        ("probe", ["--split", "tset"], "split: got 'tset', expected one of train, val, test"),  # before any computation
+        ("probe", ["--split", "train"], "--split: got 'train', the split on which probes are trained"),
         ("probe", ["--steps", "0"], "steps: got 0, expected at least 1"),
         ("probe", ["--seeds", "0"], "seeds: got none"),
         ("tsne", ["--classes", "1"], "classes: got 1, expected at least 2"),
@@ -304,7 +302,7 @@ def test_remote_shards_use_the_configured_cache(
         ("negatives", ["--batch-size", "0"], "--batch-size: got 0"),
         ("retrieval", ["--report", "{place}/model/config.json"], "config.json is a file, expected a directory"),
         ("probe", ["--cache", "{place}/model/config.json"], "config.json is a file, expected a directory"),
-        ("retrieval", ["--json", "{place}/model"], "model is a directory; name a file"),
+        ("retrieval", ["--json", "{place}/model"], "model is a directory, expected a file"),
         # not writable even for root
         ("retrieval", ["--json", "/proc/a.json"], "--json: /proc/a.json cannot be written (No such file"),
         ("retrieval", ["--json", "/proc/version"], "--json: /proc/version cannot be written ("),
@@ -330,7 +328,7 @@ def test_no_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for checkpoint, message in (
         (tmp_path / "none", "none does not exist; expected a run directory"),
         (place / "model" / "config.json", "config.json is a file; expected a run directory"),
-        (tmp_path / "empty", "empty holds no trained model"),
+        (tmp_path / "empty", "empty has no trained model"),
         (tmp_path / "begun", "begun is an unfinished run: resume it with `train --resume`"),
     ):
         assert main(["eval", "retrieval", str(checkpoint), str(place / "shards"), "--device", "cpu"]) == 2
@@ -342,4 +340,4 @@ def test_no_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_empty_split(kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(generate_scenes(4, seed=0, val=0, test=0), tmp_path / "shards")
     assert main(["eval", kind, str(place / "model"), str(tmp_path / "shards"), "--device", "cpu"]) == 2
-    assert "the test split holds no scenes" in capsys.readouterr().err
+    assert "the test split has no scenes" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def trained(path: Path) -> ScenarioCLIP:
     return model
 
 
-def test_each_level_becomes_a_clip_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_level_becomes_a_transformers_clip_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     model = trained(tmp_path / "run" / "model")
     assert main(["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
@@ -48,12 +48,12 @@ def test_each_level_becomes_a_clip_model_of_transformers(tmp_path: Path, capsys:
         with torch.no_grad():
             pooled = clip.vision_model(pixels).pooler_output
             got = head.out_norm(clip.visual_projection(pooled) + head.projection.bias)
-            # Float32 with other orders of summation.
+            # Float32 sums in a different order.
             torch.testing.assert_close(got, model.encode_image(pixels, level), rtol=2e-4, atol=2e-4)
 
 
 def test_exported_image_processor_matches_the_views(tmp_path: Path) -> None:
-    """transformers' processor against the scene's global view, up to the rounding of resampling."""
+    """The processor of transformers matches the scene's global view up to rounding."""
     transformers = pytest.importorskip("transformers")
     trained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
@@ -72,8 +72,8 @@ def test_whole_model_in_one_file(tmp_path: Path) -> None:
     assert read_scales(tmp_path / "out") == SCALES
 
 
-def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path} holds no trained model")
+    assert error.startswith(f"error: {tmp_path} has no trained model")
     assert error.count("\n") == 1

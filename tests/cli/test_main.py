@@ -1,4 +1,4 @@
-"""The command line: one line for every mistake of a user, help, completion and start-up."""
+"""The command line: one-line user errors, help, completion and start-up."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_line(
     fail_with(monkeypatch, OSError(code, os.strerror(code), "out.json"))
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == f"error: out.json: {os.strerror(code)}\n"
-    fail_with(monkeypatch, OSError(code, os.strerror(code)))  # from a write, which has no file name
+    fail_with(monkeypatch, OSError(code, os.strerror(code)))  # raised by a write, without a file name
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == f"error: while writing: {os.strerror(code)}\n"
 
@@ -55,7 +55,7 @@ def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatc
         main(["doctor"])
 
 
-def test_a_backend_that_cannot_serve_is_one_line(
+def test_an_unavailable_backend_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fail_with(monkeypatch, BackendError("render_views: backend 'cuda' cannot run on cpu tensors"))
@@ -92,7 +92,7 @@ def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         ("--print-completion csh", "argument --print-completion: got 'csh': did you mean tcsh?"),
     ],
 )
-def test_wrong_usage_is_one_line(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(command.split())
     assert stop.value.code == 2
@@ -112,13 +112,13 @@ def test_wrong_usage_is_one_line(command: str, message: str, capsys: pytest.Capt
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
         ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a number"),
-        ("pack missing --out packed", "missing: no such directory or tar"),
+        ("pack missing --out packed", "missing: no such file or directory"),
         ("inspect missing", "missing: no such directory"),
         ("report missing", "missing does not exist"),
         ("scenes --out /dev/null", "/dev/null"),
     ],
 )
-def test_wrong_input_is_one_line(
+def test_invalid_input_is_one_line(
     command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_ctrl_c_ends_a_running_command(tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_running_command(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     command = [*MODULE, "scenes", "--out", str(out), "-n", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -142,19 +142,19 @@ def test_ctrl_c_ends_a_running_command(tmp_path: Path) -> None:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, error = process.communicate(timeout=60)
-    # CPython itself ends by SIGINT where one arrived in an exec() of an import; a shell sees 130 in both cases.
+    # CPython kills itself with SIGINT if it arrived during an import; a shell reports 130 in both cases.
     assert process.returncode in (130, -signal.SIGINT)
     assert error.splitlines()[-1] == "interrupted"
     assert "Traceback" not in error
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     command = f"{' '.join(MODULE)} train --help | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_command_describes_itself_and_writes_defaults_alike() -> None:
+def test_every_command_has_help_and_formats_defaults_alike() -> None:
     parsers = subcommands(build_parser())
     assert tuple(parsers) == COMMANDS
     for name, parser in {**parsers, **subcommands(parsers["eval"])}.items():
@@ -164,7 +164,7 @@ def test_every_command_describes_itself_and_writes_defaults_alike() -> None:
         assert "(default " not in text.replace("(default)", ""), f"{name}: write (default: VALUE)"
 
 
-def test_python_m_shows_its_own_name() -> None:
+def test_python_m_shows_its_name() -> None:
     done = subprocess.run([*MODULE, "train", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: python -m scenarioclip_fast train ")
 
@@ -179,7 +179,7 @@ def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str]) -> No
             assert re.search(rf"^  {re.escape(key.name)} .*{re.escape(key.default)}$", text, re.MULTILINE), key.name
 
 
-def test_print_config_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["optim.lr=3e-4", "data.shards=x", "train.profile=[2, 3]"]
     assert main(["train", "-c", str(ROOT / "configs" / "tiny.yaml"), "--print-config", *overrides]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
@@ -229,7 +229,7 @@ def test_bash_completes_commands_options_paths_and_keys(words: list[str], expect
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion_scripts_name_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_scripts_contain_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
     with pytest.raises(SystemExit) as stop:
         main(["--print-completion", shell])

@@ -21,7 +21,7 @@ def make(objects: list[int], relations: list[int]) -> Batch:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_split_keeps_every_row_with_its_scene(parts: int) -> None:
+def test_split_keeps_rows_with_their_scene(parts: int) -> None:
     whole = make([2, 0, 3, 1], [1, 4, 0, 2])
     split = whole.split(parts)
     assert len(split) == parts
@@ -40,7 +40,7 @@ def test_split_keeps_every_row_with_its_scene(parts: int) -> None:
     assert first == whole.num_scenes
 
 
-def test_moving_a_batch_keeps_its_index_on_the_host() -> None:
+def test_moving_a_batch_keeps_the_host_index() -> None:
     batch = make([1, 1], [0, 1])
     assert all(a is b for a, b in zip(batch.host, batch.tensors[1:], strict=True))
     moved = batch.to("meta")

@@ -80,7 +80,7 @@ WHOLE = encoded(picture(90, 120), subsampling=2)
 
 
 def with_a_gap(data: bytes) -> bytes:
-    """Entropy-coded data missing in the middle; header and end marker are intact."""
+    """Remove entropy-coded data in the middle; the header and end marker stay intact."""
     middle = len(data) // 2
     return data[:middle] + data[middle + 400 :]
 
@@ -100,11 +100,11 @@ BAD = {
     "empty": (b"", "not_an_image"),
     "text": (b"hello, I am a picture", "not_an_image"),
     "start only": (b"\xff\xd8\xff", "truncated"),
-    "cut in the header": (WHOLE[:100], "truncated"),
-    "cut in the data": (WHOLE[: len(WHOLE) // 2], "truncated"),
-    "cut before the end marker": (WHOLE[:-2], "truncated"),
-    "zeros for the tail": (WHOLE[: len(WHOLE) // 2] + bytes(len(WHOLE) // 2), "truncated"),
-    "segment damaged": (WHOLE[:20] + b"\0" * 20 + WHOLE[40:], "corrupt"),
+    "truncated in the header": (WHOLE[:100], "truncated"),
+    "truncated in the data": (WHOLE[: len(WHOLE) // 2], "truncated"),
+    "truncated before the end marker": (WHOLE[:-2], "truncated"),
+    "second half zeroed": (WHOLE[: len(WHOLE) // 2] + bytes(len(WHOLE) // 2), "truncated"),
+    "damaged segment": (WHOLE[:20] + b"\0" * 20 + WHOLE[40:], "corrupt"),
     "bomb": (with_size(WHOLE, 20000, 20000), "too_large"),
     "no height": (with_size(WHOLE, 0, 20), "corrupt"),
     "PNG bomb": (huge_png(), "too_large"),
@@ -192,11 +192,11 @@ def test_a_decompression_bomb_is_rejected_before_allocation(monkeypatch: pytest.
 def test_decode_checked_raises_for_a_bad_image(decoder: Decoder) -> None:
     assert torch.equal(decode_checked(decoder, GOOD["odd"]), pillow(GOOD["odd"]))
     with pytest.raises(DecodeError, match="truncated"):
-        decode_checked(decoder, BAD["cut in the data"][0])
+        decode_checked(decoder, BAD["truncated in the data"][0])
 
 
 def test_only_supported_formats_are_opened(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Formats are detected by content, and Pillow would hand EPS to Ghostscript."""
+    """Formats are detected by content, and Pillow would run Ghostscript on EPS."""
     from PIL import EpsImagePlugin
 
     eps = encoded(picture(20, 30), "EPS")
@@ -222,7 +222,7 @@ def test_probe_skips_thumbnails_and_fill_bytes() -> None:
     data = WHOLE[:2] + comment + b"\xff\xff" + WHOLE[2:]
     header = probe(data)
     assert header is not None and (header.height, header.width, header.plain) == (90, 120, True)
-    # the thumbnail's end marker is not the image's
+    # The thumbnail's end marker is not the image's.
     with pytest.raises(DecodeError, match="without an end"):
         probe(data[:-40])
     assert probe(b"RIFF....WEBP") is None
@@ -261,10 +261,10 @@ def test_dali_memory_is_bounded_and_released() -> None:
     warm, rounds = 20, 60
     decoder = DaliDecoder(threads=2)
     for k in range(warm + rounds):
-        if k == warm:  # the allocator has created its pools, one per thread
+        if k == warm:  # by now, the allocator has created one pool per thread
             before = resident_bytes()
         decoder.decode(images[k % 4 :] + images[: k % 4])
-    # a leaked run would keep all its pixels; a third is allowed for the rest of the process
+    # A leaked run would keep all its pixels; a third of that is allowed for the rest of the process.
     assert resident_bytes() - before < rounds * pixels / 3
     pipeline = weakref.ref(decoder._pipeline)
     decoder.close()
@@ -300,7 +300,7 @@ def test_decoders_on_a_gpu(name: str) -> None:
     decoder.close()
     for (kind, data), image in zip(GOOD.items(), decoded, strict=False):
         assert isinstance(image, Tensor) and image.is_cuda, kind
-        # nvJPEG's inverse DCT and colour conversion round differently from libjpeg-turbo's
+        # nvJPEG's inverse DCT and colour conversion round differently than libjpeg-turbo's.
         limit = 0 if name == "torch" else 3
         assert (image.cpu().int() - pillow(data).int()).abs().max() <= limit, kind
     assert all(isinstance(x, DecodeError) for x in decoded[len(GOOD) :])
@@ -319,6 +319,6 @@ def test_dali_releases_gpu_memory() -> None:
         free, total = torch.cuda.mem_get_info()
         return total - free
 
-    before = used_after([WHOLE])  # includes the libraries' own memory
+    before = used_after([WHOLE])  # includes the memory of the libraries
     large = encoded(picture(3000, 4000))
     assert used_after([large] * 24) - before < 12 * 3 * 3000 * 4000  # half of the pixels, with a margin

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data.inspect import draw_sheet, take_census
+from scenarioclip_fast.data.inspect import collect_statistics, draw_sheet
 from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import BadSample
@@ -32,23 +32,23 @@ def make_scene(key: str, size: tuple[int, int] = (40, 80)) -> Scene:
     return Scene(key, image, "a $ dollar _ sign", objects, [Relation(0, "left of", 1), Relation(1, "near", 2)])
 
 
-def test_census() -> None:
+def test_statistics() -> None:
     scenes: list[Scene | BadSample] = [make_scene("a"), make_scene("bb"), BadSample("c", "short_shard", "...")]
     lonely = make_scene("d")
     lonely.relations, lonely.objects = [], [SceneObject("thing", (0.0, 0.0, 40.0, 40.0), None)]
     broken = make_scene("e")
     broken.objects[0].mask = None
-    census = take_census([*scenes, lonely, broken])
-    assert (census.scenes, census.objects, census.relations) == (3, [3, 3, 1], [2, 2, 0])
-    assert census.without_mask == 1 and len(census.mask_area) == 6
-    assert census.mask_area[:3] == [12 * 15 / 3200, 20 * 20 / 3200, 20 * 40 / 3200]
-    assert census.black == 4  # the first and the last object of two scenes are outside the centre 40 x 40
-    assert dict(census.bad) == {"short_shard": 1, "no_views": 1}
-    assert "4 of 7 masked object views" in str(census) and "1 short_shard" in str(census)
+    statistics = collect_statistics([*scenes, lonely, broken])
+    assert (statistics.scenes, statistics.objects, statistics.relations) == (3, [3, 3, 1], [2, 2, 0])
+    assert statistics.without_mask == 1 and len(statistics.mask_area) == 6
+    assert statistics.mask_area[:3] == [12 * 15 / 3200, 20 * 20 / 3200, 20 * 40 / 3200]
+    assert statistics.all_black == 4  # the first and the last object of two scenes are outside the centre 40 x 40
+    assert dict(statistics.bad) == {"short_shard": 1, "no_views": 1}
+    assert "4 of 7 masked object views" in str(statistics) and "1 short_shard" in str(statistics)
 
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (50, 50)])
-def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
+def test_all_black_views_render_black(size: tuple[int, int]) -> None:
     height, width = size
     rng = np.random.default_rng(0)
     white = torch.full((height, width, 3), 255, dtype=torch.uint8)
@@ -56,10 +56,10 @@ def test_black_views_are_those_that_render_black(size: tuple[int, int]) -> None:
     objects = [SceneObject("thing", (float(x), float(y), float(x) + 6, float(y) + 6)) for x, y in corners]
     scene = Scene("a", white, "resting", objects)
     views = Views.of_scenes([scene])
-    # At the size of the centre crop nothing is resampled, so no filter reaches past its edge.
+    # At the size of the centre crop, nothing is resampled, so no filter extends past its edge.
     pixels = render_views([white], views, size=min(size), mean=(0, 0, 0), std=(1, 1, 1))
     black = int((pixels[views.kind == 1].amax((1, 2, 3)) == 0).sum())
-    assert take_census([scene]).black == black
+    assert collect_statistics([scene]).all_black == black
     assert (black > 0) == (height != width)
 
 
@@ -67,7 +67,7 @@ def test_sheet(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for views in ({"object_view": "masked"}, {"object_view": "crop"}, {"relation_view": "scene"}):
         out = tmp_path / f"{views}.png"
-        draw_sheet([make_scene("a"), make_scene("b", (40, 85))], out, size=24, most=2, **views)  # type: ignore[arg-type]
+        draw_sheet([make_scene("a"), make_scene("b", (40, 85))], out, size=24, max_views=2, **views)  # type: ignore[arg-type]
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
 
 
@@ -88,7 +88,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("flag", "value", "message"),
     [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0"), ("--size", "1000000", "1 to 1024")],
 )
-def test_command_with_numbers_out_of_range(
+def test_command_rejects_numbers_out_of_range(
     flag: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(tmp_path), "--out", str(tmp_path), flag, value]) == 2
@@ -100,7 +100,7 @@ def test_command_without_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
-def test_command_with_a_file_in_place_of_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_rejects_files_as_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["inspect", str(tmp_path / "file"), "--out", str(tmp_path / "out")]) == 2
     assert "file: is a file; `scenarioclip-fast pack" in capsys.readouterr().err

@@ -41,7 +41,7 @@ ACTIONS = ("resting", "falling")
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def no_threads_remain() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     left = [t.name for t in set(threading.enumerate()) - before if t.name == "load" or t.name.startswith("render")]
@@ -49,7 +49,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def make_scene(i: int) -> Scene:
-    """Scene i has i % 4 objects and, with two objects or more, a relation or two; some scenes have none of either."""
+    """Scene i has i % 4 objects and, if there are at least two, one or two relations."""
     rng = np.random.default_rng(i)
     height, width = 40 + i % 5, 52 - i % 7
     out = io.BytesIO()
@@ -141,7 +141,7 @@ def take(loader: SceneLoader, n: int) -> list[Batch]:
     return batches
 
 
-def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
+def test_a_batch_contains_the_rendered_scenes(shards: Path) -> None:
     with load(shards, augment=False, shuffle=False, drop_last=False) as loader:
         batches = list(loader)
     assert len(batches) == len(loader) == 8
@@ -168,7 +168,7 @@ def test_a_batch_is_its_scenes_rendered(shards: Path) -> None:
     [{"prefetch": 0}, {"prefetch": 5}, {"threads": 1}, {"cache_gib": 40_000 / 2**30}, {"decoder": "dali"}],
     ids=str,
 )
-def test_batches_depend_on_seed_and_epoch_alone(shards: Path, options: dict[str, Any]) -> None:
+def test_batches_depend_only_on_seed_and_epoch(shards: Path, options: dict[str, Any]) -> None:
     if options.get("decoder") == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     with load(shards, epochs=2) as plain, load(shards, epochs=2, **options) as other:
@@ -194,7 +194,7 @@ def test_augmentation_depends_on_the_epoch_and_not_on_the_batch(shards: Path) ->
     assert not any(torch.equal(one[key], later[key]) for key in one)
 
 
-def test_resume_is_exact_to_the_pixel(shards: Path) -> None:
+def test_resume_is_bitwise_exact(shards: Path) -> None:
     with load(shards) as whole:
         expected = take(whole, 17)
         assert whole.state_dict()["epoch"] == 2 and whole.state_dict()["position"] == 12
@@ -240,12 +240,12 @@ def test_ranks_share_the_order_and_another_world_size_continues_it(shards: Path)
     assert second == [set(order[12:18]), set(order[18:24]), set(order[24:30])]
 
 
-def test_evaluation_delivers_every_scene_once_over_all_ranks(shards: Path) -> None:
+def test_evaluation_yields_every_scene_once_over_all_ranks(shards: Path) -> None:
     seen: list[str] = []
     for rank in range(4):
         with load(shards, 7, rank=rank, world_size=4, augment=False, drop_last=False) as loader:
             assert len(loader) == 2
-            for _ in range(2):  # each iteration is one whole epoch
+            for _ in range(2):  # each iteration is one epoch
                 batches = list(loader)
                 assert len(batches) == 2
         seen += [key for batch in batches for key in batch.keys]
@@ -261,7 +261,7 @@ def test_a_rank_without_scenes_gets_an_empty_batch(tmp_path: Path) -> None:
     assert empty.pixels.shape == (0, 3, SIZE, SIZE)
 
 
-# Kinds of damage to a stored scene, and the reason each must be counted under.
+# Kinds of damage to a stored scene, and the expected reason.
 
 
 def damaged_image(change: Callable[[bytes], bytes]) -> Callable[[Scene, dict[str, Any]], None]:
@@ -363,7 +363,9 @@ def test_bad_scenes_are_replaced_counted_and_logged(damaged: Path, tmp_path: Pat
         with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(path), **options) as loader:
             batches = list(loader)
             counts.add(len(batches))
-            assert all(batch.num_scenes == 4 for batch in batches[:-4])  # replaced: only the last batches are shorter
+            assert all(
+                batch.num_scenes == 4 for batch in batches[:-4]
+            )  # bad scenes are replaced: only the last batches are smaller
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert loader.bad == {r: sum(x["reason"] == r for x in records) for r in {x["reason"] for x in records}}
         assert all(set(x) == {"epoch", "key", "reason", "detail"} and x["epoch"] == 0 for x in records)
@@ -390,7 +392,7 @@ THOUSAND, DAMAGED = 1000, 50
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """1,000 scenes, 5 % of them damaged in every way, and the reasons; some of the others are unusual but valid."""
+    """1,000 scenes, 5 % with all kinds of damage, and the reasons; some of the others are unusual but valid."""
     scenes = [make_scene(i) for i in range(THOUSAND)]
     damage: dict[int, Callable[[Scene, dict[str, Any]], Any]] = {}
     reasons = dict.fromkeys((scenes[i].key for i in range(992, 1000)), "unreadable_shard")
@@ -454,8 +456,8 @@ def test_resume_is_exact_among_bad_scenes(damaged: Path) -> None:
         assert bad + second.bad == whole.bad  # none is counted twice
 
 
-def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
-    message = r"\d of the 4 scenes drawn in epoch 0 cannot be used.*s00\d\d: "
+def test_too_many_bad_scenes_stop_the_run(damaged: Path, tmp_path: Path) -> None:
+    message = r"\d of the 4 scenes read in epoch 0 cannot be used.*s00\d\d: "
     loader = load(damaged, 4, max_bad_fraction=0.0, on_bad=BadSampleLog(tmp_path / "bad.jsonl"))
     with loader, pytest.raises(UserError, match=message):
         take(loader, 100)
@@ -476,14 +478,14 @@ def test_too_many_bad_scenes_end_the_run(damaged: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_does_not_stop_the_run(damaged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "full").mkdir()  # a directory in place of the file raises OSError, as a full disk does
+    (tmp_path / "full").mkdir()  # opening a directory raises OSError, like a full disk
     with load(damaged, 4, max_bad_fraction=0.5, on_bad=BadSampleLog(tmp_path / "full"), epochs=1) as loader:
         keys = {key for batch in loader for key in batch.keys}
     assert keys <= GOOD and loader.bad.total() == caplog.text.count('"reason": ')
     assert "full: [Errno 21] Is a directory" in caplog.text
 
 
-def test_a_data_set_that_vanishes_ends_the_run_early(tmp_path: Path) -> None:
+def test_a_deleted_data_set_stops_the_run(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "data", [make_scene(0) for _ in range(600)], {})
     for shard in shards.glob("*.tar"):
         shard.unlink()
@@ -543,7 +545,9 @@ def test_closing_twice_is_allowed(shards: Path, prefetch: int) -> None:
 
 @settings(max_examples=25, deadline=None)  # each example loads a few batches of small images
 @given(data=st.data())
-def test_ranks_get_equally_many_batches_and_resume_exactly(shards: Path, damaged: Path, data: st.DataObject) -> None:
+def test_ranks_get_the_same_number_of_batches_and_resume_exactly(
+    shards: Path, damaged: Path, data: st.DataObject
+) -> None:
     draw = data.draw
     world, batch_size = draw(st.integers(1, 4), "ranks"), draw(st.integers(1, 6), "batch size")
     options = {"drop_last": draw(st.booleans(), "drop_last"), "epochs": 2, "size": 8, "threads": 1}
@@ -575,14 +579,14 @@ def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkey
     iterator = iter(loader)
     next(iterator)
     time.sleep(0.5)
-    assert len(built) <= 1 + 2 + 1  # delivered, queued, and the one waiting for room
+    assert len(built) <= 1 + 2 + 1  # consumed, queued, and one waiting for space
     second = iter(loader)  # ends the first
     assert len(list(iterator)) == 0
     assert next(second).num_scenes == 4
     loader.close()
 
 
-def test_leaving_an_iteration_stops_its_threads(shards: Path) -> None:
+def test_abandoning_an_iteration_stops_its_threads(shards: Path) -> None:
     loader = load(shards)
     for _ in loader:
         assert any(thread.name == "load" for thread in threading.enumerate())
@@ -615,9 +619,11 @@ def test_the_image_cache_is_bounded(shards: Path, monkeypatch: pytest.MonkeyPatc
 def test_invalid_arguments(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="the val split holds no scenes"):
+    with pytest.raises(UserError, match="the val split has no scenes"):
         load(shards, split="val")
-    with pytest.raises(UserError, match=r"has 30 scenes, expected at least 32: pack more, or lower the batch size"):
+    with pytest.raises(
+        UserError, match=r"has 30 scenes, expected at least 32 \(one global batch\): pack more scenes, or reduce"
+    ):
         load(shards, 16, world_size=2)
     with pytest.raises(ValueError, match="epochs: got 0"):
         load(shards, epochs=0)
@@ -626,7 +632,7 @@ def test_invalid_arguments(shards: Path, tmp_path: Path) -> None:
     with load(shards) as loader:
         with pytest.raises(UserError, match=r"has seed 6, this run has 5: resume with the same seed"):
             loader.load_state_dict({**loader.state_dict(), "seed": 6})
-        with pytest.raises(UserError, match="belongs to as many scenes, but other ones"):
+        with pytest.raises(UserError, match="belongs to other scenes or to another order"):
             loader.load_state_dict({**loader.state_dict(), "keys": 1})
         assert loader.vocabulary.actions == sorted(ACTIONS)
 
@@ -667,5 +673,5 @@ def test_batches_on_a_gpu(shards: Path, decoder: str) -> None:
     with load(shards, epochs=2) as on_cpu, load(shards, epochs=2, device="cuda", decoder=decoder) as on_gpu:
         for x, y in zip(on_cpu, on_gpu, strict=True):
             assert x.keys == y.keys and y.pixels.is_cuda
-            # one level of rounding in nvJPEG is 0.015 here, and bicubic weights may double it
+            # One level of rounding in nvJPEG is 0.015 here, and bicubic weights can double it.
             assert (x.pixels - y.pixels.cpu()).abs().mean() < 0.02

@@ -25,7 +25,7 @@ from scenarioclip_fast.train.config import DataSection
         ("cache_gib", float("inf"), "at least 0"),
         ("shard_cache_gib", -1.0, "at least 0"),
         ("max_pixels", 0, "at least 1"),
-        ("max_bad_fraction", 1.5, "a share from 0 to 1"),
+        ("max_bad_fraction", 1.5, "a fraction from 0 to 1"),
     ],
 )
 def test_an_invalid_value_names_its_field(field: str, value: Any, expected: str) -> None:
@@ -43,7 +43,7 @@ def test_every_choice_of_views_is_implemented() -> None:
             assert len(Views.of_scenes([], object_view=config.object_view, relation_view=config.relation_view)) == 0
 
 
-def test_the_trainers_section_extends_the_config() -> None:
+def test_the_trainer_config_extends_the_loader_config() -> None:
     own = {"shards", "batch_size"}
     assert {f.name for f in fields(DataSection)} == {f.name for f in fields(LoaderConfig)} | own
 

@@ -17,14 +17,14 @@ def test_order_is_a_permutation_determined_by_seed_and_epoch() -> None:
     assert np.array_equal(a, epoch_order(1000, seed=3, epoch=5))
     for other in (epoch_order(1000, 3, 6), epoch_order(1000, 4, 5)):
         assert (a == other).mean() < 0.02
-    # the orders of adjacent epochs must be uncorrelated
+    # The orders of adjacent epochs must be uncorrelated.
     b = epoch_order(1000, seed=3, epoch=6)
     assert abs(np.corrcoef(np.argsort(a), np.argsort(b))[0, 1]) < 0.12  # 0.12 is four standard deviations at n = 1000
     assert np.array_equal(epoch_order(5, 0, 0, shuffle=False), np.arange(5))
 
 
 def test_order_has_fixed_values() -> None:
-    """Checkpoints must resume with other library versions, so the numbers are part of the contract."""
+    """Checkpoints must be resumable with other library versions, so the values are fixed."""
     assert epoch_order(8, seed=1, epoch=2).tolist() == [7, 5, 6, 1, 4, 3, 0, 2]
     assert hash64(1, 2, 3) == 15020427595393229491
     assert hash64(1, 2, 3) != hash64(3, 2, 1)
@@ -52,7 +52,7 @@ def test_ranks_together_traverse_the_global_order(n: int, batch: int, world: int
 
 
 @given(st.integers(0, 40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_another_world_size_continues_the_same_order(n: int, steps: int, batch: int, before: int, after: int) -> None:
+def test_another_world_size_resumes_the_same_order(n: int, steps: int, batch: int, before: int, after: int) -> None:
     position = min(steps * batch * before, n)
     shares = [Order(n, batch, 9, r, after).share(0, position).tolist() for r in range(after)]
     dealt = [x for x in chain.from_iterable(zip_longest(*shares)) if x is not None]

@@ -18,7 +18,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, ShardSet, Vocabulary, generate_scenes, pack
 from scenarioclip_fast.data.rle import decode
-from scenarioclip_fast.data.synthetic import vocabulary, write_reference_layout
+from scenarioclip_fast.data.synthetic import vocabulary, write_published_layout
 from scenarioclip_fast.errors import UserError
 
 
@@ -38,14 +38,14 @@ def synthetic() -> list[Scene]:
 @pytest.fixture(scope="module")
 def source(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("source") / "set"
-    write_reference_layout(synthetic, directory, classes=vocabulary())
+    write_published_layout(synthetic, directory, classes=vocabulary())
     return directory
 
 
 @pytest.fixture
 def small_source(synthetic: list[Scene], tmp_path: Path) -> Path:
     """A small source that a test may damage."""
-    write_reference_layout([replace(scene, split=None) for scene in synthetic[:6]], tmp_path / "set")
+    write_published_layout([replace(scene, split=None) for scene in synthetic[:6]], tmp_path / "set")
     return tmp_path / "set"
 
 
@@ -120,7 +120,7 @@ def test_packing_is_deterministic(source: Path, tmp_path: Path) -> None:
     assert "train-000001.tar" not in names, "shards of the replaced pack are removed"
 
 
-def test_concurrent_runs_are_refused(source: Path, tmp_path: Path) -> None:
+def test_concurrent_runs_are_rejected(source: Path, tmp_path: Path) -> None:
     import fcntl
 
     stage = tmp_path / ".out.partial"
@@ -143,7 +143,7 @@ def test_splits_by_hash_of_the_key(synthetic: list[Scene], tmp_path: Path) -> No
         assert all(split[key] == s for key in ShardSet(tmp_path / "b", s).keys)
     pack_quietly(bare, tmp_path / "c", val=0.0, test=0.0)
     assert len(ShardSet(tmp_path / "c")) == len(bare)
-    with pytest.raises(UserError, match=r"got shares val=0\.7 and test=0\.6"):
+    with pytest.raises(UserError, match=r"got fractions val=0\.7 and test=0\.6"):
         pack_quietly(bare, tmp_path / "d", val=0.7, test=0.6)
     with pytest.raises(UserError, match="workers: got 0, expected at least 1"):
         pack_quietly(bare, tmp_path / "d", workers=0)
@@ -184,21 +184,21 @@ def _of_one_object(scene: Scene, **change: Any) -> Scene:
 # Scenes with malformed fields: the expected reason (None: valid) and the change.
 MALFORMED: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
     "no scene": ("malformed_entry", lambda s: None),
-    "key of several lines": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
-    "key of a number": ("malformed_entry", lambda s: replace(s, key=7)),
+    "key with line breaks": ("unsafe_id", lambda s: replace(s, key="a\nb" * 1000)),
+    "key is a number": ("malformed_entry", lambda s: replace(s, key=7)),
     "no image": ("image_not_an_image", lambda s: replace(s, image=None)),
-    "image of floats": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(8, 8, 3))),
+    "float image": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(8, 8, 3))),
     "channels first": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(3, 8, 8, dtype=torch.uint8))),
     "image without pixels": ("image_not_an_image", lambda s: replace(s, image=torch.zeros(0, 8, 3, dtype=torch.uint8))),
     "empty action": ("malformed_entry", lambda s: replace(s, action=" ")),
     "empty name": ("malformed_entry", lambda s: _of_one_object(s, name="")),
     "empty predicate": ("malformed_entry", lambda s: replace(s, relations=[Relation(0, "", 0)])),
-    "endless objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
-    "objects that are none": ("malformed_entry", lambda s: replace(s, objects=None)),
-    "box of three": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
-    "mask of NumPy": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
-    "box of NumPy": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
-    "image with its axes moved": (
+    "too many objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
+    "objects is None": ("malformed_entry", lambda s: replace(s, objects=None)),
+    "box with three numbers": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
+    "NumPy mask": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
+    "NumPy box": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
+    "image with permuted axes": (
         None,
         lambda s: replace(
             s, image=torch.zeros(3, 64, 64, dtype=torch.uint8).permute(1, 2, 0), objects=[], relations=[]
@@ -246,7 +246,7 @@ def test_bad_entries_are_rejected_and_counted(small_source: Path, tmp_path: Path
 
 
 def test_an_entry_nested_too_deeply_to_be_pickled(small_source: Path, tmp_path: Path) -> None:
-    """JSON may be shallow enough to be parsed, but too deep to be pickled."""
+    """JSON can be shallow enough to parse, but too deep to pickle."""
     text = (small_source / "metadata.json").read_text()
     for depth in range(1000, 0, -2):
         nested = text.replace('"objects":', f'"relations": {"[" * depth}{"]" * depth}, "objects":', 1)
@@ -261,13 +261,13 @@ def test_an_entry_nested_too_deeply_to_be_pickled(small_source: Path, tmp_path: 
     assert sum(n["scenes"] for n in report.splits.values()) == 6
 
 
-def test_no_valid_scene(small_source: Path, tmp_path: Path, capsys: Any) -> None:
+def test_no_valid_scenes(small_source: Path, tmp_path: Path, capsys: Any) -> None:
     for path in (small_source / "images").iterdir():
         path.unlink()
     out = tmp_path / "out"
     assert main(["pack", str(small_source), "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error:") and "no valid scene to pack: 6 missing_image" in error
+    assert error.startswith("error:") and "no valid scenes to pack: 6 missing_image" in error
     assert not out.exists()
     assert len((tmp_path / "out.rejected.jsonl").read_text().splitlines()) == 6
 
@@ -318,7 +318,7 @@ def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
 def test_a_pack_with_another_schema_is_not_replaced(source: Path, tmp_path: Path) -> None:
     pack_quietly(source, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text('{"schema": 7}')
-    with pytest.raises(UserError, match="contains a pack of schema 7"):
+    with pytest.raises(UserError, match="contains a pack with schema 7"):
         pack_quietly(source, tmp_path / "out")
     pack_quietly(source, tmp_path / "out", force=True)
     assert len(ShardSet(tmp_path / "out")) > 0
@@ -329,7 +329,7 @@ def test_a_failed_run_keeps_the_old_pack(source: Path, small_source: Path, tmp_p
     before = contents(tmp_path / "out")
     for path in (small_source / "images").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no valid scene"):
+    with pytest.raises(UserError, match="no valid scenes"):
         pack_quietly(small_source, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -345,7 +345,7 @@ def test_command_line_from_scenes_to_shards(tmp_path: Path, capsys: Any) -> None
         assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), option, "0"]) == 2
     capsys.readouterr()
     assert main(["pack", str(tmp_path / "set"), "--out", str(tmp_path / "x"), "--max-pixels", "99"]) == 2
-    assert re.search(r"no valid scene to pack: \d+ image_too_large", capsys.readouterr().err)
+    assert re.search(r"no valid scenes to pack: \d+ image_too_large", capsys.readouterr().err)
 
 
 def test_lone_surrogates_in_texts(small_source: Path, tmp_path: Path) -> None:

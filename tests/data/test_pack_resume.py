@@ -1,4 +1,4 @@
-"""Packing that is killed and started again. Run as a script, this file is the process whose children are killed."""
+"""Resuming `pack` after it was killed. Run as a script, this file is the parent of the killed processes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, SceneObject, generate_scenes, pack, packing
 from scenarioclip_fast.data.decode import TorchDecoder
-from scenarioclip_fast.data.synthetic import write_reference_layout
+from scenarioclip_fast.data.synthetic import write_published_layout
 
-# How often each kind of run is killed at a random moment; 20 takes minutes.
+# Number of random kills per kind of run; 20 takes minutes.
 KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "3"))
 SHARD = 7
 
@@ -50,9 +50,9 @@ def synthetic() -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def published(synthetic: list[Scene], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some scenes are bad, entirely or partly, so that rejections are compared too."""
+    """Some scenes are entirely or partly bad, so that rejections are compared as well."""
     directory = tmp_path_factory.mktemp("published") / "set"
-    write_reference_layout(synthetic, directory)
+    write_published_layout(synthetic, directory)
     images = sorted((directory / "images").iterdir())
     for path in images[::9]:
         path.write_bytes(path.read_bytes()[:500])
@@ -98,7 +98,9 @@ def test_resume_after_the_last_finished_shard(
     command = ["pack", str(source), "--out", str(out), "--shard-size", str(SHARD)]
     images = Interrupted(monkeypatch, 40)
     assert main(command) == 130
-    message = re.search(r"\.out\.partial keeps (\d) finished shards: re-run the command", capsys.readouterr().err)
+    message = re.search(
+        r"(\d) finished shards are kept in \S*\.out\.partial: re-run the command", capsys.readouterr().err
+    )
     assert message is not None and not out.exists()
     kept = int(message[1])
     assert kept >= 3 and len(list((tmp_path / ".out.partial").glob("*.tar"))) - kept in (0, 1)
@@ -118,7 +120,7 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int
     return out.parent / f".{out.name}.partial"
 
 
-def test_a_changed_source_or_option_starts_over(
+def test_a_changed_source_or_option_packs_from_the_start(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     source, out = tmp_path / "set", tmp_path / "out"
@@ -128,7 +130,7 @@ def test_a_changed_source_or_option_starts_over(
     mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
     assert len(list(stage.glob("*.tar"))) >= 3
     pack(source, out, shard_size=SHARD)
-    assert "left nothing to resume from: packing from the start" in capsys.readouterr().err
+    assert "nothing to resume from the interrupted run: packing from the start" in capsys.readouterr().err
     pack_quietly(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):
@@ -154,7 +156,7 @@ def _truncate_shard(stage: Path) -> None:
     os.truncate(sorted(stage.glob("train-*.tar"))[1], 1024)
 
 
-# The damage, and the shards that remain usable: their number, 0 or less relative to those present, None for no resume.
+# Damage, and the usable shards: their number, or if <= 0, relative to the existing ones; None: no resume.
 DAMAGED_STAGES: dict[str, tuple[Callable[[Path], Any], int | None]] = {
     "torn line": (_tear_last_line, -1),
     "trailing zeros": (_append_zeros, 0),
@@ -184,7 +186,7 @@ def test_the_journal_is_verified(
 
 
 @pytest.mark.parametrize("kind", ["published", "tars"])
-def test_an_up_to_date_pack_is_left_alone(
+def test_an_up_to_date_pack_is_unchanged(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     source, out = tmp_path / "set", tmp_path / "out"
@@ -213,18 +215,18 @@ def test_an_up_to_date_pack_is_left_alone(
 
 
 @pytest.mark.parametrize("kind", ["published", "tars"])
-def test_a_pack_of_another_edition_is_remade(
+def test_a_pack_of_another_version_is_rebuilt(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = request.getfixturevalue(kind), tmp_path / "out"
     pack_quietly(source, out)
     assert pack_quietly(source, out).up_to_date
-    monkeypatch.setattr(packing, "_EDITION", packing._EDITION + 1)
+    monkeypatch.setattr(packing, "_PACK_VERSION", packing._PACK_VERSION + 1)
     assert not pack_quietly(source, out).up_to_date
 
 
-def test_output_of_the_edition(tmp_path: Path) -> None:
-    """If this fails, the output of `pack` has changed: raise packing._EDITION and update the digest."""
+def test_output_of_the_pack_version(tmp_path: Path) -> None:
+    """If this fails, the output of `pack` has changed: increment packing._PACK_VERSION and update the digest."""
     box = torch.zeros(24, 40, dtype=torch.bool)
     box[3:9, 5:30] = True
     objects = [SceneObject("Dining  Table", (5.0, 3.0, 30.25, 9.0), box), SceneObject("cat", (-0.5, 2, 39, 7), ~box)]
@@ -239,7 +241,7 @@ def test_output_of_the_edition(tmp_path: Path) -> None:
         )
     ]
     digest = hashlib.sha256()
-    write_reference_layout(scenes, tmp_path / "set")
+    write_published_layout(scenes, tmp_path / "set")
     (tmp_path / "set/images/a.jpg").write_bytes(b"")
     pack_quietly(tmp_path / "set", tmp_path / "published", split="hash", shard_size=1)
     pack_quietly(tmp_path / "published", tmp_path / "tars", split="hash", val=0.5, test=0.5)
@@ -254,24 +256,24 @@ def test_output_of_the_edition(tmp_path: Path) -> None:
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())
-    assert (packing._EDITION, digest.hexdigest()[:16]) == (1, "f9e315fa3b376b38")
+    assert (packing._PACK_VERSION, digest.hexdigest()[:16]) == (1, "f9e315fa3b376b38")
 
 
-def test_scenes_from_memory_are_packed_from_the_start(
+def test_scenes_in_memory_are_packed_from_the_start(
     synthetic: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         Interrupted(patch, 40)
         with pytest.raises(KeyboardInterrupt):
             pack_quietly(synthetic, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [], "nothing is kept that cannot be resumed"
+    assert list(tmp_path.iterdir()) == [], "no files remain, since the run cannot be resumed"
     pack_quietly(synthetic, tmp_path / "out")
     assert not pack_quietly(synthetic, tmp_path / "out").up_to_date
 
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing more than `size` bytes to a file fails, as on a full disk."""
+    """Make writing more than `size` bytes to a file fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -298,7 +300,7 @@ def test_full_disk(room: int, tars: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def _other_mount(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
-    """Simulate that `out` is a mount point: nothing can be moved into it."""
+    """Simulate that `out` is a mount point, into which nothing can be moved."""
 
     def across(move: Any) -> Any:
         def moved(old: Any, new: Any) -> None:
@@ -340,7 +342,7 @@ def test_staging_inside_the_target_directory(
         assert [path.name for path in out.iterdir()] == [".partial"]
         images.left, images.decoded = 1000, 0
         pack_quietly(tars, out)
-        assert images.decoded < 40, "it resumes"
+        assert images.decoded < 40, "the run resumes"
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert pack_quietly(tars, out).up_to_date and not (out / ".partial").exists()
 
@@ -376,7 +378,7 @@ def run_children(*arguments: object) -> dict[str, Any]:
     return result
 
 
-# Starting worker processes takes seconds: by default one such run is killed once.
+# Starting worker processes takes seconds, so by default one such run is killed once.
 RUNS = [("published", 1, KILLS), ("tars", 1, KILLS), ("tars", 2, KILLS if KILLS > 3 else 1)]
 
 

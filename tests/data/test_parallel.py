@@ -34,7 +34,7 @@ def blocked(n: int) -> bool:
 
 
 def test_workers_ignore_ctrl_c() -> None:
-    """A terminal sends it to the whole process group; a worker that is still importing would print a traceback."""
+    """Terminals send it to the whole process group; a worker that is still importing would print a traceback."""
     assert list(ordered_map(blocked, range(2), 2)) == [True, True]
     assert not blocked(0)
 

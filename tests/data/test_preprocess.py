@@ -1,4 +1,4 @@
-"""`scenarioclip_fast.preprocess`: every kind of input gives the loader's global views, and errors are one line."""
+"""`scenarioclip_fast.preprocess`: all kinds of input give the loader's global views; errors are one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_pixels_equal_the_global_views_of_the_loader(device: str, tmp_path: Path
     pack(generate_scenes(8, seed=0, val=0.25, test=0.5), tmp_path / "shards")
     shards = ShardSet(tmp_path / "shards", "test")
     images = [shards.read(i).image for i in range(len(shards))]
-    options: dict[str, Any] = {"train": False, "shuffle": False, "drop_last": False}
+    options: dict[str, Any] = {"augment": False, "shuffle": False, "drop_last": False}
     with scene_loader(
         tmp_path / "shards", 3, split="test", device=device, decoder="torch", size=32, **options
     ) as loader:

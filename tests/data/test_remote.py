@@ -113,7 +113,7 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, fault: Callable[[str, int], str] = lambda name, count: "") -> Iterator[Server]:
-    pytest.importorskip("aiohttp", reason="fsspec needs aiohttp to read from a server")
+    pytest.importorskip("aiohttp", reason="fsspec requires aiohttp to read from a server")
     server = Server(folder, fault)
     try:
         yield server
@@ -217,7 +217,7 @@ def test_a_small_cache_neither_overflows_nor_thrashes(packed: Path, cache: Path,
 
 
 def test_two_processes_share_a_cache_and_fetch_each_shard_once(packed: Path, cache: Path) -> None:
-    code = (  # imports no torch, which would take longer than the test
+    code = (  # does not import torch, which would take longer than the test
         "import hashlib, json, sys; from pathlib import Path\n"
         "from scenarioclip_fast.data.remote import RemoteShard, RemoteShards, Store\n"
         "url, cache, shards = sys.argv[1], Path(sys.argv[2]), [RemoteShard(*x) for x in json.loads(sys.argv[3])]\n"
@@ -269,7 +269,7 @@ def test_failed_files_fail_fast_until_the_next_attempt(packed: Path, monkeypatch
             store.read("train-000000.tar", 0, 10)
         with pytest.raises(OSError, match="the next attempt is at most 60 s away"):
             store.read("train-000000.tar", 0, 10)
-        with pytest.raises(OSError, match="in one attempt"):  # while no read succeeds
+        with pytest.raises(OSError, match="in one attempt"):  # until a read succeeds
             store.read("train-000001.tar", 0, 10)
         assert server.requests == {"train-000000.tar": 4, "train-000001.tar": 1}
         down = False
@@ -284,7 +284,7 @@ def test_a_server_without_byte_ranges_is_rejected(packed: Path, cache: Path) -> 
         serving(packed, lambda name, count: "all") as server,
         pytest.raises(
             UserError,
-            match=r"ignores byte ranges \(got \d+ bytes for a range of 1\), which",
+            match=r"does not support byte ranges \(got \d+ bytes for a range of 1\), which",
         ),
     ):
         ShardSet(server.url, shard_cache_dir=cache)
@@ -328,7 +328,7 @@ def test_closing_does_not_wait_for_a_hanging_server(packed: Path, cache: Path) -
         wait_for(lambda: len(scenes) > 6)
         start = time.monotonic()
         loader.close()
-        assert time.monotonic() - start < 5  # the time limit of an attempt is 30 s
+        assert time.monotonic() - start < 5  # the timeout of an attempt is 30 s
         loader.close()
         with pytest.raises(RuntimeError, match="is closed"):
             iter(loader)
@@ -347,7 +347,7 @@ def put(cache: ShardCache, content: bytes) -> str | None:
 def test_eviction_is_lru_and_spares_files_in_use(cache: Path) -> None:
     first = ShardCache(cache, 300)
     names = [put(first, bytes([i]) * 100) for i in range(3)]
-    assert put(first, b"x" * 100) is None, "all are in use"
+    assert put(first, b"x" * 100) is None, "all files are in use"
     first.close()
     for age, i in ((30, 1), (20, 0), (10, 2)):
         os.utime(cache / f"{names[i]}.tar", (time.time() - age,) * 2)
@@ -355,10 +355,10 @@ def test_eviction_is_lru_and_spares_files_in_use(cache: Path) -> None:
     assert second.claim([str(names[1]), "missing"]) == {names[1]}
     newest = put(third, b"y" * 100)
     assert {path.stem for path in cached(cache)} == {names[1], names[2], newest}
-    assert put(third, b"z" * 250) is None, "nothing is evicted if that cannot make enough room"
+    assert put(third, b"z" * 250) is None, "nothing is evicted if there would still not be enough room"
     assert len(cached(cache)) == 3
     second.close()
-    time.sleep(0.02)  # longer than the granularity of file times
+    time.sleep(0.02)  # longer than the resolution of file times
     third.close()
     smaller = ShardCache(cache, 100)
     smaller.trim()
@@ -374,7 +374,7 @@ def test_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     monkeypatch.setattr(os, "posix_fallocate", full)
     shards = ShardCache(cache, 1000)
     assert put(shards, b"x") is None
-    assert "cannot allocate a shard: No space left on device" in caplog.text
+    assert "cannot allocate space for a shard: No space left on device" in caplog.text
     shards.close()
     assert [path.name for path in cache.iterdir()] == ["lock"]
 
@@ -450,7 +450,7 @@ def test_a_fetched_shard_is_synced_before_it_is_renamed(
         source.read(0)
         wait_for(lambda: len(done) == each * len(shards) and not cached(cache, ".part"))
         expected = [".part"] if broken else [".part", "renamed", "directory"]
-        assert done == expected * len(shards), "once each"
+        assert done == expected * len(shards), "once per shard"
         assert len(cached(cache)) == (0 if broken else len(shards))
     assert not [name for name in os.listdir("/proc/self/fd") if ".part" in _target(name)]
 
@@ -482,23 +482,23 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"manifest.json: not readable \(not reachable in 4 attempts: .*onnect"):
         ShardSet(gone)
     for size in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected a number of at least 0"):
+        with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected at least 0"):
             ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
     (changed / "vocabulary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocabulary.json: its checksum differs from the manifest's"):
+    with pytest.raises(UserError, match=r"vocabulary.json: the checksum differs from the manifest's"):
         _ = ShardSet(changed.as_uri()).vocabulary
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot hold the shard cache"):
+    with pytest.raises(UserError, match="file: cannot be used as shard cache"):
         ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "file").read(0)
     # not counted as bad samples
     with (
-        pytest.raises(UserError, match="file: cannot hold the shard cache"),
+        pytest.raises(UserError, match="file: cannot be used as shard cache"),
         load(packed.as_uri(), tmp_path / "file", max_bad_fraction=1.0) as loader,
     ):
         next(iter(loader))
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage needs one more .*s3fs"):
+    with pytest.raises(MissingDependencyError, match=r"s3://bucket/dir: this kind of storage requires another .*s3fs"):
         ShardSet("s3://bucket/dir")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'scenarioclip-fast\[remote\]'"):

@@ -135,9 +135,9 @@ def manifest_of(name: str, sha256: str = "0" * 64, size: int = 2048) -> str:
         ("manifest.json", '{"schema": 2}', "got schema 2, expected 1"),
         ("manifest.json", '{"schema": 1}', "malformed index"),
         ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
-        ("manifest.json", manifest_of("../x.tar"), "leads out of the directory"),
-        ("manifest.json", manifest_of("x.tar", sha256="../x"), "x.tar has no SHA-256"),
-        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a is outside its shard"),
+        ("manifest.json", manifest_of("../x.tar"), "escapes the directory"),
+        ("manifest.json", manifest_of("x.tar", sha256="../x"), "x.tar has no valid SHA-256"),
+        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a extends past the end of its shard"),
     ],
 )
 def test_malformed_files(packed: Path, name: str, content: str, message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from scenarioclip_fast.data import Scene, generate_scenes, load_reference, write_reference_layout
+from scenarioclip_fast.data import Scene, generate_scenes, load_reference, write_published_layout
 from scenarioclip_fast.data.synthetic import (
     ACTIONS,
     COLOURS,
@@ -24,7 +24,7 @@ from scenarioclip_fast.data.synthetic import (
 )
 from scenarioclip_fast.data.synthetic.events import RELATED
 from scenarioclip_fast.data.synthetic.scenes import split_of
-from scenarioclip_fast.data.synthetic.write import draw_reference_layout
+from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.errors import UserError
 
 N = 700
@@ -110,8 +110,8 @@ def test_boxes_bound_the_visible_masks() -> None:
 
 
 def test_masks_show_the_colour_of_their_object() -> None:
-    # An object's own colour is the most frequent palette colour within its mask: a mask that is off by a few pixels or
-    # a name swapped with a neighbour would fail. Compared by hue, because tints and shades occur too.
+    # An object's colour is the most frequent palette colour within its mask: a mask that is off by a few pixels or
+    # a name swapped with a neighbour would fail. Compared by hue, because tints and shades occur as well.
     names = sorted(COLOURS)
     palette = torch.tensor([COLOURS[n] for n in names], dtype=torch.float32)
     palette = torch.nn.functional.normalize(palette - palette.mean(1, keepdim=True), dim=1)
@@ -150,7 +150,7 @@ def _centre(scene: Scene, i: int) -> tuple[float, float]:
 
 
 def _left_of(scene: Scene, a: int, b: int) -> bool:
-    """Side by side: centres apart, at most a small overlap."""
+    """Whether the objects are side by side, with at most a small overlap."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = scene.objects[a].box, scene.objects[b].box
     overlap = ax2 - bx1
     return overlap < 0.25 * min(ax2 - ax1, bx2 - bx1) and _centre(scene, a)[0] < bx1 and min(ay2, by2) > max(ay1, by1)
@@ -162,7 +162,7 @@ def _touch(scene: Scene, a: int, b: int, reach: int = 2) -> bool:
 
 
 def _within(scene: Scene, a: int, b: int, axis: int) -> bool:
-    """The box of `a` lies inside that of `b` along an axis, give or take 2 pixels."""
+    """Whether the box of `a` is inside that of `b` along an axis, within 2 pixels."""
     box_a, box_b = scene.objects[a].box, scene.objects[b].box
     return box_b[axis] - 2 <= box_a[axis] and box_a[axis + 2] <= box_b[axis + 2] + 2
 
@@ -233,7 +233,7 @@ def test_relations_determine_the_action() -> None:
         assert scene.action == action_of(template(scene, k)[0] for k in range(len(scene.relations)))
         assert (scene.action == "waiting") == (not scene.relations)
     counts = Counter(s.action for s in scenes())
-    # 700 draws from ten: a standard deviation of 8 around 70.
+    # 700 samples of ten actions: a standard deviation of 8 around 70.
     assert all(35 < counts[action] < 105 for action in ACTIONS)
 
 
@@ -242,7 +242,7 @@ def test_kinds_are_related_in_one_order_only() -> None:
 
 
 def test_relation_texts_are_unambiguous() -> None:
-    """The text of a relation fits no other pair of the scene, and bystanders are related to nothing."""
+    """The text of a relation matches no other pair of the scene, and bystanders have no relations."""
     for scene in scenes():
         names = [o.name for o in scene.objects]
         related = {frozenset((r.subject, r.object)) for r in scene.relations}
@@ -275,7 +275,7 @@ def test_each_colour_of_a_held_out_relation_is_trained_in_its_role() -> None:
         assert {s for s, _ in shown} == {o for _, o in shown} == set(COLOURS)
 
 
-def test_split_shares() -> None:
+def test_split_fractions() -> None:
     for n in (100, 2500):
         counts = Counter(split_of(i) for i in range(n))
         assert abs(counts["val"] - 0.05 * n) <= 2 and abs(counts["test"] - 0.15 * n) <= 2
@@ -320,7 +320,7 @@ def test_bad_arguments(bad: dict[str, float]) -> None:
 
 def test_published_layout_round_trip(tmp_path: Path) -> None:
     written = scenes()[:40]
-    counts = write_reference_layout(written, tmp_path / "set")
+    counts = write_published_layout(written, tmp_path / "set")
     assert counts == {f"metadata_{s}.json": n for s, n in sorted(Counter(s.split for s in written).items())}
     rejected: list[object] = []
     back = {s.key: s for s in load_reference(tmp_path / "set", rejected.append)}
@@ -336,10 +336,10 @@ def test_published_layout_round_trip(tmp_path: Path) -> None:
         assert all(torch.equal(mask(scene, i), mask(other, i)) for i in range(len(scene.objects)))
 
 
-def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
+def test_jpegs_match_the_scenes_and_have_no_metadata(tmp_path: Path) -> None:
     import simplejpeg
 
-    write_reference_layout(scenes()[:10], tmp_path)
+    write_published_layout(scenes()[:10], tmp_path)
     for scene in scenes()[:10]:
         data = (tmp_path / "images" / f"{scene.key}.jpg").read_bytes()
         decoded = simplejpeg.decode_jpeg(data).astype(np.int16)
@@ -349,7 +349,7 @@ def test_jpegs_match_the_scenes_and_carry_no_metadata(tmp_path: Path) -> None:
 
 def test_files_are_independent_of_the_number_of_processes(tmp_path: Path) -> None:
     for workers in (1, 2):
-        draw_reference_layout(24, tmp_path / str(workers), seed=1, workers=workers)
+        generate_published_layout(24, tmp_path / str(workers), seed=1, workers=workers)
     one, two = ({p.relative_to(r): p.read_bytes() for p in r.rglob("*.*")} for r in (tmp_path / "1", tmp_path / "2"))
     assert one == two and len(one) > 48
     classes = json.loads((tmp_path / "1" / "classes.json").read_text())
@@ -359,11 +359,11 @@ def test_files_are_independent_of_the_number_of_processes(tmp_path: Path) -> Non
 def test_nonempty_directories_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty directory"):
-        draw_reference_layout(1, tmp_path)
+        generate_published_layout(1, tmp_path)
     with pytest.raises(UserError, match="at least one"):
-        draw_reference_layout(0, tmp_path / "new")
+        generate_published_layout(0, tmp_path / "new")
     with pytest.raises(UserError, match="seed: got -1"):
-        draw_reference_layout(1, tmp_path / "new", seed=-1)
+        generate_published_layout(1, tmp_path / "new", seed=-1)
     with pytest.raises(UserError, match=r"val=0\.6 and test=0\.6"):
-        draw_reference_layout(1, tmp_path / "new", val=0.6, test=0.6)
+        generate_published_layout(1, tmp_path / "new", val=0.6, test=0.6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["note.txt"]

@@ -50,7 +50,7 @@ def test_order_is_global_object_relation() -> None:
 def test_each_mask_is_stored_once() -> None:
     scenes = [make_scene("a", 3, 3), make_scene("d", 4, 1)]
     views = Views.of_scenes(scenes)
-    assert len(views.mask_size) == 3 + 2  # objects without a relation need none
+    assert len(views.mask_size) == 3 + 2  # objects without a relation have no mask row
     relation = views.kind == 3
     assert views.mask[relation].tolist() == [[0, 1], [1, 2], [2, 0], [3, 4]]
     assert (views.mask[~relation] == -1).all()
@@ -110,7 +110,7 @@ def test_crop_windows(box: tuple[float, float, float, float]) -> None:
     side = int(np.ceil(max(box[2] - box[0], box[3] - box[1], 1) * (1 + 2 * CROP_MARGIN)))
     assert x2 - x1 == y2 - y1 == side
     assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3]
-    # It exceeds the image only along a side that is too short for it.
+    # The window exceeds the image only along a side that is too short.
     assert (side > WIDTH) or (x1 >= 0 and x2 <= WIDTH)
     assert (side > HEIGHT) or (y1 >= 0 and y2 <= HEIGHT)
     assert views.kind.tolist() == [0, 2] and views.stretch.tolist() == [False, True]
@@ -119,7 +119,7 @@ def test_crop_windows(box: tuple[float, float, float, float]) -> None:
 # augmentation
 
 
-def test_random_numbers_depend_on_the_view_alone() -> None:
+def test_random_numbers_depend_only_on_the_view() -> None:
     scenes = [make_scene(key, 3, 2) for key in "abcde"]
     together = Views.of_scenes(scenes, train=True, seed=3, epoch=7)
     for i, scene in enumerate(scenes):
@@ -178,7 +178,7 @@ def test_probabilities_and_ranges() -> None:
     x1, y1, x2, y2 = views.source[views.kind == 0].double().T
     assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 <= 140).all() and (y2 <= 120).all()
     area, ratio = (x2 - x1) * (y2 - y1) / (120 * 140), (x2 - x1) / (y2 - y1)
-    # Whole pixels round the sampled area by up to half a pixel per side.
+    # Rounding to whole pixels changes the sampled area by up to half a pixel per side.
     assert 0.78 < area.min() < 0.82 and 0.95 < area.max() <= 1
     assert ratio.min() > 0.98 * 3 / 4 and ratio.max() < 1.02 * 4 / 3
     assert (views.source[views.kind != 0] == torch.tensor([0, 0, 140, 120])).all()
@@ -187,7 +187,7 @@ def test_probabilities_and_ranges() -> None:
 
 @pytest.mark.parametrize("size", [(10, 400), (400, 10), (1, 1), (1, 50), (2, 3)])
 def test_random_crop_of_extreme_shapes(size: tuple[int, int]) -> None:
-    """Where no sample fits, the centre at the nearest allowed ratio."""
+    """If no sample fits, the crop is centred, with the nearest allowed ratio."""
     views = Views.of_scenes([make_scene(str(k), 0, 0, size=size) for k in range(50)], train=True)
     x1, y1, x2, y2 = views.source.T
     assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 > x1).all() and (y2 > y1).all()
@@ -214,7 +214,7 @@ def test_errors_name_scene_and_entry() -> None:
         Views.of_scenes([scene])
     scene = make_scene("kitchen 7")
     scene.objects[0].box = (60.0, 1.0, 70.0, 9.0)
-    with pytest.raises(ValueError, match=r"kitchen 7, object 0: got box .* overlap the image of 60 x 40"):
+    with pytest.raises(ValueError, match=r"kitchen 7, object 0: got box .* overlap the image \(60 x 40\)"):
         Views.of_scenes([scene])
     scene = make_scene("kitchen 7")
     scene.relations[0].object = 9
@@ -245,7 +245,7 @@ def test_without_focused_regions_nothing_else_changes(relation_view: str) -> Non
         for name in ("kind", "source", "stretch", "box"):
             a, b = getattr(focused, name), getattr(other, name)
             assert torch.equal(a[~relation], b[~relation])
-        # views have the same colour jitter, and neither the blur nor the random crop of global views
+        # The views have the same colour jitter, without the blur and random crop of global views.
         assert torch.equal(focused.image, other.image) and torch.equal(focused.augment, other.augment)
         assert other.kind[relation].tolist() == [2 if relation_view == "box" else 0] * 4
         assert (other.mask == -1).all() and len(other.mask_size) == len(other.mask_runs) == 0

@@ -1,4 +1,4 @@
-"""The checks that docs/build.py adds to Zensical's. The build itself is `make docs`."""
+"""Checks that docs/build.py adds to those of Zensical. `make docs` runs the build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(path: Path) -> ModuleType:
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """docs/build.py on a repository of its own: build/site, docs and a source file."""
+    """docs/build.py in a temporary repository with build/site, docs and a source file."""
     module = load(ROOT / "docs" / "build.py")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "DOCS", tmp_path / "docs")

@@ -1,4 +1,4 @@
-"""Runs the code of docs/new-layout.md as it stands."""
+"""Runs the code of docs/new-layout.md."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the page, and the data set that its Python code writes and packs."""
+    """A directory with the files of the page, and the data set that its Python code writes and packs."""
     pytest.importorskip("simplejpeg")
     directory = tmp_path_factory.mktemp("page")
     for title, content in blocks("python") + blocks("toml"):
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (directory / title).write_text(content)
     assert (directory / "folder_json.py").exists() and (directory / "pyproject.toml").exists()
     script = "".join(content for title, content in blocks("python") if not title)
-    # From a file, as worker processes need.
+    # From a file, as required by worker processes.
     (directory / "page.py").write_text(script)
     done = subprocess.run([sys.executable, "page.py"], cwd=directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,7 @@ def test_the_command_line_packs_it_too(directory: Path, tmp_path: Path) -> None:
         pytest.skip("pip or setuptools is not installed")
     ((_, commands),) = blocks("sh")
     site = str(tmp_path / "site")
-    # pip installs beside this environment, and fetches nothing.
+    # pip installs outside this environment and downloads nothing.
     settings = {"PIP_TARGET": site, "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": site}
     settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""docs/new-op.md, followed literally in a copy of the repository, gives a working op."""
+"""Following docs/new-op.md in a copy of the repository gives a working op."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blocks() -> Iterator[tuple[str, str, str]]:
 
 
 def insert(text: str, diff: str) -> str:
-    """Insert the added lines of a diff behind its context lines, each of which is found after the one before."""
+    """Insert the added lines of a diff after its context lines, which must occur in order."""
     at = 0
     for line in diff.splitlines(keepends=True):
         content = line[1:]
@@ -42,7 +42,7 @@ def test_page_adds_a_working_op(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "conftest.py", "tests/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    # An editable install maps this folder by itself.
+    # An editable install maps this folder automatically.
     (tmp_path / "scenarioclip_fast" / "kernels").symlink_to(tmp_path / "kernels")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": path}

@@ -1,4 +1,4 @@
-"""The Python snippets of README.md and docs/quickstart.md run."""
+"""Runs the Python snippets of README.md and docs/quickstart.md."""
 
 from __future__ import annotations
 

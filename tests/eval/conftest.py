@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
+from scenarioclip_fast.levels import LEVELS
 
 DIM = 24
 

@@ -1,4 +1,4 @@
-"""Evaluations on several gloo processes equal one process with all scenes, bit for bit."""
+"""Evaluations on several gloo processes are bitwise equal to one process with all scenes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval import features as features_module
-from scenarioclip_fast.eval.features import embed_views, gathered
+from scenarioclip_fast.eval.features import embed_views, gather_features
 from scenarioclip_fast.eval.negatives import hard_negatives
 from scenarioclip_fast.eval.retrieval import retrieval
 from scenarioclip_fast.eval.zeroshot import zeroshot
+from scenarioclip_fast.levels import LEVELS
 
 RELATIONS = [f"{a} {p} {b}" for a in ("cat", "dog") for p in ("on", "under", "in") for b in ("box", "car")]
 VOCABULARY = Vocabulary(
@@ -67,7 +67,7 @@ def evaluate(batches: list[Batch], world: World) -> dict[str, Any]:
     }
     if any(len(batch.relation_id) for batch in batches) or world.size > 1:
         found["negatives"] = hard_negatives(model, batches, VOCABULARY, **options).to_dict()
-    features = gathered(embed_views(model, batches, show_progress=False), world)
+    features = gather_features(embed_views(model, batches, show_progress=False), world)
     found["keys"] = features.keys
     for level, rows in features.levels.items():
         found[level] = [t.tolist() for t in (rows.image, rows.text_id, rows.scene)]
@@ -76,7 +76,7 @@ def evaluate(batches: list[Batch], world: World) -> dict[str, Any]:
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    features_module._ROWS = 4  # several exchanges, in which some ranks have no rows left
+    features_module._ROWS = 4  # several exchanges; in some of them, ranks have no rows left
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
         world = World(rank, RANKS, torch.device("cpu"), dist.group.WORLD)

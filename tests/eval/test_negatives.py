@@ -1,4 +1,4 @@
-"""Hard negatives: never true of their image, independent of batching, and scored as in a direct count."""
+"""Hard negatives: never true of their image, independent of batching, and scored as by a direct count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scenarioclip_fast.data import Batch, Vocabulary
 from scenarioclip_fast.data.vocabulary import tokenize
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import negatives as module
-from scenarioclip_fast.eval.negatives import Triple, draw_negatives, hard_negatives, parse_relations
+from scenarioclip_fast.eval.negatives import Triple, hard_negatives, make_negatives, parse_relations
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
@@ -36,21 +36,21 @@ def test_a_negative_is_never_true_of_the_image() -> None:
     triple, predicates = Triple("cat", "on", "box"), ["beside", "in", "on", "under"]
     true = {"cat on box", "box on cat", "cat in box"}
     for number in range(20):
-        found = draw_negatives(triple, true, predicates, number)
+        found = make_negatives(triple, true, predicates, number)
         assert set(found) == {"predicate"}
         assert found["predicate"] in {"cat beside box", "cat under box"}
-    assert draw_negatives(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
-    assert draw_negatives(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
+    assert make_negatives(triple, {"cat on box"}, ["on"]) == {"swapped": "box on cat"}
+    assert make_negatives(Triple("cat", "on", "cat"), {"cat on cat"}, predicates, 0).keys() == {"predicate"}
 
 
-def test_every_predicate_is_drawn() -> None:
+def test_every_predicate_is_chosen() -> None:
     predicates = ["beside", "in", "on", "under"]
-    drawn = Counter(
-        draw_negatives(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600)
+    counts = Counter(
+        make_negatives(Triple("a", "on", "b"), {"a on b"}, predicates, 0, i)["predicate"] for i in range(600)
     )
-    assert set(drawn) == {"a beside b", "a in b", "a under b"}
-    # "on" passes its share on to "under"; six standard deviations below a quarter
-    assert min(drawn.values()) > 150 - 6 * 10.6
+    assert set(counts) == {"a beside b", "a in b", "a under b"}
+    # Where "on" is chosen, "under" replaces it; the bound is six standard deviations below a quarter.
+    assert min(counts.values()) > 150 - 6 * 10.6
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 14])
@@ -87,13 +87,13 @@ def test_equals_direct_count(synthetic: Synthetic, chunk: int, monkeypatch: pyte
         assert {r.predicate for r in named} == {"on", "under"}
         assert sum(r.questions for r in named) == found.questions
         assert sum(r.questions * r.accuracy for r in named) == pytest.approx(sum(own))
-    # images that show both predicates leave no other one
+    # Images with both predicates leave no other predicate.
     assert result.without["predicate"] > 0 == result.without["swapped"]
 
 
 def test_negatives_do_not_depend_on_batching(synthetic: Synthetic) -> None:
     model, batches, _ = synthetic(40, seed=1)
-    # with eight predicates the choice has room to differ
+    # With eight predicates, the choice could differ.
     words = ("cat on box", "dog under box", *(f"dog {i} car" for i in "abcdef"))
     texts = [f"{a} {w.split()[1]} {b}" for w in words for a in ("cat", "dog") for b in ("box", "car", "tree")]
     vocabulary = Vocabulary([], ["cat", "dog", "box", "car", "tree"], texts)
@@ -102,7 +102,7 @@ def test_negatives_do_not_depend_on_batching(synthetic: Synthetic) -> None:
     assert hard_negatives(model, batches, vocabulary, seed=1, show_progress=False) != first
 
 
-def test_guessing_is_one_half(synthetic: Synthetic) -> None:
+def test_random_embeddings_score_one_half(synthetic: Synthetic) -> None:
     model, batches, vocabulary = synthetic(20, seed=0)
     model.encode_text = lambda texts, level: torch.ones(len(texts), 24)
     for row in hard_negatives(model, batches, vocabulary, show_progress=False).rows:
@@ -120,7 +120,7 @@ def test_no_relation_has_a_negative(synthetic: Synthetic) -> None:
     model, batches, _ = synthetic(20, seed=0)
     for batch in batches:
         batch.relation_id.zero_()
-    vocabulary = Vocabulary([], ["cat"], ["cat on cat"])  # one predicate, and swapped it is the same
+    vocabulary = Vocabulary([], ["cat"], ["cat on cat"])  # only one predicate, and swapping gives the same text
     with pytest.raises(UserError, match=r"none of the \d+ relations of the test split has a valid negative"):
         hard_negatives(model, batches, vocabulary, show_progress=False)
 

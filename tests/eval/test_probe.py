@@ -36,7 +36,7 @@ def test_learns_true_labels_and_not_random_ones() -> None:
     noise = linear_probe(
         make(600, 0, labels="random"), make(300, 1), VOCABULARY, settings=QUICK, show_progress=False
     ).rows[0]
-    # guessing among twelve is 8 %; six standard deviations of 300 guesses above it
+    # Chance among twelve classes is 8 %; the bound is six standard deviations of 300 guesses higher.
     assert noise.top[1] < 1 / 12 + 6 * 0.016
 
 
@@ -63,7 +63,7 @@ def test_val_selects_the_step() -> None:
     chosen, step = module._fit(rows[0], rows[1], 12, settings, 0)
     last, end = module._fit(rows[0], None, 12, settings, 0)
     assert step < end == 400 and step % (400 // module.CHECKS) == 0
-    # the probe overfits so few noisy views
+    # The probe overfits to so few noisy views.
     assert accuracy(chosen, val) > accuracy(last, val)
     result = linear_probe(train, test, VOCABULARY, val=val, settings=settings, show_progress=False)
     assert result.chosen_on_val and result.rows[0].step == [step]
@@ -81,11 +81,11 @@ def test_scores_are_computed_in_blocks(block: int, monkeypatch: pytest.MonkeyPat
     rows, head = make(50, 0).levels["object"], torch.nn.Linear(16, 12)
     scores = head(rows.image)
     own = scores[torch.arange(50), rows.text_id][:, None]
-    assert torch.equal(module._ahead(head, rows), (scores > own).sum(1))
+    assert torch.equal(module._ranks(head, rows), (scores > own).sum(1))
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()
-    assert module._ahead(head, rows).tolist() == [11] * 50, "ties count against it"
+    assert module._ranks(head, rows).tolist() == [11] * 50, "ties count against the true class"
 
 
 def test_every_view_occurs_once_per_epoch() -> None:
@@ -103,7 +103,7 @@ def test_invalid_settings_and_splits() -> None:
             ProbeSettings(**wrong)
     with pytest.raises(UserError, match="seeds: got none"):
         ProbeSettings(seeds=())
-    with pytest.raises(UserError, match="no level of views in common"):
+    with pytest.raises(UserError, match="no level has views in both"):
         linear_probe(make(10, 0), Features([], {}), VOCABULARY, show_progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Recall against the full similarity matrix, which the code itself never builds."""
+"""Recall compared with the full similarity matrix, which the code never builds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import retrieval as module
 from scenarioclip_fast.eval.retrieval import ranks, retrieval
+from scenarioclip_fast.levels import LEVELS
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
 
 def naive_ranks(model: Any, ids: torch.Tensor, level: str) -> tuple[list[int], list[int]]:
-    """From 1, for each view and for each text of the split, by sorting the whole matrix."""
+    """Ranks from 1 of each view and of each text of the split, by sorting the full matrix."""
     present = ids.unique()
     text = F.normalize(model.texts[level][present], dim=-1)
     scores = F.normalize(model.images[level], dim=-1) @ text.T
@@ -57,7 +57,7 @@ def test_equals_the_full_matrix(synthetic: Synthetic, block: int, monkeypatch: p
             assert (row.queries, row.gallery) == (len(found), gallery)
             assert row.median_rank == statistics.median(found)
             assert row.recall == {k: sum(rank <= k for rank in found) / len(found) for k in (1, 3)}
-    # all right or all wrong would be a weak test
+    # All correct or all wrong would be a weak test.
     row = rows["object", "image_to_text"]
     assert row.chance[1] == pytest.approx(1 / row.gallery)
     assert row.chance[1] < row.recall[1] < row.recall[3] < 1
@@ -77,13 +77,13 @@ def test_chance_of_a_text_counts_all_its_views() -> None:
 
     result = retrieval(Model(), [batch], vocabulary, topk=(1, 2), show_progress=False)
     to_text, to_image = result.rows
-    # views 0 to 2 carry a, of which only view 0 looks like it; view 3 carries b and looks like a
+    # Views 0 to 2 have text a, but only view 0 resembles it; view 3 has text b, but resembles a.
     assert to_text.recall == {1: 0.25, 2: 1.0}
     assert to_text.median_rank == 2
-    # a finds view 0 first; b finds two views of a before its own
+    # Text a retrieves view 0 first; text b retrieves two views of a before its own.
     assert to_image.recall == {1: 0.5, 2: 0.5}
     assert (to_image.queries, to_image.gallery, to_image.median_rank) == (2, 4, 2)
-    # three of four views are right for a, one for b
+    # Three of four views are correct for a, one for b.
     assert to_image.chance == {1: pytest.approx((3 / 4 + 1 / 4) / 2), 2: pytest.approx((1 + 2 / 4) / 2)}
 
 
@@ -92,7 +92,7 @@ def test_ties_count_against_the_model(value: float) -> None:
     index = torch.tensor([0, 1, 1, 2, 2, 2])
     to_text, to_image = ranks(torch.full((6, 4), value), torch.ones(3, 4), index)
     assert to_text.tolist() == [0, 0, 6]
-    # behind all views that carry another text
+    # Ranked after all views with another text.
     assert to_image.tolist() == [5, 4, 3]
 
 
@@ -114,7 +114,7 @@ def test_memory_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     index = torch.arange(views) % texts
     with Largest() as largest:
         ranks(image, text, index)
-    # an N x U tensor would have 1.5 million elements
+    # An N x U tensor would have 1.5 million elements.
     assert block * 0.9 < largest.size <= max(block, views * width)
 
 

@@ -1,4 +1,4 @@
-"""Sample scenes: answers match their views, and pictures show the model's input."""
+"""Sample scenes: predictions match their views, and pictures show the model's input."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
-from scenarioclip_fast.eval.samples import answer_samples, to_picture
+from scenarioclip_fast.eval.samples import predict_samples, to_picture
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD
 
 VOCABULARY = Vocabulary(
@@ -41,19 +41,19 @@ def make_batch(actions: list[int], objects: list[list[int]], relations: list[lis
     return Batch(pixels, keys, *homes, *(torch.tensor(ids[level], dtype=torch.int64) for level in LEVELS))
 
 
-def test_answers_and_pictures() -> None:
+def test_predictions_and_pictures() -> None:
     batch = make_batch([0, 1], [[2], [0, 1]], [[], [0, 1]])
-    second, first = answer_samples(Colours(), [batch], VOCABULARY, scenes=2, guesses=2)
+    second, first = predict_samples(Colours(), [batch], VOCABULARY, scenes=2, topk=2)
     assert (first.key, second.key) == ("scene 0", "scene 1")  # scenes with relations come first
-    assert [answer.truth for answer in second.objects] == ["cat", "dog"]
-    assert [answer.truth for answer in second.relations] == ["cat on tree", "dog on cat"]
-    assert [answer.held_out for answer in second.relations] == [False, True]
+    assert [prediction.truth for prediction in second.objects] == ["cat", "dog"]
+    assert [prediction.truth for prediction in second.relations] == ["cat on tree", "dog on cat"]
+    assert [prediction.held_out for prediction in second.relations] == [False, True]
     assert first.relations == []
-    for answer in (first.action, second.action, *first.objects, *second.objects, *second.relations):
-        assert answer.right
-        assert len(answer.guesses) == 2
-        assert answer.guesses[0][1] > 0.9 > answer.guesses[1][1]
-    # 3 / 4 and 1 / 4 as bytes; the red of class 1 is 1 / 4
+    for prediction in (first.action, second.action, *first.objects, *second.objects, *second.relations):
+        assert prediction.correct
+        assert len(prediction.top_texts) == 2
+        assert prediction.top_texts[0][1] > 0.9 > prediction.top_texts[1][1]
+    # 3 / 4 and 1 / 4 as bytes; the red value of class 1 is 1 / 4.
     assert second.objects[1].picture[0, 0].tolist() == [64, 64, 191]
 
 
@@ -62,8 +62,8 @@ def test_ties_rank_before_the_truth() -> None:
         def encode_image(self, pixels: Tensor, level: str) -> Tensor:
             return torch.ones(len(pixels), 4)
 
-    (found,) = answer_samples(Blind(), [make_batch([0], [[0, 1, 2]], [[]])], VOCABULARY, guesses=1)
-    assert [answer.truth_rank for answer in found.objects] == [3, 3, 3]
+    (found,) = predict_samples(Blind(), [make_batch([0], [[0, 1, 2]], [[]])], VOCABULARY, topk=1)
+    assert [prediction.truth_rank for prediction in found.objects] == [3, 3, 3]
 
 
 def test_picture_undoes_the_normalisation() -> None:
@@ -74,6 +74,6 @@ def test_picture_undoes_the_normalisation() -> None:
 
 def test_actions_are_mixed() -> None:
     batches = [make_batch([0] * 4, [[0]] * 4, [[0]] * 4), make_batch([1, 1], [[1]] * 2, [[1], []], start=4)]
-    chosen = answer_samples(Colours(), batches, VOCABULARY, scenes=3)
+    chosen = predict_samples(Colours(), batches, VOCABULARY, scenes=3)
     assert [sample.key for sample in chosen] == ["scene 0", "scene 4", "scene 1"]
-    assert len(answer_samples(Colours(), batches, VOCABULARY, scenes=9)) == 6
+    assert len(predict_samples(Colours(), batches, VOCABULARY, scenes=9)) == 6

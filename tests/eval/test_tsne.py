@@ -51,7 +51,9 @@ def test_frequent_classes_do_not_crowd_out_the_others() -> None:
     assert [found.label.count(i) for i in range(3)] == [10, 10, 6]
 
 
-@pytest.mark.parametrize(("classes", "views"), [(20, 26), (4, 10), (20, 10)])  # four exist; ten views are enough
+@pytest.mark.parametrize(
+    ("classes", "views"), [(20, 26), (4, 10), (20, 10)]
+)  # there are four classes; ten views suffice
 def test_views_are_divided_among_existing_classes(classes: int, views: int) -> None:
     pytest.importorskip("sklearn")
     found = embedding_map(make(0.2, [20, 9, 40, 8, 0]), VOCABULARY, classes=classes, views=views)
@@ -72,7 +74,7 @@ def test_1nn_accuracy_without_structure_is_chance() -> None:
     nearest = module._nearest(torch.nn.functional.normalize(image, dim=-1))
     assert not (nearest == torch.arange(4000)).any()
     label = torch.arange(4000) % 4
-    # a quarter, within five standard deviations
+    # A quarter, within five standard deviations.
     assert float((label[nearest] == label).float().mean()) == pytest.approx(0.25, abs=5 * 0.007)
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot accuracies against a slow direct count, and chance levels against random rankings."""
+"""Zero-shot accuracies compared with a slow direct count, and chance levels with random rankings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast.data import Batch, Vocabulary
-from scenarioclip_fast.data.vocabulary import LEVELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval import encoding
 from scenarioclip_fast.eval.ranking import random_hit_rate
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
+from scenarioclip_fast.levels import LEVELS
 
 Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 
@@ -25,7 +25,7 @@ Synthetic = Callable[..., tuple[Any, list[Batch], Vocabulary]]
 def direct_count(
     model: Any, batches: list[Batch], level: str, match: str, k: int, train_counts: list[int], subset: str
 ) -> tuple[int, float, float]:
-    """Views, accuracy and chance, view by view."""
+    """Count views, accuracy and chance view by view."""
     hits, chances = [], []
     texts = nn.functional.normalize(model.texts[level], dim=-1)
     row = 0
@@ -68,7 +68,7 @@ def test_equals_direct_count(synthetic: Synthetic, block: int, monkeypatch: pyte
             assert row.views == views
             assert row.top[k] == pytest.approx(accuracy, abs=1e-12)
             assert row.chance[k] == pytest.approx(chance, abs=1e-12)
-    # all right or all wrong would not distinguish the rules
+    # All correct or all wrong would not distinguish the rules.
     strict, loose = (result.get("object", match) for match in MATCHES)
     assert strict is not None and loose is not None
     assert strict.chance[1] < strict.top[1] < loose.top[1] < 1
@@ -81,7 +81,7 @@ def test_chance_equals_random_rankings(k: int, classes: int) -> None:
     trials = 20_000
     order = torch.rand(trials, classes, generator=generator).argsort(1)[:, :k]
     measured = torch.stack([(order < m).any(1).double().mean() for m in right]).mean()
-    # the standard error of the mean is below 0.5 / sqrt(20000) = 0.0035
+    # The standard error of the mean is below 0.5 / sqrt(20000) = 0.0035.
     assert random_hit_rate(k, classes, right) == pytest.approx(float(measured), abs=0.014)
 
 
@@ -109,7 +109,7 @@ def test_memory_is_one_block(lookup_model: type[Any], monkeypatch: pytest.Monkey
     batch = Batch(rows, ["scene"], torch.zeros(objects, dtype=torch.int64), none, one, ids, none)
     with Largest() as largest:
         zeroshot(model, [batch], vocabulary, show_progress=False)
-    # anything of views x classes would have 360,000 elements; the texts' embeddings have 21,600
+    # A views x classes tensor would have 360,000 elements; the text embeddings have 21,600.
     assert largest.size <= max(block, classes * 24)
 
 
@@ -121,7 +121,7 @@ def test_chance_of_many_views_needs_little_memory() -> None:
     assert largest.size <= 100_000
 
 
-def test_more_guesses_than_classes(lookup_model: type[Any]) -> None:
+def test_k_larger_than_the_number_of_classes(lookup_model: type[Any]) -> None:
     vocabulary = Vocabulary(["a", "b"], ["c"], [], {})
     pixels = torch.zeros(2, 3, 2, 2)
     none = torch.zeros(0, dtype=torch.int64)
@@ -133,14 +133,14 @@ def test_more_guesses_than_classes(lookup_model: type[Any]) -> None:
     assert action is not None
     assert (action.top[10], action.chance[10], action.chance[1]) == (1.0, 1.0, 0.5)
     assert result.get("relation") is None
-    # nothing of this split is in the train split
+    # No text of this split is in the train split.
     assert result.get("global", subset="seen") is None
     held_out = result.get("global", subset="held_out")
     assert held_out is not None and held_out.views == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_constant_scores_are_never_right(synthetic: Synthetic, value: float) -> None:
+def test_constant_scores_are_never_correct(synthetic: Synthetic, value: float) -> None:
     model, batches, vocabulary = synthetic(10, seed=2)
     for table in model.images.values():
         table.fill_(value)

@@ -89,7 +89,7 @@ def test_variants_differ_in_one_part_only(ablation: Path) -> None:
         metrics(ablation / name)[0] for name in ("full", "no-distillation", "no-focused-regions")
     )
     levels = [f"contrastive/{level}" for level in ("global", "object", "relation")]
-    # the same scenes, augmentation and initial weights: the same first losses, to the bit
+    # The same scenes, augmentation and initial weights give bitwise equal first losses.
     assert [full[level] for level in levels] == [contrastive[level] for level in levels]
     assert full["distillation"] > 0 == contrastive["distillation"]
     assert [full[level] for level in levels[:2]] == [scene[level] for level in levels[:2]]
@@ -111,7 +111,7 @@ def test_a_second_call_repeats_no_work(
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trained again"))
     monkeypatch.setattr("scenarioclip_fast.recipes.ablation.zeroshot", lambda *_, **__: pytest.fail("evaluated again"))
-    # threads and checkpoints do not affect the weights
+    # Threads and checkpoints do not affect the weights.
     changed = [*SMALL, "data.threads=2", "train.checkpoint_every=1"]
     assert main(["ablate", str(shards), *changed, f"run.dir={ablation}", *CHOSEN]) == 0
     out, err = capsys.readouterr()
@@ -139,14 +139,14 @@ def test_results_with_skipped_scenes_are_evaluated_again(
     assert json.loads(file.read_text()) == whole
 
 
-def test_other_settings_are_refused(ablation: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_rejected(ablation: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", str(shards), *SMALL, "optim.lr=2e-3", f"run.dir={ablation}", *CHOSEN]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "full holds a run with another config (optim.lr was 0.001, is 0.002)" in error
+    assert "full contains a run with another config (optim.lr was 0.001, is 0.002)" in error
 
 
 class Killed(BaseException):
-    """Not handled, like SIGKILL."""
+    """Not caught by anything, like SIGKILL."""
 
 
 @pytest.mark.parametrize("how", ["kill", "signal"])
@@ -204,7 +204,7 @@ def test_a_failing_variant_is_reported_and_the_others_continue(
     monkeypatch.setattr(Trainer, "fit", fail)
     shutil.copytree(ablation / "full", tmp_path / "full")
     own = ["--variant", "hot", "optim.lr=5", "--variant", "warm", "optim.lr=2e-3", "train.steps=2"]
-    # a path and overrides may follow --variants
+    # A path and overrides may follow --variants.
     command = ["ablate", "--variants", "full", str(shards), *SMALL, f"run.dir={tmp_path}"]
     assert main([*command, *own]) == 1
     out = capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_a_failing_variant_is_reported_and_the_others_continue(
     assert record["warm"]["config"]["optim"]["lr"] == 2e-3
 
 
-def test_plans() -> None:
+def test_planned_variants() -> None:
     assert set(DEFAULT_VARIANTS) <= set(VARIANTS)
     plan = plan_ablation(None, [*SMALL, "run.dir=here"])
     assert [variant.name for variant in plan] == list(DEFAULT_VARIANTS)
@@ -238,7 +238,7 @@ def test_plans() -> None:
         (["--variants", "full", "no-distilation"], "variant 'no-distilation': expected one of full, no-distillation"),
         (["--variants", "full", "scenarioclip1"], "got 1 variant, expected at least 2"),
         (["{shards}", "elsewhere"], "expected one SHARDS directory"),
-        (["{shards}", "model.variant=pyramidclip"], "the variants set model.variant"),
+        (["{shards}", "model.variant=pyramidclip"], "model.variant is set by the variants"),
         (["{shards}", "optim.rate=1"], "did you mean optim.lr"),
         (["{shards}", "--variant", "full", "optim.lr=1"], "is built in"),
         (["{shards}", "--variant", "a/b", "optim.lr=1"], "is not a valid directory name"),
@@ -246,10 +246,10 @@ def test_plans() -> None:
         (["{shards}", "--variant", "a"], "variant 'a': got no changes"),
         (["{shards}", "--variants", "full,nothing"], "variant 'nothing': expected one of"),
         (["{shards}", "--batch-size", "0"], "--batch-size: got 0"),
-        (["{shards}", "--split", "val"], "the val split holds no scenes"),
+        (["{shards}", "--split", "val"], "the val split has no scenes"),
         (["-c", "nowhere.yaml", "{shards}"], "nowhere.yaml"),
         (["nowhere"], "nowhere"),
-        ([], "give SHARDS"),
+        ([], "pass SHARDS"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_trained(
@@ -267,7 +267,7 @@ def test_keys_of_custom_variants_are_checked() -> None:
         plan_ablation(None, SMALL, ["full"], {"mine": ["data.no_such_key=1"]})
 
 
-def test_overrides_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_precede_and_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "ablate"):
         assert main([command, "optim.lr=1", "-c", "nowhere.yaml", "run.seed=3"]) == 2
         assert "nowhere.yaml" in capsys.readouterr().err

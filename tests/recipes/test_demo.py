@@ -38,7 +38,7 @@ def test_everything_is_written(demo: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"losses.png", "accuracy.png", "scenes.png"} <= {path.name for path in demo.iterdir()}
 
 
-def test_second_phase_starts_as_the_paper_does(demo: Path) -> None:
+def test_second_phase_is_initialised_as_in_the_paper(demo: Path) -> None:
     first, second = (train_config(name, 10, 48).model for name in ("pretrain", "train"))
     assert (first.variant, second.variant) == ("pyramidclip", "scenarioclip1")
     assert not first.freeze.embeddings
@@ -56,13 +56,13 @@ def test_second_phase_starts_as_the_paper_does(demo: Path) -> None:
     assert any(name.startswith("blocks.0") for name in frozen) and not any(
         name.startswith("blocks.3") for name in frozen
     )
-    # each level has moved a few small steps from the start, in its own direction
+    # Each level has moved a few small steps from the initial weights, in a different direction.
     moved = [levels[level]["head.projection.weight"] - start["head.projection.weight"] for level in levels]
     assert all(0 < step.abs().max() < 0.01 for step in moved)
     assert not torch.equal(moved[0], moved[1])
 
 
-def test_splits_share_no_scene_and_hold_out_relations(demo: Path) -> None:
+def test_splits_are_disjoint_and_hold_out_relations(demo: Path) -> None:
     shards = {split: ShardSet(demo / "shards", split) for split in ("train", "val", "test")}
     keys = [key for split in shards.values() for key in split.keys]
     assert len(keys) == len(set(keys)) == 48
@@ -81,14 +81,14 @@ def test_eval_reproduces_the_demo(demo: Path, tmp_path: Path, capsys: pytest.Cap
     for checkpoint in (demo / "train", demo / "train" / "model"):
         file = tmp_path / "deep" / "result.json"
         command = ["eval", "zeroshot", str(checkpoint), str(demo / "shards"), "--json", str(file), "--device", "cpu"]
-        # one scene per batch against 64: sums in another order, which should not change a rank among 10 classes
+        # Batches of 1 instead of 64 sum in a different order, which should not change a rank among 10 classes.
         assert main([*command, "--batch-size", "1"]) == 0
         got = ZeroShotResult.from_dict(json.loads(file.read_text()))
         assert [(r.level, r.match, r.subset, r.views, r.chance) for r in got.rows] == [
             (r.level, r.match, r.subset, r.views, r.chance) for r in expected.rows
         ]
         for row, other in zip(got.rows, expected.rows, strict=True):
-            # allow for one view
+            # Allow for one view.
             assert row.top == pytest.approx(other.top, abs=1.01 / row.views)
         assert str(got) in capsys.readouterr().out
     command = ["eval", "zeroshot", str(demo / "train"), str(demo / "shards"), "--match", "own", "--top", "2"]
@@ -120,7 +120,7 @@ def test_eval_errors_are_one_line(
     assert lines[0].startswith("error: ") and message in lines[0]
 
 
-def test_demo_removes_only_what_a_demo_wrote(tmp_path: Path, demo: Path) -> None:
+def test_demo_removes_only_files_of_a_demo(tmp_path: Path, demo: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="not written by a demo"):
         run_demo(DemoConfig(tmp_path))

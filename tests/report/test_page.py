@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from scenarioclip_fast.eval.samples import Answer, SampleScene
+from scenarioclip_fast.eval.samples import Prediction, SampleScene
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
 from scenarioclip_fast.report.accuracy import accuracy_bars
 from scenarioclip_fast.report.curves import loss_curves
@@ -32,11 +32,11 @@ def result() -> ZeroShotResult:
 
 
 def samples(count: int, relations: int) -> list[SampleScene]:
-    def answer(truth: str, best: str) -> Answer:
-        return Answer(torch.full((8, 8, 3), 90, dtype=torch.uint8), truth, [(best, 0.5), ("x", 0.1)], truth == "z")
+    def prediction(truth: str, best: str) -> Prediction:
+        return Prediction(torch.full((8, 8, 3), 90, dtype=torch.uint8), truth, [(best, 0.5), ("x", 0.1)], truth == "z")
 
     return [
-        SampleScene(str(i), answer("a", "a"), [answer("b", "c")] * (i % 3), [answer("z", "z")] * relations)
+        SampleScene(str(i), prediction("a", "a"), [prediction("b", "c")] * (i % 3), [prediction("z", "z")] * relations)
         for i in range(count)
     ]
 
@@ -105,8 +105,8 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     ("package", "absent"),
     [("report", "matplotlib"), ("eval", "matplotlib"), ("eval", "scenarioclip_fast.report")],
 )
-def test_what_importing_does_not_load(package: str, absent: str) -> None:
-    """Matplotlib is loaded only to draw, and evaluations never import reports."""
+def test_imports_are_lazy(package: str, absent: str) -> None:
+    """Matplotlib is imported only for figures, and evaluations never import reports."""
     code = (
         f"import sys, pkgutil, scenarioclip_fast.{package} as package\n"
         "for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'): __import__(module.name)\n"

@@ -13,7 +13,7 @@ import pytest
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.negatives import NegativesResult, Preference
+from scenarioclip_fast.eval.negatives import NegativesAccuracy, NegativesResult
 from scenarioclip_fast.eval.probe import ProbeAccuracy, ProbeResult, ProbeSettings
 from scenarioclip_fast.eval.retrieval import Recall, RetrievalResult
 from scenarioclip_fast.eval.zeroshot import Accuracy, ZeroShotResult
@@ -22,7 +22,7 @@ from scenarioclip_fast.report.comparison import (
     accuracy_table,
     compare_runs,
     config_differences,
-    share_table,
+    score_table,
     summary_table,
 )
 from scenarioclip_fast.report.curves import run_curves
@@ -41,7 +41,7 @@ def rows(steps: int, loss: float = 4.0, views: int = 50) -> list[dict[str, Any]]
             **{f"contrastive/{level}": loss / i / 3 for level in LEVELS},
             **{f"temperature/{level}": 0.07 for level in LEVELS},
             "distillation": 0.0,
-            "grad_norm": None if i == 2 else 1.0,  # null: it was not finite
+            "grad_norm": None if i == 2 else 1.0,  # null: not finite
             "skipped": int(i == 2),
             "lr": 1e-3,
             "views": views * i,
@@ -68,7 +68,7 @@ def result(share: float, chance: float = 0.125, scenes: int = 8) -> ZeroShotResu
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """make_run("name", steps, "key=value", ...): a run's directory below tmp_path."""
+    """make_run("name", steps, "key=value", ...) creates a run directory below tmp_path."""
 
     def make(name: str, steps: int = 20, *overrides: str, share: float | None = None, done: bool = False) -> Path:
         run = tmp_path / name
@@ -94,12 +94,12 @@ def cells(table: tuple[list[str], list[list[str]]], name: str) -> list[str]:
 def test_summary_and_state(make_run: MakeRun) -> None:
     done, going, fresh = make_run("a", 20, done=True), make_run("b", 10, "train.steps=2000"), make_run("c", 0)
     with open(going / "metrics.jsonl", "a") as file:
-        file.write('{"step": 11, "lo')  # the trainer is writing this very line
+        file.write('{"step": 11, "lo')  # a line that the trainer is still writing
     before = time.time() - 7300
     os.utime(going / "metrics.jsonl", (before, before))
     table = summary_table(find_runs([done, going, fresh]))
     assert table[0] == ["", "a", "b", "c"]
-    assert cells(table, "state") == ["finished", "step 10 of 2,000, 2 h ago", "no step yet"]
+    assert cells(table, "state") == ["finished", "step 10 of 2,000, 2 h ago", "no steps yet"]
     endless = make_run("d", 4, "train.steps=null", "train.views=1000")
     assert find_runs([endless])[0].state == "step 4, 0 s ago"
     assert cells(table, "views seen") == ["1,000", "500", "–"]
@@ -111,7 +111,7 @@ def test_summary_and_state(make_run: MakeRun) -> None:
     assert cells(table, "time waiting for data") == ["25.0 %", "25.0 %", "–"]
     assert cells(table, "skipped steps") == ["1", "1", "0"]
     assert cells(table, "bad samples") == ["5", "2", "0"]
-    assert not any(row[0] == "MFU" for row in table[1])  # no run has it
+    assert not any(row[0] == "MFU" for row in table[1])  # logged by no run
 
 
 def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
@@ -119,7 +119,7 @@ def test_losses_are_means_over_the_last_twentieth(make_run: MakeRun) -> None:
     assert cells(table, "loss") == [f"{(4 / 60 + 4 / 59 + 4 / 58) / 3:.3f}"]
 
 
-def test_names_are_the_shortest_distinct_path_ends(make_run: MakeRun, tmp_path: Path) -> None:
+def test_names_are_the_shortest_distinct_path_suffixes(make_run: MakeRun, tmp_path: Path) -> None:
     one, other = make_run("x/run"), make_run("y/run")
     assert [run.name for run in find_runs([one, other])] == ["x/run", "y/run"]
     assert [run.name for run in find_runs([one, one, tmp_path / "x" / ".." / "x" / "run"])] == ["run"]
@@ -151,7 +151,7 @@ def test_accuracy_table() -> None:
 
 def test_page(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [make_run("first", share=0.5, done=True), make_run("second<b>", 7, "optim.lr=1e-3", share=0.25)]
-    (paths[1] / "other.json").write_text('{"rows": 3}')  # of another kind
+    (paths[1] / "other.json").write_text('{"rows": 3}')  # not an evaluation result
     assert main(["report", *map(str, paths), "--out", str(tmp_path / "out"), "--title", "Two & two"]) == 0
     printed = capsys.readouterr().out
     assert "finished" in printed and f"report: {tmp_path / 'out' / 'report.html'}" in printed
@@ -168,19 +168,21 @@ def test_other_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
     made = {
         "retrieval": RetrievalResult("test", 8, (1,), [recall]),
         "probe": ProbeResult("test", (1,), ProbeSettings(), True, [accuracy]),
-        "negatives": NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]),
+        "negatives": NegativesResult("test", 8, [NegativesAccuracy("swapped", 0.75, 8)]),
     }
     paths = [make_run("a"), make_run("b")]
     for name, of_a in made.items():
         (paths[0] / f"{name}.json").write_text(json.dumps(of_a.to_dict()))
     (paths[1] / "negatives.json").write_text(
         json.dumps(
-            NegativesResult("test", 8, [Preference("swapped", 0.25, 8), Preference("predicate", 1, 8)]).to_dict()
+            NegativesResult(
+                "test", 8, [NegativesAccuracy("swapped", 0.25, 8), NegativesAccuracy("predicate", 1, 8)]
+            ).to_dict()
         )
     )
     runs = find_runs(paths)
     tables = {
-        title: share_table({run.name: run.others[title] for run in runs if title in run.others})
+        title: score_table({run.name: run.other_results[title] for run in runs if title in run.other_results})
         for title in ("Retrieval, test split", "Linear probe, test split", "Hard negatives, test split")
     }
     assert tables["Retrieval, test split"] == (
@@ -198,7 +200,7 @@ def test_other_evaluations(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_skipped_scenes(make_run: MakeRun, tmp_path: Path) -> None:
     paths = [make_run("a", share=0.5), make_run("b", share=0.25)]
-    made = NegativesResult("test", 8, [Preference("swapped", 0.75, 8)]).to_dict()
+    made = NegativesResult("test", 8, [NegativesAccuracy("swapped", 0.75, 8)]).to_dict()
     counts = {paths[0] / "zeroshot.json": 1234, paths[0] / "negatives.json": 0, paths[1] / "negatives.json": 7}
     for path, count in counts.items():
         record = json.loads(path.read_text()) if path.exists() else made
@@ -223,7 +225,7 @@ def test_page_of_one_run(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) 
     empty = make_run("empty", 0)
     assert main(["report", str(empty)]) == 0
     page = (empty / "report" / "report.html").read_text()
-    assert "no step yet" in page and "data:image" not in page
+    assert "no steps yet" in page and "data:image" not in page
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_pictures(tmp_path: Path) -> None:
     many = {f"run {i}": rows(5 + i, views=50 + 10 * i) for i in range(11)}
     few = {"run": [{"step": 1, "loss": 1.0, "contrastive/object": 1.0}]}
     assert height(run_curves(many, tmp_path / "many.png")) > 2 * height(run_curves(few, tmp_path / "few.png"))
-    with pytest.raises(ValueError, match="no logged step"):
+    with pytest.raises(ValueError, match="no logged steps"):
         run_curves({"run": []}, tmp_path / "none.png")
     own = {"a": result(0.0, chance=0.0).only("own"), "b": result(1.0)}
     assert height(accuracy_comparison(own, tmp_path / "bars.png")) > 300
@@ -251,7 +253,7 @@ def test_damaged_lines_are_skipped(make_run: MakeRun) -> None:
     ("broken", "message"),
     [
         (lambda run: run.rename(run.parent / "moved"), "does not exist; expected a run directory"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "holds no run: expected metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "contains no runs: expected metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\nnonsense\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "metrics.jsonl").write_text("[1, 2]\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml is not YAML"),

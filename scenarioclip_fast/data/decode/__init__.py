@@ -1,4 +1,4 @@
-"""JPEG bytes -> uint8 [H, W, 3] on a device; a bad image never affects the others."""
+"""Decode images to uint8 [H, W, 3] on a device; a bad image never affects the others."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def make_decoder(
 ) -> Decoder:
     """Create the decoder `name` for `device`.
 
-    "auto" is DALI on a GPU where it is installed, and "torch" otherwise: on a CPU, DALI runs the same libjpeg-turbo,
+    "auto" is DALI on a GPU if it is installed, and "torch" otherwise: on a CPU, DALI runs the same libjpeg-turbo and is
     no faster. "dali" and "torch" never fall back.
 
     Args:
         name: "auto", "dali" or "torch".
         device: where decoded images are placed.
         threads: CPU threads; None: one per core, at most 16.
-        max_pixels: larger images are rejected by their header.
+        max_pixels: larger images are rejected, based on their header.
 
     Raises:
-        MissingDependencyError: the package of the named decoder is not installed.
+        MissingDependencyError: the package of the requested decoder is not installed.
         ValueError: unknown name.
     """
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""What all decoders share: the protocol, errors, the header probe and Pillow."""
+"""Common parts of the decoders: protocol, errors, header probe and Pillow fallback."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from torch import Tensor
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.requirements import require
 
-# The image formats that are decoded (an MPO opens as its first JPEG). Pillow supports many more, and hands EPS to
-# Ghostscript.
+# Supported image formats (an MPO opens as its first JPEG). Pillow supports many more, but runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _END_OF_IMAGE = b"\xff\xd9"
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # no length follows
+_BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))  # not followed by a length
 
 
 class DecodeError(ValueError):
@@ -45,8 +44,8 @@ class DecodeError(ValueError):
 class Decoder(Protocol):
     """Decodes images to tensors on `device`.
 
-    On the CPU, pixels equal Pillow's bit for bit. EXIF orientation is ignored: boxes and masks refer to the pixels as
-    stored.
+    On the CPU, pixels are bitwise equal to Pillow's. EXIF orientation is ignored: boxes and masks refer to the pixels
+    as stored.
     """
 
     device: torch.device
@@ -71,14 +70,14 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
     """Read the header of a JPEG or PNG, without allocating memory for the image.
 
     Returns:
-        None for other data, which only Pillow may be able to open.
+        The header; None for other data, which Pillow may be able to open.
 
     Raises:
         DecodeError: larger than `max_pixels`, truncated or corrupt.
     """
     if data.startswith(_JPEG_START):
         header, scan = _jpeg_header(data)
-        # Entropy-coded data escape 0xFF, so behind the scan header this byte pair can only be the end marker.
+        # Entropy-coded data escapes 0xFF, so after the scan header this byte pair can only be the end marker.
         if data.rfind(_END_OF_IMAGE, scan) < 0:
             raise DecodeError("truncated", f"{len(data)} bytes of JPEG without an end marker")
     elif data.startswith(_PNG_START) and len(data) >= 24:
@@ -91,7 +90,7 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
 
 
 def _jpeg_header(data: bytes) -> tuple[Header, int]:
-    """The frame header, and the offset just past the first scan header."""
+    """Return the frame header, and the offset just past the first scan header."""
     header = None
     at = 2
     while at + 4 <= len(data):
@@ -134,11 +133,11 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:  # 
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (DecodeError, MemoryError):
         raise
-    except UnidentifiedImageError as error:  # its message holds an address, different in every run
+    except UnidentifiedImageError as error:  # its message contains a memory address, different in every run
         raise DecodeError("not_an_image", f"none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise DecodeError("too_large", str(error)) from error
-    except Exception as error:  # on damaged files Pillow's plugins raise all kinds of exceptions
+    except Exception as error:  # Pillow's plugins raise many types on damaged files
         reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
 
@@ -156,7 +155,7 @@ def decode_checked(decoder: Decoder, data: bytes) -> Tensor:  # uint8 [H, W, 3]
 
 
 def thread_count(threads: int | None) -> int:
-    """`threads`, by default one per core, at most 16."""
+    """Return `threads`, or by default one per core, at most 16."""
     return threads or min(16, os.cpu_count() or 1)
 
 

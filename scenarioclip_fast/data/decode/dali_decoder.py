@@ -1,4 +1,4 @@
-"""Decoding with DALI: on a GPU only the JPEG bytes are copied up, and the pixels stay there."""
+"""Decoding with DALI: on a GPU, only JPEG bytes are copied to the device, and pixels stay there."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from scenarioclip_fast.requirements import require
 class DaliDecoder:
     """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest.
 
-    Images other than plain JPEGs go through Pillow. One bad JPEG fails a whole DALI run, which is then repeated image
-    by image. On a GPU, damage behind the header that leaves the end marker in place goes unnoticed, as nvJPEG does not
+    Pillow decodes images other than plain JPEGs. One bad JPEG fails a whole DALI run, which is then repeated image by
+    image. On a GPU, damage after the header that leaves the end marker intact is not detected, as nvJPEG does not
     report it; `pack` rejects such images.
 
     Args:
         device: "cpu" or a CUDA device.
         threads: DALI's CPU threads; None: one per core, at most 16.
-        max_pixels: larger images are rejected by their header.
-        run_pixels: limit on the pixels per run, which bounds DALI's memory; more images take more runs. A larger image
-            gets a run of its own.
+        max_pixels: larger images are rejected, based on their header.
+        run_pixels: maximum number of pixels per run, which bounds DALI's memory. A larger image is decoded in a
+            separate run.
 
     Raises:
         MissingDependencyError: DALI is not installed.
@@ -97,7 +97,7 @@ class DaliDecoder:
         except RuntimeError:
             self._pipeline = None  # DALI documents it as invalid after a failed run
             raise
-        # Copied (`at` copies too): the next run reuses the memory.
+        # Copy (as `at` does): the next run reuses the memory.
         if self.device.type == "cpu":
             return [torch.from_numpy(out.at(i)) for i in range(len(images))]
         copies = [from_dlpack(out[i]).clone() for i in range(len(images))]

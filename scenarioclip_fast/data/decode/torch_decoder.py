@@ -20,7 +20,7 @@ class TorchDecoder:
     Args:
         device: where decoded images are placed.
         threads: images decoded at a time; None: one per core, at most 16.
-        max_pixels: larger images are rejected by their header.
+        max_pixels: larger images are rejected, based on their header.
 
     Raises:
         MissingDependencyError: simplejpeg is not installed.
@@ -49,7 +49,7 @@ class TorchDecoder:
         try:
             pixels = self._decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
         except ValueError as error:
-            # Extra bytes between segments are skipped without loss; every other warning means lost pixels.
+            # Extra bytes between segments are harmless; every other warning means lost pixels.
             if "extraneous bytes" in str(error):
                 return decode_with_pillow(data, self.max_pixels)
             raise DecodeError("corrupt", f"libjpeg-turbo: {error}") from error

@@ -1,6 +1,6 @@
-"""The protocols of a data set that `pack` can read, and helpers to implement them.
+"""Protocols for data sets that `pack` can read, and helpers to implement them.
 
-`docs/new-layout.md` walks through a complete implementation.
+See `docs/new-layout.md` for a complete implementation.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from scenarioclip_fast.data.shards import SPLITS
 
 T = TypeVar("T")
 
-# Maps a scene's key, and the split that the data set assigns (None if it assigns none), to its split.
+# Maps a scene's key and the split assigned by the data set (or None) to the scene's split.
 SplitOf = Callable[[str, str | None], str]
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of a data set before its items are read.
+    """Findings about a data set from before its items are read.
 
     `rejected` lists entries that are not among the items; `ignored` counts files that belong to no scene, by suffix.
     """
@@ -33,7 +33,7 @@ class Scan:
 
 
 class Reader(Protocol):
-    """Reads single items of a `Source`. Pickled to worker processes, so it should be small and hold no open file."""
+    """Reads single items of a `Source`. Pickled to worker processes, so it should be small and hold no open files."""
 
     def read(self, item: Any) -> CheckedScene:
         """Read and check one item: its image as encoded bytes, its masks as RLE (see `check.SceneChecker`).
@@ -47,18 +47,18 @@ class Reader(Protocol):
 class Source(Protocol):
     """A data set that is read item by item. Subclasses inherit the defaults below.
 
-    The order of calls is `fingerprint`, `scan`, then `items`, `reader` and `total`.
+    Methods are called in the order `fingerprint`, `scan`, then `items`, `reader` and `total`.
     """
 
     @property
     def directories(self) -> set[Path]:
-        """Resolved directories that hold the data; no pack may be written there."""
+        """Resolved directories of the data, to which no pack may be written."""
         ...
 
     def items(self, split_of: SplitOf) -> Iterable[Any]:
         """Yield the items, which must be picklable, in a fixed order: all of train first, then val, then test.
 
-        If `fingerprint` is None, any order will do.
+        If `fingerprint` is None, any order is allowed.
         """
         ...
 
@@ -67,19 +67,19 @@ class Source(Protocol):
         ...
 
     def scan(self, workers: int, progress: bool) -> Scan:
-        """Find the items, in `workers` processes if that is slow."""
+        """Find the items, using `workers` processes if that is slow."""
         return Scan()
 
     def fingerprint(self) -> str | None:
         """A hash that changes when the data set does, ideally of file names, sizes and times rather than content.
 
-        None (default): unknown. The data set is then packed from the start each time.
+        None (default): unknown, so the data set is always packed from the start.
         """
         return None
 
     @property
     def classes(self) -> dict[str, list[str]] | None:
-        """The "actions", "objects" and "relations" of the vocabulary. None (default): the texts that occur."""
+        """The "actions", "objects" and "relations" of the vocabulary. None (default): all texts that occur."""
         return None
 
     @property
@@ -89,25 +89,25 @@ class Source(Protocol):
 
     @property
     def large(self) -> bool:
-        """Whether several worker processes are worth starting unless the user sets their number."""
+        """Whether to use several worker processes by default."""
         return False
 
     @property
     def parallel(self) -> bool:
-        """Whether worker processes may be used at all."""
+        """Whether worker processes are allowed."""
         return True
 
 
 class SourceFormat(Protocol):
-    """How a format is registered: usually a subclass of `Source` with these class members."""
+    """What the registry holds for a format: usually a subclass of `Source` with these class members."""
 
     @property
     def expects(self) -> str:
-        """What a data set of this format looks like, in a few words for error messages."""
+        """A short description of a data set of this format, for error messages."""
         ...
 
     def recognises(self, paths: Sequence[str | Path]) -> bool:
-        """Whether `paths` look like this format. Must be cheap, and False for missing paths."""
+        """Whether `paths` look like this format. Must be fast, and False for missing paths."""
         ...
 
     def open(self, paths: Sequence[str | Path], max_pixels: int) -> Source:
@@ -120,19 +120,19 @@ class SourceFormat(Protocol):
 
 
 def by_split(items: Iterable[T], split_of: SplitOf, identify: Callable[[T], tuple[str, str | None]]) -> Iterator[T]:
-    """Yield items in the order that `Source.items` requires: train, val, test. The order within a split is kept.
+    """Yield items in the order required by `Source.items`: train, val, test. The order within a split is preserved.
 
     Args:
-        identify: returns the id of an item's scene, and the split that the data set assigns (None if it assigns none).
+        identify: returns the id of an item's scene and the split assigned by the data set (or None).
     """
     groups: dict[str, list[T]] = {split: [] for split in SPLITS}
     for item in items:
-        name, given = identify(item)
+        name, assigned = identify(item)
         try:
             key = safe_key(name)
-        except BadEntry:  # any place will do: reading the item rejects it
+        except BadEntry:  # in any split, reading the item rejects it
             key = ""
-        groups[split_of(key, given)].append(item)
+        groups[split_of(key, assigned)].append(item)
     for split in SPLITS:
         yield from groups[split]
 

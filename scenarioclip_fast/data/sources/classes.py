@@ -1,4 +1,4 @@
-"""Reads classes.json: the texts that a data set may contain."""
+"""Read classes.json, which lists the texts that a data set may contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from scenarioclip_fast.errors import UserError
 
 
 def load_json(path: Path) -> tuple[bytes, Any]:
-    """The content of a JSON file, raw and parsed; UserError if it cannot be read."""
+    """Return the content of a JSON file, raw and parsed.
+
+    Raises:
+        UserError: the file cannot be read or parsed.
+    """
     try:
         content = path.read_bytes()
         return content, json.loads(content.decode("utf-8"))

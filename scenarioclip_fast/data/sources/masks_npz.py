@@ -1,4 +1,4 @@
-"""Reads SAM-style mask files (.npz) from untrusted sources.
+"""Read SAM-style mask files (.npz) from untrusted sources.
 
 Nothing is unpickled, and sizes in headers are checked before memory is allocated.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 from scenarioclip_fast.data.check import normalise, short
 from scenarioclip_fast.data.decode import MAX_PIXELS
 
-MAX_MASK_BYTES = 1 << 30  # all candidate masks of one scene
-MAX_NPZ_LISTING = 1 << 20  # the central directory of one npz, which has about three members
-_ZIP_TAIL = 22 + 0xFFFF  # the end-of-central-directory record and the longest comment after it
+MAX_MASK_BYTES = 1 << 30  # of all candidate masks of one scene
+MAX_NPZ_LISTING = 1 << 20  # bytes of a zip's central directory; an npz has about three members
+_ZIP_TAIL = 22 + 0xFFFF  # end-of-central-directory record plus the longest possible comment
 _KINDS = {"b": "bool", "U": "text", "f": "float"}
 
 
@@ -36,7 +36,7 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a mask file, or not one mask per object.
+        ValueError: not a mask file, or the masks do not match the objects.
     """
     n = len(names)
     try:
@@ -52,7 +52,7 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
     if mask.shape[1] == 0:
         raise ValueError(f"got mask {list(mask.shape)}, expected at least one candidate per object")
     if scores is None and mask.shape[1] > 1:
-        raise ValueError(f"got {mask.shape[1]} candidates per object, but no score to choose among them")
+        raise ValueError(f"got {mask.shape[1]} candidates per object, but no scores to choose among them")
     if scores is not None and scores.shape != mask.shape[:2]:
         raise ValueError(f"got score {list(scores.shape)}, expected {list(mask.shape[:2])}")
     rows = _rows_of(names, labels)
@@ -61,7 +61,7 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
 
 
 def _check_archive(path: Path) -> None:
-    """Reject archives whose central directory is large: zipfile reads it into memory at once."""
+    """Reject archives with a large central directory, which zipfile reads into memory at once."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -70,7 +70,7 @@ def _check_archive(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(max(0, status.st_size - _ZIP_TAIL))
         tail = file.read()
-    # Check every candidate for the end record: readers differ in which one they pick.
+    # Check every candidate end record, since readers differ in which one they use.
     ends = [match.start() for match in re.finditer(b"(?=PK\5\6)", tail)]
     directory = max((int.from_bytes(tail[end + 12 : end + 16], "little") for end in ends), default=0)
     if directory > MAX_NPZ_LISTING:
@@ -80,7 +80,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _rows_of(names: list[str | None], labels: list[str] | None) -> list[int]:
-    """The row of each object's masks: its position, unless the labels are in another order."""
+    """The row of each object's masks: its index, unless the labels are in another order."""
     if labels is None or all(name in (None, label) for name, label in zip(names, labels, strict=True)):
         return list(range(len(names)))
     if None in names or sorted(labels) != sorted(str(name) for name in names):
@@ -92,7 +92,7 @@ def _rows_of(names: list[str | None], labels: list[str] | None) -> list[int]:
 
 
 def _read_labels(archive: zipfile.ZipFile, n: int) -> list[str] | None:
-    """The labels; None if they are missing or pickled. Rows then follow the order of the objects."""
+    """Read the labels. None if missing or pickled: rows are then in the order of the objects."""
     if "labels.npy" not in archive.namelist():
         return None
     with _open(archive, "labels") as file:
@@ -112,7 +112,7 @@ def _read_scores(archive: zipfile.ZipFile, n: int) -> NDArray[np.float64] | None
 def _read_array(
     archive: zipfile.ZipFile, name: str, kind: str, limit: int, expected: tuple[int | None, ...] | None = None
 ) -> NDArray[Any]:
-    """Read an array of dtype `kind`, at most `limit` bytes and shape `expected` (None matches any extent)."""
+    """Read an array with dtype kind `kind`, at most `limit` bytes and shape `expected` (None: any extent)."""
     with _open(archive, name) as file:
         shape, fortran, dtype = _header(file, name)
         if dtype.kind != kind or dtype.hasobject:
@@ -135,7 +135,7 @@ def _read_array(
 
 def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     info = archive.getinfo(f"{name}.npy")
-    # The methods that NumPy writes; zipfile decompresses others without an output limit.
+    # The compression methods that NumPy writes; zipfile decompresses others without a limit on the output.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"got {name} in zip compression {info.compress_type}, expected none or deflate")
     return archive.open(info)
@@ -143,11 +143,11 @@ def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 
 def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
-    # Later versions only allow longer headers, up to 4 GiB.
+    # Later versions only add longer headers, up to 4 GiB.
     if version != (1, 0):
         raise ValueError(f"got {name} in npy version {version}, expected 1.0")
     try:
         return np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # NumPy evaluates it as a Python literal: SyntaxError, RecursionError, ...
+    except Exception as error:  # NumPy parses it as a Python literal: SyntaxError, RecursionError, ...
         detail = " ".join(str(error)[:100].split())
         raise ValueError(f"damaged header of {name} ({type(error).__name__}: {detail})") from None

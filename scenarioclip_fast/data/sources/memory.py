@@ -1,4 +1,4 @@
-"""Scenes in memory, as a source to pack."""
+"""Scenes in memory as a source for `pack`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Source, SplitOf
 from scenarioclip_fast.requirements import require
 
-_QUALITY = 95  # of the JPEG encoding of images that come as pixels
+_QUALITY = 95  # JPEG quality for images given as pixels
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """A scene and its position."""
+    """A scene and its position in the iterable."""
 
     position: int
     scene: Scene
@@ -30,14 +30,14 @@ class Indexed:
 
 
 class MemorySource(Source):
-    """Scenes of an iterable, read in its order and in this process; they have no fingerprint."""
+    """The scenes of an iterable, read in order and in this process; it has no fingerprint."""
 
     def __init__(self, scenes: Iterable[Scene], max_pixels: int) -> None:
         self._scenes, self._max_pixels = scenes, max_pixels
 
     @property
     def directories(self) -> set[Path]:
-        """None: nothing is on disk."""
+        """Empty: the scenes are in memory."""
         return set()
 
     @property
@@ -47,7 +47,7 @@ class MemorySource(Source):
 
     @property
     def parallel(self) -> bool:
-        """False: sending scenes to processes would cost more than checking them."""
+        """False: sending scenes to worker processes costs more than checking them."""
         return False
 
     def items(self, split_of: SplitOf) -> Iterator[Indexed]:
@@ -60,7 +60,7 @@ class MemorySource(Source):
 
 
 class MemoryReader:
-    """Checks scenes, and encodes images that come as pixels."""
+    """Checks scenes, and encodes images given as pixels."""
 
     def __init__(self, checker: SceneChecker) -> None:
         self._checker = checker
@@ -84,6 +84,6 @@ def _encode(image: Tensor) -> bytes:
         got = f"{list(image.shape)}, {image.dtype}" if isinstance(image, Tensor) else short(image)
         raise BadEntry("image_not_an_image", f"got {got}, expected bytes or uint8 [H, W, 3]")
     if image.numel() == 0:
-        raise BadEntry("image_not_an_image", f"got {list(image.shape)}, which has no pixels")
+        raise BadEntry("image_not_an_image", f"got an empty image {list(image.shape)}")
     pixels = image.cpu().contiguous().numpy()
     return bytes(require("simplejpeg").encode_jpeg(pixels, quality=_QUALITY, colorsubsampling="444"))

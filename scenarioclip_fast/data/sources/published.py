@@ -23,8 +23,8 @@ from scenarioclip_fast.data.check import (
     CheckedScene,
     Rejection,
     SceneChecker,
+    assigned_splits,
     clean_scene,
-    given_splits,
     normalise,
     safe_key,
     short,
@@ -37,7 +37,7 @@ from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.errors import UserError
 
-_LARGE = 2000  # entries for which starting worker processes pays off
+_LARGE = 2000  # entries from which worker processes pay off
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """The id as written; empty if it is not a valid type."""
+        """The original id; empty if it has an invalid type."""
         name = self.record.get("id") if isinstance(self.record, dict) else None
         return str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
 
@@ -65,7 +65,7 @@ class PublishedSource(Source):
     """A directory in the published layout. The constructor reads its JSON files; images and masks are read per entry.
 
     Raises:
-        UserError: no such directory, no metadata, malformed JSON, or no entry at all.
+        UserError: no such directory, no metadata, malformed JSON, or no entries.
     """
 
     expects = "a directory with metadata*.json"
@@ -76,11 +76,11 @@ class PublishedSource(Source):
             raise UserError(f"{directory}: no such directory; expected a data set in the published layout")
         files = sorted(self.directory.glob("metadata*.json"), key=lambda path: (_split_of(path) is None, path.name))
         if not files:
-            raise UserError(f"{directory}: no metadata*.json in it; expected a data set in the published layout")
+            raise UserError(f"{directory}: contains no metadata*.json; expected a data set in the published layout")
         self._files: dict[str, str] = {}  # metadata file -> SHA-256
         entries = [entry for path in files for entry in self._load(path)]
         if not entries:
-            raise UserError(f"{directory}: the data set is empty: no entry in {', '.join(p.name for p in files)}")
+            raise UserError(f"{directory}: the data set is empty: no entries in {', '.join(p.name for p in files)}")
         self.entries, self.conflicts = _resolve_splits(entries)
         self._classes = load_classes(self.directory / "classes.json")
 
@@ -112,7 +112,7 @@ class PublishedSource(Source):
 
     @property
     def classes(self) -> dict[str, list[str]] | None:
-        """The content of classes.json, None if there is none."""
+        """The content of classes.json; None if it does not exist."""
         return self._classes
 
     @property
@@ -126,20 +126,20 @@ class PublishedSource(Source):
         return len(self.entries) >= _LARGE
 
     def scan(self, workers: int, progress: bool) -> Scan:
-        """Report the entries whose id another split keeps."""
+        """Reject the entries whose id is assigned to another split."""
         return Scan(self.conflicts)
 
     def items(self, split_of: SplitOf) -> Iterator[Entry]:
-        """The entries split by split, shuffled within each by a hash of the id."""
-        # Neighbours in a metadata file are often similar (same video, same photographer); shuffling separates them for
-        # readers that go through a shard in order.
+        """Yield the entries split by split, shuffled within each split by a hash of the id."""
+        # Neighbours in a metadata file are often similar (same video, same photographer). Shuffling separates them for
+        # sequential readers.
         shuffled = sorted(
             self.entries, key=lambda entry: hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
         )
         return by_split(shuffled, split_of, lambda entry: (entry.id, entry.split))
 
     def fingerprint(self) -> str:
-        """A hash of the metadata, the classes, and the sizes and times of images and mask files."""
+        """A hash of the metadata, the classes, and the sizes and times of the images and mask files."""
         digest = hashlib.sha256(json.dumps([self._files, self._classes]).encode())
         for entry in self.entries:
             record = entry.record if isinstance(entry.record, dict) else {}
@@ -152,18 +152,18 @@ class PublishedSource(Source):
         return digest.hexdigest()
 
     def reader(self, *, encode: bool = True) -> PublishedReader:
-        """Create the reader; with `encode=False` masks are bool [H, W]."""
+        """Create the reader; with `encode=False`, masks are bool [H, W] instead of RLE."""
         return PublishedReader(self.directory, SceneChecker(self._max_pixels, self._classes), encode)
 
 
 class PublishedReader:
-    """Reads single entries. Holds no entries itself, so that it is cheap to pickle."""
+    """Reads single entries. Does not hold the entries, so it is cheap to pickle."""
 
     def __init__(self, directory: Path, checker: SceneChecker, encode: bool) -> None:
         self._directory, self._checker, self._encode = directory, checker, encode
 
     def read(self, entry: Entry) -> CheckedScene:
-        """Read and check an entry. The image is decoded to make sure that it is intact, and kept as bytes.
+        """Read and check an entry. The image is decoded to verify that it is intact, and kept as bytes.
 
         Raises:
             BadEntry: the whole scene is unusable.
@@ -177,7 +177,7 @@ class PublishedReader:
             if item is not None:
                 item.mask = mask
         relations = self._relations(entry, objects, bad)
-        # Rejected objects stay as None until here because masks and relations refer to objects by position.
+        # Rejected objects are None up to here, because masks and relations refer to objects by index.
         kept = [item for item in objects if item is not None]
         position = {i: k for k, i in enumerate(i for i, item in enumerate(objects) if item is not None)}
         relations = [Relation(position[r.subject], r.predicate, position[r.object]) for r in relations]
@@ -191,7 +191,9 @@ class PublishedReader:
             if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
                 raise BadEntry("missing_image", f"{path}: not a regular file")
             if status.st_size > MAX_IMAGE_BYTES:
-                raise BadEntry("image_too_large", f"{path}: {status.st_size} bytes, the limit is {MAX_IMAGE_BYTES}")
+                raise BadEntry(
+                    "image_too_large", f"{path}: got {status.st_size} bytes, expected at most {MAX_IMAGE_BYTES}"
+                )
             data = (self._directory / path).read_bytes()
         except OSError as error:
             raise BadEntry("missing_image", f"{path}: {error.strerror}") from None
@@ -206,7 +208,7 @@ class PublishedReader:
             item = _parse_object(record)
             if item is None:
                 bad.append(Rejection(here, "malformed_object", f"got {short(record)}"))
-            elif not self._checker.knows("objects", item.name):
+            elif not self._checker.is_known("objects", item.name):
                 bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
                 item = None
             objects.append(item)
@@ -242,7 +244,7 @@ class PublishedReader:
             pair = _nearest_pair(objects, triple[0], triple[2])
             if missing:
                 bad.append(Rejection(here, "relation_unknown_label", f"{text!r}: no object {missing[0]!r}"))
-            elif not self._checker.knows("relations", text):
+            elif not self._checker.is_known("relations", text):
                 bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation"))
             elif isinstance(pair, str):
                 bad.append(Rejection(here, pair, repr(text)))
@@ -255,21 +257,22 @@ def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None]
     """Read every scene of a directory in the published layout.
 
     `metadata_train.json`, `metadata_val.json` and `metadata_test.json` assign a split, other `metadata*.json` do not;
-    an id in several splits stays in the one held out most (test, then val). Texts are lower-cased. Where the label of
-    a relation occurs more than once, the two objects with the nearest box centres are chosen.
+    an id in several splits stays in test, else in val. Texts are lower-cased. If several objects match a relation's
+    labels, the two objects with the nearest box centres are chosen.
 
     Args:
-        metadata_dir: holds metadata*.json, images, sam_results/ID_grounding_sam.npz and, optionally, classes.json.
+        metadata_dir: directory with metadata*.json, images, sam_results/ID_grounding_sam.npz and, optionally,
+            classes.json.
         on_bad: called with every rejection; None logs a warning.
 
     Yields:
-        Scenes whose image is the file's bytes (decoded once to make sure that it is intact) and whose masks are bool
-        [H, W], the candidate with the best score, or None.
+        Scenes whose image is the file's bytes (decoded once to verify that it is intact) and whose masks are bool
+        [H, W] (the candidate with the best score) or None.
 
     Raises:
-        UserError: no such directory, no metadata, malformed JSON, or no entry at all.
+        UserError: no such directory, no metadata, malformed JSON, or no entries.
     """
-    source = PublishedSource(metadata_dir)  # here, not in the generator: unusable directories raise at once
+    source = PublishedSource(metadata_dir)  # not in the generator, so that unusable directories raise immediately
     return _scenes(source, on_bad or (lambda rejection: _log.warning("%s", rejection)))
 
 
@@ -293,12 +296,12 @@ def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Ite
 
 
 def _resolve_splits(entries: list[Entry]) -> tuple[list[Entry], list[Rejection]]:
-    """Assign entries without a split the one that another file gives their id, and reject ids in several splits."""
-    given = given_splits((entry.id, entry.split) for entry in entries if entry.id)
+    """Give entries without a split the one that another file assigns to their id, and reject ids in several splits."""
+    assigned = assigned_splits((entry.id, entry.split) for entry in entries if entry.id)
     resolved: list[Entry] = []
     conflicts: list[Rejection] = []
     for entry in entries:
-        split = given.get(entry.id)
+        split = assigned.get(entry.id)
         if entry.split not in (None, split) and split is not None:
             conflicts.append(split_conflict(str(entry), split))
         else:
@@ -316,7 +319,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _parse_entry(record: Any) -> tuple[str, PurePosixPath, str]:
-    """Key, image path and action of an entry; its objects and relations are then known to be lists."""
+    """Parse the key, image path and action of an entry, and check that its objects and relations are lists."""
     if not isinstance(record, dict):
         raise BadEntry("malformed_entry", f"got {short(record)}, expected an object")
     for name, kinds in _FIELDS.items():
@@ -355,7 +358,7 @@ def _parse_object(record: Any) -> SceneObject | None:
 
 
 def _parse_triple(record: Any) -> tuple[str, str, str] | None:
-    """The texts of [path, [subject, predicate, object], ...]; anything after them (negative samples) is ignored."""
+    """The texts of [path, [subject, predicate, object], ...]; further elements (negative samples) are ignored."""
     if not isinstance(record, list) or len(record) < 2 or not isinstance(record[1], list) or len(record[1]) != 3:
         return None
     if not all(isinstance(word, str) and word.strip() for word in record[1]):
@@ -365,7 +368,7 @@ def _parse_triple(record: Any) -> tuple[str, str, str] | None:
 
 
 def _nearest_pair(objects: list[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:
-    """The two different objects of these names with the nearest box centres, or the reason why there are none."""
+    """The two distinct objects with these names and the nearest box centres, or the reason if there are none."""
     ends = [[i for i, item in enumerate(objects) if item is not None and item.name == n] for n in (subject, object_)]
     if not all(ends):
         return "relation_without_object"

@@ -1,7 +1,7 @@
-"""The formats that `pack` reads, by name.
+"""Registry of the formats that `pack` reads.
 
-A format is added by one line in `_FORMATS`, by a call of `register`, or by an installed package that declares an entry
-point in the group "scenarioclip_fast.sources".
+Add a format with a line in `_FORMATS`, with a call to `register`, or with an entry point in the group
+"scenarioclip_fast.sources" of an installed package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 ENTRY_POINTS = "scenarioclip_fast.sources"
 
-# name -> the format, or "module:attribute" to import it from when it is first needed
+# name -> the format, or "module:attribute" to import on first use
 _FORMATS: dict[str, SourceFormat | str] = {
     "published": "scenarioclip_fast.data.sources.published:PublishedSource",
     "webdataset": "scenarioclip_fast.data.sources.webdataset:WebDatasetSource",
@@ -29,14 +29,14 @@ _FORMATS: dict[str, SourceFormat | str] = {
 
 
 def register(name: str, source_format: SourceFormat | str) -> None:
-    """Add a format that `pack(..., format=name)` reads and "auto" recognises.
+    """Register a format for `pack(..., format=name)` and for "auto".
 
     Args:
-        name: what users pass as `--format`.
+        name: value of `--format`.
         source_format: a subclass of `Source` with the class members of `SourceFormat`, or "module:attribute".
 
     Raises:
-        ValueError: the name is taken by another format.
+        ValueError: another format has this name.
     """
     if name == AUTO or _FORMATS.get(name, source_format) != source_format:
         raise ValueError(f"format {name!r} is already registered")
@@ -50,7 +50,7 @@ def format_names() -> list[str]:
 
 
 def get_format(name: str) -> SourceFormat:
-    """The format of this name.
+    """Look up a format by name.
 
     Raises:
         UserError: no such format, or its module cannot be imported.
@@ -76,8 +76,8 @@ def open_source(paths: Sequence[str | Path], format: str = AUTO, *, max_pixels: 
     """Open a data set on disk.
 
     Args:
-        paths: of the data set; most formats accept one directory.
-        format: a registered name, or "auto" for the one format that recognises the paths.
+        paths: paths of the data set; most formats expect a single directory.
+        format: a registered name, or "auto" to detect the format.
         max_pixels: larger images are rejected.
 
     Raises:
@@ -87,7 +87,11 @@ def open_source(paths: Sequence[str | Path], format: str = AUTO, *, max_pixels: 
 
 
 def recognise(paths: Sequence[str | Path]) -> str:
-    """The name of the one format that recognises `paths`; UserError if there are none or several."""
+    """Return the name of the only format that recognises `paths`.
+
+    Raises:
+        UserError: no format or several recognise `paths`.
+    """
     names = [name for name in format_names() if name != AUTO]
     found = [name for name in names if get_format(name).recognises(paths)]
     if len(found) == 1:

@@ -1,4 +1,4 @@
-"""Lists the samples of an untrusted, uncompressed tar from its headers alone. Nothing is extracted."""
+"""List the samples of an untrusted, uncompressed tar from its headers. Nothing is extracted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, s
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.errors import UserError
 
-MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; a thousand objects with masks take less
+MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; enough for a thousand objects with masks
 COMPRESSED_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_MAX_HEADER = 1 << 20  # names and attributes of one member
+_MAX_HEADER = 1 << 20  # bytes of one member's name and attributes
 _IMAGES = ("jpg", "jpeg")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _SPECIAL = {
@@ -32,13 +32,13 @@ _SPECIAL = {
     tarfile.GNUTYPE_SPARSE: "sparse file",
 }
 
-# (offset, size) of the image and of the record of a sample, None where not seen
+# (offset, size) of a sample's image and of its record; None if not found (yet)
 _Extents = list[tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar on disk: `name` is relative to the common directory of all tars, `split` follows from its prefix."""
+    """A tar on disk. `name` is relative to the common directory of all tars; its prefix determines `split`."""
 
     path: Path
     name: str
@@ -58,7 +58,11 @@ class TarIndex:
 
 
 def open_tar(path: Path, name: str) -> Tar:
-    """Check that `path` is an uncompressed regular file; UserError if not."""
+    """Check that `path` is an uncompressed regular file.
+
+    Raises:
+        UserError: compressed, not a regular file, or unreadable.
+    """
     if path.name.endswith(COMPRESSED_SUFFIXES):
         raise _compressed(path, path.suffix)
     try:
@@ -77,11 +81,13 @@ def open_tar(path: Path, name: str) -> Tar:
 
 
 def _compressed(path: Path, how: str) -> UserError:
-    return UserError(f"{path}: compressed ({how}), which prevents random access to samples; unpack it to a plain .tar")
+    return UserError(
+        f"{path}: compressed ({how}), which prevents random access to samples; decompress it to a plain .tar"
+    )
 
 
 def index_tar(tar: Tar) -> TarIndex:
-    """List every sample of a tar, and what was rejected or ignored."""
+    """List all samples of a tar, and the rejected and ignored members."""
     index = TarIndex()
     found: dict[str, _Extents] = {}  # member name without the suffix -> extents
     try:
@@ -93,14 +99,14 @@ def index_tar(tar: Tar) -> TarIndex:
                     raise tarfile.ReadError(f"{member.name} extends past the end of the file")
                 _add_member(tar, member, found, index)
     except (tarfile.TarError, ValueError, RecursionError) as error:
-        _reject(index, tar, "the tar", "damaged_tar", f"{error}; {len(found)} samples were found before")
+        _reject(index, tar, "the tar", "damaged_tar", f"{error}; {len(found)} samples precede the damage")
     except OSError as error:
         raise UserError(f"{tar.path}: {error.strerror}") from None
     for name, (image, record) in found.items():
         if image is None:
-            _reject(index, tar, name, "missing_image", "there is a .json but no .jpg or .jpeg")
+            _reject(index, tar, name, "missing_image", "the sample has a .json but no .jpg or .jpeg")
         elif record is None:
-            _reject(index, tar, name, "missing_record", "there is an image but no .json")
+            _reject(index, tar, name, "missing_record", "the sample has an image but no .json")
     complete = [(_key(name), *image, *record) for name, (image, record) in found.items() if image and record]
     index.keys = "\n".join(row[0] for row in complete)
     index.extents = np.array([row[1:] for row in complete], np.int64).reshape(-1, 4)
@@ -122,7 +128,7 @@ def _add_member(tar: Tar, member: tarfile.TarInfo, found: dict[str, _Extents], i
         extents[kind] = (member.offset_data, member.size)
     else:
         what = "a record" if kind else "an image"
-        _reject(index, tar, name, "duplicate_id", f"the tar already has {what} of this name")
+        _reject(index, tar, name, "duplicate_id", f"the tar already has {what} with this name")
 
 
 def _reject(index: TarIndex, tar: Tar, name: str, reason: str, detail: str) -> None:
@@ -130,7 +136,7 @@ def _reject(index: TarIndex, tar: Tar, name: str, reason: str, detail: str) -> N
 
 
 def _key(name: str) -> str:
-    """The key of a member's name without its suffix; directories become part of it. BadEntry if it is not valid."""
+    """The key for a member's name without suffix; directories become part of it. Raises BadEntry if invalid."""
     return safe_key(name.replace("/", "_"), name)
 
 
@@ -144,27 +150,27 @@ def _kind(member: tarfile.TarInfo) -> tuple[int | None, str]:
     stem, _, suffix = path.name.partition(".")
     suffix = suffix.lower()
     if path.is_absolute() or ".." in path.parts:
-        raise BadEntry("unsafe_member", "the name is absolute or leads out of the directory")
+        raise BadEntry("unsafe_member", "the name is absolute or escapes the directory")
     if suffix not in (*_IMAGES, "json"):
         more, _, last = suffix.rpartition(".")
         return None, (".*." if more else ".") + short(last)[1:-1] if suffix else "no suffix"
     if not member.isreg() or member.issparse():
-        raise BadEntry("unsafe_member", f"a {_SPECIAL.get(member.type, 'special file')}, expected a regular file")
+        raise BadEntry("unsafe_member", f"got a {_SPECIAL.get(member.type, 'special file')}, expected a regular file")
     limit = MAX_RECORD_BYTES if suffix == "json" else MAX_IMAGE_BYTES
     if member.size > limit:
         reason = "malformed_entry" if suffix == "json" else "image_too_large"
-        raise BadEntry(reason, f"{member.size} bytes, the limit is {limit}")
+        raise BadEntry(reason, f"got {member.size} bytes, expected at most {limit}")
     return int(suffix == "json"), "/".join((*path.parts[:-1], stem))
 
 
 def _members(file: io.BufferedReader, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the members in order; tarfile.ReadError if the tar is damaged."""
+    """Yield the members in order. Raises tarfile.ReadError if the tar is damaged."""
     tar: Any = tarfile.TarFile(fileobj=_HeaderFile(file))  # type: ignore[arg-type]
     before = -1
     while (member := tar.next()) is not None:
         # A negative size would make tarfile loop forever.
         if member.size < 0 or tar.offset <= before:
-            raise tarfile.ReadError(f"{member.name}: a header with a negative size")
+            raise tarfile.ReadError(f"{member.name}: negative size in the header")
         before = tar.offset
         yield member
         tar.members.clear()  # tarfile would keep every member in memory
@@ -174,7 +180,7 @@ def _members(file: io.BufferedReader, size: int) -> Iterator[tarfile.TarInfo]:
 
 
 class _HeaderFile:
-    """A file that refuses reads longer than a header: tarfile trusts the sizes that it finds in headers."""
+    """A file that rejects reads longer than a header, since tarfile trusts the sizes in headers."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell

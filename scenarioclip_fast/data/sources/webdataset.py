@@ -6,8 +6,8 @@ KEY.json is the output of `scene.scene_to_json`:
      "objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": {"size": [H, W], "counts": "..."} or null}, ...],
      "relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}
 
-Members of one key may come in any order, directories become part of the key (see `check.safe_key`), and other members
-are ignored and counted. Nothing is extracted: samples are read in place by the offsets in the headers.
+The members of a key may be in any order, directories become part of the key (see `check.safe_key`), and other members
+are ignored and counted. Nothing is extracted: samples are read in place, at the offsets given by the headers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from scenarioclip_fast.data.check import (
     BadEntry,
     CheckedScene,
     SceneChecker,
-    given_splits,
-    normalised,
+    assigned_splits,
+    normalise_scene,
     split_conflict,
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS
@@ -41,7 +41,7 @@ from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress as show_progress
 
-_LARGE = 1 << 28  # bytes of tars for which starting worker processes pays off
+_LARGE = 1 << 28  # bytes of tars from which worker processes pay off
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sample:
 
 
 def find_tars(source: str | Path) -> list[Path]:
-    """The tars, sorted by name, that a directory, file name or glob pattern refers to."""
+    """List the tars that a directory, file name or glob pattern refers to, sorted by name."""
     suffixes = (".tar", *COMPRESSED_SUFFIXES)
     path = Path(source)
     if path.is_dir():
@@ -75,15 +75,15 @@ def find_tars(source: str | Path) -> list[Path]:
 class WebDatasetSource(Source):
     """WebDataset tars. A tar whose name starts with train-, val- or test- assigns that split.
 
-    A key in several splits stays in the one held out most (test, then val).
+    A key in several splits stays in test, else in val.
 
     Args:
-        source: a directory, a tar, a glob pattern, or several paths of tars. The classes.json of a directory, or the
-            vocabulary of a pack in it, lists the known texts; without one every text is accepted.
+        source: a directory, a tar, a glob pattern, or several paths of tars. The directory's classes.json, or the
+            vocabulary of a pack in it, lists the known texts; otherwise every text is accepted.
         max_pixels: larger images are rejected.
 
     Raises:
-        UserError: no such file, no tar, or a compressed one.
+        UserError: no such file, no tars, or a compressed tar.
     """
 
     expects = ".tar files of KEY.jpg and KEY.json"
@@ -93,18 +93,18 @@ class WebDatasetSource(Source):
         single = source if isinstance(source, (str, Path)) else None
         paths = sorted(set(map(Path, source))) if not isinstance(source, (str, Path)) else find_tars(source)
         if not paths:
-            raise UserError(f"{single or 'the source'}: no .tar there, expected {self.expects}")
+            raise UserError(f"{single or 'the source'}: found no .tar, expected {self.expects}")
         common = os.path.commonpath([path.absolute().parent for path in paths])
         self._tars = [open_tar(path, os.path.relpath(path, common)) for path in paths]
         self._indexes: list[TarIndex] = []
-        self._given: dict[str, str] = {}  # key -> split, unless the names of the tars determine it
+        self._assigned: dict[str, str] = {}  # key -> split, unless the tar names determine it
         self._classes: dict[str, list[str]] | None = None
         if single is not None and Path(single).is_dir():
             self._classes = load_classes(Path(single) / "classes.json") or _classes_of_pack(Path(single))
 
     @classmethod
     def recognises(cls, paths: Sequence[str | Path]) -> bool:
-        """Whether every path refers to tars."""
+        """Whether each path refers to tars."""
         return bool(paths) and all(find_tars(path) for path in paths)
 
     @classmethod
@@ -119,7 +119,7 @@ class WebDatasetSource(Source):
 
     @property
     def classes(self) -> dict[str, list[str]] | None:
-        """The known texts, None if every text is accepted."""
+        """The known texts; None if every text is accepted."""
         return self._classes
 
     @property
@@ -151,27 +151,27 @@ class WebDatasetSource(Source):
         return Scan(rejected, dict(sorted(ignored.items())))
 
     def _resolve_splits(self) -> None:
-        """Assign keys without a split the one that another tar gives them, and reject keys in several splits."""
+        """Give keys without a split the one that another tar assigns to them, and reject keys in several splits."""
         if len({tar.split for tar in self._tars}) == 1:
             return
         indexed = list(zip(self._tars, self._indexes, strict=True))
-        self._given = given_splits((key, tar.split) for tar, index in indexed for key in index.keys.splitlines())
+        self._assigned = assigned_splits((key, tar.split) for tar, index in indexed for key in index.keys.splitlines())
         for tar, index in indexed:
             keys = index.keys.splitlines()
-            kept = [i for i, key in enumerate(keys) if tar.split in (None, self._given.get(key))]
+            kept = [i for i, key in enumerate(keys) if tar.split in (None, self._assigned.get(key))]
             for i in sorted(set(range(len(keys))) - set(kept)):
-                index.rejected.append(split_conflict(f"{tar.name}: {keys[i]}", self._given[keys[i]]))
+                index.rejected.append(split_conflict(f"{tar.name}: {keys[i]}", self._assigned[keys[i]]))
             index.keys, index.extents = "\n".join(keys[i] for i in kept), index.extents[kept]
 
     def items(self, split_of: SplitOf) -> Iterable[Sample]:
-        """The samples split by split, in tar order: tars are usually shuffled, and sequential reads are fast."""
+        """Yield the samples split by split, in tar order: tars are usually shuffled, and sequential reads are fast."""
         for split in SPLITS:
             for i, (tar, index) in enumerate(zip(self._tars, self._indexes, strict=True)):
                 for key, extents in zip(index.keys.splitlines(), index.extents, strict=True):
-                    given = self._given.get(key, tar.split)
-                    if split_of(key, given) == split:
+                    assigned = self._assigned.get(key, tar.split)
+                    if split_of(key, assigned) == split:
                         a, b, c, d = extents.tolist()
-                        yield Sample(i, tar.name, key, given, (a, b), (c, d))
+                        yield Sample(i, tar.name, key, assigned, (a, b), (c, d))
 
     def reader(self) -> SampleReader:
         """Create the reader of the samples."""
@@ -187,19 +187,19 @@ class SampleReader:
         self._open: tuple[int, int] | None = None  # tar number, file descriptor
 
     def read(self, sample: Sample) -> CheckedScene:
-        """Read and check a sample. The image is decoded to make sure that it is intact, and kept as bytes.
+        """Read and check a sample. The image is decoded to verify that it is intact, and kept as bytes.
 
         Raises:
             BadEntry: the whole scene is unusable.
             UserError: the tar can no longer be read.
         """
         image = self._pread(sample, *sample.image)
-        scene, stated = _parse(sample.key, image, self._pread(sample, *sample.record))
+        scene, declared = _parse(sample.key, image, self._pread(sample, *sample.record))
         self._checker.check_action(scene.action)
         size = self._checker.image_size(image)
-        if stated != size:
+        if declared != size:
             raise BadEntry(
-                "other_size", f"the image is {size[1]} x {size[0]}, but its record says {stated[1]} x {stated[0]}"
+                "other_size", f"the image is {size[1]} x {size[0]}, but the record has {declared[1]} x {declared[0]}"
             )
         scene.split = sample.split
         return self._checker.clean(scene, size, str(sample))
@@ -212,9 +212,9 @@ class SampleReader:
                 self._open = (sample.tar, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             data = os.pread(self._open[1], size, offset)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; is its file system still mounted?") from None
+            raise UserError(f"{path}: {error.strerror}; is the file system still mounted?") from None
         if len(data) != size:
-            raise UserError(f"{path}: got {len(data)} of {size} bytes at {offset}: the file changed while packing")
+            raise UserError(f"{path}: got {len(data)} of {size} bytes at {offset}: the file was changed while packing")
         return data
 
     def close(self) -> None:
@@ -231,10 +231,10 @@ class SampleReader:
 
 
 def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, int]]:
-    """The scene of a record, with normalised texts, and the (H, W) in the record."""
+    """Parse a record into a scene with normalised texts, and the (H, W) in the record."""
     try:
         record = json.loads(content)
-        scene = normalised(scene_from_json(key, image, record))
+        scene = normalise_scene(scene_from_json(key, image, record))
         height, width = (int(n) for n in record["size"])
     except BadEntry:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS
 from scenarioclip_fast.data.synthetic.events import ACTIONS, HELD_OUT, TEMPLATES, Template, action_of
 from scenarioclip_fast.data.synthetic.scenes import generate_scenes, render_scene, vocabulary
-from scenarioclip_fast.data.synthetic.write import write_reference_layout
+from scenarioclip_fast.data.synthetic.write import write_published_layout
 
 __all__ = [
     "ACTIONS",
@@ -18,5 +18,5 @@ __all__ = [
     "generate_scenes",
     "render_scene",
     "vocabulary",
-    "write_reference_layout",
+    "write_published_layout",
 ]

@@ -1,8 +1,8 @@
 """Drawings of each kind of object: flat shapes with dark outlines, in a unit box with y pointing down.
 
-A drawing function takes a `Pen` and the name of a part: "whole", or a pose or layer of the kind ("back" and "front" of
-a container). Shapes are drawn twice, as colour and as the object's number, so that a mask is exactly the visible part
-of the object once everything in front of it has been drawn.
+The arguments of a drawing function are a `Pen` and the name of a part: "whole", or a pose or layer of the kind ("back"
+and "front" of a container). Shapes are drawn twice, as colour and as the object's number, so the final map of numbers
+gives the exact visible mask of each object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLOURS: dict[str, RGB] = {
     "yellow": (250, 215, 30),
 }
 
-# Colours of details, the same for every object; the object's own colour covers most of its area.
+# Colours of details, the same for every object; the object's colour covers most of its area.
 _FIXED: dict[str, RGB] = {
     "black": (35, 35, 40),
     "white": (245, 245, 245),
@@ -34,8 +34,8 @@ _FIXED: dict[str, RGB] = {
 }
 
 
-def _mix(a: RGB, b: RGB, share: float) -> RGB:
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+def _mix(a: RGB, b: RGB, weight: float) -> RGB:
+    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 class Pen:
@@ -45,7 +45,7 @@ class Pen:
         colour: `ImageDraw` of the supersampled RGB canvas.
         number: `ImageDraw` of the supersampled map of object numbers.
         box: x0, y0, x1, y1 of the unit box, in canvas pixels.
-        rgb: the object's own colour.
+        rgb: the object's colour.
         index: the object's number.
     """
 
@@ -80,7 +80,7 @@ class Pen:
             draw.ellipse((left, top, right, bottom), fill=ink, outline=outline, width=self._line)
 
     def disc(self, x: float, y: float, radius: float, fill: str = "own") -> None:
-        """Draw a circle, also in boxes that are not square; `radius` is a fraction of the box height."""
+        """Draw a circle, even if the box is not square; `radius` is a fraction of the box height."""
         x0, y0, x1, y1 = self._box
         rx = radius * (y1 - y0) / (x1 - x0)
         self.oval(x - rx, y - radius, x + rx, y + radius, fill)

@@ -1,7 +1,7 @@
-"""Events of synthetic scenes: the kinds of objects that take part, their placement, their relations and the action.
+"""Events of synthetic scenes: kinds of objects, their placement and relations, and the action.
 
 An event is laid out in a unit square with y pointing down. Its first two places are the subject and the object of the
-main relation, which determines the action. A third object may be related to one of them; that relation does not affect
+main relation, which determines the action. A third object may be related to one of them; this relation does not affect
 the action.
 
 Any two kinds are related in one order only ("person left of robot", never "robot right of person"): a focused region
@@ -40,8 +40,8 @@ class Event:
     """A layout of two or three objects.
 
     `join` is the predicate of the third object and the place (0 or 1) that it is related to. `order` lists (place,
-    part) from back to front if that differs from the order of the places: a container is drawn in two layers around
-    its content.
+    part) from back to front if it differs from the order of the places: a container is drawn in two layers, around its
+    content.
     """
 
     predicate: str
@@ -133,7 +133,7 @@ def _parking(vehicle: str, height: float) -> tuple[Event, ...]:
     )
 
 
-# action -> main relations that determine it -> layouts, without and with a third object
+# action -> main relations that determine it -> layouts without and with a third object
 ACTIONS: dict[str, tuple[tuple[Event, ...], ...]] = {
     "riding": (
         (
@@ -214,7 +214,7 @@ ACTIONS: dict[str, tuple[tuple[Event, ...], ...]] = {
         ),
     ),
     "packing": (_packing("apple"), _packing("ball")),
-    "waiting": (),  # unrelated objects only
+    "waiting": (),  # only unrelated objects
 }
 
 
@@ -233,12 +233,12 @@ ACTION_OF: dict[Template, str] = {
     for event in events
 }
 
-# Related objects differ in colour so that they stay distinguishable where they touch.
+# Related objects have different colours, so that they are distinguishable where they touch.
 COLOUR_PAIRS = [(subject, object_) for subject in COLOURS for object_ in COLOURS if subject != object_]
 
 
 def _held_out() -> frozenset[tuple[Template, str, str]]:
-    """Two colour pairs per template; each colour still occurs in training as subject and as object of the template."""
+    """Two colour pairs per template; in training, each colour still occurs as subject and as object of the template."""
     names = list(COLOURS)
     n = len(names)
     return frozenset(
@@ -253,7 +253,7 @@ HELD_OUT = _held_out()
 
 
 def action_of(templates: Iterable[Template]) -> str:
-    """The action determined by the relations of a picture: that of its main relation, else "waiting"."""
+    """The action of a picture, determined by its main relation; "waiting" if it has none."""
     found = {ACTION_OF[template] for template in templates if template in ACTION_OF}
     assert len(found) <= 1, f"relations of {len(found)} actions in one scene: {sorted(found)}"
     return found.pop() if found else "waiting"

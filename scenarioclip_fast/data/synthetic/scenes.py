@@ -1,4 +1,4 @@
-"""Renders synthetic scenes: each is a pure function of the seed and its index."""
+"""Render synthetic scenes, each a pure function of the seed and its index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, check_shares
+from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, check_fractions
 from scenarioclip_fast.data.synthetic.drawings import COLOURS, KINDS, RGB, SUPERSAMPLING, Pen
 from scenarioclip_fast.data.synthetic.events import (
     ACTIONS,
@@ -24,15 +24,15 @@ from scenarioclip_fast.data.synthetic.events import (
 )
 from scenarioclip_fast.requirements import require
 
-# Bystanders: kinds in no event, so that they do not correlate with an action.
+# Kinds of unrelated objects, added at random so that they do not correlate with an action.
 BYSTANDERS = ("boat", "cactus", "fish", "lamp", "umbrella", "flower", "mushroom", "cup")
-HELD_OUT_SHARE = 0.25  # fraction of the relations of val and test scenes
+HELD_OUT_FRACTION = 0.25  # fraction of the relations of val and test scenes
 
 Box = tuple[float, float, float, float]
 
 
 class Item(NamedTuple):
-    """An object to draw: the two words of its name, and its unit box in source pixels."""
+    """An object to draw: the kind and colour that form its name, and its unit box in source pixels."""
 
     kind: str
     colour: str
@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 def split_of(index: int, val: float = 0.05, test: float = 0.15) -> str:
-    """The split of scene `index`: the shares hold for any number of scenes, independent of their content."""
+    """The split of scene `index`. The fractions hold for any number of scenes, independent of their content."""
     u = (index * 0.6180339887498949) % 1.0
     return "test" if u < test else "val" if u < test + val else "train"
 
@@ -51,7 +51,7 @@ def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05,
     Args:
         n: number of scenes, at least 0.
         seed: at least 0. Scene `index` depends only on (seed, index, split).
-        val, test: shares of these splits. Only their scenes contain the relations in `HELD_OUT`.
+        val, test: fractions of scenes in these splits. Only these contain the relations in `HELD_OUT`.
 
     Yields:
         Scenes whose image is uint8 [H, W, 3], with bool masks of the visible part of each object, the bounding boxes of
@@ -59,7 +59,7 @@ def generate_scenes(n: int, seed: int = 0, *, start: int = 0, val: float = 0.05,
     """
     if n < 0 or seed < 0 or start < 0:
         raise ValueError(f"got n={n}, seed={seed}, start={start}, expected values >= 0")
-    check_shares(val, test)
+    check_fractions(val, test)
     for index in range(start, start + n):
         yield render_scene(seed, index, split_of(index, val, test))
 
@@ -116,13 +116,13 @@ def _unit_box(place: Place, shift: float) -> Box:
 
 
 def _event_colours(rng: np.random.Generator, event: Event, held_out: bool) -> list[str]:
-    """One colour per place, so that each relation is a training one or, if `held_out`, sometimes a held-out one."""
+    """Choose a colour per place. With `held_out`, relations may be held-out ones; otherwise all are training ones."""
     main, *joined = event.relations
-    pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_SHARE)
+    pairs = _pairs(event.template(main), held_out and rng.random() < HELD_OUT_FRACTION)
     colours = list(pairs[rng.integers(len(pairs))])
     for subject, predicate, anchor in joined:
         template = event.template((subject, predicate, anchor))
-        use_held_out = held_out and rng.random() < HELD_OUT_SHARE
+        use_held_out = held_out and rng.random() < HELD_OUT_FRACTION
         candidates = [s for s, o in _pairs(template, use_held_out) if o == colours[anchor]]
         candidates = candidates or [s for s, o in _pairs(template, False) if o == colours[anchor]]
         colours.append(candidates[rng.integers(len(candidates))])
@@ -143,7 +143,7 @@ def _scatter(
     width: int,
     kinds: tuple[str, ...],
 ) -> list[Item]:
-    """Place up to `n` more objects that overlap no other and whose kind is related to no other."""
+    """Place up to `n` more objects that do not overlap others and whose kinds are not related to others."""
     placed = list(items)
     for _ in range(n):
         for _ in range(12):
@@ -152,7 +152,7 @@ def _scatter(
                 continue
             h = min(height, width) * rng.uniform(*heights)
             w = h * KINDS[kind][1]
-            # Keep the area that a square object of this height has.
+            # Wide objects get the area of a square object of this height.
             h, w = h / max(1.0, KINDS[kind][1]) ** 0.5, w / max(1.0, KINDS[kind][1]) ** 0.5
             if w > width - 4 or h > height - 4:
                 continue
@@ -174,7 +174,7 @@ def _scene(
     relations: list[tuple[int, str, int]],
     split: str,
 ) -> Scene:
-    """Build a scene with objects and relations in random order: the order in the event would reveal their roles."""
+    """Build a scene with objects and relations in random order, since the order in the event reveals their roles."""
     order = rng.permutation(len(items))
     position = {int(i): k for k, i in enumerate(order)}
     objects = [SceneObject(f"{items[i].colour} {items[i].kind}", _bounds(masks[i]), masks[i]) for i in order]
@@ -188,7 +188,7 @@ def _bounds(mask: Tensor) -> Box:
 
 
 class _Canvas:
-    """A supersampled picture with the object number of each pixel."""
+    """A supersampled picture, and the object number of each pixel."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self._rng, self._size, self._count = rng, (height, width), 0
@@ -207,7 +207,7 @@ class _Canvas:
         self._count += len(items)
 
     def render(self) -> tuple[Tensor, Tensor]:
-        """Downsample to the image, uint8 [H, W, 3], and the visible masks of the objects, bool [n, H, W]."""
+        """Downsample; return the image, uint8 [H, W, 3], and the visible masks of the objects, bool [n, H, W]."""
         height, width = self._size
         image = np.asarray(self._picture.reduce(SUPERSAMPLING), np.int16)
         y, x = self._rng.integers(0, 512 - height), self._rng.integers(0, 512 - width)

@@ -1,4 +1,4 @@
-"""Writes scenes in the published layout, so that synthetic scenes are read by the same code as real ones."""
+"""Write scenes in the published layout, so that the same code reads synthetic and real scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scenarioclip_fast.data.parallel import ordered_map
-from scenarioclip_fast.data.scene import Scene, check_shares
+from scenarioclip_fast.data.scene import Scene, check_fractions
 from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
@@ -20,7 +20,7 @@ from scenarioclip_fast.requirements import require
 QUALITY = 90
 
 
-def write_reference_layout(
+def write_published_layout(
     scenes: Iterable[Scene],
     out_dir: str | Path,
     *,
@@ -32,12 +32,12 @@ def write_reference_layout(
     and `sam_results/KEY_grounding_sam.npz`.
 
     Args:
-        scenes: images as uint8 [H, W, 3] or JPEG bytes; every object with a bool mask.
+        scenes: with images as uint8 [H, W, 3] or JPEG bytes, and a bool mask for every object.
         out_dir: created if missing; must be empty.
-        classes: "actions", "objects" and "relations" of classes.json; None uses the texts that occur.
+        classes: "actions", "objects" and "relations" of classes.json; None: all texts that occur.
 
     Returns:
-        The number of scenes in each metadata file.
+        Metadata file name -> number of scenes in it.
 
     Raises:
         UserError: `out_dir` is not empty.
@@ -46,18 +46,30 @@ def write_reference_layout(
     return _write_metadata(((scene.split, _write_scene(scene, out)) for scene in scenes), out, classes)
 
 
-def draw_reference_layout(
+def generate_published_layout(
     n: int, out_dir: str | Path, *, seed: int = 0, val: float = 0.05, test: float = 0.15, workers: int = 1
 ) -> dict[str, int]:
-    """Write `n` synthetic scenes in the published layout, in `workers` processes, with a progress report.
+    """Generate `n` synthetic scenes in the published layout, in `workers` processes.
 
-    The files do not depend on the number of workers.
+    The files do not depend on the number of workers. Shows progress.
+
+    Args:
+        n: number of scenes, at least 1.
+        out_dir: created if missing; must be empty.
+        seed, val, test: see `generate_scenes`.
+        workers: number of processes, at least 1.
+
+    Returns:
+        Metadata file name -> number of scenes in it.
+
+    Raises:
+        UserError: an argument is out of range, or `out_dir` is not empty.
     """
     if n <= 0 or workers <= 0:
-        raise UserError(f"got {n} scenes and {workers} workers, expected at least one each")
+        raise UserError(f"got {n} scenes and {workers} workers, expected at least one of each")
     if seed < 0:
         raise UserError(f"seed: got {seed}, expected at least 0")
-    check_shares(val, test)
+    check_fractions(val, test)
     out = _prepare(out_dir)
     job = partial(_write_one, seed=seed, val=val, test=test, out=out)
     entries = ordered_map(job, range(n), workers)

@@ -196,41 +196,41 @@ BAD_SCENES: dict[str, tuple[str, Callable[[Dataset], None]]] = {
     "empty action": ("malformed_entry", _entry(action="  ")),
     "objects not a list": ("malformed_entry", _entry(objects={"cat": 1})),
     "id is a bool": ("malformed_entry", _entry(id=True)),
-    "endless objects": ("malformed_entry", _entry(objects=[["cat", BOXES["cat"]]] * 2000)),
+    "too many objects": ("malformed_entry", _entry(objects=[["cat", BOXES["cat"]]] * 2000)),
     "id with a path": ("unsafe_id", _entry(id="../../a")),
-    "id of several lines": ("unsafe_id", _entry(id="a\nb" * 20_000)),
+    "id with line breaks": ("unsafe_id", _entry(id="a\nb" * 20_000)),
     "empty id": ("unsafe_id", _entry(id="")),
     "long id": ("unsafe_id", _entry(id="a" * 91)),
     "absolute image path": ("unsafe_path", _entry(image_path="/etc/passwd")),
-    "image path that leads out": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
-    "image path of two lines": ("missing_image", _entry(image_path="images/a\nb.jpg")),
-    "image path that never ends": ("missing_image", _entry(image_path="images/" + "a" * 5000)),
-    "image path of half a character": ("unsafe_path", _entry(image_path="images/\ud800.jpg")),
+    "image path that escapes the directory": ("unsafe_path", _entry(image_path="images/../../a.jpg")),
+    "image path with a line break": ("missing_image", _entry(image_path="images/a\nb.jpg")),
+    "very long image path": ("missing_image", _entry(image_path="images/" + "a" * 5000)),
+    "image path with a lone surrogate": ("unsafe_path", _entry(image_path="images/\ud800.jpg")),
     "no image path": ("unsafe_path", _entry(image_path="")),
     "no image": ("missing_image", _file(lambda data: (data.image, None))),
     "image is a directory": ("missing_image", _entry(image_path="images")),
-    "image cut short": ("image_truncated", _file(lambda data: (data.image, data.image.read_bytes()[:-300]))),
-    "half an image with an end": (
+    "truncated image": ("image_truncated", _file(lambda data: (data.image, data.image.read_bytes()[:-300]))),
+    "half an image with an end marker": (
         "image_corrupt",
         _file(lambda data: (data.image, data.image.read_bytes()[:-1500] + b"\xff\xd9")),
     ),
-    "text for an image": ("image_not_an_image", _file(lambda data: (data.image, b"hello, I am a picture"))),
-    "EPS for an image": (
+    "text instead of an image": ("image_not_an_image", _file(lambda data: (data.image, b"hello, I am a picture"))),
+    "EPS instead of an image": (
         "image_not_an_image",
         _file(lambda data: (data.image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")),
     ),
     "empty image": ("image_not_an_image", _file(lambda data: (data.image, b""))),
     "unknown action": ("unknown_action", lambda data: _classes(data, actions="sitting")),
-    "endless unknown action": (
+    "very long unknown action": (
         "unknown_action",
         lambda data: (_entry(action="\x1b[2J" * 5000)(data), _classes(data)),  # type: ignore[func-returns-value]
     ),
 }
 
-# reasons, then what is kept: names of objects, of objects with a mask, relations; and the damage
+# Reasons; then the objects, objects with a mask and relations that are kept; then the damage.
 PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable[[Dataset], None]]] = {
     "no npz": (["missing_masks", "relation_without_mask"], list(BOXES), [], [], _no_masks),
-    "masks of another size": (
+    "masks with a different size": (
         ["bad_masks", "relation_without_mask"],
         list(BOXES),
         [],
@@ -244,7 +244,7 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
         [],
         _array(mask=np.ones((2, 1, HEIGHT, WIDTH), bool)),
     ),
-    "labels of other things": (
+    "labels of other objects": (
         ["bad_masks", "relation_without_mask"],
         list(BOXES),
         [],
@@ -265,7 +265,7 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
         ["cat on mat"],
         _object(2, ["dog", [40, 2, 62, 30]]),
     ),
-    "box of no size": (
+    "box without area": (
         ["box_outside", "relation_without_object"],
         ["cat", "mat"],
         ["cat", "mat"],
@@ -279,49 +279,49 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
         ["cat on mat"],
         _object(2, ["dog", [float("nan"), 2, 50, 30]]),
     ),
-    "box of three": (
+    "box with three numbers": (
         ["malformed_object", "relation_unknown_label"],
         ["cat", "mat"],
         ["cat", "mat"],
         ["cat on mat"],
         _object(2, ["dog", [1, 2, 3]]),
     ),
-    "box of words": (
+    "box of strings": (
         ["malformed_object", "relation_unknown_label"],
         ["cat", "mat"],
         ["cat", "mat"],
         ["cat on mat"],
         _object(2, ["dog", ["1", "2", "3", "4"]]),
     ),
-    "box beyond floats": (
+    "box that overflows a float": (
         ["malformed_object", "relation_unknown_label"],
         ["cat", "mat"],
         ["cat", "mat"],
         ["cat on mat"],
         _object(2, ["dog", [1, 2, 10**400, 4]]),
     ),
-    "relation of an unknown label": (
+    "relation with an unknown label": (
         ["relation_unknown_label"],
         list(BOXES),
         list(BOXES),
         ["cat on mat"],
         _relation(1, ["", ["dog", "near", "cow"]]),
     ),
-    "relation of an endless label": (
+    "relation with a very long label": (
         ["relation_unknown_label"],
         list(BOXES),
         list(BOXES),
         ["cat on mat"],
         _relation(1, ["", ["dog", "near", "\x1b[2J" * 5000]]),
     ),
-    "endless name": (
+    "very long name": (
         ["bad_masks", "relation_unknown_label", "relation_without_mask"],
         ["cat", "mat", "\x1b[2j" * 5000],
         [],
         [],
         _object(2, ["\x1b[2J" * 5000, BOXES["dog"]]),
     ),
-    "endless name in a box outside": (
+    "very long name, box outside the image": (
         ["bad_masks", "box_outside", "relation_unknown_label", "relation_without_mask"],
         ["cat", "mat"],
         [],
@@ -335,14 +335,14 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
         ["cat on mat"],
         _relation(1, ["", ["dog", "near", "dog"]]),
     ),
-    "relation of two words": (
+    "relation with two words": (
         ["malformed_relation"],
         list(BOXES),
         list(BOXES),
         ["cat on mat"],
         _relation(1, ["", ["dog", "near"]]),
     ),
-    "relation of a number": (["malformed_relation"], list(BOXES), list(BOXES), ["cat on mat"], _relation(1, 7)),
+    "relation that is a number": (["malformed_relation"], list(BOXES), list(BOXES), ["cat on mat"], _relation(1, 7)),
     "unknown relation": (
         ["unknown_relation"],
         list(BOXES),
@@ -409,7 +409,7 @@ def write_split(data: Dataset, **entries: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_an_assigned_split_overrides_the_hash(data: Dataset, tmp_path: Path, split: str) -> None:
-    # By its hash the scene would be in another split.
+    # The hash of its key would assign the scene to another split.
     shares = {"val": 0.0, "test": 0.0} if split != "train" else {"val": 0.0, "test": 1.0}
     for k, entry in enumerate([data.entry, data.entry | {"image_path": "images/gone.jpg"}]):
         write_split(data, **{"": [data.entry], f"_{split}": [entry]})
@@ -419,13 +419,13 @@ def test_an_assigned_split_overrides_the_hash(data: Dataset, tmp_path: Path, spl
         assert [scene.split for scene in load_reference(data.directory, lambda _: None)] == [split]
 
 
-def test_an_id_in_two_splits_is_held_out(data: Dataset, tmp_path: Path) -> None:
+def test_an_id_in_several_splits_stays_in_test_or_val(data: Dataset, tmp_path: Path) -> None:
     other = data.entry | {"id": "b"}
     write_split(data, _train=[data.entry, other, {}], _val=[data.entry], _test=[{}, data.entry])
     rejected: list[Rejection] = []
     assert {s.key: s.split for s in load_reference(data.directory, rejected.append)} == {"a": "test", "b": "train"}
     assert [(r.entry, r.detail) for r in rejected if r.reason == "split_conflict"] == [
-        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, which keeps it")
+        (f"metadata_{name}.json: entry 0 (a)", "the id is also in the test split, where it stays")
         for name in ("train", "val")
     ]
     report = pack(data.directory, tmp_path / "out", progress=False)
@@ -510,7 +510,7 @@ def test_npz_members_are_not_unpickled(tmp_path: Path) -> None:
         read_masks(_npz(tmp_path / "a.npz", mask=pickled), ["cat"], (4, 4))
     with pytest.raises(ValueError, match="got score of type object"):
         read_masks(_npz(tmp_path / "b.npz", mask=good, score=pickled), ["cat"], (4, 4))
-    # Labels only matter if rows are out of order: pickled ones are ignored without being read.
+    # Labels only matter if rows are out of order, so pickled ones are ignored.
     (mask,) = read_masks(_npz(tmp_path / "c.npz", mask=good, labels=pickled), ["cat"], (4, 4))
     assert mask.all()
 
@@ -625,7 +625,7 @@ def test_large_files_are_not_read(data: Dataset, monkeypatch: pytest.MonkeyPatch
     np.savez(data.npz, **data.arrays)
     monkeypatch.setattr("scenarioclip_fast.data.sources.published.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
     scenes, (rejection,) = data.load()
-    assert not scenes and rejection.reason == "image_too_large" and "bytes, the limit is" in rejection.detail
+    assert not scenes and rejection.reason == "image_too_large" and "bytes, expected at most" in rejection.detail
     monkeypatch.undo()
     monkeypatch.setattr("scenarioclip_fast.data.sources.masks_npz.MAX_MASK_BYTES", data.npz.stat().st_size - 1)
     _, rejected = data.load()
@@ -692,5 +692,5 @@ def test_real_photos(photos: Path) -> None:
         assert isinstance(item.mask, Tensor)
         rows, columns = np.nonzero(item.mask.numpy())
         off.append(np.subtract((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), item.box))
-    # Boxes come from polygons, whose thin tips cover no pixel centre; still most sides agree to the pixel.
+    # Boxes come from polygons, whose thin tips cover no pixel centre, but most sides agree to the pixel.
     assert np.median(np.abs(off)) < 0.5 and (np.abs(off) < 1).mean() > 0.9

@@ -23,7 +23,7 @@ class CountedReader:
 
 
 class CountedSource(Source):
-    """A directory with a file count.txt, which stands for that many synthetic scenes."""
+    """A directory with count.txt, which contains the number of synthetic scenes."""
 
     expects = "a directory with count.txt"
 
@@ -97,7 +97,7 @@ def test_unrecognised_and_ambiguous_sources(counted: Path, tmp_path: Path) -> No
         pack(counted, tmp_path / "out", format="psq")
 
 
-def test_a_name_is_registered_once(counted: Path) -> None:
+def test_a_registered_name_is_not_replaced(counted: Path) -> None:
     register("counted", CountedSource)
     for name in ("auto", "published", "counted"):
         with pytest.raises(ValueError, match=f"format '{name}' is already registered"):

@@ -127,7 +127,7 @@ def test_interoperability_with_webdataset(tmp_path: Path) -> None:
     report, rejected = packed(tmp_path / "tars", tmp_path / "out")
     assert not rejected and report.splits["val"]["scenes"] == 5
     assert [scene.image for scene in scenes(tmp_path / "out", "val")] == [jpeg(seed=i) for i in range(5)]
-    # The reverse: WebDataset reads our shards.
+    # Conversely, WebDataset reads our shards.
     (shard,) = (tmp_path / "out").glob("val-*.tar")
     read = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert [row["__key__"] for row in read] == [f"scene{i}" for i in range(5)]
@@ -141,7 +141,7 @@ def test_packing_a_pack_reproduces_it(tmp_path: Path) -> None:
     one, two = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert two.pop("source.json")
     assert one.keys() == two.keys()
-    # Shards are listed in the order in which they were finished, which differs for scenes from memory.
+    # Shards are listed in order of completion, which differs for scenes in memory.
     assert {name for name in one if one[name] != two[name]} <= {"index.json", "manifest.json"}
     assert json.loads(one["index.json"]) == json.loads(two["index.json"])
 
@@ -157,9 +157,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_splits(many: Path, tmp_path: Path) -> None:
     packed(many, tmp_path / "given", val=0.3, test=0.3)
     keys = {split: ShardSet(tmp_path / "given", split).keys for split in ("train", "val", "test")}
-    assert [k for k in keys["train"] if k[0] == "0"] == [f"0-{i}" for i in range(12)], "as they lie in the tar"
+    assert [k for k in keys["train"] if k[0] == "0"] == [f"0-{i}" for i in range(12)], "in the order of the tar"
     assert {k for k in keys["test"] if k[0] != "2"} == {f"1-{i}" for i in range(12)}
-    assert all(any(k[0] == "2" for k in keys[split]) for split in keys), "no prefix: by the hash"
+    assert all(any(k[0] == "2" for k in keys[split]) for split in keys), "without a prefix, the hash assigns the split"
     assert main(["pack", str(many), "--out", str(tmp_path / "hash"), "--split", "hash", "--val", "0.3"]) == 0
     by_hash = {k: split for split in keys for k in ShardSet(tmp_path / "hash", split).keys}
     assert {by_hash[f"0-{i}"] for i in range(12)} > {"train"}
@@ -167,16 +167,16 @@ def test_splits(many: Path, tmp_path: Path) -> None:
 
 def test_output_is_independent_of_workers(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(many, tmp_path / "1", shard_size=5, workers=1)
-    monkeypatch.setattr(WebDatasetSource, "large", True)  # so that several processes read headers too
+    monkeypatch.setattr(WebDatasetSource, "large", True)  # so that several processes read the headers
     packed(many, tmp_path / "2", shard_size=5, workers=2)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_images_are_paired_with_their_own_records(tmp_path: Path) -> None:
+def test_images_are_paired_with_their_records(tmp_path: Path) -> None:
     names = ["a/b_c", "a_b/c", "a_b_c", "a b_c", "a-b", "é", "è", "ü/é", "caf\udce9"]
     images = {name: jpeg(seed=i) for i, name in enumerate(names)}
     members = [(f"{name}.jpg", image) for name, image in images.items()]
-    # In another order; one record has no image.
+    # In a different order; one record has no image.
     members += [(f"{n}.json", json.dumps(record(action=f"scene {i}")).encode()) for i, n in enumerate(names)][::-1]
     del members[1]
     _, rejected = packed(write(tmp_path / "a.tar", members), tmp_path / "out")
@@ -185,12 +185,12 @@ def test_images_are_paired_with_their_own_records(tmp_path: Path) -> None:
     assert len(found) == len(names) - 1
     for i, name in enumerate(names):
         assert i == 1 or found[f"scene {i}"].image == images[name]
-    assert found["scene 2"].key == "a_b_c" and found["scene 4"].key == "a-b", "what needs no change has none"
+    assert found["scene 2"].key == "a_b_c" and found["scene 4"].key == "a-b", "valid keys are unchanged"
     _, again = packed(tmp_path / "out", tmp_path / "again")
     assert not again and ShardSet(tmp_path / "again").keys == ShardSet(tmp_path / "out").keys
 
 
-def test_a_key_in_two_splits_is_held_out(tmp_path: Path) -> None:
+def test_a_key_in_several_splits_stays_in_test_or_val(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name, keys in {"train-0": "ab", "val-0": "bc", "test-0": "cd", "other": "abcde"}.items():
         write(tmp_path / "set" / f"{name}.tar", [m for key in keys for m in sample(key)])
@@ -201,8 +201,8 @@ def test_a_key_in_two_splits_is_held_out(tmp_path: Path) -> None:
         assert report.rejected == {"duplicate_id": 4, "split_conflict": 2}
         conflicts = {row["entry"]: row["detail"] for row in rejected if row["reason"] == "split_conflict"}
         assert conflicts == {
-            "train-0.tar: b": "the id is also in the val split, which keeps it",
-            "val-0.tar: c": "the id is also in the test split, which keeps it",
+            "train-0.tar: b": "the id is also in the val split, where it stays",
+            "val-0.tar: c": "the id is also in the test split, where it stays",
         }
 
 
@@ -246,9 +246,9 @@ SPARSE = special("s.jpg", tarfile.GNUTYPE_SPARSE)
 
 BAD_SAMPLES: dict[str, tuple[str, list[Member]]] = {
     "absolute path": ("unsafe_member", sample("/etc/a")),
-    "path that leads out": ("unsafe_member", sample("../../a")),
-    "path that leads out from inside": ("unsafe_member", sample("a/../../b")),
-    "something else with such a path": ("unsafe_member", [("../../.bashrc", b"rm")]),
+    "path that escapes": ("unsafe_member", sample("../../a")),
+    "path that escapes from a subdirectory": ("unsafe_member", sample("a/../../b")),
+    "other file whose path escapes": ("unsafe_member", [("../../.bashrc", b"rm")]),
     "symbolic link": ("unsafe_member", [special("a.jpg", tarfile.SYMTYPE, "/etc/passwd")]),
     "hard link": ("unsafe_member", [special("a.json", tarfile.LNKTYPE, "good.json")]),
     "device": ("unsafe_member", [special("a.jpg", tarfile.CHRTYPE)]),
@@ -256,32 +256,32 @@ BAD_SAMPLES: dict[str, tuple[str, list[Member]]] = {
     "sparse file": ("unsafe_member", [SPARSE]),
     "control character": ("unsafe_id", sample("a\x07b")),
     "long key": ("unsafe_id", sample("a" * 95)),
-    "key of nothing": ("unsafe_id", [(".jpg", b"")]),
-    "same key again": ("duplicate_id", sample("good")),
+    "empty key": ("unsafe_id", [(".jpg", b"")]),
+    "duplicate key": ("duplicate_id", sample("good")),
     "two images": ("duplicate_id", [("good.jpeg", jpeg())]),
     "image alone": ("missing_record", sample("a")[:1]),
-    "record alone": ("missing_image", sample("a")[1:]),
+    "record without an image": ("missing_image", sample("a")[1:]),
     "truncated image": ("image_truncated", [("a.jpg", jpeg()[:-400]), sample("a")[1]]),
-    "text for an image": ("image_not_an_image", [("a.jpg", b"hello"), sample("a")[1]]),
-    "image of another size": ("other_size", [("a.jpg", jpeg(20, 30)), sample("a")[1]]),
+    "text instead of an image": ("image_not_an_image", [("a.jpg", b"hello"), sample("a")[1]]),
+    "image with a different size": ("other_size", [("a.jpg", jpeg(20, 30)), sample("a")[1]]),
     "no JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"{")]),
     "no UTF-8": ("malformed_entry", [sample("a")[0], ("a.json", b'"\xff"')]),
     "nested JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"[" * 200_000)]),
     "a list": ("malformed_entry", [sample("a")[0], ("a.json", b"[]")]),
-    "JSON of others": ("malformed_entry", [sample("a")[0], ("a.json", b'{"caption": "a dog"}')]),
+    "JSON in another format": ("malformed_entry", [sample("a")[0], ("a.json", b'{"caption": "a dog"}')]),
     "another schema": ("malformed_entry", sample("a", schema=2)),
-    "endless size": ("malformed_entry", sample("a", size=[float("inf"), WIDTH])),
+    "infinite size": ("malformed_entry", sample("a", size=[float("inf"), WIDTH])),
     "huge number": ("malformed_entry", sample("a", size=[10**400, WIDTH])),
     "no action": ("malformed_entry", sample("a", action=None)),
     "empty action": ("malformed_entry", sample("a", action=" ")),
-    "half a character": ("malformed_entry", sample("a", action="\ud800")),
-    "objects that are text": ("malformed_entry", sample("a", objects="cat")),
-    "name that is none": ("malformed_entry", sample("a", objects=[{"name": 3, "box": [0, 0, 9, 9], "mask": None}])),
-    "endless objects": (
+    "lone surrogate": ("malformed_entry", sample("a", action="\ud800")),
+    "objects is a string": ("malformed_entry", sample("a", objects="cat")),
+    "name is a number": ("malformed_entry", sample("a", objects=[{"name": 3, "box": [0, 0, 9, 9], "mask": None}])),
+    "too many objects": (
         "malformed_entry",
         sample("a", objects=[{"name": "cat", "box": [0, 0, 9, 9], "mask": None}] * 2000, relations=[]),
     ),
-    "relation of no object": (
+    "relation with a missing object": (
         "malformed_entry",
         sample("a", relations=[{"subject": 0, "predicate": "on", "object": 9}]),
     ),
@@ -293,7 +293,7 @@ def test_bad_samples_are_rejected(tmp_path: Path, case: str) -> None:
     reason, members = BAD_SAMPLES[case]
     write(tmp_path / "a.tar", [*sample("good"), *members, *sample("last")])
     report, rejected = packed(tmp_path, tmp_path / "out")
-    assert [scene.key for scene in scenes(tmp_path / "out")] == ["good", "last"], "the others are not harmed"
+    assert [scene.key for scene in scenes(tmp_path / "out")] == ["good", "last"], "other samples are unaffected"
     assert {row["reason"] for row in rejected} - {"missing_image", "missing_record"} <= {reason}
     assert reason in report.rejected and reason in REASONS
     for row in rejected:
@@ -309,8 +309,8 @@ PARTLY_BAD: dict[str, tuple[list[str], Any]] = {
     "no mask": (["relation_without_mask"], {"mask": None}),
     "empty mask": (["empty_mask", "relation_without_mask"], {"mask": MASK | {"counts": [2400]}}),
     "mask too short": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 3]}}),
-    "mask of nonsense": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": "~~~~"}}),
-    "mask of a huge run": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 1 << 60]}}),
+    "malformed mask": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": "~~~~"}}),
+    "mask with a huge run": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 1 << 60]}}),
 }
 
 
@@ -327,7 +327,7 @@ def test_valid_parts_of_a_sample_are_kept(tmp_path: Path, case: str) -> None:
 
 
 def test_sizes_in_headers_are_checked(tmp_path: Path) -> None:
-    """A size in a header does not make anything read or allocate that much."""
+    """A huge size in a header causes no read or allocation of that size."""
     members = sample("good")
     with tarfile.open(write(tmp_path / "a.tar", members), "a") as tar:
         header = tarfile.TarInfo("big.json")
@@ -350,9 +350,9 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "cut in a member": ("unexpected end of data|extends past the end", lambda good: good[:-1500]),
-    "cut in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
-    "rubbish behind": ("no header at byte", lambda good: good + b"rubbish" * 200),
+    "truncated in a member": ("unexpected end of data|extends past the end", lambda good: good[:-1500]),
+    "truncated in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
+    "trailing garbage": ("no header at byte", lambda good: good + b"rubbish" * 200),
     "member longer than the file": ("past the end", lambda good: good + header("b.jpg", 1 << 20)),
     "negative size": ("negative size", lambda good: good + header("b.jpg", -4096)),
     "attributes of 4 GiB": ("header of 4294967296 bytes", lambda good: good + header("x", 1 << 32, tarfile.XHDTYPE)),
@@ -360,8 +360,8 @@ DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         "header of 4294967296 bytes",
         lambda good: good + header("x", 1 << 32, tarfile.GNUTYPE_LONGNAME),
     ),
-    "name of two lines": ("two.nlines.jpg extends past", lambda good: good + header("two\nlines.jpg", 1 << 20)),
-    "attributes of negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
+    "name with a line break": ("two.nlines.jpg extends past", lambda good: good + header("two\nlines.jpg", 1 << 20)),
+    "attributes with a negative size": ("header of -", lambda good: good + header("x", -4096, tarfile.XHDTYPE)),
     "attributes of attributes": (
         "recursion",
         lambda good: good + (header("x", 12, tarfile.XHDTYPE) + b"12 path=ab\n\n".ljust(512, b"\0")) * 5000,
@@ -402,9 +402,9 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no such file or directory" in error(str(source / "*.tar"))
     source.mkdir()
     assert "not a data set of a known format (published: a directory with metadata*.json; " in error(str(source))
-    assert "no .tar there" in error(str(source), "--format", "webdataset")
+    assert "found no .tar" in error(str(source), "--format", "webdataset")
     good = write(source / "a.tar", sample("a"))
-    assert "no metadata*.json in it" in error(str(source), "--format", "published")
+    assert "contains no metadata*.json" in error(str(source), "--format", "published")
     (source / "b.tar.gz").write_bytes(b"\x1f\x8b")
     assert "b.tar.gz: compressed" in error(str(source))
     (source / "b.tar.gz").rename(source / "b.tar")
@@ -419,9 +419,9 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "d.tar: not a regular file" in error(str(source))
     (source / "d.tar").rmdir()
     good.write_bytes(b"")
-    assert "no valid scene to pack: 1 damaged_tar" in error(str(source))
+    assert "no valid scenes to pack: 1 damaged_tar" in error(str(source))
     write(good, [("a.png", b""), ("a.txt", b"")])
-    assert "no valid scene to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
+    assert "no valid scenes to pack: 1 .png ignored, 1 .txt ignored" in error(str(source))
 
 
 def test_a_tar_that_changes_while_packing(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_a_tar_that_changes_while_packing(tmp_path: Path) -> None:
     source.scan(1, False)
     (item,) = source.items(lambda key, given: "train")
     os.truncate(path, 600)
-    with pytest.raises(UserError, match="the file changed while packing"):
+    with pytest.raises(UserError, match="the file was changed while packing"):
         source.reader().read(item)
     path.unlink()
     with pytest.raises(UserError, match="No such file"):
