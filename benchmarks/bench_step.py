@@ -269,7 +269,7 @@ def record_figures(
     info["threads"] = torch.get_num_threads()
     config = step.model.config
     table = TokenTable(inputs.vocabulary, config.text).to(timing.device_for(device))  # type: ignore[arg-type]
-    needed = batch_operations(config, inputs.batch, table, teacher=True)
+    needed = batch_flops(config, inputs.batch, table, teacher=True)
     info["needed_tflop"] = needed / 1e12
     info["needed_tflop_per_s"] = needed / seconds / 1e12
     if device == "cuda":
