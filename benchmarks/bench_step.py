@@ -35,7 +35,7 @@ from torch import Tensor
 from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TokenTable
-from scenarioclip_fast.model.flops import peak_flops
+from scenarioclip_fast.model.flops import batch_flops, peak_flops
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
 
