@@ -183,7 +183,7 @@ def distillation(
     teacher_image: Tensor,  # [B, D]
     teacher_text: dict[str, Tensor],  # level -> [N, D]
     counts: dict[str, list[int]],  # level -> number of items per scene; rows are ordered by scene
-    logit_scale: Tensor,  # [] ln(1 / T_s); the published optimiser does not update it
+    logit_scale: Tensor,  # [] ln(1 / T_s); the published optimizer does not update it
 ) -> Tensor:
     """The four terms, scene by scene and pair by pair. A scene without items adds 0 (the published code divides by 0).
 
@@ -211,7 +211,7 @@ def distillation(
 
 
 class BaselineStep:
-    """Model, teacher, optimiser and one step.
+    """Model, teacher, optimizer and one step.
 
     Args:
         config: of the model.

@@ -243,7 +243,7 @@ class ScenarioLoss(nn.Module):
         backend: for the distillation and the default `contrastive`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or one of the default `contrastive` beside another.
         TypeError: `contrastive` is not an nn.Module.
     """
 
@@ -264,6 +264,12 @@ class ScenarioLoss(nn.Module):
         if not distillation_scale >= 0:
             raise ValueError(f"distillation_scale: got {distillation_scale}, expected a weight of at least 0")
         self.distillation_scale = distillation_scale
+        defaults = (init_temperature, max_scale, duplicates, group) == (0.07, 100.0, "negatives", None)
+        if contrastive is not None and not defaults:
+            raise ValueError(
+                "init_temperature, max_scale, duplicates and group configure the default per-level loss: set them on "
+                "the one passed as contrastive"
+            )
         if contrastive is None:
             contrastive = MultiLevelContrastiveLoss(
                 LEVELS, init_temperature, max_scale, duplicates=duplicates, group=group, backend=backend

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TextIO, TypeVar
 
+from scenarioclip_fast.requirements import require
+
 T = TypeVar("T")
 
 # About this many lines for a known total, and at most one per interval, to keep logs readable.
@@ -34,9 +36,7 @@ def progress(
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if out.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(iterable, total=total, desc=desc, unit=unit, file=out, dynamic_ncols=True)
+        yield from require("tqdm").tqdm(iterable, total=total, desc=desc, unit=unit, file=out, dynamic_ncols=True)
         return
     start = last = time.monotonic()
     done = 0

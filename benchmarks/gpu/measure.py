@@ -72,6 +72,7 @@ TESTS = {
     "tests/cli/test_eval.py": 1,
     "tests/data/test_loader.py": 1,
     "tests/data/test_decode.py": 1,
+    "tests/data/test_preprocess.py": 1,
     "tests/train/test_train_checkpoint.py": 1,
     "tests/ops/test_ema.py": 1,
     "tests/test_native.py": 1,
