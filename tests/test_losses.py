@@ -273,7 +273,5 @@ def test_learned_scalars() -> None:
 
 @pytest.mark.parametrize("option", [{"init_temperature": 0.1}, {"max_scale": 50.0}, {"duplicates": "positives"}])
 def test_settings_of_the_default_loss_beside_another_loss(option: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match="configure the default per-level loss: set them on the one"
-    ):
+    with pytest.raises(ValueError, match="configure the default per-level loss: set them on the one"):
         ScenarioLoss(contrastive=MultiLevelContrastiveLoss(), **option)

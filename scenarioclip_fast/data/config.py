@@ -62,8 +62,13 @@ class LoaderConfig:
             _check(value in get_args(choices), name, value, f"one of {', '.join(get_args(choices))}")
         _check(self.prefetch >= 0, "prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
-        _check(0 <= self.cache_gib < math.inf, "cache_gib", self.cache_gib, "at least 0")
-        _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")
+        _check(0 <= self.cache_gib < math.inf, "cache_gib", self.cache_gib, "a finite number of at least 0")
+        _check(
+            0 <= self.shard_cache_gib < math.inf,
+            "shard_cache_gib",
+            self.shard_cache_gib,
+            "a finite number of at least 0",
+        )
         _check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
         _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
 

@@ -66,12 +66,23 @@ def _result(job: Callable[[A], B], chunk: list[A], future: Future[list[B]]) -> l
 
 @contextmanager
 def _block_interrupts() -> Iterator[None]:
-    """Make processes started in this context ignore Ctrl-C, which terminals send to the whole process group."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Make processes started in this context ignore Ctrl-C, which terminals send to the whole process group.
+
+    This process handles one at the end: interrupted while it starts a worker, it would leave the worker half started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the workers
+    received: list[int] = []
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if handler is not None:  # the signal may be delivered to another thread, and is then handled in this one
+        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _initialise() -> None:

@@ -68,7 +68,7 @@ class ShardSet:
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not 0 <= shard_cache_gib < math.inf:
-            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected at least 0")
+            raise UserError(f"shard_cache_gib: got {shard_cache_gib:g}, expected a finite number of at least 0")
         self.is_remote = is_url(source)
         if not self.is_remote and not Path(source).is_dir():
             problem = "is a file" if Path(source).exists() else "no such directory"

@@ -482,7 +482,7 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"manifest.json: not readable \(not reachable in 4 attempts: .*onnect"):
         ShardSet(gone)
     for size in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected at least 0"):
+        with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected a finite number of at least 0"):
             ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
     (changed / "vocabulary.json").write_text("{}")
