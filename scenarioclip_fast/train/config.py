@@ -116,7 +116,7 @@ class OptimSection:
     """The optimizer, with a linear warm-up and a cosine decay to zero."""
 
     name: str = "adamw"
-    """Optimizer, a key of train.optim.OPTIMIZERS: adamw or sgd."""
+    """Optimizer: adamw, sgd, or another key of train.optim.OPTIMIZERS."""
     lr: float = 2e-5
     """Peak learning rate: 2e-5 for fine-tuning from CLIP, about 1e-3 from scratch."""
     betas: tuple[float, float] = (0.9, 0.999)

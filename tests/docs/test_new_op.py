@@ -55,6 +55,8 @@ def test_page_adds_a_working_op(tmp_path: Path) -> None:
 
     for language, title, text in blocks():
         target = tmp_path / title
+        if language == "text":  # a sketch
+            continue
         if language == "sh":
             run("bash", "-e", "-c", text)
         elif language == "diff":

@@ -60,7 +60,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_built_in_formats() -> None:
-    assert format_names()[:3] == ["auto", "published", "webdataset"]
+    assert format_names()[0] == "auto" and {"published", "webdataset"} <= set(format_names())
 
 
 @pytest.mark.parametrize("format", ["auto", "counted"])
@@ -93,7 +93,7 @@ def test_unrecognised_and_ambiguous_sources(counted: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"\(published: .*; webdataset: .*; counted: a directory with count\.txt\)$"):
         open_source([tmp_path / "empty"], max_pixels=1)
-    with pytest.raises(UserError, match="format: got 'psq', expected one of auto, published, webdataset, counted"):
+    with pytest.raises(UserError, match=f"format: got 'psq', expected one of {', '.join(format_names())}"):
         pack(counted, tmp_path / "out", format="psq")
 
 
