@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,7 +138,12 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_ctrl_c_stops_a_running_command(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     command = [*MODULE, "scenes", "--out", str(out), "-n", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+
+    def heed_interrupts() -> None:  # which background jobs of a shell ignore
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options, preexec_fn=heed_interrupts) as process:
         while process.poll() is None and not any(out.rglob("*.jpg")):
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
