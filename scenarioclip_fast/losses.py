@@ -243,7 +243,8 @@ class ScenarioLoss(nn.Module):
         backend: for the distillation and the default `contrastive`.
 
     Raises:
-        ValueError: a setting out of range, or one of the default `contrastive` beside another.
+        ValueError: a setting out of range; a setting of the default `contrastive` beside another one; levels of
+            `contrastive` that are not global, object and relation, in this order.
         TypeError: `contrastive` is not an nn.Module.
     """
 
@@ -276,6 +277,8 @@ class ScenarioLoss(nn.Module):
             )
         if not isinstance(contrastive, nn.Module):  # its parameters would not be trained
             raise TypeError(f"contrastive: got {type(contrastive).__name__}, expected an nn.Module")
+        if (levels := tuple(getattr(contrastive, "levels", ()))) != LEVELS:
+            raise ValueError(f"contrastive: got levels {list(levels)}, expected {list(LEVELS)}")
         self.contrastive: LevelLoss = contrastive
         self.distillation = DistillationLoss(student_temperature, teacher_temperature, backend=backend)
 

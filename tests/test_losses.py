@@ -275,3 +275,13 @@ def test_learned_scalars() -> None:
 def test_settings_of_the_default_loss_beside_another_loss(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="configure the default per-level loss: set them on the one"):
         ScenarioLoss(contrastive=MultiLevelContrastiveLoss(), **option)
+
+
+@pytest.mark.parametrize("levels", [("relation", "object", "global"), ("global", "object")])
+def test_levels_of_another_loss(levels: tuple[str, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"contrastive: got levels \[.*\], expected \['global', 'object', 'relation'\]"
+    ):
+        ScenarioLoss(contrastive=MultiLevelContrastiveLoss(levels))
+    with pytest.raises(ValueError, match=r"contrastive: got levels \[\]"):
+        ScenarioLoss(contrastive=nn.Linear(1, 1))  # type: ignore[arg-type]

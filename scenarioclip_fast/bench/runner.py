@@ -104,9 +104,10 @@ def measure(
         description = machine.describe(device)
     out = expand_placeholders(out, description)
     record = Record(description)
-    if what and (out / FILE).is_file():
-        record = read_record(out)
-        if differing := _differing(record.machine, description):
+    if (what or rehearse) and (out / FILE).is_file():
+        existing = read_record(out)
+        record = existing if what else record
+        if differing := _differing(existing.machine, description):
             raise UserError(
                 f"--out {out}: holds a record of another machine or other versions ({', '.join(differing)}): choose "
                 "another directory, or remove it"

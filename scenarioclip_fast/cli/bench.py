@@ -54,6 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.report and args.what:
         raise UserError(f"bench: got {' '.join(args.what)} and --report, expected only one of them")
+    given = {"--rehearse": args.rehearse, "--device": args.device != "auto", "--limit": args.limit is not None}
+    if args.report and any(given.values()):
+        option = next(name for name, is_given in given.items() if is_given)
+        raise UserError(f"bench: got {option} and --report, which measures nothing: expected only one of them")
+    if args.rehearse and args.device != "auto":
+        raise UserError("bench: got --device and --rehearse, which always runs on the CPU: expected only one of them")
     if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
     if args.report:

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         args.overrides.append(args.resume)
         args.resume = True
     _check_resume(args.resume)
-    config = TrainConfig.load(args.config, args.overrides) if args.config else TrainConfig.of({}, args.overrides)
+    config = (
+        TrainConfig.load(args.config, args.overrides) if args.config is not None else TrainConfig.of({}, args.overrides)
+    )
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0

@@ -46,13 +46,13 @@ def packaged_configs() -> dict[str, Path]:
 
 def find_config(path: str | Path) -> Path:
     """Return `path` if it exists or looks like a path, otherwise the packaged config of that name."""
-    if Path(path).exists() or Path(path).name != str(path) or Path(path).suffix:
+    if Path(path).is_file() or Path(path).name != str(path) or Path(path).suffix:
         return Path(path)
     packaged = packaged_configs()
     if str(path) not in packaged:
         near = difflib.get_close_matches(str(path), packaged, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"-c {path}: {hint}expected a YAML file, or one of {', '.join(packaged)}")
+        raise UserError(f"config {str(path)!r}: {hint}expected a YAML file, or one of {', '.join(packaged)}")
     return packaged[str(path)]
 
 

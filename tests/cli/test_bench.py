@@ -161,6 +161,9 @@ def test_file_selection() -> None:
         (["kernel"], "bench: got 'kernel', expected kernels, data, step, or one of "),
         (["--report", "nowhere"], "nowhere: no record here, expected a directory that holds record.json, or that file"),
         (["views", "--report", "nowhere"], "bench: got views and --report, expected only one of them"),
+        (["--rehearse", "--device", "cpu"], "bench: got --device and --rehearse, which always runs on the CPU"),
+        (["--rehearse", "--report", "nowhere"], "bench: got --rehearse and --report, which measures nothing"),
+        (["--limit", "3", "--report", "nowhere"], "bench: got --limit and --report, which measures nothing"),
         (["--limit", "0"], "--limit: got 0, expected seconds above 0"),
         (["--limit", "nan"], "--limit: got nan, expected seconds above 0"),
         (["--device", "cuda"], "--device cuda: no GPU is visible to torch"),
@@ -202,6 +205,8 @@ def test_a(benchmark):
     assert main(["bench", "--rehearse", "--out", str(out)]) == 0
     record = read_record(out)
     assert record.machine["kind"] == "rehearsal" and len(record.parts[0].results) == 1
+    (out / FILE).write_text((out / FILE).read_text().replace('"rehearsal"', '"cpu"'))  # as if it had been measured
+    assert main(["bench", "--rehearse", "--out", str(out)]) == 2
 
 
 @pytest.mark.parametrize(
