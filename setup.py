@@ -51,7 +51,8 @@ def torch_folder() -> Path:
         )
     version = importlib.metadata.version("torch")
     major, minor = (int(part) for part in version.split(".")[:2])
-    if not (2, 11) <= (major, minor) < (2, 14):
+    lowest, excluded = (tuple(map(int, bound.split("."))) for bound in re.findall(r"[\d.]+", TORCH))
+    if not lowest <= (major, minor) < excluded:
         sys.exit(f"error: got torch {version}, expected {TORCH}: run pip install '{TORCH}'")
     return Path(spec.origin).parent
 
