@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import TrainingFailed, UserError
 
 _worlds = itertools.count()
@@ -69,7 +70,7 @@ class World:
 
 
 @contextmanager
-def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
+def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device") -> Iterator[World]:
     """Join the world described by torchrun's variables or an initialised process group; leave it on exit.
 
     If a rank dies, never joins or is silent for `timeout_s`, the other ranks end: with TrainingFailed, which gives the
@@ -77,7 +78,9 @@ def join_world(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    target = _device(device, local, multi_rank=size > 1)
+    target = pick_device(device, setting)
+    if target.type == "cuda":
+        target = pick_device(f"cuda:{local if size > 1 else target.index or 0}", setting)
     if size == 1:
         # Random numbers and the synchronisation of checkpoint copies use the current device.
         with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
@@ -244,22 +247,3 @@ def _is_collective_error(error: RuntimeError) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
-
-
-def _device(name: str, local: int, multi_rank: bool) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"run.device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"run.device: got {name!r}, expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"run.device: got {name!r}, but torch sees no CUDA device; set run.device=cpu or auto")
-        index = local if multi_rank else device.index or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"run.device: got GPU {index}, but torch sees {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", index)
-    return device

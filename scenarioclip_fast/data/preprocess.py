@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder
+from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, pillow_to_rgb
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops.views import render_views
 
@@ -41,9 +42,9 @@ def preprocess(
 
     Args:
         images: one image or a list of images: paths, encoded bytes (JPEG, PNG, WebP, BMP, GIF or TIFF), PIL images, or
-            uint8 arrays or tensors [H, W, 3].
+            uint8 arrays or tensors [H, W, 3]. 16-bit grey is scaled to 8 bits.
         size: side of the output in pixels; a model's is `model.config.vision.image_size`.
-        device: where the images are resized and returned.
+        device: where the images are resized and returned: a torch device, or "auto" for a GPU if there is one.
         dtype: float32, bfloat16 or float16.
         max_pixels: larger encoded images are rejected, based on their header.
 
@@ -53,10 +54,13 @@ def preprocess(
     Raises:
         UserError: a file cannot be read or decoded; the message names it.
         TypeError: not an image.
-        ValueError: an array has the wrong shape or dtype.
+        ValueError: an array has the wrong shape or dtype, or `size` is not a positive integer.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"size: got {size!r}, expected the side of the output in pixels, an integer of at least 1")
+    device = pick_device(device)
     many = list(images) if isinstance(images, (list, tuple)) else [images]
-    decoded = _decode(many, torch.device(device), max_pixels)
+    decoded = _decode(many, device, max_pixels)
     scenes = [Scene(str(i), image, "") for i, image in enumerate(decoded)]
     return render_views(decoded, Views.of_scenes(scenes), size=size, dtype=dtype).to(device)
 
@@ -98,7 +102,10 @@ def _read(path: Path) -> bytes:
 def _as_tensor(image: Any, name: str) -> Tensor:  # [H, W, 3] uint8
     pil = sys.modules.get("PIL.Image")  # imported already if `image` is a PIL image
     if pil is not None and isinstance(image, pil.Image):
-        image = np.array(image.convert("RGB"))
+        try:
+            image = pillow_to_rgb(image)
+        except DecodeError as error:
+            raise UserError(f"{name}: {error}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ValueError(f"{name}: got {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.model.pretrained import read_scales
 from scenarioclip_fast.train.config import DataSection, TrainConfig
+
+Weights = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", weights: Literal["student", "teacher"] = "student"
+    path: str | Path, device: str | torch.device = "cpu", weights: Weights = "student"
 ) -> OpenedCheckpoint:
     """Read RUN/model of a finished run, or a `save_pretrained` directory.
 
@@ -44,8 +46,10 @@ def open_checkpoint(
         weights: "teacher" loads the weights of the EMA teacher, saved by runs with loss.teacher_scope=all.
 
     Raises:
-        UserError: the directory has no model, or no teacher weights.
+        UserError: the directory has no model, or no teacher weights; or unknown `weights`.
     """
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: got {weights!r}, expected one of {', '.join(get_args(Weights))}")
     path = Path(path)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
@@ -65,20 +69,3 @@ def open_checkpoint(
         files.append(directory / "teacher.safetensors")
         load_teacher(model, files[-1])
     return OpenedCheckpoint(model.to(device).eval(), directory, tuple(files), data, read_scales(directory))
-
-
-def pick_device(name: str) -> torch.device:
-    """Parse a device name; "auto" is a GPU if there is one, otherwise the CPU.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: got {name!r}, but torch sees no GPU; use cpu")
-    return device

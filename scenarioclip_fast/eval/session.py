@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint, open_checkpoint, pick_device
+from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint, Weights, open_checkpoint
 from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
+from scenarioclip_fast.suggest import check_keywords
 from scenarioclip_fast.train.config import DataSection
 
 # Ranks wait for one another at the end of their shares, which may take different times.
@@ -75,7 +76,7 @@ def open_session(
     checkpoint: str | Path,
     shards: str | Path,
     *,
-    weights: Literal["student", "teacher"] = "student",
+    weights: Weights = "student",
     device: str = "auto",
     batch_size: int = 64,
     **overrides: Any,
@@ -93,10 +94,11 @@ def open_session(
 
     Raises:
         UserError: no such checkpoint, data set or device, or the texts do not match the model.
+        TypeError: an unknown override.
     """
+    check_keywords("open_session", overrides, [f.name for f in fields(LoaderConfig)])
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
-    pick_device(device)
     with join_world(device, _TIMEOUT_S) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
         given = {name: value for name, value in overrides.items() if value is not None}

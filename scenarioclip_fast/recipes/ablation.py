@@ -130,7 +130,7 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
         _check_data(variant.config.data, split)
         _check_directory(variant)
     ablation = Ablation(first.directory.parent, split, variants)
-    with join_world(first.config.run.device) as world:
+    with join_world(first.config.run.device, setting="run.device") as world:
         ablation.is_main_process = world.is_main_process
         for variant in variants:
             for name in variant.aliases:

@@ -26,8 +26,9 @@ from scenarioclip_fast import __version__
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.synthetic.write import generate_published_layout
+from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
+from scenarioclip_fast.eval.checkpoint import open_checkpoint
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.samples import SampleScene, predict_samples
 from scenarioclip_fast.eval.tables import TASKS, percent

@@ -119,7 +119,9 @@ class Trainer:
                 or the model cannot be written.
         """
         with ExitStack() as stack:
-            self.world = stack.enter_context(join_world(self.config.run.device, self.config.run.timeout_s))
+            self.world = stack.enter_context(
+                join_world(self.config.run.device, self.config.run.timeout_s, setting="run.device")
+            )
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(matmul_precision(self.config.run.precision))
             stack.enter_context(expected_warnings_ignored())

@@ -69,6 +69,33 @@ def test_gray_alpha_and_rotation_are_handled_as_when_packing() -> None:
     assert torch.equal(scf.preprocess(plain, size=16), scf.preprocess(tagged, size=16))
 
 
+def test_sixteen_bit_grey_is_scaled() -> None:
+    wide = PIXELS[..., 0].astype(np.uint16) * 257
+    for image in (Image.fromarray(wide), Image.fromarray(wide.astype(">u2"))):
+        for given in (image, encoded(image), encoded(image, "TIFF")):
+            assert torch.equal(
+                scf.preprocess(given, size=16), scf.preprocess(np.repeat(PIXELS[..., :1], 3, 2), size=16)
+            )
+    for mode, kind in (("I", "32-bit integer"), ("F", "float")):
+        image = Image.fromarray(PIXELS[..., 0]).convert(mode)
+        for given in (image, encoded(image, "TIFF")):
+            with pytest.raises(UserError, match=rf"images\[0\]: undecodable: {kind} pixels"):
+                scf.preprocess(given, size=16)
+
+
+@pytest.mark.parametrize("size", [0, -1, 16.0, "16", (16, 16), True])
+def test_an_invalid_size_is_named(size: Any) -> None:
+    with pytest.raises(UserError, match=r"size: got .*, expected the side of the output in pixels"):
+        scf.preprocess(PIXELS, size=size)
+
+
+def test_devices_are_named_as_everywhere() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert scf.preprocess(PIXELS, size=16, device="auto").device.type == device
+    with pytest.raises(UserError, match="device: got 'gpu', expected auto, cpu, cuda or cuda:N"):
+        scf.preprocess(PIXELS, size=16, device="gpu")
+
+
 def test_errors_name_the_image(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no image")
     good = tmp_path / "good.png"

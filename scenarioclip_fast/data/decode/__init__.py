@@ -12,6 +12,7 @@ from scenarioclip_fast.data.decode.base import (
     Header,
     decode_checked,
     decode_with_pillow,
+    pillow_to_rgb,
     probe,
 )
 from scenarioclip_fast.data.decode.torch_decoder import TorchDecoder
@@ -27,6 +28,7 @@ __all__ = [
     "decode_checked",
     "decode_with_pillow",
     "make_decoder",
+    "pillow_to_rgb",
     "probe",
 ]
 

@@ -6,14 +6,18 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.requirements import require
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Supported image formats (an MPO opens as its first JPEG). Pillow supports many more, but runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -124,22 +128,37 @@ def decode_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:  # 
         DecodeError: too large, damaged, or of another format.
     """
     require("PIL")
-    from PIL import Image, UnidentifiedImageError
+    import PIL.Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
-            # A copy, because Pillow's buffer is read-only.
-            return torch.from_numpy(np.array(image.convert("RGB")))
+            return torch.from_numpy(pillow_to_rgb(image))
     except (DecodeError, MemoryError):
         raise
-    except UnidentifiedImageError as error:  # its message contains a memory address, different in every run
+    except PIL.UnidentifiedImageError as error:  # its message contains a memory address, different in every run
         raise DecodeError("not_an_image", f"none of {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
+    except PIL.Image.DecompressionBombError as error:
         raise DecodeError("too_large", str(error)) from error
     except Exception as error:  # Pillow's plugins raise many types on damaged files
         reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
         raise DecodeError(reason, f"{type(error).__name__}: {error}") from error
+
+
+def pillow_to_rgb(image: Image) -> NDArray[np.uint8]:  # [H, W, 3]
+    """Convert a Pillow image to RGB, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        DecodeError: 32-bit integer or float pixels, whose range is unknown.
+    """
+    # `convert` clips these modes at 255. Some versions of Pillow open 16-bit PNGs in mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.float32) / 257
+        return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        kind = {"I": "32-bit integer", "F": "float"}[image.mode]
+        raise DecodeError("undecodable", f"{kind} pixels (Pillow mode {image.mode}): convert the image to 8 or 16 bits")
+    return np.array(image.convert("RGB"))  # a copy, because Pillow's buffer is read-only
 
 
 def decode_checked(decoder: Decoder, data: bytes) -> Tensor:  # uint8 [H, W, 3]
