@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
+from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.remote import CACHE_GIB
 from scenarioclip_fast.errors import UserError
 
@@ -15,12 +15,6 @@ DecoderName = Literal["auto", "dali", "torch"]
 ObjectView = Literal["masked", "crop"]
 RelationView = Literal["focused", "box", "scene"]
 Blur = Literal["rgb", "reference"]
-_CHOICES: dict[str, Any] = {
-    "object_view": ObjectView,
-    "relation_view": RelationView,
-    "blur": Blur,
-    "decoder": DecoderName,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +22,7 @@ class LoaderConfig:
     """How `scene_loader` turns packed scenes into pixels, and the resources it may use.
 
     Raises:
-        UserError: a value is out of range; the message names the field.
+        UserError: a value has the wrong type or is out of range; the message names the field.
     """
 
     object_view: ObjectView = "masked"
@@ -57,18 +51,11 @@ class LoaderConfig:
     """Fraction of unusable scenes above which the run ends with an error."""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            _check(value in get_args(choices), name, value, f"one of {', '.join(get_args(choices))}")
+        check_types(self)
         _check(self.prefetch >= 0, "prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
-        _check(0 <= self.cache_gib < math.inf, "cache_gib", self.cache_gib, "a finite number of at least 0")
-        _check(
-            0 <= self.shard_cache_gib < math.inf,
-            "shard_cache_gib",
-            self.shard_cache_gib,
-            "a finite number of at least 0",
-        )
+        _check(self.cache_gib >= 0, "cache_gib", self.cache_gib, "at least 0")
+        _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")
         _check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
         _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
 

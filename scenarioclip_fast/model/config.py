@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.errors import UserError
 
 Variant = Literal["scenarioclip1", "scenarioclip0", "pyramidclip"]
@@ -25,11 +26,7 @@ def _check(ok: bool, name: str, got: object, expected: str) -> None:
 def _check_sizes(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _check(type(value) is int and value > 0, f"{section}.{name}", value, "an integer above 0")
-
-
-def _check_choice(name: str, got: object, choices: Any) -> None:
-    _check(got in get_args(choices), name, got, "one of " + ", ".join(get_args(choices)))
+        _check(value > 0, f"{section}.{name}", value, "above 0")
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class VisionConfig:
     """Activation of the MLPs; OpenAI's CLIP weights require quick_gelu."""
 
     def __post_init__(self) -> None:
+        check_types(self, "vision.")
         _check_sizes("vision", self, "image_size", "patch_size", "width", "layers", "heads")
         _check(
             self.width % self.heads == 0,
@@ -66,8 +64,6 @@ class VisionConfig:
             self.image_size,
             f"a multiple of vision.patch_size ({self.patch_size})",
         )
-        _check_choice("vision.stem", self.stem, Stem)
-        _check_choice("vision.activation", self.activation, Activation)
         if self.stem == "conv":
             power_of_two = self.patch_size >= 2 and self.patch_size & (self.patch_size - 1) == 0
             _check(power_of_two, "vision.patch_size", self.patch_size, 'a power of two with vision.stem="conv"')
@@ -103,10 +99,10 @@ class TextConfig:
     """Activation of the MLPs; OpenAI's CLIP weights require quick_gelu."""
 
     def __post_init__(self) -> None:
+        check_types(self, "text.")
         _check_sizes("text", self, "context_length", "vocab_size", "width", "layers", "heads")
         _check(self.width % self.heads == 0, "text.width", self.width, f"a multiple of text.heads ({self.heads})")
         _check(self.context_length >= 2, "text.context_length", self.context_length, "at least 2 (start and end)")
-        _check_choice("text.activation", self.activation, Activation)
 
     @property
     def end_of_text(self) -> int:
@@ -131,11 +127,10 @@ class FreezeConfig:
     pass through the frozen blocks."""
 
     def __post_init__(self) -> None:
+        check_types(self, "freeze.")
         for name in ("vision_blocks", "text_blocks"):
             value = getattr(self, name)
-            _check(type(value) is int and value >= 0, f"freeze.{name}", value, "an integer, at least 0")
-        for name in ("embeddings", "pre_layernorm"):
-            _check(isinstance(getattr(self, name), bool), f"freeze.{name}", getattr(self, name), "true or false")
+            _check(value >= 0, f"freeze.{name}", value, "at least 0")
 
     @classmethod
     def nothing(cls) -> FreezeConfig:
@@ -156,13 +151,8 @@ class ModelConfig:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
 
     def __post_init__(self) -> None:
-        _check_choice("variant", self.variant, Variant)
-        _check(
-            type(self.embed_dim) is int and self.embed_dim > 0,
-            "embed_dim",
-            self.embed_dim,
-            "an integer above 0",
-        )
+        check_types(self)
+        _check(self.embed_dim > 0, "embed_dim", self.embed_dim, "above 0")
         for part in ("vision", "text"):
             frozen, layers = getattr(self.freeze, f"{part}_blocks"), getattr(self, part).layers
             _check(frozen <= layers, f"freeze.{part}_blocks", frozen, f"at most {part}.layers ({layers})")
@@ -183,8 +173,9 @@ class ModelConfig:
         raise UserError(f"model preset: got {name!r}, expected one of {', '.join(PRESETS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries of plain values, for JSON and YAML."""
-        return dataclasses.asdict(self)
+        """Return nested dictionaries of plain values, for JSON and YAML; the fields of subclasses are left out."""
+        record = dataclasses.asdict(self)
+        return {f.name: record[f.name] for f in dataclasses.fields(ModelConfig)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ModelConfig:

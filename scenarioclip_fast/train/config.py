@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, ModelConfig
@@ -49,9 +50,10 @@ class RunSection:
     """Seconds after which a rank that has not joined, is silent or hangs in a collective ends the run."""
 
     def __post_init__(self) -> None:
+        check_types(self, "run.")
         _check(bool(self.dir), "run.dir", self.dir, "a directory")
         _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "above 0")
-        _check(0 <= self.seed < 2**63, "run.seed", self.seed, "at least 0")
+        _check(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ class LossSection:
     """Encoders that the teacher averages: the three used by the distillation, or all, for `eval --weights teacher`."""
 
     def __post_init__(self) -> None:
+        check_types(self, "loss.")
         _check(self.init_temperature > 0, "loss.init_temperature", self.init_temperature, "above 0")
         _check(self.max_scale >= 1, "loss.max_scale", self.max_scale, "at least 1")
         _check(self.distillation_scale >= 0, "loss.distillation_scale", self.distillation_scale, "at least 0")
@@ -135,6 +138,7 @@ class OptimSection:
     """Maximum norm of the gradient."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         _check(self.lr > 0, "optim.lr", self.lr, "above 0")
         _check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
         _check(self.eps > 0, "optim.eps", self.eps, "above 0")
@@ -182,6 +186,7 @@ class TrainSection:
     """First and last step, counted from 1, of a torch.profiler trace of rank 0, in RUN/profile; null: none."""
 
     def __post_init__(self) -> None:
+        check_types(self, "train.")
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"got {' and '.join(f'train.{n}' for n in given)}, expected only one of them")
@@ -215,6 +220,9 @@ class TrainConfig:
     loss: LossSection = field(default_factory=LossSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -6,7 +6,7 @@ by their type hints, so a new field needs no change here.
 
 from __future__ import annotations
 
-import difflib
+import functools
 import importlib.resources
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from scenarioclip_fast.config_types import EXPECTED
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.suggest import nearest
 
 C = TypeVar("C")
 
@@ -50,8 +52,8 @@ def find_config(path: str | Path) -> Path:
         return Path(path)
     packaged = packaged_configs()
     if str(path) not in packaged:
-        near = difflib.get_close_matches(str(path), packaged, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(str(path), packaged)
+        hint = f"did you mean {near}? " if near else ""
         raise UserError(f"config {str(path)!r}: {hint}expected a YAML file, or one of {', '.join(packaged)}")
     return packaged[str(path)]
 
@@ -64,16 +66,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     yaml = require("yaml")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _unique_key_loader())
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the config {path}: byte {error.start} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror or error}") from None
+    except _DuplicateKeyError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: got {_kind(values)}, expected a mapping of config sections")
     return values or {}
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+@functools.cache
+def _unique_key_loader() -> Any:
+    """Return PyYAML's safe loader, except that a repeated key is an error: PyYAML silently keeps the last value."""
+    yaml = require("yaml")
+
+    class UniqueKeyLoader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[str, int] = {}
+            for name, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
+                if name in lines:
+                    raise _DuplicateKeyError(f"key {name!r} occurs in line {lines[name]} and again in line {line}")
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeyLoader
 
 
 def parse_override(text: str) -> tuple[list[str], RawValue]:
@@ -207,11 +232,11 @@ def _unknown(key: str, siblings: list[str], known: Sequence[str]) -> UserError:
     # Either the last part is right and the section wrong (train.lr), or vice versa (optim.decay).
     name = key.rpartition(".")[2]
     near = [ALIASES[name]] if name in ALIASES else [k for k in known if k.rpartition(".")[2] == name]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return UserError(f"unknown config key {key}: did you mean {near[0]}?")
-    nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)[0]
-    return UserError(f"unknown config key {key}: the nearest is {nearest}; expected one of {', '.join(siblings)}")
+    if found := near[0] if near else nearest(key, known):
+        return UserError(f"unknown config key {key}: did you mean {found}?")
+    return UserError(
+        f"unknown config key {key}: the nearest is {nearest(key, siblings, 0.0)}; expected one of {', '.join(siblings)}"
+    )
 
 
 def _choice(key: str, choices: Sequence[Any], value: Any) -> Any:
@@ -243,8 +268,7 @@ def _number(value: Any) -> float | None:
 
 
 def _wrong_type(key: str, target: Any, value: Any) -> UserError:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    expected = names.get(target) or f"a list of {len(get_args(target))} numbers"
+    expected = EXPECTED.get(target) or f"a list of {len(get_args(target))} numbers"
     return UserError(f"{key}: got {_describe(value)}, expected {expected}")
 
 

@@ -277,8 +277,8 @@ def test_remote_shards_use_the_configured_cache(
     capsys.readouterr()
     for option, value, message in (
         ("--shard-cache-dir", str(place / "model" / "config.json"), "cannot be used as shard cache"),
-        ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a finite number of at least 0"),
-        ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected a finite number of at least 0"),
+        ("--shard-cache-gib", "inf", "shard_cache_gib: got inf, expected a finite number"),
+        ("--shard-cache-gib", "-1", "shard_cache_gib: got -1.0, expected at least 0"),
     ):
         assert main(["eval", "retrieval", *probe[2:6], option, value]) == 2
         (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

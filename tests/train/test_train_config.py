@@ -101,11 +101,12 @@ def test_a_saved_config_loads_unchanged(tmp_path: Path) -> None:
         ("model.vision.widht=1", r"did you mean model\.vision\.width\?"),
         ("model.prest=tiny", r"did you mean model\.preset\?"),
         ("zzz=1", r"unknown config key zzz: the nearest is \w+; expected one of run, data, model"),
-        ("optim.lr=fast", r"optim\.lr: got 'fast', expected a number"),
-        ("optim.lr=nan", r"optim\.lr: got 'nan', expected a number"),
+        ("optim.lr=fast", r"optim\.lr: got 'fast', expected a finite number"),
+        ("optim.lr=nan", r"optim\.lr: got 'nan', expected a finite number"),
+        ("run.seed=9223372036854775808", r"run\.seed: got 9223372036854775808, expected from 0 to 2\*\*63 - 1"),
         ("optim.lr=0", r"optim\.lr: got 0.0, expected above 0"),
-        ("data.batch_size=1.5", r"data\.batch_size: got 1\.5 \(float\), expected a whole number"),
-        ("data.batch_size=true", r"data\.batch_size: got True \(bool\), expected a whole number"),
+        ("data.batch_size=1.5", r"data\.batch_size: got 1\.5 \(float\), expected an integer"),
+        ("data.batch_size=true", r"data\.batch_size: got True \(bool\), expected an integer"),
         ("data.augment=1", r"data\.augment: got 1 \(int\), expected true or false"),
         ("data.prefetch=-1", r"^data\.prefetch: got -1, expected at least 0"),
         ("data.batch_size=0", r"^data\.batch_size: got 0, expected at least 1"),
@@ -211,3 +212,17 @@ def test_configs_of_the_package_are_found_by_name(tmp_path: Path, monkeypatch: p
         assert TrainConfig.load(name) == TrainConfig.load(file)
     (tmp_path / "tiny").write_text("optim: {lr: 0.5}")
     assert TrainConfig.load("tiny").optim.lr == 0.5  # a file takes precedence
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lr: 1\ntrain:\n  steps: 2\noptim:\n  eps: 1\n", "'optim' occurs in line 1 and again in line 5"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "'lr' occurs in line 2 and again in line 3"),
+        ("optim: {lr: 1, lr: 2}\n", "'lr' occurs in line 1 and again in line 1"),
+    ],
+)
+def test_a_repeated_key_of_a_file_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"config\\.yaml: key {message}"):
+        TrainConfig.load(tmp_path / "config.yaml")

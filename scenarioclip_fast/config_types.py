@@ -1,0 +1,93 @@
+"""Check the field types of config dataclasses, which Python leaves unchecked. Does not import torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from scenarioclip_fast.errors import UserError
+
+EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Check each field of a config dataclass against its annotation, in `__post_init__`.
+
+    NumPy scalars become Python's, paths become strings and lists become tuples, also in a frozen dataclass.
+
+    Raises:
+        UserError: the first wrong value; the message gives its name after `prefix`, what came and what was expected.
+    """
+    hints = get_type_hints(type(config))
+    for name in (f.name for f in fields(config)):
+        value = getattr(config, name)
+        try:
+            checked = _checked(hints[name], value)
+        except TypeError as error:
+            raise UserError(f"{prefix}{name}: got {value!r}, expected {error}") from None
+        if checked is not value:
+            object.__setattr__(config, name, checked)
+
+
+def choices_text(choices: tuple[Any, ...]) -> str:
+    """List the values of a Literal as in YAML."""
+    return ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+
+
+def _checked(target: Any, value: Any) -> Any:
+    """Return `value` as `target`, or raise TypeError with what was expected."""
+    origin, inner = get_origin(target), get_args(target)
+    if origin in (Union, types.UnionType):  # of a type and None
+        return None if value is None else _or_null(next(a for a in inner if a is not type(None)), value)
+    if origin is Literal:
+        if any(choice == value and type(choice) is type(value) for choice in inner):  # 1 is not true
+            return value
+        raise TypeError(f"one of {choices_text(inner)}")
+    if origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(inner):
+            return tuple(map(_checked, inner, value))
+        raise TypeError(f"{len(inner)} numbers")
+    if is_dataclass(target):
+        if isinstance(value, target):  # type: ignore[arg-type]
+            return value
+        raise TypeError(f"a {target.__name__}")  # type: ignore[union-attr]
+    if (converted := _SCALARS[target](value)) is None:
+        raise TypeError(EXPECTED[target])
+    return converted
+
+
+def _or_null(target: Any, value: Any) -> Any:
+    try:
+        return _checked(target, value)
+    except TypeError as error:
+        raise TypeError(f"{error}, or null") from None
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return None
+    return value if isinstance(value, int) else int(value)
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return value if type(value).__module__ == "builtins" else float(value)  # type: ignore[return-value]
+
+
+def _bool(value: Any) -> bool | None:
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return value if isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else None
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _float, bool: _bool, str: _text}
