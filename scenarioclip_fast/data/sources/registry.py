@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from inspect import isclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,6 +19,8 @@ from scenarioclip_fast.errors import UserError
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.sources.base import Source, SourceFormat
+
+_log = logging.getLogger(__name__)
 
 AUTO = "auto"
 ENTRY_POINTS = "scenarioclip_fast.sources"
@@ -37,8 +41,11 @@ def register(name: str, source_format: SourceFormat | str) -> None:
 
     Raises:
         ValueError: another format has this name.
+        TypeError: `source_format` lacks a member of `SourceFormat`.
     """
-    if name == AUTO or _FORMATS.get(name, source_format) != source_format:
+    if not isinstance(source_format, str) and (problem := _problem(source_format)):
+        raise TypeError(f"format {name!r}: {source_format!r} {problem}")
+    if name == AUTO or _location(_FORMATS.get(name, source_format)) != _location(source_format):
         raise ValueError(f"format {name!r} is already registered")
     _FORMATS[name] = source_format
 
@@ -53,16 +60,19 @@ def get_format(name: str) -> SourceFormat:
     """Look up a format by name.
 
     Raises:
-        UserError: no such format, or its module cannot be imported.
+        UserError: no such format, or it cannot be imported.
     """
     check_format(name)
     found = _FORMATS[name]
     if isinstance(found, str):
         module, _, attribute = found.partition(":")
         try:
-            found = _FORMATS[name] = cast("SourceFormat", getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"format {name!r}: cannot import {found}: {error}") from error
+            loaded = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # of another package: anything
+            raise UserError(f"format {name!r}: cannot import {found}: {type(error).__name__}: {error}") from error
+        if problem := _problem(loaded):
+            raise UserError(f"format {name!r}: {found} {problem}")
+        found = _FORMATS[name] = cast("SourceFormat", loaded)
     return found
 
 
@@ -92,8 +102,8 @@ def recognise(paths: Sequence[str | Path]) -> str:
     Raises:
         UserError: no format or several recognise `paths`.
     """
-    names = [name for name in format_names() if name != AUTO]
-    found = [name for name in names if get_format(name).recognises(paths)]
+    formats = _usable_formats()
+    found = [name for name, source_format in formats.items() if _recognises(name, source_format, paths)]
     if len(found) == 1:
         return found[0]
     shown = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
@@ -102,11 +112,47 @@ def recognise(paths: Sequence[str | Path]) -> str:
     for path in paths:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or directory")
-    known = "; ".join(f"{name}: {get_format(name).expects}" for name in names)
+    known = "; ".join(f"{name}: {source_format.expects}" for name, source_format in formats.items())
     raise UserError(f"{shown}: not a data set of a known format ({known})")
+
+
+def _usable_formats() -> dict[str, SourceFormat]:
+    """All formats but those that cannot be imported: a broken plug-in must not break "auto"."""
+    formats = {}
+    for name in format_names()[1:]:
+        try:
+            formats[name] = get_format(name)
+        except UserError as error:
+            _log.warning("ignored: %s", error)
+    return formats
+
+
+def _recognises(name: str, source_format: SourceFormat, paths: Sequence[str | Path]) -> bool:
+    try:
+        return source_format.recognises(paths)
+    except Exception as error:  # of another package: anything
+        _log.warning("ignored: format %r cannot inspect %s: %s: %s", name, paths[0], type(error).__name__, error)
+        return False
+
+
+def _problem(source_format: object) -> str | None:
+    """Return what a format lacks of `SourceFormat`, as a predicate."""
+    lacking = [name for name in ("recognises", "open") if not callable(getattr(source_format, name, None))]
+    if not isinstance(getattr(source_format, "expects", None), str):
+        lacking.insert(0, "expects")
+    return f"lacks {', '.join(lacking)}: expected the members of SourceFormat" if lacking else None
+
+
+def _location(source_format: SourceFormat | str) -> object:
+    """Return "module:attribute" of a class, so that it equals its entry point."""
+    return f"{source_format.__module__}:{source_format.__qualname__}" if isclass(source_format) else source_format
 
 
 @functools.cache
 def _load_entry_points() -> None:
     for point in entry_points(group=ENTRY_POINTS):
-        _FORMATS.setdefault(point.name, point.value)
+        if point.name == AUTO or _location(_FORMATS.get(point.name, point.value)) != point.value:
+            package = point.dist.name if point.dist else point.value
+            _log.warning("ignored: format %r of %s, because another format has this name", point.name, package)
+        else:
+            _FORMATS.setdefault(point.name, point.value)

@@ -104,19 +104,75 @@ def test_a_registered_name_is_not_replaced(counted: Path) -> None:
             register(name, "elsewhere:Source")
 
 
-def test_formats_of_other_packages(counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    register("broken", "no_such_module:Source")
-    with pytest.raises(UserError, match="format 'broken': cannot import no_such_module:Source"):
-        open_source([counted], "broken", max_pixels=1)
-    dist = tmp_path / "site" / "other-1.0.dist-info"
+def install(site: Path, package: str, entry_points: str) -> None:
+    dist = site / f"{package}-1.0.dist-info"
     dist.mkdir(parents=True)
-    (dist / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
-    (dist / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\nother = {__name__}:CountedSource\n")
+    (dist / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (dist / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\n{entry_points}")
+
+
+@pytest.fixture
+def site(counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     registry._load_entry_points.cache_clear()
+    yield tmp_path / "site"
+    registry._load_entry_points.cache_clear()
+
+
+def test_formats_of_other_packages(counted: Path, site: Path) -> None:
+    install(site, "other", f"other = {__name__}:CountedSource\n")
     assert "other" in format_names()
     assert isinstance(open_source([counted], "other", max_pixels=1), CountedSource)
+
+
+def test_registering_a_format_that_is_also_an_entry_point(counted: Path, site: Path) -> None:
+    install(site, "other", f"other = {__name__}:CountedSource\n")
+    assert "other" in format_names()
+    register("other", CountedSource)
+    register("other", f"{__name__}:CountedSource")
+
+
+def test_a_broken_package_does_not_break_the_others(
+    counted: Path, site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (site / "raising.py").parent.mkdir(parents=True)
+    (site / "raising.py").write_text("raise RuntimeError('no licence')\n")
+    install(site, "absent", "absent = no_such_module:Source\n")
+    install(site, "raising", "raising = raising:Source\n")
+    install(site, "incomplete", "incomplete = pathlib:Path\n")
+    install(site, "greedy", f"auto = {__name__}:CountedSource\npublished = {__name__}:CountedSource\n")
+    assert isinstance(open_source([counted], max_pixels=1), CountedSource)
+    for expected in (
+        "format 'absent': cannot import no_such_module:Source: ModuleNotFoundError",
+        "format 'raising': cannot import raising:Source: RuntimeError: no licence",
+        "format 'incomplete': pathlib:Path lacks expects, recognises: expected the members of SourceFormat",
+        "format 'auto' of greedy, because another format has this name",
+        "format 'published' of greedy, because another format has this name",
+    ):
+        assert f"ignored: {expected}" in caplog.text
+    assert format_names().count("auto") == 1
+    for name, problem in (("absent", "cannot import"), ("raising", "no licence"), ("incomplete", "lacks expects")):
+        with pytest.raises(UserError, match=f"format '{name}': .*{problem}"):
+            open_source([counted], name, max_pixels=1)
+
+
+def test_a_format_that_fails_to_inspect_a_source(
+    counted: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(CountedSource):
+        @classmethod
+        def recognises(cls, paths: Sequence[str | Path]) -> bool:
+            raise KeyError("count")
+
+    register("failing", Failing)
+    assert isinstance(open_source([counted], max_pixels=1), CountedSource)
+    assert "ignored: format 'failing' cannot inspect" in caplog.text
+
+
+def test_an_incomplete_format_is_refused_at_registration(counted: Path) -> None:
+    with pytest.raises(TypeError, match=r"format 'incomplete': .*Source'> lacks expects, recognises, open"):
+        register("incomplete", Source)  # type: ignore[arg-type]
 
 
 def _this_module() -> Any:
