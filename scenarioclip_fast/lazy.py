@@ -22,7 +22,8 @@ def attach(
 
     Args:
         package: its `__name__`.
-        exports: submodule -> the names that the package re-exports from it.
+        exports: submodule -> the names that the package re-exports from it; none may be the name of a
+            submodule, whose import would replace it.
         modules: submodules that are themselves public attributes of the package.
     """
     origin = {name: submodule for submodule, names in exports.items() for name in names}
@@ -33,7 +34,6 @@ def attach(
         if name not in origin:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{origin[name]}"), name)
-        # After the import, which binds the submodule itself: a function of the same name must replace it.
         setattr(sys.modules[package], name, value)
         return value
 

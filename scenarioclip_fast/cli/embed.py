@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="global",
         help="object and relation require packed shards (default: global)",
     )
-    parser.add_argument("--split", default="test", metavar="NAME", help="split of packed shards (default: test)")
+    parser.add_argument("--split", metavar="NAME", help="split of packed shards (default: test)")
     parser.add_argument(
         "--weights",
         choices=("student", "teacher"),
@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Embed the images, write the file and print a summary."""
-    from scenarioclip_fast.eval.embed import embed
+    from scenarioclip_fast.eval.embeddings import embed
 
     table = embed(
         args.checkpoint,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from scenarioclip_fast.data.config import Blur, DecoderName, ObjectView, RelationView
 from scenarioclip_fast.levels import LEVELS
+from scenarioclip_fast.output import prepare_directory, prepare_file
 
 if TYPE_CHECKING:
     from scenarioclip_fast.eval.session import Session
@@ -188,31 +188,11 @@ def _write(args: argparse.Namespace, session: Session, result: Any, sections: li
 
 
 def _prepare_outputs(args: argparse.Namespace) -> None:
-    """Create the output directories, so that an invalid path fails before the evaluation."""
-    from scenarioclip_fast.errors import UserError
-
     for option in ("report", "cache"):
         if (directory := getattr(args, option, None)) is not None:
-            _check_writable(option, directory, directory)
+            prepare_directory(directory, f"--{option}")
     if args.json is not None:
-        if args.json.is_dir():
-            raise UserError(f"--json: {args.json} is a directory, expected a file")
-        _check_writable("json", args.json, args.json.parent)
-
-
-def _check_writable(option: str, path: Path, directory: Path) -> None:
-    from scenarioclip_fast.errors import UserError
-
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--{option}: {directory} is a file, expected a directory")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        if path.is_file():
-            path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--{option}: {path} cannot be written ({error.strerror})") from None
+        prepare_file(args.json, "--json")
 
 
 def _zeroshot(args: argparse.Namespace, session: Session) -> _Finish:

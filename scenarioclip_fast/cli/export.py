@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Export the weights, and print the written files."""
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
     from scenarioclip_fast.levels import LEVELS
-    from scenarioclip_fast.model.export_hf import CLIP_INITIAL_SCALE, export_hf
+    from scenarioclip_fast.model.hugging_face import CLIP_INITIAL_SCALE, export_hf
 
     trained = open_checkpoint(args.checkpoint)
     model, scales = trained.model, trained.scales

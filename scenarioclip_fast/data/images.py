@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,14 +51,15 @@ def find_images(source: str | Path) -> list[Path]:
 
 
 def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
-    """Yield the key and the encoded bytes of each image at or below `source`.
+    r"""Yield the key and the encoded bytes of each image at or below `source`.
 
-    A key is the path relative to `source`; for images in a tar, followed by the member's name.
+    A key is the path relative to `source`, for images in a tar followed by the member's name. Bytes of a name that are
+    not UTF-8 appear as \xNN.
     """
     source = Path(source)
     root = source.parent if source.is_file() else source
     for path in find_images(source):
-        key = path.relative_to(root).as_posix()
+        key = _printable(path.relative_to(root).as_posix())
         try:
             if path.suffix.lower() == ".tar":
                 yield from _read_tar(path, key)
@@ -74,7 +76,12 @@ def _read_tar(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
             if member.isfile() and name.suffix.lower() in SUFFIXES and not name.name.startswith("."):
                 file = tar.extractfile(member)
                 assert file is not None
-                yield f"{key}/{member.name}", file.read()
+                yield f"{key}/{_printable(member.name)}", file.read()
+
+
+def _printable(name: str) -> str:
+    r"""Return a file name with the bytes that are not UTF-8 as \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def image_batches(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
+    from scenarioclip_fast.eval.embeddings import EmbeddingTable, embed
     from scenarioclip_fast.eval.negatives import NegativesResult, hard_negatives
     from scenarioclip_fast.eval.probe import ProbeResult, ProbeSettings, linear_probe
     from scenarioclip_fast.eval.retrieval import RetrievalResult
@@ -18,6 +19,7 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "embeddings": ["EmbeddingTable", "embed"],
             "negatives": ["NegativesResult", "hard_negatives"],
             "probe": ["ProbeResult", "ProbeSettings", "linear_probe"],
             "retrieval": ["RetrievalResult"],
@@ -31,6 +33,7 @@ else:
 __all__ = [
     "Accuracy",
     "EmbeddingMap",
+    "EmbeddingTable",
     "NegativesResult",
     "ProbeResult",
     "ProbeSettings",
@@ -38,6 +41,7 @@ __all__ = [
     "SampleScene",
     "Session",
     "ZeroShotResult",
+    "embed",
     "embedding_map",
     "hard_negatives",
     "linear_probe",

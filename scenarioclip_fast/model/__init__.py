@@ -12,6 +12,7 @@ from scenarioclip_fast.lazy import attach
 if TYPE_CHECKING:
     from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
     from scenarioclip_fast.model.encoders import TextEncoder, VisionEncoder
+    from scenarioclip_fast.model.hugging_face import export_hf
     from scenarioclip_fast.model.scenarioclip import Embeddings, ScenarioCLIP
     from scenarioclip_fast.model.teacher import EMATeacher
     from scenarioclip_fast.model.tokens import TokenTable
@@ -21,6 +22,7 @@ else:
         {
             "config": ["FreezeConfig", "ModelConfig", "TextConfig", "VisionConfig"],
             "encoders": ["TextEncoder", "VisionEncoder"],
+            "hugging_face": ["export_hf"],
             "scenarioclip": ["Embeddings", "ScenarioCLIP"],
             "teacher": ["EMATeacher"],
             "tokens": ["TokenTable"],
@@ -38,4 +40,5 @@ __all__ = [
     "TokenTable",
     "VisionConfig",
     "VisionEncoder",
+    "export_hf",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 import scenarioclip_fast as scf
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, pack
-from scenarioclip_fast.eval.embed import embed
+from scenarioclip_fast.eval import embed
 from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
 
 
@@ -132,6 +133,23 @@ def test_parquet(place: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(found["embedding"].to_pylist(), np.float32), table.embeddings.numpy())
 
 
+def test_file_names_that_are_not_utf_8(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = (place / "images" / "a.jpg").read_bytes()
+    for name in (b"caf\xe9.jpg", b"caf\xe8.jpg"):
+        (tmp_path / os.fsdecode(name)).write_bytes(data if name == b"caf\xe9.jpg" else b"bad")
+    with tarfile.open(tmp_path / "more.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("caf\u00e9.jpg")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    assert run(place, tmp_path, tmp_path / "out.parquet") == 0
+    keys = [r"caf\xe9.jpg", r"more.tar/caf\xe9.jpg"]
+    assert parquet.read_table(tmp_path / "out.parquet")["key"].to_pylist() == keys
+    assert r"caf\xe8.jpg (not_an_image" in capsys.readouterr().err
+    assert run(place, tmp_path, tmp_path / "out.npz") == 0
+    assert read(tmp_path / "out.npz")["keys"].tolist() == keys
+
+
 def test_user_errors_are_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +162,9 @@ def test_user_errors_are_one_line(
     out = tmp_path / "out.npz"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for arguments, message in (
+        ((images, there / "out.npz"), "there.npz is a file, expected a directory"),
+        ((images, tmp_path / "bad" / "bad.jpg" / "new" / "out.npz"), "bad.jpg is a file, expected a directory"),
+        ((images, out, "--split", "val"), "split: got 'val', but "),
         ((images, out, "--level", "object"), "level 'object' requires annotations"),
         ((images, there), "there.npz exists: pass --force"),
         ((images, tmp_path / "out.csv"), "got suffix '.csv', expected .npz or .parquet"),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.levels import LEVELS
-from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
-from scenarioclip_fast.model.export_hf import export_hf
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
+from scenarioclip_fast.train.config import ModelSection
 from scenarioclip_fast.train.weights import load_initial_weights
 
 transformers = pytest.importorskip("transformers")
@@ -321,6 +321,12 @@ def test_save_and_load(variant: str, tmp_path: Path) -> None:
     assert (last[0] is last[2]) == (variant == "pyramidclip")
     assert not shared.requires_grad
     assert last[0].requires_grad
+
+
+def test_the_config_of_a_run_is_saved_without_its_own_keys(tmp_path: Path) -> None:
+    config = ModelSection(init="weights.pt", **vars(small().config))
+    ScenarioCLIP(config).save_pretrained(tmp_path)
+    assert ScenarioCLIP.from_pretrained(tmp_path).config == config.architecture
 
 
 def test_all_levels_are_initialised_from_one_pair(tmp_path: Path) -> None:

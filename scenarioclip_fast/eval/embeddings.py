@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 from scenarioclip_fast.data.decode import make_decoder
 from scenarioclip_fast.data.images import SkippedImage, find_images, image_batches, read_images
 from scenarioclip_fast.data.remote import is_url
+from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.eval.checkpoint import open_checkpoint, pick_device
+from scenarioclip_fast.eval.checkpoint import Weights, open_checkpoint
 from scenarioclip_fast.eval.features import Features, embed_views, split_features
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.levels import check_level
+from scenarioclip_fast.output import prepare_file
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 
@@ -57,12 +59,11 @@ class EmbeddingTable:
         pyarrow): columns `key` and `embedding`; for shards also `text_id` and `text`.
 
         Raises:
-            UserError: unsupported suffix, or `path` exists and `force` is False.
+            UserError: unsupported suffix, `path` exists and `force` is False, or it cannot be written.
             MissingDependencyError: pyarrow is not installed.
         """
         path = Path(path)
         write = self._writer(path, force)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
@@ -75,11 +76,10 @@ class EmbeddingTable:
 
     @staticmethod
     def _writer(path: Path, force: bool) -> Callable[[EmbeddingTable, BinaryIO], None]:
-        """Choose the function that writes `path`; raises the errors of `save`, before anything is computed."""
+        """Choose the function that writes `path`, and create its directory; raises the errors of `save`."""
         if path.suffix not in (".npz", ".parquet"):
             raise UserError(f"{path}: got suffix {path.suffix!r}, expected .npz or .parquet")
-        if path.is_dir():
-            raise UserError(f"{path} is a directory, expected a file name")
+        prepare_file(path, "out")
         if path.exists() and not force:
             raise UserError(f"{path} exists: pass --force to overwrite it, or choose another file")
         if path.suffix == ".npz":
@@ -94,8 +94,8 @@ def embed(
     out: str | Path | None = None,
     *,
     level: str = "global",
-    split: str = "test",
-    weights: Literal["student", "teacher"] = "student",
+    split: str | None = None,
+    weights: Weights = "student",
     batch_size: int = 64,
     device: str = "auto",
     decoder: str | None = None,
@@ -111,7 +111,7 @@ def embed(
             shards.
         out: the .npz or .parquet file to write; None writes no file.
         level: "global", "object" or "relation"; the latter two require the annotations of packed shards.
-        split: split of packed shards: "train", "val" or "test".
+        split: split of packed shards: "train", "val" or "test" (the default).
         weights: "student", or "teacher" for the EMA weights of a run with loss.teacher_scope=all.
         batch_size: images (for shards: scenes) per batch.
         device: auto, cpu, cuda or cuda:N.
@@ -131,13 +131,15 @@ def embed(
         options = {"weights": weights, "batch_size": batch_size, "device": device, "decoder": decoder}
         with open_session(checkpoint, images, **options) as session:  # type: ignore[arg-type]
             start = time.monotonic()
-            features = split_features(session, split, [level])
+            features = split_features(session, split or "test", [level])
             seconds = time.monotonic() - start
             skipped = [SkippedImage(scene.scene, f"{scene.reason}: {scene.detail}") for scene in session.skipped]
             table = _of_shards(features, level, session.vocabulary.texts(level), skipped, seconds)
             if session.world.is_main_process:
                 _finish(table, images, out, force)
             return table
+    if split is not None:
+        raise UserError(f"split: got {split!r}, but {images} has no splits: only packed shards have")
     if level != "global":
         raise UserError(
             f"level {level!r} requires annotations, which {images} does not have: embed packed shards "
@@ -151,7 +153,7 @@ def embed(
 def _embed_files(
     checkpoint: str | Path,
     images: str | Path,
-    weights: Literal["student", "teacher"],
+    weights: Weights,
     batch_size: int,
     device: str,
     decoder: str | None,
