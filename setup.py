@@ -99,7 +99,7 @@ class Build(build_ext):
     """Runs one CMake build for all libraries and writes build.json: what was built, and why the rest was not."""
 
     def run(self) -> None:
-        mode = os.environ.get("SCENARIOCLIP_FAST_BUILD", "auto")
+        mode = os.environ.get("SCENARIOCLIP_FAST_BUILD") or "auto"
         if mode not in ("auto", "cpu", "cuda", "none"):
             sys.exit(f"error: SCENARIOCLIP_FAST_BUILD: got {mode!r}, expected auto, cpu, cuda or none")
         base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
@@ -130,7 +130,7 @@ class Build(build_ext):
         return "x86-64-v3" if platform.machine() in ("x86_64", "AMD64") else ""
 
     def cmake(self, torch: Path, output: Path, with_cuda: bool, march: str) -> None:
-        build = Path(os.environ.get("SCENARIOCLIP_FAST_BUILD_DIR", ROOT / "build" / sysconfig.get_platform()))
+        build = Path(os.environ.get("SCENARIOCLIP_FAST_BUILD_DIR") or ROOT / "build" / sysconfig.get_platform())
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "SCF_TORCH": torch,

@@ -103,7 +103,7 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
     if name == "auto" and _forced is not None:
         name, source = _forced, "use_backend"
     if name == "auto":
-        name, source = _validated(os.environ.get(VARIABLE, "auto"), VARIABLE), VARIABLE
+        name, source = _validated(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
             if unavailable_reason(op, candidate, device_type, float64) is None:

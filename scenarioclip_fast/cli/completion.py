@@ -6,21 +6,23 @@ source <(scenarioclip-fast --print-completion bash)
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from scenarioclip_fast.requirements import require
 
 SHELLS = ("bash", "zsh", "tcsh")
 # Metavars of path arguments.
-_FILES = {"FILE", "RECORD", "SOURCE"}
+_FILES = {"FILE", "IMAGES", "RECORD", "SOURCE"}
 _DIRECTORIES = {"CHECKPOINT", "DIR", "PATH", "RUN", "SHARDS"}
 
-_KEYS = "_scenarioclip_fast_config_keys"
-# Defines the function that completes config keys, such as "optim.lr=".
-_PREAMBLE = {
-    "bash": _KEYS + '() {{ compgen -W "{keys}" -- "$1"; }}',
-    "zsh": _KEYS + "() {{ compadd -S '' -- {keys}; }}",
-    "tcsh": "",
+# A shell function that completes words, and also what {paths} completes.
+_FUNCTION = {
+    "bash": '{name}() {{ compgen -W "{words}" -- "$1"; {paths} "$1"; }}\n',
+    "zsh": "{name}() {{ compadd -S '' -- {words}; {paths} }}\n",
+}
+_PATHS = {
+    "bash": {"files": "_shtab_compgen_files", "dirs": "_shtab_compgen_dirs", "": ":"},
+    "zsh": {"files": "_files", "dirs": "_files -/", "": ""},
 }
 # Suppresses the space after the "=" of a config key.
 _BASH_WITHOUT_SPACE = """
@@ -39,21 +41,39 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
         MissingDependencyError: shtab is not installed.
     """
     shtab = require("shtab")
+    words = _words()
+    functions: dict[str, str] = {}
+    for action in _actions(parser):
+        metavars = set(str(action.metavar).split("|"))
+        paths = "files" if metavars & _FILES else "dirs" if metavars & _DIRECTORIES else ""
+        if action.dest in words and shell in _FUNCTION:
+            name = f"_scenarioclip_fast_{action.dest}{'_or_' if paths else ''}{paths}"
+            functions[name] = _FUNCTION[shell].format(
+                name=name, words=" ".join(words[action.dest]), paths=_PATHS[shell][paths]
+            )
+            action.complete = {"bash": name, "zsh": name, "tcsh": ""}  # type: ignore[attr-defined]
+        elif paths:
+            action.complete = shtab.FILE if paths == "files" else shtab.DIRECTORY  # type: ignore[attr-defined]
+    text: str = shtab.complete(parser, shell, root_prefix="scenarioclip_fast", preamble="".join(functions.values()))
+    return text + (_BASH_WITHOUT_SPACE if shell == "bash" else "")
+
+
+def _words() -> dict[str, Sequence[str]]:
+    """What arguments without `choices` accept, by the argument's name."""
+    from scenarioclip_fast.bench.runner import KINDS, benchmark_files
+    from scenarioclip_fast.data.shards import SPLITS
+    from scenarioclip_fast.recipes.variants import VARIANTS
+    from scenarioclip_fast.train.config_parse import packaged_configs
     from scenarioclip_fast.train.config_reference import sections
 
-    for action in _actions(parser):
-        names = set(str(action.metavar).split("|"))
-        if "key=value" in names:
-            action.complete = {"bash": _KEYS, "zsh": _KEYS, "tcsh": ""}  # type: ignore[attr-defined]
-        elif names & _FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif names & _DIRECTORIES:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    keys = " ".join(f"{key.name}=" for section in sections() for key in section.keys)
-    text: str = shtab.complete(
-        parser, shell, root_prefix="scenarioclip_fast", preamble=_PREAMBLE[shell].format(keys=keys)
-    )
-    return text + (_BASH_WITHOUT_SPACE if shell == "bash" else "")
+    return {
+        "config": list(packaged_configs()),
+        "overrides": [f"{key.name}=" for section in sections() for key in section.keys],
+        "resume": ["auto", "best"],
+        "split": SPLITS,
+        "variants": list(VARIANTS),
+        "what": [*KINDS, *benchmark_files()],
+    }
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -7,7 +7,6 @@ other failure.
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -20,6 +19,7 @@ from scenarioclip_fast.cli.completion import SHELLS
 from scenarioclip_fast.dispatch import BackendError
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError, TrainingFailed, UserError
 from scenarioclip_fast.requirements import check_installed, missing_dependency
+from scenarioclip_fast.suggest import nearest
 
 # Each module has add_parser(subparsers) and run(args) -> exit code, and imports heavy packages inside run.
 COMMANDS = (
@@ -122,7 +122,9 @@ def _run(argv: Sequence[str], prog: str) -> int:
     accepts_overrides = hasattr(args, "overrides")
     if rest and (not accepts_overrides or any(text.startswith("-") for text in rest)):
         parser.prog += f" {args.command}"
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser), accepts_overrides)}")
+        parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{_hint(rest, _options(parser, args), accepts_overrides)}"
+        )
     if rest:  # `train a=1 -c FILE b=2`: argparse accepts only the first group of positional arguments
         args.overrides += rest
     check_installed()
@@ -130,14 +132,13 @@ def _run(argv: Sequence[str], prog: str) -> int:
     return code
 
 
-def _options(parser: argparse.ArgumentParser) -> list[str]:
-    """The option strings of a parser and its subcommands."""
+def _options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The option strings of a parser and of the given subcommands."""
     options: list[str] = []
     for action in parser._actions:
         options += action.option_strings
         if isinstance(action, argparse._SubParsersAction):
-            for subparser in action.choices.values():
-                options += _options(subparser)
+            options += _options(action.choices[getattr(args, action.dest)], args)
     return options
 
 
@@ -150,8 +151,8 @@ def _hint(arguments: Sequence[str], options: Sequence[str], accepts_overrides: b
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f": did you mean {near[0]}?" if near else ""
+    near = nearest(word, known)
+    return f": did you mean {near}?" if near else ""
 
 
 def _fail(message: str, code: int = 2) -> int:

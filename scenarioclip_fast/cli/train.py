@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.suggest import nearest
 
 # EX_TEMPFAIL: stopped by a signal with all state saved, so a batch system can requeue the run with --resume.
 STOPPED = 75
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Train and print a summary."""
-    from scenarioclip_fast.train.config import TrainConfig
+    from scenarioclip_fast.train.config import OptimSection, TrainConfig
 
     if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: an override, not a path
         args.overrides.append(args.resume)
@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
         TrainConfig.load(args.config, args.overrides) if args.config is not None else TrainConfig.of({}, args.overrides)
     )
     if args.print_config:
+        if config.optim.name != OptimSection.name:  # checked here, because train.optim imports torch
+            from scenarioclip_fast.train.optim import optimizer_factory
+
+            optimizer_factory(config.optim.name)
         print(config.to_yaml(), end="")
         return 0
     from scenarioclip_fast.train.trainer import Trainer
@@ -78,5 +82,5 @@ def _check_resume(resume: str | bool) -> None:
     words = ("auto", "best")
     if isinstance(resume, bool) or resume in words or Path(resume).exists():
         return
-    if near := difflib.get_close_matches(resume, words, n=1):
-        raise UserError(f"--resume: got {resume!r}, which does not exist: did you mean {near[0]}?")
+    if near := nearest(resume, words):
+        raise UserError(f"--resume: got {resume!r}, which does not exist: did you mean {near}?")

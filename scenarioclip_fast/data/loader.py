@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections import Counter
@@ -29,6 +30,7 @@ from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops import render_views
+from scenarioclip_fast.suggest import check_keywords
 
 # Bad scenes tend to cluster, so their fraction is computed over at least this many scenes.
 _MIN_SCENES = 256
@@ -62,6 +64,9 @@ def scene_loader(
         UserError: see `LoaderConfig` and `SceneLoader`.
         TypeError: an unknown option.
     """
+    check_keywords(
+        "scene_loader", options, [*(f.name for f in fields(config)), *inspect.signature(SceneLoader).parameters]
+    )
     changed = {f.name: options.pop(f.name) for f in fields(config) if f.name in options}
     return SceneLoader(
         shards,

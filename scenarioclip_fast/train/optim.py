@@ -5,7 +5,6 @@ To add an optimizer, see docs/new-optimiser.md.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.suggest import nearest
 from scenarioclip_fast.train.config import OptimSection
 
 ParamGroup = dict[str, Any]  # "params", "weight_decay", and "lr_multiple", a factor of the scheduled rate
@@ -94,8 +94,8 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], rules: list[Group
 def optimizer_factory(name: str) -> OptimizerFactory:
     """Return the entry of OPTIMIZERS; raise UserError for an unknown name."""
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(name.lower(), OPTIMIZERS)
+        hint = f"did you mean {near}? " if near else ""
         raise UserError(f"optim.name: got {name!r}, {hint}expected one of {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 

@@ -118,6 +118,8 @@ def test_precedence_of_backend_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dispatch.resolve(op, "reference", "cpu") == "reference"
         with scf.use_backend("cuda"), pytest.raises(scf.BackendError, match="from use_backend"):
             dispatch.resolve(op, "auto", "cpu")
+    monkeypatch.setenv(dispatch.VARIABLE, "")  # as if unset
+    assert dispatch.resolve(op, "auto", "cpu") != "reference"
     monkeypatch.setenv(dispatch.VARIABLE, "quick")
     with pytest.raises(scf.UserError, match=f"{dispatch.VARIABLE}: got 'quick'"):
         dispatch.resolve(op, "auto", "cpu")

@@ -113,7 +113,8 @@ def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.Ca
         ("train -c .", "cannot read the config .: Is a directory"),
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
-        ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a number"),
+        ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a finite number"),
+        ("train --print-config optim.name=adamwf", "optim.name: got 'adamwf', did you mean adamw?"),
         ("pack missing --out packed", "missing: no such file or directory"),
         ("inspect missing", "missing: no such directory"),
         ("report missing", "missing does not exist"),
@@ -215,6 +216,14 @@ def test_help_and_config_import_nothing_heavy(arguments: list[str]) -> None:
         (["train", "-c", "FILE", "data.shards=x", "train.accum"], ["train.accumulate="]),
         (["train", "--res"], ["--resume"]),
         (["train", "-c", "conf"], ["configs"]),
+        (["train", "-c", "ref"], ["reference"]),
+        (["train", "--resume", "b"], ["best"]),
+        (["train", "--resume", "conf"], ["configs"]),
+        (["ablate", "conf"], ["configs"]),
+        (["ablate", "optim.we"], ["optim.weight_decay="]),
+        (["bench", "contr"], ["contrastive"]),
+        (["embed", "RUN", "phot"], ["photo.jpg"]),
+        (["eval", "zeroshot", "--split", "v"], ["val"]),
         (["eval", "retr"], ["retrieval"]),
         (["eval", "zeroshot", "--weights", "t"], ["teacher"]),
         (["pack", "--out", "conf"], ["configs"]),
@@ -226,6 +235,7 @@ def test_bash_completes_commands_options_paths_and_keys(words: list[str], expect
     with script.open("w") as file:
         subprocess.run([*MODULE, "--print-completion", "bash"], stdout=file, check=True)
     (tmp_path / "configs").mkdir()
+    (tmp_path / "photo.jpg").touch()
     line = ["scenarioclip-fast", *words]
     press_tab = (
         f"source {script}; COMP_WORDS=({' '.join(line)}); COMP_CWORD={len(line) - 1}; _scenarioclip_fast; "

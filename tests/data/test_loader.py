@@ -641,7 +641,9 @@ def test_config_fields_as_keywords(shards: Path) -> None:
     config = LoaderConfig(object_view="crop", threads=1)
     with scene_loader(shards, 4, config, size=SIZE, blur="reference") as loader:
         assert loader.config == replace(config, blur="reference")
-    with pytest.raises(TypeError, match="blurr"):
+    with pytest.raises(
+        TypeError, match=r"scene_loader\(\) got an unexpected keyword argument 'blurr': did you mean blur\?"
+    ):
         scene_loader(shards, 4, blurr="reference")
 
 
