@@ -307,7 +307,7 @@ def gpu_contenders(workloads: Callable[[str], Workload]) -> Callable[[str], Cont
 
 
 def describe(benchmark: Any, what: str, contender: Contender, scenes: int) -> None:
-    source, setting = "photos" if PHOTOS.is_dir() else "drawn scenes", contender.workload.setting
+    source, setting = "photos" if PHOTOS.is_dir() else "synthetic scenes", contender.workload.setting
     benchmark.group = f"end to end, {what}, {setting.preset}, {source}, {setting.device}"
     benchmark.extra_info.update(form=contender.form, scenes=scenes, threads=torch.get_num_threads())
     if contender.on_gpu and contender.ours:

@@ -33,7 +33,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Probe versions, devices, compiled parts and backends, with the reason for each missing one."""
+    """Probe versions, devices, compiled extensions and backends, with the reason for each missing one."""
     rows = [("versions", "python", platform.python_version(), sys.executable)]
     rows.append(("versions", "scenarioclip-fast", _version("scenarioclip-fast") or "not installed", ""))
     import torch
@@ -99,7 +99,7 @@ def _native_rows() -> list[tuple[str, str, str, str]]:
         problem = native.unavailable_reason(part)
         target = f"built for {info['march'] or 'the default processor'}" if part == "cpu" else ""
         detail = problem or target
-        rows.append(("compiled parts", part, "missing" if problem else "loaded", detail))
+        rows.append(("compiled extensions", part, "missing" if problem else "loaded", detail))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Find and load the compiled parts of the package.
+"""Find and load the compiled extensions of the package.
 
 Two libraries for the libtorch stable ABI (separate, so that the CPU library loads without CUDA) and one pybind11 module
 (`host`) for work on Python objects. setup.py writes them and build.json to `_native`.
@@ -35,7 +35,7 @@ def unavailable_reason(part: str) -> str | None:
     """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason for the failure."""
     info = build_info()
     if part not in info["built"]:
-        reason = info["left_out"].get(part, "the package was installed without its compiled parts")
+        reason = info["left_out"].get(part, "the package was installed without its compiled extensions")
         return f"the {part} library was not built: {reason}"
     problem = None if part == "host" else requirements.unsupported_torch()
     if part != "cuda" and info["march"] == "x86-64-v3":

@@ -1,4 +1,4 @@
-"""The compiled parts: the reason why a library does not load, and that every backend is usable on a GPU."""
+"""The compiled extensions: the reason why a library does not load, and that every backend is usable on a GPU."""
 
 from __future__ import annotations
 

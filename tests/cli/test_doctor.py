@@ -86,8 +86,8 @@ def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_compiled_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    assert row("cpu", "compiled parts")[0] == "missing"
-    assert "without its compiled parts" in row("cpu", "backends of distillation_loss")[1]
+    assert row("cpu", "compiled extensions")[0] == "missing"
+    assert "without its compiled extensions" in row("cpu", "backends of distillation_loss")[1]
     assert dispatch.resolve("distillation_loss", "auto", "cpu") == "reference"
     with pytest.raises(scf.BackendError, match="the cpu library was not built"):
         dispatch.resolve("distillation_loss", "cpu", "cpu")
@@ -97,8 +97,8 @@ def test_the_reason_for_a_skipped_extension_is_reported(monkeypatch: pytest.Monk
     info = {"built": ["cpu"], "left_out": {"cuda": "nvcc is not on PATH"}, "march": ""}
     (tmp_path / "build.json").write_text(json.dumps(info))
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    assert row("cuda", "compiled parts") == ("missing", "the cuda library was not built: nvcc is not on PATH")
-    state, detail = row("cpu", "compiled parts")
+    assert row("cuda", "compiled extensions") == ("missing", "the cuda library was not built: nvcc is not on PATH")
+    state, detail = row("cpu", "compiled extensions")
     assert state == "missing"
     assert "does not load" in detail
 
