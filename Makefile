@@ -9,6 +9,7 @@ OUT    ?= runs/gpu
 ONLY   ?=
 TOTAL  ?= 480
 FACTOR ?= 1
+JOBS   ?= auto
 RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,remote,tensorboard,parquet,bench,test,docs,lint,release
 
@@ -33,7 +34,7 @@ demo: install
 	$(BIN)/scenarioclip-fast demo --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
 
 # Install the sdist and the wheel in empty environments, as users do.
 test-install: install
@@ -42,7 +43,7 @@ test-install: install
 # The Triton kernels with the oldest supported Triton; `make test` runs them with the newest.
 test-triton: install $(TRITON_VENV)/packages
 	$(TRITON_VENV)/bin/python -m pytest tests/kernels tests/ops/test_contrastive.py tests/ops/test_distillation.py \
-	  -k "triton or compile or launches"
+	  -k "triton or compile or launches" -n $(JOBS) --dist loadfile
 
 # An environment that sees the packages of .venv, with another Triton.
 $(TRITON_VENV)/packages: $(VENV)/packages
