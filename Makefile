@@ -86,7 +86,7 @@ record: install
 gpu:
 	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
 
-# Collect in gpu-pack/ what such a machine needs beside the checkout.
+# Collect in gpu-pack/ what such a machine needs in addition to the checkout.
 gpu-pack: install $(GPU_VENV)/packages
 	PYTHONPATH=benchmarks $(BIN)/python -m gpu.pack --python $(GPU_VENV)/bin/python
 

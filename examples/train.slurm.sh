@@ -3,8 +3,8 @@
 #
 #   sbatch examples/train.slurm.sh data.shards=/scratch/psg model.init=/scratch/clip-vit-base-patch32 run.dir=/scratch/run
 #
-# Arguments override keys of the config `fast`. Five minutes before the time limit, Slurm signals every rank; they save and
-# exit with 75, and the job is requeued and resumes from that checkpoint. Any other exit code ends it.
+# Arguments override keys of the config `fast`. Five minutes before the time limit, Slurm signals every rank; the ranks
+# save and exit with 75, and the job is requeued and resumes from that checkpoint. Any other exit code ends it.
 # Each task is one rank: torchrun between Slurm and the ranks would pass on neither the signal nor the exit code.
 
 #SBATCH --job-name=scenarioclip
