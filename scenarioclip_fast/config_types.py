@@ -21,7 +21,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     NumPy scalars become Python's, paths become strings and lists become tuples, also in a frozen dataclass.
 
     Raises:
-        UserError: the first wrong value; the message gives its name after `prefix`, what came and what was expected.
+        UserError: the first wrong value; the message gives its name after `prefix`, the value, and what was expected.
     """
     hints = get_type_hints(type(config))
     for name in (f.name for f in fields(config)):

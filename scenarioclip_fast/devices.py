@@ -1,4 +1,4 @@
-"""Parse the names of devices."""
+"""Parse device names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scenarioclip_fast.errors import UserError
 
 
 def pick_device(name: str | torch.device, setting: str = "device") -> torch.device:
-    """Return the CPU or GPU that `name` names; "auto" is a GPU if there is one, otherwise the CPU.
+    """Return the device called `name`; "auto" is a GPU if there is one, otherwise the CPU.
 
     Args:
         name: auto, cpu, cuda, cuda:N, or a torch device of type cpu or cuda.

@@ -243,7 +243,7 @@ class ScenarioLoss(nn.Module):
         backend: for the distillation and the default `contrastive`.
 
     Raises:
-        ValueError: a setting out of range; a setting of the default `contrastive` beside another one; levels of
+        ValueError: a setting out of range; a setting of the default `contrastive` together with another; levels of
             `contrastive` that are not global, object and relation, in this order.
         TypeError: `contrastive` is not an nn.Module.
     """

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError
 
-# Supported versions as in pyproject.toml: the first one, and the first one beyond.
+# The first supported and the first unsupported version, as in pyproject.toml.
 TORCH = ((2, 11), (2, 14))
 TORCH_REQUIREMENT = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
 

@@ -1,4 +1,4 @@
-"""`scenarioclip-fast ablate`: train the method with and without its parts, and compare."""
+"""`scenarioclip-fast ablate`: train the method and its ablations, and compare them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command."""
     parser = subparsers.add_parser(
         "ablate",
-        help="train the method with and without its parts, and compare",
+        help="train the method and its ablations, and compare them",
         description="Trains every variant with the same seed, data and budget in RUN/VARIANT (RUN: run.dir), evaluates "
         "it zero-shot, prints a table, and writes RUN/ablation.json and RUN/report.html. Re-run the command to resume "
         "an interrupted ablation; finished variants are kept.",

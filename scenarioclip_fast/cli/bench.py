@@ -1,4 +1,4 @@
-"""`scenarioclip-fast bench`: time this package beside its reference and other packages, and report the records."""
+"""`scenarioclip-fast bench`: time this package against its reference and other packages, and report the records."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         nargs="+",
         metavar="RECORD",
-        help="run nothing; report these records, directories or record.json files, on one page",
+        help="report existing records (directories or record.json files) on one page, and run nothing",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run or report the benchmarks; 1 where one failed."""
+    """Run or report the benchmarks; return 1 if one failed."""
     from scenarioclip_fast.bench.record import FILE, read_record
     from scenarioclip_fast.bench.report import markdown, write_report
     from scenarioclip_fast.bench.runner import measure

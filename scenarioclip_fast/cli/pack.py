@@ -53,10 +53,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(
-        "--val", type=float, default=0.1, metavar="FRACTION", help="of scenes without a split, for val (default: 0.1)"
+        "--val",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of the scenes without a split that goes to val (default: 0.1)",
     )
     parser.add_argument(
-        "--test", type=float, default=0.2, metavar="FRACTION", help="of scenes without a split, for test (default: 0.2)"
+        "--test",
+        type=float,
+        default=0.2,
+        metavar="FRACTION",
+        help="fraction of the scenes without a split that goes to test (default: 0.2)",
     )
     parser.add_argument(
         "--split",

@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command."""
     parser = subparsers.add_parser(
         "train",
-        help="train a model; under torchrun on many GPUs",
+        help="train a model, on several GPUs under torchrun",
         description="Trains the model described by FILE and the overrides. The package has three configs: tiny (from "
         "scratch, on a CPU), fast (the method, from CLIP weights) and reference (the published run).",
         epilog=f"Exit code {STOPPED}: stopped by a signal, state saved; rerun with --resume.",

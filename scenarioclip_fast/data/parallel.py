@@ -68,7 +68,7 @@ def _result(job: Callable[[A], B], chunk: list[A], future: Future[list[B]]) -> l
 def _block_interrupts() -> Iterator[None]:
     """Make processes started in this context ignore Ctrl-C, which terminals send to the whole process group.
 
-    This process handles one at the end: interrupted while it starts a worker, it would leave the worker half started.
+    This process handles a Ctrl-C when the context ends, because one while a worker starts would leave it half started.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the workers
     received: list[int] = []

@@ -64,7 +64,7 @@ class Views(ViewBatch):
                 masks, weights and blur; it does not show which of the image's relations is meant. "box": a crop, as for
                 an object, around the boxes of subject and object; it shows the location, without weighting pixels. All
                 three have the same augmentation.
-            train: apply the reference's augmentation. A view's random numbers depend only on (seed, epoch, scene key,
+            train: apply the published augmentation. A view's random numbers depend only on (seed, epoch, scene key,
                 level, position within the scene), not on the batch or the number of workers.
             generator: with `train`, a number drawn from it replaces `seed`.
             seed, epoch: seed of the augmentation, and the epoch.

@@ -22,7 +22,7 @@ def _tokenizer() -> Any:
 
 
 def tokenize(text: str, context_length: int | None = CONTEXT_LENGTH) -> list[int]:
-    """Tokenise a lower-cased text for CLIP with start and end tokens, unpadded, cut to `context_length` if given."""
+    """Tokenize a lower-cased text for CLIP, with start and end tokens; truncate to `context_length` if it is given."""
     ids = _tokenizer().encode(" ".join(text.lower().split()))
     return [START_OF_TEXT, *(ids if context_length is None else ids[: context_length - 2]), END_OF_TEXT]
 

@@ -139,7 +139,7 @@ def embed(
                 _finish(table, images, out, force)
             return table
     if split is not None:
-        raise UserError(f"split: got {split!r}, but {images} has no splits: only packed shards have")
+        raise UserError(f"split: got {split!r}, but {images} has no splits: only packed shards do")
     if level != "global":
         raise UserError(
             f"level {level!r} requires annotations, which {images} does not have: embed packed shards "

@@ -53,7 +53,7 @@ def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[st
 
 
 def embed_texts(model: Encoder, tokens: list[list[int]], level: str) -> Tensor:  # [n, D], unit length
-    """Embed n tokenised texts.
+    """Embed n tokenized texts.
 
     Raises:
         UserError: the embeddings are not finite.

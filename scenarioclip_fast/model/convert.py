@@ -193,7 +193,7 @@ def _with_open_clip_config(config: ModelConfig, record: Mapping[str, Any]) -> Mo
 def from_published(state: State, heads: tuple[int, int] | None = None) -> EncoderWeights:
     """Convert the model of the published code's Lightning checkpoint (or its state dict), of any variant.
 
-    heads: numbers of the vision and the text encoder; None: one per 64 of width, as in CLIP.
+    heads: attention heads of the vision and the text encoder; None: one per 64 of width, as in CLIP.
     """
     if any(name.startswith("model.") for name in state):
         # The temperatures and, in some versions, a copy of the teacher are stored next to the model.

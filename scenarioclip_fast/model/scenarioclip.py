@@ -267,7 +267,7 @@ class ScenarioCLIP(nn.Module):
             path: the `.ckpt`, or the teacher's own `*_ema_teacher.pt`.
             teacher: load the EMA teacher's weights instead of the student's.
             freeze: as in ModelConfig; None: the published freezing. Frozen parts must be equal at all levels.
-            heads: numbers of the vision and the text encoder; None: one per 64 of width, as in CLIP.
+            heads: attention heads of the vision and the text encoder; None: one per 64 of width, as in CLIP.
 
         Raises:
             UserError: unreadable or unsafe files, mismatched tensors, or frozen parts that differ between levels.

@@ -115,7 +115,7 @@ class TokenTable(nn.Module):
     def describe_truncated(self) -> str | None:
         """Return one line with the number of truncated strings, or None."""
         cut = [f"{n} of {self.sizes[level]} {level} texts" for level, n in self.truncated.items() if n]
-        return f"cut to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
+        return f"truncated to the context of {self.context_length} tokens: {', '.join(cut)}" if cut else None
 
     def unique_texts(self, ids: Sequence[Tensor]) -> UniqueTexts:
         """Return the unique texts among `ids` (3 x [N_l]); no device synchronisation if `ids` are on the CPU."""

@@ -41,7 +41,7 @@ def focused_region(
         subject_mask, object_mask: bool [H, W] on the image's device; the result is symmetric in them.
         sigma: of the Gaussian falloff around each centre of mass, in source pixels.
         blur_sigma: of the background's Gaussian blur in source pixels, truncated at 4 sigma; 0: no blur.
-        blur: "rgb": blurs the two image axes; "reference": also the colour axis, as the published code does.
+        blur: "rgb" blurs the two image axes, "reference" also the colour axis, as the published code does.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:

@@ -1,4 +1,4 @@
-"""The trainer: a typed config, one readable step, and checkpoints that resume exactly."""
+"""The trainer: a typed config, the training loop, and checkpoints that resume exactly."""
 
 from __future__ import annotations
 

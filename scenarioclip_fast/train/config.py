@@ -97,7 +97,8 @@ class LossSection:
     duplicates: Literal["negatives", "positives"] = "negatives"
     """Whether equal texts of a batch are each other's negatives, as published, or positives."""
     distillation_scale: float = 1.0
-    """Weight of the distillation: 1 (published) is below 1e-4 of the loss, model.embed_dim some percent; 0: none."""
+    """Weight of the distillation; 0: none. It is below 1e-4 of the loss at 1 (published), a few percent at
+    model.embed_dim."""
     teacher_decay: float = 0.9995
     """Decay of the teacher's moving average after warm-up."""
     teacher_warmup: int = 2000
@@ -131,7 +132,7 @@ class OptimSection:
     decay_logit_scale: bool = False
     """Apply the weight decay to the temperatures too, as the published run does."""
     warmup: float = 0.1
-    """Share of all steps in which the learning rate rises linearly."""
+    """Share of all steps over which the learning rate rises linearly."""
     warmup_start: float = 1e-3
     """Learning rate of the first step, as a share of lr."""
     clip_norm: float = 1.0

@@ -1,4 +1,4 @@
-"""The trainer: builds typed parts in a fixed order and runs one readable step."""
+"""The trainer: builds the parts of a run in a fixed order and runs the training loop."""
 
 from __future__ import annotations
 

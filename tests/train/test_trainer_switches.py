@@ -189,7 +189,7 @@ def test_truncated_texts_are_reported(small: Make, shards: Path, capsys: pytest.
     config = small("train.steps=1", "model.text.context_length=5")
     trainer = Trainer(config)
     trainer.fit()
-    line = "cut to the context of 5 tokens: "
+    line = "truncated to the context of 5 tokens: "
     vocabulary = trainer.vocabulary
     longer = sum(len(ids) > 5 for ids in vocabulary.tokens("relation"))
     expected = f"{longer} of {len(vocabulary.relations)} relation texts"

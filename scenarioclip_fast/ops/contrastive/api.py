@@ -68,7 +68,7 @@ def contrastive_loss(
             so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
             process with all rows, logit_scale's included. On a GPU the host does not synchronise if the group also
             has a CPU backend (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
-        deterministic: no effect: every backend already sums in a fixed order, at no cost (only integers are added
+        deterministic: has no effect, since every backend already sums in a fixed order (only integers are added
             atomically).
         backend: "auto", "reference", "cpu" or "triton".
 

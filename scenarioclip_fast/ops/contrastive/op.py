@@ -1,9 +1,9 @@
 """The custom ops: log-sums of all levels at once and their gradients, and the optional fused means.
 
 `contrastive_forward` returns row and column log-sums and the positive logits; `contrastive_backward` turns gradients of
-those three into gradients of features and scale. The losses are plain torch on top, and collectives stay outside. A
+those three into gradients of features and scale. The losses are plain PyTorch on top, and collectives stay outside. A
 backend that defines `counts`, `means` and `means_backward` computes the mean losses of one process in two more ops,
-where plain torch would launch some fifty kernels.
+where plain PyTorch would launch some fifty kernels.
 """
 
 from __future__ import annotations
