@@ -7,7 +7,7 @@ Python loop with one KLDivLoss call per pair; the teacher is updated parameter b
 
 Tests and benchmarks compare against it, so it is not made artificially slow: attention is PyTorch's fused attention, as
 in transformers; AdamW and gradient clipping use PyTorch's defaults; token ids are inputs, while the published step
-tokenises strings. From the package it uses only the config.
+tokenizes strings. From the package it uses only the config.
 """
 
 from __future__ import annotations

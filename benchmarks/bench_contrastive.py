@@ -492,7 +492,7 @@ def minimum_cost(phase: str) -> tuple[int, int]:
 
 
 class Products:
-    """The matrix products of the loss and nothing else, block by block as the Triton form computes them.
+    """The matrix products of the loss and nothing else, block by block as the Triton backend computes them.
 
     K = width, in the operands' precision: the logits S, once forward and again backward. K = side of a block, to
     float32: G and its transpose times features; the first block of a row or column is written, the others are added.

@@ -1,5 +1,5 @@
-"""Times the tuning parameters of the Triton form of contrastive_loss on this GPU, varied one at a time, and the parts
-of a call, compared with predictions.
+"""Times the tuning parameters of contrastive_loss's Triton backend on this GPU, varied one at a time, and the parts of
+a call, compared with predictions.
 
     python benchmarks/tune_contrastive.py [--quick] [--rows 32768] [--width 512] [--out FILE.json]
 

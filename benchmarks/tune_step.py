@@ -89,7 +89,7 @@ def own_kernels() -> frozenset[str]:
 
 
 def kind_of(name: str) -> str:
-    """Classify a kernel by name: "products", "attention", "weights" (optimiser, EMA), "own" or "elementwise"."""
+    """Classify a kernel by name: "products", "attention", "weights" (optimizer, EMA), "own" or "elementwise"."""
     plain = re.sub(r"\(anonymous namespace\)::|^void ", "", name)
     if not plain.startswith(("at::", "aten::")) and re.split(r"[<(]", plain)[0].split("::")[-1] in own_kernels():
         return "own"

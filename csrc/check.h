@@ -1,4 +1,4 @@
-// Argument checks of native code. The public functions have validated user input already, so an error here means
+// Argument checks of the compiled ops. The public functions have validated user input already, so an error here means
 // that an op was called directly.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The schemas of all native ops. Kernels are registered in the file of their op. Fake kernels and autograd belong to
+// The schemas of all compiled ops. Kernels are registered in the file of their op. Fake kernels and autograd belong to
 // the Python ops that call these (scenarioclip_fast/ops); nothing else may call them.
 #include <torch/csrc/stable/library.h>
 

@@ -102,7 +102,7 @@ def run(jobs: Sequence[Job], seconds: float, grace: float) -> list[Row]:
 
 
 def shortened(log: Path, head: int = 1 << 18, tail: int = 1 << 20) -> str:
-    """The text of a log; of a very long one, only beginning and end."""
+    """The text of a log; of a very long one, only its beginning and end."""
     size = log.stat().st_size
     with log.open("rb") as file:
         if size <= head + tail:

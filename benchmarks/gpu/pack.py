@@ -54,7 +54,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a pack, or None without a pack. Raises SystemExit if it is damaged_files."""
+    """The manifest of a pack, or None without a pack. Raises SystemExit if it is damaged."""
     path = folder / "manifest.json"
     if not path.is_file():
         return None

@@ -25,7 +25,7 @@ COLUMNS = 2048
 SLICE = 256  # rows per row-wise operation: half a megabyte of intermediate results at D = 512
 
 # exp(HEADROOM) * 2^30 terms is finite in float32. A sum below FLOOR may have lost terms to underflow (exp(-87)) that
-# still count for it (2^-26 of it): exp(-87) * 2^26 = 1e-30.
+# matter in float32, at 2^-26 of the sum: exp(-87) * 2^26 = 1e-30.
 HEADROOM = 60.0
 FLOOR = 1e-29
 

@@ -555,7 +555,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 @functools.cache
 def _accumulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm accepts a float32 accumulator beside operands of `dtype`, which depends on the version of torch.
+    """Whether addmm accepts a float32 accumulator with operands of `dtype`, which depends on the version of torch.
 
     Tested with empty matrices: the arguments are checked, and nothing is launched.
     """

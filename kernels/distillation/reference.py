@@ -1,4 +1,4 @@
-"""The distillation loss in plain torch: the reference for the other backends."""
+"""The distillation loss in plain PyTorch: the reference for the other backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Focused regions and rendered views in plain torch: the reference for every backend. See README.md."""
+"""Focused regions and rendered views in plain PyTorch: the reference for every backend. See README.md."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_newest_record_with_both_sides_is_used() -> None:
     assert readme.rows([CLAIM], records)[-1] == "| a view | Pillow | 2 s | 250 ms | **8.00 x** |"
 
 
-def test_claims_that_nobody_measured_are_omitted() -> None:
+def test_unmeasured_claims_are_omitted() -> None:
     assert len(readme.rows([CLAIM], [record("half", "2026-01-02", 9.0, None)])) == 2  # the head alone
     assert readme.tables([]) == "Nothing has been measured yet."
     assert "GPU" not in readme.tables([readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")])

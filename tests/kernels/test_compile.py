@@ -1,4 +1,4 @@
-"""Kernels compile for sm_90a ahead of time and fit the machine, whether or not a GPU is here."""
+"""Kernels compile for sm_90a ahead of time and fit the machine, with or without a GPU."""
 
 from __future__ import annotations
 

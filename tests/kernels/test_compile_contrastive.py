@@ -26,7 +26,7 @@ PLANS = {
     "tf32": contrastive_triton.Plan(torch.float32, "tf32", WIDTH, 32, True),
     "tf32x3": contrastive_triton.Plan(torch.float32, "tf32x3", WIDTH, 32, True),
 }
-# Beside the gradient tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
+# Besides the gradient tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
 CANDIDATES = [contrastive_triton.Tile(256, 128, 8, stages) for stages in (3, 4)]
 DOUBLES = ("row_lse", "column_lse", "positive", "used", "grad_row", "grad_column", "grad_positive")
 
@@ -70,7 +70,7 @@ def compile_for(
 
 
 def check_products(compiler: Compiler, resources: Resources, tma: bool) -> None:
-    """Products are those of the matrix units of sm_90, not serialised, and operands come by TMA where they should."""
+    """Products use wgmma and are not serialised; operands are loaded by TMA if and only if `tma` is set."""
     assert "wgmma.mma_async" in resources.ptx and "mma.sync" not in resources.ptx
     assert ("cp.async.bulk.tensor" in resources.ptx) == tma
     warnings = compiler.warnings(resources.ptx)
@@ -100,8 +100,8 @@ def compile_tile(
     check_products(compiler, compile_for(compiler, kernel, plan, constants, **special), plan.tma)
 
 
-# Texts given or on the diagonal, through descriptors or (before sm_90) pointers. The diagonal is texts given less a few
-# registers, and pointers take most of them in bfloat16, so that neither is compiled with every precision.
+# With a text index or the diagonal, through TMA descriptors or (before sm_90) pointers. Not at every precision: the
+# diagonal takes a few registers less than an index, and pointers take the most registers in bfloat16.
 FORMS = [
     *(pytest.param(plan, True, id=f"{name}-tma-texts given") for name, plan in PLANS.items()),
     pytest.param(PLANS["bf16"], False, id="bf16-tma-diagonal"),
@@ -136,10 +136,10 @@ def test_products(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
         constants |= {"FIRST_SIDE": first_side, "num_warps": 4, "num_stages": 3}
         resources = compile_for(compiler, triton_kernels.products, plan, constants)
         check_products(compiler, resources, False)
-        # The matrix units take TF32 with the inner dimension contiguous alone: other operands are turned, number by
-        # number, on their way into shared memory.
-        turned = {4} if plan is PLANS["tf32"] else set()
-        assert set(loads(resources.ptx)) == {16} | turned
+        # The tensor cores take TF32 operands only with a contiguous inner dimension: others are transposed, element by
+        # element, on their way into shared memory.
+        transposed = {4} if plan is PLANS["tf32"] else set()
+        assert set(loads(resources.ptx)) == {16} | transposed
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

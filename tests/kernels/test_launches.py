@@ -1,4 +1,4 @@
-"""Triton's kernels through its compiler and launcher for sm_90, up to the driver: no GPU is asked for anything."""
+"""Triton's kernels through its compiler and launcher for sm_90, up to the driver; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# A driver that only pretends, on CPU tensors. What a launch is given is checked, and nothing runs.
-PRETENDER = """
+# A fake driver for CPU tensors: it checks the arguments of each launch and runs nothing.
+FAKE_DRIVER = """
 import collections, dataclasses, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import make_tensordesc_arg
@@ -122,11 +122,11 @@ print("checked")
 
 @pytest.mark.parametrize("kernels", [CONTRASTIVE, DISTILLATION], ids=["contrastive", "distillation"])
 def test_sizes_compile_nothing_anew(kernels: str, tmp_path: Path) -> None:
-    """In a process of its own, whose Triton keeps the driver."""
+    """In a separate process, because the fake driver stays active."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", PRETENDER + kernels],
+        [sys.executable, "-c", FAKE_DRIVER + kernels],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
