@@ -140,7 +140,7 @@ class SixEncoders(nn.Module):
         self.vision = nn.ModuleDict({level: VisionEncoder(config.vision, config.embed_dim) for level in LEVELS})
         self.text = nn.ModuleDict({level: TextEncoder(config.text, config.embed_dim) for level in LEVELS})
         for encoder in (*self.vision.values(), *self.text.values()):
-            encoder.freeze(config.freeze)
+            encoder.freeze(config.freeze)  # type: ignore[operator]
 
     @torch.no_grad()
     def copy_weights_of(self, model: nn.Module) -> None:

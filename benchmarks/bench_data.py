@@ -134,7 +134,7 @@ def uses_nvjpeg(form: str, device: str) -> bool:
 def pixels_of(scenes: Iterable[Scene]) -> list[Tensor]:
     """Decode with Pillow, independently of this package's decoders."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(decode_with_pillow, [scene.image for scene in scenes]))  # type: ignore[arg-type]
+        return list(pool.map(decode_with_pillow, [scene.image for scene in scenes]))
 
 
 def uniform_scenes(pictures: Iterable[bytes], n: int) -> Iterator[Scene]:

@@ -91,7 +91,7 @@ def synthetic(scenes: int, size: int, device: str = "cpu") -> BenchBatch:
 
 def from_photos(scenes: int, size: int, directory: Path) -> BenchBatch:
     """The photos whose numbers of objects and relations are closest to OBJECTS and RELATIONS, packed and loaded."""
-    found = [s for s in load_reference(PHOTOS) if s.relations]  # type: ignore[union-attr]
+    found = [s for s in load_reference(PHOTOS) if s.relations]
     found.sort(key=lambda s: abs(len(s.objects) - OBJECTS) + abs(len(s.relations) - RELATIONS))
     pack(found[:scenes], directory, val=0.0, test=0.0)
     with scene_loader(directory, scenes, size=size, augment=False, shuffle=False, epochs=1) as loader:

@@ -222,7 +222,7 @@ def bytes_to_move(scenes: list[Scene], views: Views, pixels_out: int, bytes_out:
         else:
             boxes[i] += (x2 - x1) * (y2 - y1)
     for i in views.image[views.kind == reference.RELATION].unique().tolist():
-        height, width = scenes[i].image.shape[:2]  # type: ignore[union-attr]
+        height, width = scenes[i].image.shape[:2]
         masks += len({k for r in scenes[i].relations for k in (r.subject, r.object)}) * height * width // 8
     limits = [scene.image.numel() for scene in scenes]  # type: ignore[union-attr]
     read = sum(min(3 * (a + b), limit) for a, b, limit in zip(shown, boxes, limits, strict=True))

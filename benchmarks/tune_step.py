@@ -336,9 +336,9 @@ def table(result: Result) -> str:
     total = None if predicted is None else sum(predicted.ms.values())
     lines.append(line("device total", total, device))
     lines.append(line("step, without the profiler", total, result.step_ms))
-    lines.append(line("scenes/s", predicted and predicted.scenes_per_s, 1e3 * result.scenes / result.step_ms))
-    lines.append(line("kernels, count", predicted and predicted.kernels, result.kernels))
-    lines.append(line("casts, count", predicted and predicted.casts, result.casts))
+    lines.append(line("scenes/s", predicted.scenes_per_s if predicted else None, 1e3 * result.scenes / result.step_ms))
+    lines.append(line("kernels, count", predicted.kernels if predicted else None, result.kernels))
+    lines.append(line("casts, count", predicted.casts if predicted else None, result.casts))
     host = f"  host: {result.host_ms:.1f} ms until the step is launched"
     if result.host_few_ms is not None:
         host += f", {result.host_few_ms:.1f} ms with few scenes, when the launch queue never fills"

@@ -104,7 +104,7 @@ def measured(row: Row, ms: float, predicted: float | None, scale: float) -> Row:
 
 def profiled(run: Callable[[], Any], calls: int) -> list[tuple[str, float]]:
     """(name, ms) of every kernel and copy of a call of `run`; in a rehearsal, of every operator."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     activity, kind = (
