@@ -19,7 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "the two boxes); pyramidclip (one pair of encoders for all levels). Exit code 75: stopped by a signal, state "
         "saved.",
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML config (default: the built-in defaults)")
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: built-in defaults)"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",

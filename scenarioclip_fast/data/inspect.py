@@ -49,10 +49,9 @@ class SplitStatistics:
         lines = [
             f"scenes     {self.scenes}",
             f"objects    {objects}  ({_spread(self.objects)} per scene)",
-            f"relations  {relations}  ({_spread(self.relations)} per scene; "
-            f"{self.relations.count(0)} scenes have none)",
+            f"relations  {relations}  ({_spread(self.relations)} per scene; scenes without: {self.relations.count(0)})",
             f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
-            f"image; {self.without_mask} objects have none)",
+            f"image; objects without: {self.without_mask})",
             f"all black  {self.all_black} of {objects} masked object views "
             f"({_percent(self.all_black / max(objects, 1))}): "
             "the box is outside the centre crop; object_view=crop shows them",
@@ -248,7 +247,7 @@ def inspect_shards(
         raise UserError(f"{out}: is a file; choose a directory for the pictures")
     shards = ShardSet(directory, split)
     statistics = collect_statistics(
-        read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting"))
+        read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting", unit="scenes"))
     )
     if statistics.scenes == 0:
         raise UserError(f"{directory}: split {split!r} has no usable scenes ({dict(statistics.bad) or 'it is empty'})")

@@ -178,7 +178,7 @@ def _embed_files(
     if skipped:
         listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_MAX_LISTED])
         more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
-        print(f"warning: skipped {len(skipped)} images: {listed}{more}", file=sys.stderr)
+        print(f"warning: unusable images skipped ({len(skipped)}): {listed}{more}", file=sys.stderr)
     rows = features.levels.get("global")
     image = torch.empty(0, trained.model.config.embed_dim) if rows is None else rows.image.cpu()
     return EmbeddingTable("global", features.keys, image, skipped=skipped, seconds=seconds)

@@ -124,7 +124,7 @@ class OptimSection:
     lr: float = 2e-5
     """Peak learning rate: 2e-5 for fine-tuning from CLIP, about 1e-3 from scratch."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moments."""
+    """Decay rates of AdamW's first and second moments; sgd uses the first as its momentum."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.2

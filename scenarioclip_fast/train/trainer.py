@@ -71,7 +71,7 @@ class FitResult:
             f"{end}: step {self.step} of {self.total_steps}, {self.scenes} scenes, {self.views} views; "
             f"{self.seconds:.0f} s, {self.views_per_s:.0f} views/s",
             # In a short run both means are over all steps.
-            f"loss {self.first_loss:.4f}" + f" -> {self.last_loss:.4f}" * (self.first_loss != self.last_loss),
+            f"mean loss {self.first_loss:.4f}" + f" -> {self.last_loss:.4f}" * (self.first_loss != self.last_loss),
         ]
         if self.skipped:
             lines.append(

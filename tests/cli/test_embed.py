@@ -73,7 +73,10 @@ def test_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(place, place / "images", out, "--batch-size", "2") == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"wrote {out}: 4 global embeddings of width 12 from 4 images, 1 skipped; ")
-    assert "warning: skipped 1 images: bad.jpg (truncated: 3 bytes of JPEG end inside the header)" in printed.err
+    assert (
+        "warning: unusable images skipped (1): bad.jpg (truncated: 3 bytes of JPEG end inside the header)"
+        in printed.err
+    )
     found = read(out)
     assert found.keys() == {"keys", "embeddings", "level"} and found["level"] == "global"
     assert list(found["keys"]) == ["a.jpg", "below/b.PNG", "gray.jpg", "rotated.jpg"]

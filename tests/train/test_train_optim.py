@@ -61,7 +61,7 @@ def test_the_first_rule_that_matches_a_parameter_applies() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adam", r"optim\.name: got 'adam', did you mean adamw\? expected one of adamw, sgd"),
+        ("adamv", r"optim\.name: got 'adamv', did you mean adamw\? expected one of adamw, sgd"),
         ("AdamW", r"did you mean adamw\?"),
         ("lbfgs-b", r"optim\.name: got 'lbfgs-b', expected one of adamw, sgd"),
     ],
