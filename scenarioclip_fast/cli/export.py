@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,21 +27,44 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "safetensors: the whole model in one file",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    parser.add_argument("--force", action="store_true", help="overwrite the files of an earlier export")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export the weights, and print the written files."""
+    from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
+    from scenarioclip_fast.levels import LEVELS
+    from scenarioclip_fast.output import prepare_directory, prepare_file
+    from scenarioclip_fast.requirements import require
+
+    folders = [args.out] if args.to == "safetensors" else [args.out / level for level in LEVELS]
+    files = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+    existing = [path for path in files if path.exists()]
+    if existing and not args.force:
+        raise UserError(f"{existing[0]} exists: pass --force to overwrite it, or choose another directory")
+    for folder in folders:
+        prepare_directory(folder, "--out")
+    for path in files:
+        prepare_file(path, "--out")
+    trained = open_checkpoint(args.checkpoint)
+    try:
+        for line in _write(trained, args.to, args.out):
+            print(line)
+    except require("safetensors").SafetensorError as error:
+        raise UserError(f"{args.out} not written: {error}") from None
+    return 0
+
+
+def _write(trained: OpenedCheckpoint, form: str, out: Path) -> Iterator[str]:
+    """Write the files; yield what was written."""
     from scenarioclip_fast.levels import LEVELS
     from scenarioclip_fast.model.hugging_face import CLIP_INITIAL_SCALE, export_hf
 
-    trained = open_checkpoint(args.checkpoint)
-    model, scales = trained.model, trained.scales
-    if args.to == "safetensors":
-        model.save_pretrained(args.out, scales)
-        print(f"wrote {args.out / 'model.safetensors'}")
-        return 0
+    if form == "safetensors":
+        trained.model.save_pretrained(out, trained.scales)
+        yield f"wrote {out / 'model.safetensors'}"
+        return
     for level in LEVELS:
-        export_hf(model, args.out / level, level, scales.get(level, CLIP_INITIAL_SCALE))
-        print(f"wrote {args.out / level}: a CLIPModel, with the rest of its head in projection.safetensors")
-    return 0
+        export_hf(trained.model, out / level, level, trained.scales.get(level, CLIP_INITIAL_SCALE))
+        yield f"wrote {out / level}: a CLIPModel, with the rest of its head in projection.safetensors"

@@ -60,7 +60,10 @@ def open_checkpoint(
         why = "is an unfinished run: resume it with `train --resume`" if unfinished else "has no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     config = directory / "config.yaml"
-    data = TrainConfig.load(config).data if config.is_file() else DataSection()
+    try:
+        data = TrainConfig.load(config).data if config.is_file() else DataSection()
+    except UserError as error:
+        raise UserError(str(error) if str(config) in str(error) else f"{config}: {error}") from None
     model = ScenarioCLIP.from_pretrained(directory)
     files = [directory / "model.safetensors", directory / "config.json"]
     if weights == "teacher":

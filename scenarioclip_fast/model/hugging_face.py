@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def export_hf(
         scale: the learned logit scale of the level.
 
     Raises:
-        UserError: the model has a convolutional stem, which CLIPModel lacks.
+        UserError: the model has a convolutional stem, which CLIPModel lacks, or `scale` is not a finite number above 0.
     """
     check_level(level)
+    if not 0 < scale < math.inf:
+        raise UserError(f"scale: got {scale!r}, expected a finite number above 0")
     config = model.config
     if config.vision.stem != "linear":
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model import convert
 from scenarioclip_fast.model.config import Activation, ModelConfig
 from scenarioclip_fast.model.convert import EncoderWeights, State, shorten
@@ -31,26 +33,35 @@ def save_pretrained(
     """Write `model.safetensors` and `config.json` into `directory`.
 
     scales: the learned logit scale of each level; stored in config.json for exports.
+
+    Raises:
+        UserError: an unknown level, or a scale that is not a finite number above 0.
     """
+    factors = {level: float(scale) for level, scale in (scales or {}).items()}
+    if problem := _scales_problem(factors):
+        raise UserError(problem)
     safetensors = require("safetensors.torch")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().contiguous() for name, value in state.items()}
     safetensors.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    record = {"schema": SCHEMA, "model": config.to_dict(), "scales": dict(scales or {})}
+    record = {"schema": SCHEMA, "model": config.to_dict(), "scales": factors}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def read_config(directory: str | Path) -> ModelConfig:
     """Read the config that `save_pretrained` wrote."""
     path = Path(directory) / "config.json"
+    if not path.exists() and (inner := Path(directory) / "model" / "config.json").is_file():
+        raise UserError(f"{directory} is a run directory: expected its model, {inner.parent}")
     record = read_json(path)
     if record.get("schema") != SCHEMA or "model" not in record:
         raise UserError(
             f"{path}: got schema {record.get('schema')!r}, expected {SCHEMA} and a key 'model'; "
             "use from_clip for a plain CLIP, from_reference for a checkpoint of the method's published code"
         )
-    return ModelConfig.from_dict(record["model"])
+    with _errors_prefixed_by(path):
+        return ModelConfig.from_dict(record["model"])
 
 
 def load_saved(module: nn.Module, directory: str | Path) -> None:
@@ -63,9 +74,16 @@ def read_scales(directory: str | Path) -> dict[str, float]:
     """Read the `scales` passed to `save_pretrained`; empty if none."""
     path = Path(directory) / "config.json"
     scales = read_json(path).get("scales", {})
-    if not isinstance(scales, dict) or any(type(v) is not float or v <= 0 for v in scales.values()):
-        raise UserError(f"{path}: scales: got {scales!r}, expected a factor above 0 for each level")
+    if problem := _scales_problem(scales):
+        raise UserError(f"{path}: {problem}")
     return scales
+
+
+def _scales_problem(scales: object) -> str | None:
+    good = isinstance(scales, dict) and all(
+        level in LEVELS and type(v) in (int, float) and 0 < v < math.inf for level, v in scales.items()
+    )
+    return None if good else f"scales: got {scales!r}, expected a finite factor above 0 for each of {', '.join(LEVELS)}"
 
 
 def read_clip(path: Path, activation: Activation | None = None) -> EncoderWeights:

@@ -9,7 +9,8 @@ import torch
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Views, generate_scenes
-from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model import FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig, export_hf
 from scenarioclip_fast.model.pretrained import read_scales
 from scenarioclip_fast.ops.views import CLIP_STD, render_views
 
@@ -77,3 +78,39 @@ def test_invalid_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path} has no trained model")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["safetensors", "hf"])
+def test_an_earlier_export_is_kept_without_force(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path / "run" / "model")
+    out = tmp_path / "out" if form == "safetensors" else tmp_path / "out" / "object"
+    out.mkdir(parents=True)
+    (out / "model.safetensors").write_bytes(b"kept")
+    command = ["export", str(tmp_path / "run"), "--to", form, "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "model.safetensors exists: pass --force to overwrite it" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == b"kept"
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert main([*command, "--force"]) == 0
+    assert (out / "model.safetensors").read_bytes() != b"kept"
+
+
+def test_invalid_scales_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = trained(tmp_path / "model")
+    for scales in ({"global": 0}, {"global": float("nan")}, {"global": float("inf")}, {"foo": 3.0}):
+        with pytest.raises(
+            UserError, match=r"scales: got .*, expected a finite factor above 0 for each of global, obj"
+        ):
+            model.save_pretrained(tmp_path / "new", scales)
+        assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "new", {"global": 14, "object": torch.tensor(20.0)})  # type: ignore[dict-item]
+    assert read_scales(tmp_path / "new") == {"global": 14.0, "object": 20.0}
+    for scale in (0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"scale: got .*, expected a finite number above 0"):
+            export_hf(model, tmp_path / "hf", scale=scale)
+
+
+def test_a_run_directory_is_not_a_saved_model(tmp_path: Path) -> None:
+    trained(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match=r"run is a run directory: expected its model, .*run/model"):
+        ScenarioCLIP.from_pretrained(tmp_path / "run")
