@@ -39,14 +39,29 @@ def choices_text(choices: tuple[Any, ...]) -> str:
     return ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
 
 
+def to_builtin(value: Any) -> Any:
+    """Return a NumPy scalar as the type of Python, a path as a string, and any other value as it is."""
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    return os.fsdecode(value) if isinstance(value, os.PathLike) else value
+
+
+def expand_user(config: Any, name: str) -> None:
+    """Expand the home directory in the path `name` of a config dataclass: shells do not, in `key=~/path`."""
+    if (path := getattr(config, name)) is not None and path.startswith("~"):
+        object.__setattr__(config, name, os.path.expanduser(path))
+
+
 def _checked(target: Any, value: Any) -> Any:
     """Return `value` as `target`, or raise TypeError with what was expected."""
+    value = to_builtin(value)
     origin, inner = get_origin(target), get_args(target)
     if origin in (Union, types.UnionType):  # of a type and None
         return None if value is None else _or_null(next(a for a in inner if a is not type(None)), value)
     if origin is Literal:
-        if any(choice == value and type(choice) is type(value) for choice in inner):  # 1 is not true
-            return value
+        for choice in inner:
+            if choice == value and isinstance(value, type(choice)):  # 1 is not true
+                return choice
         raise TypeError(f"one of {choices_text(inner)}")
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(inner):
@@ -71,23 +86,25 @@ def _or_null(target: Any, value: Any) -> Any:
 def _integer(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         return None
-    return value if isinstance(value, int) else int(value)
+    return int(value)  # also of a subclass, which YAML could not represent
 
 
 def _float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    return value if type(value).__module__ == "builtins" else float(value)  # type: ignore[return-value]
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return (int(value) if isinstance(value, Integral) else number) if math.isfinite(number) else None
 
 
 def _bool(value: Any) -> bool | None:
-    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
-        return bool(value)
     return value if isinstance(value, bool) else None
 
 
 def _text(value: Any) -> str | None:
-    return os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    return str(os.fsdecode(value)) if isinstance(value, str | os.PathLike) else None
 
 
 _SCALARS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _float, bool: _bool, str: _text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -59,6 +60,23 @@ def test_numpy_scalars_paths_and_lists_become_plain_values() -> None:
     assert circle == Circle(0.5, 3, True, "a/b", True, (1, 2.0), 4)
     kinds = [type(getattr(circle, f.name)) for f in fields(circle)]
     assert kinds == [float, int, bool, str, bool, tuple, int] and type(circle.centre[1]) is float
+
+
+class Name(StrEnum):
+    CIRCLE = "circle"
+    SOLID = "solid"
+
+
+class Count(IntEnum):
+    THREE = 3
+
+
+def test_subclasses_become_plain_values_too() -> None:
+    circle = Circle(segments=Count.THREE, name=np.str_("a"), fill=Name.SOLID, layer=Count.THREE)  # type: ignore[arg-type]
+    assert circle == Circle(segments=3, name="a", fill="solid", layer=3)
+    assert [type(getattr(circle, f.name)) for f in fields(circle)] == [float, int, bool, str, str, tuple, int]
+    with pytest.raises(UserError, match=r"circle\.radius: got 1000.*, expected a finite number"):
+        Circle(radius=10**400)
 
 
 def sections(config: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scenarioclip_fast.config_types import check_types
+from scenarioclip_fast.config_types import check_types, expand_user
 from scenarioclip_fast.data.remote import CACHE_GIB
 from scenarioclip_fast.errors import UserError
 
@@ -52,6 +52,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        expand_user(self, "shard_cache_dir")
         _check(self.prefetch >= 0, "prefetch", self.prefetch, "at least 0")
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
         _check(self.cache_gib >= 0, "cache_gib", self.cache_gib, "at least 0")

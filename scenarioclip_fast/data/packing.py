@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.parallel import ordered_map
@@ -77,7 +78,7 @@ class PackOptions:
     """The options of `pack` that its output depends on.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value has the wrong type or is out of range.
     """
 
     shard_size: int = 1000
@@ -87,6 +88,7 @@ class PackOptions:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.split not in ("given", "hash"):
             raise UserError(f"split: got {self.split!r}, expected given or hash")
         if self.shard_size < 1:

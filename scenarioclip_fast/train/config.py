@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from scenarioclip_fast.config_types import check_types
+from scenarioclip_fast.config_types import check_types, expand_user
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, ModelConfig
@@ -51,6 +51,7 @@ class RunSection:
 
     def __post_init__(self) -> None:
         check_types(self, "run.")
+        expand_user(self, "dir")
         _check(bool(self.dir), "run.dir", self.dir, "a directory")
         _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "above 0")
         _check(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
@@ -67,6 +68,7 @@ class DataSection(LoaderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expand_user(self, "shards")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 
@@ -80,6 +82,10 @@ class ModelSection(ModelConfig):
 
     init: str | None = None
     """A CLIP checkpoint or a `save_pretrained` directory to start from; null: random weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expand_user(self, "init")
 
     @property
     def architecture(self) -> ModelConfig:
@@ -235,6 +241,8 @@ class TrainConfig:
             UserError: an unknown key, a wrong type or a value out of range.
         """
         tree = plain(values or {})
+        if isinstance(overrides, str):
+            raise UserError(f"overrides: got the text {overrides!r}, expected a list of texts")
         given = [parse_override(text) for text in overrides]
         if any(path[0] == "train" and path[-1] in _BUDGETS for path, _ in given):
             section = tree.get("train")

@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from scenarioclip_fast.config_types import EXPECTED
+from scenarioclip_fast.config_types import EXPECTED, to_builtin
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
@@ -67,6 +67,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     yaml = require("yaml")
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _unique_key_loader())
+        if isinstance(values, dict):
+            values = plain(values)
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the config {path}: byte {error.start} is not UTF-8 text") from None
     except OSError as error:
@@ -75,6 +77,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # an impossible date; an alias of itself, or very deep nesting
+        raise UserError(f"{path} is not a config: {error}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: got {_kind(values)}, expected a mapping of config sections")
     return values or {}
@@ -172,6 +178,7 @@ def convert(key: str, target: Any, value: Any, known: Sequence[str] = ()) -> Any
     """Convert `value` to the type `target`, or raise a UserError that names `key`."""
     if is_dataclass(target) and isinstance(target, type):
         return _section(key, target, value, known)
+    value = to_builtin(value)
     origin = get_origin(target)
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, RawValue) and value.lower() in ("null", "none", "~", "")):
@@ -196,7 +203,8 @@ def convert(key: str, target: Any, value: Any, known: Sequence[str] = ()) -> Any
     if target is float and number is not None:
         return number
     if target is int and number is not None and number.is_integer():
-        return int(value) if isinstance(value, int) else int(number)
+        exact = str(value).strip().removeprefix("+")  # a float would round a large integer
+        return int(exact) if exact.removeprefix("-").isdecimal() else int(number)
     raise _wrong_type(key, target, value)
 
 
@@ -252,7 +260,7 @@ def _scalar(key: str, text: str) -> Any:
     yaml = require("yaml")
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # the latter two: an impossible date, very deep nesting
         raise UserError(f"{key}: got {str(text)!r}, which is not a YAML value") from None
 
 

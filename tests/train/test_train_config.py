@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -226,3 +227,18 @@ def test_a_repeated_key_of_a_file_is_an_error(text: str, message: str, tmp_path:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=f"config\\.yaml: key {message}"):
         TrainConfig.load(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("text", ["run: &a {seed: *a}\n", "optim: {lr: 2015-13-45}\n", "optim: " + 3000 * "["])
+def test_yaml_that_cannot_be_read_is_one_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml is not (a config|YAML)"):
+        TrainConfig.load(tmp_path / "config.yaml")
+
+
+def test_values_of_python_code() -> None:
+    config = TrainConfig.of({"run": {"dir": Path("x"), "seed": np.int64(4)}, "optim": {"lr": np.float32(0.5)}})
+    assert config == TrainConfig.of({"run": {"dir": "x", "seed": 4}, "optim": {"lr": 0.5}})
+    assert TrainConfig.of({"run": {"seed": "12345678901234567"}}).run.seed == 12345678901234567
+    with pytest.raises(UserError, match=r"overrides: got the text 'run\.seed=3', expected a list"):
+        TrainConfig.of(None, "run.seed=3")
