@@ -69,6 +69,22 @@ class World:
             dist.barrier(group=self.group)
 
 
+def world_size() -> int:
+    """The number of ranks that torchrun started; 1 without it.
+
+    Raises:
+        UserError: WORLD_SIZE is not a number.
+    """
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def _from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise UserError(f"{name}: got {value!r}, expected a number, as torchrun sets it")
+    return int(value)
+
+
 @contextmanager
 def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device") -> Iterator[World]:
     """Join the world described by torchrun's variables or an initialised process group; leave it on exit.
@@ -76,8 +92,8 @@ def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device"
     If a rank dies, never joins or is silent for `timeout_s`, the other ranks end: with TrainingFailed, which gives the
     cause, or, if blocked in a collective, with one error line and exit code 1.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    local = _from_environment("LOCAL_RANK", 0)
+    size = dist.get_world_size() if dist.is_initialized() else world_size()
     target = pick_device(device, setting)
     if target.type == "cuda":
         target = pick_device(f"cuda:{local if size > 1 else target.index or 0}", setting)

@@ -36,18 +36,31 @@ OnSkip = Callable[[SkippedImage], None]
 def find_images(source: str | Path) -> list[Path]:
     """List the image files and tars at or below `source`, sorted; hidden files are excluded.
 
+    Links are followed. Broken links to images are listed as well, so that reading reports them.
+
     Raises:
         UserError: `source` does not exist or contains no images.
     """
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or directory")
-    paths = [source] if source.is_file() else source.rglob("*")
+    paths = [source] if source.is_file() else _walk(source)
     usable = (*SUFFIXES, ".tar")
-    found = sorted(p for p in paths if p.suffix.lower() in usable and not p.name.startswith(".") and p.is_file())
+    found = sorted(p for p in paths if p.suffix.lower() in usable and not p.name.startswith("."))
     if not found:
         raise UserError(f"{source}: no images found, expected files ending in {', '.join(usable)}")
     return found
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files and broken links below `root`, each folder once even if links lead to it again."""
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in files if not (path := Path(folder, name)).exists() or path.is_file())
 
 
 def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:

@@ -18,6 +18,7 @@ from scenarioclip_fast.data.decode import make_decoder
 from scenarioclip_fast.data.images import SkippedImage, find_images, image_batches, read_images
 from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.devices import pick_device
+from scenarioclip_fast.distributed import world_size
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import Weights, open_checkpoint
 from scenarioclip_fast.eval.features import Features, embed_views, split_features
@@ -158,7 +159,7 @@ def _embed_files(
     device: str,
     decoder: str | None,
 ) -> EmbeddingTable:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError(f"{images}: folders and tars are embedded in one process; pack the images to use torchrun")
     on = pick_device(device)
     paths = find_images(images)

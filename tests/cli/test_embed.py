@@ -136,6 +136,19 @@ def test_parquet(place: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(found["embedding"].to_pylist(), np.float32), table.embeddings.numpy())
 
 
+def test_links_are_followed_and_broken_ones_listed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "photos").symlink_to(place / "images" / "below")
+    (folder / "again").symlink_to(folder)  # a loop
+    (folder / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert run(place, folder, tmp_path / "out.npz") == 0
+    assert read(tmp_path / "out.npz")["keys"].tolist() == ["photos/b.PNG"]
+    assert "unusable images skipped (1): gone.jpg (unreadable: " in capsys.readouterr().err
+
+
 def test_file_names_that_are_not_utf_8(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     data = (place / "images" / "a.jpg").read_bytes()
