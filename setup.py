@@ -85,8 +85,14 @@ def cuda_obstacle() -> str | None:
 def cuda_architectures() -> str:
     if chosen := os.environ.get("SCENARIOCLIP_FAST_ARCHS"):
         return chosen
-    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return ";".join(arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known) + "+PTX"
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True)
+    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in listed.stdout]
+    if listed.returncode != 0 or not archs:
+        sys.exit(
+            f"error: {shutil.which('nvcc')} --list-gpu-arch names none of sm_80, sm_90 and sm_100: repair the toolkit, "
+            "set SCENARIOCLIP_FAST_ARCHS, or set SCENARIOCLIP_FAST_BUILD=cpu to build without CUDA"
+        )
+    return ";".join(archs) + "+PTX"
 
 
 def pybind11_include(torch: Path) -> Path:

@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     # argparse assigns everything after `--variants a b` to the variants, including the data set and overrides.
     listed = [name for text in args.variants or () for name in ([text] if "=" in text else text.split(","))]
     names = [text for text in listed if text in VARIANTS or not ("=" in text or Path(text).is_dir())]
-    overrides = [text for text in [*args.overrides, *listed] if "=" in text]
-    paths = [text for text in [*args.overrides, *listed] if "=" not in text and text not in names]
+    others = [text for text in [*args.overrides, *listed] if text not in names]
+    overrides = [text for text in others if "=" in text and not Path(text).is_dir()]
+    paths = [text for text in others if text not in overrides]
     if len(paths) > 1:
         raise UserError(f"got {' and '.join(paths)}, expected one SHARDS directory; overrides have the form key=value")
     if args.batch_size < 1:

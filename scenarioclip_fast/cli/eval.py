@@ -147,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate on all ranks; the main process prints the table and writes the requested files."""
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.session import open_session
+    from scenarioclip_fast.requirements import require
 
     if min(getattr(args, "top", [1])) < 1:
         raise UserError(f"--top: got {' '.join(map(str, args.top))}, expected numbers >= 1")
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--batch-size: got {args.batch_size}, expected at least 1")
     if args.kind == "tsne" and args.report is None:
         args.report = Path(args.checkpoint) / "tsne"
+    if args.report is not None:
+        require("matplotlib")  # before the evaluation
     with open_session(
         args.checkpoint,
         args.shards,

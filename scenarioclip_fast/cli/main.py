@@ -87,6 +87,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         argv: command-line arguments; None: sys.argv[1:].
         prog: program name in usage messages.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: `command >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; matplotlib's import fails on an unknown name, as in notebooks
     try:
         try:
             return _run(sys.argv[1:] if argv is None else argv, prog)
@@ -110,6 +114,8 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _fail(f"{error.filename}: {error.strerror}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return _fail(f"{error.filename or 'while writing'}: {error.strerror}", 1)
@@ -118,7 +124,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 def _run(argv: Sequence[str], prog: str) -> int:
     # Import only the module of the requested command, to start fast.
     parser = build_parser(prog, argv[:1] if argv and argv[0] in COMMANDS else COMMANDS)
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args([_expand_user(text) for text in argv])
     accepts_overrides = hasattr(args, "overrides")
     if rest and (not accepts_overrides or any(text.startswith("-") for text in rest)):
         parser.prog += f" {args.command}"
@@ -130,6 +136,12 @@ def _run(argv: Sequence[str], prog: str) -> int:
     check_installed()
     code: int = importlib.import_module(f"scenarioclip_fast.cli.{args.command}").run(args)
     return code
+
+
+def _expand_user(argument: str) -> str:
+    """Expand the home directory in `--option=~/path`, which shells leave as it is."""
+    option, equals, value = argument.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("-") and value.startswith("~") else argument
 
 
 def _options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:

@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     """Train and print a summary."""
     from scenarioclip_fast.train.config import OptimSection, TrainConfig
 
-    if isinstance(args.resume, str) and "=" in args.resume:  # `--resume optim.lr=1e-4`: an override, not a path
+    if (
+        isinstance(args.resume, str) and "=" in args.resume and not Path(args.resume).exists()
+    ):  # `--resume optim.lr=1e-4`: an override, not a path
         args.overrides.append(args.resume)
         args.resume = True
     _check_resume(args.resume)
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_resume(resume: str | bool) -> None:
     words = ("auto", "best")
+    if resume == "":
+        raise UserError("--resume: got an empty value, expected auto, best or a path")
     if isinstance(resume, bool) or resume in words or Path(resume).exists():
         return
     if near := nearest(resume, words):

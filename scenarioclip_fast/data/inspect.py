@@ -245,6 +245,7 @@ def inspect_shards(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a directory for the pictures")
+    require("matplotlib")  # before all scenes are read
     shards = ShardSet(directory, split)
     statistics = collect_statistics(
         read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting", unit="scenes"))

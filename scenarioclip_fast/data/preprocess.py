@@ -104,7 +104,7 @@ def _as_tensor(image: Any, name: str) -> Tensor:  # [H, W, 3] uint8
     if pil is not None and isinstance(image, pil.Image):
         try:
             image = pillow_to_rgb(image)
-        except DecodeError as error:
+        except (DecodeError, OSError, ValueError) as error:  # the latter two: truncated, closed, of an unknown mode
             raise UserError(f"{name}: {error}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:

@@ -104,7 +104,7 @@ def render_views(
     if size < 1:
         raise ValueError(f"size: got {size}, expected at least 1")
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16 or float16")
+        raise ValueError(f"dtype: got {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float16")
     if memory_format not in _LAYOUTS:
         raise ValueError(f"memory_format: got {memory_format}, expected contiguous_format or channels_last")
     for name, numbers in (("mean", mean), ("std", std)):

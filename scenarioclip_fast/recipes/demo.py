@@ -35,6 +35,7 @@ from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
+from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
@@ -106,6 +107,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         UserError: `config.out` is not empty and was not written by a demo.
         KeyboardInterrupt: a signal stopped training.
     """
+    require("matplotlib")  # before the training
     device = pick_device(config.device)
     out = _prepare(config.out, config)
     timer = _StepTimer(6)

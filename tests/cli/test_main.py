@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scenarioclip_fast.cli import doctor
 from scenarioclip_fast.cli.main import COMMANDS, build_parser, main
@@ -112,6 +113,12 @@ def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.Ca
         ("train -c=", "config '': expected a YAML file, or one of"),
         ("train -c .", "cannot read the config .: Is a directory"),
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
+        ("train --resume=", "--resume: got an empty value, expected auto, best or a path"),
+        ("train --print-config optim.lr=2015-13-45", "optim.lr: got '2015-13-45', which is not a YAML value"),
+        ("train --print-config optim.betas=" + 3000 * "[", "which is not a YAML value"),
+        ("report " + 300 * "x", "File name too long"),
+        ("pack " + 300 * "x" + " --out packed", "File name too long"),
+        ("export missing --to hf --out " + 300 * "x", "File name too long"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
         ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a finite number"),
         ("train --print-config optim.name=adamwf", "optim.name: got 'adamwf', did you mean adamw?"),
@@ -129,6 +136,26 @@ def test_invalid_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(stream: str) -> None:
+    closed = {"stdout": ">&-", "stderr": "2>&-"}[stream]
+    done = subprocess.run(
+        ["bash", "-c", f"{' '.join(MODULE)} train --print-config {closed}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert bool(done.stdout) == (stream == "stderr")
+
+
+def test_home_directories_are_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", "--print-config", "run.dir=~/run", "data.shards=~/shards", "model.init=~/clip"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["run"]["dir"] == f"{tmp_path}/run" and config["data"]["shards"] == f"{tmp_path}/shards"
+    assert config["model"]["init"] == f"{tmp_path}/clip"
+    assert main(["scenes", "--out=~/scenes", "-n", "2"]) == 0
+    assert (tmp_path / "scenes").is_dir()
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,17 +82,18 @@ def check_format(name: str) -> None:
         raise UserError(f"format: got {name!r}, expected one of {', '.join(format_names())}")
 
 
-def open_source(paths: Sequence[str | Path], format: str = AUTO, *, max_pixels: int) -> Source:
+def open_source(paths: str | Path | Sequence[str | Path], format: str = AUTO, *, max_pixels: int) -> Source:
     """Open a data set on disk.
 
     Args:
-        paths: paths of the data set; most formats expect a single directory.
+        paths: path or paths of the data set; most formats expect a single directory.
         format: a registered name, or "auto" to detect the format.
         max_pixels: larger images are rejected.
 
     Raises:
         UserError: no format or several recognise the paths, or the data set is unusable.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     return get_format(recognise(paths) if format == AUTO else format).open(paths, max_pixels)
 
 
@@ -130,6 +131,8 @@ def _usable_formats() -> dict[str, SourceFormat]:
 def _recognises(name: str, source_format: SourceFormat, paths: Sequence[str | Path]) -> bool:
     try:
         return source_format.recognises(paths)
+    except OSError:  # of the path
+        raise
     except Exception as error:  # of another package: anything
         _log.warning("ignored: format %r cannot inspect %s: %s: %s", name, paths[0], type(error).__name__, error)
         return False
