@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.cli.train import add_config_argument
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -19,9 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "the two boxes); pyramidclip (one pair of encoders for all levels). Exit code 75: stopped by a signal, state "
         "saved.",
     )
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: built-in defaults)"
-    )
+    add_config_argument(parser)
     parser.add_argument(
         "overrides",
         nargs="*",

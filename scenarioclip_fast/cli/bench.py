@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("bench: got --device and --rehearse, which always runs on the CPU: expected only one of them")
     if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
+    if args.report and "{" in args.out.name:
+        raise UserError(
+            f"--out: got {args.out}, but {{date}} and {{device}} are replaced only when something is measured"
+        )
     if args.report:
         records = [read_record(path) for path in args.report]
         print(f"report: {write_report(records, args.out)}")

@@ -124,6 +124,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 def _run(argv: Sequence[str], prog: str) -> int:
     # Import only the module of the requested command, to start fast.
     parser = build_parser(prog, argv[:1] if argv and argv[0] in COMMANDS else COMMANDS)
+    for text in argv:
+        if text == "" or (text.startswith("-") and text.endswith("=")):
+            parser.error(f"got an empty value{f' in {text}' if text else ''}: is a shell variable unset?")
     args, rest = parser.parse_known_args([_expand_user(text) for text in argv])
     accepts_overrides = hasattr(args, "overrides")
     if rest and (not accepts_overrides or any(text.startswith("-") for text in rest)):

@@ -13,6 +13,17 @@ from scenarioclip_fast.suggest import nearest
 STOPPED = 75
 
 
+class _Once(argparse.Action):
+    """Stores the value of an option that may be given only once; argparse would keep the last one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"got {option} twice: name one config, and override its keys with key=value")
+        setattr(namespace, self.dest, value)
+
+
 class _Help(argparse.Action):
     """Prints the usage and all config keys."""
 
@@ -21,6 +32,17 @@ class _Help(argparse.Action):
 
         print(parser.format_help(), text(), sep="\n")
         parser.exit()
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a config."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        action=_Once,
+        metavar="FILE",
+        help="YAML file, or tiny, fast or reference (default: built-in defaults)",
+    )
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,9 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         add_help=False,
     )
     parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this message and all config keys, and exit")
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", help="YAML file, or tiny, fast or reference (default: built-in defaults)"
-    )
+    add_config_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of FILE: optim.lr=1e-4")
     parser.add_argument(
         "--resume",
@@ -82,8 +102,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_resume(resume: str | bool) -> None:
     words = ("auto", "best")
-    if resume == "":
-        raise UserError("--resume: got an empty value, expected auto, best or a path")
     if isinstance(resume, bool) or resume in words or Path(resume).exists():
         return
     if near := nearest(resume, words):

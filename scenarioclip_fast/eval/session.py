@@ -90,13 +90,15 @@ def open_session(
         shards: directory written by `pack`, or its URL.
         device: auto, cpu, cuda or cuda:N.
         batch_size: scenes per batch and rank.
-        overrides: fields of `LoaderConfig` that replace those of the training run; None keeps the run's value.
+        overrides: fields of `LoaderConfig`, except augment, that replace those of the training run; None keeps the
+            run's value.
 
     Raises:
         UserError: no such checkpoint, data set or device, or the texts do not match the model.
         TypeError: an unknown override.
     """
-    check_keywords("open_session", overrides, [f.name for f in fields(LoaderConfig)])
+    known = [f.name for f in fields(LoaderConfig) if f.name != "augment"]  # evaluations never augment
+    check_keywords("open_session", overrides, known)
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
     with join_world(device, _TIMEOUT_S) as world:

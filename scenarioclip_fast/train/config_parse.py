@@ -239,6 +239,9 @@ def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:
 def _unknown(key: str, siblings: list[str], known: Sequence[str]) -> UserError:
     # Either the last part is right and the section wrong (train.lr), or vice versa (optim.decay).
     name = key.rpartition(".")[2]
+    if key in known:  # `run.seed: 1` in a file
+        section = key.rpartition(".")[0]
+        return UserError(f"unknown config key {key!r}: write it as {name} in the section {section}")
     near = [ALIASES[name]] if name in ALIASES else [k for k in known if k.rpartition(".")[2] == name]
     if found := near[0] if near else nearest(key, known):
         return UserError(f"unknown config key {key}: did you mean {found}?")

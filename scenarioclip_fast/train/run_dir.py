@@ -27,6 +27,8 @@ def open_run_dir(config: TrainConfig, world: World, resume: bool) -> Iterator[No
         raise UserError(
             f"{config.run.dir} contains checkpoints of an earlier run: continue with --resume, or set another run.dir"
         )
+    if (Path(config.run.dir) / "manifest.json").is_file():
+        raise UserError(f"run.dir: {config.run.dir} is a packed data set: choose another directory")
     with ExitStack() as stack:
         if world.is_main_process:
             try:

@@ -91,6 +91,10 @@ def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         ("train --optim.lr=1e-4", "unrecognized arguments: --optim.lr=1e-4: did you mean optim.lr=1e-4, without"),
         ("train --optim.lr 1e-4", "did you mean optim.lr=VALUE, without dashes?"),
         ("train -c", "argument -c/--config: expected one argument"),
+        ("train -c=", "got an empty value in -c=: is a shell variable unset?"),
+        ("train --resume=", "got an empty value in --resume=: is a shell variable unset?"),
+        ("train -c tiny -c fast", "got -c twice: name one config"),
+        ("ablate -c tiny --config fast", "got --config twice: name one config"),
         ("--print-completion csh", "argument --print-completion: got 'csh': did you mean tcsh?"),
     ],
 )
@@ -110,12 +114,11 @@ def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.Ca
         ("train tiny.yaml", "got 'tiny.yaml', expected key=value: did you mean -c tiny.yaml?"),
         ("train -c missing.yaml", "cannot read the config missing.yaml: No such file or directory"),
         ("train -c tinny", "config 'tinny': did you mean tiny? expected a YAML file, or one of fast, reference, tiny"),
-        ("train -c=", "config '': expected a YAML file, or one of"),
         ("train -c .", "cannot read the config .: Is a directory"),
         ("train lr=1", "unknown config key lr: did you mean optim.lr?"),
-        ("train --resume=", "--resume: got an empty value, expected auto, best or a path"),
         ("train --print-config optim.lr=2015-13-45", "optim.lr: got '2015-13-45', which is not a YAML value"),
         ("train --print-config optim.betas=" + 3000 * "[", "which is not a YAML value"),
+        ("bench --report x --out {date}", "--out: got {date}, but {date} and {device} are replaced only when"),
         ("report " + 300 * "x", "File name too long"),
         ("pack " + 300 * "x" + " --out packed", "File name too long"),
         ("export missing --to hf --out " + 300 * "x", "File name too long"),
@@ -136,6 +139,12 @@ def test_invalid_input_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_empty_argument_is_invalid(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["embed", "", "photos", "--out", "a.npz"])
+    assert "error: got an empty value: is a shell variable unset?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

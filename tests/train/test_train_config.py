@@ -242,3 +242,9 @@ def test_values_of_python_code() -> None:
     assert TrainConfig.of({"run": {"seed": "12345678901234567"}}).run.seed == 12345678901234567
     with pytest.raises(UserError, match=r"overrides: got the text 'run\.seed=3', expected a list"):
         TrainConfig.of(None, "run.seed=3")
+
+
+def test_a_dotted_key_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run.seed: 7\n")
+    with pytest.raises(UserError, match=r"unknown config key 'run\.seed': write it as seed in the section run"):
+        TrainConfig.load(tmp_path / "config.yaml")

@@ -297,6 +297,12 @@ def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
         Trainer(config).fit()
 
 
+def test_a_packed_data_set_is_no_run_directory(small: Make, shards: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.dir: .* is a packed data set: choose another directory"):
+        Trainer(small("train.steps=1", f"run.dir={shards}")).fit()
+    assert not (shards / "checkpoints").exists()
+
+
 def test_a_run_directory_is_locked(small: Make) -> None:
     config = small("train.steps=2")
 
