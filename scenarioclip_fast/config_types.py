@@ -1,4 +1,4 @@
-"""Check the field types of config dataclasses, which Python leaves unchecked. Does not import torch."""
+"""Check and format the values of config dataclasses, whose types Python does not check. Does not import torch."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ def check_types(config: Any, prefix: str = "") -> None:
             object.__setattr__(config, name, checked)
 
 
-def choices_text(choices: tuple[Any, ...]) -> str:
-    """List the values of a Literal as in YAML."""
-    return ", ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices)
+def to_yaml_text(value: object) -> str:
+    """Format a default or a choice as in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(to_yaml_text, value))}]"
+    return str(value) if value != "" else '""'
 
 
 def to_builtin(value: Any) -> Any:
@@ -62,7 +66,7 @@ def _checked(target: Any, value: Any) -> Any:
         for choice in inner:
             if choice == value and isinstance(value, type(choice)):  # 1 is not true
                 return choice
-        raise TypeError(f"one of {choices_text(inner)}")
+        raise TypeError(f"one of {', '.join(map(to_yaml_text, inner))}")
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(inner):
             return tuple(map(_checked, inner, value))

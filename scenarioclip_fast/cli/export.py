@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from scenarioclip_fast.eval.checkpoint import OpenedCheckpoint
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from scenarioclip_fast.errors import UserError
     from scenarioclip_fast.eval.checkpoint import open_checkpoint
     from scenarioclip_fast.levels import LEVELS
+    from scenarioclip_fast.model.hugging_face import CLIP_INITIAL_SCALE, export_hf
     from scenarioclip_fast.output import prepare_directory, prepare_file
     from scenarioclip_fast.requirements import require
 
@@ -49,22 +45,13 @@ def run(args: argparse.Namespace) -> int:
         prepare_file(path, "--out")
     trained = open_checkpoint(args.checkpoint)
     try:
-        for line in _write(trained, args.to, args.out):
-            print(line)
+        if args.to == "safetensors":
+            trained.model.save_pretrained(args.out, trained.scales)
+            print(f"wrote {args.out / 'model.safetensors'}")
+        else:
+            for level, folder in zip(LEVELS, folders, strict=True):
+                export_hf(trained.model, folder, level, trained.scales.get(level, CLIP_INITIAL_SCALE))
+                print(f"wrote {folder}: a CLIPModel, with the rest of its head in projection.safetensors")
     except require("safetensors").SafetensorError as error:
         raise UserError(f"{args.out} not written: {error}") from None
     return 0
-
-
-def _write(trained: OpenedCheckpoint, form: str, out: Path) -> Iterator[str]:
-    """Write the files; yield what was written."""
-    from scenarioclip_fast.levels import LEVELS
-    from scenarioclip_fast.model.hugging_face import CLIP_INITIAL_SCALE, export_hf
-
-    if form == "safetensors":
-        trained.model.save_pretrained(out, trained.scales)
-        yield f"wrote {out / 'model.safetensors'}"
-        return
-    for level in LEVELS:
-        export_hf(trained.model, out / level, level, trained.scales.get(level, CLIP_INITIAL_SCALE))
-        yield f"wrote {out / level}: a CLIPModel, with the rest of its head in projection.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def preprocess(
         TypeError: not an image.
         ValueError: an array has the wrong shape or dtype, or `size` is not a positive integer.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
         raise UserError(f"size: got {size!r}, expected the side of the output in pixels, an integer of at least 1")
     device = pick_device(device)
     many = list(images) if isinstance(images, (list, tuple)) else [images]

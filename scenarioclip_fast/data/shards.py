@@ -35,6 +35,11 @@ class BadSample(ValueError):
         return f"{self.key}: {self.reason}: {self.detail}"
 
 
+def is_packed(directory: str | Path) -> bool:
+    """Whether `directory` is a local packed data set."""
+    return (Path(directory) / "manifest.json").is_file()
+
+
 class ShardSet:
     """The scenes of one split, in the order of the index.
 

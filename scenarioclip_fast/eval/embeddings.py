@@ -17,6 +17,7 @@ from torch import Tensor
 from scenarioclip_fast.data.decode import make_decoder
 from scenarioclip_fast.data.images import SkippedImage, find_images, image_batches, read_images
 from scenarioclip_fast.data.remote import is_url
+from scenarioclip_fast.data.shards import is_packed
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.distributed import world_size
 from scenarioclip_fast.errors import UserError
@@ -128,7 +129,7 @@ def embed(
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
     if out is not None:
         EmbeddingTable._writer(Path(out), force)
-    if is_url(images) or (Path(images) / "manifest.json").is_file():
+    if is_url(images) or is_packed(images):
         options = {"weights": weights, "batch_size": batch_size, "device": device, "decoder": decoder}
         with open_session(checkpoint, images, **options) as session:  # type: ignore[arg-type]
             start = time.monotonic()

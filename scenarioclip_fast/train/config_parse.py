@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from scenarioclip_fast.config_types import EXPECTED, to_builtin
+from scenarioclip_fast.config_types import EXPECTED, to_builtin, to_yaml_text
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
@@ -206,15 +206,6 @@ def convert(key: str, target: Any, value: Any, known: Sequence[str] = ()) -> Any
         exact = str(value).strip().removeprefix("+")  # a float would round a large integer
         return int(exact) if exact.removeprefix("-").isdecimal() else int(number)
     raise _wrong_type(key, target, value)
-
-
-def to_yaml_text(value: object) -> str:
-    """Format a default or a choice as in YAML."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(to_yaml_text, value))}]"
-    return str(value) if value != "" else '""'
 
 
 def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:

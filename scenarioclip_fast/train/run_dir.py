@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from scenarioclip_fast.data.shards import is_packed
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.train.checkpoint import Checkpoints
@@ -27,7 +28,7 @@ def open_run_dir(config: TrainConfig, world: World, resume: bool) -> Iterator[No
         raise UserError(
             f"{config.run.dir} contains checkpoints of an earlier run: continue with --resume, or set another run.dir"
         )
-    if (Path(config.run.dir) / "manifest.json").is_file():
+    if is_packed(config.run.dir):
         raise UserError(f"run.dir: {config.run.dir} is a packed data set: choose another directory")
     with ExitStack() as stack:
         if world.is_main_process:

@@ -54,6 +54,7 @@ def test_all_kinds_of_input_give_the_same_pixels(tmp_path: Path) -> None:
         assert torch.equal(scf.preprocess(one, size=16), expected)
     assert torch.equal(scf.preprocess(many, size=16), expected.expand(len(many), -1, -1, -1))
     assert scf.preprocess([], size=16).shape == (0, 3, 16, 16)
+    assert torch.equal(scf.preprocess(image, size=np.int64(16)), expected)  # type: ignore[arg-type]
     assert scf.preprocess(image, size=16, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
