@@ -392,7 +392,8 @@ def sampled(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> dict[st
         out[f"sums of each {name}"] = ((own_sums[picked] - sums).exp(), torch.ones_like(sums))
         g = ((logits - sums[:, None]).exp() + (logits - other_sums).exp()) / (2 * n)
         g[torch.arange(len(picked), device=g.device), picked] -= 1 / n
-        expected = reference.unit_rows_backward(raw[picked].double(), scale.double() * g @ other)
+        chosen = raw[picked].double()
+        expected = reference.unit_rows_backward(chosen, reference.inverse_norms(chosen), scale.double() * g @ other)
         if grad is not None:
             out[f"d {name}"] = (grad[picked], expected)
     return out

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.errors import MissingDependencyError, UserError
     from scenarioclip_fast.model import ScenarioCLIP
     from scenarioclip_fast.train import TrainConfig, Trainer
+    from scenarioclip_fast.workspace import use_workspace
 else:
     __getattr__, __dir__ = attach(
         __name__,
@@ -25,6 +26,7 @@ else:
             "errors": ["MissingDependencyError", "UserError"],
             "model": ["ScenarioCLIP"],
             "train": ["TrainConfig", "Trainer"],
+            "workspace": ["use_workspace"],
         },
         modules=["data", "env", "eval", "losses", "model", "ops", "report", "train"],
     )
@@ -48,4 +50,5 @@ __all__ = [
     "report",
     "train",
     "use_backend",
+    "use_workspace",
 ]

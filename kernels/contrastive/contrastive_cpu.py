@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import per_level
-from .reference import unit_rows, unit_rows_backward
+from .reference import inverse_norms, unit_rows, unit_rows_backward
 
 # A float32 tile of 16 MB. Smaller tiles (down to 512 x 1,024) are as fast on dedicated cores; on shared cores every
 # operation on a tile waits for the slowest thread, so few large operations are better.
@@ -68,11 +68,14 @@ def level_forward(
     index: Tensor | None = None,  # [N] int64
     weight: Tensor | None = None,  # [U]
     normalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N], float64
-    x, y = unit_rows(image, normalize).contiguous(), unit_rows(text, normalize).contiguous()
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N], inverse norms [N], [U]
+    norms = inverse_norms(image, normalize), inverse_norms(text, normalize)
+    x, y = unit_rows(image, norms[0]).contiguous(), unit_rows(text, norms[1]).contiguous()
     n, u = len(x), len(y)
     if n == 0 or u == 0:
-        return tuple(x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))  # type: ignore[return-value]
+        row_lse, col_lse, logit = (x.new_full((k,), -torch.inf, dtype=torch.float64) for k in (n, u, n))
+        return row_lse, col_lse, logit, *norms
     offset = _offset(x, y, scale, normalize)
     x = x * scale.to(x.dtype)
     positive_column = torch.arange(n, device=x.device) if index is None else index
@@ -88,8 +91,8 @@ def level_forward(
         col[j] += e.sum(0)
         row[i] += e.sum(1) if w is None else e @ w[j]
     if _in_range(row) and _in_range(col):
-        return row.double().log_().add_(offset), col.double().log_().add_(offset), positive.double()
-    return *_running_maxima(x, y, w, buffer), positive.double()
+        return row.double().log_().add_(offset), col.double().log_().add_(offset), positive.double(), *norms
+    return *_running_maxima(x, y, w, buffer), positive.double(), *norms
 
 
 def _in_range(sums: Tensor) -> bool:
@@ -118,14 +121,18 @@ def level_backward(
     weight: Tensor | None,  # [U]
     row_lse: Tensor,  # [N]
     col_lse: Tensor,  # [U]
+    positive: Tensor,  # [N]
+    by_row: Tensor,  # [N] one over the norm of each image row
+    by_text: Tensor,  # [U]
     grad_row: Tensor,  # [N]
     grad_col: Tensor,  # [U]
     grad_positive: Tensor,  # [N]
+    kept: Tensor | None = None,
     normalize: bool = True,
     need_image: bool = True,
     need_text: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D] (empty where not needed), d_scale []
-    x, y = unit_rows(image, normalize).contiguous(), unit_rows(text, normalize).contiguous()
+    x, y = unit_rows(image, by_row).contiguous(), unit_rows(text, by_text).contiguous()
     n, u = len(x), len(y)
     offset = _offset(x, y, scale, normalize) if n and u else 0.0
     s = scale.to(x.dtype)
@@ -164,8 +171,8 @@ def level_backward(
     parts = zip(product.split(SLICE), rows.split(SLICE), strict=True)
     d_scale = torch.stack([(p * r).sum(dtype=torch.float64) for p, r in parts]).sum().to(s.dtype) / s
     return (
-        _finish(image, d_x.mul_(s), normalize) if need_image else image.new_empty(0),
-        _finish(text, d_y, normalize) if need_text else text.new_empty(0),
+        _finish(image, by_row, d_x.mul_(s), normalize) if need_image else image.new_empty(0),
+        _finish(text, by_text, d_y, normalize) if need_text else text.new_empty(0),
         d_scale,
     )
 
@@ -181,9 +188,9 @@ def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:
     return (logits - high).exp_().mul_((high - log_sum).exp().to(logits.dtype))
 
 
-def _finish(x: Tensor, d_unit: Tensor, normalize: bool) -> Tensor:  # [N, D], [N, D] -> [N, D]
+def _finish(x: Tensor, inverse: Tensor, d_unit: Tensor, normalize: bool) -> Tensor:  # [N, D], [N], [N, D] -> [N, D]
     out = d_unit if d_unit.dtype == x.dtype else torch.empty_like(x)
     for i in range(0, len(x), SLICE):
         rows = slice(i, i + SLICE)
-        out[rows] = unit_rows_backward(x[rows], d_unit[rows], normalize)
+        out[rows] = unit_rows_backward(x[rows], inverse[rows], d_unit[rows], normalize)
     return out

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .per_level import Saved
 from .reference import EPS
 from .triton_kernels import (
     LEVELS,
@@ -35,6 +36,7 @@ from .triton_kernels import (
     tile_sums,
     unit_rows,
 )
+from .workspace import kept_dtype
 
 PRODUCT_BLOCK = 64
 GROUPED = 4096 * 4096  # batches of levels with at most this many logits share their launches
@@ -251,25 +253,27 @@ def forward(
     index: Tensor | None,  # [sum N_l] int64
     weight: Tensor | None,  # [sum U_l] float32, or counts as int32
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [sum N_l], col_lse [sum U_l], positive [sum N_l], float64
+    budget: int,  # nothing is kept
+) -> Saved:
     with torch.cuda.device_of(scale):  # Triton launches on the current device, not on that of its arguments
         parts = [_forward(batch) for _, _, batch in _batches(image, text, scale, index, weight, normalize)]
-    if len(parts) == 1:
-        return parts[0]
-    row, column, positive = (torch.cat(part) for part in zip(*parts, strict=True))
-    return row, column, positive
+    row, column, positive, by_row, by_text = (
+        part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return row, column, positive, torch.cat([by_row, by_text]), scale.new_empty(0, dtype=kept_dtype(scale))
 
 
-def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan, rows, texts = batch.plan, batch.rows, batch.texts
     n, u = sum(rows), sum(texts)
     device = batch.scale.device
     if not n or not u:
         row_lse, column_lse = (torch.full((k,), -torch.inf, dtype=torch.float64, device=device) for k in (n, u))
-        return row_lse, column_lse, torch.full_like(row_lse, torch.nan)
+        x_inverse, y_inverse = (_units(side, plan, batch.normalize)[1] for side in (batch.image, batch.text))
+        return row_lse, column_lse, torch.full_like(row_lse, torch.nan), x_inverse, y_inverse
     cosine = torch.empty(n, dtype=torch.float32, device=device)
-    x, _ = _units(batch.image, plan, batch.normalize, cosine)
-    y, _ = _units(batch.text, plan, batch.normalize)
+    x, x_inverse = _units(batch.image, plan, batch.normalize, cosine)
+    y, y_inverse = _units(batch.text, plan, batch.normalize)
     row_lse, positive = (torch.empty(n, dtype=torch.float64, device=device) for _ in range(2))
     column_lse = torch.empty(u, dtype=torch.float64, device=device)
     tile = plan.sum_tile(batch.alone)
@@ -334,7 +338,7 @@ def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=4,
         num_stages=2,
     )
-    return row_lse, column_lse, positive
+    return row_lse, column_lse, positive, x_inverse, y_inverse
 
 
 def backward(
@@ -343,7 +347,7 @@ def backward(
     scale: Tensor,
     index: Tensor | None,
     weight: Tensor | None,
-    sums: tuple[Tensor, Tensor],  # row_lse and col_lse of forward
+    saved: Saved,  # the results of forward
     grads: tuple[Tensor, Tensor, Tensor],  # of row_lse, col_lse and positive
     normalize: bool,
     need_image: bool,
@@ -354,7 +358,7 @@ def backward(
         for rows, texts, batch in _batches(image, text, scale, index, weight, normalize):
             d_x, d_y, d_s = _backward(
                 batch,
-                (sums[0][rows], sums[1][texts]),
+                (saved[0][rows], saved[1][texts]),
                 (grads[0][rows], grads[1][texts], grads[2][rows]),
                 need_image,
                 need_text,

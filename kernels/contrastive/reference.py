@@ -33,19 +33,28 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
-def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:  # [N, D] -> [N, D]
+def inverse_norms(x: Tensor, normalize: bool = True) -> Tensor:  # [N, D] -> [N]
+    """One over the norm of each row, as torch.nn.functional.normalize clamps it; ones with normalize=False."""
     x = x.to(compute_dtype(x.dtype))
-    return F.normalize(x, dim=-1, eps=EPS) if normalize else x
+    return x.norm(dim=-1).clamp_min(EPS).reciprocal() if normalize else x.new_ones(len(x))
 
 
-def unit_rows_backward(x: Tensor, grad_unit: Tensor, normalize: bool = True) -> Tensor:  # [N, D], [N, D] -> [N, D]
+def unit_rows(x: Tensor, inverse: Tensor) -> Tensor:  # [N, D], [N] -> [N, D]
+    return x.to(inverse.dtype) * inverse[:, None]
+
+
+def unit_rows_backward(
+    x: Tensor,  # [N, D]
+    inverse: Tensor,  # [N]
+    grad_unit: Tensor,  # [N, D]
+    normalize: bool = True,
+) -> Tensor:  # [N, D]
     """Gradient of `unit_rows`: the component of grad_unit orthogonal to the row, divided by the row's norm."""
     if not normalize:
         return grad_unit.to(x.dtype)
-    wide = x.to(grad_unit.dtype)
-    length = wide.norm(dim=-1, keepdim=True).clamp_min(EPS)
-    unit = wide / length
-    return ((grad_unit - unit * (unit * grad_unit).sum(-1, keepdim=True)) / length).to(x.dtype)
+    inverse = inverse.to(grad_unit.dtype)
+    unit = unit_rows(x, inverse)
+    return ((grad_unit - unit * (unit * grad_unit).sum(-1, keepdim=True)) * inverse[:, None]).to(x.dtype)
 
 
 def level_forward(
@@ -55,13 +64,15 @@ def level_forward(
     index: Tensor | None = None,  # [N] int64 text of each image row; None: row i has text i, U == N
     weight: Tensor | None = None,  # [U] weight of each text in the row sums; None: ones
     normalize: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
-    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    kept: Tensor | None = None,  # not used: nothing is kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N], inverse norms [N], [U]
+    by_row, by_text = inverse_norms(image, normalize), inverse_norms(text, normalize)
+    x, y = unit_rows(image, by_row), unit_rows(text, by_text)
     scale = torch.where(scale > 0, scale, torch.nan)  # not checked on a GPU, which would synchronise
     logits = ((scale.to(x.dtype) * x) @ y.T).to(sums_dtype(x.device))
     weighted = logits if weight is None else logits + weight.to(logits.dtype).log()
     positive = logits.diagonal() if index is None else logits.gather(1, index[:, None])[:, 0]
-    return weighted.logsumexp(1), logits.logsumexp(0), positive.clone()
+    return weighted.logsumexp(1), logits.logsumexp(0), positive.clone(), by_row, by_text
 
 
 def level_backward(
@@ -72,15 +83,19 @@ def level_backward(
     weight: Tensor | None,  # [U]
     row_lse: Tensor,  # [N]
     col_lse: Tensor,  # [U]
+    positive: Tensor,  # [N]
+    by_row: Tensor,  # [N] one over the norm of each image row
+    by_text: Tensor,  # [U]
     grad_row: Tensor,  # [N]
     grad_col: Tensor,  # [U]
     grad_positive: Tensor,  # [N]
+    kept: Tensor | None = None,
     normalize: bool = True,
     need_image: bool = True,
     need_text: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_image [N, D], d_text [U, D] (empty where not needed), d_scale []
     """dS_iu = g^row_i w_u exp(S_iu - row_i) + g^col_u exp(S_iu - col_u) + g^pos_i [u = t_i], and the chain rule."""
-    x, y = unit_rows(image, normalize), unit_rows(text, normalize)
+    x, y = unit_rows(image, by_row), unit_rows(text, by_text)
     scaled = scale.to(x.dtype) * x
     logits = (scaled @ y.T).to(sums_dtype(x.device))
     weighted = logits if weight is None else logits + weight.to(logits.dtype).log()
@@ -91,8 +106,10 @@ def level_backward(
     d_scale = (grad * logits).sum() / scale
     grad = grad.to(x.dtype)
     return (
-        unit_rows_backward(image, grad @ (scale.to(x.dtype) * y), normalize) if need_image else image.new_empty(0),
-        unit_rows_backward(text, grad.T @ scaled, normalize) if need_text else text.new_empty(0),
+        unit_rows_backward(image, by_row, grad @ (scale.to(x.dtype) * y), normalize)
+        if need_image
+        else image.new_empty(0),
+        unit_rows_backward(text, by_text, grad.T @ scaled, normalize) if need_text else text.new_empty(0),
         d_scale.to(scale.dtype),
     )
 
@@ -108,7 +125,7 @@ def naive_loss(
     scale: Tensor | float,
 ) -> Tensor:  # []
     """The paper's form: one N x N matrix, cross entropy over its rows and over its columns, targets on the diagonal."""
-    logits = scale * (unit_rows(image) @ unit_rows(text).T)
+    logits = scale * (F.normalize(image, dim=-1, eps=EPS) @ F.normalize(text, dim=-1, eps=EPS).T)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -120,7 +137,7 @@ def naive_positives_loss(
     index: Tensor,  # [N] int64
 ) -> Tensor:  # []
     """Equal texts as one class: cross entropy over rows, and over columns with the mean over a text's images."""
-    logits = scale * (unit_rows(image) @ unit_rows(text).T)
+    logits = scale * (F.normalize(image, dim=-1, eps=EPS) @ F.normalize(text, dim=-1, eps=EPS).T)
     one_hot = F.one_hot(index, len(text)).to(logits.dtype)
     target = one_hot / one_hot.sum(0)
     return (F.cross_entropy(logits, index) + F.cross_entropy(logits.T, target.T)) / 2

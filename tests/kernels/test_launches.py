@@ -72,11 +72,12 @@ def both(sizes, dtype=torch.bfloat16, width=512, shifted=()):
     text = [features(texts[k], width, dtype, 2 * k + 1 in shifted) for k in levels]
     index, scale = torch.zeros(sum(rows), dtype=torch.int64), torch.full((len(sizes),), 10.0)
     count = t.counts(index, rows, texts)
-    sums = t.forward(image, text, scale, index, count, True)
+    saved = t.forward(image, text, scale, index, count, True, 0)
+    sums = saved[:3]
     _, used = t.means(*sums, count, index, rows, texts, False)
     upstream = torch.ones(len(sizes) + 1)[len(sizes) % 2 :][: len(sizes)]
     grads = t.means_backward(upstream, used, count, index, rows, texts, False)
-    t.backward(image, text, scale, index, count, sums[:2], grads, True, True, True)
+    t.backward(image, text, scale, index, count, saved, grads, True, True, True)
 
 both([(128, 101), (700, 133), (350, 290)])
 # The losses' sum and its gradient aside.

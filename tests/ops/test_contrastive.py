@@ -429,9 +429,9 @@ def test_opcheck(backend: str) -> None:
     image, text, scale, index = (t.clone() for t in make(6, 4, 5, 3.0))
     leaves = [t.requires_grad_() for t in (image, text, scale)]
     weight = torch.rand(4) + 0.5
-    sample = ([leaves[0]], [leaves[1]], leaves[2][None], index, weight, True, backend)
+    sample = ([leaves[0]], [leaves[1]], leaves[2][None], index, weight, True, 0, backend)
     torch.library.opcheck(contrastive_forward, sample)
-    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), None, None, True, backend)
+    sample = ([leaves[0], leaves[1]], [leaves[0], leaves[1]], torch.ones(2), None, None, True, 0, backend)
     torch.library.opcheck(contrastive_forward, sample)
 
 
@@ -521,9 +521,9 @@ def test_no_matrix_is_allocated_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     image, text, scale, index = make(3000, 3000, 8, 14.3)
     for s in (scale, scale * 100):  # the second one takes the path with running maxima
         with Largest() as largest:
-            sums = contrastive_cpu.level_forward(image, text, s, index)
-            grads = [torch.ones_like(v) for v in sums]
-            contrastive_cpu.level_backward(image, text, s, index, None, *sums[:2], *grads)
+            saved = contrastive_cpu.level_forward(image, text, s, index)
+            grads = [torch.ones_like(v) for v in saved[:3]]
+            contrastive_cpu.level_backward(image, text, s, index, None, *saved, *grads)
         tile = contrastive_cpu.ROWS * contrastive_cpu.COLUMNS
         assert largest.numel <= 2 * tile < image.shape[0] * text.shape[0] / 4
 
@@ -615,7 +615,7 @@ def test_a_non_positive_scale_on_a_gpu(backend: str) -> None:
 def test_the_reference_with_a_non_positive_scale() -> None:
     """NaN, as on a GPU, where the value is not checked."""
     for scale in (0.0, -1.0):
-        for sums in reference.level_forward(X, Y, torch.tensor(scale)):
+        for sums in reference.level_forward(X, Y, torch.tensor(scale))[:3]:
             assert sums.isnan().all()
 
 
@@ -885,7 +885,7 @@ def check_index_out_of_range() -> None:
         index = torch.tensor([0, 1, 2, 3, bad])
         count = contrastive_triton.counts(index, [5], [5])
         assert count.tolist() == [1, 1, 1, 1, 0]
-        sums = contrastive_triton.forward([image], [text], scale[None], index, count, True)
+        sums = contrastive_triton.forward([image], [text], scale[None], index, count, True, 0)[:3]
         for positives in (False, True):
             assert contrastive_triton.means(*sums, count, index, [5], [5], positives)[0].isnan().all()
 
@@ -896,7 +896,7 @@ def check_scale_not_positive() -> None:
 
     image, text, _, _ = make(5, 5, 16, 1.0)
     for s in (-3.0, 0.0, torch.nan):
-        row, column, _ = contrastive_triton.forward([image], [text], torch.tensor([s]), None, None, True)
+        row, column, *_ = contrastive_triton.forward([image], [text], torch.tensor([s]), None, None, True, 0)
         assert row.isnan().all() and column.isnan().all()
 
 

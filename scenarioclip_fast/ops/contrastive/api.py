@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scenarioclip_fast import dispatch
+from scenarioclip_fast import dispatch, workspace
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive.levels import (
     LevelInput,
@@ -27,6 +27,7 @@ from scenarioclip_fast.ops.contrastive.op import (
     contrastive_forward,
     contrastive_means,
     has_fused_means,
+    keeps_exponentials,
 )
 from scenarioclip_fast.ops.contrastive.ranks import gather_levels
 from scenarioclip_fast.ops.contrastive.validate import check_group, check_levels, check_lists, check_options
@@ -180,9 +181,18 @@ def _log_sums(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return row log-sums, column log-sums and positive logits of each level."""
     index, weight = joined_indices(levels), joined_weights(levels)
-    rows, columns, positives = contrastive_forward(*features(levels), index, weight, normalize, backend)
+    budget = _budget(levels, backend)
+    rows, columns, positives, *_ = contrastive_forward(*features(levels), index, weight, normalize, budget, backend)
     n, u = lengths(levels)
     return list(rows.split(n)), list(columns.split(u)), list(positives.split(n))
+
+
+def _budget(levels: list[PreparedLevel], backend: str) -> int:
+    """Return how many bytes of exponentials may be kept for the backward pass, if there is one."""
+    inputs = [x for level in levels for x in (level.image, level.text, level.scale)]
+    if not keeps_exponentials(backend) or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return 0
+    return workspace.budget(inputs[0].device.type)
 
 
 def _row_losses(
@@ -227,6 +237,7 @@ def _fused_means(levels: list[PreparedLevel], duplicates: str, backend: str, nor
     if index is not None:
         count = contrastive_counts(index, n, u, backend)
         weight = weight if positives else count
-    sums = contrastive_forward(*features(levels), index, weight, normalize, backend)
+    budget = _budget(levels, backend)
+    sums = contrastive_forward(*features(levels), index, weight, normalize, budget, backend)[:3]
     losses, _ = contrastive_means(*sums, count, index, n, u, positives, backend)
     return losses

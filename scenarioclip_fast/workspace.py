@@ -1,0 +1,43 @@
+"""How much memory a loss may keep from its forward to its backward pass in order to compute less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from scenarioclip_fast.errors import UserError
+
+# Per device type. On a GPU, nothing is kept until a record shows from which size on it is faster.
+_AUTOMATIC = {"cpu": 2**28}
+
+_budget: int | None = None  # bytes
+
+
+@contextmanager
+def use_workspace(gib: float) -> Iterator[None]:
+    """Let each contrastive loss keep up to `gib` GiB of exponentials for its backward pass; 0: none.
+
+    A level of N rows and U texts whose N x U exponentials fit (float32 on a CPU, bfloat16 on a GPU) needs three matrix
+    products instead of four. The budget holds for each call of a loss, over all of its levels. Without this context it
+    is 256 MiB on a CPU and 0 on a GPU. Process-wide rather than per thread, as `use_backend`.
+
+    Args:
+        gib: GiB, at least 0.
+
+    Raises:
+        ValueError: gib is not a number of at least 0.
+    """
+    global _budget
+    if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not (math.isfinite(gib) and gib >= 0):
+        raise UserError(f"use_workspace: got {gib!r}, expected a number of GiB, at least 0")
+    before, _budget = _budget, int(gib * 2**30)
+    try:
+        yield
+    finally:
+        _budget = before
+
+
+def budget(device_type: str) -> int:
+    """Return how many bytes a call may keep on this type of device."""
+    return _AUTOMATIC.get(device_type, 0) if _budget is None else _budget
