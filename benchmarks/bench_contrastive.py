@@ -39,7 +39,7 @@ from scenarioclip_fast.benchmarks.timing import (
     synchronize,
     timed,
 )
-from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
+from scenarioclip_fast.kernels.contrastive import contrastive_cpu, large, reference
 from torch import Tensor
 
 from scenarioclip_fast.dispatch import unavailable_reason
@@ -511,9 +511,7 @@ class Products:
     @staticmethod
     def block_side(x: Tensor) -> int:
         if x.is_cuda:
-            from scenarioclip_fast.kernels.contrastive.contrastive_triton import Plan
-
-            return Plan.of(x).block_side(x.device)
+            return large.block_side(x.device, x.shape[1], x.element_size(), 128)
         return sized(contrastive_cpu.ROWS, 48)  # several blocks in a rehearsal, too
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:  # rows, texts, [rows, texts]
@@ -529,18 +527,18 @@ class Products:
 
     def by_rows(self, added: bool) -> None:
         for _, texts, block in self.blocks():
-            product(block, self.y[texts], self.d_x[: len(block)], added)
+            large.multiply(block, self.y[texts], self.d_x[: len(block)], added)
 
     def by_texts(self) -> None:
         for rows, texts, block in self.blocks():
-            product(block.T, self.x[rows], self.d_y[texts], True)
+            large.multiply(block.T, self.x[rows], self.d_y[texts], True)
 
     def four(self) -> None:
         self.logits()
         for rows, texts, block in self.blocks():
             torch.mm(self.x[rows], self.y[texts].T, out=block)
-            product(block, self.y[texts], self.d_x[: len(block)], texts.start > 0)
-            product(block.T, self.x[rows], self.d_y[texts], rows.start > 0)
+            large.multiply(block, self.y[texts], self.d_x[: len(block)], texts.start > 0)
+            large.multiply(block.T, self.x[rows], self.d_y[texts], rows.start > 0)
 
     def named(self, product: str) -> tuple[str, Callable[[], None], int]:
         """The form name of one of PRODUCTS, its call, and the bytes that it must read and write."""
@@ -563,16 +561,6 @@ class Products:
                 operands + 2 * sums,
             ),
         }[product]
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, added: bool) -> None:
-    """out (+)= a b, summed in float32, as in the backward pass."""
-    if a.is_cuda:
-        from scenarioclip_fast.kernels.contrastive.contrastive_triton import _product
-
-        _product(a, b, out, added)
-    else:  # on CPUs, torch cannot multiply low precision into float32
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(added), out=out)
 
 
 def measure_products(benchmark: Any, case: Case) -> None:

@@ -9,9 +9,6 @@ bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
 
 from __future__ import annotations
 
-import functools
-import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +17,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import large
+from .large_triton import TritonKernels
 from .per_level import Saved
+from .plan import Plan
 from .reference import EPS
 from .triton_kernels import (
     LEVELS,
@@ -40,90 +40,7 @@ from .workspace import kept_dtype
 
 PRODUCT_BLOCK = 64
 GROUPED = 4096 * 4096  # batches of levels with at most this many logits share their launches
-FORWARD_ROWS = 16384  # per chunk, which bounds the memory of the partial sums
-BLOCK_BYTES = 2**28  # per block of dS
-PRODUCT_TILE = (128, 256)  # the tile that cuBLAS is likely to choose
 VECTOR = 1024  # entries per program in kernels over vectors
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of S: rows, texts, warps and stages. Registers and shared memory on sm_90a."""
-
-    rows: int
-    texts: int
-    warps: int
-    stages: int = 3
-
-    def count(self, rows: Sequence[int], texts: Sequence[int]) -> int:
-        return sum(-(-a // self.rows) * -(-b // self.texts) for a, b in zip(rows, texts, strict=True))
-
-    def options(self) -> dict[str, int]:
-        return {"BM": self.rows, "BN": self.texts, "num_warps": self.warps, "num_stages": self.stages}
-
-
-def _interprets() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How features of one dtype and width are multiplied on one device."""
-
-    operand: torch.dtype
-    precision: str
-    width: int  # D rounded up to the blocks of the inner dimension, so that no load needs a mask
-    inner: int
-    tma: bool
-
-    @property
-    def rounds(self) -> bool:
-        """Whether unit rows are rounded to TF32. The interpreter multiplies in float32."""
-        return self.operand == torch.float32 and self.precision == "tf32" and not _interprets()
-
-    @staticmethod
-    def of(features: Tensor) -> Plan:
-        if features.dtype == torch.bfloat16 and not _interprets():
-            operand, precision, inner = torch.bfloat16, "tf32", 64
-        else:
-            # float16 has the mantissa of TF32, not its range. The interpreter has no TF32, and its bfloat16 is wrong.
-            exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-            operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
-        tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
-        return Plan(operand, precision, -(-features.shape[1] // inner) * inner, inner, tma)
-
-    def sum_tile(self, alone: bool) -> Tile:
-        """The tile of the forward pass: tall tiles read less in a large level; small levels need more tiles."""
-        if self.operand != torch.bfloat16:
-            return Tile(128, 128, 8)
-        return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
-
-    def gradient_tile(self) -> Tile:
-        return Tile(128, 128, 4 if self.operand == torch.bfloat16 else 8)
-
-    def block_side(self, device: torch.device) -> int:
-        """Rows and texts of a block of dS, such that each of its two products is one wave of cuBLAS tiles and the
-        accumulated operand is small compared with the work."""
-        side = math.isqrt(BLOCK_BYTES // self.operand.itemsize)
-        if device.type == "cuda":
-            tile_rows, tile_columns = PRODUCT_TILE
-            side = min(side, tile_rows * (_processors(device) // -(-self.width // tile_columns)))
-        tile = self.gradient_tile()
-        step = math.lcm(tile.rows, tile.texts)
-        return max(side // step, 1) * step
-
-    def tiles(self, unit: Tensor, rows: int) -> Tensor | TensorDescriptor:
-        if not self.tma:
-            return unit
-        return TensorDescriptor(unit, list(unit.shape), list(unit.stride()), [rows, self.inner])
-
-    def constants(self) -> dict[str, int | str]:
-        return {"WIDTH": self.width, "BK": self.inner, "PRECISION": self.precision}
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _pad(sizes: Sequence[int]) -> list[int]:
@@ -271,46 +188,39 @@ def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         row_lse, column_lse = (torch.full((k,), -torch.inf, dtype=torch.float64, device=device) for k in (n, u))
         x_inverse, y_inverse = (_units(side, plan, batch.normalize)[1] for side in (batch.image, batch.text))
         return row_lse, column_lse, torch.full_like(row_lse, torch.nan), x_inverse, y_inverse
+    if batch.alone:
+        return large.forward(
+            TritonKernels(plan), batch.image[0], batch.text[0], batch.scale, batch.index, batch.weight, batch.normalize
+        )
     cosine = torch.empty(n, dtype=torch.float32, device=device)
     x, x_inverse = _units(batch.image, plan, batch.normalize, cosine)
     y, y_inverse = _units(batch.text, plan, batch.normalize)
     row_lse, positive = (torch.empty(n, dtype=torch.float64, device=device) for _ in range(2))
     column_lse = torch.empty(u, dtype=torch.float64, device=device)
-    tile = plan.sum_tile(batch.alone)
-    chunks = _chunks(n, FORWARD_ROWS if batch.alone else n)
-    row_sums, column_sums = [], None
-    for chunk in chunks:
-        sizes = rows if len(chunks) == 1 else _pad([chunk.stop - chunk.start])
-        row_parts = torch.empty(-(-max(texts) // tile.texts), sum(sizes), device=device)
-        column_parts = torch.empty(-(-max(sizes) // tile.rows), u, device=device)
-        tiles = tile.count(sizes, texts)
-        if tiles:
-            tile_sums[(tiles,)](
-                plan.tiles(x[chunk], tile.rows),
-                plan.tiles(y, tile.texts),
-                batch.scale,
-                x if batch.index is None else batch.index[chunk],
-                y if batch.weight is None else batch.weight,
-                row_parts,
-                column_parts,
-                cosine[chunk],
-                *sizes,
-                *texts,
-                -chunk.start if batch.index is None else 0,
-                sum(sizes),
-                u,
-                HAS_INDEX=batch.index is not None,
-                HAS_WEIGHT=batch.weight is not None,
-                TMA=plan.tma,
-                **plan.constants(),
-                **tile.options(),
-            )
-        if len(chunks) > 1:
-            row_sums.append(row_parts.sum(0, keepdim=True))
-            total = column_parts.sum(0, keepdim=True)
-            column_sums = total if column_sums is None else column_sums.add_(total)
-    if column_sums is not None:
-        row_parts, column_parts = torch.cat(row_sums, 1), column_sums
+    tile = plan.sum_tile(alone=False)
+    row_parts = torch.empty(-(-max(texts) // tile.texts), n, device=device)
+    column_parts = torch.empty(-(-max(rows) // tile.rows), u, device=device)
+    if tiles := tile.count(rows, texts):
+        tile_sums[(tiles,)](
+            _tiles(plan, x, tile.rows),
+            _tiles(plan, y, tile.texts),
+            batch.scale,
+            x if batch.index is None else batch.index,
+            y if batch.weight is None else batch.weight,
+            row_parts,
+            column_parts,
+            cosine,
+            *rows,
+            *texts,
+            0,
+            n,
+            u,
+            HAS_INDEX=batch.index is not None,
+            HAS_WEIGHT=batch.weight is not None,
+            TMA=plan.tma,
+            **plan.constants(),
+            **tile.options(),
+        )
     row_blocks = _blocks(rows, PRODUCT_BLOCK)
     log_sums[(row_blocks + _blocks(texts, PRODUCT_BLOCK),)](
         x,
@@ -341,6 +251,10 @@ def _forward(batch: _Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return row_lse, column_lse, positive, x_inverse, y_inverse
 
 
+def _tiles(plan: Plan, unit: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    return TensorDescriptor(unit, list(unit.shape), list(unit.stride()), [rows, plan.inner]) if plan.tma else unit
+
+
 def backward(
     image: Sequence[Tensor],
     text: Sequence[Tensor],
@@ -355,14 +269,11 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # d_image, d_text (empty tensors where not needed), d_scale [levels]
     d_image, d_text, d_scale = [], [], []
     with torch.cuda.device_of(scale):
+        images = sum(len(x) for x in image)
         for rows, texts, batch in _batches(image, text, scale, index, weight, normalize):
-            d_x, d_y, d_s = _backward(
-                batch,
-                (saved[0][rows], saved[1][texts]),
-                (grads[0][rows], grads[1][texts], grads[2][rows]),
-                need_image,
-                need_text,
-            )
+            batch_saved = (saved[0][rows], saved[1][texts], saved[2][rows], saved[3][rows], saved[3][images:][texts])
+            batch_grads = (grads[0][rows], grads[1][texts], grads[2][rows])
+            d_x, d_y, d_s = _backward(batch, batch_saved, batch_grads, need_image, need_text)
             d_image += d_x
             d_text += d_y
             d_scale.append(d_s)
@@ -393,7 +304,7 @@ class _Factors:
 
 def _backward(
     batch: _Batch,
-    log_sums: tuple[Tensor, Tensor],
+    saved: Saved,  # with the two sides' inverse norms apart
     grads: tuple[Tensor, Tensor, Tensor],
     need_image: bool,
     need_text: bool,
@@ -405,12 +316,26 @@ def _backward(
             [torch.zeros_like(y) if need_text else no_gradient.clone() for y in batch.text],
             torch.zeros_like(batch.scale),
         )
+    if batch.alone:
+        d_x, d_y, d_scale = large.backward(
+            TritonKernels(batch.plan),
+            batch.image[0],
+            batch.text[0],
+            batch.scale,
+            batch.index,
+            batch.weight,
+            *saved,
+            *grads,
+            None,
+            batch.normalize,
+            need_image,
+            need_text,
+        )
+        return [d_x], [d_y], d_scale[None]
     # The gradient of the scale follows from either product, so one of them is always needed.
     d_image = [_contiguous_like(x) for x in batch.image] if need_image or not need_text else None
     d_text = [_contiguous_like(y) for y in batch.text] if need_text else None
-    terms = _Factors.of(log_sums, grads)
-    run = _backward_by_blocks if batch.alone else _backward_together
-    d_scale = run(batch, terms, d_image, d_text)
+    d_scale = _backward_together(batch, _Factors.of(saved[:2], grads), d_image, d_text)
     return (
         d_image if need_image and d_image is not None else [no_gradient.clone() for _ in batch.image],
         d_text if d_text is not None else [no_gradient.clone() for _ in batch.text],
@@ -420,42 +345,6 @@ def _backward(
 
 def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of x may overlap
-
-
-def _tile_gradients(
-    batch: _Batch,
-    terms: _Factors,
-    x: Tensor,
-    y: Tensor,
-    grad: Tensor,
-    rows: Sequence[int],
-    texts: Sequence[int],
-    row_part: slice,
-    text_part: slice,
-) -> None:
-    """Compute dS of a part of the rows and texts, to which x, y, rows and texts refer."""
-    plan, tile = batch.plan, batch.plan.gradient_tile()
-    tile_gradients[(tile.count(rows, texts),)](
-        plan.tiles(x, tile.rows),
-        plan.tiles(y, tile.texts),
-        batch.scale,
-        x if batch.index is None else batch.index[row_part],
-        y if batch.weight is None else batch.weight[text_part],
-        terms.row_log[row_part],
-        terms.column_log[text_part],
-        terms.row[row_part],
-        terms.column[text_part],
-        terms.positive[row_part],
-        grad,
-        *rows,
-        *texts,
-        text_part.start - (row_part.start if batch.index is None else 0),
-        HAS_INDEX=batch.index is not None,
-        HAS_WEIGHT=batch.weight is not None,
-        TMA=plan.tma,
-        **plan.constants(),
-        **tile.options(),
-    )
 
 
 def _backward_together(
@@ -469,7 +358,27 @@ def _backward_together(
     size = sum(_round_up(a, tile.rows) * _round_up(b, tile.texts) for a, b in zip(rows, texts, strict=True))
     grad = torch.empty(size, dtype=plan.operand, device=device)
     if size:
-        _tile_gradients(batch, terms, x, y, grad, rows, texts, slice(0, n), slice(0, u))
+        tile_gradients[(tile.count(rows, texts),)](
+            _tiles(plan, x, tile.rows),
+            _tiles(plan, y, tile.texts),
+            batch.scale,
+            x if batch.index is None else batch.index,
+            y if batch.weight is None else batch.weight,
+            terms.row_log,
+            terms.column_log,
+            terms.row,
+            terms.column,
+            terms.positive,
+            grad,
+            *rows,
+            *texts,
+            0,
+            HAS_INDEX=batch.index is not None,
+            HAS_WEIGHT=batch.weight is not None,
+            TMA=plan.tma,
+            **plan.constants(),
+            **tile.options(),
+        )
     d_x, d_y = (
         None if out is None else torch.empty(count, plan.width, dtype=torch.float32, device=device)
         for out, count in ((d_image, n), (d_text, u))
@@ -505,70 +414,6 @@ def _backward_together(
         dots, sizes = _finish(batch, batch.image, d_image, x_inverse, d_x), rows
     assert dots is not None
     return _level_sums(dots, sizes, len(batch.image))
-
-
-def _backward_by_blocks(
-    batch: _Batch, terms: _Factors, d_image: list[Tensor] | None, d_text: list[Tensor] | None
-) -> Tensor:  # d_scale [1]
-    """One level, by blocks of dS that cuBLAS multiplies.
-
-    Memory: unit rows and float32 d_y of all texts; for images, only those of the current rows.
-    """
-    plan, device = batch.plan, batch.scale.device
-    image, text = batch.image[0], batch.text[0]
-    side, tile = plan.block_side(device), plan.gradient_tile()
-    y, y_inverse = _units([text], plan, batch.normalize)
-    d_y = None if d_text is None else torch.empty(len(text), plan.width, dtype=torch.float32, device=device)
-    block_rows, block_texts = min(side, len(image)), min(side, len(text))
-    grad = torch.empty(
-        _round_up(block_rows, tile.rows) * _round_up(block_texts, tile.texts), dtype=plan.operand, device=device
-    )
-    d_x = None if d_image is None else torch.empty(block_rows, plan.width, dtype=torch.float32, device=device)
-    dots = torch.empty(len(image), dtype=torch.float32, device=device)
-    for rows in _chunks(len(image), side):
-        x, x_inverse = _units([image[rows]], plan, batch.normalize)
-        for texts in _chunks(len(text), side):
-            count, stride = len(x), _round_up(texts.stop - texts.start, tile.texts)
-            _tile_gradients(
-                batch, terms, x, y[texts], grad, _pad([count]), _pad([texts.stop - texts.start]), rows, texts
-            )
-            block = grad[: count * stride].view(count, stride)[:, : texts.stop - texts.start]
-            if d_x is not None:
-                _product(block, y[texts], d_x[:count], accumulate=texts.start > 0)
-            if d_y is not None:
-                _product(block.T, x, d_y[texts], accumulate=rows.start > 0)
-        if d_x is not None and d_image is not None:
-            dots[rows] = _finish(batch, [image[rows]], [d_image[0][rows]], x_inverse, d_x[: len(x)])
-    if d_y is not None and d_text is not None:
-        text_dots = _finish(batch, [text], d_text, y_inverse, d_y)
-        dots = text_dots if d_x is None else dots
-    return _level_sums(dots, _pad([len(dots)]), 1)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out (+)= a b, with low-precision operands and float32 accumulation."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate and _accumulates(a.dtype, a.device):
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-    elif accumulate:
-        out.add_(torch.mm(a, b, out_dtype=torch.float32))
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-
-
-@functools.cache
-def _accumulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm accepts a float32 accumulator with operands of `dtype`, which depends on the version of torch.
-
-    Tested with empty matrices: the arguments are checked, and nothing is launched.
-    """
-    out, empty = torch.empty(0, 0, device=device), torch.empty(0, 0, dtype=dtype, device=device)
-    try:
-        torch.ops.aten.addmm.dtype_out(out, empty, empty, torch.float32, out=out)
-    except (RuntimeError, AttributeError):
-        return False
-    return True
 
 
 def _finish(

@@ -12,6 +12,8 @@ import pytest
 import torch
 from scenarioclip_fast.benchmarks import tune_contrastive
 from scenarioclip_fast.benchmarks.tune_contrastive import DEFAULTS, Predictions
+from scenarioclip_fast.kernels.contrastive import large
+from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,18 +42,16 @@ def test_rehearsal_runs_every_variant(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The predictions assume the code's choices on an H100."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton
-
-    plan = contrastive_triton.Plan(torch.bfloat16, "tf32", 512, 64, True)
-    assert plan.sum_tile(True) == contrastive_triton.Tile(*DEFAULTS["sum_tile"])
-    assert plan.gradient_tile() == contrastive_triton.Tile(*DEFAULTS["gradient_tile"])
-    monkeypatch.setattr(contrastive_triton, "_processors", lambda _: tune_contrastive.PROCESSORS)
-    assert plan.block_side(torch.device("cuda")) == DEFAULTS["block_side"]
+    plan = Plan(torch.bfloat16, "tf32", 512, 64, tma=True, folds=True)
+    assert plan.sum_tile(True) == Tile(*DEFAULTS["sum_tile"])
+    assert plan.gradient_tile() == Tile(*DEFAULTS["gradient_tile"])
+    monkeypatch.setattr(large, "processors", lambda _: tune_contrastive.PROCESSORS)
+    block = (torch.device("cuda"), 512, 2, 128)
+    assert large.block_side(*block) == DEFAULTS["block_side"]
     with tune_contrastive.override("gradient_tile", (256, 128, 8, 4)):
-        assert plan.gradient_tile() == contrastive_triton.Tile(256, 128, 8, 4)
+        assert plan.gradient_tile() == Tile(256, 128, 8, 4)
     with tune_contrastive.override("block_side", 4224):
-        assert plan.block_side(torch.device("cuda")) == 4224
+        assert large.block_side(*block) == 4224
 
 
 def test_predictions() -> None:

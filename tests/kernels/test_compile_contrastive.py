@@ -17,18 +17,20 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from scenarioclip_fast.kernels.contrastive import contrastive_triton, triton_kernels
+from scenarioclip_fast.kernels.contrastive import contrastive_triton, large_kernels, large_triton, triton_kernels
+from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
 WIDTH = 512
 # What Plan.of chooses: operand, precision of the products, inner block.
 PLANS = {
-    "bf16": contrastive_triton.Plan(torch.bfloat16, "tf32", WIDTH, 64, True),
-    "tf32": contrastive_triton.Plan(torch.float32, "tf32", WIDTH, 32, True),
-    "tf32x3": contrastive_triton.Plan(torch.float32, "tf32x3", WIDTH, 32, True),
+    "bf16": Plan(torch.bfloat16, "tf32", WIDTH, 64, tma=True, folds=True),
+    "tf32": Plan(torch.float32, "tf32", WIDTH, 32, tma=True, folds=False),
+    "tf32x3": Plan(torch.float32, "tf32x3", WIDTH, 32, tma=True, folds=False),
 }
 # Besides the gradient tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
-CANDIDATES = [contrastive_triton.Tile(256, 128, 8, stages) for stages in (3, 4)]
+CANDIDATES = [Tile(256, 128, 8, stages) for stages in (3, 4)]
 DOUBLES = ("row_lse", "column_lse", "positive", "used", "grad_row", "grad_column", "grad_positive")
+LARGE_DOUBLES = ("row_lse", "text_lse", "logit", "grad_row", "grad_text", "grad_positive")
 
 
 def signature(kernel: Any, operand: str, constants: dict[str, Any], **special: str) -> dict[str, str]:
@@ -43,14 +45,16 @@ def signature(kernel: Any, operand: str, constants: dict[str, Any], **special: s
             types[name] = f"*{operand}"
         elif name in DOUBLES:
             types[name] = "*fp64"
-        elif name == "index":
+        elif name in ("index", "order", "start"):
             types[name] = "*i64"
+        elif name == "up":
+            types[name] = "fp32"
         elif name in ("count", "weight"):
             types[name] = "*i32"
         elif (
             name[-1].isdigit()
-            or name in ("n", "u", "shift", "grad_stride")
-            or name.endswith(("_total", "_count", "_blocks"))
+            or name in ("n", "u", "others", "shift", "stride")
+            or name.endswith(("_total", "_count", "_blocks", "_stride"))
         ):
             types[name] = "i32"
         else:
@@ -58,9 +62,7 @@ def signature(kernel: Any, operand: str, constants: dict[str, Any], **special: s
     return types
 
 
-def compile_for(
-    compiler: Compiler, kernel: Any, plan: contrastive_triton.Plan, constants: dict[str, Any], **special: str
-) -> Resources:
+def compile_for(compiler: Compiler, kernel: Any, plan: Plan, constants: dict[str, Any], **special: str) -> Resources:
     operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -89,8 +91,8 @@ def loads(ptx: str) -> list[int]:
 def compile_tile(
     compiler: Compiler,
     kernel: Any,
-    plan: contrastive_triton.Plan,
-    tile: contrastive_triton.Tile,
+    plan: Plan,
+    tile: Tile,
     given: bool,
 ) -> None:
     constants = {"HAS_INDEX": given, "HAS_WEIGHT": given, "TMA": plan.tma, **plan.constants(), **tile.options()}
@@ -110,26 +112,26 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("plan", "given"), FORMS)
-def test_gradient_tiles(compiler: Compiler, plan: contrastive_triton.Plan, given: bool) -> None:
+def test_gradient_tiles(compiler: Compiler, plan: Plan, given: bool) -> None:
     for tile in [plan.gradient_tile(), *(CANDIDATES if plan is PLANS["bf16"] and given else ())]:
         compile_tile(compiler, triton_kernels.tile_gradients, plan, tile, given)
 
 
 @pytest.mark.parametrize(("plan", "given"), FORMS)
-def test_sum_tiles(compiler: Compiler, plan: contrastive_triton.Plan, given: bool) -> None:
+def test_sum_tiles(compiler: Compiler, plan: Plan, given: bool) -> None:
     for tile in {plan.sum_tile(alone) for alone in (False, True)}:
         compile_tile(compiler, triton_kernels.tile_sums, plan, tile, given)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_log_sums(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
+def test_log_sums(compiler: Compiler, plan: Plan) -> None:
     block, tile = contrastive_triton.PRODUCT_BLOCK, plan.sum_tile(alone=True)
     constants = {"HAS_WEIGHT": True, "ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, **plan.constants()}
     compile_for(compiler, triton_kernels.log_sums, plan, {**constants, "num_warps": 4, "num_stages": 2})
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_products(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
+def test_products(compiler: Compiler, plan: Plan) -> None:
     block, tile = contrastive_triton.PRODUCT_BLOCK, plan.gradient_tile()
     constants = {"ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, "BN": block, **plan.constants()}
     for first_side in (0, 1):  # both products, or the second one alone
@@ -144,7 +146,7 @@ def test_products(compiler: Compiler, plan: contrastive_triton.Plan) -> None:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize(("width", "aligned"), [(123, False), (1024, False), (520, True), (1024, True)])
-def test_rows(compiler: Compiler, plan: contrastive_triton.Plan, width: int, aligned: bool) -> None:
+def test_rows(compiler: Compiler, plan: Plan, width: int, aligned: bool) -> None:
     whole = -(-width // plan.inner) * plan.inner
     constants = {"D": width, "WIDTH": whole, "BLOCK_D": 1 << (whole - 1).bit_length(), "SMALLEST": 1e-12}
     constants |= {"NORMALIZE": True, "POSITIVE": True, "ROUND": plan.rounds, "num_warps": 2, "ALIGNED": aligned}
@@ -164,3 +166,51 @@ def test_vectors(compiler: Compiler) -> None:
         constants |= {"HAS_COUNT": True, "POSITIVES": positives}
         compile_for(compiler, triton_kernels.mean_losses, PLANS["bf16"], {**constants, "num_warps": 8})
         compile_for(compiler, triton_kernels.mean_gradients, PLANS["bf16"], constants, grad="*fp32")
+
+
+def compile_large(compiler: Compiler, kernel: Any, plan: Plan, constants: dict[str, Any], **special: str) -> Resources:
+    """Compile a kernel of one large level, where `positive` is float32."""
+    special = {**dict.fromkeys(LARGE_DOUBLES, "*fp64"), "positive": "*fp32", **special}
+    names = {name: kind for name, kind in special.items() if name in kernel.arg_names}
+    return compile_for(compiler, kernel, plan, {**constants, **plan.constants()}, **names)
+
+
+@pytest.mark.parametrize(("plan", "given"), FORMS)
+def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> None:
+    operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
+    candidates = CANDIDATES if plan is PLANS["bf16"] and given else []
+    cases = [(large_kernels.tile_sums, plan.sum_tile(alone=True))]
+    cases += [(large_kernels.tile_gradients, tile) for tile in [plan.gradient_tile(), *candidates]]
+    for kernel, tile in cases:
+        constants = {"HAS_INDEX": given, "HAS_WEIGHT": given, "TMA": plan.tma, **tile.options()}
+        sides = {"x": tile.rows, "y": tile.texts} if plan.tma else {}
+        special = {name: f"tensordesc<{operand}[{side},{plan.inner}]>" for name, side in sides.items()}
+        resources = compile_large(compiler, kernel, plan, constants, out=f"*{operand}", **special)
+        check_products(compiler, resources, plan.tma)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_vectors_of_a_large_level(compiler: Compiler, plan: Plan) -> None:
+    constants = {"HAS_WEIGHT": True, "BM": large_triton.LOG_SUM_ROWS, "num_warps": 4, "num_stages": 2}
+    compile_large(compiler, large_kernels.log_sums, plan, constants, out="*fp64")
+    constants = {"HAS_INDEX": True, "HAS_WEIGHT": True, "BM": large_triton.VECTOR}
+    compile_large(compiler, large_kernels.factors, plan, constants)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("width", "aligned"), [(123, False), (1024, True)])
+def test_rows_of_a_large_level(compiler: Compiler, plan: Plan, width: int, aligned: bool) -> None:
+    plan = replace(plan, width=-(-width // plan.inner) * plan.inner)
+    operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
+    constants = {"D": width, "BLOCK_D": 1 << (plan.width - 1).bit_length(), "NORMALIZE": True, "ALIGNED": aligned}
+    constants |= {"num_warps": 2, "ROUND": plan.rounds}
+    features = {"features": f"*{operand}"}
+    for kernel in (large_kernels.inverse_norms, large_kernels.unit_rows):
+        resources = compile_large(compiler, kernel, plan, constants, **features)
+        assert set(loads(resources.ptx)) == {16 if aligned else plan.operand.itemsize}
+    constants |= {"HAS_INDEX": True, "STORE": True}
+    for by_text in (False, True):
+        sides = dict.fromkeys(("operand", "other", "out"), f"*{operand}")
+        resources = compile_large(compiler, large_kernels.finish_rows, plan, {**constants, "BY_TEXT": by_text}, **sides)
+        if aligned:
+            assert 16 in loads(resources.ptx)

@@ -735,11 +735,16 @@ print("checked")
 
 def check_chunks() -> None:
     """A level too large for the grouped launches: forward by chunks of rows, backward by blocks."""
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton, large
 
-    before = {name: getattr(contrastive_triton, name) for name in ("GROUPED", "FORWARD_ROWS", "BLOCK_BYTES")}
-    for name, value in zip(before, (100, 128, 128 * 128 * 4), strict=True):
-        setattr(contrastive_triton, name, value)
+    with (
+        patch.object(contrastive_triton, "GROUPED", 100),
+        patch.multiple(large, FORWARD_ROWS=128, BLOCK_BYTES=128 * 128 * 4),
+    ):
+        check_large_levels()
+
+
+def check_large_levels() -> None:
     for n, u in ((130, 130), (140, 135)):
         image, text, scale, index = make(n, u, 16, 20.0)
         given = {} if n == u else {"text_index": index}
@@ -754,18 +759,17 @@ def check_chunks() -> None:
             trained = [t for t in leaves if t.requires_grad]
             found = torch.autograd.grad(run(*leaves, "triton", **given), trained)
             torch.testing.assert_close(found, torch.autograd.grad(run(*leaves, "cpu", **given), trained))
-    for name, value in before.items():
-        setattr(contrastive_triton, name, value)
 
 
 def check_rectangular_tiles() -> None:
     """Gradient tiles that are not square: grouped levels, and one level by blocks."""
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton as triton
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton, large
+    from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
-    with patch.object(triton.Plan, "gradient_tile", lambda _: triton.Tile(128, 64, 8)):
+    with patch.object(Plan, "gradient_tile", lambda _: Tile(128, 64, 8)):
         check_levels([(140, 130), (20, 10)], ["negatives"])
-        with patch.multiple(triton, GROUPED=100, BLOCK_BYTES=1):
-            assert triton.Plan.of(torch.ones(1, 8)).block_side(torch.device("cpu")) == 128
+        with patch.object(contrastive_triton, "GROUPED", 100), patch.object(large, "BLOCK_BYTES", 1):
+            assert large.block_side(torch.device("cpu"), 8, 4, 128) == 128
             check_levels([(140, 130)], ["negatives"])
 
 
@@ -818,13 +822,13 @@ def check_unaligned_features() -> None:
 def check_rounding_to_tf32() -> None:
     """Unit rows for TF32 tensor cores are already rounded to the nearest TF32."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton
+    from scenarioclip_fast.kernels.contrastive import plan as plans
 
     image = make(40, 12, 33, 1.0)[0].half()
     image[7, 3] = torch.nan
-    plan = contrastive_triton.Plan(torch.float32, "tf32", 64, 32, False)
-    before, contrastive_triton._interprets = contrastive_triton._interprets, lambda: False
-    unit, _ = contrastive_triton._units([image], plan, True)
-    contrastive_triton._interprets = before
+    plan = plans.Plan(torch.float32, "tf32", 64, 32, tma=False, folds=False)
+    with patch.object(plans, "_interprets", lambda: False):
+        unit, _ = contrastive_triton._units([image], plan, True)
     exact = F.normalize(image.double(), dim=1)
     good = torch.arange(40) != 7
     assert unit[7].isnan().any() and unit[:, 33:].abs().nan_to_num().sum() == 0

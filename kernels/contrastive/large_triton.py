@@ -1,0 +1,263 @@
+"""The kernels of one large level in Triton (see large.py).
+
+bfloat16 features are multiplied as they are, in bfloat16. float16 and float32 features are copied to float32 unit rows,
+rounded to TF32 for a single TF32 product, because the tensor cores truncate, which would make every cosine smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .large import Factors, Positives, RowsByText, Side
+from .large_kernels import (
+    factors,
+    finish_rows,
+    inverse_norms,
+    log_sums,
+    tile_gradients,
+    tile_sums,
+    unit_rows,
+)
+from .plan import Plan
+
+LOG_SUM_ROWS = 64  # rows per program that adds partial sums
+VECTOR = 1024  # entries per program in kernels over vectors
+
+
+@dataclass(frozen=True)
+class TritonKernels:
+    plan: Plan
+
+    @staticmethod
+    def of(features: Tensor) -> TritonKernels:
+        return TritonKernels(Plan.of(features))
+
+    @property
+    def sum_tile(self) -> tuple[int, int]:
+        tile = self.plan.sum_tile(alone=True)
+        return tile.rows, tile.texts
+
+    @property
+    def block_multiple(self) -> int:
+        tile = self.plan.gradient_tile()
+        return max(tile.rows, tile.texts)
+
+    def side(self, features: Tensor, inverse: Tensor | None, normalize: bool) -> Side:
+        plan, (n, d) = self.plan, features.shape
+        if features.stride(1) != 1:
+            features = features.contiguous()
+        options = {"D": d, "BLOCK_D": triton.next_power_of_2(plan.width), "num_warps": 2}
+        options |= {"NORMALIZE": normalize, "ALIGNED": _aligned(features)}
+        out = torch.empty(n, dtype=torch.float32, device=features.device) if inverse is None else inverse
+        if not plan.folds:
+            unit = torch.empty(n, plan.width, dtype=plan.operand, device=features.device)
+            # The inverse norms are computed again: they cost nothing beside the unit rows.
+            unit_rows[(n,)](features, unit, out, features.stride(0), WIDTH=plan.width, ROUND=plan.rounds, **options)
+            return Side(features, unit, torch.ones_like(out), out)
+        if inverse is None:
+            inverse_norms[(n,)](features, out, features.stride(0), **options)
+        operand = features
+        if plan.width != d or plan.operand != features.dtype or not _aligned(features):
+            operand = F.pad(features, [0, plan.width - d]).to(plan.operand).contiguous()
+        return Side(features, operand, out, out)
+
+    def sums(
+        self,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        positives: Positives,
+        weight: Tensor | None,
+        row_parts: Tensor,
+        text_parts: Tensor,
+        cosine: Tensor,
+    ) -> None:
+        tile = self.plan.sum_tile(alone=True)
+        tile_sums[(tile.count([len(x)], [len(y)]),)](
+            self._tiles(x, tile.rows),
+            self._tiles(y, tile.texts),
+            x.fold,
+            y.fold,
+            scale,
+            scale if positives.index is None else positives.index,
+            scale if weight is None else weight,
+            row_parts,
+            text_parts,
+            cosine,
+            len(x),
+            len(y),
+            *_strides(x, y),
+            positives.shift,
+            row_parts.stride(0),
+            text_parts.stride(0),
+            HAS_INDEX=positives.index is not None,
+            HAS_WEIGHT=weight is not None,
+            TMA=self.plan.tma,
+            **self.plan.constants(),
+            **tile.options(),
+        )
+
+    def log_sums(self, parts: Tensor, x: Side, y: Side, scale: Tensor, weight: Tensor | None, log_sum: Tensor) -> None:
+        log_sums[(triton.cdiv(len(x), LOG_SUM_ROWS),)](
+            parts,
+            x.operand,
+            y.operand,
+            x.fold,
+            y.fold,
+            scale,
+            scale if weight is None else weight,
+            log_sum,
+            len(x),
+            len(y),
+            *_strides(x, y),
+            len(parts),
+            parts.stride(0),
+            HAS_WEIGHT=weight is not None,
+            BM=LOG_SUM_ROWS,
+            **self.plan.constants(),
+            num_warps=4,
+            num_stages=2,
+        )
+
+    def factors(
+        self,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        index: Tensor | None,
+        weight: Tensor | None,
+        sums: tuple[Tensor, Tensor, Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],
+        shift: int,
+    ) -> Factors:
+        n, u = len(x), len(y)
+        sizes = [n, n, u, u, u, n]
+        row_log, row, text_log, text, text_weight, positive = torch.empty(sum(sizes), device=scale.device).split(sizes)
+        factors[(triton.cdiv(n, VECTOR) + triton.cdiv(u, VECTOR),)](
+            *sums,
+            *grads,
+            x.fold,
+            y.fold,
+            scale if index is None else index,
+            scale if weight is None else weight,
+            row_log,
+            row,
+            text_log,
+            text,
+            text_weight,
+            positive,
+            n,
+            u,
+            2.0**shift,
+            HAS_INDEX=index is not None,
+            HAS_WEIGHT=weight is not None,
+            BM=VECTOR,
+        )
+        return Factors(row_log, row, text_log, text, text_weight, positive, shift)
+
+    def gradients(
+        self,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        positives: Positives,
+        factors: Factors,
+        out: Tensor,
+    ) -> None:
+        tile = self.plan.gradient_tile()
+        tile_gradients[(tile.count([len(x)], [len(y)]),)](
+            self._tiles(x, tile.rows),
+            self._tiles(y, tile.texts),
+            x.fold,
+            y.fold,
+            scale,
+            scale if positives.index is None else positives.index,
+            factors.row_log,
+            factors.row,
+            factors.text_log,
+            factors.text,
+            factors.text_weight,
+            out,
+            len(x),
+            len(y),
+            *_strides(x, y),
+            positives.shift,
+            out.stride(0),
+            HAS_INDEX=positives.index is not None,
+            TMA=self.plan.tma,
+            **self.plan.constants(),
+            **tile.options(),
+        )
+
+    def finish(
+        self,
+        side: Side,
+        product: Tensor,
+        other: Side,
+        partners: Positives | RowsByText,
+        positive: Tensor,
+        scale: Tensor,
+        shift: int,
+        normalize: bool,
+        out: Tensor | None,
+        dots: Tensor,
+    ) -> None:
+        by_text = isinstance(partners, RowsByText)
+        index = None if isinstance(partners, RowsByText) else partners.index
+        rows = [side.operand, other.operand, *([] if out is None else [out])]
+        finish_rows[(len(side),)](
+            side.operand,
+            product,
+            other.operand,
+            side.fold,
+            side.inverse,
+            positive,
+            scale if index is None else index,
+            partners.order if isinstance(partners, RowsByText) else scale,
+            partners.start if isinstance(partners, RowsByText) else scale,
+            scale,
+            dots if out is None else out,
+            dots,
+            len(other),
+            *_strides(side, other),
+            0 if isinstance(partners, RowsByText) else partners.shift,
+            2.0**shift,
+            D=side.features.shape[1],
+            WIDTH=self.plan.width,
+            BLOCK_D=triton.next_power_of_2(self.plan.width),
+            BY_TEXT=by_text,
+            HAS_INDEX=index is not None,
+            NORMALIZE=normalize,
+            STORE=out is not None,
+            ALIGNED=_aligned(*rows),
+            num_warps=2,
+        )
+
+    def _tiles(self, side: Side, rows: int) -> Any:
+        operand = side.operand
+        if not self.plan.tma:
+            return operand
+        return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), [rows, self.plan.inner])
+
+
+def _strides(x: Side, y: Side) -> tuple[int, int]:
+    """Of operands, in units of 8 entries: operands are aligned."""
+    return x.operand.stride(0) // 8, y.operand.stride(0) // 8
+
+
+def _aligned(*rows: Tensor) -> bool:
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.shape[1] * t.element_size() % 16 == 0
+        and (len(t) == 1 or t.stride(0) * t.element_size() % 16 == 0)
+        for t in rows
+        if len(t)
+    )

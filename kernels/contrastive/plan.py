@@ -1,0 +1,71 @@
+"""How the Triton kernels multiply features: operand types, tiles, precision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of S: rows, texts, warps and stages. Registers and shared memory on sm_90a."""
+
+    rows: int
+    texts: int
+    warps: int
+    stages: int = 3
+
+    def count(self, rows: Sequence[int], texts: Sequence[int]) -> int:
+        return sum(-(-a // self.rows) * -(-b // self.texts) for a, b in zip(rows, texts, strict=True))
+
+    def options(self) -> dict[str, int]:
+        return {"BM": self.rows, "BN": self.texts, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How features of one dtype and width are multiplied on one device."""
+
+    operand: torch.dtype
+    precision: str
+    width: int  # D rounded up to the blocks of the inner dimension, so that no load needs a mask
+    inner: int
+    tma: bool
+    folds: bool  # whether a large level's features are multiplied as they are
+
+    @property
+    def rounds(self) -> bool:
+        """Whether unit rows are rounded to TF32. The interpreter multiplies in float32."""
+        return self.operand == torch.float32 and self.precision == "tf32" and not _interprets()
+
+    @staticmethod
+    def of(features: Tensor) -> Plan:
+        if features.dtype == torch.bfloat16 and not _interprets():
+            operand, precision, inner = torch.bfloat16, "tf32", 64
+        else:
+            # float16 has the mantissa of TF32, not its range. The interpreter has no TF32, and its bfloat16 is wrong.
+            exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+            operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
+        tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
+        width = -(-features.shape[1] // inner) * inner
+        return Plan(operand, precision, width, inner, tma, folds=features.dtype == torch.bfloat16)
+
+    def sum_tile(self, alone: bool) -> Tile:
+        """The tile of the forward pass: tall tiles read less in a large level; small levels need more tiles."""
+        if self.operand != torch.bfloat16:
+            return Tile(128, 128, 8)
+        return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
+
+    def gradient_tile(self) -> Tile:
+        return Tile(128, 128, 4 if self.operand == torch.bfloat16 else 8)
+
+    def constants(self) -> dict[str, int | str]:
+        return {"WIDTH": self.width, "BK": self.inner, "PRECISION": self.precision}
