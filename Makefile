@@ -10,10 +10,11 @@ ONLY   ?=
 TOTAL  ?= 480
 FACTOR ?= 1
 JOBS   ?= auto
+CUTLASS := nvidia-cutlass==4.2.0.0
 RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,remote,tensorboard,parquet,bench,test,docs,lint,release
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 
 .PHONY: install demo test test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
@@ -23,6 +24,7 @@ install: $(VENV)/native
 $(VENV)/packages: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "torch>=2.11,<2.14" "setuptools>=77" wheel cmake ninja pybind11
+	$(PIP) install --quiet --no-deps $(CUTLASS) || echo "$(CUTLASS) is unavailable: its kernels are left out"
 	SCENARIOCLIP_FAST_BUILD=none $(PIP) install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 

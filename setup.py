@@ -4,6 +4,8 @@ SCENARIOCLIP_FAST_BUILD   auto (default: CPU, and CUDA if nvcc and a CUDA build 
 SCENARIOCLIP_FAST_MARCH   -march of the CPU library (default: x86-64-v3 on x86-64, else the compiler's default)
 SCENARIOCLIP_FAST_ARCHS   CUDA architectures, as in TORCH_CUDA_ARCH_LIST without dots; "+PTX" adds PTX for newer
                           devices (default: those of 80, 90a, 100 that nvcc supports, the last with PTX)
+SCENARIOCLIP_FAST_CUTLASS the include folder of CUTLASS 4.2, for kernels that need 90a (default: that of the installed
+                          package nvidia-cutlass; without it they are left out)
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "scenarioclip_fast"
 TORCH = "torch>=2.11,<2.14"
+# Installed with --no-deps: only its headers are used, at build time.
+CUTLASS = "nvidia-cutlass==4.2.0.0"
 # Top-level folders that are installed as subpackages: their names are too general for top-level packages (`kernels` is
 # already taken).
 SUBPACKAGES = ("kernels", "benchmarks", "configs")
@@ -95,6 +99,26 @@ def cuda_architectures() -> str:
     return ";".join(archs) + "+PTX"
 
 
+def cutlass_headers() -> tuple[Path | None, str | None]:
+    """The folder of the CUTLASS headers; or None, and why the kernels that need them cannot be built."""
+    install = f"run pip install --no-deps {CUTLASS}, then reinstall"
+    if chosen := os.environ.get("SCENARIOCLIP_FAST_CUTLASS"):
+        folder = Path(chosen).resolve()
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        if spec is None or spec.origin is None:
+            return None, f"the CUTLASS headers were not found: {install}"
+        folder = Path(spec.origin).parent / "source" / "include"
+    header = folder / "cutlass" / "version.h"
+    if not header.is_file():
+        return None, f"{folder} holds no CUTLASS headers: {install}"
+    found = [re.search(rf"define CUTLASS_{part}\s+(\d+)", header.read_text()) for part in ("MAJOR", "MINOR")]
+    version = ".".join(match[1] if match else "?" for match in found)
+    if version != ".".join(re.findall(r"\d+", CUTLASS)[:2]):
+        return None, f"{folder} holds the headers of CUTLASS {version}: {install}"
+    return folder, None
+
+
 def pybind11_include(torch: Path) -> Path:
     # Fall back to the headers that torch ships, for machines where nothing can be installed.
     spec = importlib.util.find_spec("pybind11")
@@ -115,7 +139,7 @@ class Build(build_ext):
         built: list[str] = []
         left_out: dict[str, str] = {}
         if mode == "none":
-            left_out = dict.fromkeys(("cpu", "host", "cuda"), "SCENARIOCLIP_FAST_BUILD=none")
+            left_out = dict.fromkeys(("cpu", "host", "cuda", "hopper"), "SCENARIOCLIP_FAST_BUILD=none")
         else:
             obstacle = "SCENARIOCLIP_FAST_BUILD=cpu" if mode == "cpu" else cuda_obstacle()
             if mode == "cuda" and shutil.which("nvcc") is None:
@@ -123,11 +147,20 @@ class Build(build_ext):
                     "error: SCENARIOCLIP_FAST_BUILD=cuda, but nvcc is not on PATH: install the CUDA toolkit or use auto"
                 )
             with_cuda = mode == "cuda" or obstacle is None
-            self.cmake(torch_folder(), output, with_cuda, march)
+            archs = cuda_architectures() if with_cuda else ""
+            cutlass, missing = cutlass_headers()
+            if "90a" not in archs.replace("+PTX", "").split(";"):
+                cutlass, missing = None, f"90a is not among the CUDA architectures ({archs})"
+            self.cmake(torch_folder(), output, archs, cutlass, march)
             built = ["cpu", "host"] + (["cuda"] if with_cuda else [])
             if not with_cuda:
-                left_out["cuda"] = obstacle or ""
+                left_out["cuda"] = left_out["hopper"] = obstacle or ""
                 print(f"scenarioclip-fast: CUDA library not built: {obstacle}", file=sys.stderr)
+            elif missing:
+                left_out["hopper"] = missing
+                print(f"scenarioclip-fast: kernels for compute capability 9.0 not built: {missing}", file=sys.stderr)
+            else:
+                built.append("hopper")
         info = {"built": built, "left_out": left_out, "march": march}
         (output / "build.json").write_text(json.dumps(info, indent=1) + "\n")
 
@@ -135,7 +168,7 @@ class Build(build_ext):
     def default_march() -> str:
         return "x86-64-v3" if platform.machine() in ("x86_64", "AMD64") else ""
 
-    def cmake(self, torch: Path, output: Path, with_cuda: bool, march: str) -> None:
+    def cmake(self, torch: Path, output: Path, archs: str, cutlass: Path | None, march: str) -> None:
         build = Path(os.environ.get("SCENARIOCLIP_FAST_BUILD_DIR") or ROOT / "build" / sysconfig.get_platform())
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -145,8 +178,9 @@ class Build(build_ext):
             "SCF_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "SCF_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "SCF_MARCH": march,
-            "SCF_CUDA": "ON" if with_cuda else "OFF",
-            "SCF_CUDA_ARCHITECTURES": cuda_architectures() if with_cuda else "",
+            "SCF_CUDA": "ON" if archs else "OFF",
+            "SCF_CUDA_ARCHITECTURES": archs,
+            "SCF_CUTLASS": cutlass or "",
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         # Prefer the CMake and Ninja installed beside this Python to older ones of the system.

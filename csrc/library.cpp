@@ -3,6 +3,29 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
+  // The backend "cuda" of contrastive_loss. Outputs are allocated by the caller; kernels/contrastive/contrastive.h
+  // describes the arguments. The last two need compute capability 9.0.
+  m.def("contrastive_inverse_norms(Tensor x, bool normalize, Tensor(a!) out) -> ()");
+  m.def(
+      "contrastive_finish_sums(Tensor parts, Tensor x, Tensor y, Tensor inv_x, Tensor inv_y, Tensor scale, "
+      "Tensor? weight, Tensor? cosine, Tensor(a!) lse, Tensor(b!)? positive) -> ()");
+  m.def(
+      "contrastive_factors(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor grad_row, Tensor grad_col, "
+      "Tensor grad_positive, Tensor inv_x, Tensor inv_y, Tensor scale, Tensor? index, int first, Tensor? weight, "
+      "int exponent, Tensor(a!) rows, Tensor(b!) texts, Tensor(c!) positive_gain) -> ()");
+  m.def(
+      "contrastive_finish_rows(Tensor features, Tensor inverse, Tensor product, Tensor partners, Tensor? index, "
+      "int first, Tensor gain, Tensor scale, int exponent, bool normalize, Tensor(a!) out, Tensor(b!) dots) -> ()");
+  m.def(
+      "contrastive_finish_texts(Tensor features, Tensor inverse, Tensor product, Tensor partners, Tensor? order, "
+      "Tensor? offsets, int first, Tensor gain, Tensor scale, int exponent, bool normalize, Tensor(a!) out, "
+      "Tensor(b!) dots) -> ()");
+  m.def(
+      "contrastive_sums(Tensor x, Tensor y, Tensor inv_x, Tensor inv_y, Tensor scale, Tensor? index, int first, "
+      "Tensor? weight, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) cosine) -> ()");
+  m.def(
+      "contrastive_gradients(Tensor x, Tensor y, Tensor? index, int first, Tensor rows, Tensor texts, "
+      "Tensor(a!) out) -> ()");
   m.def(
       "distillation_forward(Tensor student, Tensor teacher, Tensor student_index, Tensor teacher_index, Tensor weight, "
       "Tensor? student_temperature, float student_temperature_value, float teacher_temperature, bool with_gradient, "

@@ -95,7 +95,7 @@ def _gpus() -> list[tuple[str, str, str, str]]:
 def _native_rows() -> list[tuple[str, str, str, str]]:
     info = native.build_info()
     rows = []
-    for part in ("cpu", "host", "cuda"):
+    for part in ("cpu", "host", "cuda", "hopper"):
         problem = native.unavailable_reason(part)
         target = f"built for {info['march'] or 'the default processor'}" if part == "cpu" else ""
         detail = problem or target

@@ -32,11 +32,19 @@ def build_info() -> dict[str, Any]:
 
 @functools.cache
 def unavailable_reason(part: str) -> str | None:
-    """Load `part` ("cpu", "cuda" or "host"); return None on success, otherwise the reason for the failure."""
+    """Load `part`; return None on success, otherwise the reason for the failure.
+
+    Args:
+        part: "cpu", "cuda", "host", or "hopper": the kernels of the cuda library for compute capability 9.0, whose build
+            needs the headers of CUTLASS.
+    """
     info = build_info()
+    if part == "hopper" and (part in info["built"] or "cuda" not in info["built"]):
+        return unavailable_reason("cuda")
     if part not in info["built"]:
         reason = info["left_out"].get(part, "the package was installed without its compiled extensions")
-        return f"the {part} library was not built: {reason}"
+        name = "part of the cuda library for compute capability 9.0" if part == "hopper" else f"{part} library"
+        return f"the {name} was not built: {reason}"
     problem = None if part == "host" else requirements.unsupported_torch()
     if part != "cuda" and info["march"] == "x86-64-v3":
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -100,6 +101,46 @@ class Compiler:
 def _tool(name: str) -> Path:
     triton = pytest.importorskip("triton", reason=f"{name} comes with Triton, which is not installed")
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+class HostCompiler:
+    """Compiles C++ tests of the kernels' sources with g++."""
+
+    def __call__(self, source: Path, program: Path, include: Path, cutlass: bool = False) -> Path:
+        """Compile `source` with the headers below `include`; with `cutlass`, those of CUTLASS and CUDA as well."""
+        if shutil.which("g++") is None:
+            pytest.skip("g++ is not on PATH")
+        system = [cutlass_headers(), *_cuda_headers()] if cutlass else []
+        options = [f"-I{include}", *(option for folder in system for option in ("-isystem", folder))]
+        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", *options, source, "-o", program, "-pthread"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return program
+
+
+def cutlass_headers() -> Path:
+    """The folder of the CUTLASS headers."""
+    if chosen := os.environ.get("SCENARIOCLIP_FAST_CUTLASS"):
+        return Path(chosen)
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        pytest.skip("the CUTLASS headers are missing: pip install --no-deps nvidia-cutlass==4.2.0.0")
+    return Path(spec.origin).parent / "source" / "include"
+
+
+def _cuda_headers() -> list[str]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    command = ["nvcc", "--dryrun", "-x", "cu", os.devnull]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    folders = re.findall(r'"(?:-I)?(/[^"]*include[^"]*)"', text)
+    assert folders, text
+    return list(dict.fromkeys(folders))
+
+
+@pytest.fixture(scope="session")
+def host_compiler() -> HostCompiler:
+    return HostCompiler()
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""The arithmetic of the backend "cuda" of contrastive_loss on the CPU: the source of its kernels, compiled by g++."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import HostCompiler
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("contrastive_tiles.cpp")
+
+
+def test_tiles_match_float64(host_compiler: HostCompiler, tmp_path: Path) -> None:
+    program = host_compiler(PROGRAM, tmp_path / "tiles", ROOT, cutlass=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+# File, code with the expression to replace in « », and a wrong expression. Each must be noticed by contrastive_tiles.cpp.
+TILE, ARITHMETIC = "hopper/tile.h", "arithmetic.h"
+MUTATIONS = [
+    # Sums.
+    (TILE, "if («first_row >= rows» || first_column >= texts) return;", "false"),
+    (TILE, "if (first_row >= rows || «first_column >= texts») return;", "false"),
+    (TILE, "row_data = make_float4(0.0f, «INFINITY», -1.0f, 0.0f);", "0.0f"),
+    (TILE, "row_data = make_float4(0.0f, INFINITY, «-1.0f», 0.0f);", "0.0f"),
+    (TILE, "read(operands.inv_x + staged_row) * «k2», offset", "1.0f"),
+    (TILE, "offset = «sum_offset(k2)»;", "0.0f"),
+    (TILE, "read(operands.inv_y + staged_column), «read_weight(p.weight, staged_column)»);", "1.0f"),
+    (TILE, "any |= «row.z >= 0»;", "row.z > 0"),
+    (TILE, "const bool hit = «get<1>(at(r, j))» == static_cast<int>(own[r]);", "get<1>(at(r, j)) + 1"),
+    (TILE, ".x * «read(operands.inv_x + row)»;", "1.0f"),
+    (TILE, "fast_exp2(fmaf(acc(r, j + 1) * «staged.z», row_factor[r]", "staged.x"),
+    (TILE, "fmaf(right, «staged.w», j == 0", "staged.y"),
+    (TILE, "j == 0 ? left * staged.y : fmaf(left, staged.y, «row_sum[r]»)", "0.0f"),
+    (TILE, "column_sum.x = r == 0 ? left : «column_sum.x» + left;", "0.0f"),
+    (TILE, "low = («odd» ? row_sum[1]", "!odd"),
+    (TILE, "__shfl_xor_sync(kAll, upper ? low : high, «2»)", "1"),
+    (TILE, "at((odd ? 1 : 0) + («upper» ? 2 : 0), 0)", "!upper"),
+    (TILE, "p.row_parts[«tile_column» * operands.rows", "(tile_column > 0 ? tile_column - 1 : 0)"),
+    (TILE, "p.column_parts[«tile_row» * operands.texts", "(tile_row > 0 ? tile_row - 1 : 0)"),
+    (TILE, "part < «scratch.kParts»; part += 4", "scratch.kParts - 4"),
+    # The place of the positives, in both.
+    (TILE, "int64_t column = «positives.first» - first_column;", "0"),
+    (TILE, "column += «positives.index != nullptr» ?", "false"),
+    (TILE, "static_cast<uint64_t>(column) < «static_cast<uint64_t>(width)» ?", "static_cast<uint64_t>(width - 1)"),
+    (TILE, "static_cast<uint64_t>(column) < «static_cast<uint64_t>(width)» ?", "static_cast<uint64_t>(width + 1)"),
+    # Gradients.
+    (TILE, "bool apart = «row_data.w != 0» ||", "false"),
+    (TILE, "|| «text_data.w != 0»;", "false"),
+    (TILE, "apart |= «scratch.apart[w] != 0»;", "false"),
+    (TILE, "own[r] = «row[r].w»;", "-1.0f"),
+    (TILE, "row[r].x, «-row[r].y»)", "0.0f"),
+    (TILE, "fmaf(row[r].z, text.y, «text.z»)", "0.0f"),
+    (TILE, "fmaf(row[r].z, «text.y», text.z)", "text.x"),
+    (TILE, "scratch.columns[thread].z = «rest.y»;", "text_data.z"),
+    (TILE, "scratch.columns[thread].w = «rest.x»;", "0.0f"),
+    (TILE, "row[r].w = «factor»;", "1.0f"),
+    (TILE, "by_row = «text.y == 0» ? 0.0f", "false"),
+    (TILE, "fast_exp2(logit - «row[r].x») * row[r].y", "text.w"),
+    (TILE, "fast_exp2(logit - text.w), «text.z», by_row)", "1.0f"),
+    (TILE, "by_row) * «row[r].z»;", "1.0f"),
+    (TILE, "== static_cast<int>(own[r]) ? «0.0f» :", "acc(r, j)"),
+    # Rows and numbers.
+    (ARITHMETIC, "shift = offset - «log2f(inverse)»;", "0.0f"),
+    (ARITHMETIC, "near = fabsf(shift - gain.log_sum) <= «kSpread»;", "2 * kSpread"),
+    (ARITHMETIC, "static_cast<float>(scaled * «exp2(error)»)", "1.0"),
+    (ARITHMETIC, "error = «rounded == -INFINITY» ? 0", "false"),
+    (ARITHMETIC, "counts = «weight > 0 || weight != weight || logit != logit»;", "true"),
+    (ARITHMETIC, "shift = «higher == -INFINITY» ? 0", "false"),
+    (ARITHMETIC, "terms * exp2f(«top - shift») +", "0.0f"),
+    (ARITHMETIC, "if («!any_nonzero») return 1e12f;", "squares == 0"),
+    (ARITHMETIC, "squares >= 0x1p-40f && «squares <= 0x1p40f» ?", "true"),
+    (ARITHMETIC, "if (text < 0 || «text >= p.texts») return 0;", "false"),
+    (ARITHMETIC, "by_row = «weight == 0» ? 0", "true"),
+    (ARITHMETIC, "by_column + «p.grad_positive[row]») * inverse", "0.0"),
+    (ARITHMETIC, "feature * inverse * («inverse» * dot)", "1.0f"),
+    (ARITHMETIC, "(word + 0x7fff + «(word >> 16 & 1)»)", "1"),
+]
+
+
+def test_every_mutation_is_noticed(host_compiler: HostCompiler, tmp_path: Path) -> None:
+    """One compilation for all: each mutation stands behind a test of its number."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "*.cu", "*.md"))
+    for name in (TILE, ARITHMETIC):
+        path = tmp_path / "kernels" / "contrastive" / name
+        text = path.read_text()
+        places: dict[tuple[int, int], str] = {}
+        for number, (file, code, wrong) in enumerate(MUTATIONS, 1):
+            if file == name:
+                place = find(code, text)
+                places[place] = f"(mutation == {number} ? ({wrong}) : ({places.get(place, text[slice(*place)])}))"
+        for (start, end), expression in sorted(places.items(), reverse=True):
+            text = text[:start] + expression + text[end:]
+        path.write_text(text.replace("namespace scf {", "extern int mutation;\nnamespace scf {", 1))
+    program = host_compiler(PROGRAM, tmp_path / "mutants", tmp_path, cutlass=True)
+
+    def failures(number: int) -> int:
+        done = subprocess.run([program, str(number)], capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode
+
+    assert failures(0) == 0
+    survivors = [mutation for number, mutation in enumerate(MUTATIONS, 1) if failures(number) == 0]
+    assert not survivors
+
+
+def find(code: str, text: str) -> tuple[int, int]:
+    """Where the expression in « » stands in the text, up to spacing."""
+    before, expression, after = (
+        r"\s*".join(re.escape(word) for word in re.findall(r"\w+|\S", part)) for part in re.split("[«»]", code)
+    )
+    matches = list(re.finditer(rf"{before}\s*(?P<expression>{expression})\s*{after}", text))
+    assert len(matches) == 1, f"{code} occurs {len(matches)} times"
+    return matches[0].span("expression")
