@@ -35,7 +35,7 @@ def unavailable_reason(part: str) -> str | None:
     """Load `part`; return None on success, otherwise the reason for the failure.
 
     Args:
-        part: "cpu", "cuda", "host", or "hopper": the kernels of the cuda library for compute capability 9.0, whose build
+        part: "cpu", "cuda", "host", or "hopper": the part of the cuda library for compute capability 9.0, whose build
             needs the headers of CUTLASS.
     """
     info = build_info()

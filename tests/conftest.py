@@ -143,6 +143,29 @@ def host_compiler() -> HostCompiler:
     return HostCompiler()
 
 
+@pytest.fixture(scope="session")
+def hopper_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """The assembler's messages and the machine code of kernels/*/hopper/*.cu, compiled once, as CMakeLists.txt does."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    folder = tmp_path_factory.mktemp("hopper")
+    command = ["nvcc", "-cubin", "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas=-v"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT}", "-isystem", str(cutlass_headers())]
+    running = {
+        source.stem: subprocess.Popen(
+            [*command, str(source), "-o", str(folder / f"{source.stem}.cubin")], stderr=subprocess.PIPE, text=True
+        )
+        for source in sorted(ROOT.glob("kernels/*/hopper/*.cu"))
+    }
+    code = {}
+    for name, process in running.items():
+        log = process.communicate()[1]
+        assert process.returncode == 0, log
+        dump = [_tool("cuobjdump"), "-sass", folder / f"{name}.cubin"]
+        code[name] = log, subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    return code
+
+
 @pytest.fixture
 def compiler(tmp_path: Path) -> Compiler:
     """Ahead-of-time compilation for sm_90a."""

@@ -1,6 +1,7 @@
 """`make gpu-pack`: collects in gpu-pack/ what an offline GPU machine lacks, and prints how to use it.
 
     wheels/         packages that such a machine does not have, for its Python
+    headers/        the wheel of CUTLASS, for its headers
     native/         prebuilt extensions, in case the build fails there
     photos/         the real photos, if present beside the checkout
     manifest.json   commit, versions, and every file with its size and SHA-256
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +40,8 @@ WHEELS = (
     "liger-kernel",
     "siglip-kernel",
 )
+# For the build; setup.py has the same version.
+HEADERS = ("nvidia-cutlass==4.2.0.0",)
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -116,8 +120,19 @@ def download(python: str, names: tuple[str, ...], folder: Path) -> list[str]:
     return missing
 
 
-def build(python: str, folder: Path) -> tuple[str | None, list[str]]:
-    """Build the extensions for `python` into `folder`; return the torch version they use, and what is missing."""
+def headers(pack: Path, folder: Path) -> dict[str, str]:
+    """Unpack the headers of a pack into `folder`; return the variable that names them to setup.py."""
+    for wheel in (pack / "headers").glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            inside = "cutlass_library/source/include/"
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(inside)])
+        return {"SCENARIOCLIP_FAST_CUTLASS": str(folder / inside)}
+    return {}
+
+
+def build(python: str, pack: Path) -> tuple[str | None, list[str]]:
+    """Build the extensions for `python` into the pack; return the torch version they use, and what is missing."""
+    folder = pack / "native"
     if platform.machine() not in ("x86_64", "AMD64"):
         return None, [f"extensions: this machine is {platform.machine()}, the GPU machine is x86-64"]
     query = "import sys, torch; print('%d.%d' % sys.version_info[:2], torch.__version__, torch.version.cuda)"
@@ -127,6 +142,7 @@ def build(python: str, folder: Path) -> tuple[str | None, list[str]]:
     with tempfile.TemporaryDirectory() as work:
         env = {
             **os.environ,
+            **headers(pack, Path(work) / "headers"),
             # Linking the CUDA library needs a CUDA build of torch.
             "SCENARIOCLIP_FAST_BUILD": "auto" if cuda != "None" else "cpu",
             "SCENARIOCLIP_FAST_ARCHS": "90a",
@@ -154,9 +170,9 @@ def pack(python: str, folder: Path, photos: Path) -> Manifest:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     print(f"downloading wheels for Python {PYTHON_VERSION}", flush=True)
-    missing = download(python, WHEELS, folder / "wheels")
+    missing = download(python, WHEELS, folder / "wheels") + download(python, HEADERS, folder / "headers")
     print("compiling for sm_90a", flush=True)
-    torch, not_built = build(python, folder / "native")
+    torch, not_built = build(python, folder)
     missing += not_built
     if photos.is_dir():
         shutil.copytree(photos, folder / "photos", copy_function=shutil.copyfile)

@@ -28,7 +28,7 @@ from typing import Any
 
 from gpu import sections
 from gpu.jobs import PASSED, shortened
-from gpu.pack import FOLDER, Manifest, commit_here, read_manifest
+from gpu.pack import FOLDER, Manifest, commit_here, headers, read_manifest
 from gpu.processes import Spawned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +147,7 @@ class Preparation:
             "SCENARIOCLIP_FAST_BUILD": "cuda" if self.found["cuda"] else "auto",
             "SCENARIOCLIP_FAST_ARCHS": os.environ.get("SCENARIOCLIP_FAST_ARCHS", archs),
             "PATH": PATH,
+            **headers(ROOT / FOLDER, self.work / "headers"),
         }
 
     def _finish_wheels(self, installing: Spawned, wheels: list[Path], begin: float) -> None:

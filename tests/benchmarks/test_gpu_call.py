@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,24 @@ def test_wheels_are_installed_in_one_call(tmp_path: Path, monkeypatch: pytest.Mo
     calls = prepared.calls.read_text().splitlines()
     assert len(calls) == 2 and sum("a-1" in call and "b-1" in call for call in calls) == 1
     assert all("--no-index" in call for call in calls)
+
+
+def test_headers_of_the_pack_reach_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = FakeCheckout(tmp_path, monkeypatch, "no such wheel", 0)
+    monkeypatch.delenv("SCENARIOCLIP_FAST_CUTLASS", raising=False)
+    folder = prepared.root / pack.FOLDER
+    assert pack.headers(folder, tmp_path / "none") == {}
+    (folder / "headers").mkdir()
+    with zipfile.ZipFile(folder / "headers" / "cutlass-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("cutlass_library/source/include/cutlass/version.h", "version")
+        archive.writestr("cutlass_library/generator.py", "")
+    prepared.python.write_text(PIP.replace('"$LOG"', '"$LOG"; echo "$SCENARIOCLIP_FAST_CUTLASS" >>"$LOG"', 1))
+    prepared.notes()
+    named = {line for line in prepared.calls.read_text().splitlines() if line.startswith("/")}
+    assert len(named) == 1
+    include = Path(named.pop())
+    assert [path.name for path in include.rglob("*.*")] == ["version.h"]
+    assert not list(include.parents[1].rglob("*.py"))
 
 
 def test_incompatible_wheel_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,17 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 if TYPE_CHECKING:
     from conftest import HostCompiler
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("contrastive_tiles.cpp")
+
+
+def test_hostile_arguments(host_compiler: HostCompiler, tmp_path: Path) -> None:
+    program = host_compiler(PROGRAM.with_name("contrastive_arguments.cpp"), tmp_path / "arguments", ROOT)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("", 0)
 
 
 def test_tiles_match_float64(host_compiler: HostCompiler, tmp_path: Path) -> None:
@@ -23,7 +27,7 @@ def test_tiles_match_float64(host_compiler: HostCompiler, tmp_path: Path) -> Non
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-# File, code with the expression to replace in « », and a wrong expression. Each must be noticed by contrastive_tiles.cpp.
+# File, code with the expression to replace in « », and a wrong expression. contrastive_tiles.cpp must notice each.
 TILE, ARITHMETIC = "hopper/tile.h", "arithmetic.h"
 MUTATIONS = [
     # Sums.
