@@ -17,6 +17,20 @@ def test_the_reason_includes_the_loaders_message(tmp_path: Path, monkeypatch: py
     assert reason is not None and "file too short" in reason and "reinstall" in reason
 
 
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [
+        (["cpu", "cuda"], "the part of the cuda library for compute capability 9.0 was not built: no headers"),
+        (["cpu"], "the cuda library was not built: no nvcc"),
+    ],
+)
+def test_part_for_hopper(built: list[str], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = {"hopper": "no headers", "cuda": "no nvcc"}
+    monkeypatch.setattr(native, "build_info", lambda: {"built": built, "left_out": left_out, "march": ""})
+    monkeypatch.setattr(native, "unavailable_reason", native.unavailable_reason.__wrapped__)
+    assert native.unavailable_reason("hopper") == reason
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("op", "backend"),

@@ -80,6 +80,38 @@ def test_supported_torch_matches_pyproject(setup: dict[str, Any]) -> None:
     assert (ROOT / "pyproject.toml").read_text().count(f'"{setup["TORCH"]}"') == 2
 
 
+def test_cutlass_version_is_the_same_everywhere(setup: dict[str, Any]) -> None:
+    assert (ROOT / "Makefile").read_text().count(f"CUTLASS := {setup['CUTLASS']}\n") == 1
+    assert (ROOT / "benchmarks" / "gpu" / "pack.py").read_text().count(f'"{setup["CUTLASS"]}"') == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "holds no CUTLASS headers"), ("4 3", "holds the headers of CUTLASS 4.3: run pip"), ("4 2", None)],
+)
+def test_cutlass_headers(
+    setup: dict[str, Any], version: str | None, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCENARIOCLIP_FAST_CUTLASS", str(tmp_path))
+    if version is not None:
+        (tmp_path / "cutlass").mkdir()
+        major, minor = version.split()
+        text = f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR {minor}\n"
+        (tmp_path / "cutlass" / "version.h").write_text(text)
+    folder, reason = setup["cutlass_headers"]()
+    if message is None:
+        assert (folder, reason) == (tmp_path, None)
+    else:
+        assert folder is None and message in reason and setup["CUTLASS"] in reason
+
+
+def test_without_cutlass(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SCENARIOCLIP_FAST_CUTLASS", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    folder, reason = setup["cutlass_headers"]()
+    assert folder is None and "the CUTLASS headers were not found: run pip install --no-deps nvidia-cutlass" in reason
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_ptx_for_later_devices(setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SCENARIOCLIP_FAST_ARCHS", raising=False)
