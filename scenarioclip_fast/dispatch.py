@@ -27,14 +27,18 @@ class Backend:
     Attributes:
         module: path under scenarioclip_fast.kernels; imported on first use.
         devices: device types it supports; empty for any.
-        needs: its requirement besides torch ("triton", "native-cpu", "native-cuda"), or "".
+        needs: its requirement besides torch ("triton", "native-cpu", "native-cuda", "native-hopper"), or "".
         float64: whether float64 input is computed in float64.
+        dtypes: the dtypes of features it takes; empty for all but float64.
+        automatic: whether "auto" may choose it: only if a committed record shows that it is the fastest.
     """
 
     module: str
     devices: tuple[str, ...] = ()
     needs: str = ""
     float64: bool = False
+    dtypes: tuple[str, ...] = ()
+    automatic: bool = True
 
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
@@ -42,6 +46,9 @@ _CPU, _CUDA = ("cpu",), ("cuda",)
 # op -> name -> backend, fastest first. All modules of an op define the same functions (see kernels/<op>/reference.py).
 BACKENDS: dict[str, dict[str, Backend]] = {
     "contrastive_loss": {
+        "cuda": Backend(
+            "contrastive.contrastive_native", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False
+        ),
         "triton": Backend("contrastive.contrastive_triton", _CUDA, "triton"),
         "cpu": Backend("contrastive.contrastive_cpu", _CPU, float64=True),
         "reference": Backend("contrastive.reference", float64=True),
@@ -86,14 +93,14 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -> str:
+def resolve(op: str, backend: str, device_type: str, *, dtype: str = "") -> str:
     """Return the name of the backend that runs `op` on `device_type`.
 
     Args:
         op: a key of BACKENDS.
         backend: the op's `backend=` argument.
         device_type: the device type of the input tensors.
-        float64: whether the input is float64.
+        dtype: the dtype of the input, such as "bfloat16"; "" if it does not matter.
 
     Raises:
         BackendError: the named backend cannot be used.
@@ -106,11 +113,11 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
         name, source = _validated(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE
     if name == "auto":
         for candidate in BACKENDS[op]:
-            if unavailable_reason(op, candidate, device_type, float64) is None:
+            if BACKENDS[op][candidate].automatic and unavailable_reason(op, candidate, device_type, dtype) is None:
                 return candidate
-    reason = unavailable_reason(op, name, device_type, float64)
+    reason = unavailable_reason(op, name, device_type, dtype)
     if reason is not None:
-        usable = [b for b in BACKENDS[op] if unavailable_reason(op, b, device_type, float64) is None]
+        usable = [b for b in BACKENDS[op] if unavailable_reason(op, b, device_type, dtype) is None]
         raise BackendError(
             f"{op}: backend {name!r} (from {source}) cannot run on {device_type} tensors here: {reason}; "
             f"usable: {', '.join(usable)}, or 'auto'"
@@ -118,13 +125,15 @@ def resolve(op: str, backend: str, device_type: str, *, float64: bool = False) -
     return name
 
 
-def unavailable_reason(op: str, name: str, device_type: str, float64: bool = False) -> str | None:
+def unavailable_reason(op: str, name: str, device_type: str, dtype: str = "") -> str | None:
     """Return None if backend `name` can run `op` on `device_type`, otherwise the reason why it cannot."""
     backend = BACKENDS[op].get(name)
     if backend is None:
         return f"this op has no {name} backend"
-    if float64 and not backend.float64:
+    if dtype == "float64" and not backend.float64:
         return "it computes in float32 only, but the input is float64"
+    if dtype and backend.dtypes and dtype not in backend.dtypes:
+        return f"it takes {' and '.join(backend.dtypes)} only, but the input is {dtype}: cast it, or use autocast"
     devices = backend.devices
     if backend.needs == "triton" and requirements.triton_interprets():
         devices = ("cpu", "cuda")
@@ -159,8 +168,19 @@ def _validated(name: str, source: str) -> str:
 
 
 def _missing(requirement: str) -> str | None:
-    """Return why a requirement ("triton", "native-cpu", "native-cuda") is not met, or None if it is."""
+    """Return why a requirement ("triton", "native-cpu", ...) is not met, or None if it is."""
     if requirement.startswith("native-"):
-        return native.unavailable_reason(requirement.removeprefix("native-"))
+        part = requirement.removeprefix("native-")
+        return native.unavailable_reason(part) or (_not_hopper() if part == "hopper" else None)
     assert requirement == "triton", requirement
     return requirements.import_problem("triton")
+
+
+def _not_hopper() -> str | None:
+    """Return why kernels for compute capability 9.0 alone cannot run on the current device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return None if (major, minor) == (9, 0) else f"it needs compute capability 9.0, and this GPU has {major}.{minor}"

@@ -68,26 +68,16 @@ class RowsByText:
 
 @dataclass(frozen=True)
 class Factors:
-    """Per row and text, for H = 2^shift dL/dcosine / scale, times both folds."""
+    """What H = 2^shift dL/dcosine / scale, times both folds, takes of each row and text, in a backend's own form."""
 
-    row_log: Tensor  # [N] float32: log-sum in base 2
-    row: Tensor  # [N] float32: gradient times 2^shift, corrected for the rounding of row_log
-    text_log: Tensor  # [U]
-    text: Tensor  # [U]
-    text_weight: Tensor  # [U] float32: weight times fold
+    rows: tuple[Tensor, ...]  # each [N, ...]
+    texts: tuple[Tensor, ...]  # each [U, ...]
     positive: Tensor  # [N] float32: H at the positive, which the kernels leave out of the matrix
     shift: int
 
     def block(self, rows: slice, texts: slice) -> Factors:
-        return Factors(
-            self.row_log[rows],
-            self.row[rows],
-            self.text_log[texts],
-            self.text[texts],
-            self.text_weight[texts],
-            self.positive[rows],
-            self.shift,
-        )
+        by_row, by_text = tuple(t[rows] for t in self.rows), tuple(t[texts] for t in self.texts)
+        return Factors(by_row, by_text, self.positive[rows], self.shift)
 
 
 class Kernels(Protocol):

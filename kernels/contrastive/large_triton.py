@@ -160,7 +160,7 @@ class TritonKernels:
             HAS_WEIGHT=weight is not None,
             BM=VECTOR,
         )
-        return Factors(row_log, row, text_log, text, text_weight, positive, shift)
+        return Factors((row_log, row), (text_log, text, text_weight), positive, shift)
 
     def gradients(
         self,
@@ -179,11 +179,8 @@ class TritonKernels:
             y.fold,
             scale,
             scale if positives.index is None else positives.index,
-            factors.row_log,
-            factors.row,
-            factors.text_log,
-            factors.text,
-            factors.text_weight,
+            *factors.rows,
+            *factors.texts,
             out,
             len(x),
             len(y),

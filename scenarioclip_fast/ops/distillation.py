@@ -44,7 +44,7 @@ def distillation_loss(
     """
     _check(student, teacher, student_index, teacher_index, weight, student_temperature, teacher_temperature)
     float64 = student.dtype == torch.float64
-    backend = dispatch.resolve("distillation_loss", backend, student.device.type, float64=float64)
+    backend = dispatch.resolve("distillation_loss", backend, student.device.type, dtype="float64" if float64 else "")
     temperature, value = None, 0.0
     if isinstance(student_temperature, Tensor):
         temperature = student_temperature.to(torch.float64 if float64 else torch.float32)

@@ -13,9 +13,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from scenarioclip_fast.kernels.contrastive import large, reference
+from scenarioclip_fast.kernels.contrastive import contrastive_native, large, reference
+from scenarioclip_fast.kernels.contrastive.contrastive_native import NativeKernels
 from scenarioclip_fast.kernels.contrastive.large import Factors, Positives, RowsByText, Side
 from torch import Tensor
+
+from scenarioclip_fast import dispatch
 
 LOG2E = math.log2(math.e)
 
@@ -88,8 +91,7 @@ class PlainKernels:
         by_row, by_text, by_positive = (2.0**shift * g for g in grads)
         total = by_row * w[texts] * (positive - row_lse).exp() + by_text[texts] * (positive - text_lse[texts]).exp()
         h = (total + by_positive) * x.fold * y.fold[texts]
-        vectors = (row_lse * LOG2E, by_row, text_lse * LOG2E, by_text, w * y.fold, h)
-        return Factors(*(v.float() for v in vectors), shift)
+        return Factors((row_lse * LOG2E, by_row), (text_lse * LOG2E, by_text, w * y.fold), h.float(), shift)
 
     def gradients(
         self,
@@ -102,9 +104,9 @@ class PlainKernels:
     ) -> None:
         self.blocks.append((len(x), len(y)))
         logits = self.logits(x, y, scale)
-        by_row = torch.exp2(logits - factors.row_log[:, None]) * factors.row[:, None]
-        by_text = torch.exp2(logits - factors.text_log) * factors.text
-        h = by_row * factors.text_weight + by_text * y.fold
+        (row_log, by_row), (text_log, by_text, weight) = factors.rows, factors.texts
+        h = torch.exp2(logits - row_log[:, None]) * by_row[:, None] * weight
+        h += torch.exp2(logits - text_log) * by_text * y.fold
         h[self.at_positives(positives, len(x), len(y))] = 0
         out.copy_(h * x.fold[:, None])
 
@@ -211,6 +213,111 @@ def test_rows_by_text() -> None:
     assert [part.tolist() for part in parts] == [[1], [3], [], [0, 2, 4], []]
 
 
+class PlainOps:
+    """The compiled ops of the backend "cuda" in plain PyTorch, as csrc/library.cpp declares them."""
+
+    plain = PlainKernels()
+    plain.sum_tile = (128, 128)
+
+    def op(self, name: str) -> Any:
+        return getattr(self, name)
+
+    @staticmethod
+    def sides(x: Tensor, y: Tensor, fold_x: Tensor, fold_y: Tensor) -> tuple[Side, Side]:
+        for operand in (x, y):  # what TMA requires
+            assert operand.stride(1) == 1 and operand.shape[1] % 8 == 0 and operand.data_ptr() % 16 == 0
+            assert len(operand) == 1 or operand.stride(0) % 8 == 0
+        return Side(x, x, fold_x, fold_x), Side(y, y, fold_y, fold_y)
+
+    def inverse_norms(self, x: Tensor, normalize: bool, out: Tensor) -> None:
+        assert x.dtype == torch.bfloat16 and x.stride(1) == 1
+        out.copy_(reference.inverse_norms(x, normalize))
+
+    def sums(
+        self, x: Tensor, y: Tensor, fold_x: Tensor, fold_y: Tensor, scale: Tensor, index: Tensor | None, first: int,
+        weight: Tensor | None, row_parts: Tensor, text_parts: Tensor, cosine: Tensor,
+    ) -> None:  # fmt: skip
+        sides = self.sides(x, y, fold_x, fold_y)
+        self.plain.sums(*sides, scale[0], Positives(index, first), weight, row_parts, text_parts, cosine)
+
+    def finish_sums(
+        self, parts: Tensor, x: Tensor, y: Tensor, fold_x: Tensor, fold_y: Tensor, scale: Tensor,
+        weight: Tensor | None, cosine: None, lse: Tensor, positive: None,
+    ) -> None:  # fmt: skip
+        self.plain.log_sums(parts, *self.sides(x, y, fold_x, fold_y), scale[0], weight, lse)
+
+    def factors(
+        self, row_lse: Tensor, text_lse: Tensor, positive: Tensor, grad_row: Tensor, grad_text: Tensor,
+        grad_positive: Tensor, fold_x: Tensor, fold_y: Tensor, scale: Tensor, index: Tensor | None, first: int,
+        weight: Tensor | None, exponent: int, rows: Tensor, texts: Tensor, gain: Tensor,
+    ) -> None:  # fmt: skip
+        x, y = (Side(f[:, None], f[:, None], f, f) for f in (fold_x, fold_y))
+        assert first == 0
+        sums, grads = (row_lse, text_lse, positive), (grad_row, grad_text, grad_positive)
+        found = self.plain.factors(x, y, scale[0], index, weight, sums, grads, exponent)
+        gain.copy_(found.positive)
+        for out, vectors in ((rows, (*found.rows, fold_x)), (texts, (*found.texts, fold_y))):
+            for k, vector in enumerate(vectors):
+                out[:, k] = vector
+        texts[:, 6] = scale
+
+    def gradients(
+        self, x: Tensor, y: Tensor, index: Tensor | None, first: int, rows: Tensor, texts: Tensor, out: Tensor
+    ) -> None:
+        assert out.stride(0) % 8 == 0 and out.data_ptr() % 16 == 0
+        sides = self.sides(x, y, rows[:, 2], texts[:, 3])
+        factors = Factors((rows[:, 0], rows[:, 1]), (texts[:, 0], texts[:, 1], texts[:, 2]), rows[:, 0], 0)
+        self.plain.gradients(*sides, texts[0, 6], Positives(index, first), factors, out)
+
+    def finish_rows(
+        self, features: Tensor, inverse: Tensor, product: Tensor, partners: Tensor, index: Tensor | None, first: int,
+        gain: Tensor, scale: Tensor, exponent: int, normalize: bool, out: Tensor, dots: Tensor,
+    ) -> None:  # fmt: skip
+        self.finish(
+            features, inverse, product, partners, Positives(index, first), gain, scale, exponent, normalize, out, dots
+        )
+
+    def finish_texts(
+        self, features: Tensor, inverse: Tensor, product: Tensor, partners: Tensor, order: Tensor, offsets: Tensor,
+        first: int, gain: Tensor, scale: Tensor, exponent: int, normalize: bool, out: Tensor, dots: Tensor,
+    ) -> None:  # fmt: skip
+        rows = RowsByText(order, offsets)
+        self.finish(features, inverse, product, partners, rows, gain, scale, exponent, normalize, out, dots)
+
+    def finish(
+        self, features: Tensor, inverse: Tensor, product: Tensor, partners: Tensor, pointers: Positives | RowsByText,
+        gain: Tensor, scale: Tensor, exponent: int, normalize: bool, out: Tensor, dots: Tensor,
+    ) -> None:  # fmt: skip
+        assert out.is_contiguous() and product.is_contiguous() and out.shape == features.shape
+        side, other = self.sides(features, partners, inverse, torch.ones(len(partners)))
+        self.plain.finish(side, product, other, pointers, gain, scale[0], exponent, normalize, out, dots)
+
+
+def test_the_calls_of_the_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend "cuda", with its ops in plain PyTorch: blocks, layouts and arguments."""
+    monkeypatch.setattr(contrastive_native, "_op", PlainOps().op)
+    check_levels(lambda _: NativeKernels(), torch.bfloat16)
+    check_rows_of_any_layout(lambda _: NativeKernels(), dtypes=(torch.bfloat16,))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_levels_of_the_native_backend(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
+    """Several levels, empty ones too, against the reference."""
+    monkeypatch.setattr(contrastive_native, "_op", PlainOps().op)
+    cases = [drawn(n, u, 20, torch.bfloat16, True, "cpu") for n, u in ((13, 7), (0, 3), (20, 30))]
+    images, texts, indices, _, _ = zip(*cases, strict=True)
+    images, texts = ([t if normalize else t / 10 for t in side] for side in (images, texts))
+    inputs = (images, texts, torch.tensor([2.0, 3.0, 4.0]), torch.cat(indices), None, normalize)
+    ours, theirs = contrastive_native.forward(*inputs, 0), reference.forward(*inputs, 0)
+    torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-6, atol=1e-5, equal_nan=True)
+    grads = [torch.full_like(t, 1 / 33) for t in ours[:3]]
+    found = contrastive_native.backward(*inputs[:5], ours, grads, normalize, True, True)
+    expected = reference.backward(*inputs[:5], theirs, grads, normalize, True, True)
+    for side in (0, 1):  # H and the gradients are rounded to bfloat16
+        torch.testing.assert_close(found[side], expected[side], rtol=2**-6, atol=2e-4)
+    torch.testing.assert_close(found[2], expected[2], rtol=2**-6, atol=1e-3)
+
+
 def test_triton_in_the_interpreter() -> None:
     """In a separate process: Triton reads TRITON_INTERPRET when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -232,6 +339,24 @@ print("checked")
         check=False,
     )
     assert done.stdout.strip() == "checked", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels_on_a_gpu(backend: str) -> None:
+    if reason := dispatch.unavailable_reason("contrastive_loss", backend, "cuda", "bfloat16"):
+        pytest.skip(reason)
+    if backend == "cuda":
+        make_kernels: Make = lambda _: NativeKernels()  # noqa: E731
+    else:
+        from scenarioclip_fast.kernels.contrastive.large_triton import TritonKernels
+
+        make_kernels = TritonKernels.of
+        check_levels(make_kernels, torch.float32, "cuda")
+    check_levels(make_kernels, torch.bfloat16, "cuda")
+    check_extremes(make_kernels, "cuda")
+    dtypes = (torch.bfloat16,) if backend == "cuda" else (torch.bfloat16, torch.float32)
+    check_rows_of_any_layout(make_kernels, "cuda", dtypes)
 
 
 # What follows takes the kernels of a backend: on a GPU, or in Triton's interpreter.
@@ -325,10 +450,12 @@ def check_extremes(make_kernels: Make, device: str = "cpu") -> None:
             assert row.isnan().sum() == 1 and positive.isnan().sum() == 1
 
 
-def check_rows_of_any_layout(make_kernels: Make, device: str = "cpu") -> None:
+def check_rows_of_any_layout(
+    make_kernels: Make, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+) -> None:
     """Widths, strides and offsets that matrix kernels cannot read are copied."""
     for width, first, stride in ((33, 0, 33), (64, 0, 96), (64, 0, 65), (64, 3, 64), (1030, 0, 1030)):
-        for dtype in (torch.bfloat16, torch.float32) if width == 33 else (torch.bfloat16,):
+        for dtype in dtypes if width == 33 else dtypes[:1]:
             sides = [
                 torch.randn(first + 40 * stride + width, generator=torch.Generator().manual_seed(k))
                 .to(device, dtype)[first:]

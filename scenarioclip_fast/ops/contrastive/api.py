@@ -16,6 +16,7 @@ from scenarioclip_fast.ops.contrastive.levels import (
     coefficients,
     count_texts,
     features,
+    features_dtype,
     joined_indices,
     joined_weights,
     lengths,
@@ -172,8 +173,8 @@ def _losses(
 
 def _resolve_backend(levels: list[LevelInput], backend: str) -> str:
     check_levels(levels)
-    float64 = any(torch.float64 in (level.image.dtype, level.text.dtype) for level in levels)
-    return dispatch.resolve("contrastive_loss", backend, levels[0].image.device.type, float64=float64)
+    dtype = str(features_dtype(levels)).removeprefix("torch.")
+    return dispatch.resolve("contrastive_loss", backend, levels[0].image.device.type, dtype=dtype)
 
 
 def _log_sums(

@@ -36,12 +36,18 @@ class PreparedLevel:
     weight: Tensor | None = None  # [U] of each text in the row sums; None: ones
 
 
+def features_dtype(levels: list[LevelInput]) -> torch.dtype:
+    """Return the dtype that the features of all levels are cast to."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for level in levels for x in (level.image, level.text)])
+    device_type = levels[0].image.device.type
+    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
 def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
     """Cast the features of all levels to one dtype, and make the scales 0-d tensors in the dtype of the sums."""
-    device = levels[0].image.device
-    dtype = functools.reduce(torch.promote_types, [x.dtype for level in levels for x in (level.image, level.text)])
-    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    device, dtype = levels[0].image.device, features_dtype(levels)
     wide = reference.compute_dtype(dtype)
 
     def scale(value: Tensor | float) -> Tensor:
