@@ -161,7 +161,7 @@ def siglip_kernel(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Loss] = {
-    **{f"ours: {backend}": ours(backend) for backend in ("triton", "cpu", "reference")},
+    **{f"ours: {backend}": ours(backend) for backend in ("cuda", "triton", "cpu", "reference")},
     "logits.T": transposed,
     "logits.T compiled": compiled(transposed),
     "open_clip": open_clip,
@@ -182,6 +182,7 @@ THIRD_PARTY = {
     SIGMOID: ("siglip_kernel", "siglip-kernel"),
     "quack": ("quack", "quack-kernels"),
 }
+LARGE = ("ours: cuda", "ours: triton")  # this package's forms for large levels on a GPU
 EAGER = [form for form in FORMS if form not in THIRD_PARTY and not form.endswith("compiled")]
 # Approximate peak bytes per logit of each form: sizes that would exceed memory are skipped.
 BYTES_PER_LOGIT = {
@@ -233,24 +234,24 @@ def gpu_cases(width: int) -> list[Case]:
 
     return [
         products(FOUR, MAIN_ROWS),
-        *(rows(form, MAIN_ROWS) for form in ("ours: triton", "logits.T compiled", "logits.T")),
+        *(rows(form, MAIN_ROWS) for form in (*LARGE, "logits.T compiled", "logits.T")),
         *(products(form, MAIN_ROWS) for form in PRODUCTS if form != FOUR),
-        rows("ours: triton", 65536),
+        *(rows(form, 65536) for form in LARGE),
         products(FOUR, 65536),
         *(case for form in ("ours: triton", "logits.T compiled", "logits.T") for case in levels(form)),
         products(FOUR, 8192),
-        *(rows(form, 8192) for form in ("ours: triton", "logits.T")),
-        *(rows(form, MAIN_ROWS, phase) for form in ("ours: triton", "logits.T") for phase in ("forward", "backward")),
+        *(rows(form, 8192) for form in (*LARGE, "logits.T")),
+        *(rows(form, MAIN_ROWS, phase) for form in (*LARGE, "logits.T") for phase in ("forward", "backward")),
         *(rows(form, MAIN_ROWS) for form in ("open_clip", "open_clip compiled")),
         *levels("open_clip"),
-        rows("ours: triton", LARGEST_ROWS),
+        *(rows(form, LARGEST_ROWS) for form in LARGE),
         # Third-party code last: an illegal memory access would break the CUDA context for later cases.
         *(rows(form, n) for form in THIRD_PARTY for n in (MAIN_ROWS, 8192)),
     ]
 
 
 def cpu_cases(width: int) -> list[Case]:
-    forms = [form for form in FORMS if form != "ours: triton" and form not in THIRD_PARTY]
+    forms = [form for form in FORMS if form not in LARGE and form not in THIRD_PARTY]
     with_phases = ("ours: cpu", "logits.T")  # also timed forward and backward separately
     return [
         *(Case("products", FOUR, "cpu", n, width) for n in ROWS["cpu"]),
@@ -267,7 +268,7 @@ def cpu_cases(width: int) -> list[Case]:
 
 def requested_cases(device: str, sizes: Sequence[int], width: int) -> list[Case]:
     """All forms at the requested sizes."""
-    unavailable = ("ours: triton", *THIRD_PARTY) if device == "cpu" else ("ours: cpu",)
+    unavailable = (*LARGE, *THIRD_PARTY) if device == "cpu" else ("ours: cpu",)
     forms = [form for form in FORMS if form not in unavailable]
     products = PRODUCTS if device == "cuda" else [FOUR]
     return [
@@ -312,6 +313,10 @@ def texts_of(rows: int, texts: int, device: str) -> Tensor:  # [rows]
     return torch.arange(rows, device=device_for(device)) * 7919 % texts  # a prime: neighbours differ
 
 
+def features_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def features(
     rows: int, width: int, device: str, seed: int = 0, texts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,7 +329,7 @@ def features(
     text = torch.randn(texts or rows, width, generator=g, device=where)
     own = text[texts_of(rows, texts, device)] if texts else text
     image = own + 2 * torch.randn(rows, width, generator=g, device=where)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = features_dtype(device)
     leaves = (image.to(dtype), text.to(dtype), torch.tensor(SCALE, device=where))
     return tuple(t.requires_grad_() for t in leaves)  # type: ignore[return-value]
 
@@ -344,9 +349,7 @@ def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None =
         row, column, positive = contrastive_cpu.level_forward(image, text, scale, index, count)
         share = torch.full_like(row, 0.5 / len(row))
         by_column = share if count is None else count * share[0]
-        grads = contrastive_cpu.level_backward(
-            image, text, scale, index, count, row, column, share, by_column, -2 * share
-        )
+        grads = contrastive_cpu.level_backward(image, text, scale, index, count, *saved, share, by_column, -2 * share)
     return [((row + (column if index is None else column[index])) / 2 - positive).mean(), *grads]
 
 
@@ -456,7 +459,8 @@ def free_bytes(device: str) -> int:
 def skip_unavailable(form: str, device: str, rows: int) -> None:
     if form.startswith("ours"):
         backend = backend_for(form.removeprefix("ours: "))
-        if reason := unavailable_reason("contrastive_loss", backend, device_for(device)):
+        dtype = str(features_dtype(device)).removeprefix("torch.")
+        if reason := unavailable_reason("contrastive_loss", backend, device_for(device), dtype):
             pytest.skip(reason)
     if form in THIRD_PARTY:
         module, package = THIRD_PARTY[form]

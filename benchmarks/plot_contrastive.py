@@ -40,10 +40,11 @@ def style(form: str) -> dict[str, Any]:
     if form == "four bare products":
         return {"color": "black", "linestyle": "--"}
     linestyle = ":" if form.endswith("compiled") else "-"
-    colours = {"ours: triton": "C3", "ours: cpu": "C3", "ours: reference": "C8", "open_clip": "C0", "logits.T": "C2"}
+    colours = {"ours: cuda": "darkred", "ours: triton": "C3", "ours: cpu": "C3", "ours: reference": "C8"}
+    colours |= {"open_clip": "C0", "logits.T": "C2"}
     colours |= {"inf_cl": "C1", "memeff": "C4", "cut_cross_entropy": "C5", "liger_kernel": "C6", "quack": "C9"}
     colours |= {"siglip-kernel (sigmoid loss)": "C7"}
-    bold = 2.5 if form in ("ours: triton", "ours: cpu") else 1.5
+    bold = 2.5 if form in ("ours: cuda", "ours: triton", "ours: cpu") else 1.5
     return {"color": colours[form.removesuffix(" compiled")], "linestyle": linestyle, "linewidth": bold}
 
 

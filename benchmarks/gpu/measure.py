@@ -65,6 +65,7 @@ TESTS = {
     "tests/ops/test_views.py": 3,
     "tests/ops/test_distillation.py": 2,
     "tests/ops/test_contrastive_distributed.py": 1,
+    "tests/ops/test_contrastive_large.py": 2,
     "tests/train/test_trainer.py": 1,
     "tests/train/test_trainer_switches.py": 1,
     "tests/train/test_saving.py": 1,

@@ -10,12 +10,14 @@ racecheck covers only the handwritten kernels: Triton inserts its barriers itsel
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from gpu import start_up
 from scenarioclip_fast.benchmarks.timing import backend_for, device_for, synchronize
 
 from scenarioclip_fast.data import Views, generate_scenes
+from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
 
 DEVICE = device_for("cuda")
@@ -33,6 +35,10 @@ def cuda() -> None:
     focused_region(images[0], *masks, backend=backend_for("cuda"))
 
     distillation("cuda")
+    if reason := unavailable_reason("contrastive_loss", backend_for("cuda"), DEVICE, "bfloat16"):
+        print(f"contrastive_loss: left out: {reason}")
+    else:
+        contrastive("cuda", ((137, 70), (137, 137), (600, 8600)))
     synchronize("cuda")
     print("cuda: done")
 
@@ -55,17 +61,21 @@ def distillation(backend: str) -> None:
     loss.backward()
 
 
-def triton() -> None:
-    """Shared launches and one large level by blocks; with and without text indices; sizes that fit no tile."""
-    for rows, texts in ((137, 70), (137, 137), (4500, 4300)):
+def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """With and without text indices; sizes that fit no tile."""
+    for rows, texts in sizes:
         image, text = (
             torch.randn(n, 96, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)
         )
         scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
         index = None if rows == texts else torch.randint(texts, (rows,), device=DEVICE)
-        contrastive_loss(image, text, scale, text_index=index, backend=backend_for("triton")).backward()
+        contrastive_loss(image, text, scale, text_index=index, backend=backend_for(backend)).backward()
         synchronize("cuda")
-        print(f"triton, {rows} x {texts}: done")
+        print(f"{backend}, {rows} x {texts}: done")
+
+
+def triton() -> None:
+    contrastive("triton", ((137, 70), (137, 137), (4500, 4300)))  # shared launches, and one large level by blocks
     distillation("triton")
     synchronize("cuda")
     print("triton: done")

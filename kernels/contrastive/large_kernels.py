@@ -20,10 +20,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(100.0)
 LOW = tl.constexpr(2.0**-100)
 HIGH = tl.constexpr(2.0**127)
-# Backward: log-sums lie between k2 - 200 and k2 + 27 (sums in [LOW, HIGH]). Relative to the middle, k2 - MIDDLE, one
-# exponential serves rows and columns; a tile with a log-sum further than REACH from it takes two.
-MIDDLE = tl.constexpr(86.0)
-REACH = tl.constexpr(100.0)
+# Backward: log-sums lie between k2 - 200 and k2 + 27 (sums in [LOW, HIGH]). Relative to an offset of k2 - BELOW, one
+# exponential serves rows and columns. A tile with a log-sum outside offset + CENTRE -+ REACH, or a weight that could
+# overflow the factor of the exponential, takes two.
+BELOW = tl.constexpr(86.0)
+CENTRE = tl.constexpr(15.0)
+REACH = tl.constexpr(95.0)
+HEAVY = tl.constexpr(2.0**40)
 # Norms that products of bfloat16 features, exponents and H in float32 have room for. Others, except zero, give NaN.
 SMALLEST_NORM = tl.constexpr(2.0**-20)
 LARGEST_NORM = tl.constexpr(2.0**20)
@@ -197,7 +200,8 @@ def tile_sums(
         tl.store(cosine + rows, tl.sum(tl.where(at, acc, 0.0), 1) * fold * f, mask=in_tile)
     k2 = tl.load(scale) * LOG2E
     g = tl.load(fold_y + columns, mask=in_columns, other=0.0)
-    e = tl.exp2(acc * (g * k2)[None, :] * f[:, None] - tl.maximum(k2 - HEADROOM, 0.0))
+    # In this order the first product is exact where rows are unit rows already, as those of float32 features.
+    e = tl.exp2(acc * f[:, None] * (g * k2)[None, :] - tl.maximum(k2 - HEADROOM, 0.0))
     w = in_columns.to(tl.float32)
     if HAS_WEIGHT:
         w = tl.load(weight + columns, mask=in_columns, other=0).to(tl.float32)
@@ -255,7 +259,7 @@ def log_sums(
             w = (columns < u).to(tl.float32)
             if HAS_WEIGHT:
                 w = tl.load(weight + columns, mask=columns < u, other=0).to(tl.float32)
-            logits = acc * (g * k2)[None, :] * f[:, None]
+            logits = acc * f[:, None] * (g * k2)[None, :]
             # A text of weight zero contributes nothing, unless it is NaN.
             logits = tl.where((w > 0)[None, :] | (logits != logits), logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -345,8 +349,8 @@ def factors(
 def _gradient(
     acc,  # [BM, BN]
     k2,
-    middle,
-    rows_far,  # the largest distance of a row's log-sum from the middle
+    offset,
+    far,  # the largest distance of a row's log-sum from the centre
     r,  # [BM] log-sums of the rows
     a,  # [BM] their gains
     f,  # [BM] folds
@@ -363,16 +367,16 @@ def _gradient(
     at = tl.minimum(j + tl.arange(0, BN), u - 1)
     c = tl.load(text_log + at)
     # Columns are loaded in each branch: those of both would not fit in registers.
-    if tl.maximum(rows_far, tl.max(tl.abs(c - middle), 0)) <= REACH:  # not with NaN
+    if tl.maximum(far, tl.max(tl.abs(c - offset - CENTRE), 0)) <= REACH:  # not with NaN
         g, w = tl.load(fold_y + at), tl.load(text_weight + at)
-        b = tl.load(text_gain + at) * tl.exp2(middle - c) * g
-        a *= tl.exp2(middle - r)
-        e = tl.exp2(acc * (g * k2)[None, :] * f[:, None] - (middle - tl.log2(f))[:, None])
+        b = tl.load(text_gain + at) * tl.exp2(offset - c) * g
+        a *= tl.exp2(offset - r)
+        e = tl.exp2(acc * f[:, None] * (g * k2)[None, :] - (offset - tl.log2(f))[:, None])
         out = e * (a[:, None] * w[None, :] + b[None, :])
     else:
         g, w = tl.load(fold_y + at), tl.load(text_weight + at)
         b = tl.load(text_gain + at) * g
-        logits = acc * (g * k2)[None, :] * f[:, None]
+        logits = acc * f[:, None] * (g * k2)[None, :]
         # A text of weight 0 may exceed the row's log-sum without bound.
         by_row = tl.exp2(tl.where((w > 0)[None, :], logits - r[:, None], 0.0)) * a[:, None] * w[None, :]
         out = (by_row + tl.exp2(logits - c[None, :]) * b[None, :]) * f[:, None]
@@ -422,8 +426,9 @@ def tile_gradients(
     r, a, f = tl.load(row_log + at), tl.load(row_gain + at), tl.load(fold_x + at)
     positive = _positive_column(index, rows, rows < n, shift, HAS_INDEX) - j
     k2 = tl.load(scale) * LOG2E
-    middle = tl.maximum(k2 - MIDDLE, 0.0)
-    rows_far = tl.max(tl.abs(r - middle), 0)
+    offset = tl.maximum(k2 - BELOW, 0.0)
+    heaviest = tl.max(tl.load(text_weight + tl.minimum(j + tl.arange(0, BN), u - 1)), 0)
+    far = tl.where(heaviest <= HEAVY, tl.max(tl.abs(r - offset - CENTRE), 0), float("inf"))
     # Stored in whole tiles: entries past the ends are never read, and a mask would cost registers.
     target = out + rows.to(tl.int64)[:, None] * stride + (j + tl.arange(0, BN // 4))[None, :]
     # A quarter of the columns at a time: the values loaded per column would not fit in registers beside a whole tile.
@@ -433,7 +438,7 @@ def tile_gradients(
     quarters = (q0, q1, q2, q3)
     for k in tl.static_range(4):
         h = _gradient(
-            quarters[k], k2, middle, rows_far, r, a, f, positive - k * (BN // 4), text_log, text_gain, text_weight,
+            quarters[k], k2, offset, far, r, a, f, positive - k * (BN // 4), text_log, text_gain, text_weight,
             fold_y, j + k * (BN // 4), u, BN // 4,
         )  # fmt: skip
         tl.store(target + k * (BN // 4), h.to(out.dtype.element_ty))

@@ -65,7 +65,7 @@ class Plan:
         return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
 
     def gradient_tile(self) -> Tile:
-        return Tile(128, 128, 4 if self.operand == torch.bfloat16 else 8)
+        return Tile(128, 128, 4 if self.operand == torch.bfloat16 and self.tma else 8)
 
     def constants(self) -> dict[str, int | str]:
         return {"WIDTH": self.width, "BK": self.inner, "PRECISION": self.precision}
