@@ -63,6 +63,7 @@ class ContrastiveLoss(nn.Module):
         text: Tensor,  # [U, D]
         text_index: Tensor | None = None,  # [N] int64
         text_id: Tensor | None = None,  # [U] int64
+        text_weight: Tensor | None = None,  # [U]
     ) -> Tensor:  # []
         return contrastive_loss(
             image,
@@ -70,6 +71,7 @@ class ContrastiveLoss(nn.Module):
             self.scale,
             text_index=text_index,
             text_id=text_id,
+            text_weight=text_weight,
             duplicates=self.duplicates,
             group=self.group,
             backend=self.backend,
@@ -120,6 +122,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         texts: Sequence[Tensor],  # levels x [U_l, D]
         text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
         text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
+        text_weights: Sequence[Tensor | None] | None = None,  # levels x [U_l]
     ) -> Tensor:  # [levels]
         return multilevel_contrastive_loss(
             images,
@@ -127,6 +130,7 @@ class MultiLevelContrastiveLoss(nn.Module):
             self.scales,
             text_indices=text_indices,
             text_ids=text_ids,
+            text_weights=text_weights,
             duplicates=self.duplicates,
             group=self.group,
             backend=self.backend,

@@ -31,7 +31,13 @@ from scenarioclip_fast.ops.contrastive.op import (
     keeps_exponentials,
 )
 from scenarioclip_fast.ops.contrastive.ranks import gather_levels
-from scenarioclip_fast.ops.contrastive.validate import check_group, check_levels, check_lists, check_options
+from scenarioclip_fast.ops.contrastive.validate import (
+    check_group,
+    check_levels,
+    check_lists,
+    check_options,
+    check_total_weights,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,6 +50,7 @@ def contrastive_loss(
     *,
     text_index: Tensor | None = None,  # [N] int64
     text_id: Tensor | None = None,  # [U] int64
+    text_weight: Tensor | None = None,  # [U]
     duplicates: str = "negatives",
     reduction: str = "mean",
     group: ProcessGroup | None = None,
@@ -59,9 +66,17 @@ def contrastive_loss(
             (float64 for float64 input); under autocast, float32 features are cast as for a matrix product.
         logit_scale: positive factor of the cosines, already exponentiated and clamped.
         text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text without
-            rows is ignored with "negatives" and is an extra negative for every row with "positives".
+            rows is an extra negative for every row with "positives", and is ignored with "negatives" unless it has a
+            text_weight. It never is a column of the loss.
         text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
             with equal ids are merged into the first one. Required for "positives" with a group.
+        text_weight: finite weight w_u >= 0 of each text in the row sums, row_i = log sum_u w_u exp(S_iu), as with hard
+            negatives appended to `text`; 0 leaves a text out. None: the number of its rows with "negatives", 1 with
+            "positives". The column sums and their coefficients do not depend on it, and it gets no gradient. Merged
+            texts have the sum of their weights with "negatives", so that merging changes nothing, and the largest one
+            with "positives", where they are one text. If a row's own text has a smaller weight than by default, its
+            loss can be negative. If there are rows, at least one weight must be above 0. With a group: on all ranks or
+            on none, and one weight above 0 on any rank is enough.
         duplicates: "negatives" (as in the paper: rows with equal texts are each other's negatives) or "positives"
             (equal texts are one class).
         reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
@@ -79,12 +94,13 @@ def contrastive_loss(
 
     Raises:
         ValueError, TypeError: invalid or inconsistent arguments; checked before anything runs. The values of
-            text_index and logit_scale are checked on the CPU only, since reading them from a GPU would synchronise.
-            With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them by device-side assertions that name the argument, at
-            the cost of a few launches. Without it the Triton backend returns NaN for a scale that is not positive
-            or an index that is out of range.
+            text_index, text_weight and logit_scale are checked on the CPU only, since reading them from a GPU would
+            synchronise. With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them by device-side assertions that name the
+            argument, at the cost of a few launches. Without it the Triton backend returns NaN for a scale that is not
+            positive or an index that is out of range. text_weight is not checked in a compiled graph either; if all
+            weights are 0, the loss is then -inf and its gradients NaN.
     """
-    level = LevelInput(image, text, logit_scale, text_index, text_id)
+    level = LevelInput(image, text, logit_scale, text_index, text_id, text_weight)
     return _losses([level], duplicates, reduction, group, backend).squeeze(0)
 
 
@@ -115,6 +131,7 @@ def multilevel_contrastive_loss(
     *,
     text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
     text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
+    text_weights: Sequence[Tensor | None] | None = None,  # levels x [U_l]
     duplicates: str = "negatives",
     group: ProcessGroup | None = None,
     deterministic: bool | None = None,
@@ -126,11 +143,10 @@ def multilevel_contrastive_loss(
         [levels], in the dtype of `contrastive_loss`.
     """
     lists: dict[str, Any] = {"images": images, "texts": texts, "logit_scales": logit_scales}
-    lists |= {"text_indices": text_indices, "text_ids": text_ids}
+    lists |= {"text_indices": text_indices, "text_ids": text_ids, "text_weights": text_weights}
     check_lists(lists)
-    indices = text_indices if text_indices is not None else [None] * len(images)
-    ids = text_ids if text_ids is not None else [None] * len(images)
-    levels = [LevelInput(*level) for level in zip(images, texts, logit_scales, indices, ids, strict=True)]
+    columns = [[None] * len(images) if given is None else given for given in lists.values()]
+    levels = [LevelInput(*level) for level in zip(*columns, strict=True)]
     return _losses(levels, duplicates, "mean", group, backend)
 
 
@@ -157,13 +173,13 @@ def _losses(
     check_group(group)
     name = _resolve_backend(inputs, backend)
     levels = prepare(inputs)
+    if group is not None:
+        levels = gather_levels(levels, duplicates, group)
+    check_total_weights(levels)
     if group is None and reduction == "mean" and has_fused_means(name):
         return _fused_means(levels, duplicates, name, normalize)
     if group is None:
         levels = [count_texts(level, duplicates) for level in levels]
-    else:
-        levels = gather_levels(levels, duplicates, group)
-
     rows, columns, positives = _log_sums(levels, name, normalize)
     dtype = levels[0].scale.dtype
     if reduction == "none":
@@ -234,10 +250,10 @@ def _fused_means(levels: list[PreparedLevel], duplicates: str, backend: str, nor
     positives = duplicates == "positives"
     levels = [merge_equal_texts(level) if positives else level for level in levels]
     n, u = lengths(levels)
-    index, weight, count = joined_indices(levels), joined_weights(levels), None
+    index, count = joined_indices(levels), None
     if index is not None:
         count = contrastive_counts(index, n, u, backend)
-        weight = weight if positives else count
+    weight = joined_weights(levels, None if positives else count)
     budget = _budget(levels, backend)
     sums = contrastive_forward(*features(levels), index, weight, normalize, budget, backend)[:3]
     losses, _ = contrastive_means(*sums, count, index, n, u, positives, backend)

@@ -20,6 +20,7 @@ class LevelInput:
     scale: Tensor | float  # []
     text_index: Tensor | None = None  # [N] int64
     text_id: Tensor | None = None  # [U] int64
+    text_weight: Tensor | None = None  # [U]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PreparedLevel:
     text_id: Tensor | None  # [U] int64
     rows: int  # over all ranks
     count: Tensor | None = None  # [U] int64 rows of each text over all ranks; None: one each
-    weight: Tensor | None = None  # [U] of each text in the row sums; None: ones
+    weight: Tensor | None = None  # [U] of each text in the row sums; None: the default
 
 
 def features_dtype(levels: list[LevelInput]) -> torch.dtype:
@@ -63,6 +64,7 @@ def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
             text_index=level.text_index,
             text_id=level.text_id,
             rows=len(level.image),
+            weight=None if level.text_weight is None else level.text_weight.to(wide),
         )
         for level in levels
     ]
@@ -71,13 +73,15 @@ def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
 def merge_equal_texts(level: PreparedLevel) -> PreparedLevel:
     """Point all rows of equal text ids at the first text of that id.
 
-    The duplicates are kept, without rows and with weight 0, so that no shape depends on the data.
+    It gets the largest of their weights, 1 by default. The duplicates are kept, without rows and with weight 0, so that
+    no shape depends on the data.
     """
     if level.text_id is None:
         return level
     first = to_device(first_of(level.text_id), level.text.device)
     index = first if level.text_index is None else first[level.text_index]
-    return replace(level, text_index=index, weight=(first == arange(level.text)).to(torch.float32))
+    weight = torch.ones_like(first, dtype=torch.float32) if level.weight is None else level.weight
+    return replace(level, text_index=index, weight=torch.zeros_like(weight).scatter_reduce_(0, first, weight, "amax"))
 
 
 def count_texts(level: PreparedLevel, duplicates: str) -> PreparedLevel:
@@ -86,8 +90,11 @@ def count_texts(level: PreparedLevel, duplicates: str) -> PreparedLevel:
     if level.text_index is None:
         return level
     count = count_rows(level.text_index, level.text)
-    weight = count.to(torch.float32) if duplicates == "negatives" else level.weight
-    return replace(level, count=count, weight=weight)
+    return replace(level, count=count, weight=weight_of(level, count, duplicates))
+
+
+def weight_of(level: PreparedLevel, count: Tensor, duplicates: str) -> Tensor | None:  # [U]
+    return count.to(torch.float32) if level.weight is None and duplicates == "negatives" else level.weight
 
 
 def coefficients(level: PreparedLevel, duplicates: str) -> tuple[Tensor, Tensor]:  # beta [N] or [], kappa [U]
@@ -141,12 +148,16 @@ def joined_indices(levels: list[PreparedLevel]) -> Tensor | None:  # [sum N]
     return _joined([arange(level.image) if level.text_index is None else level.text_index for level in levels])
 
 
-def joined_weights(levels: list[PreparedLevel]) -> Tensor | None:  # [sum U]
+def joined_weights(
+    levels: list[PreparedLevel],
+    default: Tensor | None = None,  # [sum U] for levels without weights; None: ones
+) -> Tensor | None:  # [sum U]
     if all(level.weight is None for level in levels):
-        return None
-    return _joined(
-        [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
-    )
+        return default
+    _, u = lengths(levels)
+    defaults = levels[0].text.new_ones(sum(u), dtype=torch.float32) if default is None else default
+    parts = zip(levels, defaults.split(u), strict=True)
+    return _joined([part if level.weight is None else level.weight for level, part in parts])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.ops.contrastive.levels import LevelInput
+from scenarioclip_fast.ops.contrastive.levels import LevelInput, PreparedLevel
 
 DUPLICATES = ("negatives", "positives")
 # If set to 1, values on a GPU are checked too, by device-side assertions that name the argument.
 CHECK = "SCENARIOCLIP_FAST_CHECK"
-_LARGEST_SCALE = torch.finfo(torch.float32).max
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_options(duplicates: str, reduction: str) -> None:
@@ -49,6 +49,7 @@ def check_levels(levels: Sequence[LevelInput]) -> None:
         where = level_name(i, len(levels))
         _check_features(level, where)
         _check_labels(level, where)
+        _check_weight(level, where)
         _check_scale(level, where)
         # In a compiled graph, reading values would break the graph.
         if not torch.compiler.is_compiling():
@@ -98,6 +99,23 @@ def _check_labels(level: LevelInput, where: str) -> None:
             raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device}, the device of image")
 
 
+def _check_weight(level: LevelInput, where: str) -> None:
+    weight, text = level.text_weight, level.text
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"{where}text_weight: got {_kind(weight)}, expected a floating-point tensor")
+    if weight.shape != text.shape[:1]:
+        raise ValueError(f"{where}text_weight: got shape {list(weight.shape)}, expected [{len(text)}]")
+    if weight.device != text.device:
+        raise ValueError(f"{where}text_weight: got device {weight.device}, expected {text.device}, the device of text")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{where}text_weight: got a tensor that requires a gradient, expected one that does not "
+            "(text_weight.detach()): the weights have no gradient"
+        )
+
+
 def _check_scale(level: LevelInput, where: str) -> None:
     if isinstance(level.scale, Tensor):
         if not level.scale.is_floating_point():
@@ -115,9 +133,29 @@ def _check_values(level: LevelInput, where: str) -> None:
         assert_values(level, where)
     if isinstance(scale, Tensor):
         scale = scale.item() if scale.device.type == "cpu" else 1.0
-    elif scale > _LARGEST_SCALE:
+    elif scale > _LARGEST:
         raise ValueError(f"{where}logit_scale: got {scale}, expected a factor in the range of float32")
     check_numbers(scale, None if on_device else index, texts, where)
+    weight = level.text_weight
+    if weight is not None and len(weight) and not on_device:
+        lowest, highest = (v.item() for v in weight.aminmax())
+        if not (lowest >= 0 and highest <= _LARGEST):
+            raise ValueError(
+                f"{where}text_weight: got values from {lowest:g} to {highest:g}, expected finite weights of at least 0"
+            )
+
+
+def check_total_weights(levels: Sequence[PreparedLevel]) -> None:
+    """Check that the row sums have terms; with a group, after the exchange of the weights, equally on all ranks."""
+    for i, level in enumerate(levels):
+        if torch.compiler.is_compiling() or level.weight is None or not level.rows:
+            continue
+        message = f"{level_name(i, len(levels))}text_weight: got only zeros, expected at least one weight above 0"
+        if level.weight.device.type == "cpu":
+            if not level.weight.any():
+                raise ValueError(message)
+        elif os.environ.get(CHECK) == "1":
+            torch._assert_async(level.weight.any(), message)
 
 
 def check_numbers(scale: float, index: Tensor | None, texts: int, where: str) -> None:
@@ -139,6 +177,9 @@ def assert_values(level: LevelInput, where: str) -> None:
         torch._assert_async(
             (low & high).all(), f"{where}text_index: got a value outside 0 to {len(level.text) - 1}, the texts given"
         )
+    if level.text_weight is not None:
+        low, high = level.text_weight >= 0, level.text_weight <= _LARGEST
+        torch._assert_async((low & high).all(), f"{where}text_weight: expected finite weights of at least 0")
 
 
 def _kind(x: object) -> str:
