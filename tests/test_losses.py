@@ -193,6 +193,22 @@ def test_duplicates_reach_the_op() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+def test_weights_reach_the_op() -> None:
+    e = batch([2, 3], [1, 1])
+    image, text, index = e.image[1], torch.cat([e.text[1], e.text[2]]), e.text_index[1]  # the last texts have no rows
+    weight = torch.arange(1.0, len(text) + 1)
+    logits = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / 0.07
+    columns = F.cross_entropy(logits[:, index].T, torch.arange(len(image)))
+    rows = F.cross_entropy(logits + weight.log(), index) + weight[index].log().mean()
+    # The parameter is the logarithm of the scale in float32.
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    loss = ContrastiveLoss().double()
+    torch.testing.assert_close(loss(image, text, index, text_weight=weight), (rows + columns) / 2, **close)
+    losses = MultiLevelContrastiveLoss(["a", "b"]).double()
+    found = losses([image, image], [text, text], [index, index], text_weights=[weight, None])
+    torch.testing.assert_close(found, torch.stack([(rows + columns) / 2, loss(image, text, index)]), **close)
+
+
 def test_compiles_without_graph_break() -> None:
     e = batch([2, 3], [1, 1])
     module = ScenarioLoss()
