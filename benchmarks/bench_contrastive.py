@@ -346,7 +346,8 @@ def exact(rows: int, width: int, device: str, seed: int = 0, texts: int | None =
     # On a GPU, tiles of the CPU's size would be launch-bound.
     side = 16384 if on_gpu(device) else contrastive_cpu.ROWS
     with patch.multiple(contrastive_cpu, ROWS=side, COLUMNS=side):
-        row, column, positive = contrastive_cpu.level_forward(image, text, scale, index, count)
+        saved = contrastive_cpu.level_forward(image, text, scale, index, count)
+        row, column, positive, *_ = saved
         share = torch.full_like(row, 0.5 / len(row))
         by_column = share if count is None else count * share[0]
         grads = contrastive_cpu.level_backward(image, text, scale, index, count, *saved, share, by_column, -2 * share)

@@ -46,13 +46,23 @@ class NativeKernels:
         weight: Tensor | None,
         row_parts: Tensor,
         text_parts: Tensor,
-        cosine: Tensor,
+        own: Tensor,
     ) -> None:
         index, first = positives.index, positives.shift
-        _op("sums")(*_operands(x, y, scale), index, first, weight, row_parts, text_parts, cosine)
+        _op("sums")(*_operands(x, y, scale), index, first, weight, row_parts, text_parts, own)
 
-    def log_sums(self, parts: Tensor, x: Side, y: Side, scale: Tensor, weight: Tensor | None, log_sum: Tensor) -> None:
-        _op("finish_sums")(parts, *_operands(x, y, scale), weight, None, log_sum, None)
+    def log_sums(
+        self,
+        parts: Tensor,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        weight: Tensor | None,
+        log_sum: Tensor,
+        own: Tensor | None = None,
+        positive: Tensor | None = None,
+    ) -> None:
+        _op("finish_sums")(parts, *_operands(x, y, scale), weight, own, log_sum, positive)
 
     def factors(
         self,

@@ -103,7 +103,7 @@ class Kernels(Protocol):
         weight: Tensor | None,  # [U]
         row_parts: Tensor,  # [block columns, N] out
         text_parts: Tensor,  # [block rows, U] out
-        cosine: Tensor,  # [N] out, where a row has a positive
+        own: Tensor,  # [N] out, where a row has a positive: its exponent or cosine, in the backend's own form
     ) -> None: ...
 
     def log_sums(
@@ -114,6 +114,8 @@ class Kernels(Protocol):
         scale: Tensor,  # []
         weight: Tensor | None,  # [U] of the rows of y
         log_sum: Tensor,  # [N] float64 out
+        own: Tensor | None = None,  # [N] of `sums`
+        positive: Tensor | None = None,  # [N] float64 out: logits of the positives
     ) -> None:
         """Add partial sums and take logarithms; recompute sums that are out of range."""
 
@@ -168,7 +170,8 @@ def forward(
     x, y = kernels.side(image, None, normalize), kernels.side(text, None, normalize)
     n, u = len(x), len(y)
     row_log, text_log = (scale.new_full((size,), -torch.inf, dtype=torch.float64) for size in (n, u))
-    cosine = scale.new_full((n,), torch.nan)
+    positive = torch.full_like(row_log, torch.nan)
+    own = scale.new_full((n,), torch.nan)
     text_sums: Tensor | None = None
     everything = slice(0, u)
     for rows in chunks(n, FORWARD_ROWS) if u else ():
@@ -176,14 +179,14 @@ def forward(
         row_parts = scale.new_empty(-(-u // kernels.sum_tile[1]), count)
         text_parts = scale.new_empty(-(-count // kernels.sum_tile[0]), u)
         positives = Positives(index).block(rows, everything)
-        kernels.sums(x[rows], y, scale, positives, weight, row_parts, text_parts, cosine[rows])
-        kernels.log_sums(row_parts, x[rows], y, scale, weight, row_log[rows])
+        kernels.sums(x[rows], y, scale, positives, weight, row_parts, text_parts, own[rows])
+        kernels.log_sums(row_parts, x[rows], y, scale, weight, row_log[rows], own[rows], positive[rows])
         if n > FORWARD_ROWS:
             text_parts = text_parts.sum(0, keepdim=True)
         text_sums = text_parts if text_sums is None else text_sums.add_(text_parts)
     if text_sums is not None:
         kernels.log_sums(text_sums, y, x, scale, None, text_log)
-    return row_log, text_log, cosine.double() * scale.double(), x.inverse, y.inverse
+    return row_log, text_log, positive, x.inverse, y.inverse
 
 
 def backward(

@@ -157,7 +157,7 @@ def unit_rows(
 
 @triton.jit(
     do_not_specialize=["n", "u", "x_stride", "y_stride", "shift", "row_total", "text_total"],
-    do_not_specialize_on_alignment=[*_SLICES, "scale", "row_parts", "text_parts", "cosine"],
+    do_not_specialize_on_alignment=[*_SLICES, "scale", "row_parts", "text_parts", "own"],
 )
 def tile_sums(
     x,  # [N, WIDTH]
@@ -169,7 +169,7 @@ def tile_sums(
     weight,  # [U] numbers or counts
     row_parts,  # [block columns, N] out
     text_parts,  # [block rows, U] out
-    cosine,  # [N] out: of each row's positive
+    own,  # [N] out: the exponent of each row's positive
     n,
     u,
     x_stride,
@@ -191,17 +191,20 @@ def tile_sums(
     rows, columns = i + tl.arange(0, BM), j + tl.arange(0, BN)
     in_rows, in_columns = rows < n, columns < u
     f = tl.load(fold_x + rows, mask=in_rows, other=0.0)
-    # Read from this accumulator: the result of another product could exceed the log-sum.
+    k2 = tl.load(scale) * LOG2E
+    offset = tl.maximum(k2 - HEADROOM, 0.0)
     positive = _positive_column(index, rows, in_rows, shift, HAS_INDEX) - j
     in_tile = in_rows & (positive >= 0) & (positive < tl.minimum(u - j, BN))
     if tl.max(in_tile.to(tl.int32), 0) > 0:
+        # From the same accumulator and rounded alike: where a row's positive dominates, the loss is the small
+        # difference of this exponent and the row's sum.
         at = tl.arange(0, BN)[None, :] == positive[:, None]
+        product = tl.sum(tl.where(at, acc, 0.0), 1)
         fold = tl.load(fold_y + j + positive, mask=in_tile, other=0.0)
-        tl.store(cosine + rows, tl.sum(tl.where(at, acc, 0.0), 1) * fold * f, mask=in_tile)
-    k2 = tl.load(scale) * LOG2E
+        tl.store(own + rows, product * f * (fold * k2) - offset, mask=in_tile)
     g = tl.load(fold_y + columns, mask=in_columns, other=0.0)
     # In this order the first product is exact where rows are unit rows already, as those of float32 features.
-    e = tl.exp2(acc * f[:, None] * (g * k2)[None, :] - tl.maximum(k2 - HEADROOM, 0.0))
+    e = tl.exp2(acc * f[:, None] * (g * k2)[None, :] - offset)
     w = in_columns.to(tl.float32)
     if HAS_WEIGHT:
         w = tl.load(weight + columns, mask=in_columns, other=0).to(tl.float32)
@@ -213,7 +216,7 @@ def tile_sums(
 
 @triton.jit(
     do_not_specialize=["n", "u", "x_stride", "y_stride", "part_count", "part_total"],
-    do_not_specialize_on_alignment=[*_SLICES, "x", "y", "scale", "parts", "out"],
+    do_not_specialize_on_alignment=[*_SLICES, "x", "y", "scale", "parts", "own", "out"],
 )
 def log_sums(
     parts,  # [part_count, N]
@@ -223,7 +226,9 @@ def log_sums(
     fold_y,  # [U]
     scale,  # []
     weight,  # [U]
+    own,  # [N] exponents of the positives
     out,  # [N] float64
+    positive,  # [N] float64 out: logits of the positives
     n,
     u,
     x_stride,
@@ -232,6 +237,7 @@ def log_sums(
     part_total,  # stride of the partial sums
     WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    POSITIVE: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -246,7 +252,8 @@ def log_sums(
     for _ in range(0, part_count):
         row_sum += tl.load(at, mask=in_rows, other=1.0)
         at += part_total
-    log_sum = tl.log2(row_sum.to(tl.float64)) + tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
+    offset = tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
+    log_sum = tl.log2(row_sum.to(tl.float64)) + offset
     in_range = (row_sum >= LOW) & (row_sum <= HIGH) | (rows >= n)
     if tl.min(in_range.to(tl.int32), 0) == 0:
         f = tl.load(fold_x + rows, mask=in_rows, other=0.0)
@@ -270,6 +277,9 @@ def log_sums(
         log_sum = tl.where(in_range, log_sum, recomputed)
     # The host does not check the scale, which would synchronise: one that is not positive gives NaN.
     tl.store(out + rows, tl.where(k2 > 0, log_sum * LN2, float("nan")), mask=in_rows)
+    if POSITIVE:
+        exponent = tl.load(own + rows, mask=in_rows, other=0.0).to(tl.float64)
+        tl.store(positive + rows, (exponent + offset) * LN2, mask=in_rows)
 
 
 @triton.jit

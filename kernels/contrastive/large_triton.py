@@ -77,7 +77,7 @@ class TritonKernels:
         weight: Tensor | None,
         row_parts: Tensor,
         text_parts: Tensor,
-        cosine: Tensor,
+        own: Tensor,
     ) -> None:
         tile = self.plan.sum_tile(alone=True)
         tile_sums[(tile.count([len(x)], [len(y)]),)](
@@ -90,7 +90,7 @@ class TritonKernels:
             scale if weight is None else weight,
             row_parts,
             text_parts,
-            cosine,
+            own,
             len(x),
             len(y),
             *_strides(x, y),
@@ -104,7 +104,17 @@ class TritonKernels:
             **tile.options(),
         )
 
-    def log_sums(self, parts: Tensor, x: Side, y: Side, scale: Tensor, weight: Tensor | None, log_sum: Tensor) -> None:
+    def log_sums(
+        self,
+        parts: Tensor,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        weight: Tensor | None,
+        log_sum: Tensor,
+        own: Tensor | None = None,
+        positive: Tensor | None = None,
+    ) -> None:
         log_sums[(triton.cdiv(len(x), LOG_SUM_ROWS),)](
             parts,
             x.operand,
@@ -113,13 +123,16 @@ class TritonKernels:
             y.fold,
             scale,
             scale if weight is None else weight,
+            scale if own is None else own,
             log_sum,
+            log_sum if positive is None else positive,
             len(x),
             len(y),
             *_strides(x, y),
             len(parts),
             parts.stride(0),
             HAS_WEIGHT=weight is not None,
+            POSITIVE=positive is not None,
             BM=LOG_SUM_ROWS,
             **self.plan.constants(),
             num_warps=4,

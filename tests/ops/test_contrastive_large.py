@@ -59,7 +59,7 @@ class PlainKernels:
         weight: Tensor | None,
         row_parts: Tensor,
         text_parts: Tensor,
-        cosine: Tensor,
+        own: Tensor,
     ) -> None:
         logits = self.logits(x, y, scale)
         e = torch.exp2(logits - (scale.double() * LOG2E - 100).clamp_min(0))
@@ -69,9 +69,21 @@ class PlainKernels:
         for i, part in enumerate(e.split(self.sum_tile[0])):
             text_parts[i] = part.sum(0)
         rows, columns = self.at_positives(positives, len(x), len(y)).nonzero(as_tuple=True)
-        cosine[rows] = (logits[rows, columns] / (scale.double() * LOG2E)).float()
+        own[rows] = logits[rows, columns].float()
 
-    def log_sums(self, parts: Tensor, x: Side, y: Side, scale: Tensor, weight: Tensor | None, log_sum: Tensor) -> None:
+    def log_sums(
+        self,
+        parts: Tensor,
+        x: Side,
+        y: Side,
+        scale: Tensor,
+        weight: Tensor | None,
+        log_sum: Tensor,
+        own: Tensor | None = None,
+        positive: Tensor | None = None,
+    ) -> None:
+        if own is not None and positive is not None:
+            positive[:] = own.double() / LOG2E
         log_sum[:] = (parts.double().sum(0).log2() + (scale.double() * LOG2E - 100).clamp_min(0)) / LOG2E
 
     def factors(
@@ -235,16 +247,16 @@ class PlainOps:
 
     def sums(
         self, x: Tensor, y: Tensor, fold_x: Tensor, fold_y: Tensor, scale: Tensor, index: Tensor | None, first: int,
-        weight: Tensor | None, row_parts: Tensor, text_parts: Tensor, cosine: Tensor,
+        weight: Tensor | None, row_parts: Tensor, text_parts: Tensor, own: Tensor,
     ) -> None:  # fmt: skip
         sides = self.sides(x, y, fold_x, fold_y)
-        self.plain.sums(*sides, scale[0], Positives(index, first), weight, row_parts, text_parts, cosine)
+        self.plain.sums(*sides, scale[0], Positives(index, first), weight, row_parts, text_parts, own)
 
     def finish_sums(
         self, parts: Tensor, x: Tensor, y: Tensor, fold_x: Tensor, fold_y: Tensor, scale: Tensor,
-        weight: Tensor | None, cosine: None, lse: Tensor, positive: None,
+        weight: Tensor | None, own: Tensor | None, lse: Tensor, positive: Tensor | None,
     ) -> None:  # fmt: skip
-        self.plain.log_sums(parts, *self.sides(x, y, fold_x, fold_y), scale[0], weight, lse)
+        self.plain.log_sums(parts, *self.sides(x, y, fold_x, fold_y), scale[0], weight, lse, own, positive)
 
     def factors(
         self, row_lse: Tensor, text_lse: Tensor, positive: Tensor, grad_row: Tensor, grad_text: Tensor,
