@@ -112,7 +112,7 @@ class HostCompiler:
             pytest.skip("g++ is not on PATH")
         system = [cutlass_headers(), *_cuda_headers()] if cutlass else []
         options = [f"-I{include}", *(option for folder in system for option in ("-isystem", folder))]
-        command = ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", *options, source, "-o", program, "-pthread"]
+        command = ["g++", "-std=c++20", "-O1", *options, source, "-o", program, "-pthread"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return program

@@ -202,40 +202,38 @@ __global__ void __launch_bounds__(kFinishWidth / kFinishEntries) finish(const __
   }
 }
 
-unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
+int64_t blocks(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-const char* inverse_norms_cuda(const InverseNormsProblem& problem, cudaStream_t stream) {
-  if (problem.rows == 0) return nullptr;
-  inverse_norms<<<blocks(problem.rows, kNormWarps), kNormWarps * 32, 0, stream>>>(problem);
-  return launch_error();
+const char* inverse_norms_cuda(const InverseNormsProblem& p, cudaStream_t stream) {
+  return launch(inverse_norms, blocks(p.rows, kNormWarps), kNormWarps * 32, stream, p);
 }
 
-const char* finish_sums_cuda(const FinishSumsProblem& problem, cudaStream_t stream) {
-  if (problem.operands.rows == 0) return nullptr;
-  finish_sums<<<blocks(problem.operands.rows, kSumRows), kSumRows * kSumSlices, 0, stream>>>(problem);
-  return launch_error();
+const char* finish_sums_cuda(const FinishSumsProblem& p, cudaStream_t stream) {
+  return launch(finish_sums, blocks(p.operands.rows, kSumRows), kSumRows * kSumSlices, stream, p);
 }
 
-const char* factors_cuda(const FactorsProblem& problem, cudaStream_t stream) {
-  const unsigned row_blocks = blocks(problem.rows, kFactorThreads);
-  const unsigned all = row_blocks + blocks(problem.texts, kFactorThreads);
-  if (all == 0) return nullptr;
-  factors<<<all, kFactorThreads, 0, stream>>>(problem, row_blocks);
-  return launch_error();
+const char* factors_cuda(const FactorsProblem& p, cudaStream_t stream) {
+  const int64_t of_rows = blocks(p.rows, kFactorThreads);
+  return launch(factors, of_rows + blocks(p.texts, kFactorThreads), kFactorThreads, stream, p, of_rows);
 }
 
-const char* finish_cuda(const FinishProblem& problem, cudaStream_t stream) {
-  if (problem.rows == 0) return nullptr;
-  const unsigned warps = blocks(problem.width, 32 * kFinishEntries);
-  finish<<<static_cast<unsigned>(problem.rows), 32 * (warps > 0 ? warps : 1), 0, stream>>>(problem);
-  return launch_error();
+const char* finish_cuda(const FinishProblem& p, cudaStream_t stream) {
+  const int64_t warps = blocks(p.width, 32 * kFinishEntries);
+  return launch(finish, p.rows, 32 * (warps > 0 ? warps : 1), stream, p);
 }
 
 }  // namespace scf

@@ -3,48 +3,17 @@
 //
 // Usage: contrastive_tiles [MUTATION]. Prints a line per case that fails and returns their number. A generated copy of
 // the headers may replace expressions by wrong ones where `mutation` has their number (test_contrastive_hopper.py).
-#include <algorithm>
-#include <barrier>
-#include <cmath>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <random>
 #include <string>
-#include <thread>
-#include <vector>
 
-int mutation = 0;
+#include "cuda_on_cpu.h"
 
 constexpr int kThreads = 128;
-thread_local int this_thread;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-static std::barrier block_barrier(kThreads);
-static float float_slots[kThreads];
-static int int_slots[kThreads];
-
-inline void sync_warp() { warp_barriers[this_thread / 32]->arrive_and_wait(); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  float_slots[this_thread] = value;
-  sync_warp();
-  const float result = float_slots[this_thread ^ mask];
-  sync_warp();
-  return result;
-}
-inline int __any_sync(unsigned, bool value) {
-  int_slots[this_thread] = value;
-  sync_warp();
-  const int first = this_thread / 32 * 32;
-  const int result = *std::max_element(int_slots + first, int_slots + first + 32);
-  sync_warp();
-  return result;
-}
 using std::min;
-
-#include <cuda_runtime.h>
 
 #include "kernels/contrastive/hopper/tile.h"
 // After tile.h, which includes the rest of CuTe.
@@ -134,32 +103,27 @@ template <class Body, class After>
 void for_each_tile(Data& data, Body body, After after) {
   auto mma = tensor_core<kTileRows, kTileTexts>();
   const auto tiles = [](int count, int side) { return (count + 2 * side - 1) / (2 * side) * 2; };
-  std::vector<std::thread> threads;
-  for (int t = 0; t < kThreads; ++t) {
-    threads.emplace_back([&, t] {
-      this_thread = t;
-      for (int tile_row = 0; tile_row < tiles(data.rows, kTileRows); ++tile_row) {
-        for (int tile_column = 0; tile_column < tiles(data.texts, kTileTexts); ++tile_column) {
-          const auto shape = cute::make_shape(cute::Int<kTileRows>{}, cute::Int<kTileTexts>{});
-          auto accumulators = cute::partition_fragment_C(mma, shape);
-          auto at = mma.get_thread_slice(t).partition_C(cute::make_identity_tensor(shape));
-          for (int i = 0; i < cute::size(accumulators); ++i) {
-            const int row = tile_row * kTileRows + get<0>(at(i)), column = tile_column * kTileTexts + get<1>(at(i));
-            accumulators(i) = row < data.rows && column < data.texts ? static_cast<float>(data.dot(row, column)) : 0.0f;
-          }
-          body(tile_row, tile_column, accumulators, mma, t);
-          for (int i = 0; i < cute::size(accumulators); ++i) {
-            after(tile_row * kTileRows + get<0>(at(i)), tile_column * kTileTexts + get<1>(at(i)), accumulators(i));
-          }
-          block_barrier.arrive_and_wait();
+  emulation::run_block(kThreads, [&](int t) {
+    for (int tile_row = 0; tile_row < tiles(data.rows, kTileRows); ++tile_row) {
+      for (int tile_column = 0; tile_column < tiles(data.texts, kTileTexts); ++tile_column) {
+        const auto shape = cute::make_shape(cute::Int<kTileRows>{}, cute::Int<kTileTexts>{});
+        auto accumulators = cute::partition_fragment_C(mma, shape);
+        auto at = mma.get_thread_slice(t).partition_C(cute::make_identity_tensor(shape));
+        for (int i = 0; i < cute::size(accumulators); ++i) {
+          const int row = tile_row * kTileRows + get<0>(at(i)), column = tile_column * kTileTexts + get<1>(at(i));
+          accumulators(i) = row < data.rows && column < data.texts ? static_cast<float>(data.dot(row, column)) : 0.0f;
         }
+        body(tile_row, tile_column, accumulators, mma, t);
+        for (int i = 0; i < cute::size(accumulators); ++i) {
+          after(tile_row * kTileRows + get<0>(at(i)), tile_column * kTileTexts + get<1>(at(i)), accumulators(i));
+        }
+        emulation::sync_block();
       }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+    }
+  });
 }
 
-const auto block_sync = [] { block_barrier.arrive_and_wait(); };
+const auto block_sync = [] { emulation::sync_block(); };
 
 struct Check {
   const Case& c;
@@ -534,7 +498,6 @@ int check_arithmetic() {
 
 int main(int argc, char** argv) {
   if (argc > 1) mutation = std::atoi(argv[1]);
-  for (int w = 0; w < kThreads / 32; ++w) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
   int failed = check_arithmetic();
   for (const Case& c : cases()) {
     if (failed && mutation) return failed;

@@ -8,27 +8,30 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from conftest import HostCompiler
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("contrastive_tiles.cpp")
+PROGRAMS = Path(__file__).parent
 
 
 def test_hostile_arguments(host_compiler: HostCompiler, tmp_path: Path) -> None:
-    program = host_compiler(PROGRAM.with_name("contrastive_arguments.cpp"), tmp_path / "arguments", ROOT)
+    program = host_compiler(PROGRAMS / "contrastive_arguments.cpp", tmp_path / "arguments", ROOT)
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-def test_tiles_match_float64(host_compiler: HostCompiler, tmp_path: Path) -> None:
-    program = host_compiler(PROGRAM, tmp_path / "tiles", ROOT, cutlass=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+@pytest.mark.parametrize("program", ["contrastive_tiles", "contrastive_rows"])
+def test_kernels_match_float64(host_compiler: HostCompiler, tmp_path: Path, program: str) -> None:
+    binary = host_compiler(PROGRAMS / f"{program}.cpp", tmp_path / program, ROOT, cutlass=True)
+    done = subprocess.run([binary], capture_output=True, text=True, check=False, timeout=120)
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-# File, code with the expression to replace in « », and a wrong expression. contrastive_tiles.cpp must notice each.
-TILE, ARITHMETIC = "hopper/tile.h", "arithmetic.h"
+# File, code with the expression to replace in « », and a wrong expression. The programs must notice each.
+TILE, ARITHMETIC, ROWS = "hopper/tile.h", "arithmetic.h", "contrastive.cu"
 MUTATIONS = [
     # Sums.
     (TILE, "if («first_row >= rows» || first_column >= texts) return;", "false"),
@@ -87,31 +90,62 @@ MUTATIONS = [
     (ARITHMETIC, "by_column + «p.grad_positive[row]») * inverse", "0.0"),
     (ARITHMETIC, "feature * inverse * («inverse» * dot)", "1.0f"),
     (ARITHMETIC, "(word + 0x7fff + «(word >> 16 & 1)»)", "1"),
+    (ROWS, "const bool vector = both && «first + kVector <= width»;", "true"),
+    (ROWS, "entries[i] = «first + i < width» ?", "true"),
+    (ROWS, "nonzero |= «a != 0»;", "false"),
+    (ROWS, "part = warp; part < «p.count»;", "p.count - 1"),
+    (ROWS, "slice = 1; slice < «kSumSlices»; ++slice) sum +=", "kSumSlices - 1"),
+    (ROWS, "in_range[lane] = row >= operands.rows || «sum_in_range(sum)»;", "true"),
+    (ROWS, "offsets[lane] = «sum_offset(k2)»;", "0.0f"),
+    (ROWS, "operands.y + text * «operands.y_stride»", "operands.width"),
+    (ROWS, "operands.inv_x[own] * «k2»;", "1.0f"),
+    (ROWS, "terms.add(warp_sum(dot) * «operands.inv_y[text]» *", "1.0f"),
+    (ROWS, "row_factor, «weight_of(p.weight, text)»);", "1.0f"),
+    (ROWS, "terms.merge(«running[slice]»);", "running[0]"),
+    (ROWS, "offsets[i] = «terms.top»;", "0.0f"),
+    (ROWS, "blockIdx.x - (of_rows ? 0 : «row_blocks»)", "0"),
+    (ROWS, "begin = p.order != nullptr ? «p.offsets[row]» : 0", "p.offsets[0]"),
+    (ROWS, "if (partner < 0 || «partner >= p.partner_rows») continue;", "partner > p.partner_rows"),
+    (ROWS, "p.gain[«p.gain_of_partner» ? partner : row]", "false"),
+    (ROWS, "gradient[i] = fmaf(«gain», entries[i], gradient[i]);", "1.0f"),
+    (ROWS, "p.partners + partner * «p.partner_stride»;", "p.feature_stride"),
+    (ROWS, "warp < «blockDim.x / 32»; ++warp) dot +=", "1"),
+    (ROWS, "p.dots[row] = ldexpf(dot, «-p.exponent»);", "0"),
+    (ROWS, "factor = ldexpf(*p.scale, «-p.exponent»);", "0"),
+    (ROWS, "words[i / 2] |= bits << «16»;", "15"),
+    (ROWS, "static_cast<uint16_t>(words[i / 2] >> («i % 2 * 16»));", "0"),
+    (ROWS, "launch(finish_sums, blocks(p.operands.rows, «kSumRows»)", "2 * kSumRows"),
 ]
 
 
-def test_every_mutation_is_noticed(host_compiler: HostCompiler, tmp_path: Path) -> None:
-    """One compilation for all: each mutation stands behind a test of its number."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "*.cu", "*.md"))
-    for name in (TILE, ARITHMETIC):
+@pytest.mark.parametrize(
+    ("program", "files"), [("contrastive_tiles", (TILE, ARITHMETIC)), ("contrastive_rows", (ROWS,))]
+)
+def test_every_mutation_is_noticed(
+    host_compiler: HostCompiler, tmp_path: Path, program: str, files: tuple[str, ...]
+) -> None:
+    """One compilation for all of a program: each mutation stands behind a test of its number."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.py", "*.md"))
+    numbered = [(number, *m) for number, m in enumerate(MUTATIONS, 1) if m[0] in files]
+    for name in files:
         path = tmp_path / "kernels" / "contrastive" / name
         text = path.read_text()
         places: dict[tuple[int, int], str] = {}
-        for number, (file, code, wrong) in enumerate(MUTATIONS, 1):
+        for number, file, code, wrong in numbered:
             if file == name:
                 place = find(code, text)
                 places[place] = f"(mutation == {number} ? ({wrong}) : ({places.get(place, text[slice(*place)])}))"
         for (start, end), expression in sorted(places.items(), reverse=True):
             text = text[:start] + expression + text[end:]
-        path.write_text(text.replace("namespace scf {", "extern int mutation;\nnamespace scf {", 1))
-    program = host_compiler(PROGRAM, tmp_path / "mutants", tmp_path, cutlass=True)
+        path.write_text(text)
+    binary = host_compiler(PROGRAMS / f"{program}.cpp", tmp_path / "mutants", tmp_path, cutlass=True)
 
     def failures(number: int) -> int:
-        done = subprocess.run([program, str(number)], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run([binary, str(number)], capture_output=True, text=True, check=False, timeout=120)
         return done.returncode
 
     assert failures(0) == 0
-    survivors = [mutation for number, mutation in enumerate(MUTATIONS, 1) if failures(number) == 0]
+    survivors = [(code, wrong) for number, _, code, wrong in numbered if failures(number) == 0]
     assert not survivors
 
 
