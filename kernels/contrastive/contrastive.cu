@@ -213,7 +213,9 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t thread
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // clear the error: it is reported here, not by the next call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/contrastive/arguments.h"
+#include "kernels/contrastive/hopper/schedule.h"
 
 namespace {
 
@@ -307,9 +308,28 @@ void check_inverse_norms_arguments() {
                });
 }
 
+// Groups of clusters, and what the scheduler then adds: it rounds the clusters of both sides up to whole groups.
+void check_schedule() {
+  for (int64_t rows : {1, 128, 257, 8192, 8448, 32700, 33000, 65536, 100001, 262144}) {
+    for (int64_t texts : {1, 700, 8192, 8448, 50000, 262144}) {
+      const int64_t together = hopper::clusters_together(rows, texts);
+      const auto rounded = [](int64_t count, int64_t group) { return tiles(count, 256 * group) * group; };
+      const int64_t grid = rounded(rows, together) * rounded(texts, together),
+                    least = rounded(rows, 1) * rounded(texts, 1);
+      const bool good = together == 1 || together == 2 || together == 4 || together == 8;
+      expect("groups", good ? "" : std::to_string(together), "");
+      expect("tiles past the end", 20 * grid <= 21 * least ? "" : std::to_string(rows), "");
+    }
+  }
+  for (int64_t side : {2048, 8192, 32768, 65536, 262144}) {
+    expect("whole groups", std::to_string(hopper::clusters_together(side, side)), "8");
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_schedule();
   check_sums_arguments();
   check_gradients_arguments();
   check_finish_sums_arguments();

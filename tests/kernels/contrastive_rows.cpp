@@ -24,6 +24,7 @@
 #define __syncthreads emulation::sync_block
 #define cudaLaunchKernelEx run_grid
 #define cudaGetErrorString(error) "an error"
+#define cudaGetLastError() static_cast<void>(0)
 
 static thread_local dim3 threadIdx, blockIdx, blockDim;
 

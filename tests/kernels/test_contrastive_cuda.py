@@ -73,7 +73,7 @@ class Problem:
 PROBLEMS = [
     (300, 333, 136, 20.0, True, "numbers"),
     (129, 640, 512, 100.0, False, "ones"),  # rows that have a text each, and more texts
-    (1, 1, 8, 5.0, False, "counts"),
+    (1, 1, 8, 5.0, False, "ones"),
     (1100, 257, 64, 60.0, True, "counts"),
 ]
 

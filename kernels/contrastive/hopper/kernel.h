@@ -18,6 +18,7 @@
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
+#include "kernels/contrastive/hopper/schedule.h"
 #include "kernels/contrastive/hopper/tile.h"
 
 #ifndef NDEBUG
@@ -29,13 +30,11 @@ namespace scf::hopper {
 
 using Bfloat16 = cutlass::bfloat16_t;
 using TileShape = cute::Shape<cute::Int<kTileRows>, cute::Int<kTileTexts>, cute::_64>;
-// Two by two: 32 bytes of L2 per cycle and multiprocessor at the full rate of the tensor cores; two by one would take
-// 48.
-using Cluster = cute::Shape<cute::_2, cute::_2, cute::_1>;
+using Cluster = cute::Shape<cute::Int<kClusterRows>, cute::Int<kClusterTexts>, cute::_1>;
 constexpr int kEpilogueWarps = 4;
 
-// What the kernel requires of an epilogue, for one that loads nothing. `Derived` has store and store_tail.
-template <class Problem_>
+// What the kernel requires of an epilogue that loads nothing, besides store and store_tail.
+template <class Problem>
 struct Epilogue {
   using ElementC = void;
   using ElementD = void;
@@ -49,15 +48,15 @@ struct Epilogue {
   static constexpr bool RequiresTransactionBytes = false;
 
   template <class Shape>
-  static size_t get_workspace_size(const Shape&, const Problem_&) {
+  static size_t get_workspace_size(const Shape&, const Problem&) {
     return 0;
   }
   template <class Shape>
-  static bool can_implement(const Shape&, const Problem_&) {
+  static bool can_implement(const Shape&, const Problem&) {
     return true;
   }
   template <class Shape>
-  static cutlass::Status initialize_workspace(const Shape&, const Problem_&, void*, cudaStream_t,
+  static cutlass::Status initialize_workspace(const Shape&, const Problem&, void*, cudaStream_t,
                                               cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
   }
@@ -90,26 +89,6 @@ struct Kernel {
       cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Type = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
-
-// How many clusters side by side the scheduler goes through together, so that concurrent tiles share operands in L2. It
-// rounds both sides of the grid up to whole groups, and tiles past the end cost as much as others.
-inline int clusters_together(int64_t rows, int64_t texts) {
-  const auto tiles = [&](int64_t together) {
-    const auto rounded = [&](int64_t count, int64_t side) {
-      return (count + side * together - 1) / (side * together) * together;
-    };
-    return static_cast<double>(rounded(rows, 2 * kTileRows)) * static_cast<double>(rounded(texts, 2 * kTileTexts));
-  };
-  // Without any group, large problems read their operands from memory at its full rate.
-  constexpr struct {
-    int together;
-    double cost;
-  } choices[] = {{8, 1.01}, {4, 1.02}, {2, 1.05}};
-  for (const auto& choice : choices) {
-    if (tiles(choice.together) <= choice.cost * tiles(1)) return choice.together;
-  }
-  return 1;
-}
 
 // Properties of a device, found at the first launch on it.
 template <class Type>
@@ -184,8 +163,9 @@ const char* launch(const Problem& problem, cudaStream_t stream) {
   void* arguments_of_kernel[] = {&parameters};
   const cudaError_t error =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(cutlass::device_kernel<Type>), arguments_of_kernel);
-  cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // clear the error: it is reported here, not by the next call
+  return cudaGetErrorString(error);
 }
 
 }  // namespace scf::hopper
