@@ -67,23 +67,23 @@ void contrastive_inverse_norms(const Tensor& x,  // [N, D]
       [&](cudaStream_t stream) { return inverse_norms_cuda(problem, stream); });
 }
 
-void contrastive_finish_sums(const Tensor& parts,               // [tiles, N]
-                             const Tensor& x,                   // [N, D]
-                             const Tensor& y,                   // [U, D]
-                             const Tensor& inv_x,               // [N]
-                             const Tensor& inv_y,               // [U]
-                             const Tensor& scale,               // [1]
-                             const OptionalTensor& weight,      // [U]
-                             const OptionalTensor& cosine,      // [N]
-                             const Tensor& lse,                 // [N]
-                             const OptionalTensor& positive) {  // [N]
+void contrastive_finish_sums(const Tensor& parts,                 // [tiles, N]
+                             const Tensor& x,                     // [N, D]
+                             const Tensor& y,                     // [U, D]
+                             const Tensor& inv_x,                 // [N]
+                             const Tensor& inv_y,                 // [U]
+                             const Tensor& scale,                 // [1]
+                             const OptionalTensor& weight,        // [U]
+                             const OptionalTensor& own_exponent,  // [N]
+                             const Tensor& lse,                   // [N]
+                             const OptionalTensor& positive) {    // [N]
   FinishSumsProblem problem;
   const FinishSumsArguments arguments{
       .parts = argument(parts, "parts"),
       .operands = {argument(x, "x"), argument(y, "y"), argument(inv_x, "inv_x"), argument(inv_y, "inv_y"),
                    argument(scale, "scale")},
       .weight = argument(weight, "weight"),
-      .cosine = argument(cosine, "cosine"),
+      .own_exponent = argument(own_exponent, "own_exponent"),
       .lse = argument(lse, "lse"),
       .positive = argument(positive, "positive"),
   };
@@ -194,7 +194,7 @@ void contrastive_sums(const Tensor& x,              // [N, D]
                       const OptionalTensor& weight,  // [U]
                       const Tensor& row_parts,       // [tiles, N]
                       const Tensor& col_parts,       // [tiles, U]
-                      const Tensor& cosine) {        // [N]
+                      const Tensor& own_exponent) {  // [N]
   SumsProblem problem;
   const SumsArguments arguments{
       .operands = {argument(x, "x"), argument(y, "y"), argument(inv_x, "inv_x"), argument(inv_y, "inv_y"),
@@ -204,7 +204,7 @@ void contrastive_sums(const Tensor& x,              // [N, D]
       .weight = argument(weight, "weight"),
       .row_parts = argument(row_parts, "row_parts"),
       .column_parts = argument(col_parts, "col_parts"),
-      .cosine = argument(cosine, "cosine"),
+      .own_exponent = argument(own_exponent, "own_exponent"),
   };
   run("contrastive_sums", check_sums(arguments, capability(x), problem), x,
       [&](cudaStream_t stream) { return sums_hopper(problem, stream); });

@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
   m.def("contrastive_inverse_norms(Tensor x, bool normalize, Tensor(a!) out) -> ()");
   m.def(
       "contrastive_finish_sums(Tensor parts, Tensor x, Tensor y, Tensor inv_x, Tensor inv_y, Tensor scale, "
-      "Tensor? weight, Tensor? cosine, Tensor(a!) lse, Tensor(b!)? positive) -> ()");
+      "Tensor? weight, Tensor? own_exponent, Tensor(a!) lse, Tensor(b!)? positive) -> ()");
   m.def(
       "contrastive_factors(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor grad_row, Tensor grad_col, "
       "Tensor grad_positive, Tensor inv_x, Tensor inv_y, Tensor scale, Tensor? index, int first, Tensor? weight, "
@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
       "Tensor(b!) dots) -> ()");
   m.def(
       "contrastive_sums(Tensor x, Tensor y, Tensor inv_x, Tensor inv_y, Tensor scale, Tensor? index, int first, "
-      "Tensor? weight, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) cosine) -> ()");
+      "Tensor? weight, Tensor(a!) row_parts, Tensor(b!) col_parts, Tensor(c!) own_exponent) -> ()");
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor? index, int first, Tensor rows, Tensor texts, "
       "Tensor(a!) out) -> ()");

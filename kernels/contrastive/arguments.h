@@ -173,7 +173,7 @@ struct SumsArguments {
   OperandArguments operands;
   Argument index;
   int64_t first;
-  Argument weight, row_parts, column_parts, cosine;
+  Argument weight, row_parts, column_parts, own_exponent;
 };
 
 inline std::string check_sums(const SumsArguments& a, int capability, SumsProblem& problem) {
@@ -184,14 +184,14 @@ inline std::string check_sums(const SumsArguments& a, int capability, SumsProble
   problem.weight = check.weight(a.weight, texts);
   problem.row_parts = check.contiguous<float>(a.row_parts, Type::kFloat, {tiles(texts, kTileTexts), rows});
   problem.column_parts = check.contiguous<float>(a.column_parts, Type::kFloat, {tiles(rows, kTileRows), texts});
-  problem.cosine = check.contiguous<float>(a.cosine, Type::kFloat, {rows});
+  problem.own_exponent = check.contiguous<float>(a.own_exponent, Type::kFloat, {rows});
   return check.error();
 }
 
 struct FinishSumsArguments {
   Argument parts;
   OperandArguments operands;
-  Argument weight, cosine, lse, positive;
+  Argument weight, own_exponent, lse, positive;
 };
 
 inline std::string check_finish_sums(const FinishSumsArguments& a, FinishSumsProblem& problem) {
@@ -202,9 +202,9 @@ inline std::string check_finish_sums(const FinishSumsArguments& a, FinishSumsPro
   problem.count = a.parts.size[0];
   problem.weight = check.weight(a.weight, problem.operands.texts);
   problem.lse = check.contiguous<double>(a.lse, Type::kDouble, {rows});
-  check.require(static_cast<bool>(a.cosine) == static_cast<bool>(a.positive),
-                "got only one of cosine and positive, expected both or neither");
-  problem.cosine = a.cosine ? check.contiguous<const float>(a.cosine, Type::kFloat, {rows}) : nullptr;
+  check.require(static_cast<bool>(a.own_exponent) == static_cast<bool>(a.positive),
+                "got only one of own_exponent and positive, expected both or neither");
+  problem.own_exponent = a.own_exponent ? check.contiguous<const float>(a.own_exponent, Type::kFloat, {rows}) : nullptr;
   problem.positive = a.positive ? check.contiguous<double>(a.positive, Type::kDouble, {rows}) : nullptr;
   return check.error();
 }

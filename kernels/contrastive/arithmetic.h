@@ -33,8 +33,9 @@ constexpr double kSmallestSum = 0x1p-100, kLargestSum = 0x1p127;
 SCF_HD float sum_offset(float k2) { return fmaxf(k2 - kHeadroom, 0.0f); }
 
 // The offset of the gradients' single exponential, and how far a log-sum may lie from it. With norms between 2^-20
-// and 2^20, terms above 2^-26 of their sum are then not flushed to zero, and no factor overflows.
-constexpr float kGradientHeadroom = 86, kSpread = 80;
+// and 2^20, and weights over norms up to kHeavy, terms above 2^-26 of their sum are then not flushed to zero, and no
+// factor overflows.
+constexpr float kGradientHeadroom = 86, kSpread = 80, kHeavy = 0x1p40f;
 SCF_HD float gradient_offset(float k2) { return fmaxf(k2 - kGradientHeadroom, 0.0f); }
 
 SCF_HD float bfloat16_to_float(uint16_t bits) {
@@ -101,8 +102,10 @@ SCF_HD bool sum_in_range(double sum) { return sum >= kSmallestSum && sum <= kLar
 // that is not positive gives NaN.
 SCF_HD double natural_log_sum(double log2_sum, float k2) { return k2 > 0 ? log2_sum * kLn2 : NAN; }
 
-SCF_HD double positive_logit(float cosine, float k2) {
-  return static_cast<double>(cosine) * (static_cast<double>(k2) * kLn2);
+// The logit of a positive, given the exponent that is part of its row's sum. Where a positive dominates, the loss is
+// the small difference of the two: their rounding errors cancel.
+SCF_HD double positive_logit(float exponent, float k2) {
+  return (static_cast<double>(exponent) + static_cast<double>(sum_offset(k2))) * kLn2;
 }
 
 // The log-sum of a row or a text in base 2, rounded, and its upstream gradient times 2^exponent, corrected for that
@@ -133,7 +136,8 @@ SCF_HD GradientRow gradient_row(double lse, double grad, float inverse, float k2
 SCF_HD GradientText gradient_text(double lse, double grad, float inverse, float weight, float k2, int exponent) {
   const float offset = gradient_offset(k2);
   const Gain gain = gain_of(lse, grad, offset, exponent);
-  const bool near = fabsf(offset - gain.log_sum) <= kSpread;
+  // A heavy text could overflow the factor of an exponential that is zero.
+  const bool near = fabsf(offset - gain.log_sum) <= kSpread && weight * inverse <= kHeavy;
   return {inverse, weight * inverse, gain.term * inverse, near ? 0.0f : 1.0f, gain.log_sum, gain.gain * inverse,
           {0, 0}};
 }

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kSumRows* kSumSlices) finish_sums(const __grid
   }
   if (warp == 0 && row < operands.rows) {
     p.lse[row] = natural_log_sum(log2(sums[0][lane]) + offsets[lane], k2);
-    if (p.positive != nullptr) p.positive[row] = positive_logit(p.cosine[row], k2);
+    if (p.positive != nullptr) p.positive[row] = positive_logit(p.own_exponent[row], k2);
   }
 }
 

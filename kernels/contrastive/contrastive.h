@@ -58,18 +58,18 @@ struct SumsProblem {
   TextWeight weight;
   float* row_parts;     // [tiles of texts, rows]
   float* column_parts;  // [tiles of rows, texts]
-  float* cosine;        // [rows] of the positives; unchanged where there is none
+  float* own_exponent;  // [rows] the exponent of each positive in these sums; unchanged where there is none
 };
 
 // The log-sums of rows x over all y; the caller swaps the sides for the columns.
 struct FinishSumsProblem {
   const float* parts;  // [count, rows]
   int64_t count;
-  Operands operands;    // of any alignment
-  TextWeight weight;    // of y
-  const float* cosine;  // [rows], or null
-  double* lse;          // [rows] out, natural logarithm
-  double* positive;     // [rows] out: logits of the positives; null without cosines
+  Operands operands;          // of any alignment
+  TextWeight weight;          // of y
+  const float* own_exponent;  // [rows] as in SumsProblem, or null
+  double* lse;                // [rows] out, natural logarithm
+  double* positive;           // [rows] out: logits of the positives; null without exponents
 };
 
 // What the tiles of gradients read of a row, in one or two loads of 16 bytes. Notation of README.md: offset m.

@@ -64,7 +64,7 @@ void check_sums_arguments() {
                 tensor("weight", Type::kInt, {kTexts}),
                 tensor("row_parts", Type::kFloat, {3, kRows}),
                 tensor("col_parts", Type::kFloat, {2, kTexts}),
-                tensor("cosine", Type::kFloat, {kRows})};
+                tensor("own_exponent", Type::kFloat, {kRows})};
   SumsProblem problem{};
   const auto check = [&](const A& a) { return check_sums(a, 90, problem); };
   const std::vector<Change<A>> list = {
@@ -74,7 +74,7 @@ void check_sums_arguments() {
       {"x: got a tensor on the CPU, expected a CUDA device", [](A& a) { a.operands.x.device = -1; }},
       {"y: got a tensor on device 0, expected device 1", [](A& a) { a.operands.y.device = 0; }},
       {"index: got a tensor on the CPU", [](A& a) { a.index.device = -1; }},
-      {"cosine: got a tensor on device 2", [](A& a) { a.cosine.device = 2; }},
+      {"own_exponent: got a tensor on device 2", [](A& a) { a.own_exponent.device = 2; }},
       {"x: got float32, expected bfloat16", [](A& a) { a.operands.x.type = Type::kFloat; }},
       {"y: got another type, expected bfloat16", [](A& a) { a.operands.y.type = Type::kOther; }},
       {"inv_x: got bfloat16, expected float32", [](A& a) { a.operands.inv_x.type = Type::kBfloat16; }},
@@ -94,7 +94,7 @@ void check_sums_arguments() {
       {"row_parts: got size 131 in dimension 1", [](A& a) { a.row_parts.size[1] = kRows + 1; }},
       {"col_parts: got size 3 in dimension 0, expected 2", [](A& a) { a.column_parts.size[0] = 3; }},
       {"col_parts: got size 256 in dimension 1, expected 257", [](A& a) { a.column_parts.size[1] = 256; }},
-      {"cosine: got size 1", [](A& a) { a.cosine.size[0] = 1; }},
+      {"own_exponent: got size 1", [](A& a) { a.own_exponent.size[0] = 1; }},
       {"x: got entries of a row that are 130 apart", [](A& a) { a.operands.x.stride[1] = kRows; }},
       {"inv_y: got a non-contiguous tensor", [](A& a) { a.operands.inv_y.stride[0] = 2; }},
       {"index: got a non-contiguous tensor", [](A& a) { a.index.stride[0] = 0; }},
@@ -113,7 +113,7 @@ void check_sums_arguments() {
        [](A& a) { a.operands.y.size[0] = a.operands.inv_y.size[0] = a.weight.size[0] = (int64_t{1} << 31) - 4097; }},
       {"y: got 2147479552 rows, expected less than 2^31 - 4096",
        [](A& a) { a.operands.y.size[0] = a.operands.inv_y.size[0] = (int64_t{1} << 31) - 4096; }},
-      {"got None, expected a tensor", [](A& a) { a.cosine = Argument{}; }},
+      {"got None, expected a tensor", [](A& a) { a.own_exponent = Argument{}; }},
   };
   check_all<A>("sums", valid, check, list);
   for (int capability : {0, 80, 89, 100, 120}) {
@@ -129,13 +129,13 @@ void check_sums_arguments() {
   expect("first", problem.positives.first == -3 && problem.positives.index != nullptr ? "" : "wrong", "");
   // A single row has any stride; TMA needs a valid one. No rows and no texts are problems that launch nothing.
   A single = valid;
-  for (Argument* a : {&single.operands.x, &single.operands.inv_x, &single.index, &single.cosine}) a->size[0] = 1;
+  for (Argument* a : {&single.operands.x, &single.operands.inv_x, &single.index, &single.own_exponent}) a->size[0] = 1;
   single.operands.x.stride[0] = 3;
   single.row_parts.size[1] = single.row_parts.stride[0] = single.column_parts.size[0] = 1;
   expect("a single row", check(single), "");
   expect("its stride", problem.operands.x_stride == kWidth ? "" : "wrong", "");
   A empty = valid;
-  for (Argument* a : {&empty.operands.x, &empty.operands.inv_x, &empty.index, &empty.cosine}) a->size[0] = 0;
+  for (Argument* a : {&empty.operands.x, &empty.operands.inv_x, &empty.index, &empty.own_exponent}) a->size[0] = 0;
   empty.row_parts.size[1] = empty.column_parts.size[0] = 0;
   expect("no rows", check(empty), "");
 }
@@ -176,17 +176,17 @@ void check_gradients_arguments() {
 void check_finish_sums_arguments() {
   using A = FinishSumsArguments;
   const A valid{tensor("parts", Type::kFloat, {7, kRows}), valid_operands(),
-                tensor("weight", Type::kFloat, {kTexts}),  tensor("cosine", Type::kFloat, {kRows}),
+                tensor("weight", Type::kFloat, {kTexts}),  tensor("own_exponent", Type::kFloat, {kRows}),
                 tensor("lse", Type::kDouble, {kRows}),     tensor("positive", Type::kDouble, {kRows})};
   FinishSumsProblem problem{};
   const auto check = [&](const A& a) { return check_finish_sums(a, problem); };
   const std::vector<Change<A>> list = {
       // Rows of any alignment and stride.
       {"", [](A& a) { a.operands.x.data = shifted(2), a.operands.x.stride[0] = 0, a.operands.y.stride[0] = 23; }},
-      {"", [](A& a) { a.weight = a.cosine = a.positive = Argument{}; }},
+      {"", [](A& a) { a.weight = a.own_exponent = a.positive = Argument{}; }},
       {"", [](A& a) { a.parts.size[0] = 0; }},
-      {"got only one of cosine and positive", [](A& a) { a.cosine = Argument{}; }},
-      {"got only one of cosine and positive", [](A& a) { a.positive = Argument{}; }},
+      {"got only one of own_exponent and positive", [](A& a) { a.own_exponent = Argument{}; }},
+      {"got only one of own_exponent and positive", [](A& a) { a.positive = Argument{}; }},
       {"parts: got size 131 in dimension 1, expected 130", [](A& a) { a.parts.size[1] = kRows + 1; }},
       {"parts: got a non-contiguous tensor", [](A& a) { a.parts.stride[1] = 7, a.parts.stride[0] = 1; }},
       {"lse: got float32, expected float64", [](A& a) { a.lse.type = Type::kFloat; }},

@@ -121,7 +121,7 @@ void check_sums(bool counts, float scale) {
   constexpr int64_t kRows = 35, kTexts = 21, kWidth = 37, kParts = 11;
   const Features x(kRows, kWidth, kWidth, 0, 2, 2), y(kTexts, kWidth, 40, 0, 3, 1);
   const std::vector<float> inv_x = x.norms(), inv_y = y.norms();
-  std::vector<float> numbers(kTexts), cosine(kRows);
+  std::vector<float> numbers(kTexts), exponent(kRows);
   std::vector<int32_t> integers(kTexts);
   for (int64_t j = 0; j < kTexts; ++j) integers[j] = j % 3, numbers[j] = 0.5f * static_cast<float>(j % 4);
   TextWeight weight;
@@ -148,14 +148,14 @@ void check_sums(bool counts, float scale) {
     if (i == 27) {
       for (int64_t part = 0; part < kParts; ++part) parts[part * kRows + i] = 0;
     }
-    cosine[i] = static_cast<float>(i) / kRows;
+    exponent[i] = static_cast<float>(i) / kRows;
   }
   std::vector<double> lse(kRows + 1, -7), positive(kRows + 1, -7);
   const Operands operands{x.data(), y.data(), inv_x.data(), inv_y.data(), &scale, kRows, kTexts, kWidth, kWidth, 40};
-  finish_sums_cuda({parts.data(), kParts, operands, weight, cosine.data(), lse.data(), positive.data()}, nullptr);
+  finish_sums_cuda({parts.data(), kParts, operands, weight, exponent.data(), lse.data(), positive.data()}, nullptr);
   for (int64_t i = 0; i < kRows; ++i) {
     near(lse[i], want[i], i % 8 == 3 ? 1e-5 * scale : 1e-12, place("log-sum", i));
-    near(positive[i], cosine[i] * k2 * kLn2, 1e-12, place("positive", i));
+    near(positive[i], (static_cast<double>(exponent[i]) + offset) * kLn2, 1e-12, place("positive", i));
   }
   near(lse[kRows], -7, 0, "past the log-sums");
   near(positive[kRows], -7, 0, "past the positives");

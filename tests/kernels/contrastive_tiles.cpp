@@ -153,13 +153,13 @@ int check_sums(const Case& c) {
             text_tiles = (data.texts + kTileTexts - 1) / kTileTexts;
   // A tile more than there are, which must stay untouched.
   std::vector<float> row_parts(static_cast<size_t>(text_tiles + 1) * data.rows, kNaN);
-  std::vector<float> column_parts(static_cast<size_t>(row_tiles + 1) * data.texts, kNaN), cosine(data.rows + 1, kNaN);
+  std::vector<float> column_parts(static_cast<size_t>(row_tiles + 1) * data.texts, kNaN), exponent(data.rows + 1, kNaN);
   const float untouched = -12345;
   std::fill(row_parts.end() - data.rows, row_parts.end(), untouched);
   std::fill(column_parts.end() - data.texts, column_parts.end(), untouched);
-  std::fill(cosine.begin(), cosine.end(), untouched);
+  std::fill(exponent.begin(), exponent.end(), untouched);
   const SumsProblem problem{data.operands,    data.positives,      data.weight,
-                            row_parts.data(), column_parts.data(), cosine.data()};
+                            row_parts.data(), column_parts.data(), exponent.data()};
   static SumScratch<kTileRows, kTileTexts, 4> scratch;
   for_each_tile(
       data,
@@ -181,10 +181,11 @@ int check_sums(const Case& c) {
     }
     const int64_t column = data.positive_of(i);
     if (column >= 0 && column < data.texts) {
-      const double want = data.cosine(i, static_cast<int>(column));
-      check.near(cosine[i], want, 0x1p-22 * std::abs(want), "cosine " + std::to_string(i));
+      const double logit = data.logit(i, static_cast<int>(column));
+      // Three roundings at the size of the logit and of the offset.
+      check.near(exponent[i], logit - offset, 0x1p-22 * (std::abs(logit) + offset), "exponent " + std::to_string(i));
     } else {
-      check.near(cosine[i], untouched, 0, "cosine " + std::to_string(i));
+      check.near(exponent[i], untouched, 0, "exponent " + std::to_string(i));
     }
   }
   for (int j = 0; j < data.texts; ++j) {
@@ -199,7 +200,7 @@ int check_sums(const Case& c) {
   for (int i = 0; i < data.rows; ++i) check.near(row_parts[row_parts.size() - 1 - i], untouched, 0, "past the rows");
   for (int j = 0; j < data.texts; ++j)
     check.near(column_parts[column_parts.size() - 1 - j], untouched, 0, "past the columns");
-  check.near(cosine[data.rows], untouched, 0, "past the cosines");
+  check.near(exponent[data.rows], untouched, 0, "past the exponents");
   return check.report();
 }
 
@@ -300,6 +301,14 @@ void above(Data& data) {
   }
 }
 
+// A weight that overflows the factor of an exponential that is zero.
+void heavy(Data& data) {
+  data.numbers[9] = 1e20f;
+  data.inv_y[9] = 0x1p20f;
+  for (int i = 0; i < data.rows; ++i)
+    for (int j = 0; j < data.texts; ++j) data.set_cosine(i, j, j == 9 && i > 0 ? -1 : (i + j) % 7 * 0.01);
+}
+
 std::vector<Case> cases() {
   std::vector<Case> list;
   list.push_back({.name = "one row and one text", .rows = 1, .texts = 1});
@@ -374,6 +383,12 @@ std::vector<Case> steep_cases() {
                   .weight = Case::kNumbers,
                   .index = true,
                   .change = steep});
+  list.push_back({.name = "a heavy text far below the log-sum",
+                  .rows = 129,
+                  .texts = 130,
+                  .scale = 100,
+                  .weight = Case::kNumbers,
+                  .change = heavy});
   list.push_back({.name = "one row and one text apart", .rows = 130, .texts = 129, .index = true, .change = one_apart});
   list.push_back({.name = "texts of weight zero above the log-sum",
                   .rows = 129,
@@ -441,7 +456,7 @@ int check_arithmetic() {
   check.near(natural_log_sum(10, 1), 10 * kLn2, 1e-15, "natural logarithm");
   check.near(natural_log_sum(10, 0), kNaN, 0, "scale 0");
   check.near(natural_log_sum(10, kNaN), kNaN, 0, "scale NaN");
-  check.near(positive_logit(0.5f, static_cast<float>(kLog2e)), 0.5, 1e-7, "positive");
+  check.near(positive_logit(0.5f, 144) + positive_logit(2, 1), 46.5 * kLn2, 1e-13, "positive");
   check.near(sum_offset(144) + sum_offset(99), 44, 0, "offset of the sums");
   check.near(gradient_offset(144) + gradient_offset(85), 58, 0, "offset of the gradients");
 

@@ -50,8 +50,7 @@ class Problem:
         self.inv_x, self.inv_y = inverse_norms(self.x), inverse_norms(self.y)
         unit_x = torch.nn.functional.normalize(self.x.double(), dim=1)
         unit_y = torch.nn.functional.normalize(self.y.double(), dim=1)
-        self.cosine = unit_x @ unit_y.T
-        self.logits = scale * self.cosine
+        self.logits = scale * (unit_x @ unit_y.T)
         self.own = torch.arange(rows, device="cuda") if self.index is None else self.index
         self.w = torch.ones(texts, device="cuda").double() if self.weight is None else self.weight.double()
         self.tolerance = FLOAT * (8 * scale + 64 + width)
@@ -60,11 +59,21 @@ class Problem:
         rows, texts = self.logits.shape
         row_parts = torch.full((-(-texts // TILE), rows), math.nan, device="cuda")
         col_parts = torch.full((-(-rows // TILE), texts), math.nan, device="cuda")
-        cosine = torch.full((rows,), math.nan, device="cuda")
+        exponent = torch.full((rows,), math.nan, device="cuda")
         torch.ops.scenarioclip_fast_C.contrastive_sums(
-            self.x, self.y, self.inv_x, self.inv_y, self.scale, self.index, 0, self.weight, row_parts, col_parts, cosine
+            self.x,
+            self.y,
+            self.inv_x,
+            self.inv_y,
+            self.scale,
+            self.index,
+            0,
+            self.weight,
+            row_parts,
+            col_parts,
+            exponent,
         )
-        return row_parts, col_parts, cosine
+        return row_parts, col_parts, exponent
 
     def log_sums(self) -> tuple[Tensor, Tensor]:
         return (self.logits + self.w.log()).logsumexp(1), self.logits.logsumexp(0)
@@ -81,7 +90,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_sums(case: tuple[int, int, int, float, bool, str]) -> None:
     p = Problem(*case)
-    row_parts, col_parts, cosine = p.sums()
+    row_parts, col_parts, exponent = p.sums()
     rows, texts = p.logits.shape
     offset = max(p.scale.item() * math.log2(math.e) - 100, 0) * math.log(2)
     e = (p.logits - offset).exp()
@@ -89,13 +98,13 @@ def test_sums(case: tuple[int, int, int, float, bool, str]) -> None:
         torch.testing.assert_close(row_parts[tile].double(), part.sum(1), rtol=p.tolerance, atol=1e-30)
     for tile, part in enumerate(e.split(TILE, 0)):
         torch.testing.assert_close(col_parts[tile].double(), part.sum(0), rtol=p.tolerance, atol=1e-30)
-    own = p.cosine[torch.arange(rows, device="cuda"), p.own.clamp(max=texts - 1)]
-    torch.testing.assert_close(cosine.double(), own, rtol=0, atol=p.tolerance / p.scale.item())
+    own = p.logits[torch.arange(rows, device="cuda"), p.own.clamp(max=texts - 1)] - offset
+    torch.testing.assert_close(exponent.double() * math.log(2), own, rtol=0, atol=p.tolerance)
 
     lse, positive = (torch.empty(rows, device="cuda", dtype=torch.float64) for _ in range(2))
     col_lse = torch.empty(texts, device="cuda", dtype=torch.float64)
     finish = torch.ops.scenarioclip_fast_C.contrastive_finish_sums
-    finish(row_parts, p.x, p.y, p.inv_x, p.inv_y, p.scale, p.weight, cosine, lse, positive)
+    finish(row_parts, p.x, p.y, p.inv_x, p.inv_y, p.scale, p.weight, exponent, lse, positive)
     finish(col_parts, p.y, p.x, p.inv_y, p.inv_x, p.scale, None, None, col_lse, None)
     want_row, want_col = p.log_sums()
     torch.testing.assert_close(lse, want_row, rtol=0, atol=p.tolerance)
@@ -216,11 +225,11 @@ def test_poison() -> None:
     p = Problem(130, 260, 64, 10.0, True, "counts")
     p.x[17, 3] = math.nan
     p.inv_x = inverse_norms(p.x)
-    row_parts, col_parts, cosine = p.sums()
+    row_parts, col_parts, exponent = p.sums()
     bad = torch.arange(130, device="cuda") == 17
     assert row_parts[:, bad].isnan().all() and row_parts[:, ~bad].isfinite().all()
     assert col_parts[0].isnan().all() and col_parts[1].isfinite().all()
-    assert torch.equal(cosine.isnan(), bad)
+    assert torch.equal(exponent.isnan(), bad)
     lse = torch.empty(130, device="cuda", dtype=torch.float64)
     finish = torch.ops.scenarioclip_fast_C.contrastive_finish_sums
     finish(row_parts, p.x, p.y, p.inv_x, p.inv_y, p.scale, p.weight, None, lse, None)

@@ -43,7 +43,8 @@ MUTATIONS = [
     (TILE, "read(operands.inv_y + staged_column), «read_weight(p.weight, staged_column)»);", "1.0f"),
     (TILE, "any |= «row.z >= 0»;", "row.z > 0"),
     (TILE, "const bool hit = «get<1>(at(r, j))» == static_cast<int>(own[r]);", "get<1>(at(r, j)) + 1"),
-    (TILE, ".x * «read(operands.inv_x + row)»;", "1.0f"),
+    (TILE, "fmaf(found * «inverse», row_factor[r], -shift[r]);", "1.0f"),
+    (TILE, "fmaf(found * inverse, row_factor[r], «-shift[r]»);", "0.0f"),
     (TILE, "fast_exp2(fmaf(acc(r, j + 1) * «staged.z», row_factor[r]", "staged.x"),
     (TILE, "fmaf(right, «staged.w», j == 0", "staged.y"),
     (TILE, "j == 0 ? left * staged.y : fmaf(left, staged.y, «row_sum[r]»)", "0.0f"),
@@ -78,6 +79,7 @@ MUTATIONS = [
     # Rows and numbers.
     (ARITHMETIC, "shift = offset - «log2f(inverse)»;", "0.0f"),
     (ARITHMETIC, "near = fabsf(shift - gain.log_sum) <= «kSpread»;", "2 * kSpread"),
+    (ARITHMETIC, "&& «weight * inverse <= kHeavy»;", "true"),
     (ARITHMETIC, "static_cast<float>(scaled * «exp2(error)»)", "1.0"),
     (ARITHMETIC, "error = «rounded == -INFINITY» ? 0", "false"),
     (ARITHMETIC, "counts = «weight > 0 || weight != weight || logit != logit»;", "true"),

@@ -1,4 +1,4 @@
-// Forward: row and column sums of exponentials, and the cosines of the positives.
+// Forward: row and column sums of exponentials, and the exponents of the positives.
 #include "kernels/contrastive/hopper/kernel.h"
 
 namespace scf {

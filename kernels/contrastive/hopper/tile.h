@@ -74,7 +74,7 @@ struct SumScratch {
   alignas(16) float sums[kParts][kColumns + 8];
 };
 
-// Sums of exponentials over the rows and the columns of one tile, and the cosines of the positives in it.
+// Sums of exponentials over the rows and the columns of one tile, and the exponents of the positives in it.
 // `sync` is a barrier of the threads that share the tile and the scratch memory.
 template <int kRows, int kColumns, int kWarps, class Engine, class Layout, class Mma, class Sync>
 CUTE_DEVICE void sum_tile(const SumsProblem& p, int tile_row, int tile_column,
@@ -123,7 +123,7 @@ CUTE_DEVICE void sum_tile(const SumsProblem& p, int tile_row, int tile_column,
   if (__any_sync(kAll, any)) {
     CUTE_UNROLL
     for (int r = 0; r < kHeld; ++r) {
-      // From this accumulator: the result of another product could exceed the log-sum.
+      // From this accumulator, and rounded as in the sums below: another number could exceed the log-sum.
       float found = 0;
       bool here = false;
       CUTE_UNROLL
@@ -132,8 +132,10 @@ CUTE_DEVICE void sum_tile(const SumsProblem& p, int tile_row, int tile_column,
         found = hit ? acc(r, j) : found;
         here |= hit;
       }
-      const int row = first_row + get<0>(at(r, 0));
-      if (here) p.cosine[row] = found * scratch.columns[static_cast<int>(own[r])].x * read(operands.inv_x + row);
+      if (here) {
+        const float inverse = scratch.columns[static_cast<int>(own[r])].x;
+        p.own_exponent[first_row + get<0>(at(r, 0))] = fmaf(found * inverse, row_factor[r], -shift[r]);
+      }
     }
   }
 
