@@ -142,32 +142,50 @@ __global__ void __launch_bounds__(kFactorThreads)
   }
 }
 
-// A row per block, eight entries per thread.
-__global__ void __launch_bounds__(kFinishWidth / kFinishEntries) finish(const __grid_constant__ FinishProblem p) {
+constexpr int kFinishGroups = 4, kFinishGroupThreads = 128;
+
+// A row per block, eight entries per thread. Groups of threads share the partners of a row, of which a text may have
+// thousands.
+template <int kGroups>
+__global__ void __launch_bounds__(kGroups == 1 ? kFinishWidth / kFinishEntries : kGroups * kFinishGroupThreads)
+    finish(const __grid_constant__ FinishProblem p) {
   __shared__ float shared[32];
+  __shared__ float partial[kGroups][kFinishEntries][kGroups == 1 ? 1 : kFinishGroupThreads];
   const int64_t row = blockIdx.x, first = threadIdx.x * kFinishEntries;
   const bool whole = first + kFinishEntries <= p.width;
   float gradient[kFinishEntries] = {}, entries[kFinishEntries] = {};
+  const int64_t begin = p.order != nullptr ? p.offsets[row] : 0, end = p.order != nullptr ? p.offsets[row + 1] : 1;
+#pragma unroll 4
+  for (int64_t position = begin + threadIdx.y; position < end; position += kGroups) {
+    const int64_t partner = p.order != nullptr ? p.order[position] : positive_column(p.positives, row);
+    const bool exists = partner >= 0 && partner < p.partner_rows;
+    // Without a branch, so that the loads of several partners overlap.
+    const float gain = exists ? p.gain[p.gain_of_partner ? partner : row] : 0.0f;
+    const uint16_t* other = exists ? p.partners + partner * p.partner_stride : p.features;
+    load_entries(other, first, p.width, whole && aligned(other), entries);
+#pragma unroll
+    for (int i = 0; i < kFinishEntries; ++i) gradient[i] = exists ? fmaf(gain, entries[i], gradient[i]) : gradient[i];
+  }
+  if constexpr (kGroups > 1) {
+#pragma unroll
+    for (int i = 0; i < kFinishEntries; ++i) partial[threadIdx.y][i][threadIdx.x] = gradient[i];
+    __syncthreads();
+    if (threadIdx.y > 0) return;
+    for (int group = 1; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < kFinishEntries; ++i) gradient[i] += partial[group][i][threadIdx.x];
+    }
+  }
   const float* product = p.product + row * p.width;
   if (whole && aligned(product)) {
 #pragma unroll
     for (int i = 0; i < kFinishEntries; i += 4) {
       const float4 four = __ldg(reinterpret_cast<const float4*>(product + first + i));
-      gradient[i] = four.x, gradient[i + 1] = four.y, gradient[i + 2] = four.z, gradient[i + 3] = four.w;
+      gradient[i] += four.x, gradient[i + 1] += four.y, gradient[i + 2] += four.z, gradient[i + 3] += four.w;
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kFinishEntries; ++i) gradient[i] = first + i < p.width ? product[first + i] : 0.0f;
-  }
-  const int64_t begin = p.order != nullptr ? p.offsets[row] : 0, end = p.order != nullptr ? p.offsets[row + 1] : 1;
-  for (int64_t position = begin; position < end; ++position) {
-    const int64_t partner = p.order != nullptr ? p.order[position] : positive_column(p.positives, row);
-    if (partner < 0 || partner >= p.partner_rows) continue;
-    const float gain = p.gain[p.gain_of_partner ? partner : row];
-    const uint16_t* other = p.partners + partner * p.partner_stride;
-    load_entries(other, first, p.width, whole && aligned(other), entries);
-#pragma unroll
-    for (int i = 0; i < kFinishEntries; ++i) gradient[i] = fmaf(gain, entries[i], gradient[i]);
+    for (int i = 0; i < kFinishEntries; ++i) gradient[i] += first + i < p.width ? product[first + i] : 0.0f;
   }
   const uint16_t* features = p.features + row * p.feature_stride;
   load_entries(features, first, p.width, whole && aligned(features), entries);
@@ -205,12 +223,12 @@ __global__ void __launch_bounds__(kFinishWidth / kFinishEntries) finish(const __
 int64_t blocks(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, cudaStream_t stream,
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = threads;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return nullptr;
@@ -234,8 +252,11 @@ const char* factors_cuda(const FactorsProblem& p, cudaStream_t stream) {
 }
 
 const char* finish_cuda(const FinishProblem& p, cudaStream_t stream) {
-  const int64_t warps = blocks(p.width, 32 * kFinishEntries);
-  return launch(finish, p.rows, 32 * (warps > 0 ? warps : 1), stream, p);
+  const int64_t warps = blocks(p.width, 32 * kFinishEntries), threads = 32 * (warps > 0 ? warps : 1);
+  if (p.order != nullptr && threads <= kFinishGroupThreads) {
+    return launch(finish<kFinishGroups>, p.rows, dim3(static_cast<unsigned>(threads), kFinishGroups), stream, p);
+  }
+  return launch(finish<1>, p.rows, dim3(static_cast<unsigned>(threads)), stream, p);
 }
 
 }  // namespace scf

@@ -37,8 +37,9 @@ template <class... Parameters, class... Arguments>
 inline cudaError_t run_grid(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                             const Arguments&... arguments) {
   for (unsigned block = 0; block < config->gridDim.x; ++block) {
-    emulation::run_block(static_cast<int>(config->blockDim.x), [&](int thread) {
-      threadIdx = dim3(static_cast<unsigned>(thread), 0, 0);
+    const unsigned across = config->blockDim.x;
+    emulation::run_block(static_cast<int>(across * config->blockDim.y), [&](int thread) {
+      threadIdx = dim3(static_cast<unsigned>(thread) % across, static_cast<unsigned>(thread) / across, 0);
       blockIdx = dim3(block, 0, 0);
       blockDim = config->blockDim;
       kernel(static_cast<Parameters>(arguments)...);
@@ -218,7 +219,7 @@ void check_factors() {
 }
 
 void check_finish(int64_t width, int64_t shift, bool of_texts, bool index, bool normalize) {
-  constexpr int64_t kRows = 7, kPartners = 9, kFirst = -2;
+  constexpr int64_t kRows = 7, kPartners = 30, kFirst = -2;
   constexpr int kExponent = 3;
   const Features f(kRows, width, width + shift, shift, 11, 2), other(kPartners, width, width + 8, shift, 12, 1);
   const std::vector<float> inverse = f.norms(normalize);
@@ -227,8 +228,10 @@ void check_finish(int64_t width, int64_t shift, bool of_texts, bool index, bool 
   std::vector<float> product(kRows * width), gain(of_texts ? kPartners : kRows), dots(kRows + 1, -7);
   for (float& v : product) v = normal(random);
   for (float& v : gain) v = normal(random);
-  const std::vector<int64_t> of_row = {2, 10, 1, 12, 3, 11, 2};  // with `first`, 10 and 8 lie inside of 9
-  const std::vector<int64_t> order = {8, 1, 3, 0, 2, 7, 5, 6, 4}, offsets = {0, 2, 2, 5, 6, 6, 8, 9};
+  const std::vector<int64_t> of_row = {2, 31, 1, 33, 3, 32, 2};  // plus `first`: 31 and 2 are the last and the first
+  std::vector<int64_t> order(kPartners);
+  for (int64_t k = 0; k < kPartners; ++k) order[k] = k * 7 % kPartners;
+  const std::vector<int64_t> offsets = {0, 21, 21, 24, 25, 25, 29, 30};
   const float scale = 12;
   std::vector<uint16_t> out(kRows * width + 1, 77);
   FinishProblem p{};
