@@ -142,6 +142,8 @@ inline Operands operands(Checker& check, const OperandArguments& a, bool norms =
   return out;
 }
 
+inline int64_t tiles(int64_t count, int64_t side) { return (count + side - 1) / side; }
+
 // Operands of hopper/.
 inline Operands tma_operands(Checker& check, const OperandArguments& a, int capability, bool norms) {
   Operands out = operands(check, a, norms);
@@ -149,14 +151,15 @@ inline Operands tma_operands(Checker& check, const OperandArguments& a, int capa
                 Checker::text("x: got rows of ", out.width, " entries, expected a positive multiple of 8"));
   check.tma(a.x);
   check.tma(a.y);
+  // The scheduler counts tiles in 32 bits.
+  check.require(tiles(out.rows, kTileRows) * tiles(out.texts, kTileTexts) < int64_t{1} << 30,
+                Checker::text("got ", out.rows, " rows and ", out.texts, " texts, expected less than 2^44 logits"));
   check.capability(capability);
   // The stride of a single row may be anything.
   if (out.rows <= 1) out.x_stride = out.width;
   if (out.texts <= 1) out.y_stride = out.width;
   return out;
 }
-
-inline int64_t tiles(int64_t count, int64_t side) { return (count + side - 1) / side; }
 
 // Each returns the error, or an empty string and the problem.
 inline std::string check_inverse_norms(const Argument& x, bool normalize, const Argument& out,

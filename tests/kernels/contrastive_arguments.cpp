@@ -111,6 +111,10 @@ void check_sums_arguments() {
       {"first: got 1099511627776", [](A& a) { a.first = int64_t{1} << 40; }},
       {"row_parts: got size 3 in dimension 0, expected 16777184",
        [](A& a) { a.operands.y.size[0] = a.operands.inv_y.size[0] = a.weight.size[0] = (int64_t{1} << 31) - 4097; }},
+      {"got 16777216 rows and 16777216 texts, expected less than 2^44 logits",
+       [](A& a) {
+         for (Argument* t : {&a.operands.x, &a.operands.y, &a.operands.inv_x, &a.operands.inv_y}) t->size[0] = 1 << 24;
+       }},
       {"y: got 2147479552 rows, expected less than 2^31 - 4096",
        [](A& a) { a.operands.y.size[0] = a.operands.inv_y.size[0] = (int64_t{1} << 31) - 4096; }},
       {"got None, expected a tensor", [](A& a) { a.own_exponent = Argument{}; }},
