@@ -42,9 +42,10 @@ from scenarioclip_fast.benchmarks.timing import (
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, large, reference
 from torch import Tensor
 
+from scenarioclip_fast import dispatch, requirements
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
-from scenarioclip_fast.ops.contrastive import log_sums
+from scenarioclip_fast.ops.contrastive import fused, log_sums, validate
 
 SCALE = 1 / 0.07
 LEVELS = (128, 700, 350)  # global, object and relation rows of a batch of 128 scenes
@@ -681,6 +682,48 @@ def measure_levels(benchmark: Any, case: Case) -> None:
             benchmark.extra_info["GPU microseconds"] = gpu_microseconds(both)
         except Exception as error:  # the timing does not depend on the profiler
             benchmark.extra_info["the profiler failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+HOST_LEVELS = ((16, 9), (24, 13), (20, 17))  # rows and texts: allocating larger ones takes longer on a CPU only
+
+
+def test_host_time_of_three_levels(benchmark: Any) -> None:
+    """The Triton backend's Python on the host, autograd's included: on CPU tensors, and without its launches.
+
+    Values are not read, as on a GPU. A CUDA graph does without all of this.
+    """
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+    if requirements.triton_interprets():
+        pytest.skip("kernels are interpreted in this process")
+    width, launches = 64, 0
+    levels = [features(rows, width, "cpu", texts=texts) for rows, texts in HOST_LEVELS]
+    images, texts, scales = ([level[k] for level in levels] for k in range(3))
+    images, texts = ([x.detach().bfloat16().requires_grad_() for x in side] for side in (images, texts))
+    indices = [texts_of(*level, "cpu") for level in HOST_LEVELS]
+    leaves, upstream = [*images, *texts, *scales], torch.ones(len(levels))
+
+    def launch(*_: Any, **__: Any) -> None:
+        nonlocal launches
+        launches += 1
+
+    def both() -> None:
+        losses = multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend="triton")
+        torch.autograd.grad(losses, leaves, upstream)
+
+    rows = sum(rows for rows, _ in HOST_LEVELS)
+    phase = "levels, host time without launches"
+    benchmark.extra_info.update(form="ours: triton", phase=phase, rows=rows, width=width, device="cpu")
+    benchmark.group = f"contrastive, {BOTH}, {phase}"
+    with (
+        patch.object(jit.JITFunction, "run", launch),
+        patch.object(dispatch, "unavailable_reason", lambda *_: None),
+        patch.object(validate, "_check_values", lambda *_: None),
+        patch.object(fused, "_check_values", lambda *_: None),
+    ):
+        both()
+        benchmark.extra_info["launches"] = launches
+        calls = 1 if WARM else sized(2000, 3)
+        benchmark.pedantic(both, rounds=calls, warmup_rounds=min(calls, 100))
 
 
 MEASURE = {"products": measure_products, "rows": measure_rows, "levels": measure_levels}

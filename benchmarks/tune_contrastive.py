@@ -131,15 +131,10 @@ class Predictions:
     def finish_rows(self) -> Span:
         return memory_time(2 * self.rows * self.width * 8.0, slowdown=1.5)
 
-    def means(self) -> Span:
-        """mean_losses and sum_levels, one block each."""
-        ms = 0.075 * self.rows / 32768
-        return ms, ms
-
     def forward(self, tile: Sequence[int]) -> Span:
         low, high = self.unit_rows()
         return total(
-            self.forward_tiles(tile), (low / 2, high / 2), self.partial_sums(tile), self.vectors(), self.means()
+            self.forward_tiles(tile), (low / 2, high / 2), self.partial_sums(tile), self.vectors(), self.vectors()
         )
 
     def partial_sums(self, tile: Sequence[int]) -> Span:
@@ -165,7 +160,7 @@ def parts(predicted: Predictions) -> list[tuple[str, str, Span]]:
         ("tile_sums", r"tile_sums", predicted.forward_tiles(DEFAULTS["sum_tile"])),
         ("sums of partial sums", r"reduce_kernel|aten::sum", predicted.partial_sums(DEFAULTS["sum_tile"])),
         ("log_sums", r"log_sums", predicted.vectors()),
-        ("mean_losses, sum_levels", r"mean_losses|sum_levels", predicted.means()),
+        ("mean_parts, mean_loss", r"mean_parts|mean_loss", predicted.vectors()),
         ("mean_gradients, factors", r"mean_gradients|factors", predicted.vectors()),
         ("tile_gradients", r"tile_gradients", predicted.gradient_tiles(DEFAULTS["gradient_tile"])),
         ("the two products", r"gemm|nvjet|cutlass|cublas|aten::(add)?mm", predicted.products(side)),

@@ -62,14 +62,18 @@ def distillation(backend: str) -> None:
 
 
 def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:
-    """With and without text indices; sizes that fit no tile."""
+    """With and without text indices; sizes that fit no tile; mean losses and losses per row, whose kernels differ."""
     for rows, texts in sizes:
         image, text = (
             torch.randn(n, 96, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for n in (rows, texts)
         )
         scale = torch.tensor(14.3, device=DEVICE, requires_grad=True)
         index = None if rows == texts else torch.randint(texts, (rows,), device=DEVICE)
-        contrastive_loss(image, text, scale, text_index=index, backend=backend_for(backend)).backward()
+        for reduction in ("mean", "none"):
+            loss = contrastive_loss(
+                image, text, scale, text_index=index, reduction=reduction, backend=backend_for(backend)
+            )
+            loss.sum().backward()
         synchronize("cuda")
         print(f"{backend}, {rows} x {texts}: done")
 

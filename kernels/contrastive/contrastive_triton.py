@@ -9,18 +9,20 @@ bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import large
+from . import grouped, large
 from .large_triton import TritonKernels
 from .per_level import Saved
-from .plan import Plan
+from .plan import Plan, exact, operands
 from .reference import EPS
 from .triton_kernels import (
     LEVELS,
@@ -29,17 +31,21 @@ from .triton_kernels import (
     finish_rows,
     log_sums,
     mean_gradients,
-    mean_losses,
+    mean_loss,
+    mean_parts,
     products,
     sum_levels,
     tile_gradients,
     tile_sums,
     unit_rows,
 )
-from .workspace import kept_dtype
+from .workspace import kept_dtype, kept_size
+
+T = TypeVar("T")
 
 PRODUCT_BLOCK = 64
 GROUPED = 4096 * 4096  # batches of levels with at most this many logits share their launches
+LONGEST = 65536  # and, where they share those of the mean losses, at most this many rows and texts
 VECTOR = 1024  # entries per program in kernels over vectors
 
 
@@ -63,19 +69,17 @@ def _blocks(sizes: Sequence[int], block: int) -> int:
     return sum(-(-n // block) for n in sizes)
 
 
-def _chunks(size: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
-
-
 def _aligned(rows: Sequence[Tensor]) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.shape[1] * t.element_size() % 16 == 0
-        and (len(t) == 1 or t.stride(0) * t.element_size() % 16 == 0)
-        for t in rows
-        if len(t)
-    )
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses.
+
+    All tensors have one dtype.
+    """
+    size = rows[0].itemsize
+    for t in rows:
+        n, d = t.shape
+        if n and (t.data_ptr() % 16 or d * size % 16 or (n > 1 and t.stride()[0] * size % 16)):
+            return False
+    return True
 
 
 def _units(
@@ -344,6 +348,8 @@ def _backward(
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
+    if x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)  # rows of x may overlap
 
 
@@ -445,86 +451,235 @@ def _level_sums(dots: Tensor, sizes: Sequence[int], levels: int) -> Tensor:  # [
     return out
 
 
-def _launch_groups(rows: Sequence[int], texts: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of levels, rows and texts, at most LEVELS levels at a time."""
-    for levels in _chunks(len(rows), LEVELS):
-        n, u = sum(rows[: levels.start]), sum(texts[: levels.start])
-        yield levels, slice(n, n + sum(rows[levels])), slice(u, u + sum(texts[levels]))
+@dataclass(slots=True)
+class _Share:
+    """Consecutive levels whose mean losses share launches, or one large level."""
+
+    first: int
+    rows: list[int]
+    texts: list[int]
+    large: bool
+
+    def of(self, levels: Sequence[T]) -> Sequence[T]:
+        """The levels of this share."""
+        return levels if len(levels) == len(self.rows) else levels[self.first : self.first + len(self.rows)]
 
 
-def counts(index: Tensor, rows: Sequence[int], texts: Sequence[int]) -> Tensor:  # [sum N] -> [sum U] int32
-    """The number of rows of each text. An index out of range is ignored."""
-    out = torch.zeros(sum(texts), dtype=torch.int32, device=index.device)
-    with torch.cuda.device_of(index):
-        for levels, row_part, text_part in _launch_groups(rows, texts):
-            if blocks := _blocks(rows[levels], VECTOR):
-                count_rows[(blocks,)](
-                    index[row_part], out[text_part], *_pad(rows[levels]), *_pad(texts[levels]), BM=VECTOR
-                )
+def _shares(image: Sequence[Tensor], text: Sequence[Tensor]) -> list[_Share]:
+    """Fake kernels call this too, so it depends on sizes alone."""
+    out: list[_Share] = []
+    logits = width = 0
+    for k, (x, y) in enumerate(zip(image, text, strict=True)):
+        (n, d), (u, _) = x.shape, y.shape
+        large = n * u > GROUPED or n > LONGEST or u > LONGEST
+        logits += n * u
+        if not out or large or out[-1].large or len(out[-1].rows) == LEVELS or logits > GROUPED or d != width:
+            out.append(_Share(k, [n], [u], large))
+            logits, width = n * u, d
+        else:
+            out[-1].rows.append(n)
+            out[-1].texts.append(u)
     return out
 
 
-def means(
-    row_lse: Tensor,  # [sum N]
-    col_lse: Tensor,  # [sum U]
-    positive: Tensor,  # [sum N]
-    count: Tensor | None,  # [sum U] int32; None: one row each
-    index: Tensor | None,  # [sum N]
-    rows: Sequence[int],
-    texts: Sequence[int],
+def losses(
+    image: Sequence[Tensor],  # levels x [N_l, D_l], one dtype
+    text: Sequence[Tensor],  # levels x [U_l, D_l]
+    scale: Sequence[Tensor],  # levels x [] float32
+    index: Sequence[Tensor | None],  # levels x [N_l] int64: the text of each row; None: row i has text i
+    weight: Sequence[Tensor | None],  # levels x [U_l] float32, in the row sums; None: the rows of each text, or ones
     positives: bool,
-) -> tuple[Tensor, Tensor]:  # losses [levels] float32, texts with rows [levels] float64
-    loss = torch.empty(len(rows), dtype=torch.float32, device=row_lse.device)
-    used = torch.empty(len(rows), dtype=torch.float64, device=row_lse.device)
-    with torch.cuda.device_of(row_lse):
-        for levels, row_part, text_part in _launch_groups(rows, texts):
-            mean_losses[(len(rows[levels]),)](
-                row_lse[row_part],
-                col_lse[text_part],
-                positive[row_part],
-                used if count is None else count[text_part],
-                used if index is None else index[row_part],
-                loss[levels],
-                used[levels],
-                *_pad(rows[levels]),
-                *_pad(texts[levels]),
-                HAS_COUNT=count is not None,
-                POSITIVES=positives and count is not None,
-                BM=VECTOR,
-                num_warps=8,
-            )
-    return loss, used
+    normalize: bool,
+    budget: int,  # bytes of exponentials that large levels may keep
+) -> tuple[Tensor, list[Tensor]]:  # [levels] float32, and what the backward pass needs
+    """The mean loss of each level, for either kind of duplicates."""
+    loss = torch.empty(len(image), dtype=torch.float32, device=image[0].device)
+    saved: list[Tensor] = []
+    with torch.cuda.device_of(loss):  # Triton launches on the current device, not on that of its arguments
+        for share in _shares(image, text):
+            x, y = _unit_stride(share.of(image)), _unit_stride(share.of(text))
+            s, own, given = share.of(scale), _contiguous(share.of(index)), _contiguous(share.of(weight))
+            out = loss if len(image) == len(x) else loss[share.first : share.first + len(x)]
+            if share.large:
+                saved += _large(x[0], y[0], s[0], own[0], given[0], positives, normalize, budget, out)
+                budget -= saved[-3].nbytes
+            else:
+                form, aligned = _form_of(x[0], positives, normalize), _aligned([*x, *y])
+                saved += grouped.forward(form, x, y, share.rows, share.texts, s, own, given, aligned, out)
+    return loss, saved
 
 
-def means_backward(
+def losses_saved(
+    image: Sequence[Tensor], text: Sequence[Tensor], index: Sequence[Tensor | None], budget: int
+) -> list[Tensor]:
+    """Empty tensors like those that `losses` returns for the backward pass, for the fake kernel of its op."""
+    saved: list[Tensor] = []
+    for share in _shares(image, text):
+        n, u, like = sum(share.rows), sum(share.texts), image[share.first]
+        numbers = like.new_empty(n + u, dtype=torch.float32)
+        if share.large:
+            rows, texts = like.new_empty(n, dtype=torch.float64), like.new_empty(u, dtype=torch.float64)
+            dtype = kept_dtype(numbers)
+            kept = like.new_empty(kept_size([n], [u], dtype.itemsize, budget), dtype=dtype)
+            budget -= kept.shape[0] * dtype.itemsize
+            count = like.new_empty(0 if index[share.first] is None else u, dtype=torch.int32)
+            saved += [rows, texts, torch.empty_like(rows), numbers, kept, count, rows.new_empty(1)]
+        else:
+            operand, _, inner = operands(like.dtype, is_exact=True)
+            saved.append(like.new_empty((n + u, -(-like.shape[1] // inner) * inner), dtype=operand))
+            saved.append(numbers.new_empty(grouped.vectors_size(n + u)))
+    return saved
+
+
+def losses_backward(
+    image: Sequence[Tensor],
+    text: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    weight: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
     grad: Tensor,  # [levels] of the losses
-    used: Tensor,  # [levels]
-    count: Tensor | None,  # [sum U]
-    index: Tensor | None,  # [sum N]
-    rows: Sequence[int],
-    texts: Sequence[int],
     positives: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # of row_lse [sum N], of col_lse [sum U], of positive [sum N], float64
-    grad_row, grad_positive = (torch.empty(sum(rows), dtype=torch.float64, device=grad.device) for _ in range(2))
-    grad_column = torch.empty(sum(texts), dtype=torch.float64, device=grad.device)
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:  # d_image, d_text (empty tensors where not needed), d_scale [levels]
+    d_image: list[Tensor] = []
+    d_text: list[Tensor] = []
+    d_scale = torch.empty(len(image), dtype=torch.float32, device=grad.device)
     with torch.cuda.device_of(grad):
-        for levels, row_part, text_part in _launch_groups(rows, texts):
-            row_blocks = _blocks(rows[levels], VECTOR)
-            if blocks := row_blocks + _blocks(texts[levels], VECTOR):
-                mean_gradients[(blocks,)](
-                    grad[levels],
-                    used[levels],
-                    used if count is None else count[text_part],
-                    used if index is None else index[row_part],
-                    grad_row[row_part],
-                    grad_column[text_part],
-                    grad_positive[row_part],
-                    *_pad(rows[levels]),
-                    *_pad(texts[levels]),
-                    grad.stride(0),
-                    row_blocks,
-                    HAS_COUNT=count is not None,
-                    POSITIVES=positives and count is not None,
-                    BM=VECTOR,
+        for share in _shares(image, text):
+            x, y = _unit_stride(share.of(image)), _unit_stride(share.of(text))
+            whole = len(image) == len(x)
+            upstream, d_s = (t if whole else t[share.first : share.first + len(x)] for t in (grad, d_scale))
+            if share.large:
+                s, own, given = share.of(scale)[0], share.of(index)[0], share.of(weight)[0]
+                d_x, d_y, d_large = _large_backward(
+                    x[0], y[0], s, own, given, saved[:7], upstream, positives, normalize, need_image, need_text
                 )
-    return grad_row, grad_column, grad_positive
+                d_s.copy_(d_large)
+                d_image.append(d_x)
+                d_text.append(d_y)
+                saved = saved[7:]
+            else:
+                # The gradient of the scale follows from either product, so one of them is always needed.
+                out_image = [_contiguous_like(t) for t in x] if need_image or not need_text else None
+                out_text = [_contiguous_like(t) for t in y] if need_text else None
+                # They are as wide as the features, contiguous, and begin where the allocator lets them: at 64 bytes.
+                form, aligned = _form_of(x[0], positives, normalize), _aligned([*x, *y])
+                units, vectors, *saved = saved
+                grouped.backward(
+                    form, x, y, share.rows, share.texts, units, vectors, upstream, aligned, out_image, out_text, d_s
+                )
+                d_image += out_image if need_image and out_image else [t.new_empty(0) for t in x]
+                d_text += out_text or [t.new_empty(0) for t in y]
+    return d_image, d_text, d_scale
+
+
+def _unit_stride(features: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.stride()[1] == 1 else t.contiguous() for t in features]
+
+
+def _contiguous(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in vectors]
+
+
+def _form_of(features: Tensor, positives: bool, normalize: bool) -> grouped.Form:
+    return _form(features.dtype, features.shape[1], exact(features), positives, normalize)
+
+
+@functools.lru_cache
+def _form(dtype: torch.dtype, width: int, is_exact: bool, positives: bool, normalize: bool) -> grouped.Form:
+    operand, precision, inner = operands(dtype, is_exact)
+    plan = Plan(operand, precision, _round_up(width, inner), inner, tma=False, folds=False)
+    return grouped.Form(operand, precision, width, plan.width, inner, plan.rounds, positives, normalize)
+
+
+def _large(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [U, D]
+    scale: Tensor,  # []
+    index: Tensor | None,  # [N]
+    weight: Tensor | None,  # [U]
+    positives: bool,
+    normalize: bool,
+    budget: int,
+    loss: Tensor,  # [1] out
+) -> list[Tensor]:
+    """The mean loss of one large level; returns the results of `forward`, the rows of each text, and texts with rows.
+
+    The rows of each text are an empty tensor without an index.
+    """
+    n, u, device = len(image), len(text), loss.device
+    count = torch.zeros(0 if index is None else u, dtype=torch.int32, device=device)
+    if index is not None:
+        count_rows[(_blocks([n], VECTOR),)](index, count, n, u, BM=VECTOR)
+    by_row = weight if weight is not None or positives or index is None else count
+    with torch.autocast(device.type, enabled=False):
+        *sums, inverse, inverse_text = large.forward(
+            TritonKernels.of(image), image, text, scale, index, by_row, normalize
+        )
+    used = torch.empty(1, dtype=torch.float64, device=device)
+    row_blocks, blocks = _blocks([n], VECTOR), _blocks([n, u], VECTOR)
+    parts = used.new_empty(2 * blocks)
+    counts = {"HAS_COUNT": index is not None, "POSITIVES": positives and index is not None, "BM": VECTOR}
+    mean_parts[(blocks,)](*sums, count, used if index is None else index, parts, n, u, row_blocks, **counts)
+    mean_loss[(1,)](parts, loss, used, n, row_blocks, blocks, POSITIVES=counts["POSITIVES"], BM=VECTOR)
+    kept = scale.new_empty(0, dtype=kept_dtype(scale))  # nothing is kept yet
+    return [*sums, torch.cat([inverse, inverse_text]), kept, count, used]
+
+
+def _large_backward(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    saved: Sequence[Tensor],  # the results of `_large`
+    grad: Tensor,  # [1] of the loss
+    positives: bool,
+    normalize: bool,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # d_image, d_text (empty where not needed), d_scale []
+    row_lse, col_lse, positive, inverse, _, count, used = saved
+    index, weight = _contiguous([index, weight])
+    n, u = len(image), len(text)
+    grad_row, grad_positive = (torch.empty(n, dtype=torch.float64, device=grad.device) for _ in range(2))
+    grad_column = grad_row.new_empty(u)
+    counts = {"HAS_COUNT": index is not None, "POSITIVES": positives and index is not None, "BM": VECTOR}
+    mean_gradients[(_blocks([n, u], VECTOR),)](
+        grad,
+        used,
+        count,
+        used if index is None else index,
+        grad_row,
+        grad_column,
+        grad_positive,
+        n,
+        u,
+        _blocks([n], VECTOR),
+        **counts,
+    )
+    by_row = weight if weight is not None or positives or index is None else count
+    with torch.autocast(grad.device.type, enabled=False):
+        return large.backward(
+            TritonKernels.of(image),
+            image,
+            text,
+            scale,
+            index,
+            by_row,
+            row_lse,
+            col_lse,
+            positive,
+            inverse[:n],
+            inverse[n:],
+            grad_row,
+            grad_column,
+            grad_positive,
+            None,
+            normalize,
+            need_image,
+            need_text,
+        )

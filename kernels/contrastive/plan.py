@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,26 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def exact(features: Tensor) -> bool:
+    """Whether products need the precision of float32."""
+    return features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def operands(dtype: torch.dtype, is_exact: bool) -> tuple[torch.dtype, str, int]:
+    """The type of the operands, the precision of their products, and the block of the inner dimension."""
+    if dtype == torch.bfloat16 and not _interprets():
+        return torch.bfloat16, "tf32", 64
+    # float16 has the mantissa of TF32, not its range. The interpreter has no TF32, and its bfloat16 is wrong.
+    return torch.float32, "tf32x3" if is_exact else "tf32", 32
+
+
+@functools.lru_cache
+def _plan(dtype: torch.dtype, width: int, is_exact: bool, device: torch.device) -> Plan:
+    operand, precision, inner = operands(dtype, is_exact)
+    tma = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return Plan(operand, precision, -(-width // inner) * inner, inner, tma, folds=dtype == torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How features of one dtype and width are multiplied on one device."""
@@ -48,15 +69,7 @@ class Plan:
 
     @staticmethod
     def of(features: Tensor) -> Plan:
-        if features.dtype == torch.bfloat16 and not _interprets():
-            operand, precision, inner = torch.bfloat16, "tf32", 64
-        else:
-            # float16 has the mantissa of TF32, not its range. The interpreter has no TF32, and its bfloat16 is wrong.
-            exact = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-            operand, precision, inner = torch.float32, "tf32x3" if exact else "tf32", 32
-        tma = features.device.type == "cuda" and torch.cuda.get_device_capability(features.device)[0] >= 9
-        width = -(-features.shape[1] // inner) * inner
-        return Plan(operand, precision, width, inner, tma, folds=features.dtype == torch.bfloat16)
+        return _plan(features.dtype, features.shape[1], exact(features), features.device)
 
     def sum_tile(self, alone: bool) -> Tile:
         """The tile of the forward pass: tall tiles read less in a large level; small levels need more tiles."""

@@ -73,14 +73,14 @@ def test_each_kernel_belongs_to_one_part() -> None:
     kernels = {
         "tile_sums": 1.0,
         "log_sums": 0.25,
-        "sum_levels": 0.5,
+        "mean_parts": 0.5,
         "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(float)": 0.125,
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN": 2.0,
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)": 4.0,
     }
     rows = {row.variant: row.measured_ms for row in tune_contrastive.split(kernels, Predictions(32768, 512))}
     assert rows["tile_sums"] == 1.0 and rows["log_sums"] == 0.25 and rows["sums of partial sums"] == 0.125
-    assert rows["mean_losses, sum_levels"] == 0.5 and rows["the two products"] == 2.0
+    assert rows["mean_parts, mean_loss"] == 0.5 and rows["the two products"] == 2.0
     assert rows["others: at::native::vectorized_element"] == 4.0 and sum(rows.values()) == sum(kernels.values())
 
 

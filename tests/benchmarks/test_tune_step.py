@@ -55,7 +55,7 @@ NAMES = {
     "own": [
         "tile_sums",
         "tile_gradients",
-        "mean_losses",
+        "level_losses",
         "distillation",
         "void scf::(anonymous namespace)::distillation<512>(scf::DistillationProblem)",
         "scf::(anonymous namespace)::draw_masks(scf::MaskJob const*, int const*, unsigned char*)",

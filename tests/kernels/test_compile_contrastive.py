@@ -17,7 +17,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from scenarioclip_fast.kernels.contrastive import contrastive_triton, large_kernels, large_triton, triton_kernels
+from scenarioclip_fast.kernels.contrastive import (
+    contrastive_triton,
+    grouped,
+    large_kernels,
+    large_triton,
+    triton_kernels,
+)
 from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
 WIDTH = 512
@@ -161,10 +167,11 @@ def test_rows(compiler: Compiler, plan: Plan, width: int, aligned: bool) -> None
 def test_vectors(compiler: Compiler) -> None:
     constants = {"BM": contrastive_triton.VECTOR}
     for kernel in (triton_kernels.factors, triton_kernels.sum_levels, triton_kernels.count_rows):
-        compile_for(compiler, kernel, PLANS["bf16"], constants)
+        compile_for(compiler, kernel, PLANS["bf16"], constants, count="*i32")
     for positives in (False, True):
         constants |= {"HAS_COUNT": True, "POSITIVES": positives}
-        compile_for(compiler, triton_kernels.mean_losses, PLANS["bf16"], {**constants, "num_warps": 8})
+        compile_for(compiler, triton_kernels.mean_parts, PLANS["bf16"], constants, parts="*fp64")
+        compile_for(compiler, triton_kernels.mean_loss, PLANS["bf16"], constants, parts="*fp64", blocks="i32")
         compile_for(compiler, triton_kernels.mean_gradients, PLANS["bf16"], constants, grad="*fp32")
 
 
@@ -215,3 +222,65 @@ def test_rows_of_a_large_level(compiler: Compiler, plan: Plan, width: int, align
         resources = compile_large(compiler, large_kernels.finish_rows, plan, {**constants, "BY_TEXT": by_text}, **sides)
         if aligned:
             assert 16 in loads(resources.ptx)
+
+
+def grouped_form(name: str, width: int, positives: bool) -> grouped.Form:
+    plan = PLANS[name]
+    padded = -(-width // plan.inner) * plan.inner
+    constants = (plan.operand, plan.precision, width, padded, plan.inner, name == "tf32")
+    return grouped.Form(*constants, positives, normalize=True)
+
+
+def compile_grouped(
+    compiler: Compiler, kernel: Any, name: str, form: grouped.Form, constants: dict[str, Any]
+) -> Resources:
+    """Types by name, as in `signature`. Features are float16 where they are multiplied in TF32."""
+    operand = "bf16" if form.operand == torch.bfloat16 else "fp32"
+    feature = {"bf16": "bf16", "tf32": "fp16", "tf32x3": "fp32"}[name]
+    pointers = {"a": feature, "b": feature, "o": feature, "e": feature, "s": "fp32", "i": "i64", "w": "fp32"}
+    options = {key: constants[key] for key in ("num_warps", "num_stages") if key in constants}
+    used = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types = {}
+    for argument in kernel.arg_names:
+        per_level = argument[-1].isdigit()
+        if argument in used:
+            types[argument] = "constexpr"
+        elif per_level and argument[0] in pointers:
+            types[argument] = f"*{pointers[argument[0]]}"
+        elif per_level or argument in ("given", "levels", "upstream_stride", "first_block"):
+            types[argument] = "i32"
+        else:
+            types[argument] = f"*{operand}" if argument in ("units", "grad") else "*fp32"
+    resources = compiler.triton(kernel, types, used, **options)
+    resources.check()
+    return resources
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("width", "positives"), [(512, False), (123, True), (1000, True)])
+def test_grouped(compiler: Compiler, name: str, width: int, positives: bool) -> None:
+    form = grouped_form(name, width, positives)
+    aligned = form.width % 8 == 0
+    kernels = grouped.kernels
+    unit = compile_grouped(compiler, kernels.prepare_levels, name, form, {**form.prepare, "ALIGNED": aligned})
+    finish = compile_grouped(
+        compiler, kernels.finish_levels, name, form, {**form.finish, "ALIGNED": aligned, "SIDE": 0}
+    )
+    itemsize = {"bf16": 2, "tf32": 2, "tf32x3": 4}[name]
+    # Features are read 16 bytes at a time or one by one; the rest are numbers and vectors (text indices: 8 bytes).
+    assert (16 in loads(unit.ptx)) == (16 in loads(finish.ptx)) == aligned
+    assert (itemsize in loads(unit.ptx)) == (not aligned or itemsize == 4)
+    check_products(compiler, compile_grouped(compiler, kernels.level_sums, name, form, form.sums), False)
+    gradients = compile_grouped(compiler, kernels.level_gradients, name, form, form.gradients)
+    check_products(compiler, gradients, False)
+    # One exponential a logit where log-sums are close to the offset, two in the other branch; nothing else takes one.
+    logits = grouped.TILE_ROWS * grouped.TILE_TEXTS // (32 * form.gradients["num_warps"])
+    assert gradients.ptx.count("ex2.approx") == 3 * logits
+    compile_grouped(compiler, kernels.level_losses, name, form, form.losses)
+    for first_side in (0, 1):  # both products, or the second one alone
+        products = compile_grouped(
+            compiler, kernels.level_products, name, form, {**form.products, "FIRST_SIDE": first_side}
+        )
+        check_products(compiler, products, False)
+        # Vectors, and TF32 operands that are transposed (see test_products), are read 4 bytes at a time.
+        assert set(loads(products.ptx)) <= {4, 16} and 16 in loads(products.ptx)

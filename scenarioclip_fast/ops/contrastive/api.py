@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch, workspace
 from scenarioclip_fast.ops import collectives
+from scenarioclip_fast.ops.contrastive.fused import has_fused_losses, mean_losses
 from scenarioclip_fast.ops.contrastive.levels import (
     LevelInput,
     PreparedLevel,
@@ -23,13 +24,7 @@ from scenarioclip_fast.ops.contrastive.levels import (
     merge_equal_texts,
     prepare,
 )
-from scenarioclip_fast.ops.contrastive.op import (
-    contrastive_counts,
-    contrastive_forward,
-    contrastive_means,
-    has_fused_means,
-    keeps_exponentials,
-)
+from scenarioclip_fast.ops.contrastive.op import contrastive_forward, keeps_exponentials
 from scenarioclip_fast.ops.contrastive.ranks import gather_levels
 from scenarioclip_fast.ops.contrastive.validate import (
     check_group,
@@ -176,8 +171,8 @@ def _losses(
     if group is not None:
         levels = gather_levels(levels, duplicates, group)
     check_total_weights(levels)
-    if group is None and reduction == "mean" and has_fused_means(name):
-        return _fused_means(levels, duplicates, name, normalize)
+    if group is None and reduction == "mean" and has_fused_losses(name):
+        return _fused_losses(levels, duplicates, name, normalize)
     if group is None:
         levels = [count_texts(level, duplicates) for level in levels]
     rows, columns, positives = _log_sums(levels, name, normalize)
@@ -206,10 +201,10 @@ def _log_sums(
 
 def _budget(levels: list[PreparedLevel], backend: str) -> int:
     """Return how many bytes of exponentials may be kept for the backward pass, if there is one."""
-    inputs = [x for level in levels for x in (level.image, level.text, level.scale)]
-    if not keeps_exponentials(backend) or not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+    if not keeps_exponentials(backend) or not torch.is_grad_enabled():
         return 0
-    return workspace.budget(inputs[0].device.type)
+    inputs = [x for level in levels for x in (level.image, level.text, level.scale)]
+    return workspace.budget(inputs[0].device.type) if any(x.requires_grad for x in inputs) else 0
 
 
 def _row_losses(
@@ -245,16 +240,19 @@ def _mean_losses(
     return torch.stack(losses)
 
 
-def _fused_means(levels: list[PreparedLevel], duplicates: str, backend: str, normalize: bool) -> Tensor:  # [levels]
+def _fused_losses(levels: list[PreparedLevel], duplicates: str, backend: str, normalize: bool) -> Tensor:  # [levels]
     """Compute the mean losses of one process in few launches, for backends that implement this."""
     positives = duplicates == "positives"
-    levels = [merge_equal_texts(level) if positives else level for level in levels]
-    n, u = lengths(levels)
-    index, count = joined_indices(levels), None
-    if index is not None:
-        count = contrastive_counts(index, n, u, backend)
-    weight = joined_weights(levels, None if positives else count)
-    budget = _budget(levels, backend)
-    sums = contrastive_forward(*features(levels), index, weight, normalize, budget, backend)[:3]
-    losses, _ = contrastive_means(*sums, count, index, n, u, positives, backend)
-    return losses
+    if positives:
+        levels = [merge_equal_texts(level) for level in levels]
+    return mean_losses(
+        [level.image for level in levels],
+        [level.text for level in levels],
+        [level.scale for level in levels],
+        [level.text_index for level in levels],
+        [level.weight for level in levels],
+        positives,
+        normalize,
+        _budget(levels, backend),
+        backend,
+    )

@@ -11,7 +11,8 @@ from torch import Tensor
 from scenarioclip_fast.kernels.contrastive import reference
 
 
-@dataclass(frozen=True)
+# Not frozen: that would take a microsecond a field, and the host is the limit for a few hundred rows.
+@dataclass(slots=True)
 class LevelInput:
     """One level as the caller passed it."""
 
@@ -23,7 +24,7 @@ class LevelInput:
     text_weight: Tensor | None = None  # [U]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PreparedLevel:
     """One level with features in the dtype that all levels share, and its scale as a tensor."""
 
@@ -39,7 +40,7 @@ class PreparedLevel:
 
 def features_dtype(levels: list[LevelInput]) -> torch.dtype:
     """Return the dtype that the features of all levels are cast to."""
-    dtype = functools.reduce(torch.promote_types, [x.dtype for level in levels for x in (level.image, level.text)])
+    dtype = functools.reduce(torch.promote_types, {x.dtype for level in levels for x in (level.image, level.text)})
     device_type = levels[0].image.device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -53,17 +54,17 @@ def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
 
     def scale(value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
-            return value.to(device=device, dtype=wide)
+            return value if value.dtype == wide and value.device == device else value.to(device=device, dtype=wide)
         return torch.full((), value, dtype=wide, device=device)
 
     return [
         PreparedLevel(
-            image=level.image.to(dtype),
-            text=level.text.to(dtype),
+            image=level.image if level.image.dtype == dtype else level.image.to(dtype),
+            text=level.text if level.text.dtype == dtype else level.text.to(dtype),
             scale=scale(level.scale),
             text_index=level.text_index,
             text_id=level.text_id,
-            rows=len(level.image),
+            rows=level.image.shape[0],
             weight=None if level.text_weight is None else level.text_weight.to(wide),
         )
         for level in levels
@@ -148,16 +149,12 @@ def joined_indices(levels: list[PreparedLevel]) -> Tensor | None:  # [sum N]
     return _joined([arange(level.image) if level.text_index is None else level.text_index for level in levels])
 
 
-def joined_weights(
-    levels: list[PreparedLevel],
-    default: Tensor | None = None,  # [sum U] for levels without weights; None: ones
-) -> Tensor | None:  # [sum U]
+def joined_weights(levels: list[PreparedLevel]) -> Tensor | None:  # [sum U]
     if all(level.weight is None for level in levels):
-        return default
-    _, u = lengths(levels)
-    defaults = levels[0].text.new_ones(sum(u), dtype=torch.float32) if default is None else default
-    parts = zip(levels, defaults.split(u), strict=True)
-    return _joined([part if level.weight is None else level.weight for level, part in parts])
+        return None
+    return _joined(
+        [torch.ones_like(v.text[:, 0], dtype=torch.float32) if v.weight is None else v.weight for v in levels]
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

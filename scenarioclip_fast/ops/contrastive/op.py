@@ -1,10 +1,9 @@
-"""The custom ops: log-sums of all levels at once and their gradients, and the optional fused means.
+"""The custom ops: log-sums of all levels at once and their gradients.
 
 `contrastive_forward` returns row and column log-sums and the positive logits; `contrastive_backward` turns gradients of
 those three into gradients of features and scale. What both passes need travels between them: one over the norm of each
-row and, within a budget, the exponentials. The losses are plain PyTorch on top, and collectives stay outside. A backend
-that defines `counts`, `means` and `means_backward` computes the mean losses of one process in two more ops, where plain
-PyTorch would launch some fifty kernels.
+row and, within a budget, the exponentials. The losses are plain PyTorch on top, and collectives stay outside; fused.py
+has the op of backends that compute mean losses themselves.
 """
 
 from __future__ import annotations
@@ -20,10 +19,6 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.contrastive import reference
 from scenarioclip_fast.kernels.contrastive.workspace import kept_dtype, kept_size
 from scenarioclip_fast.ops.contrastive.validate import check_numbers, level_name
-
-
-def has_fused_means(backend: str) -> bool:
-    return dispatch.offers("contrastive_loss", backend, "means")
 
 
 def keeps_exponentials(backend: str) -> bool:
@@ -170,100 +165,3 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 
 contrastive_backward.register_autograd(_no_second_derivative)
-
-
-@torch.library.custom_op("scenarioclip_fast::contrastive_counts", mutates_args=())
-def contrastive_counts(
-    index: Tensor,  # [sum N_l] int64
-    rows: Sequence[int],
-    texts: Sequence[int],
-    backend: str,
-) -> Tensor:  # [sum U_l] int32: the rows of each text
-    counts: Tensor = _implementation(backend).counts(index, rows, texts)
-    return counts
-
-
-@contrastive_counts.register_fake
-def _(index: Tensor, rows: Sequence[int], texts: Sequence[int], backend: str) -> Tensor:
-    return index.new_empty(sum(texts), dtype=torch.int32)
-
-
-@torch.library.custom_op("scenarioclip_fast::contrastive_means", mutates_args=())
-def contrastive_means(
-    row_lse: Tensor,  # [sum N_l]
-    col_lse: Tensor,  # [sum U_l]
-    positive: Tensor,  # [sum N_l]
-    count: Tensor | None,  # [sum U_l] int32; None: one row each
-    index: Tensor | None,  # [sum N_l]
-    rows: Sequence[int],
-    texts: Sequence[int],
-    positives: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # losses [levels] float32, texts that have rows [levels] float64
-    means = _implementation(backend).means
-    losses, used = means(row_lse, col_lse, positive, count, index, rows, texts, positives)
-    return losses, used
-
-
-@contrastive_means.register_fake
-def _(
-    row_lse: Tensor,
-    col_lse: Tensor,
-    positive: Tensor,
-    count: Tensor | None,
-    index: Tensor | None,
-    rows: Sequence[int],
-    texts: Sequence[int],
-    positives: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return row_lse.new_empty(len(rows), dtype=torch.float32), row_lse.new_empty(len(rows))
-
-
-@torch.library.custom_op("scenarioclip_fast::contrastive_means_backward", mutates_args=())
-def contrastive_means_backward(
-    grad: Tensor,  # [levels]
-    used: Tensor,  # [levels]
-    count: Tensor | None,  # [sum U_l]
-    index: Tensor | None,  # [sum N_l]
-    rows: Sequence[int],
-    texts: Sequence[int],
-    positives: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # of row_lse, col_lse and positive
-    means_backward = _implementation(backend).means_backward
-    d_row, d_column, d_positive = means_backward(grad, used, count, index, rows, texts, positives)
-    return d_row, d_column, d_positive
-
-
-@contrastive_means_backward.register_fake
-def _(
-    grad: Tensor,
-    used: Tensor,
-    count: Tensor | None,
-    index: Tensor | None,
-    rows: Sequence[int],
-    texts: Sequence[int],
-    positives: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_row = used.new_empty(sum(rows))
-    return d_row, used.new_empty(sum(texts)), torch.empty_like(d_row)
-
-
-def _setup_means(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *_, count, index, ctx.rows, ctx.texts, ctx.positives, ctx.backend = inputs
-    ctx.save_for_backward(output[1], count, index)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # do not allocate zeros for the output without a gradient
-
-
-def _means_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 9
-    used, count, index = ctx.saved_tensors
-    options = (ctx.rows, ctx.texts, ctx.positives, ctx.backend)
-    return *contrastive_means_backward(grad, used, count, index, *options), *[None] * 6
-
-
-contrastive_means.register_autograd(_means_backward, setup_context=_setup_means)

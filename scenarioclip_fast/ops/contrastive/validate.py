@@ -45,17 +45,19 @@ def check_lists(lists: Mapping[str, Any]) -> None:
 
 
 def check_levels(levels: Sequence[LevelInput]) -> None:
+    # In a compiled graph, reading values would break the graph.
+    reads_values = not torch.compiler.is_compiling()
     for i, level in enumerate(levels):
         where = level_name(i, len(levels))
         _check_features(level, where)
         _check_labels(level, where)
         _check_weight(level, where)
         _check_scale(level, where)
-        # In a compiled graph, reading values would break the graph.
-        if not torch.compiler.is_compiling():
+        if reads_values:
             _check_values(level, where)
-    devices = {level.image.device for level in levels}
-    if len(devices) > 1:
+    device = levels[0].image.device
+    if any(level.image.device != device for level in levels):
+        devices = {level.image.device for level in levels}
         raise ValueError(f"images: got levels on {sorted(map(str, devices))}, expected one device")
 
 
@@ -71,32 +73,32 @@ def _check_features(level: LevelInput, where: str) -> None:
             raise TypeError(f"{where}{name}: got {_kind(x)}, expected a floating-point tensor")
         if x.dim() != 2:
             raise ValueError(f"{where}{name}: got shape {list(x.shape)}, expected [rows, width]")
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(
-            f"{where}image and text: got widths {image.shape[1]} and {text.shape[1]}, expected the same width"
-        )
-    if image.shape[1] == 0:
+    width, text_width = image.shape[1], text.shape[1]
+    if width != text_width:
+        raise ValueError(f"{where}image and text: got widths {width} and {text_width}, expected the same width")
+    if width == 0:
         raise ValueError(f"{where}image and text: got width 0, expected at least 1")
     if text.device != image.device:
         raise ValueError(f"{where}text: got device {text.device}, expected {image.device}, the device of image")
 
 
 def _check_labels(level: LevelInput, where: str) -> None:
-    image, text = level.image, level.text
-    if level.text_index is None and len(image) != len(text):
+    # Not len(tensor), which takes a microsecond.
+    n, u, device = level.image.shape[0], level.text.shape[0], level.image.device
+    if level.text_index is None and n != u:
         raise ValueError(
-            f"{where}text: got {len(text)} texts for {len(image)} image rows, expected equal numbers, "
+            f"{where}text: got {u} texts for {n} image rows, expected equal numbers, "
             "or text_index, the text of each row"
         )
-    for name, labels, rows in (("text_index", level.text_index, len(image)), ("text_id", level.text_id, len(text))):
+    for name, labels, rows in (("text_index", level.text_index, n), ("text_id", level.text_id, u)):
         if labels is None:
             continue
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             raise TypeError(f"{where}{name}: got {_kind(labels)}, expected an int64 tensor")
-        if labels.dim() != 1 or len(labels) != rows:
+        if labels.dim() != 1 or labels.shape[0] != rows:
             raise ValueError(f"{where}{name}: got shape {list(labels.shape)}, expected [{rows}]")
-        if labels.device != image.device and not (name == "text_id" and labels.device.type == "cpu"):
-            raise ValueError(f"{where}{name}: got device {labels.device}, expected {image.device}, the device of image")
+        if labels.device != device and not (name == "text_id" and labels.device.type == "cpu"):
+            raise ValueError(f"{where}{name}: got device {labels.device}, expected {device}, the device of image")
 
 
 def _check_weight(level: LevelInput, where: str) -> None:
@@ -127,7 +129,7 @@ def _check_scale(level: LevelInput, where: str) -> None:
 
 
 def _check_values(level: LevelInput, where: str) -> None:
-    scale, index, texts = level.scale, level.text_index, len(level.text)
+    scale, index, texts = level.scale, level.text_index, level.text.shape[0]
     on_device = level.image.device.type != "cpu"
     if on_device and os.environ.get(CHECK) == "1":
         assert_values(level, where)
@@ -148,7 +150,7 @@ def _check_values(level: LevelInput, where: str) -> None:
 def check_total_weights(levels: Sequence[PreparedLevel]) -> None:
     """Check that the row sums have terms; with a group, after the exchange of the weights, equally on all ranks."""
     for i, level in enumerate(levels):
-        if torch.compiler.is_compiling() or level.weight is None or not level.rows:
+        if level.weight is None or not level.rows or torch.compiler.is_compiling():
             continue
         message = f"{level_name(i, len(levels))}text_weight: got only zeros, expected at least one weight above 0"
         if level.weight.device.type == "cpu":
