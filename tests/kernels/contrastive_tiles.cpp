@@ -16,8 +16,26 @@ constexpr int kThreads = 128;
 using std::min;
 
 #include "kernels/contrastive/hopper/tile.h"
-// After tile.h, which includes the rest of CuTe.
-#include <cute/atom/mma_atom.hpp>
+
+// stmatrix: lane l gives the address of row l % 8 of matrix l / 8, and holds two entries of row l / 4 of each matrix.
+struct EmulatedMatrixStore {
+  using SRegisters = uint32_t[4];
+  using DRegisters = cute::uint128_t[1];
+  static void copy(const uint32_t& a, const uint32_t& b, const uint32_t& c, const uint32_t& d, cute::uint128_t& row) {
+    static cute::uint128_t* rows[kThreads];
+    const int thread = emulation::this_thread, lane = thread % 32, warp = thread - lane;
+    rows[thread] = &row;
+    emulation::sync_warp();
+    const uint32_t words[4] = {a, b, c, d};
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      reinterpret_cast<uint32_t*>(rows[warp + matrix * 8 + lane / 4])[lane % 4] = words[matrix];
+    }
+    emulation::sync_warp();
+  }
+};
+
+template <>
+struct cute::Copy_Traits<EmulatedMatrixStore> : cute::Copy_Traits<cute::SM90_U32x4_STSM_N> {};
 
 namespace {
 
@@ -399,6 +417,29 @@ std::vector<Case> steep_cases() {
   return list;
 }
 
+// Every entry of a tile reaches its place in shared memory.
+int check_staging() {
+  const Case c{.name = "shared memory", .rows = kTileRows, .texts = kTileTexts};
+  Check check{c, "staging"};
+  Data data(c);
+  alignas(1024) static cutlass::bfloat16_t memory[kTileRows * kTileTexts];
+  const auto staged = cute::make_tensor(cute::make_smem_ptr(memory), StagingLayout<kTileRows, kTileTexts>{});
+  for (bool rows : {true, false}) {  // numbers that bfloat16 holds
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < kTileTexts; ++j) data.dot(i, j) = rows ? i : j;
+    for_each_tile(
+        data,
+        [&](int tile_row, int tile_column, auto& accumulators, auto mma, int thread) {
+          if (tile_row > 0 || tile_column > 0) return;
+          stage_tile<EmulatedMatrixStore>(accumulators, mma, thread, staged);
+        },
+        [](int, int, float) {});
+    for (int i = 0; i < kTileRows; ++i)
+      for (int j = 0; j < kTileTexts; ++j) check.near(float(staged(i, j)), rows ? i : j, 0, place(i, j));
+  }
+  return check.report();
+}
+
 int check_arithmetic() {
   const Case c{.name = "rows and numbers", .rows = 0, .texts = 0};
   Check check{c, "arithmetic"};
@@ -513,7 +554,7 @@ int check_arithmetic() {
 
 int main(int argc, char** argv) {
   if (argc > 1) mutation = std::atoi(argv[1]);
-  int failed = check_arithmetic();
+  int failed = check_arithmetic() + check_staging();
   for (const Case& c : cases()) {
     if (failed && mutation) return failed;
     failed += check_sums(c);

@@ -76,6 +76,7 @@ MUTATIONS = [
     (TILE, "fast_exp2(logit - text.w), «text.z», by_row)", "1.0f"),
     (TILE, "by_row) * «row[r].z»;", "1.0f"),
     (TILE, "== static_cast<int>(own[r]) ? «0.0f» :", "acc(r, j)"),
+    (TILE, "pairs(i) = bfloat16_pair(«accumulators(2 * i)», accumulators(2 * i + 1));", "accumulators(2 * i + 1)"),
     # Rows and numbers.
     (ARITHMETIC, "shift = offset - «log2f(inverse)»;", "0.0f"),
     (ARITHMETIC, "near = fabsf(shift - gain.log_sum) <= «kSpread»;", "2 * kSpread"),

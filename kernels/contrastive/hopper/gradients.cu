@@ -8,9 +8,7 @@ template <class Problem>  // a parameter, because nvcc's host code does not comp
 struct GradientsEpilogue : Epilogue<Problem> {
   using Base = Epilogue<Problem>;
   using Scratch = GradientScratch<kTileRows, kTileTexts, kEpilogueWarps>;
-  // Rows of 64 entries, swizzled, as TMA and the matrix stores take them.
-  using Staging = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Bfloat16>{},
-                                               cute::Shape<cute::Int<kTileRows>, cute::Int<kTileTexts>>{}));
+  using Staging = StagingLayout<kTileRows, kTileTexts>;
   using Stride = cute::Stride<int64_t, cute::_1>;
   using Out = decltype(cute::make_tensor(cute::make_gmem_ptr(static_cast<Bfloat16*>(nullptr)), cute::make_shape(0, 0),
                                          Stride{}));
@@ -69,17 +67,9 @@ struct GradientsEpilogue : Epilogue<Problem> {
   template <class Accumulators, class Mma>
   CUTLASS_DEVICE void write(int tile_row, int tile_column, const Accumulators& accumulators, Mma mma, int thread,
                             Bfloat16* memory) {
-    auto staging =
-        cute::as_position_independent_swizzle_tensor(cute::make_tensor(cute::make_smem_ptr(memory), Staging{}));
-    auto copy = cute::make_tiled_copy_C(cute::Copy_Atom<cute::SM90_U32x4_STSM_N, Bfloat16>{}, mma);
-    auto slice = copy.get_slice(thread);
-    auto rounded = cute::make_fragment_like<Bfloat16>(accumulators);
-    cutlass::NumericArrayConverter<Bfloat16, float, 2> convert;
-    auto from = cute::recast<cutlass::Array<float, 2>>(accumulators);
-    auto to = cute::recast<cutlass::Array<Bfloat16, 2>>(rounded);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(from); ++i) to(i) = convert(from(i));
-    cute::copy(copy, slice.retile_S(rounded), slice.partition_D(staging));
+    auto staging = cute::make_tensor(cute::make_smem_ptr(memory), Staging{});
+    stage_tile<cute::SM90_U32x4_STSM_N>(accumulators, mma, thread,
+                                        cute::as_position_independent_swizzle_tensor(staging));
     cute::tma_store_fence();
     Base::sync();
     if (thread == 0) {
@@ -88,8 +78,7 @@ struct GradientsEpilogue : Epilogue<Problem> {
       auto block = cute::local_tile(out, cute::Shape<cute::Int<kTileRows>, cute::Int<kTileTexts>>{},
                                     cute::make_coord(tile_row, tile_column));
       auto tma = params.store.get_slice(0);
-      auto source = cute::make_tensor(cute::make_smem_ptr(memory), Staging{});
-      cute::copy(params.store, tma.partition_S(source), tma.partition_D(block));
+      cute::copy(params.store, tma.partition_S(staging), tma.partition_D(block));
       cute::tma_store_arrive();
     }
   }

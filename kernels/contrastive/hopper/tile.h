@@ -2,7 +2,11 @@
 // on the CPU, with the accumulator layouts of the tensor cores.
 #pragma once
 
+#include <cutlass/bfloat16.h>
+
 #include <cute/tensor.hpp>
+// After tensor.hpp, on which it depends.
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 #include "kernels/contrastive/arithmetic.h"
 
@@ -26,6 +30,16 @@ CUTE_DEVICE float fast_exp2(float x) {
   return y;
 #else
   return exp2f(x);
+#endif
+}
+
+CUTE_DEVICE uint32_t bfloat16_pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
 #endif
 }
 
@@ -273,6 +287,23 @@ CUTE_DEVICE void gradient_tile(const GradientsProblem& p, int tile_row, int tile
       }
     }
   }
+}
+
+// Rows of 64 entries, swizzled, as TMA takes them and matrix stores write them without bank conflicts.
+template <int kRows, int kColumns>
+using StagingLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<cutlass::bfloat16_t>{},
+                                                   cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
+
+// Rounds a tile to bfloat16 and writes it to `staging`, shared memory of that layout.
+template <class MatrixStore, class Engine, class Layout, class Mma, class Staging>
+CUTE_DEVICE void stage_tile(const cute::Tensor<Engine, Layout>& accumulators, Mma mma, int thread, Staging&& staging) {
+  auto copy = cute::make_tiled_copy_C(cute::Copy_Atom<MatrixStore, cutlass::bfloat16_t>{}, mma);
+  auto slice = copy.get_slice(thread);
+  auto rounded = cute::make_fragment_like<cutlass::bfloat16_t>(accumulators);
+  auto pairs = cute::recast<uint32_t>(rounded);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(pairs); ++i) pairs(i) = bfloat16_pair(accumulators(2 * i), accumulators(2 * i + 1));
+  cute::copy(copy, slice.retile_S(rounded), slice.partition_D(staging));
 }
 
 }  // namespace scf
