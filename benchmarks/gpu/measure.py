@@ -66,6 +66,8 @@ TESTS = {
     "tests/ops/test_distillation.py": 2,
     "tests/ops/test_contrastive_distributed.py": 1,
     "tests/ops/test_contrastive_large.py": 2,
+    "tests/ops/test_contrastive_weights.py": 2,
+    "tests/kernels/test_contrastive_cuda.py": 1,
     "tests/train/test_trainer.py": 1,
     "tests/train/test_trainer_switches.py": 1,
     "tests/train/test_saving.py": 1,
