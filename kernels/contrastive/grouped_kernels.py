@@ -44,12 +44,11 @@ from .triton_kernels import (
 BLOCK = tl.constexpr(64)  # rows per flag and per partial sum
 SCALARS = tl.constexpr(16)
 MOST = tl.constexpr(LEVELS)
-# The exponent of dS has the offset m = max(k2 - 86, 0), so that no exponential exceeds 2^86. Relative to a log-sum of
-# at least m - 60, terms above 2^-66 are kept, as exp2 flushes below 2^-126; a log-sum above m + 100 would lose its
-# factor.
-OFFSET = tl.constexpr(86.0)
+# The exponents of dS have the offset m = max(k2 - HEADROOM, 0) of the forward pass, so that a probability is the
+# quotient of the exponential that was summed and its sum. Relative to a log-sum of at least m - 60, terms above 2^-66
+# are kept, as exp2 flushes below 2^-126. One above m + 112, which takes 4,096 equal terms, would lose its factor.
 BELOW = tl.constexpr(60.0)
-ABOVE = tl.constexpr(100.0)
+ABOVE = tl.constexpr(112.0)
 
 _SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
 _STRIDES = [f"{side}{k}" for side in "pq" for k in range(LEVELS)]
@@ -341,7 +340,8 @@ def level_losses(
     for _ in range(0, tl.where(is_text, tl.cdiv(n, ROW_TILE), tl.cdiv(u, COLUMN_TILE))):
         sum_of += tl.load(at, mask=inside, other=1.0)
         at += stride
-    log_sum = tl.log2(sum_of.to(tl.float64)) + tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
+    offset = tl.maximum(k2 - HEADROOM, 0.0)
+    log_sum = tl.log2(sum_of.to(tl.float64)) + offset.to(tl.float64)
     in_range = (sum_of >= LOW) & (sum_of <= HIGH) | (rows >= size)
     if tl.min(in_range.to(tl.int32), 0) == 0:
         top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -365,7 +365,7 @@ def level_losses(
     high = log_sum.to(tl.float32)
     tl.store(vectors + 3 * total + first + rows, high, mask=inside)
     tl.store(vectors + 4 * total + first + rows, (log_sum - high.to(tl.float64)).to(tl.float32), mask=inside)
-    distance = tl.maximum(k2 - OFFSET, 0.0).to(tl.float64) - log_sum
+    distance = offset.to(tl.float64) - log_sum
     rounded = distance.to(tl.float32)
     factor = tl.exp2(rounded) * tl.exp2((distance - rounded.to(tl.float64)).to(tl.float32))
     blocks = total // BLOCK + 2 * MOST
@@ -384,7 +384,9 @@ def level_losses(
         _store_double(partial, tl.sum(tl.where(has, log_sum * kappa.to(tl.float64), 0.0), 0), blocks)
         _store_double(partial + 2 * blocks, tl.sum(has.to(tl.float64), 0), blocks)
     else:
-        positive = own.to(tl.float64) * k2.to(tl.float64)
+        # Rounded like its term of the sum: where it dominates, the loss is the small difference of the two.
+        positive = (own * k2 - offset).to(tl.float64) + offset.to(tl.float64)
+        positive = tl.where(in_range, positive, own.to(tl.float64) * k2.to(tl.float64))
         _store_double(partial, tl.sum(tl.where(inside, log_sum - positive, 0.0), 0), blocks)
         if POSITIVES:
             text = tl.load(label + first + rows, mask=inside, other=-1.0).to(tl.int32)
@@ -438,7 +440,7 @@ def _gradient(
     if near:
         a, b = tl.load(vectors + 5 * total + at_row), tl.load(vectors + 5 * total + at_text) * ratio
         # One exponential for both softmaxes.
-        out = tl.exp2(cosine * k2 - tl.maximum(k2 - OFFSET, 0.0)) * (a[:, None] * w[None, :] + b[None, :])
+        out = tl.exp2(cosine * k2 - tl.maximum(k2 - HEADROOM, 0.0)) * (a[:, None] * w[None, :] + b[None, :])
     else:
         logits = cosine * k2
         kappa = tl.load(extra + at_text)
