@@ -43,7 +43,9 @@ def test_every_benchmark_has_a_section() -> None:
 
 
 def test_every_file_with_gpu_tests_is_run() -> None:
-    marked = re.compile(r"^(?:@|pytestmark = )pytest\.mark\.gpu|marks=\[?pytest\.mark\.gpu|\[pytest\.mark\.gpu\]", re.MULTILINE)
+    marked = re.compile(
+        r"^(?:@|pytestmark = )pytest\.mark\.gpu|marks=\[?pytest\.mark\.gpu|\[pytest\.mark\.gpu\]", re.MULTILINE
+    )
     files = {path for path in (ROOT / "tests").rglob("test_*.py") if marked.search(path.read_text())}
     files.discard(ROOT / "tests" / "cli" / "test_bench.py")  # contains the marker in generated files
     assert {str(path.relative_to(ROOT)) for path in files} - {str(Path(__file__).relative_to(ROOT))} == set(
