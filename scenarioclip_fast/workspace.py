@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from scenarioclip_fast.errors import UserError
 
-# Per device type. On a GPU, nothing is kept until a record shows from which size on it is faster.
+# Per device type. No GPU backend keeps exponentials: estimated, that would take as long as computing them again.
 _AUTOMATIC = {"cpu": 2**28}
 
 _budget: int | None = None  # bytes
@@ -18,9 +18,9 @@ _budget: int | None = None  # bytes
 def use_workspace(gib: float) -> Iterator[None]:
     """Let each contrastive loss keep up to `gib` GiB of exponentials for its backward pass; 0: none.
 
-    A level of N rows and U texts whose N x U exponentials fit (float32 on a CPU, bfloat16 on a GPU) needs three matrix
-    products instead of four. The budget holds for each call of a loss, over all of its levels. Without this context it
-    is 256 MiB on a CPU and 0 on a GPU. Process-wide rather than per thread, as `use_backend`.
+    A level of N rows and U texts whose N x U exponentials fit needs three matrix products instead of four. The budget
+    holds for each call of a loss, over all of its levels. Without this context it is 256 MiB. Only backend `cpu` keeps
+    exponentials; the others ignore the budget. Process-wide rather than per thread, as `use_backend`.
 
     Args:
         gib: GiB, at least 0.
