@@ -20,6 +20,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from scenarioclip_fast.benchmarks.timing import (
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, large, reference
 from torch import Tensor
 
-from scenarioclip_fast import dispatch, requirements
+from scenarioclip_fast import dispatch, requirements, use_workspace
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import fused, log_sums, validate
@@ -93,8 +94,23 @@ def _compiled(loss: Loss) -> Loss:
     return torch.compile(loss, dynamic=False, backend="eager" if REHEARSAL else "inductor")
 
 
-def ours(backend: str) -> Loss:
-    return lambda x, y, s: contrastive_loss(x, y, s, backend=backend_for(backend))
+NO_WORKSPACE = ", no workspace"  # suffix of a form: nothing is kept from the forward to the backward pass
+
+
+def ours(form: str) -> Loss:
+    def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        with workspace_of(form):
+            return contrastive_loss(x, y, s, backend=backend_of(form))
+
+    return loss
+
+
+def backend_of(form: str) -> str:
+    return backend_for(form.removeprefix("ours: ").removesuffix(NO_WORKSPACE))
+
+
+def workspace_of(form: str) -> AbstractContextManager[None]:
+    return use_workspace(0) if form.endswith(NO_WORKSPACE) else nullcontext()
 
 
 def inf_cl(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -162,7 +178,10 @@ def siglip_kernel(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Loss] = {
-    **{f"ours: {backend}": ours(backend) for backend in ("cuda", "triton", "cpu", "reference")},
+    **{
+        f"ours: {backend}": ours(f"ours: {backend}")
+        for backend in ("cuda", "triton", "cpu", f"cpu{NO_WORKSPACE}", "reference")
+    },
     "logits.T": transposed,
     "logits.T compiled": compiled(transposed),
     "open_clip": open_clip,
@@ -269,7 +288,7 @@ def cpu_cases(width: int) -> list[Case]:
 
 def requested_cases(device: str, sizes: Sequence[int], width: int) -> list[Case]:
     """All forms at the requested sizes."""
-    unavailable = (*LARGE, *THIRD_PARTY) if device == "cpu" else ("ours: cpu",)
+    unavailable = (*LARGE, *THIRD_PARTY) if device == "cpu" else ("ours: cpu", f"ours: cpu{NO_WORKSPACE}")
     forms = [form for form in FORMS if form not in unavailable]
     products = PRODUCTS if device == "cuda" else [FOUR]
     return [
@@ -460,9 +479,8 @@ def free_bytes(device: str) -> int:
 
 def skip_unavailable(form: str, device: str, rows: int) -> None:
     if form.startswith("ours"):
-        backend = backend_for(form.removeprefix("ours: "))
         dtype = str(features_dtype(device)).removeprefix("torch.")
-        if reason := unavailable_reason("contrastive_loss", backend, device_for(device), dtype):
+        if reason := unavailable_reason("contrastive_loss", backend_of(form), device_for(device), dtype):
             pytest.skip(reason)
     if form in THIRD_PARTY:
         module, package = THIRD_PARTY[form]
@@ -639,8 +657,8 @@ def level_call(form: str, distinct: bool, width: int, device: str) -> tuple[list
                 ]
             )
         images, texts, scales = ([level[k] for level in levels] for k in range(3))
-        backend = backend_for(form.removeprefix("ours: "))
-        return multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend=backend)
+        with workspace_of(form):
+            return multilevel_contrastive_loss(images, texts, scales, text_indices=indices, backend=backend_of(form))
 
     return [leaf for level in zip(*levels, strict=True) for leaf in level], loss
 
