@@ -26,6 +26,21 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor? index, int first, Tensor rows, Tensor texts, "
       "Tensor(a!) out) -> ()");
+  // The element-wise passes of its backend "cpu".
+  m.def("contrastive_cpu_inverse(Tensor[] matrices, bool normalize) -> Tensor");
+  m.def(
+      "contrastive_cpu_exponentials(Tensor(a!) values, Tensor by_row, Tensor by_text, Tensor? weight, Tensor? index, "
+      "int first_row, int first_text, float scale, float offset, Tensor(b!) row_sum, Tensor(c!) col_sum, "
+      "Tensor(d!) positive) -> ()");
+  m.def(
+      "contrastive_cpu_factors(Tensor row_lse, Tensor col_lse, Tensor grad_row, Tensor grad_col, Tensor grad_logit, "
+      "Tensor by_row, Tensor by_text, Tensor? weight, float offset) -> (Tensor, float, bool)");
+  m.def(
+      "contrastive_cpu_gradients(Tensor source, bool kept, Tensor factors, Tensor by_row, Tensor by_text, Tensor? "
+      "index, "
+      "int first_row, int first_text, float scale, float offset, Tensor(a!) out) -> ()");
+  m.def("contrastive_cpu_finish(Tensor x, Tensor inverse, float factor, bool normalize, Tensor(a!) d) -> float");
+  m.def("contrastive_cpu_large_pages(Tensor(a!) memory) -> ()");
   m.def(
       "distillation_forward(Tensor student, Tensor teacher, Tensor student_index, Tensor teacher_index, Tensor weight, "
       "Tensor? student_temperature, float student_temperature_value, float teacher_temperature, bool with_gradient, "

@@ -31,6 +31,7 @@ class Backend:
         float64: whether float64 input is computed in float64.
         dtypes: the dtypes of features it takes; empty for all but float64.
         automatic: whether "auto" may choose it: only if a committed record shows that it is the fastest.
+        uses: a requirement that makes it faster where it is met ("native-cpu"), or "".
     """
 
     module: str
@@ -39,6 +40,7 @@ class Backend:
     float64: bool = False
     dtypes: tuple[str, ...] = ()
     automatic: bool = True
+    uses: str = ""
 
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
@@ -50,7 +52,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
             "contrastive.contrastive_native", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False
         ),
         "triton": Backend("contrastive.contrastive_triton", _CUDA, "triton"),
-        "cpu": Backend("contrastive.contrastive_cpu", _CPU, float64=True),
+        "cpu": Backend("contrastive.contrastive_cpu_native", _CPU, float64=True, uses="native-cpu"),
         "reference": Backend("contrastive.reference", float64=True),
     },
     "distillation_loss": {
@@ -146,7 +148,10 @@ def unavailable_reason(op: str, name: str, device_type: str, dtype: str = "") ->
 @functools.cache
 def implementation(op: str, name: str) -> ModuleType:
     """Return the module of backend `name` of `op`, for use inside the op's torch.library.custom_op."""
-    return importlib.import_module(f"scenarioclip_fast.kernels.{BACKENDS[op][name].module}")
+    backend = BACKENDS[op][name]
+    if backend.uses:
+        _missing(backend.uses)  # loads a compiled library if it can
+    return importlib.import_module(f"scenarioclip_fast.kernels.{backend.module}")
 
 
 def offers(op: str, name: str, function: str) -> bool:

@@ -27,10 +27,10 @@ def forward(
     dtype = kept_dtype(scale)
     keep = kept_levels(n, u, dtype.itemsize, budget)
     kept = scale.new_empty(sum(a * b for a, b, k in zip(n, u, keep, strict=True) if k), dtype=dtype)
-    levels = zip(image, text, scale, _split(index, n), _split(weight, u), strict=True)
+    levels = zip(image, text, scale, split(index, n), split(weight, u), strict=True)
     parts = [
         level_forward(*level, normalize, matrix)
-        for level, matrix in zip(levels, _matrices(kept, n, u, keep), strict=True)
+        for level, matrix in zip(levels, matrices(kept, n, u, keep), strict=True)
     ]
     row, column, positive, by_row, by_text = (torch.cat(part) for part in zip(*parts, strict=True))
     return row, column, positive, torch.cat([by_row, by_text]), kept
@@ -53,23 +53,23 @@ def backward(
     row, column, positive, inverse, kept = saved
     keep = kept_levels(n, u, kept.itemsize, kept.nbytes)
     by_row, by_text = inverse.split([sum(n), sum(u)])
-    levels = zip(image, text, scale, _split(index, n), _split(weight, u), strict=True)
+    levels = zip(image, text, scale, split(index, n), split(weight, u), strict=True)
     vectors = [(row, n), (column, u), (positive, n), (by_row, n), (by_text, u)]
     vectors += [(grads[0], n), (grads[1], u), (grads[2], n)]
-    split = [vector.split(sizes) for vector, sizes in vectors]
+    by_level = [vector.split(sizes) for vector, sizes in vectors]
     parts = [
         level_backward(*level, *each, matrix, normalize, need_image, need_text)
-        for level, each, matrix in zip(levels, zip(*split, strict=True), _matrices(kept, n, u, keep), strict=True)
+        for level, each, matrix in zip(levels, zip(*by_level, strict=True), matrices(kept, n, u, keep), strict=True)
     ]
     d_image, d_text, d_scale = zip(*parts, strict=True)
     return list(d_image), list(d_text), torch.stack(d_scale)
 
 
-def _split(joined: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+def split(joined: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
     return [None] * len(sizes) if joined is None else joined.split(sizes)
 
 
-def _matrices(kept: Tensor, n: list[int], u: list[int], keep: list[bool]) -> list[Tensor | None]:  # levels x [N_l, U_l]
+def matrices(kept: Tensor, n: list[int], u: list[int], keep: list[bool]) -> list[Tensor | None]:  # levels x [N_l, U_l]
     out: list[Tensor | None] = []
     start = 0
     for rows, texts, is_kept in zip(n, u, keep, strict=True):
