@@ -48,9 +48,7 @@ _CPU, _CUDA = ("cpu",), ("cuda",)
 # op -> name -> backend, fastest first. All modules of an op define the same functions (see kernels/<op>/reference.py).
 BACKENDS: dict[str, dict[str, Backend]] = {
     "contrastive_loss": {
-        "cuda": Backend(
-            "contrastive.contrastive_native", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False
-        ),
+        "cuda": Backend("contrastive.contrastive_cuda", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False),
         "triton": Backend("contrastive.contrastive_triton", _CUDA, "triton"),
         "cpu": Backend("contrastive.contrastive_cpu_native", _CPU, float64=True, uses="native-cpu"),
         "reference": Backend("contrastive.reference", float64=True),

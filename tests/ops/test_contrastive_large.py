@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from scenarioclip_fast.kernels.contrastive import contrastive_native, large, reference
-from scenarioclip_fast.kernels.contrastive.contrastive_native import NativeKernels
+from scenarioclip_fast.kernels.contrastive import contrastive_cuda, large, reference
+from scenarioclip_fast.kernels.contrastive.contrastive_cuda import NativeKernels
 from scenarioclip_fast.kernels.contrastive.large import Factors, Positives, RowsByText, Side
 from torch import Tensor
 
@@ -307,7 +307,7 @@ class PlainOps:
 
 def test_the_calls_of_the_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend "cuda", with its ops in plain PyTorch: blocks, layouts and arguments."""
-    monkeypatch.setattr(contrastive_native, "_op", PlainOps().op)
+    monkeypatch.setattr(contrastive_cuda, "_op", PlainOps().op)
     check_levels(lambda _: NativeKernels(), torch.bfloat16)
     check_rows_of_any_layout(lambda _: NativeKernels(), dtypes=(torch.bfloat16,))
 
@@ -315,15 +315,15 @@ def test_the_calls_of_the_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_levels_of_the_native_backend(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
     """Several levels, empty ones too, against the reference."""
-    monkeypatch.setattr(contrastive_native, "_op", PlainOps().op)
+    monkeypatch.setattr(contrastive_cuda, "_op", PlainOps().op)
     cases = [drawn(n, u, 20, torch.bfloat16, True, "cpu") for n, u in ((13, 7), (0, 3), (20, 30))]
     images, texts, indices, _, _ = zip(*cases, strict=True)
     images, texts = ([t if normalize else t / 10 for t in side] for side in (images, texts))
     inputs = (images, texts, torch.tensor([2.0, 3.0, 4.0]), torch.cat(indices), None, normalize)
-    ours, theirs = contrastive_native.forward(*inputs, 0), reference.forward(*inputs, 0)
+    ours, theirs = contrastive_cuda.forward(*inputs, 0), reference.forward(*inputs, 0)
     torch.testing.assert_close(ours[:4], theirs[:4], rtol=1e-6, atol=1e-5, equal_nan=True)
     grads = [torch.full_like(t, 1 / 33) for t in ours[:3]]
-    found = contrastive_native.backward(*inputs[:5], ours, grads, normalize, True, True)
+    found = contrastive_cuda.backward(*inputs[:5], ours, grads, normalize, True, True)
     expected = reference.backward(*inputs[:5], theirs, grads, normalize, True, True)
     for side in (0, 1):  # H and the gradients are rounded to bfloat16
         torch.testing.assert_close(found[side], expected[side], rtol=2**-6, atol=2e-4)
