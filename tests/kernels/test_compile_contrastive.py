@@ -39,7 +39,7 @@ DOUBLES = ("row_lse", "column_lse", "positive", "used", "grad_row", "grad_column
 LARGE_DOUBLES = ("row_lse", "text_lse", "logit", "grad_row", "grad_text", "grad_positive")
 
 
-def signature(kernel: Any, operand: str, constants: dict[str, Any], **special: str) -> dict[str, str]:
+def signature(kernel: Any, operand: str, constants: dict[str, Any], /, **special: str) -> dict[str, str]:
     """Types by name: sizes and strides are numbers, `index` is int64, operands and dS have the operand's type."""
     types = {}
     for name in kernel.arg_names:
