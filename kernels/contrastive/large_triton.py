@@ -135,7 +135,7 @@ class TritonKernels:
             POSITIVE=positive is not None,
             BM=LOG_SUM_ROWS,
             **self.plan.constants(),
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
 

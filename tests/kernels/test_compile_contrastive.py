@@ -199,7 +199,7 @@ def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_vectors_of_a_large_level(compiler: Compiler, plan: Plan) -> None:
     constants = {"HAS_WEIGHT": True, "POSITIVE": True, "BM": large_triton.LOG_SUM_ROWS}
-    constants |= {"num_warps": 4, "num_stages": 2}
+    constants |= {"num_warps": 8, "num_stages": 2}
     compile_large(compiler, large_kernels.log_sums, plan, constants, out="*fp64", positive="*fp64")
     constants = {"HAS_INDEX": True, "HAS_WEIGHT": True, "BM": large_triton.VECTOR}
     compile_large(compiler, large_kernels.factors, plan, constants)
