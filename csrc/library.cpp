@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
   m.def(
       "contrastive_gradients(Tensor x, Tensor y, Tensor? index, int first, Tensor rows, Tensor texts, "
       "Tensor(a!) out) -> ()");
-  // The element-wise passes of its backend "cpu".
+  // The element-wise passes of the backend "cpu" of contrastive_loss.
   m.def("contrastive_cpu_inverse(Tensor[] matrices, bool normalize) -> Tensor");
   m.def(
       "contrastive_cpu_exponentials(Tensor(a!) values, Tensor by_row, Tensor by_text, Tensor? weight, Tensor? index, "

@@ -30,7 +30,7 @@ class Backend:
         needs: its requirement besides torch ("triton", "native-cpu", "native-cuda", "native-hopper"), or "".
         float64: whether float64 input is computed in float64.
         dtypes: the dtypes of features it takes; empty for all but float64.
-        automatic: whether "auto" may choose it: only if a committed record shows that it is the fastest.
+        automatic: whether "auto" may choose it; False for a backend whose advantage has not been measured.
         uses: a requirement that makes it faster where it is met ("native-cpu"), or "".
     """
 
@@ -45,7 +45,8 @@ class Backend:
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
 
-# op -> name -> backend, fastest first. All modules of an op define the same functions (see kernels/<op>/reference.py).
+# op -> name -> backend, fastest first. All modules of an op define the functions of
+# kernels/<op>/reference.py; some define optional ones as well (see `offers`).
 BACKENDS: dict[str, dict[str, Backend]] = {
     "contrastive_loss": {
         "cuda": Backend("contrastive.contrastive_cuda", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from scenarioclip_fast.errors import UserError
 
-# Per device type. No GPU backend keeps exponentials: estimated, that would take as long as computing them again.
+# Per device type. No GPU backend keeps exponentials: by estimate, that would take as long as computing them again.
 _AUTOMATIC = {"cpu": 2**28}
 
 _budget: int | None = None  # bytes
@@ -20,7 +20,7 @@ def use_workspace(gib: float) -> Iterator[None]:
 
     A level of N rows and U texts whose N x U exponentials fit needs three matrix products instead of four. The budget
     holds for each call of a loss, over all of its levels. Without this context it is 256 MiB. Only backend `cpu` keeps
-    exponentials; the others ignore the budget. Process-wide rather than per thread, as `use_backend`.
+    exponentials; the others ignore the budget. Process-wide rather than per thread, like `use_backend`.
 
     Args:
         gib: GiB, at least 0.

@@ -29,7 +29,7 @@ struct Positives {
   int64_t first = 0;
 };
 
-// Two blocks of features and one over the norms of their rows. TMA takes rows of 16-byte alignment.
+// Two blocks of features and one over the norms of their rows. TMA requires rows aligned to 16 bytes.
 struct Operands {
   const uint16_t* x;   // [rows, width]
   const uint16_t* y;   // [texts, width]
@@ -124,8 +124,8 @@ struct GradientsProblem {
 };
 
 // Gradients of one side's features. Partners of a row, whose features enter with `gain`:
-//   order null: row partners.index[i] + first (or i + first) of the other side, if it exists;
-//   otherwise: rows order[offsets[i]] to order[offsets[i + 1] - 1] of the other side.
+//   order null: row positives.index[i] + positives.first (without an index: i + positives.first) of the other side, if
+//   it exists; otherwise: rows order[offsets[i]] to order[offsets[i + 1] - 1] of the other side.
 struct FinishProblem {
   const uint16_t* features;  // [rows, width]
   const float* inverse;      // [rows]

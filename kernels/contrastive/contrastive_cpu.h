@@ -1,5 +1,5 @@
-// The element-wise passes of the contrastive loss on a CPU; contrastive_cpu.py computes the products between them.
-// Formulas in README.md. Every sum has a fixed order that does not depend on the number of threads.
+// The element-wise passes of the contrastive loss on a CPU; contrastive_cpu_native.py computes the products between
+// them. Formulas in README.md. Every sum has a fixed order that does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 """Mean losses of small levels, which share their launches: three forward, three backward (grouped_kernels.py).
 
-The host takes longer than the kernels here. So there is one buffer for all vectors, the constants of a launch are made
-once, and operands are read through pointers: a TMA descriptor would be made and encoded again for each launch.
+At these sizes the host is expected to take longer than the kernels. So there is one buffer for all vectors, the
+constants of a launch are made once, and operands are read through pointers: a TMA descriptor would be made and encoded
+again for each launch.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Positives:
-    """The column of row i's positive: index[i] + shift, or i + shift without an index. Others than 0 to U - 1: none."""
+    """The column of row i's positive: index[i] + shift, or i + shift without an index; none outside of 0 to U - 1."""
 
     index: Tensor | None  # [N] int64
     shift: int = 0
@@ -68,7 +68,7 @@ class RowsByText:
 
 @dataclass(frozen=True)
 class Factors:
-    """What H = 2^shift dL/dcosine / scale, times both folds, takes of each row and text, in a backend's own form."""
+    """Per-row and per-text factors of H = 2^shift dL/dcosine / scale, times both folds, in a backend's own layout."""
 
     rows: tuple[Tensor, ...]  # each [N, ...]
     texts: tuple[Tensor, ...]  # each [U, ...]
@@ -165,7 +165,7 @@ def forward(
     index: Tensor | None,  # [N] int64
     weight: Tensor | None,  # [U] float32, or counts as int32
     normalize: bool,
-    kept: Tensor | None = None,  # not supported yet: nothing is kept
+    kept: Tensor | None = None,  # ignored: GPU backends keep no exponentials
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N], inverse norms [N], [U]
     x, y = kernels.side(image, None, normalize), kernels.side(text, None, normalize)
     n, u = len(x), len(y)

@@ -55,18 +55,18 @@ class TritonKernels:
             features = features.contiguous()
         options = {"D": d, "BLOCK_D": triton.next_power_of_2(plan.width), "num_warps": 2}
         options |= {"NORMALIZE": normalize, "ALIGNED": _aligned(features)}
-        out = torch.empty(n, dtype=torch.float32, device=features.device) if inverse is None else inverse
-        if not plan.folds:
+        if not plan.folds:  # the inverse norms are computed again: they cost nothing beside the unit rows
             unit = torch.empty(n, plan.width, dtype=plan.operand, device=features.device)
-            # The inverse norms are computed again: they cost nothing beside the unit rows.
-            unit_rows[(n,)](features, unit, out, features.stride(0), WIDTH=plan.width, ROUND=plan.rounds, **options)
-            return Side(features, unit, torch.ones_like(out), out)
+            inverse = torch.empty(n, dtype=torch.float32, device=features.device)
+            unit_rows[(n,)](features, unit, inverse, features.stride(0), WIDTH=plan.width, ROUND=plan.rounds, **options)
+            return Side(features, unit, torch.ones_like(inverse), inverse)
         if inverse is None:
-            inverse_norms[(n,)](features, out, features.stride(0), **options)
+            inverse = torch.empty(n, dtype=torch.float32, device=features.device)
+            inverse_norms[(n,)](features, inverse, features.stride(0), **options)
         operand = features
         if plan.width != d or plan.operand != features.dtype or not _aligned(features):
             operand = F.pad(features, [0, plan.width - d]).to(plan.operand).contiguous()
-        return Side(features, operand, out, out)
+        return Side(features, operand, inverse, inverse)
 
     def sums(
         self,

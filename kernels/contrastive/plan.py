@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of S: rows, texts, warps and stages. Registers and shared memory on sm_90a."""
+    """A tile of S: rows, texts, warps and stages."""
 
     rows: int
     texts: int

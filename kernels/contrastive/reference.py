@@ -6,7 +6,7 @@ w_u >= 0 of each text:
     row_i = log sum_u w_u exp(S_iu)        col_u = log sum_i exp(S_iu)        positive_i = S_{i, t_i}
 
 Everything a symmetric contrastive loss needs is a plain function of these three. The N x U matrix is materialised
-here; the other backends never do. Source: ScenarioCLIP (arXiv 2511.20274).
+here; the other backends hold at most a bounded part of it. Source: ScenarioCLIP (arXiv 2511.20274).
 
 Products are float32 (float64 for float64 input). The three results are float64 in every backend: a loss is the small
 difference of a log-sum and a logit, and a gradient the exponential of one, where float32 near s = 100 is 4e-6 off.

@@ -1,4 +1,4 @@
-// CUTLASS's warp-specialised kernel for sm_90 with an epilogue of ours: TMA multicast within clusters, and two warp
+// CUTLASS's warp-specialised kernel for sm_90 with our own epilogue: TMA multicast within clusters, and two warp
 // groups that alternate, so that one computes its epilogue during the products of the other.
 #pragma once
 

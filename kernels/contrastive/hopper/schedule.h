@@ -21,7 +21,7 @@ inline int clusters_together(int64_t rows, int64_t texts) {
     return static_cast<double>(rounded(rows, kClusterRows * kTileRows)) *
            static_cast<double>(rounded(texts, kClusterTexts * kTileTexts));
   };
-  // Without any group, large problems read their operands from memory at its full rate.
+  // Without groups, large problems are estimated to be limited by memory bandwidth.
   constexpr struct {
     int together;
     double cost;

@@ -62,7 +62,7 @@ def contrastive_loss(
         logit_scale: positive factor of the cosines, already exponentiated and clamped.
         text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text without
             rows is an extra negative for every row with "positives", and is ignored with "negatives" unless it has a
-            text_weight. It never is a column of the loss.
+            text_weight. It is never a column of the loss.
         text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
             with equal ids are merged into the first one. Required for "positives" with a group.
         text_weight: finite weight w_u >= 0 of each text in the row sums, row_i = log sum_u w_u exp(S_iu), as with hard
@@ -82,7 +82,8 @@ def contrastive_loss(
             has a CPU backend (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
         deterministic: has no effect, since every backend already sums in a fixed order (only integers are added
             atomically).
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0, never chosen by
+            "auto").
 
     Returns:
         0-d tensor, or [N] for "none", float32 (float64 for float64 input). No rows give 0 with zero gradients.
@@ -91,9 +92,9 @@ def contrastive_loss(
         ValueError, TypeError: invalid or inconsistent arguments; checked before anything runs. The values of
             text_index, text_weight and logit_scale are checked on the CPU only, since reading them from a GPU would
             synchronise. With SCENARIOCLIP_FAST_CHECK=1 the GPU checks them by device-side assertions that name the
-            argument, at the cost of a few launches. Without it the Triton backend returns NaN for a scale that is not
-            positive or an index that is out of range. text_weight is not checked in a compiled graph either; if all
-            weights are 0, the loss is then -inf and its gradients NaN.
+            argument, at the cost of a few launches. Without it the triton and cuda backends return NaN for a scale that
+            is not positive or an index that is out of range. text_weight is not checked in a compiled graph either; if
+            all weights are 0, the loss is then -inf and its gradients NaN.
     """
     level = LevelInput(image, text, logit_scale, text_index, text_id, text_weight)
     return _losses([level], duplicates, reduction, group, backend).squeeze(0)

@@ -1,10 +1,10 @@
 """The custom op of the mean losses of one process, for backends that define `losses` and `losses_backward`.
 
 The other ops (op.py) return log-sums, and plain PyTorch turns them into losses. Here the backend computes the losses
-of all levels itself, in a handful of launches. For a few hundred rows the host is the limit. So the op is registered
-directly with the dispatcher: `torch.library.custom_op` would flatten the lists of every call with pytrees and compare
-the storages of all arguments and results. And where nothing but autograd would see the op, `mean_losses` leaves out the
-dispatcher, which converts all lists of tensors three times in each direction.
+of all levels itself, in a few launches. For a few hundred rows the host is expected to be the limit. So the op is
+registered directly with the dispatcher: `torch.library.custom_op` would flatten the lists of every call with pytrees
+and compare the storages of all arguments and results. And where nothing but autograd would see the op, `mean_losses`
+leaves out the dispatcher, which converts all lists of tensors three times in each direction.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from scenarioclip_fast.kernels.contrastive import reference
 
 
-# Not frozen: that would take a microsecond a field, and the host is the limit for a few hundred rows.
+# Not frozen: that would take a microsecond a field, and the host is expected to be the limit for a few hundred rows.
 @dataclass(slots=True)
 class LevelInput:
     """One level as the caller passed it."""
