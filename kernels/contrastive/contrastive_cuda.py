@@ -23,13 +23,21 @@ def _op(name: str) -> Callable[..., None]:
     return function
 
 
+WIDEST = 8192  # kFinishWidth in contrastive.h
+
+
 class NativeKernels:
     sum_tile = (128, 128)
     block_multiple = 2048  # the scheduler's order of tiles shares operands in L2 best on whole groups of clusters
 
     def side(self, features: Tensor, inverse: Tensor | None, normalize: bool) -> Side:
         n, d = features.shape
-        rows = features if features.stride(1) == 1 else features.contiguous()
+        if d > WIDEST:
+            raise ValueError(
+                f"backend 'cuda': got features of width {d}, expected at most {WIDEST}: use backend 'triton'"
+            )
+        overlap = n > 1 and features.stride(0) < d
+        rows = features.contiguous() if overlap or features.stride(1) != 1 else features
         if inverse is None:
             inverse = torch.empty(n, dtype=torch.float32, device=rows.device)
             _op("inverse_norms")(rows, normalize, inverse)

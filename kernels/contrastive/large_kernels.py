@@ -90,12 +90,12 @@ def _tile(pid, n, u, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _positive_column(index, rows, mask, shift, HAS_INDEX: tl.constexpr):
-    """The column of each row's positive."""
+def _positive_column(index, rows, mask, shift, u, HAS_INDEX: tl.constexpr):
+    """The column of each row's positive, -1 if it is not one of `u`."""
+    column = (rows + shift).to(tl.int64)
     if HAS_INDEX:
-        return (tl.load(index + rows, mask=mask, other=-1) + shift).to(tl.int32)
-    else:
-        return rows + shift
+        column = tl.load(index + rows, mask=mask, other=-1) + shift
+    return tl.where((column >= 0) & (column < u), column, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["features", "inverse"])
@@ -193,8 +193,9 @@ def tile_sums(
     f = tl.load(fold_x + rows, mask=in_rows, other=0.0)
     k2 = tl.load(scale) * LOG2E
     offset = tl.maximum(k2 - HEADROOM, 0.0)
-    positive = _positive_column(index, rows, in_rows, shift, HAS_INDEX) - j
-    in_tile = in_rows & (positive >= 0) & (positive < tl.minimum(u - j, BN))
+    positive = _positive_column(index, rows, in_rows, shift, u, HAS_INDEX)
+    positive = tl.where(positive >= 0, positive - j, -1)
+    in_tile = in_rows & (positive >= 0) & (positive < BN)
     if tl.max(in_tile.to(tl.int32), 0) > 0:
         # From the same accumulator and rounded alike: where a row's positive dominates, the loss is the small
         # difference of this exponent and the row's sum.
@@ -330,8 +331,8 @@ def factors(
         r, a = _rounded(row_lse, grad_row, rows, mask, up)
         tl.store(row_log + rows, r, mask=mask)
         tl.store(row_gain + rows, a, mask=mask)
-        text = _positive_column(index, rows, mask, 0, HAS_INDEX)
-        known = mask & (text >= 0) & (text < u)
+        text = _positive_column(index, rows, mask, 0, u, HAS_INDEX)
+        known = mask & (text >= 0)
         c, b = _rounded(text_lse, grad_text, text, known, up)
         w = tl.full([BM], 1.0, tl.float32)
         if HAS_WEIGHT:
@@ -420,7 +421,7 @@ def tile_gradients(
     x_stride,
     y_stride,
     shift,
-    stride,  # of a row of H
+    stride,  # of a row of H, in units of 8 entries
     WIDTH: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     BM: tl.constexpr,
@@ -434,13 +435,14 @@ def tile_gradients(
     rows = i + tl.arange(0, BM)
     at = tl.minimum(rows, n - 1)
     r, a, f = tl.load(row_log + at), tl.load(row_gain + at), tl.load(fold_x + at)
-    positive = _positive_column(index, rows, rows < n, shift, HAS_INDEX) - j
+    positive = _positive_column(index, rows, rows < n, shift, u, HAS_INDEX)
+    positive = tl.where(positive >= 0, positive - j, -1)
     k2 = tl.load(scale) * LOG2E
     offset = tl.maximum(k2 - BELOW, 0.0)
     heaviest = tl.max(tl.load(text_weight + tl.minimum(j + tl.arange(0, BN), u - 1)), 0)
     far = tl.where(heaviest <= HEAVY, tl.max(tl.abs(r - offset - CENTRE), 0), float("inf"))
     # Stored in whole tiles: entries past the ends are never read, and a mask would cost registers.
-    target = out + rows.to(tl.int64)[:, None] * stride + (j + tl.arange(0, BN // 4))[None, :]
+    target = out + rows.to(tl.int64)[:, None] * (stride * 8) + (j + tl.arange(0, BN // 4))[None, :]
     # A quarter of the columns at a time: the values loaded per column would not fit in registers beside a whole tile.
     left, right = _halves(acc, BM, BN)
     q0, q1 = _halves(left, BM, BN // 2)

@@ -51,8 +51,8 @@ class TritonKernels:
 
     def side(self, features: Tensor, inverse: Tensor | None, normalize: bool) -> Side:
         plan, (n, d) = self.plan, features.shape
-        if features.stride(1) != 1:
-            features = features.contiguous()
+        if features.stride(1) != 1 or (n > 1 and features.stride(0) < d):
+            features = features.contiguous()  # rows that overlap, too: TMA takes none
         options = {"D": d, "BLOCK_D": triton.next_power_of_2(plan.width), "num_warps": 2}
         options |= {"NORMALIZE": normalize, "ALIGNED": _aligned(features)}
         if not plan.folds:  # the inverse norms are computed again: they cost nothing beside the unit rows
@@ -199,7 +199,7 @@ class TritonKernels:
             len(y),
             *_strides(x, y),
             positives.shift,
-            out.stride(0),
+            out.stride(0) // 8,
             HAS_INDEX=positives.index is not None,
             TMA=self.plan.tma,
             **self.plan.constants(),
@@ -254,7 +254,8 @@ class TritonKernels:
         operand = side.operand
         if not self.plan.tma:
             return operand
-        return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), [rows, self.plan.inner])
+        stride = operand.stride(0) if len(operand) > 1 else self.plan.width  # that of a single row may be anything
+        return TensorDescriptor(operand, list(operand.shape), [stride, 1], [rows, self.plan.inner])
 
 
 def _strides(x: Side, y: Side) -> tuple[int, int]:

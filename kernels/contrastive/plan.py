@@ -47,7 +47,8 @@ def operands(dtype: torch.dtype, is_exact: bool) -> tuple[torch.dtype, str, int]
 @functools.lru_cache
 def _plan(dtype: torch.dtype, width: int, is_exact: bool, device: torch.device) -> Plan:
     operand, precision, inner = operands(dtype, is_exact)
-    tma = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    # Devices of capability 12 have TMA too, but less shared memory than the tall tiles need.
+    tma = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return Plan(operand, precision, -(-width // inner) * inner, inner, tma, folds=dtype == torch.bfloat16)
 
 

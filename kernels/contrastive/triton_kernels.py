@@ -745,8 +745,9 @@ def mean_loss(
         by_column += tl.where(is_row, second, first)
         texts += tl.where(is_row, 0.0, second)
     total = tl.sum(texts, 0)
-    divisor = tl.maximum(total, 1.0) if POSITIVES else n.to(tl.float64)
-    value = (tl.sum(by_row, 0) / n.to(tl.float64) + tl.sum(by_column, 0) / divisor) / 2
+    rows = tl.maximum(n, 1).to(tl.float64)
+    divisor = tl.maximum(total, 1.0) if POSITIVES else rows
+    value = (tl.sum(by_row, 0) / rows + tl.sum(by_column, 0) / divisor) / 2
     tl.store(loss, value.to(tl.float32))
     tl.store(used, total)
 
@@ -773,7 +774,7 @@ def mean_gradients(
     if pid < row_blocks:
         at = pid * BM + tl.arange(0, BM)
         mask = at < n
-        share = tl.full([BM], 1.0, tl.float64) * (half / n)
+        share = tl.full([BM], 1.0, tl.float64) * (half / tl.maximum(n, 1))
         tl.store(grad_row + at, share, mask=mask)
         if POSITIVES:
             shared = _counts_of(count, index, u, at, mask)
@@ -787,5 +788,7 @@ def mean_gradients(
         c = mask.to(tl.float64)
         if HAS_COUNT:
             c = tl.load(count + at, mask=mask, other=0).to(tl.float64)
-        share = tl.where(c > 0, half / tl.maximum(tl.load(used), 1.0), 0.0) if POSITIVES else c * (half / n)
+        share = (
+            tl.where(c > 0, half / tl.maximum(tl.load(used), 1.0), 0.0) if POSITIVES else c * (half / tl.maximum(n, 1))
+        )
         tl.store(grad_column + at, share, mask=mask)

@@ -194,6 +194,8 @@ def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> 
         special = {name: f"tensordesc<{operand}[{side},{plan.inner}]>" for name, side in sides.items()}
         resources = compile_large(compiler, kernel, plan, constants, out=f"*{operand}", **special)
         check_products(compiler, resources, plan.tma)
+        if kernel is large_kernels.tile_gradients:
+            assert set(re.findall(r"st\.global\S*", resources.ptx)) == {"st.global.v4.b32"}
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

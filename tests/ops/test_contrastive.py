@@ -735,6 +735,7 @@ for case in ("opposite", "matched", "one row opposite", "one text opposite"):
     t.test_extreme_features("triton", case, 100.0, n=24)
 t.test_nan_stays_nan("triton", "image")
 t.test_no_rows("triton")
+t.check_no_rows_for_many_texts()
 t.test_levels("triton", "positives")
 t.check_texts_without_weight("triton")
 t.check_chunks()
@@ -765,6 +766,14 @@ print("checked")
         check=False,
     )
     assert done.stdout.strip() == "checked", done.stderr
+
+
+def check_no_rows_for_many_texts() -> None:
+    """Texts that a small level's kernels would not take."""
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    with patch.object(contrastive_triton, "LONGEST", 4):
+        test_no_rows("triton")
 
 
 def check_chunks() -> None:

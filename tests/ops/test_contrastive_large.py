@@ -312,6 +312,11 @@ def test_the_calls_of_the_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     check_rows_of_any_layout(lambda _: NativeKernels(), dtypes=(torch.bfloat16,))
 
 
+def test_features_that_are_too_wide_for_cuda() -> None:
+    with pytest.raises(ValueError, match="got features of width 8193, expected at most 8192: use backend 'triton'"):
+        NativeKernels().side(torch.zeros(1, 8193, dtype=torch.bfloat16), None, True)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_levels_of_the_native_backend(monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
     """Several levels, empty ones too, against the reference."""
@@ -466,7 +471,8 @@ def check_rows_of_any_layout(
     make_kernels: Make, device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 ) -> None:
     """Widths, strides and offsets that matrix kernels cannot read are copied."""
-    for width, first, stride in ((33, 0, 33), (64, 0, 96), (64, 0, 65), (64, 3, 64), (1030, 0, 1030)):
+    layouts = ((33, 0, 33), (64, 0, 96), (64, 0, 65), (64, 3, 64), (64, 0, 8), (1030, 0, 1030))  # 8: rows overlap
+    for width, first, stride in layouts:
         for dtype in dtypes if width == 33 else dtypes[:1]:
             sides = [
                 torch.randn(first + 40 * stride + width, generator=torch.Generator().manual_seed(k))
@@ -476,5 +482,9 @@ def check_rows_of_any_layout(
             ]
             grads = [torch.full((40,), 1 / 40, dtype=torch.float64, device=device) for _ in range(3)]
             compare(make_kernels, *sides, 10.0, None, None, grads)
+    one = torch.randn(1, 72).to(device, torch.bfloat16)[:, 3:67]  # a single row, which may begin anywhere
+    index = torch.tensor([2], device=device)
+    texts = torch.randn(40, 64).to(device, torch.bfloat16)
+    compare(make_kernels, one, texts, 10.0, index, None, [grads[0][:1], grads[1], grads[2][:1]])
     columns = torch.randn(64, 40).to(device, torch.bfloat16).T
     compare(make_kernels, columns, columns, 10.0, None, None, grads)

@@ -12,7 +12,8 @@ struct SumsEpilogue : Epilogue<Problem> {
   using Scratch = SumScratch<kTileRows, kTileTexts, kEpilogueWarps>;
   struct SharedStorage {
     struct TensorStorage {
-      Scratch scratch;
+      // So that the operands, which follow, begin where the pattern of their 128-byte swizzle does.
+      alignas(1024) Scratch scratch;
     } tensors;
     using PipelineStorage = typename Base::PipelineStorage;
     PipelineStorage pipeline;
