@@ -45,7 +45,13 @@ def style(form: str) -> dict[str, Any]:
     colours |= {"inf_cl": "C1", "memeff": "C4", "cut_cross_entropy": "C5", "liger_kernel": "C6", "quack": "C9"}
     colours |= {"siglip-kernel (sigmoid loss)": "C7"}
     bold = 2.5 if form in ("ours: cuda", "ours: triton", "ours: cpu") else 1.5
-    return {"color": colours[form.removesuffix(" compiled")], "linestyle": linestyle, "linewidth": bold}
+    if form.endswith(", no workspace"):
+        linestyle = "--"
+    return {
+        "color": colours[form.removesuffix(" compiled").removesuffix(", no workspace")],
+        "linestyle": linestyle,
+        "linewidth": bold,
+    }
 
 
 def lines(axes: Axes, forms: Series, title: str) -> None:

@@ -310,9 +310,9 @@ def multiply(
 ) -> None:
     """out (+)= a b, with low-precision operands and float32 accumulation."""
     if a.dtype == torch.float32:
-        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif a.device.type != "cuda":
-        out.addmm_(a.float(), b.float()) if accumulate else torch.mm(a.float(), b.float(), out=out)
+        multiply(a.float(), b.float(), out, accumulate)
     elif accumulate and _accumulates(a.dtype, a.device):
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     elif accumulate:
