@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import grouped, large
 from .large_triton import TritonKernels
 from .per_level import Saved
-from .plan import Plan, exact, operands
+from .plan import Plan, are_aligned, exact, operands
 from .reference import EPS
 from .triton_kernels import (
     LEVELS,
@@ -39,7 +39,7 @@ from .triton_kernels import (
     tile_sums,
     unit_rows,
 )
-from .workspace import kept_dtype, kept_size
+from .workspace import kept_dtype
 
 T = TypeVar("T")
 
@@ -69,19 +69,6 @@ def _blocks(sizes: Sequence[int], block: int) -> int:
     return sum(-(-n // block) for n in sizes)
 
 
-def _aligned(rows: Sequence[Tensor]) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses.
-
-    All tensors have one dtype.
-    """
-    size = rows[0].itemsize
-    for t in rows:
-        n, d = t.shape
-        if n and (t.data_ptr() % 16 or d * size % 16 or (n > 1 and t.stride()[0] * size % 16)):
-            return False
-    return True
-
-
 def _units(
     features: Sequence[Tensor], plan: Plan, normalize: bool, positive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # [sum N, WIDTH], [sum N]
@@ -103,7 +90,7 @@ def _units(
             NORMALIZE=normalize,
             POSITIVE=positive is not None,
             ROUND=plan.rounds,
-            ALIGNED=_aligned(features),
+            ALIGNED=are_aligned(features),
             num_warps=2,
         )
     return unit, inverse
@@ -439,7 +426,7 @@ def _finish(
         WIDTH=batch.plan.width,
         BLOCK_D=triton.next_power_of_2(batch.plan.width),
         NORMALIZE=batch.normalize,
-        ALIGNED=_aligned([*features, *out]),
+        ALIGNED=are_aligned([*features, *out]),
         num_warps=2,
     )
     return dots
@@ -490,7 +477,6 @@ def losses(
     weight: Sequence[Tensor | None],  # levels x [U_l] float32, in the row sums; None: the rows of each text, or ones
     positives: bool,
     normalize: bool,
-    budget: int,  # bytes of exponentials that large levels may keep
 ) -> tuple[Tensor, list[Tensor]]:  # [levels] float32, and what the backward pass needs
     """The mean loss of each level, for either kind of duplicates."""
     loss = torch.empty(len(image), dtype=torch.float32, device=image[0].device)
@@ -501,17 +487,14 @@ def losses(
             s, own, given = share.of(scale), _contiguous(share.of(index)), _contiguous(share.of(weight))
             out = loss if len(image) == len(x) else loss[share.first : share.first + len(x)]
             if share.large:
-                saved += _large(x[0], y[0], s[0], own[0], given[0], positives, normalize, budget, out)
-                budget -= saved[-3].nbytes
+                saved += _large(x[0], y[0], s[0], own[0], given[0], positives, normalize, out)
             else:
-                form, aligned = _form_of(x[0], positives, normalize), _aligned([*x, *y])
+                form, aligned = _form_of(x[0], positives, normalize), are_aligned([*x, *y])
                 saved += grouped.forward(form, x, y, share.rows, share.texts, s, own, given, aligned, out)
     return loss, saved
 
 
-def losses_saved(
-    image: Sequence[Tensor], text: Sequence[Tensor], index: Sequence[Tensor | None], budget: int
-) -> list[Tensor]:
+def losses_saved(image: Sequence[Tensor], text: Sequence[Tensor], index: Sequence[Tensor | None]) -> list[Tensor]:
     """Empty tensors like those that `losses` returns for the backward pass, for the fake kernel of its op."""
     saved: list[Tensor] = []
     for share in _shares(image, text):
@@ -519,11 +502,16 @@ def losses_saved(
         numbers = like.new_empty(n + u, dtype=torch.float32)
         if share.large:
             rows, texts = like.new_empty(n, dtype=torch.float64), like.new_empty(u, dtype=torch.float64)
-            dtype = kept_dtype(numbers)
-            kept = like.new_empty(kept_size([n], [u], dtype.itemsize, budget), dtype=dtype)
-            budget -= kept.shape[0] * dtype.itemsize
             count = like.new_empty(0 if index[share.first] is None else u, dtype=torch.int32)
-            saved += [rows, texts, torch.empty_like(rows), numbers, kept, count, rows.new_empty(1)]
+            saved += [
+                rows,
+                texts,
+                torch.empty_like(rows),
+                numbers.new_empty(n),
+                numbers.new_empty(u),
+                count,
+                rows.new_empty(1),
+            ]
         else:
             operand, _, inner = operands(like.dtype, is_exact=True)
             saved.append(like.new_empty((n + u, -(-like.shape[1] // inner) * inner), dtype=operand))
@@ -566,7 +554,7 @@ def losses_backward(
                 out_image = [_contiguous_like(t) for t in x] if need_image or not need_text else None
                 out_text = [_contiguous_like(t) for t in y] if need_text else None
                 # They are as wide as the features, contiguous, and begin where the allocator lets them: at 64 bytes.
-                form, aligned = _form_of(x[0], positives, normalize), _aligned([*x, *y])
+                form, aligned = _form_of(x[0], positives, normalize), are_aligned([*x, *y])
                 units, vectors, *saved = saved
                 grouped.backward(
                     form, x, y, share.rows, share.texts, units, vectors, upstream, aligned, out_image, out_text, d_s
@@ -603,7 +591,6 @@ def _large(
     weight: Tensor | None,  # [U]
     positives: bool,
     normalize: bool,
-    budget: int,
     loss: Tensor,  # [1] out
 ) -> list[Tensor]:
     """The mean loss of one large level; returns the results of `forward`, the rows of each text, and texts with rows.
@@ -616,17 +603,14 @@ def _large(
         count_rows[(_blocks([n], VECTOR),)](index, count, n, u, BM=VECTOR)
     by_row = weight if weight is not None or positives or index is None else count
     with torch.autocast(device.type, enabled=False):
-        *sums, inverse, inverse_text = large.forward(
-            TritonKernels.of(image), image, text, scale, index, by_row, normalize
-        )
+        *sums, by_image, by_text = large.forward(TritonKernels.of(image), image, text, scale, index, by_row, normalize)
     used = torch.empty(1, dtype=torch.float64, device=device)
     row_blocks, blocks = _blocks([n], VECTOR), _blocks([n, u], VECTOR)
     parts = used.new_empty(2 * blocks)
     counts = {"HAS_COUNT": index is not None, "POSITIVES": positives and index is not None, "BM": VECTOR}
     mean_parts[(blocks,)](*sums, count, used if index is None else index, parts, n, u, row_blocks, **counts)
     mean_loss[(1,)](parts, loss, used, n, row_blocks, blocks, POSITIVES=counts["POSITIVES"], BM=VECTOR)
-    kept = scale.new_empty(0, dtype=kept_dtype(scale))  # nothing is kept yet
-    return [*sums, torch.cat([inverse, inverse_text]), kept, count, used]
+    return [*sums, by_image, by_text, count, used]
 
 
 def _large_backward(
@@ -642,7 +626,7 @@ def _large_backward(
     need_image: bool,
     need_text: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # d_image, d_text (empty where not needed), d_scale []
-    row_lse, col_lse, positive, inverse, _, count, used = saved
+    row_lse, col_lse, positive, by_image, by_text, count, used = saved
     index, weight = _contiguous([index, weight])
     n, u = len(image), len(text)
     grad_row, grad_positive = (torch.empty(n, dtype=torch.float64, device=grad.device) for _ in range(2))
@@ -673,8 +657,8 @@ def _large_backward(
             row_lse,
             col_lse,
             positive,
-            inverse[:n],
-            inverse[n:],
+            by_image,
+            by_text,
             grad_row,
             grad_column,
             grad_positive,

@@ -12,14 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Forward: exp2 flushes results below 2^-126 to zero. A largest possible logit, k2, above 100 is shifted to 100: a row
-# then loses only terms with a cosine below -0.57 (at scale 100), and 2^27 terms stay finite. Smaller scales get no
-# offset, which would cost precision. Sums outside [LOW, HIGH] are recomputed with a running maximum.
-HEADROOM = tl.constexpr(100.0)
-LOW = tl.constexpr(2.0**-100)
-HIGH = tl.constexpr(2.0**127)
+from .triton_kernels import HEADROOM, HIGH, LN2, LOG2E, LOW
+
 # Backward: log-sums lie between k2 - 200 and k2 + 27 (sums in [LOW, HIGH]). Relative to an offset of k2 - BELOW, one
 # exponential serves rows and columns. A tile with a log-sum outside offset + CENTRE -+ REACH, or a weight that could
 # overflow the factor of the exponential, takes two.

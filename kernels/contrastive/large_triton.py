@@ -25,7 +25,7 @@ from .large_kernels import (
     tile_sums,
     unit_rows,
 )
-from .plan import Plan
+from .plan import Plan, are_aligned
 
 LOG_SUM_ROWS = 64  # rows per program that adds partial sums
 VECTOR = 1024  # entries per program in kernels over vectors
@@ -54,7 +54,7 @@ class TritonKernels:
         if features.stride(1) != 1 or (n > 1 and features.stride(0) < d):
             features = features.contiguous()  # rows that overlap, too: TMA takes none
         options = {"D": d, "BLOCK_D": triton.next_power_of_2(plan.width), "num_warps": 2}
-        options |= {"NORMALIZE": normalize, "ALIGNED": _aligned(features)}
+        options |= {"NORMALIZE": normalize, "ALIGNED": are_aligned([features])}
         if not plan.folds:  # the inverse norms are computed again: they cost nothing beside the unit rows
             unit = torch.empty(n, plan.width, dtype=plan.operand, device=features.device)
             inverse = torch.empty(n, dtype=torch.float32, device=features.device)
@@ -64,7 +64,7 @@ class TritonKernels:
             inverse = torch.empty(n, dtype=torch.float32, device=features.device)
             inverse_norms[(n,)](features, inverse, features.stride(0), **options)
         operand = features
-        if plan.width != d or plan.operand != features.dtype or not _aligned(features):
+        if plan.width != d or plan.operand != features.dtype or not are_aligned([features]):
             operand = F.pad(features, [0, plan.width - d]).to(plan.operand).contiguous()
         return Side(features, operand, inverse, inverse)
 
@@ -246,7 +246,7 @@ class TritonKernels:
             HAS_INDEX=index is not None,
             NORMALIZE=normalize,
             STORE=out is not None,
-            ALIGNED=_aligned(*rows),
+            ALIGNED=are_aligned(rows),
             num_warps=2,
         )
 
@@ -261,14 +261,3 @@ class TritonKernels:
 def _strides(x: Side, y: Side) -> tuple[int, int]:
     """Of operands, in units of 8 entries: operands are aligned."""
     return x.operand.stride(0) // 8, y.operand.stride(0) // 8
-
-
-def _aligned(*rows: Tensor) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.shape[1] * t.element_size() % 16 == 0
-        and (len(t) == 1 or t.stride(0) * t.element_size() % 16 == 0)
-        for t in rows
-        if len(t)
-    )

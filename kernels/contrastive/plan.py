@@ -83,3 +83,12 @@ class Plan:
 
     def constants(self) -> dict[str, int | str]:
         return {"WIDTH": self.width, "BK": self.inner, "PRECISION": self.precision}
+
+
+def are_aligned(rows: Sequence[Tensor]) -> bool:  # tensors [N, D]
+    """Whether every row begins and ends at a multiple of 16 bytes, so that kernels may use 16-byte accesses."""
+    for t in rows:
+        (n, d), size = t.shape, t.itemsize
+        if n and (t.data_ptr() % 16 or d * size % 16 or (n > 1 and t.stride()[0] * size % 16)):
+            return False
+    return True

@@ -848,7 +848,7 @@ def check_padding_of_gradients() -> None:
 
 def check_unaligned_features() -> None:
     """Features with and without the alignment and stride required by 16-byte reads."""
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+    from scenarioclip_fast.kernels.contrastive.plan import are_aligned
 
     g = torch.Generator().manual_seed(4)
 
@@ -865,7 +865,7 @@ def check_unaligned_features() -> None:
     ]
     for width, layout, aligned in layouts:
         images, texts = ([spaced(n, width, **kind) for n, kind in ((9, good), (6, layout))] for _ in range(2))
-        assert contrastive_triton._aligned(images) == aligned
+        assert are_aligned(images) == aligned
         leaves = [x.requires_grad_() for x in (*images, *texts)]
         results = []
         for backend in ("triton", "cpu"):
@@ -899,7 +899,7 @@ def check_fused_op() -> None:
     weights = [None, torch.rand(2)]
     for given in ([indices[0], None], [None, None]):
         texts = [leaves[2] if given[0] is not None else torch.randn(5, 8, requires_grad=True), leaves[3]]
-        arguments = (images, texts, scales, given, weights, True, True, 0, "triton")
+        arguments = (images, texts, scales, given, weights, True, True, "triton")
         torch.library.opcheck(contrastive_losses, arguments)
     losses = contrastive_losses(*arguments)[0]
     with Dispatched() as dispatched:
@@ -932,7 +932,7 @@ def check_text_weights() -> None:
             with patch.object(contrastive_triton, "GROUPED", largest):
                 found = gradients(
                     lambda x, y, s, p=positives: contrastive_losses(
-                        [x], [y], [s], [index], [weight], p, True, 0, "triton"
+                        [x], [y], [s], [index], [weight], p, True, "triton"
                     )[0].squeeze(0),
                     (image, text, scale),
                 )
@@ -1025,7 +1025,7 @@ def check_index_out_of_range() -> None:
         for largest in (triton.GROUPED, 1):  # grouped, and alone
             with patch.object(triton, "GROUPED", largest):
                 for positives in (False, True):
-                    loss, saved = triton.losses([image], [text], [scale], [index], [None], positives, True, 0)
+                    loss, saved = triton.losses([image], [text], [scale], [index], [None], positives, True)
                     assert loss.isnan().all()
             count = saved[-2] if largest == 1 else saved[1][20 + 5 : 30]  # `extra` of the texts
             assert count.tolist() == [1, 1, 1, 1, 0]
@@ -1039,7 +1039,7 @@ def check_scale_not_positive() -> None:
     for s in (-3.0, 0.0, torch.nan):
         row, column, *_ = contrastive_triton.forward([image], [text], torch.tensor([s]), None, None, True, 0)
         assert row.isnan().all() and column.isnan().all()
-        assert contrastive_triton.losses([image], [text], [torch.tensor(s)], [None], [None], False, True, 0)[0].isnan()
+        assert contrastive_triton.losses([image], [text], [torch.tensor(s)], [None], [None], False, True)[0].isnan()
 
 
 def check_without_normalization(backend: str) -> None:

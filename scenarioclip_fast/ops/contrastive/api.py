@@ -254,6 +254,5 @@ def _fused_losses(levels: list[PreparedLevel], duplicates: str, backend: str, no
         [level.weight for level in levels],
         positives,
         normalize,
-        _budget(levels, backend),
         backend,
     )

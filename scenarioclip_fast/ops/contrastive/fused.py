@@ -29,8 +29,8 @@ _OPTIONS = "bool positives, bool normalize, "
 
 _library = torch.library.Library("scenarioclip_fast", "FRAGMENT")
 _library.define(
-    # The losses [levels], and what the backward pass needs. `budget`: bytes of exponentials that may be kept for it.
-    f"contrastive_losses({_ARGUMENTS}{_OPTIONS}int budget, str backend) -> (Tensor, Tensor[])",
+    # The losses [levels], and what the backward pass needs.
+    f"contrastive_losses({_ARGUMENTS}{_OPTIONS}str backend) -> (Tensor, Tensor[])",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -54,11 +54,10 @@ def mean_losses(
     weight: OptionalLevels,
     positives: bool,
     normalize: bool,
-    budget: int,
     backend: str,
 ) -> Tensor:  # [levels]
     """The op `contrastive_losses` without what the backward pass needs."""
-    options = (positives, normalize, budget, backend)
+    options = (positives, normalize, backend)
     losses: Tensor
     if not _unobserved(image, text, scale):
         losses = contrastive_losses(image, text, scale, index, weight, *options)[0]
@@ -100,15 +99,12 @@ def _losses(
     weight: OptionalLevels,
     positives: bool,
     normalize: bool,
-    budget: int,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
     if image[0].device.type == "cpu":
         _check_values(scale, index, text)
     implementation = dispatch.implementation("contrastive_loss", backend)
-    out: tuple[Tensor, list[Tensor]] = implementation.losses(
-        image, text, scale, index, weight, positives, normalize, budget
-    )
+    out: tuple[Tensor, list[Tensor]] = implementation.losses(image, text, scale, index, weight, positives, normalize)
     return out
 
 
@@ -131,10 +127,9 @@ def _(
     weight: OptionalLevels,
     positives: bool,
     normalize: bool,
-    budget: int,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    saved = dispatch.implementation("contrastive_loss", backend).losses_saved(image, text, index, budget)
+    saved = dispatch.implementation("contrastive_loss", backend).losses_saved(image, text, index)
     return scale[0].new_empty(len(image)), saved
 
 
@@ -170,7 +165,7 @@ class _Losses(torch.autograd.Function):
         if grad is None:
             return (None,) * (4 + 3 * levels)
         need_image, need_text = any(needed[:levels]), any(needed[levels : 2 * levels])
-        positives, normalize, _, backend = ctx.options
+        positives, normalize, backend = ctx.options
         # The op raises the error of second derivatives.
         direct = not torch.is_grad_enabled() and _unobserved(held[:levels])
         d_image, d_text, d_scale = (_losses_backward if direct else contrastive_losses_backward)(
