@@ -1,4 +1,4 @@
-"""Mean losses of small levels, which share their launches: three forward, three backward (grouped_kernels.py).
+"""Small levels, which share their launches (grouped_kernels.py): mean losses, or log-sums with given gradients.
 
 At these sizes the host is expected to take longer than the kernels. So there is one buffer for all vectors, the
 constants of a launch are made once, and operands are read through pointers: a TMA descriptor would be made and encoded
@@ -17,8 +17,9 @@ import triton
 from torch import Tensor
 
 from . import grouped_kernels as kernels
+from .grouped_kernels import LEVELS
+from .plan import are_aligned
 from .reference import EPS
-from .triton_kernels import LEVELS
 
 FLAGGED = 64  # rows per flag and partial sum: BLOCK in grouped_kernels.py
 # Rows and texts of a tile of S and of dS: small, as three levels have few tiles for a GPU's processors.
@@ -43,6 +44,7 @@ class Form:
     inner: int
     rounds: bool
     positives: bool
+    given: bool  # log-sums and given gradients of them, not mean losses
     normalize: bool
 
     @property
@@ -64,20 +66,24 @@ class Form:
 
     @functools.cached_property
     def prepare(self) -> dict[str, Any]:
-        return {"SMALLEST": EPS, "POSITIVES": self.positives, "ROUND": self.rounds, "SCAN": SCAN, **self._rows}
+        options = {"POSITIVES": self.positives, "GIVEN": self.given, "ROUND": self.rounds}
+        return {"SMALLEST": EPS, "SCAN": SCAN, **options, **self._rows}
 
     @functools.cached_property
     def sums(self) -> dict[str, Any]:
         return {"BM": TILE_ROWS, "BN": TILE_TEXTS, "num_stages": 3, **self._common}
 
     @functools.cached_property
+    def log_sums(self) -> dict[str, Any]:
+        return {"ROW_TILE": TILE_ROWS, "COLUMN_TILE": TILE_TEXTS, "num_stages": 2, **self._common}
+
+    @functools.cached_property
     def losses(self) -> dict[str, Any]:
-        tile = {"ROW_TILE": TILE_ROWS, "COLUMN_TILE": TILE_TEXTS}
-        return {"POSITIVES": self.positives, **tile, "num_stages": 2, **self._common}
+        return {"POSITIVES": self.positives, **self.log_sums}
 
     @functools.cached_property
     def gradients(self) -> dict[str, Any]:
-        return {"POSITIVES": self.positives, "SPLIT": self.splits, **self.sums}
+        return {"POSITIVES": self.positives, "GIVEN": self.given, "SPLIT": self.splits, **self.sums}
 
     @functools.cached_property
     def products(self) -> dict[str, Any]:
@@ -86,140 +92,205 @@ class Form:
 
     @functools.cached_property
     def finish(self) -> dict[str, Any]:
-        return self._rows
+        return {"GIVEN": self.given, **self._rows}
 
 
-def vectors_size(total: int) -> int:
+def vectors_size(total: int, given: bool = False) -> int:
     """The length of `vectors` for this many rows: see grouped_kernels.py."""
-    return 6 * total + SCALARS + 5 * (total // FLAGGED + 2 * LEVELS)
+    return (7 if given else 6) * total + SCALARS + 5 * (total // FLAGGED + 2 * LEVELS)
 
 
 def _blocks(sizes: Sequence[int], block: int) -> int:
     return sum([-(-n // block) for n in sizes])
 
 
-def _tiles(rows: Sequence[int], texts: Sequence[int]) -> int:
-    return sum([-(-n // TILE_ROWS) * -(-u // TILE_TEXTS) for n, u in zip(rows, texts, strict=True)])
+class Levels:
+    """The features of up to LEVELS levels of one width, with unit stride, and what every launch is told of them."""
+
+    __slots__ = ("aligned", "image", "rows", "sizes", "strides", "text", "texts", "tiles", "total")
+
+    def __init__(self, image: Sequence[Tensor], text: Sequence[Tensor]) -> None:
+        self.image = [x if x.stride()[1] == 1 else x.contiguous() for x in image]
+        self.text = [y if y.stride()[1] == 1 else y.contiguous() for y in text]
+        self.rows, self.texts = [x.shape[0] for x in image], [y.shape[0] for y in text]
+        self.aligned = are_aligned([*self.image, *self.text])
+        zeros = [0] * (LEVELS - len(image))
+        self.sizes = (*self.rows, *zeros, *self.texts, *zeros)
+        self.strides = (*[x.stride()[0] for x in self.image], *zeros, *[y.stride()[0] for y in self.text], *zeros)
+        self.total = sum(self.sizes)
+        self.tiles = sum([-(-n // TILE_ROWS) * -(-u // TILE_TEXTS) for n, u in zip(self.rows, self.texts, strict=True)])
+
+    def blocks(self, block: int) -> int:
+        """How many blocks of rows all levels have."""
+        return max(_blocks(self.rows, block) + _blocks(self.texts, block), 1)
 
 
-def forward(
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [*tensors, *[tensors[0]] * (LEVELS - len(tensors))]
+
+
+def losses(
     form: Form,
-    image: list[Tensor],  # up to LEVELS x [N_l, D], rows of stride 1
-    text: list[Tensor],  # [U_l, D]
-    rows: list[int],
-    texts: list[int],
-    scale: Sequence[Tensor],  # [] float32
-    index: Sequence[Tensor | None],  # [N_l] int64; None: row i has text i
-    weight: Sequence[Tensor | None],  # [U_l] float32, in the row sums; None: the rows of each text, or ones
-    aligned: bool,  # every row of the features begins at a multiple of 16 bytes
+    levels: Levels,
+    scale: Sequence[Tensor],  # levels x [] float32
+    index: Sequence[Tensor | None],  # levels x [N_l] int64; None: row i has text i
+    weight: Sequence[Tensor | None],  # levels x [U_l] float32, in the row sums; None: the rows of each text, or ones
     loss: Tensor,  # [levels] float32 out
-) -> tuple[Tensor, Tensor]:  # units and vectors, for the backward pass
-    levels, n, u, device = len(image), sum(rows), sum(texts), loss.device
-    missing = LEVELS - levels
-    zeros = [0] * missing
-    units = torch.empty((n + u, form.padded), dtype=form.operand, device=device)
-    vectors = torch.empty(vectors_size(n + u), dtype=torch.float32, device=device)
+) -> tuple[Tensor, Tensor]:  # units and vectors, for `losses_backward`
+    units, vectors = _prepare(form, levels, scale, index, weight)
+    parts = _sums(form, levels, units, vectors)
+    count, grid = len(levels.image), (levels.blocks(FLAGGED),)
+    kernels.level_losses.run(units, vectors, parts, loss, *levels.sizes, count, grid=grid, **form.losses)
+    return units, vectors
+
+
+def losses_backward(
+    form: Form,
+    levels: Levels,
+    units: Tensor,
+    vectors: Tensor,
+    grad: Tensor,  # [levels] of the losses
+    d_image: list[Tensor] | None,  # levels x [N_l, D] out, contiguous
+    d_text: list[Tensor] | None,  # levels x [U_l, D] out
+    d_scale: Tensor,  # [levels] float32 out
+) -> None:
+    """At least one of d_image and d_text is given; the gradient of the scales follows from either."""
+    if levels.tiles:
+        _gradients(form, levels, units, vectors, grad, d_image, d_text, d_scale)
+    else:
+        _clear(d_image, d_text, d_scale)
+
+
+def log_sums(
+    form: Form,
+    levels: Levels,
+    scale: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    weight: Sequence[Tensor | None],  # None: ones
+    row_lse: Tensor,  # [sum N] float64 out
+    text_lse: Tensor,  # [sum U] float64 out
+    positive: Tensor,  # [sum N] float64 out
+) -> Tensor:  # [sum N + sum U]: one over the length of each row
+    units, vectors = _prepare(form, levels, scale, index, weight)
+    parts, grid = _sums(form, levels, units, vectors), (levels.blocks(FLAGGED),)
+    outputs = (row_lse, text_lse, positive)
+    kernels.level_log_sums.run(units, vectors, parts, *outputs, *levels.sizes, grid=grid, **form.log_sums)
+    return vectors[: levels.total]
+
+
+def log_sums_backward(
+    form: Form,
+    levels: Levels,
+    scale: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    weight: Sequence[Tensor | None],
+    sums: Sequence[Tensor],  # row_lse [sum N] and text_lse [sum U]
+    grads: Sequence[Tensor],  # float64, of row_lse, text_lse and positive
+    d_image: list[Tensor] | None,
+    d_text: list[Tensor] | None,
+    d_scale: Tensor,
+) -> None:
+    """Outputs as in `losses_backward`. Unit rows are made anew: keeping them would cost the memory of the features."""
+    if not levels.tiles:
+        _clear(d_image, d_text, d_scale)
+        return
+    units, vectors = _prepare(form, levels, scale, index, weight)
+    vectors_of, grid = (vectors, *sums, *grads), (levels.blocks(FLAGGED),)
+    kernels.level_factors.run(*vectors_of, *levels.sizes, grid=grid, num_warps=2, warmup=False)
+    _gradients(form, levels, units, vectors, d_scale, d_image, d_text, d_scale)
+
+
+def _prepare(
+    form: Form,
+    levels: Levels,
+    scale: Sequence[Tensor],
+    index: Sequence[Tensor | None],
+    weight: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:  # units and vectors
+    total, device = levels.total, levels.image[0].device
+    units = torch.empty((total, form.padded), dtype=form.operand, device=device)
+    vectors = torch.empty(vectors_size(total, form.given), dtype=torch.float32, device=device)
     # What is not given is not read; its pointers get the types of those that are.
     given, indices, weights = 0, [], []
     any_index = next((t for t in index if t is not None), units)
     any_weight = next((t for t in weight if t is not None), vectors)
-    for k in range(levels):
-        own, w = index[k], weight[k]
+    for k, (own, w) in enumerate(zip(index, weight, strict=True)):
         indices.append(any_index if own is None else own)
         weights.append(any_weight if w is None else w)
         given += (own is not None) * 2**k + (w is not None) * 2 ** (LEVELS + k)
-    sizes = (*rows, *zeros, *texts, *zeros)
     kernels.prepare_levels.run(
-        *image,
-        *[image[0]] * missing,
-        *text,
-        *[text[0]] * missing,
-        *scale,
-        *[scale[0]] * missing,
-        *indices,
-        *[any_index] * missing,
-        *weights,
-        *[any_weight] * missing,
-        *sizes,
-        *[x.stride(0) for x in image],
-        *zeros,
-        *[y.stride(0) for y in text],
-        *zeros,
+        *_padded(levels.image),
+        *_padded(levels.text),
+        *_padded(scale),
+        *_padded(indices),
+        *_padded(weights),
+        *levels.sizes,
+        *levels.strides,
         given,
         units,
         vectors,
-        ALIGNED=aligned,
-        grid=(max(_blocks(rows, ROWS) + _blocks(texts, ROWS), 1),),
+        ALIGNED=levels.aligned,
+        grid=(levels.blocks(ROWS),),
         **form.prepare,
     )
-    size = -(-max(texts) // TILE_TEXTS) * n + -(-max(rows) // TILE_ROWS) * u
-    parts = torch.empty(size, dtype=torch.float32, device=device)
-    if tiles := _tiles(rows, texts):
-        kernels.level_sums.run(units, vectors, parts, *sizes, grid=(tiles,), **form.sums)
-    grid = (max(_blocks(rows, FLAGGED) + _blocks(texts, FLAGGED), 1),)
-    kernels.level_losses.run(units, vectors, parts, loss, *sizes, levels, grid=grid, **form.losses)
     return units, vectors
 
 
-def backward(
+def _sums(form: Form, levels: Levels, units: Tensor, vectors: Tensor) -> Tensor:
+    """The partial sums of each tile: [block columns, sum N], then [block rows, sum U]."""
+    blocks = -(-max(levels.texts) // TILE_TEXTS), -(-max(levels.rows) // TILE_ROWS)
+    size = blocks[0] * sum(levels.rows) + blocks[1] * sum(levels.texts)
+    parts = torch.empty(size, dtype=torch.float32, device=vectors.device)
+    if levels.tiles:
+        kernels.level_sums.run(units, vectors, parts, *levels.sizes, grid=(levels.tiles,), **form.sums)
+    return parts
+
+
+def _gradients(
     form: Form,
-    image: list[Tensor],  # up to LEVELS x [N_l, D]
-    text: list[Tensor],  # [U_l, D]
-    rows: list[int],
-    texts: list[int],
+    levels: Levels,
     units: Tensor,
     vectors: Tensor,
-    grad: Tensor,  # [levels] of the losses
-    aligned: bool,
-    d_image: list[Tensor] | None,  # [N_l, D] out, contiguous
-    d_text: list[Tensor] | None,  # [U_l, D] out
-    d_scale: Tensor,  # [levels] float32 out
+    upstream: Tensor,  # [levels] of the losses; not read with given gradients
+    d_image: list[Tensor] | None,
+    d_text: list[Tensor] | None,
+    d_scale: Tensor,
 ) -> None:
-    """At least one of d_image and d_text is given; the gradient of the scales follows from either."""
-    tiles = _tiles(rows, texts)
-    if not tiles:
-        for out in (*(d_image or ()), *(d_text or ()), d_scale):
-            out.zero_()
-        return
-    n, u, device = sum(rows), sum(texts), vectors.device
-    missing = LEVELS - len(image)
-    zeros = [0] * missing
-    sizes = (*rows, *zeros, *texts, *zeros)
+    images, device = sum(levels.rows), vectors.device
     # d_units, dots, rest, and the number of finished programs.
-    scratch = torch.empty((n + u) * (form.padded + 1) + n + 1, dtype=torch.float32, device=device)
+    scratch = torch.empty(levels.total * (form.padded + 1) + images + 1, dtype=torch.float32, device=device)
     # Whole tiles of each level.
-    ds = torch.empty(tiles * TILE_ROWS * TILE_TEXTS, dtype=form.operand, device=device)
-    kernels.level_gradients.run(units, vectors, ds, scratch, *sizes, grid=(tiles,), **form.gradients)
+    ds = torch.empty(levels.tiles * TILE_ROWS * TILE_TEXTS, dtype=form.operand, device=device)
+    sizes, tiles = levels.sizes, (levels.tiles,)
+    kernels.level_gradients.run(units, vectors, ds, scratch, *sizes, grid=tiles, **form.gradients)
     first_side, sides = 0 if d_image else 1, (d_image is not None) + (d_text is not None)
-    blocks = max(_blocks(rows, PRODUCT_BLOCK) if d_image else 0, _blocks(texts, PRODUCT_BLOCK) if d_text else 0)
+    row_blocks, text_blocks = _blocks(levels.rows, PRODUCT_BLOCK), _blocks(levels.texts, PRODUCT_BLOCK)
+    blocks = max(row_blocks if d_image else 0, text_blocks if d_text else 0)
     grid = (blocks, -(-form.padded // PRODUCT_BLOCK), sides)
     kernels.level_products.run(ds, units, vectors, scratch, *sizes, FIRST_SIDE=first_side, grid=grid, **form.products)
-    row_blocks = _blocks(rows, ROWS)
-    programs = (row_blocks if d_image else 0) + (_blocks(texts, ROWS) if d_text else 0)
-    d_image, d_text = d_image or image, d_text or text  # what is not needed is not written
+    row_blocks = _blocks(levels.rows, ROWS)
+    programs = (row_blocks if d_image else 0) + (_blocks(levels.texts, ROWS) if d_text else 0)
     kernels.finish_levels.run(
-        *image,
-        *[image[0]] * missing,
-        *text,
-        *[text[0]] * missing,
-        *d_image,
-        *[d_image[0]] * missing,
-        *d_text,
-        *[d_text[0]] * missing,
+        *_padded(levels.image),
+        *_padded(levels.text),
+        *_padded(d_image or levels.image),  # what is not needed is not written
+        *_padded(d_text or levels.text),
         *sizes,
-        *[x.stride(0) for x in image],
-        *zeros,
-        *[y.stride(0) for y in text],
-        *zeros,
+        *levels.strides,
         vectors,
         scratch,
-        grad,
+        upstream,
         d_scale,
-        len(image),
-        grad.stride(0),
+        len(levels.image),
+        upstream.stride()[0],
         row_blocks if first_side else 0,
-        ALIGNED=aligned,
+        ALIGNED=levels.aligned,
         SIDE=first_side,
         grid=(programs,),
         **form.finish,
     )
+
+
+def _clear(d_image: list[Tensor] | None, d_text: list[Tensor] | None, d_scale: Tensor) -> None:
+    for out in (*(d_image or ()), *(d_text or ()), d_scale):
+        out.zero_()

@@ -1,4 +1,7 @@
-"""The Triton kernels of the mean losses of small levels, launched by grouped.py: three forward and three backward.
+"""The Triton kernels of small levels, launched by grouped.py: three forward and three backward for the mean losses.
+
+Log-sums take three forward as well; with given gradients of them the backward pass takes two more, which make anew what
+the losses keep from their forward pass.
 
 Up to LEVELS levels share a launch. "All rows" are the image rows of all levels, one level after another, then the text
 rows. Besides the features, kernels read and write two buffers, so that a launch needs few arguments:
@@ -7,14 +10,16 @@ rows. Besides the features, kernels read and write two buffers, so that a launch
     vectors  float32, T = all rows:
         inverse [T]     one over the length of the row
         label [T]       image rows: the text of the row, or -1; text rows: their weight in the row sums
-        extra [T]       image rows: the cosine of the positive; text rows: their number of rows
+        extra [T]       image rows: the cosine of the positive, or its given gradient; text rows: their number of rows
         log, low [T]    the log-sum in base 2, and what float32 leaves out of it
-        factor [T]      2^(m - log-sum), for text rows times kappa: their number of rows, or 1 for "positives"
+        factor [T]      2^(m - log-sum), times the gradient of the log-sum in units of that of a row
         scalars [16]    scale of each level, texts with rows of each level, finished programs (an integer)
-        flags           per block of 64 rows: 1 if a log-sum is too far from m for a single exponential
+        flags           per block of 64 rows: 1 if dS takes two exponentials, each relative to its own log-sum
         partial sums    per block of 64 rows: four numbers, see `level_losses`
+        gradient [T]    given gradients of the log-sums, where they are given
 
-Logits are in base 2: cosines times k2 = scale * log2(e).
+Logits are in base 2: cosines times k2 = scale * log2(e). GIVEN: the kernel serves log-sums and given gradients of them;
+otherwise it serves the mean losses.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,21 +30,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import (
-    HEADROOM,
-    HIGH,
-    LEVELS,
-    LN2,
-    LOG2E,
-    LOW,
-    _before,
-    _cdiv,
-    _dot_tile,
-    _grad_level,
-    _locate,
-    _pick,
-    _tile,
-)
+from .triton_constants import HEADROOM, HEAVIEST, HIGH, LN2, LOG2E, LOW
+
+# Per launch. Kernels take the size and pointer of each level as separate arguments, not as tuples: in Triton 3.6
+# and 3.7, do_not_specialize and do_not_specialize_on_alignment do not reach the elements of a tuple (handle_tuple in
+# specialize.cc). Measured with tuples: 7 sets of sizes compiled 7 times instead of once, and the 16 alignments of 4
+# pointers 16 times instead of once. A tensor of offsets would cost a copy to the device.
+# Within the kernels, ns and us are the tuples of n0..n3 and u0..u3.
+LEVELS = 4
 
 BLOCK = tl.constexpr(64)  # rows per flag and per partial sum
 SCALARS = tl.constexpr(16)
@@ -49,10 +47,35 @@ MOST = tl.constexpr(LEVELS)
 # are kept, as exp2 flushes below 2^-126. One above m + 112, which takes 4,096 equal terms, would lose its factor.
 BELOW = tl.constexpr(60.0)
 ABOVE = tl.constexpr(112.0)
+# A given gradient is not known to be of order one: its product with 2^(m - log-sum) needs room below, too.
+ABOVE_GIVEN = tl.constexpr(60.0)
 
 _SIZES = [f"{side}{k}" for side in "nu" for k in range(LEVELS)]
 _STRIDES = [f"{side}{k}" for side in "pq" for k in range(LEVELS)]
 _POINTERS = [f"{side}{k}" for side in "absiwoe" for k in range(LEVELS)]
+
+
+@triton.jit
+def _pick(level, a):
+    return tl.where(level == 0, a[0], tl.where(level == 1, a[1], tl.where(level == 2, a[2], a[3])))
+
+
+@triton.jit
+def _before(level, a):
+    """The sum over the levels before this one."""
+    return tl.where(level > 0, a[0], 0) + tl.where(level > 1, a[1], 0) + tl.where(level > 2, a[2], 0)
+
+
+@triton.jit
+def _cdiv(a, B: tl.constexpr):
+    return tl.cdiv(a[0], B), tl.cdiv(a[1], B), tl.cdiv(a[2], B), tl.cdiv(a[3], B)
+
+
+@triton.jit
+def _locate(pid, b):
+    """The level of block pid when level k has b[k] blocks, and the block's number within it."""
+    level = (pid >= b[0]).to(tl.int32) + (pid >= b[0] + b[1]).to(tl.int32) + (pid >= b[0] + b[1] + b[2]).to(tl.int32)
+    return level, pid - _before(level, b)
 
 
 @triton.jit
@@ -156,6 +179,7 @@ def prepare_levels(
     BLOCK_D: tl.constexpr,
     SMALLEST: tl.constexpr,
     POSITIVES: tl.constexpr,
+    GIVEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ROUND: tl.constexpr,
     ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned
@@ -207,13 +231,14 @@ def prepare_levels(
     index, n, u = _pointer(level, (i0, i1, i2, i3)), _pick(level, ns), _pick(level, us)
     if is_text:
         count = tl.full([ROWS], 1, tl.int32)
-        if has_index:
-            count = tl.zeros([ROWS], tl.int32)
-            for start in range(0, n, SCAN):
-                scanned = start + tl.arange(0, SCAN)
-                own = tl.load(index + scanned, mask=scanned < n, other=-1).to(tl.int32)
-                count += tl.sum((own[None, :] == rows[:, None]).to(tl.int32), 1)
-        weight = tl.full([ROWS], 1.0, tl.float32) if POSITIVES else count.to(tl.float32)
+        if not GIVEN:  # noqa: SIM102 (known to the compiler)
+            if has_index:
+                count = tl.zeros([ROWS], tl.int32)
+                for start in range(0, n, SCAN):
+                    scanned = start + tl.arange(0, SCAN)
+                    own = tl.load(index + scanned, mask=scanned < n, other=-1).to(tl.int32)
+                    count += tl.sum((own[None, :] == rows[:, None]).to(tl.int32), 1)
+        weight = tl.full([ROWS], 1.0, tl.float32) if POSITIVES or GIVEN else count.to(tl.float32)
         if (given >> (level + MOST)) & 1 != 0:
             weight = tl.load(_pointer(level, (w0, w1, w2, w3)) + rows, mask=inside, other=0.0).to(tl.float32)
         tl.store(label, weight, mask=inside)
@@ -225,6 +250,60 @@ def prepare_levels(
         tl.store(label, tl.where((own >= 0) & (own < u), own, -1).to(tl.float32), mask=inside)
         # Stays where the text is out of range, and makes the loss NaN.
         tl.store(extra, tl.full([ROWS], float("nan"), tl.float32), mask=inside)
+
+
+@triton.jit
+def _dot_tile(
+    units,  # [all rows, WIDTH]
+    row,
+    column,
+    row_end,
+    column_end,
+    WIDTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x y^T of one tile. Entries past the ends come from other rows: finite if the features are, and to be masked."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    rows = tl.minimum(row + tl.arange(0, BM), row_end - 1).to(tl.int64)
+    columns = tl.minimum(column + tl.arange(0, BN), column_end - 1).to(tl.int64)
+    inner = tl.arange(0, BK)
+    a = units + rows[:, None] * WIDTH + inner[None, :]
+    b = units + columns[None, :] * WIDTH + inner[:, None]
+    for k in range(0, WIDTH, BK):
+        acc = tl.dot(tl.load(a + k), tl.load(b + k), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _tile(pid, ns, us, BM: tl.constexpr, BN: tl.constexpr):
+    """The tile of a program: level, its sizes, offsets of its rows and texts, block row and block column."""
+    level, tile = _locate(
+        pid,
+        (
+            tl.cdiv(ns[0], BM) * tl.cdiv(us[0], BN),
+            tl.cdiv(ns[1], BM) * tl.cdiv(us[1], BN),
+            tl.cdiv(ns[2], BM) * tl.cdiv(us[2], BN),
+            tl.cdiv(ns[3], BM) * tl.cdiv(us[3], BN),
+        ),
+    )
+    n, u = _pick(level, ns), _pick(level, us)
+    # Eight block rows at a time, so that concurrent tiles share operands in L2.
+    block_rows, block_columns = tl.cdiv(n, BM), tl.cdiv(u, BN)
+    first = tile // (8 * block_columns) * 8
+    height = tl.minimum(block_rows - first, 8)
+    inside = tile % (8 * block_columns)
+    return (
+        level,
+        n,
+        u,
+        _before(level, ns),
+        _before(level, us),
+        first + inside % height,
+        inside // height,
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -251,7 +330,7 @@ def level_sums(
     level, n, u, row, column, i, j = _tile(tl.program_id(0), ns, us, BM, BN)
     images, total = _sum(ns), _sum(ns) + _sum(us)
     text = images + column
-    acc = _dot_tile(units, units, row + i * BM, text + j * BN, row + n, text + u, WIDTH, BM, BN, BK, False, PRECISION)
+    acc = _dot_tile(units, row + i * BM, text + j * BN, row + n, text + u, WIDTH, BM, BN, BK, PRECISION)
     rows, columns = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     in_rows, in_columns = rows < n, columns < u
     label, extra = vectors + total, vectors + 2 * total
@@ -264,6 +343,7 @@ def level_sums(
     k2 = tl.load(vectors + 6 * total + level) * LOG2E
     e = tl.exp2(acc * k2 - tl.maximum(k2 - HEADROOM, 0.0))
     w = tl.load(label + text + columns, mask=in_columns, other=0.0)
+    w = tl.where(w > HEAVIEST, float("inf"), w)
     tl.store(parts + j.to(tl.int64) * images + row + rows, tl.sum(e * w[None, :], 1), mask=in_rows)
     if (i + 1) * BM > n:
         e = tl.where(in_rows[:, None], e, 0.0)
@@ -292,6 +372,91 @@ def _total(pointer, count, blocks):
     return tl.sum(total, 0)
 
 
+@triton.jit
+def _log_sums(
+    pid,
+    units,
+    vectors,
+    parts,
+    ns,
+    us,
+    WIDTH: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The log-sums of 64 rows or texts, in base 2 (float64), and their positives (nothing for texts).
+
+    Sums outside [LOW, HIGH] are recomputed with a running maximum.
+    """
+    images, total = _sum(ns), _sum(ns) + _sum(us)
+    is_text, level, sizes, i = _segment(pid, ns, us, BLOCK)
+    n, u = _pick(level, ns), _pick(level, us)
+    size, depth = _pick(level, sizes), tl.where(is_text, n, u)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < size
+    before = _before(level, sizes)
+    first = before + tl.where(is_text, images, 0)
+    other_first = tl.where(is_text, _before(level, ns), images + _before(level, us))
+    label, extra = vectors + total, vectors + 2 * total
+    k2 = tl.load(vectors + 6 * total + level) * LOG2E
+
+    at = parts + before + rows
+    if is_text:
+        at += _largest(_cdiv(us, COLUMN_TILE)).to(tl.int64) * images
+    stride = tl.where(is_text, total - images, images)
+    sum_of = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, tl.where(is_text, tl.cdiv(n, ROW_TILE), tl.cdiv(u, COLUMN_TILE))):
+        sum_of += tl.load(at, mask=inside, other=1.0)
+        at += stride
+    offset = tl.maximum(k2 - HEADROOM, 0.0)
+    log_sum = tl.log2(sum_of.to(tl.float64)) + offset.to(tl.float64)
+    in_range = (sum_of >= LOW) & (sum_of <= HIGH) | (rows >= size)
+    if tl.min(in_range.to(tl.int32), 0) == 0:
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        terms = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, depth, BLOCK):
+            acc = _dot_tile(
+                units, first + i * BLOCK, other_first + start, first + size, other_first + depth,
+                WIDTH, BLOCK, BLOCK, BK, PRECISION,
+            )  # fmt: skip
+            columns = start + tl.arange(0, BLOCK)
+            w = tl.load(label + other_first + columns, mask=columns < depth, other=0.0)
+            w = tl.where(is_text, (columns < depth).to(tl.float32), w)
+            # A text of weight zero contributes nothing, unless it is NaN.
+            logits = acc * k2 + _log_weight(w)[None, :]
+            higher = tl.maximum(top, tl.max(logits, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            terms = terms * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+            top = higher
+        log_sum = tl.where(in_range, log_sum, tl.log2(terms.to(tl.float64)) + top.to(tl.float64))
+    own = tl.load(extra + first + rows, mask=inside, other=0.0)
+    # Rounded like its term of the sum: where it dominates, the loss is the small difference of the two.
+    positive = (own * k2 - offset).to(tl.float64) + offset.to(tl.float64)
+    positive = tl.where(in_range, positive, own.to(tl.float64) * k2.to(tl.float64))
+    return log_sum, positive
+
+
+@triton.jit
+def _log_weight(w):
+    return tl.where(w > 0, tl.log2(tl.where(w > 0, w, 1.0)), float("-inf"))
+
+
+@triton.jit
+def _store_factors(vectors, pid, at, inside, log_sum, k2, gradient, heavy, total, ABOVE_BY: tl.constexpr):
+    """What dS needs of 64 log-sums: the log-sums, the factors of a single exponential, and whether it will not do."""
+    high = log_sum.to(tl.float32)
+    tl.store(vectors + 3 * total + at, high, mask=inside)
+    tl.store(vectors + 4 * total + at, (log_sum - high.to(tl.float64)).to(tl.float32), mask=inside)
+    distance = tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64) - log_sum
+    rounded = distance.to(tl.float32)
+    factor = tl.exp2(rounded) * tl.exp2((distance - rounded.to(tl.float64)).to(tl.float32))
+    tl.store(vectors + 5 * total + at, factor * gradient, mask=inside)
+    close = (rounded <= BELOW) & (rounded >= -ABOVE_BY) & (heavy == 0) | (inside == 0)
+    tl.store(vectors + 6 * total + SCALARS + pid, 1.0 - tl.min(close.to(tl.float32), 0))
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "levels"], do_not_specialize_on_alignment=["loss"])
 def level_losses(
     units,
@@ -314,86 +479,41 @@ def level_losses(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Log-sums of 64 rows or texts and what the backward pass needs of them; the last program adds up the losses.
-
-    Sums outside [LOW, HIGH] are recomputed with a running maximum.
-    """
+    """Log-sums of 64 rows or texts and what the backward pass needs of them; the last program adds up the losses."""
     ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     pid = tl.program_id(0)
     images, total = _sum(ns), _sum(ns) + _sum(us)
+    log_sum, positive = _log_sums(pid, units, vectors, parts, ns, us, WIDTH, ROW_TILE, COLUMN_TILE, BK, PRECISION)
     is_text, level, sizes, i = _segment(pid, ns, us, BLOCK)
-    n, u = _pick(level, ns), _pick(level, us)
-    size, depth = _pick(level, sizes), tl.where(is_text, n, u)
     rows = i * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < size
-    before = _before(level, sizes)
-    first = before + tl.where(is_text, images, 0)
-    other_first = tl.where(is_text, _before(level, ns), images + _before(level, us))
+    inside = rows < _pick(level, sizes)
+    at = _before(level, sizes) + tl.where(is_text, images, 0) + rows
     label, extra, scalars = vectors + total, vectors + 2 * total, vectors + 6 * total
     k2 = tl.load(scalars + level) * LOG2E
-
-    at = parts + before + rows
-    if is_text:
-        at += _largest(_cdiv(us, COLUMN_TILE)).to(tl.int64) * images
-    stride = tl.where(is_text, total - images, images)
-    sum_of = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, tl.where(is_text, tl.cdiv(n, ROW_TILE), tl.cdiv(u, COLUMN_TILE))):
-        sum_of += tl.load(at, mask=inside, other=1.0)
-        at += stride
-    offset = tl.maximum(k2 - HEADROOM, 0.0)
-    log_sum = tl.log2(sum_of.to(tl.float64)) + offset.to(tl.float64)
-    in_range = (sum_of >= LOW) & (sum_of <= HIGH) | (rows >= size)
-    if tl.min(in_range.to(tl.int32), 0) == 0:
-        top = tl.full([BLOCK], float("-inf"), tl.float32)
-        terms = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, depth, BLOCK):
-            acc = _dot_tile(
-                units, units, first + i * BLOCK, other_first + start, first + size, other_first + depth,
-                WIDTH, BLOCK, BLOCK, BK, False, PRECISION,
-            )  # fmt: skip
-            columns = start + tl.arange(0, BLOCK)
-            w = tl.load(label + other_first + columns, mask=columns < depth, other=0.0)
-            w = tl.where(is_text, (columns < depth).to(tl.float32), w)
-            # A text of weight zero contributes nothing, unless it is NaN.
-            logits = tl.where((w > 0)[None, :] | (acc != acc), acc * k2, float("-inf"))
-            higher = tl.maximum(top, tl.max(logits, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            terms = terms * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]) * w[None, :], 1)
-            top = higher
-        log_sum = tl.where(in_range, log_sum, tl.log2(terms.to(tl.float64)) + top.to(tl.float64))
-
-    high = log_sum.to(tl.float32)
-    tl.store(vectors + 3 * total + first + rows, high, mask=inside)
-    tl.store(vectors + 4 * total + first + rows, (log_sum - high.to(tl.float64)).to(tl.float32), mask=inside)
-    distance = offset.to(tl.float64) - log_sum
-    rounded = distance.to(tl.float32)
-    factor = tl.exp2(rounded) * tl.exp2((distance - rounded.to(tl.float64)).to(tl.float32))
     blocks = total // BLOCK + 2 * MOST
     flags = scalars + SCALARS
-    close = (rounded <= BELOW) & (rounded >= -ABOVE) | (rows >= size)
-    tl.store(flags + pid, 1.0 - tl.min(close.to(tl.float32), 0))
     # Images: sum of log-sum - positive, and of positives (divided by the number of rows of the text, for "positives").
     # Texts: sum of kappa * log-sum, and the number of texts that have rows.
     partial = flags + blocks + pid
-    own = tl.load(extra + first + rows, mask=inside, other=0.0)
+    gradient = tl.full([BLOCK], 1.0, tl.float32)
+    heavy = tl.zeros([BLOCK], tl.int32)
+    own = tl.load(label + at, mask=inside, other=-1.0)
     if is_text:
-        has = own > 0
-        kappa = has.to(tl.float32) if POSITIVES else own
-        factor *= kappa
+        count = tl.load(extra + at, mask=inside, other=0.0)
+        has = count > 0
+        gradient = has.to(tl.float32) if POSITIVES else count
+        heavy = (own > HEAVIEST).to(tl.int32)
         # The log-sum is -inf if there are no rows at all.
-        _store_double(partial, tl.sum(tl.where(has, log_sum * kappa.to(tl.float64), 0.0), 0), blocks)
+        _store_double(partial, tl.sum(tl.where(has, log_sum * gradient.to(tl.float64), 0.0), 0), blocks)
         _store_double(partial + 2 * blocks, tl.sum(has.to(tl.float64), 0), blocks)
     else:
-        # Rounded like its term of the sum: where it dominates, the loss is the small difference of the two.
-        positive = (own * k2 - offset).to(tl.float64) + offset.to(tl.float64)
-        positive = tl.where(in_range, positive, own.to(tl.float64) * k2.to(tl.float64))
         _store_double(partial, tl.sum(tl.where(inside, log_sum - positive, 0.0), 0), blocks)
         if POSITIVES:
-            text = tl.load(label + first + rows, mask=inside, other=-1.0).to(tl.int32)
-            counted = tl.load(extra + other_first + text, mask=text >= 0, other=1.0)
+            text = own.to(tl.int32)
+            counted = tl.load(extra + images + _before(level, us) + text, mask=text >= 0, other=1.0)
             positive = positive / counted.to(tl.float64)
         _store_double(partial + 2 * blocks, tl.sum(positive, 0), blocks)
-    tl.store(vectors + 5 * total + first + rows, factor, mask=inside)
+    _store_factors(vectors, pid, at, inside, log_sum, k2, gradient, heavy, total, ABOVE)
 
     if _is_last(scalars + 2 * MOST):
         row_blocks, text_blocks = _cdiv(ns, BLOCK), _cdiv(us, BLOCK)
@@ -409,6 +529,93 @@ def level_losses(
             value = (by_row / n_k + (by_text - positives) / divisor) * (LN2 / 2)
             tl.store(loss + k, value.to(tl.float32))
             tl.store(scalars + MOST + k, used.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["row_lse", "text_lse", "positive"])
+def level_log_sums(
+    units,
+    vectors,
+    parts,  # [block columns, sum N] then [block rows, sum U]
+    row_lse,  # [sum N] float64 out
+    text_lse,  # [sum U] float64 out
+    positive,  # [sum N] float64 out
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+    WIDTH: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Log-sums of 64 rows or texts, and positives, as natural logarithms."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
+    pid = tl.program_id(0)
+    log_sum, logit = _log_sums(pid, units, vectors, parts, ns, us, WIDTH, ROW_TILE, COLUMN_TILE, BK, PRECISION)
+    is_text, level, sizes, i = _segment(pid, ns, us, BLOCK)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < _pick(level, sizes)
+    at = _before(level, sizes) + rows
+    if is_text:
+        tl.store(text_lse + at, log_sum * LN2, mask=inside)
+    else:
+        tl.store(row_lse + at, log_sum * LN2, mask=inside)
+        tl.store(positive + at, logit * LN2, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=_SIZES,
+    do_not_specialize_on_alignment=["row_lse", "text_lse", "grad_row", "grad_text", "grad_positive"],
+)
+def level_factors(
+    vectors,
+    row_lse,  # [sum N] float64
+    text_lse,  # [sum U] float64
+    grad_row,  # [sum N] float64
+    grad_text,  # [sum U] float64
+    grad_positive,  # [sum N] float64
+    n0,
+    n1,
+    n2,
+    n3,
+    u0,
+    u1,
+    u2,
+    u3,
+):
+    """What the backward pass needs of 64 log-sums and of their given gradients."""
+    ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
+    pid = tl.program_id(0)
+    images, total = _sum(ns), _sum(ns) + _sum(us)
+    is_text, level, sizes, i = _segment(pid, ns, us, BLOCK)
+    rows = i * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < _pick(level, sizes)
+    before = _before(level, sizes)
+    at = before + tl.where(is_text, images, 0) + rows
+    log_sum, upstream = row_lse, grad_row
+    heavy = tl.zeros([BLOCK], tl.int32)
+    if is_text:
+        log_sum, upstream = text_lse, grad_text
+        heavy = (tl.load(vectors + total + at, mask=inside, other=0.0) > HEAVIEST).to(tl.int32)
+    else:
+        own = tl.load(grad_positive + before + rows, mask=inside, other=0.0)
+        tl.store(vectors + 2 * total + at, own.to(tl.float32), mask=inside)
+    base_2 = tl.load(log_sum + before + rows, mask=inside, other=0.0) * LOG2E
+    gradient = tl.load(upstream + before + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(vectors + _gradients_at(total) + at, gradient, mask=inside)
+    k2 = tl.load(vectors + 6 * total + level) * LOG2E
+    _store_factors(vectors, pid, at, inside, base_2, k2, gradient, heavy, total, ABOVE_GIVEN)
+
+
+@triton.jit
+def _gradients_at(total):
+    """Where the given gradients begin in `vectors`."""
+    return 6 * total + SCALARS + 5 * (total // BLOCK + 2 * MOST)
 
 
 @triton.jit
@@ -429,10 +636,14 @@ def _gradient(
     near,
     TYPE: tl.constexpr,
     POSITIVES: tl.constexpr,
+    GIVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dS of one tile for a gradient of 2 N: w_u p_iu + ratio kappa_u q_iu - (1 + ratio / c_u) [u = t_i]."""
+    """dS of one tile: g^row_i w_u p_iu + g^col_u q_iu + g^pos_i [u = t_i], with given gradients or those of a mean.
+
+    For a mean loss and an upstream gradient of 2 N, they are 1, ratio kappa_u and -(1 + ratio / c_u).
+    """
     at_row = row + tl.minimum(rows, n - 1)
     at_text = text + tl.minimum(start + tl.arange(0, BN), u - 1)
     label, extra, log, low = vectors + total, vectors + 2 * total, vectors + 3 * total, vectors + 4 * total
@@ -443,21 +654,28 @@ def _gradient(
         out = tl.exp2(cosine * k2 - tl.maximum(k2 - HEADROOM, 0.0)) * (a[:, None] * w[None, :] + b[None, :])
     else:
         logits = cosine * k2
-        kappa = tl.load(extra + at_text)
-        if POSITIVES:
-            kappa = (kappa > 0).to(tl.float32)
-        # A text without weight may exceed the row's log-sum without bound.
-        from_row = logits - tl.load(log + at_row)[:, None] - tl.load(low + at_row)[:, None]
+        from_row = logits - tl.load(log + at_row)[:, None] - tl.load(low + at_row)[:, None] + _log_weight(w)[None, :]
         from_text = logits - tl.load(log + at_text)[None, :] - tl.load(low + at_text)[None, :]
-        out = tl.exp2(tl.where((w > 0)[None, :], from_row, 0.0)) * w[None, :]
-        out += tl.exp2(from_text) * (kappa * ratio)[None, :]
+        out = tl.exp2(from_row)
+        if GIVEN:
+            gradient = vectors + _gradients_at(total)
+            out *= tl.load(gradient + at_row)[:, None]
+            kappa = tl.load(gradient + at_text)
+        else:
+            kappa = tl.load(extra + at_text)
+            if POSITIVES:
+                kappa = (kappa > 0).to(tl.float32)
+            kappa *= ratio
+        out += tl.exp2(from_text) * kappa[None, :]
     positive = tl.load(label + row + rows, mask=in_rows, other=-1.0).to(tl.int32)
     own = positive - start
     in_tile = (own >= 0) & (own < BN)
     if tl.max(in_tile.to(tl.int32), 0) > 0:
         at = tl.arange(0, BN)[None, :] == own[:, None]
         value = tl.sum(tl.where(at, out, 0.0), 1)
-        if POSITIVES:
+        if GIVEN:
+            value += tl.load(extra + row + rows, mask=in_tile, other=0.0)
+        elif POSITIVES:
             value -= 1.0 + ratio / tl.load(extra + text + positive, mask=in_tile, other=1.0)
         else:
             value -= 2.0
@@ -483,7 +701,7 @@ def _scratch(scratch, ns, us, WIDTH: tl.constexpr):
 
 @triton.jit
 def _ratio(scalars, level, n, POSITIVES: tl.constexpr):
-    """The factor of a text's gradient relative to that of a row: 1, or N / U' for "positives"."""
+    """The factor of a text's gradient relative to that of a row: 1, or N / U' for the mean with "positives"."""
     ratio = 1.0
     if POSITIVES:
         ratio = n.to(tl.float32) / tl.maximum(tl.load(scalars + MOST + level), 1.0)
@@ -506,13 +724,14 @@ def level_gradients(
     u3,
     WIDTH: tl.constexpr,
     POSITIVES: tl.constexpr,
+    GIVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of dS, for an upstream gradient of 2 N: what a level's loss divides by is left to `finish_levels`."""
+    """One tile of dS. The factors that a level has in common, such as 1 / 2 N, are left to `finish_levels`."""
     ns, us = (n0, n1, n2, n3), (u0, u1, u2, u3)
     pid = tl.program_id(0)
     _dots, rest, finished = _scratch(scratch, ns, us, WIDTH)
@@ -521,7 +740,7 @@ def level_gradients(
     level, n, u, row, column, i, j = _tile(pid, ns, us, BM, BN)
     images, total = _sum(ns), _sum(ns) + _sum(us)
     text = images + column
-    acc = _dot_tile(units, units, row + i * BM, text + j * BN, row + n, text + u, WIDTH, BM, BN, BK, False, PRECISION)
+    acc = _dot_tile(units, row + i * BM, text + j * BN, row + n, text + u, WIDTH, BM, BN, BK, PRECISION)
     scalars = vectors + 6 * total
     k2 = tl.load(scalars + level) * LOG2E
     ratio = _ratio(scalars, level, n, POSITIVES)
@@ -548,14 +767,14 @@ def level_gradients(
             out + tl.arange(0, BN // 2)[None, :],
             _gradient(
                 left, vectors, rest, row, rows, in_rows, text, j * BN, n, u, total, k2, ratio, near,
-                TYPE, POSITIVES, SPLIT, BN // 2,
+                TYPE, POSITIVES, GIVEN, SPLIT, BN // 2,
             ),
         )  # fmt: skip
         tl.store(
             out + BN // 2 + tl.arange(0, BN // 2)[None, :],
             _gradient(
                 right, vectors, rest, row, rows, in_rows, text, j * BN + BN // 2, n, u, total, k2, ratio, near,
-                TYPE, POSITIVES, SPLIT, BN // 2,
+                TYPE, POSITIVES, GIVEN, SPLIT, BN // 2,
             ),
         )  # fmt: skip
     else:
@@ -563,9 +782,23 @@ def level_gradients(
             out + tl.arange(0, BN)[None, :],
             _gradient(
                 acc, vectors, rest, row, rows, in_rows, text, j * BN, n, u, total, k2, ratio, near,
-                TYPE, POSITIVES, SPLIT, BN,
+                TYPE, POSITIVES, GIVEN, SPLIT, BN,
             ),
         )  # fmt: skip
+
+
+@triton.jit
+def _grad_level(level, ns, us, u, BM: tl.constexpr, BN: tl.constexpr):
+    """The offset of a level's dS, and the stride of its rows."""
+    base = _before(
+        level,
+        (
+            (tl.cdiv(ns[0], BM) * BM).to(tl.int64) * (tl.cdiv(us[0], BN) * BN),
+            (tl.cdiv(ns[1], BM) * BM).to(tl.int64) * (tl.cdiv(us[1], BN) * BN),
+            (tl.cdiv(ns[2], BM) * BM).to(tl.int64) * (tl.cdiv(us[2], BN) * BN),
+        ),
+    )
+    return base, tl.cdiv(u, BN) * BN
 
 
 @triton.jit
@@ -693,6 +926,15 @@ def level_products(
         )  # fmt: skip
 
 
+@triton.jit
+def _common_factor(level, ns, upstream, stride, GIVEN: tl.constexpr):
+    """The factor of all gradients of a level, where dS stands for an upstream gradient of 2 N."""
+    factor = 1.0
+    if not GIVEN:
+        factor = tl.load(upstream + level * stride).to(tl.float32) / (2.0 * tl.maximum(_pick(level, ns), 1))
+    return factor
+
+
 @triton.jit(
     do_not_specialize=[*_SIZES, *_STRIDES, "levels", "upstream_stride", "first_block"],
     do_not_specialize_on_alignment=[*_POINTERS, "upstream", "d_scale"],
@@ -732,7 +974,7 @@ def finish_levels(
     q3,
     vectors,
     scratch,  # d_units; dots out
-    upstream,  # [levels]
+    upstream,  # [levels] of the losses; not read if GIVEN
     d_scale,  # [levels] float32 out
     levels,
     upstream_stride,
@@ -743,6 +985,7 @@ def finish_levels(
     NORMALIZE: tl.constexpr,
     ALIGNED: tl.constexpr,  # all rows of all levels are 16-byte aligned, in and out
     SIDE: tl.constexpr,  # the side whose rows give the gradient of the scale
+    GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The gradients of the features from those of the unit rows; the last program adds up those of the scales."""
@@ -770,10 +1013,9 @@ def finish_levels(
     dot = tl.sum(x * g, 1)
     tl.store(dots + at, dot, mask=inside)
     scalars = vectors + 6 * total
-    factor = tl.load(upstream + level * upstream_stride).to(tl.float32) / (2.0 * tl.maximum(_pick(level, ns), 1))
     if NORMALIZE:
         g = (g - x * dot[:, None]) * inverse[:, None]
-    g *= factor * tl.load(scalars + level)
+    g *= _common_factor(level, ns, upstream, upstream_stride, GIVEN) * tl.load(scalars + level)
     tl.store(out + d[None, :], g.to(out.dtype.element_ty), mask=in_row)
 
     if _is_last(finished):
@@ -788,8 +1030,5 @@ def finish_levels(
                 sum_of += tl.load(dots + first + entry, mask=entry < count, other=0.0, cache_modifier=".cg").to(
                     tl.float64
                 )
-            n_k = 2.0 * tl.maximum(_pick(k, ns), 1)
-            tl.store(
-                d_scale + k,
-                tl.sum(sum_of, 0).to(tl.float32) * (tl.load(upstream + k * upstream_stride).to(tl.float32) / n_k),
-            )
+            factor = _common_factor(k, ns, upstream, upstream_stride, GIVEN)
+            tl.store(d_scale + k, tl.sum(sum_of, 0).to(tl.float32) * factor)

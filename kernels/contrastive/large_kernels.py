@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import HEADROOM, HIGH, LN2, LOG2E, LOW
+from .triton_constants import HEADROOM, HEAVIEST, HIGH, LN2, LOG2E, LOW
 
 # Backward: log-sums lie between k2 - 200 and k2 + 27 (sums in [LOW, HIGH]). Relative to an offset of k2 - BELOW, one
 # exponential serves rows and columns. A tile with a log-sum outside offset + CENTRE -+ REACH, or a weight that could
@@ -203,6 +203,7 @@ def tile_sums(
     w = in_columns.to(tl.float32)
     if HAS_WEIGHT:
         w = tl.load(weight + columns, mask=in_columns, other=0).to(tl.float32)
+        w = tl.where(w > HEAVIEST, float("inf"), w)
     tl.store(row_parts + (j // BN).to(tl.int64) * row_total + rows, tl.sum(e * w[None, :], 1), mask=in_rows)
     if i + BM > n:
         e = tl.where(in_rows[:, None], e, 0.0)

@@ -22,7 +22,7 @@ from scenarioclip_fast.kernels.contrastive import (
     grouped,
     large_kernels,
     large_triton,
-    triton_kernels,
+    mean_kernels,
 )
 from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
@@ -47,7 +47,7 @@ def signature(kernel: Any, operand: str, constants: dict[str, Any], /, **special
             types[name] = "constexpr"
         elif name in special:
             types[name] = special[name]
-        elif name in ("x", "y", "unit", "grad", *(f"{side}{k}" for side in "ao" for k in range(triton_kernels.LEVELS))):
+        elif name in ("x", "y", "unit"):
             types[name] = f"*{operand}"
         elif name in DOUBLES:
             types[name] = "*fp64"
@@ -94,20 +94,6 @@ def loads(ptx: str) -> list[int]:
     return found
 
 
-def compile_tile(
-    compiler: Compiler,
-    kernel: Any,
-    plan: Plan,
-    tile: Tile,
-    given: bool,
-) -> None:
-    constants = {"HAS_INDEX": given, "HAS_WEIGHT": given, "TMA": plan.tma, **plan.constants(), **tile.options()}
-    operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
-    sides = {"x": tile.rows, "y": tile.texts} if plan.tma else {}
-    special = {name: f"tensordesc<{operand}[{side},{plan.inner}]>" for name, side in sides.items()}
-    check_products(compiler, compile_for(compiler, kernel, plan, constants, **special), plan.tma)
-
-
 # With a text index or the diagonal, through TMA descriptors or (before sm_90) pointers. Not at every precision: the
 # diagonal takes a few registers less than an index, and pointers take the most registers in bfloat16.
 FORMS = [
@@ -117,62 +103,14 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("plan", "given"), FORMS)
-def test_gradient_tiles(compiler: Compiler, plan: Plan, given: bool) -> None:
-    for tile in [plan.gradient_tile(), *(CANDIDATES if plan is PLANS["bf16"] and given else ())]:
-        compile_tile(compiler, triton_kernels.tile_gradients, plan, tile, given)
-
-
-@pytest.mark.parametrize(("plan", "given"), FORMS)
-def test_sum_tiles(compiler: Compiler, plan: Plan, given: bool) -> None:
-    for tile in {plan.sum_tile(alone) for alone in (False, True)}:
-        compile_tile(compiler, triton_kernels.tile_sums, plan, tile, given)
-
-
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_log_sums(compiler: Compiler, plan: Plan) -> None:
-    block, tile = contrastive_triton.PRODUCT_BLOCK, plan.sum_tile(alone=True)
-    constants = {"HAS_WEIGHT": True, "ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, **plan.constants()}
-    compile_for(compiler, triton_kernels.log_sums, plan, {**constants, "num_warps": 4, "num_stages": 2})
-
-
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_products(compiler: Compiler, plan: Plan) -> None:
-    block, tile = contrastive_triton.PRODUCT_BLOCK, plan.gradient_tile()
-    constants = {"ROW_TILE": tile.rows, "COLUMN_TILE": tile.texts, "BM": block, "BN": block, **plan.constants()}
-    for first_side in (0, 1):  # both products, or the second one alone
-        constants |= {"FIRST_SIDE": first_side, "num_warps": 4, "num_stages": 3}
-        resources = compile_for(compiler, triton_kernels.products, plan, constants)
-        check_products(compiler, resources, False)
-        # The tensor cores take TF32 operands only with a contiguous inner dimension: others are transposed, element by
-        # element, on their way into shared memory.
-        transposed = {4} if plan is PLANS["tf32"] else set()
-        assert set(loads(resources.ptx)) == {16} | transposed
-
-
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize(("width", "aligned"), [(123, False), (1024, False), (520, True), (1024, True)])
-def test_rows(compiler: Compiler, plan: Plan, width: int, aligned: bool) -> None:
-    whole = -(-width // plan.inner) * plan.inner
-    constants = {"D": width, "WIDTH": whole, "BLOCK_D": 1 << (whole - 1).bit_length(), "SMALLEST": 1e-12}
-    constants |= {"NORMALIZE": True, "POSITIVE": True, "ROUND": plan.rounds, "num_warps": 2, "ALIGNED": aligned}
-    unit = compile_for(compiler, triton_kernels.unit_rows, plan, constants, positive="*fp32")
-    finish = compile_for(compiler, triton_kernels.finish_rows, plan, constants)
-    assert set(loads(unit.ptx)) == {16 if aligned else plan.operand.itemsize}
-    if aligned:
-        found = loads(finish.ptx)
-        assert set(found) == {4, 16} and found.count(4) == 2  # the numbers: one over the length, and the scale
-
-
 def test_vectors(compiler: Compiler) -> None:
     constants = {"BM": contrastive_triton.VECTOR}
-    for kernel in (triton_kernels.factors, triton_kernels.sum_levels, triton_kernels.count_rows):
-        compile_for(compiler, kernel, PLANS["bf16"], constants, count="*i32")
+    compile_for(compiler, mean_kernels.count_rows, PLANS["bf16"], constants, count="*i32")
     for positives in (False, True):
         constants |= {"HAS_COUNT": True, "POSITIVES": positives}
-        compile_for(compiler, triton_kernels.mean_parts, PLANS["bf16"], constants, parts="*fp64")
-        compile_for(compiler, triton_kernels.mean_loss, PLANS["bf16"], constants, parts="*fp64", blocks="i32")
-        compile_for(compiler, triton_kernels.mean_gradients, PLANS["bf16"], constants, grad="*fp32")
+        compile_for(compiler, mean_kernels.mean_parts, PLANS["bf16"], constants, parts="*fp64")
+        compile_for(compiler, mean_kernels.mean_loss, PLANS["bf16"], constants, parts="*fp64", blocks="i32")
+        compile_for(compiler, mean_kernels.mean_gradients, PLANS["bf16"], constants, grad="*fp32")
 
 
 def compile_large(compiler: Compiler, kernel: Any, plan: Plan, constants: dict[str, Any], **special: str) -> Resources:
@@ -226,11 +164,11 @@ def test_rows_of_a_large_level(compiler: Compiler, plan: Plan, width: int, align
             assert 16 in loads(resources.ptx)
 
 
-def grouped_form(name: str, width: int, positives: bool) -> grouped.Form:
+def grouped_form(name: str, width: int, positives: bool, given: bool) -> grouped.Form:
     plan = PLANS[name]
     padded = -(-width // plan.inner) * plan.inner
     constants = (plan.operand, plan.precision, width, padded, plan.inner, name == "tf32")
-    return grouped.Form(*constants, positives, normalize=True)
+    return grouped.Form(*constants, positives, given, normalize=True)
 
 
 def compile_grouped(
@@ -251,6 +189,8 @@ def compile_grouped(
             types[argument] = f"*{pointers[argument[0]]}"
         elif per_level or argument in ("given", "levels", "upstream_stride", "first_block"):
             types[argument] = "i32"
+        elif argument in (*DOUBLES, *LARGE_DOUBLES):
+            types[argument] = "*fp64"
         else:
             types[argument] = f"*{operand}" if argument in ("units", "grad") else "*fp32"
     resources = compiler.triton(kernel, types, used, **options)
@@ -259,9 +199,11 @@ def compile_grouped(
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(("width", "positives"), [(512, False), (123, True), (1000, True)])
-def test_grouped(compiler: Compiler, name: str, width: int, positives: bool) -> None:
-    form = grouped_form(name, width, positives)
+@pytest.mark.parametrize(
+    ("width", "positives", "given"), [(512, False, False), (123, True, False), (1000, True, False), (512, False, True)]
+)
+def test_grouped(compiler: Compiler, name: str, width: int, positives: bool, given: bool) -> None:
+    form = grouped_form(name, width, positives, given)
     aligned = form.width % 8 == 0
     kernels = grouped.kernels
     unit = compile_grouped(compiler, kernels.prepare_levels, name, form, {**form.prepare, "ALIGNED": aligned})
@@ -278,11 +220,16 @@ def test_grouped(compiler: Compiler, name: str, width: int, positives: bool) -> 
     # One exponential a logit where log-sums are close to the offset, two in the other branch; nothing else takes one.
     logits = grouped.TILE_ROWS * grouped.TILE_TEXTS // (32 * form.gradients["num_warps"])
     assert gradients.ptx.count("ex2.approx") == 3 * logits
-    compile_grouped(compiler, kernels.level_losses, name, form, form.losses)
+    if given:
+        compile_grouped(compiler, kernels.level_log_sums, name, form, form.log_sums)
+        compile_grouped(compiler, kernels.level_factors, name, form, {"num_warps": 2})
+    else:
+        compile_grouped(compiler, kernels.level_losses, name, form, form.losses)
     for first_side in (0, 1):  # both products, or the second one alone
         products = compile_grouped(
             compiler, kernels.level_products, name, form, {**form.products, "FIRST_SIDE": first_side}
         )
         check_products(compiler, products, False)
-        # Vectors, and TF32 operands that are transposed (see test_products), are read 4 bytes at a time.
+        # Vectors are read 4 bytes at a time, and so are TF32 operands that are transposed: the tensor cores take them
+        # only with a contiguous inner dimension.
         assert set(loads(products.ptx)) <= {4, 16} and 16 in loads(products.ptx)

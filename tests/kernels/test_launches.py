@@ -167,14 +167,16 @@ def both(sizes, dtype=torch.bfloat16, width=512, shifted=()):
     image = [features(rows[k], width, dtype, 2 * k in shifted) for k in levels]
     text = [features(texts[k], width, dtype, 2 * k + 1 in shifted) for k in levels]
     index, scale = torch.zeros(sum(rows), dtype=torch.int64), torch.full((len(sizes),), 10.0)
-    count = torch.ones(sum(texts), dtype=torch.int32)
-    saved = t.forward(image, text, scale, index, count, True, 0)
+    weight = torch.ones(sum(texts))
+    saved = t.forward(image, text, scale, index, weight, True, 0)
     grads = [torch.ones_like(v) for v in saved[:3]]
-    t.backward(image, text, scale, index, count, saved, grads, True, True, True)
+    t.backward(image, text, scale, index, weight, saved, grads, True, True, True)
 
 both([(128, 101), (700, 133), (350, 290)])
+once = ("level_sums", "level_log_sums", "level_factors", "level_gradients", "level_products", "finish_levels")
+assert launched == {**dict.fromkeys(once, 1), "prepare_levels": 2}, launched
 # As launched, too, and not in the compiler's tests alone: bfloat16 is read 16 bytes at once.
-assert not any("ld.global.b16" in ptx[name] for name in ("unit_rows", "finish_rows", "products"))
+assert not any("ld.global.b16" in ptx[name] for name in launched)
 t.GROUPED = 2**20
 both([(1025, 1030)])  # alone
 before = compiled.copy()
@@ -190,8 +192,8 @@ assert compiled == before, compiled - before
 three = [(128, 101), (700, 133), (350, 290)]
 for shifted in ((0, 1), (1, 2, 3), (5,), (4,), range(6)):
     both(three, shifted=shifted)
-assert compiled - before == {"unit_rows": 2, "finish_rows": 1}, compiled - before
-assert "ld.global.b16" in ptx["unit_rows"]
+assert compiled - before == {"prepare_levels": 1, "finish_levels": 1}, compiled - before
+assert "ld.global.b16" in ptx["prepare_levels"]
 both([(128, 128)], torch.float32)
 print("checked")
 """

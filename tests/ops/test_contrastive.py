@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -749,6 +750,8 @@ t.test_nan_in_a_text_without_rows("triton", n=20)
 t.check_scale_not_positive()
 t.check_index_out_of_range()
 t.check_five_levels()
+t.check_given_gradients()
+t.check_heavy_texts_in_triton()
 t.check_fused_op()
 t.check_text_weights()
 t.check_pieces_of_positives()
@@ -805,21 +808,24 @@ def check_large_levels() -> None:
 
 
 def check_rectangular_tiles() -> None:
-    """Gradient tiles that are not square: grouped levels, and one level by blocks."""
+    """Gradient tiles of a large level that are not square."""
     from scenarioclip_fast.kernels.contrastive import contrastive_triton, large
     from scenarioclip_fast.kernels.contrastive.plan import Plan, Tile
 
-    with patch.object(Plan, "gradient_tile", lambda _: Tile(128, 64, 8)):
-        check_levels([(140, 130), (20, 10)], ["negatives"])
-        with patch.object(contrastive_triton, "GROUPED", 100), patch.object(large, "BLOCK_BYTES", 1):
-            assert large.block_side(torch.device("cpu"), 8, 4, 128) == 128
-            check_levels([(140, 130)], ["negatives"])
+    with (
+        patch.object(Plan, "gradient_tile", lambda _: Tile(128, 64, 8)),
+        patch.object(contrastive_triton, "GROUPED", 100),
+        patch.object(large, "BLOCK_BYTES", 1),
+    ):
+        assert large.block_side(torch.device("cpu"), 8, 4, 128) == 128
+        check_levels([(140, 130)], ["negatives"])
 
 
 def grouped_form(dtype: torch.dtype, width: int, precision: str) -> Any:
     from scenarioclip_fast.kernels.contrastive import grouped
 
-    return grouped.Form(dtype, precision, width, -(-width // 32) * 32, 32, False, positives=False, normalize=True)
+    options = {"rounds": False, "positives": False, "given": False, "normalize": True}
+    return grouped.Form(dtype, precision, width, -(-width // 32) * 32, 32, **options)
 
 
 def check_padding_of_gradients() -> None:
@@ -876,14 +882,15 @@ def check_unaligned_features() -> None:
 
 def check_rounding_to_tf32() -> None:
     """Unit rows for TF32 tensor cores are already rounded to the nearest TF32."""
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton
-    from scenarioclip_fast.kernels.contrastive import plan as plans
+    from scenarioclip_fast.kernels.contrastive import grouped
 
     image = make(40, 12, 33, 1.0)[0].half()
     image[7, 3] = torch.nan
-    plan = plans.Plan(torch.float32, "tf32", 64, 32, tma=False, folds=False)
-    with patch.object(plans, "_interprets", lambda: False):
-        unit, _ = contrastive_triton._units([image], plan, True)
+    form = replace(grouped_form(torch.float32, 33, "tf32"), rounds=True)
+    unit, _ = grouped.losses(
+        form, grouped.Levels([image], [image]), [torch.tensor(1.0)], [None], [None], torch.empty(1)
+    )
+    unit = unit[:40]
     exact = F.normalize(image.double(), dim=1)
     good = torch.arange(40) != 7
     assert unit[7].isnan().any() and unit[:, 33:].abs().nan_to_num().sum() == 0
@@ -947,14 +954,14 @@ def check_pieces_of_positives() -> None:
     """
     from scenarioclip_fast.kernels.contrastive import grouped
 
-    n = u = 70
+    n = 70
     units = torch.eye(n, 96).half()  # exact in float16
     found = {}
     for precision in ("tf32", "tf32x3"):  # with two pieces, and with one
         form = grouped_form(torch.float16, 96, precision)
         loss, d_image, d_scale = torch.empty(1), torch.empty(n, 96, dtype=torch.float16), torch.empty(1)
-        image = [units]
-        saved = grouped.forward(form, image, image, [n], [u], [torch.tensor(8.0)], [None], [None], True, loss)
+        levels = grouped.Levels([units], [units])
+        saved = grouped.losses(form, levels, [torch.tensor(8.0)], [None], [None], loss)
         buffers = []
 
         def kept(*sizes: Any, original: Any = torch.empty, buffers: list[Tensor] = buffers, **options: Any) -> Tensor:
@@ -962,7 +969,7 @@ def check_pieces_of_positives() -> None:
             return buffers[-1]
 
         with patch.object(torch, "empty", kept):
-            grouped.backward(form, image, image, [n], [u], *saved, torch.ones(1), True, [d_image], None, d_scale)
+            grouped.losses_backward(form, levels, *saved, torch.ones(1), [d_image], None, d_scale)
         found[precision] = buffers[0][: n * 96].view(n, 96)[:, :n].diagonal().double()  # of d_units
     p = 1 / (1 + (n - 1) * torch.tensor(-8.0).double().exp())
     exact = torch.full((n,), 2 * (p - 1), dtype=torch.float64)
@@ -984,6 +991,78 @@ def check_upstream_gradients() -> None:
         zero, nan, infinite, one = found[4 * side : 4 * side + 4]
         assert zero.eq(0).all() and nan.isnan().all() and not infinite.isfinite().any()
         assert torch.equal(one, once[4 * side + 3])
+
+
+def check_given_gradients() -> None:
+    """Log-sums of several levels, two groups of them, with given gradients of any size and kind."""
+    sizes = [(70, 65), (3, 9), (0, 4), (1, 1), (130, 20)]
+    n, u = sum(a for a, _ in sizes), sum(b for _, b in sizes)
+    g = torch.Generator().manual_seed(5)
+    images, texts = ([torch.randn(pair[side], 24, generator=g) for pair in sizes] for side in (0, 1))
+    scales = [torch.tensor(s) for s in (1.0, 100.0, 5.0, 2.0, 20.0)]
+    indices = [torch.randint(b, (a,), generator=g) for a, b in sizes]
+    weight = torch.rand(u, generator=g) * 3
+    upstream = [torch.randn(size, generator=g).double() for size in (n, u, n)]
+    for factor in (1.0, 1e-12, 1e12):
+        results = []
+        for backend, leaves in (
+            ("triton", [t.clone().requires_grad_() for t in (*images, *texts, *scales)]),
+            ("reference", [t.double().requires_grad_() for t in (*images, *texts, *scales)]),
+        ):
+            x, y, s = leaves[:5], leaves[5:10], torch.stack(leaves[10:])
+            given = weight.to(leaves[0].dtype)
+            sums = contrastive_forward(x, y, s, torch.cat(indices), given, True, 0, backend)[:3]
+            defined = [torch.where(v.isfinite(), v, 0.0) for v in sums]
+            loss = sum((v.double() * w * factor).sum() for v, w in zip(defined, upstream, strict=True))
+            results.append([*defined, *torch.autograd.grad(loss, leaves)])
+        for found, exact in zip(*results, strict=True):
+            largest = exact.abs().max().item() if exact.numel() else 0.0
+            # float32 exponents of up to 144, and sums of 130 products
+            torch.testing.assert_close(found.double(), exact.double(), rtol=1e-4, atol=3e-5 * largest)
+
+
+def check_heavy_texts(backend: str) -> None:
+    """Weights whose products with an exponential overflow, and exponentials that count only with their weight."""
+    index = torch.arange(20) % 8
+    cases = [(10.0, 1e38, -0.5, 0.25), (100.0, 1e30, 0.4, 0.3), (100.0, 1e20, -0.5, -0.3)]
+    cases += [
+        (200.0, 1e25, 0.1, 0.33),
+        (200.0, 1e25, 0.25, 0.5),
+        (100.0, 1e20, -0.6, -0.2),
+    ]  # what is flushed weighs more than the rest
+    for s, heavy, cosine, others in cases:
+        # Texts along the axes, the heavy one along axis 8; the rest of an image is along the last axis.
+        text, image = torch.eye(9, 16), torch.zeros(20, 16)
+        image[:, :3] = others
+        image[:, 8] = cosine
+        image[:, 15] = (1 - image.square().sum(1)).clamp_min(0).sqrt()
+        image[19, 8] = 0.3  # so that the sum of the text's column is not out of range as well
+        image += 0.01 * torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
+        scale, weight = torch.tensor(s), torch.ones(9)
+        weight[8] = heavy
+
+        def exact(x: Tensor, y: Tensor, t: Tensor, weight: Tensor = weight) -> Tensor:
+            logits = t * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+            rows, columns = (logits + weight.double().log()).logsumexp(1), logits.logsumexp(0)
+            return (rows + columns[index] - 2 * logits.gather(1, index[:, None])[:, 0]).mean() / 2
+
+        wanted = gradients(exact, (image.double(), text.double(), scale.double()))
+        found = gradients(lambda *t, w=weight: run(*t, backend, text_index=index, text_weight=w), (image, text, scale))
+        # Logits of up to 200 in float32 are rounded by 200 * 2^-24, which is also the relative error of a probability.
+        assert max(errors(found, wanted)) < 5e-5, (s, heavy, errors(found, wanted))
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_heavy_texts(backend: str) -> None:
+    check_heavy_texts(backend)
+
+
+def check_heavy_texts_in_triton() -> None:
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton
+
+    for largest in (contrastive_triton.GROUPED, 1):  # grouped, and alone
+        with patch.object(contrastive_triton, "GROUPED", largest):
+            check_heavy_texts("triton")
 
 
 def check_five_levels() -> None:

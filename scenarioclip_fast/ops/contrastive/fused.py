@@ -154,8 +154,10 @@ class _Losses(torch.autograd.Function):
                 losses, saved = contrastive_losses.redispatch(keys, image, text, scale, index, weight, *options)
         ctx.save_for_backward(*tensors, *index, *weight, *saved)
         ctx.options = options
-        ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)  # do not allocate zeros for outputs without a gradient
+        if keys is None:
+            return (losses,)
+        ctx.mark_non_differentiable(*saved)
         return losses, *saved
 
     @staticmethod
