@@ -25,11 +25,13 @@ SCF_HD float rounded_product(float a, float b) {
 
 SCF_HD float logit_scale(float scale) { return rounded_product(scale, static_cast<float>(kLog2e)); }
 
-// exp2 flushes results below 2^-126 to zero. The largest possible logit, k2, is shifted to at most 100 in the sums: a
-// row then loses only terms with a cosine below -0.57 (at scale 100), and 2^27 terms stay finite. Smaller scales get
-// no offset, which would cost precision. Sums outside these bounds are recomputed with a running maximum.
-constexpr float kHeadroom = 100;
-constexpr double kSmallestSum = 0x1p-100, kLargestSum = 0x1p127;
+// exp2 flushes results below 2^-126 to zero. The largest possible logit, k2, is shifted to at most 100 in the sums, and
+// 2^27 terms stay finite; smaller scales get no offset, which would cost precision. Sums outside these bounds are
+// recomputed with a running maximum: relative to a sum in range, terms above 2^-26 are kept, whose weight is at most
+// kHeaviest. A heavier text makes the sum infinite or NaN.
+constexpr float kHeadroom = 100, kHeaviest = 0x1p20f;
+constexpr double kSmallestSum = 0x1p-80, kLargestSum = 0x1p127;
+SCF_HD float summed_weight(float weight) { return weight <= kHeaviest ? weight : INFINITY; }
 SCF_HD float sum_offset(float k2) { return fmaxf(k2 - kHeadroom, 0.0f); }
 
 // The offset of the gradients' single exponential, and how far a log-sum may lie from it. With norms between 2^-20

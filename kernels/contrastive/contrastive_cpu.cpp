@@ -187,6 +187,11 @@ bool contrastive_factors_cpu(const ContrastiveGradients& g, const ContrastiveLog
   magnitude = std::ldexp(1.0, exponent);
   const double inverse = std::ldexp(1.0, -exponent);
   const auto outside = [&](double log_sum) { return !(std::abs(log_sum - logits.offset) < kRange); };
+  // The exponential of a heavy text may have underflowed where its share of the row's sum has not.
+  double heaviest = 1;
+  for (int64_t u = 0; u < texts; ++u) heaviest = std::max<double>(heaviest, weight[u]);
+  const double lowest = logits.offset - kRange + std::log(heaviest);
+  const auto row_outside = [&](double log_sum) { return outside(log_sum) || log_sum < lowest; };
   const auto row_exponential = [&](int64_t i) { return std::exp(logits.offset - g.row_lse[i]) * logits.by_row[i]; };
   // exp of double is a call of about 20 ns.
   parallel(rows, kGrain / 64, [&](int64_t begin, int64_t end) {
@@ -211,7 +216,8 @@ bool contrastive_factors_cpu(const ContrastiveGradients& g, const ContrastiveLog
     return found;
   };
   const double limit = std::numeric_limits<float>::max() / 4;
-  return std::none_of(g.row_lse, g.row_lse + rows, outside) && std::none_of(g.col_lse, g.col_lse + texts, outside) &&
+  return std::none_of(g.row_lse, g.row_lse + rows, row_outside) &&
+         std::none_of(g.col_lse, g.col_lse + texts, outside) &&
          magnitude_of(factors.row_a, rows) * magnitude_of(factors.text_a, texts) < limit &&
          magnitude_of(factors.row_b, rows) * magnitude_of(factors.text_b, texts) < limit;
 }

@@ -100,14 +100,21 @@ def level_forward(
         _exp(e, offset)
         col[j] += e.sum(0)
         row[i] += e.sum(1) if w is None else e @ w[j]
-    if in_range(row, col):
+    if in_range(row, col, w):
         return row.log_().add_(offset), col.log_().add_(offset), positive, *norms
     return *running_maxima(x, y, s, w), positive, *norms
 
 
-def in_range(*sums: Tensor) -> bool:
-    bounds = [(low.item(), high.item()) for low, high in (v.aminmax() for v in sums if len(v))]
-    return all(low >= FLOOR and high <= 1 / FLOOR for low, high in bounds)  # False for NaN
+def in_range(rows: Tensor, columns: Tensor, weight: Tensor | None) -> bool:
+    """Whether no sum has lost terms that matter."""
+    least = FLOOR * _heaviest(weight)
+    bounds = [(*v.aminmax(), floor) for v, floor in ((rows, least), (columns, FLOOR)) if len(v)]
+    return all(low.item() >= floor and high.item() <= 1 / FLOOR for low, high, floor in bounds)  # False for NaN
+
+
+def _heaviest(weight: Tensor | None) -> float:
+    """The largest weight, at least 1. A heavy text may count where its exponential has underflowed."""
+    return 1.0 if weight is None or not len(weight) else max(weight.max().item(), 1.0)
 
 
 def running_maxima(
@@ -208,7 +215,10 @@ class _Gradients:
     ) -> None:
         dtype = weight.dtype
         row, col = row_lse - offset, col_lse - offset
-        self.bounded = bool((torch.cat([row, col]).abs() < -math.log(FLOOR)).all())
+        reach = -math.log(FLOOR)
+        self.bounded = bool(
+            (torch.cat([row, col]).abs() < reach).all() & (row > math.log(_heaviest(weight)) - reach).all()
+        )
         self.g_row, self.g_col, self.g_positive = (g.to(dtype) for g in (grad_row, grad_col, grad_positive))
         self.index, self.offset, self.log_w = index, offset, weight.log()
         if self.bounded:

@@ -68,7 +68,14 @@ def forward(
     results = list(zip(row.split(n), column.split(u), positive.split(n), strict=True))
     for level, result in zip(levels, results, strict=True):
         _add_exponentials(level, *result)
-    extreme = [] if plain.in_range(row, column) else [not plain.in_range(*result[:2]) for result in results]
+    extreme = (
+        []
+        if plain.in_range(row, column, weight)
+        else [
+            not plain.in_range(rows, columns, level.weight)
+            for level, (rows, columns, _) in zip(levels, results, strict=True)
+        ]
+    )
     row.log_()
     column.log_()
     for k, (level, (rows, columns, positives)) in enumerate(zip(levels, results, strict=True)):

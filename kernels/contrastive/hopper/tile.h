@@ -119,7 +119,8 @@ CUTE_DEVICE void sum_tile(const SumsProblem& p, int tile_row, int tile_column,
   scratch.rows[thread] = row_data;
   float2 column_data = make_float2(0.0f, 0.0f);
   if (staged_column < texts) {
-    column_data = make_float2(read(operands.inv_y + staged_column), read_weight(p.weight, staged_column));
+    column_data =
+        make_float2(read(operands.inv_y + staged_column), summed_weight(read_weight(p.weight, staged_column)));
   }
   scratch.columns[thread] = column_data;
   sync();
