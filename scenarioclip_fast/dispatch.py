@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,9 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 }
 NAMES = tuple(dict.fromkeys(name for backends in BACKENDS.values() for name in reversed(backends)))
 
-_forced: str | None = None
+# In the order of entry, since contexts of several threads may overlap: the latest one that has not ended applies.
+_forced: dict[int, str] = {}
+_entries = itertools.count()
 
 
 class BackendError(RuntimeError):
@@ -86,12 +89,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     Process-wide rather than per thread, because autograd runs backward passes in its own threads.
     """
-    global _forced
-    before, _forced = _forced, _validated(name, "use_backend")
+    entry = next(_entries)
+    _forced[entry] = _validated(name, "use_backend")
     try:
         yield
     finally:
-        _forced = before
+        del _forced[entry]
 
 
 def resolve(op: str, backend: str, device_type: str, *, dtype: str = "") -> str:
@@ -108,8 +111,8 @@ def resolve(op: str, backend: str, device_type: str, *, dtype: str = "") -> str:
         ValueError: the name is unknown.
     """
     name, source = _validated(backend, "backend="), "backend="
-    if name == "auto" and _forced is not None:
-        name, source = _forced, "use_backend"
+    if name == "auto" and _forced:
+        name, source = list(_forced.values())[-1], "use_backend"
     if name == "auto":
         name, source = _validated(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE
     if name == "auto":

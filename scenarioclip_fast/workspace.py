@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from scenarioclip_fast.errors import UserError
 
 # Per device type. No GPU backend keeps exponentials: by estimate, that would take as long as computing them again.
 _AUTOMATIC = {"cpu": 2**28}
+_MOST = 2**30  # GiB, so that bytes fit into the 64 bits of an op's argument
 
-_budget: int | None = None  # bytes
+# In the order of entry, since contexts of several threads may overlap: the latest one that has not ended applies.
+_budgets: dict[int, int] = {}  # bytes
+_entries = itertools.count()
 
 
 @contextmanager
@@ -28,16 +32,16 @@ def use_workspace(gib: float) -> Iterator[None]:
     Raises:
         ValueError: gib is not a number of at least 0.
     """
-    global _budget
-    if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not (math.isfinite(gib) and gib >= 0):
+    if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 <= gib < math.inf:
         raise UserError(f"use_workspace: got {gib!r}, expected a number of GiB, at least 0")
-    before, _budget = _budget, int(gib * 2**30)
+    entry = next(_entries)
+    _budgets[entry] = int(min(gib, _MOST) * 2**30)
     try:
         yield
     finally:
-        _budget = before
+        del _budgets[entry]
 
 
 def budget(device_type: str) -> int:
     """Return how many bytes a call may keep on this type of device."""
-    return _AUTOMATIC.get(device_type, 0) if _budget is None else _budget
+    return list(_budgets.values())[-1] if _budgets else _AUTOMATIC.get(device_type, 0)

@@ -55,9 +55,13 @@ def product(out: Tensor, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:  
 
 
 def offset_of(x: Tensor, y: Tensor, scale: float, normalize: bool) -> float:
+    """What is subtracted from the logits: a number of their dtype, so that all use the same one."""
+    if not len(x) or not len(y):
+        return 0.0
     if not normalize:
         scale *= (x.norm(dim=1).max() * y.norm(dim=1).max()).item()
-    return max(scale - HEADROOM, 0.0)  # moderate scales need no offset, which would cost precision
+    offset = max(scale - HEADROOM, 0.0)  # moderate scales need no offset, which would cost precision
+    return torch.tensor(offset, dtype=x.dtype).item()
 
 
 def _exp(tile: Tensor, offset: float) -> Tensor:
@@ -162,7 +166,7 @@ def level_backward(
     d_x = torch.zeros_like(x) if need_x else x.new_empty(0)
     d_y = torch.zeros_like(y) if need_text else y.new_empty(0)
     w = x.new_ones(u) if weight is None else weight.to(x.dtype)
-    offset = offset_of(x, y, s, normalize) if n and u else 0.0
+    offset = offset_of(x, y, s, normalize)
     magnitude = _magnitude(grad_row, grad_col, grad_positive)
     g_row, g_col, g_positive = (g / magnitude for g in (grad_row, grad_col, grad_positive))
     gradients = _Gradients(row_lse, col_lse, g_row, g_col, g_positive, w, offset, index)
@@ -251,7 +255,7 @@ def _softmax(logits: Tensor, log_sum: Tensor) -> Tensor:
 
 
 def _finish(x: Tensor, inverse: Tensor, d_unit: Tensor, normalize: bool) -> Tensor:  # [N, D], [N], [N, D] -> [N, D]
-    out = d_unit if d_unit.dtype == x.dtype else torch.empty_like(x)
+    out = d_unit if d_unit.dtype == x.dtype else torch.empty_like(x, memory_format=torch.contiguous_format)
     for i in range(0, len(x), SLICE):
         rows = slice(i, i + SLICE)
         out[rows] = unit_rows_backward(x[rows], inverse[rows], d_unit[rows], normalize)

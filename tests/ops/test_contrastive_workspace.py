@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cpu, contrastive_cpu_native, reference
 from scenarioclip_fast.kernels.contrastive.workspace import kept_levels, kept_size
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scenarioclip_fast import native, use_workspace, workspace
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops.contrastive import log_sums
 from scenarioclip_fast.ops.contrastive.op import contrastive_backward, contrastive_forward
 
 needs_library = pytest.mark.skipif(native.unavailable_reason("cpu") is not None, reason="no compiled library")
@@ -136,6 +138,27 @@ def test_use_workspace_nests_and_holds_in_every_thread() -> None:
     assert workspace.budget("cpu") == automatic
 
 
+def test_contexts_of_threads_may_overlap() -> None:
+    """The latest context that has not ended applies, in whichever order they end."""
+    before = workspace.budget("cpu")
+    first, second, third = use_workspace(0), use_workspace(1), use_workspace(0)
+    for context in (first, second, third):
+        context.__enter__()
+    first.__exit__(None, None, None)
+    assert workspace.budget("cpu") == 0
+    third.__exit__(None, None, None)
+    assert workspace.budget("cpu") == 2**30
+    second.__exit__(None, None, None)
+    assert workspace.budget("cpu") == before
+
+
+@pytest.mark.parametrize("gib", [1e10, 1e300, 10**400])
+def test_a_workspace_larger_than_any_memory(gib: float) -> None:
+    image, text = features(5, 5)
+    with use_workspace(gib):
+        assert contrastive_loss(image.requires_grad_(), text, 5.0, backend="cpu").isfinite()
+
+
 @pytest.mark.parametrize("bad", [-1, -0.1, float("nan"), float("inf"), -float("inf"), "1", None, True, [1], 1j])
 def test_bad_workspace(bad: Any) -> None:
     before = workspace.budget("cpu")
@@ -156,6 +179,41 @@ def test_a_second_backward_pass(passes: str, gib: float) -> None:
     halved = torch.autograd.grad(loss / 2, (image, text))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert_near([2 * h for h in halved], list(first), 1e-6)
+
+
+def test_products_of_unit_rows_keep_their_digits(passes: str) -> None:
+    """Without normalisation the offset follows from the norms: it must be the same number in all passes."""
+    g = torch.Generator().manual_seed(3)
+    rows = F.normalize(torch.randn(40, 512, generator=g), dim=1)
+
+    def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        row, column, positive = log_sums(x, y, s, normalize=False, backend="cpu")
+        return (row + column - 2 * positive).mean() / 2
+
+    value, *grads = gradients(loss, rows, rows, torch.tensor(100.0))
+    exact, *wanted = gradients(loss, rows.double(), rows.double(), torch.tensor(100.0, dtype=torch.float64))
+    # The rounding of the offset of 40, 2e-6, cancels; that of differences of logits of 100 in float32 remains.
+    assert abs(value.item() - exact.item()) < 1e-7
+    for found, expected in zip(grads, wanted, strict=True):
+        assert (found.double() - expected).abs().max() < 2e-7, (found.double() - expected).abs().max()
+
+
+def test_no_rows_without_normalisation(passes: str) -> None:
+    image, text = features(0, 5)
+    row, column, positive = log_sums(
+        image, text, 3.0, text_index=torch.empty(0, dtype=torch.int64), normalize=False, backend="cpu"
+    )
+    assert len(row) == len(positive) == 0
+    assert column.eq(-torch.inf).all()
+
+
+def test_compile_with_transposed_features(passes: str) -> None:
+    """Gradients are contiguous whatever the strides of the features, as a compiled graph expects."""
+    image, text = features(40, 40, 8)
+    image[0] = 0
+    transposed = image.T.contiguous().bfloat16().T.requires_grad_()
+    torch.compile(lambda x: contrastive_loss(x * 2, text.bfloat16(), 9.0, backend="cpu"))(transposed).backward()
+    assert transposed.grad is not None
 
 
 def test_nothing_is_kept_without_gradients() -> None:
