@@ -37,43 +37,36 @@ class _Share:
     """Consecutive levels that share launches, or one large level."""
 
     part: slice
-    whole: bool  # all levels of the call
     rows: slice  # of the rows of all levels
     texts: slice
     large: bool
 
+    @property
+    def count(self) -> int:
+        return self.part.stop - self.part.start
+
     def of(self, levels: Sequence[T]) -> Sequence[T]:
         """The levels of this share."""
-        return levels if self.whole else levels[self.part]
+        return levels if len(levels) == self.count else levels[self.part]
 
     def of_tensor(self, levels: Tensor) -> Tensor:  # [levels]
-        return levels if self.whole else levels[self.part]
+        return levels if levels.shape[0] == self.count else levels[self.part]
 
 
 def _shares(image: Sequence[Tensor], text: Sequence[Tensor]) -> list[_Share]:
     """Fake kernels call this too, so it depends on sizes alone."""
-    groups: list[list[int]] = []  # first level, levels, rows, texts
-    logits = width = 0
-    large: list[bool] = []
+    out: list[_Share] = []
+    row = column = logits = width = 0
     for k, (x, y) in enumerate(zip(image, text, strict=True)):
         (n, d), u = x.shape, y.shape[0]
-        is_large = n * u > GROUPED or n > LONGEST or u > LONGEST
+        alone = n * u > GROUPED or n > LONGEST or u > LONGEST
         logits += n * u
-        if not groups or is_large or large[-1] or groups[-1][1] == LEVELS or logits > GROUPED or d != width:
-            groups.append([k, 1, n, u])
-            large.append(is_large)
+        if not out or alone or out[-1].large or out[-1].count == LEVELS or logits > GROUPED or d != width:
+            out.append(_Share(slice(k, k), slice(row, row), slice(column, column), alone))
             logits, width = n * u, d
-        else:
-            last = groups[-1]
-            last[1] += 1
-            last[2] += n
-            last[3] += u
-    out = []
-    row = column = 0
-    for (first, count, n, u), is_large in zip(groups, large, strict=True):
-        rows, texts = slice(row, row + n), slice(column, column + u)
-        out.append(_Share(slice(first, first + count), count == len(image), rows, texts, is_large))
-        row, column = rows.stop, texts.stop
+        row, column, share = row + n, column + u, out[-1]
+        share.part = slice(share.part.start, k + 1)
+        share.rows, share.texts = slice(share.rows.start, row), slice(share.texts.start, column)
     return out
 
 

@@ -41,7 +41,7 @@ class TritonKernels:
 
     @property
     def sum_tile(self) -> tuple[int, int]:
-        tile = self.plan.sum_tile(alone=True)
+        tile = self.plan.sum_tile()
         return tile.rows, tile.texts
 
     @property
@@ -79,8 +79,8 @@ class TritonKernels:
         text_parts: Tensor,
         own: Tensor,
     ) -> None:
-        tile = self.plan.sum_tile(alone=True)
-        tile_sums[(tile.count([len(x)], [len(y)]),)](
+        tile = self.plan.sum_tile()
+        tile_sums[(tile.count(len(x), len(y)),)](
             self._tiles(x, tile.rows),
             self._tiles(y, tile.texts),
             x.fold,
@@ -185,7 +185,7 @@ class TritonKernels:
         out: Tensor,
     ) -> None:
         tile = self.plan.gradient_tile()
-        tile_gradients[(tile.count([len(x)], [len(y)]),)](
+        tile_gradients[(tile.count(len(x), len(y)),)](
             self._tiles(x, tile.rows),
             self._tiles(y, tile.texts),
             x.fold,

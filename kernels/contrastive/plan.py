@@ -20,8 +20,9 @@ class Tile:
     warps: int
     stages: int = 3
 
-    def count(self, rows: Sequence[int], texts: Sequence[int]) -> int:
-        return sum(-(-a // self.rows) * -(-b // self.texts) for a, b in zip(rows, texts, strict=True))
+    def count(self, rows: int, texts: int) -> int:
+        """How many tiles a matrix of this size has."""
+        return -(-rows // self.rows) * -(-texts // self.texts)
 
     def options(self) -> dict[str, int]:
         return {"BM": self.rows, "BN": self.texts, "num_warps": self.warps, "num_stages": self.stages}
@@ -72,13 +73,14 @@ class Plan:
     def of(features: Tensor) -> Plan:
         return _plan(features.dtype, features.shape[1], exact(features), features.device)
 
-    def sum_tile(self, alone: bool) -> Tile:
-        """The tile of the forward pass: tall tiles read less in a large level; small levels need more tiles."""
+    def sum_tile(self) -> Tile:
+        """The tile of a large level's forward pass: tall tiles read less."""
         if self.operand != torch.bfloat16:
             return Tile(128, 128, 8)
-        return Tile(256, 128, 8) if alone and self.tma else Tile(128, 128, 4)
+        return Tile(256, 128, 8) if self.tma else Tile(128, 128, 4)
 
     def gradient_tile(self) -> Tile:
+        """The tile of a large level's backward pass."""
         return Tile(128, 128, 4 if self.operand == torch.bfloat16 and self.tma else 8)
 
     def constants(self) -> dict[str, int | str]:

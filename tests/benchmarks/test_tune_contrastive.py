@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_rehearsal_runs_every_variant(tmp_path: Path) -> None:
 def test_defaults_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The predictions assume the code's choices on an H100."""
     plan = Plan(torch.bfloat16, "tf32", 512, 64, tma=True, folds=True)
-    assert plan.sum_tile(True) == Tile(*DEFAULTS["sum_tile"])
+    assert plan.sum_tile() == Tile(*DEFAULTS["sum_tile"])
     assert plan.gradient_tile() == Tile(*DEFAULTS["gradient_tile"])
     monkeypatch.setattr(large, "processors", lambda _: tune_contrastive.PROCESSORS)
     block = (torch.device("cuda"), 512, 2, 128)
@@ -52,6 +53,19 @@ def test_defaults_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None
         assert plan.gradient_tile() == Tile(256, 128, 8, 4)
     with tune_contrastive.override("block_side", 4224):
         assert large.block_side(*block) == 4224
+
+
+def test_parts_are_the_kernels_of_a_large_level() -> None:
+    """Each kernel in bfloat16 belongs to one part; unit rows are of the other types."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.contrastive import large_kernels, mean_kernels
+
+    functions = {**vars(large_kernels), **vars(mean_kernels)}
+    kernels = [name for name, f in functions.items() if hasattr(f, "arg_names") and not name.startswith("_")]
+    launched = [name for name in kernels if name not in ("unit_rows", "count_rows")]
+    patterns = [pattern for _, pattern, _ in tune_contrastive.parts(Predictions(32768, 512))]
+    matched = {name: sum(bool(re.search(pattern, name)) for pattern in patterns) for name in launched}
+    assert matched == dict.fromkeys(launched, 1), matched
 
 
 def test_predictions() -> None:

@@ -124,7 +124,7 @@ def compile_large(compiler: Compiler, kernel: Any, plan: Plan, constants: dict[s
 def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> None:
     operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
     candidates = CANDIDATES if plan is PLANS["bf16"] and given else []
-    cases = [(large_kernels.tile_sums, plan.sum_tile(alone=True))]
+    cases = [(large_kernels.tile_sums, plan.sum_tile())]
     cases += [(large_kernels.tile_gradients, tile) for tile in [plan.gradient_tile(), *candidates]]
     for kernel, tile in cases:
         constants = {"HAS_INDEX": given, "HAS_WEIGHT": given, "TMA": plan.tma, **tile.options()}
