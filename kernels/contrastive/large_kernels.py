@@ -479,6 +479,7 @@ def finish_rows(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BY_TEXT: tl.constexpr,  # partners are order[start[u] : start[u + 1]]
+    PARTNERS: tl.constexpr,  # that are read at a time
     HAS_INDEX: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STORE: tl.constexpr,
@@ -490,11 +491,15 @@ def finish_rows(
     inside = d < WIDTH
     total = tl.load(product + pid.to(tl.int64) * WIDTH + d, mask=inside, other=0.0)
     if BY_TEXT:
-        for k in range(tl.load(start + pid), tl.load(start + pid + 1)):
-            partner = tl.load(order + k)
-            row = other + partner * (other_stride * 8)
-            row = tl.multiple_of(row, 16) if ALIGNED else row
-            total += tl.load(row + d, mask=inside, other=0.0).to(tl.float32) * tl.load(positive + partner)
+        last = tl.load(start + pid + 1)
+        # Several at a time: a text may have thousands of rows.
+        for first in range(tl.load(start + pid), last, PARTNERS):
+            given = first + tl.arange(0, PARTNERS) < last
+            partner = tl.load(order + first + tl.arange(0, PARTNERS), mask=given, other=0)
+            rows = (other + partner * (other_stride * 8))[:, None]
+            rows = tl.multiple_of(rows, (16, 16)) if ALIGNED else rows
+            x = tl.load(rows + d[None, :], mask=given[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            total += tl.sum(x * tl.load(positive + partner, mask=given, other=0.0)[:, None], 0)
     else:
         partner = pid.to(tl.int64) + shift
         if HAS_INDEX:

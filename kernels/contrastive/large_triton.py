@@ -29,6 +29,7 @@ from .plan import Plan, are_aligned
 
 LOG_SUM_ROWS = 64  # rows per program that adds partial sums
 VECTOR = 1024  # entries per program in kernels over vectors
+PARTNER_ENTRIES = 8192  # of image rows that are read at a time for one text
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class TritonKernels:
         by_text = isinstance(partners, RowsByText)
         index = None if isinstance(partners, RowsByText) else partners.index
         rows = [side.operand, other.operand, *([] if out is None else [out])]
+        block = triton.next_power_of_2(self.plan.width)
         finish_rows[(len(side),)](
             side.operand,
             product,
@@ -241,13 +243,14 @@ class TritonKernels:
             2.0**shift,
             D=side.features.shape[1],
             WIDTH=self.plan.width,
-            BLOCK_D=triton.next_power_of_2(self.plan.width),
+            BLOCK_D=block,
             BY_TEXT=by_text,
+            PARTNERS=max(PARTNER_ENTRIES // block, 1),
             HAS_INDEX=index is not None,
             NORMALIZE=normalize,
             STORE=out is not None,
             ALIGNED=are_aligned(rows),
-            num_warps=2,
+            num_warps=8 if by_text else 2,
         )
 
     def _tiles(self, side: Side, rows: int) -> Any:

@@ -159,7 +159,9 @@ def test_rows_of_a_large_level(compiler: Compiler, plan: Plan, width: int, align
     constants |= {"HAS_INDEX": True, "STORE": True}
     for by_text in (False, True):
         sides = dict.fromkeys(("operand", "other", "out"), f"*{operand}")
-        resources = compile_large(compiler, large_kernels.finish_rows, plan, {**constants, "BY_TEXT": by_text}, **sides)
+        constants |= {"BY_TEXT": by_text, "PARTNERS": large_triton.PARTNER_ENTRIES // constants["BLOCK_D"]}
+        constants["num_warps"] = 8 if by_text else 2
+        resources = compile_large(compiler, large_kernels.finish_rows, plan, constants, **sides)
         if aligned:
             assert 16 in loads(resources.ptx)
 

@@ -781,17 +781,18 @@ def check_no_rows_for_many_texts() -> None:
 
 def check_chunks() -> None:
     """A level too large for the grouped launches: forward by chunks of rows, backward by blocks."""
-    from scenarioclip_fast.kernels.contrastive import contrastive_triton, large
+    from scenarioclip_fast.kernels.contrastive import contrastive_triton, large, large_triton
 
     with (
         patch.object(contrastive_triton, "GROUPED", 100),
         patch.multiple(large, FORWARD_ROWS=128, BLOCK_BYTES=128 * 128 * 4),
+        patch.object(large_triton, "PARTNER_ENTRIES", 128),  # of a text, four rows at a time
     ):
         check_large_levels()
 
 
 def check_large_levels() -> None:
-    for n, u in ((130, 130), (140, 135)):
+    for n, u in ((130, 130), (140, 135), (50, 3)):
         image, text, scale, index = make(n, u, 16, 20.0)
         given = {} if n == u else {"text_index": index}
         own = torch.arange(n) if n == u else index
