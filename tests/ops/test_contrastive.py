@@ -19,7 +19,7 @@ from scenarioclip_fast.kernels.contrastive import contrastive_cpu, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scenarioclip_fast import BackendError, requirements, use_backend, use_workspace
+from scenarioclip_fast import BackendError, dispatch, requirements, use_backend, use_workspace
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import DUPLICATES, log_sums
 from scenarioclip_fast.ops.contrastive.fused import contrastive_losses
@@ -721,6 +721,17 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         contrastive_loss(X, X, 1.0, backend="triton")
     with use_backend("cuda"), pytest.raises(BackendError, match=r"'cuda'.*cannot run on cpu"):
         contrastive_loss(X, X, 1.0)
+
+
+def test_backends_of_threads_may_overlap() -> None:
+    """The latest context that has not ended applies, in whichever order they end."""
+    first, second = use_backend("cpu"), use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.resolve("contrastive_loss", "auto", "cpu") == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch.resolve("contrastive_loss", "auto", "cpu") == "cpu"
 
 
 def test_triton_in_the_interpreter() -> None:
