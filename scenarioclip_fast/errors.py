@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """An invalid path, file, data set or config. Exit code 2."""
+    """An invalid path, file, data set, config, backend name or workspace size. Exit code 2."""
 
 
 class MissingDependencyError(ImportError):

@@ -65,6 +65,7 @@ class ContrastiveLoss(nn.Module):
         text_id: Tensor | None = None,  # [U] int64
         text_weight: Tensor | None = None,  # [U]
     ) -> Tensor:  # []
+        """Return the mean loss; arguments as in `ops.contrastive_loss`."""
         return contrastive_loss(
             image,
             text,
@@ -124,6 +125,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
         text_weights: Sequence[Tensor | None] | None = None,  # levels x [U_l]
     ) -> Tensor:  # [levels]
+        """Return the mean loss of each level; arguments as in `ops.multilevel_contrastive_loss`."""
         return multilevel_contrastive_loss(
             images,
             texts,
@@ -198,6 +200,11 @@ class DistillationLoss(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(student_temperature))) if learn_temperature else None
 
     def forward(self, embeddings: Embeddings) -> Tensor:  # []
+        """Return the sum of the four terms.
+
+        Raises:
+            ValueError: the embeddings lack those of the teacher.
+        """
         e = embeddings
         if e.teacher_image is None or e.teacher_object_text is None or e.teacher_relation_text is None:
             raise ValueError("embeddings: got no teacher embeddings: call the model with teacher=")
@@ -313,9 +320,11 @@ class ScenarioLoss(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """Drop-in replacement for open_clip's ClipLoss: the same arguments, loss and gradients, without the N x N logits.
+    """Drop-in replacement for open_clip's ClipLoss: the same loss and gradients, without the N x N logits.
 
-    As in open_clip, features are not normalised, and every rank has the same number of rows.
+    Takes open_clip's arguments except `use_horovod` and `logit_bias`. As in open_clip, features are not normalised, and
+    every rank has the same number of rows. `ops.contrastive_loss` with `group=` gives the loss of
+    gather_with_grad=True; it normalises the rows.
 
     Args:
         local_loss: each rank computes the loss of its own rows against all ranks' features.
@@ -346,6 +355,18 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # []
+        """Return the loss, or {"contrastive_loss": loss} with `output_dict`.
+
+        Args:
+            image_features, text_features: this rank's rows, normalised by the caller; row i of one belongs to row i of
+                the other.
+            logit_scale: factor of the products, already exponentiated.
+            output_dict: whether to return a dictionary.
+
+        Raises:
+            ValueError, TypeError: invalid or inconsistent arguments.
+            RuntimeError: world_size is more than 1, but there is no process group.
+        """
         loss = self._loss(image_features, text_features, logit_scale)
         loss = loss.to(torch.promote_types(image_features.dtype, torch.float32))
         return {"contrastive_loss": loss} if output_dict else loss

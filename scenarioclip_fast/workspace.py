@@ -23,8 +23,10 @@ def use_workspace(gib: float) -> Iterator[None]:
     """Let each contrastive loss keep up to `gib` GiB of exponentials for its backward pass; 0: none.
 
     A level of N rows and U texts whose N x U exponentials fit needs three matrix products instead of four. The budget
-    holds for each call of a loss, over all of its levels. Without this context it is 256 MiB. Only backend `cpu` keeps
-    exponentials; the others ignore the budget. Process-wide rather than per thread, like `use_backend`.
+    holds for each call of a loss, over all of its levels: in order, each level is kept that fits into what is left.
+    Without this context it is 256 MiB. Only backend `cpu` keeps exponentials, in float32 (float64 for float64 input);
+    the others ignore the budget. Enclose the forward call; the backward call may be outside. Process-wide rather than
+    per thread, like `use_backend`.
 
     Args:
         gib: GiB, at least 0.

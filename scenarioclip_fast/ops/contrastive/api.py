@@ -54,34 +54,39 @@ def contrastive_loss(
 ) -> Tensor:  # [], or [N] for reduction="none"
     """Symmetric softmax cross entropy between image rows and texts, as in CLIP (ScenarioCLIP, arXiv 2511.20274).
 
-    Formulas in kernels/contrastive/README.md. First derivatives only.
+    Formulas in kernels/contrastive/README.md. First derivatives only; torch.func transforms and forward-mode
+    derivatives are not supported.
+
+    Texts are equal if they share a row of `text`, through `text_index`, or a `text_id`; features are not compared.
 
     Args:
-        image, text: features of any floating dtype and any norm: rows are normalised here. Sums are float32
+        image, text: features of any floating dtype and any norm: rows are normalised here. Two dtypes are promoted to
+            one. float32 rows of norm above about 1.8e19 count as zero rows, as in F.normalize. Sums are float32
             (float64 for float64 input); under autocast, float32 features are cast as for a matrix product.
         logit_scale: positive factor of the cosines, already exponentiated and clamped.
-        text_index: the text of each image row, in [0, U). None: U == N, and row i has text i. A text without
-            rows is an extra negative for every row with "positives", and is ignored with "negatives" unless it has a
-            text_weight. It is never a column of the loss.
-        text_id: identity of each text across ranks (its vocabulary index), on the features' device or the CPU. Texts
-            with equal ids are merged into the first one. Required for "positives" with a group.
+        text_index: the text of each image row, in [0, U). None: needs U == N; row i has text i. A text without rows
+            never gets a column term. It is a negative for every row with "positives"; with "negatives" only if
+            `text_weight` gives it a weight.
+        text_id: identity of each text across ranks, on the features' device or the CPU: any int64 that is equal on all
+            ranks and unique to the text, such as its vocabulary index. Texts with equal ids are merged into the first
+            one. Required for "positives" with a group; with "negatives" it changes no result, but saves work.
         text_weight: finite weight w_u >= 0 of each text in the row sums, row_i = log sum_u w_u exp(S_iu), as with hard
             negatives appended to `text`; 0 leaves a text out. None: the number of its rows with "negatives", 1 with
-            "positives". The column sums and their coefficients do not depend on it, and it gets no gradient. Merged
-            texts have the sum of their weights with "negatives", so that merging changes nothing, and the largest one
-            with "positives", where they are one text. If a row's own text has a smaller weight than by default, its
-            loss can be negative. If there are rows, at least one weight must be above 0. With a group: on all ranks or
-            on none, and one weight above 0 on any rank is enough.
+            "positives". The column sums and their coefficients do not depend on it, and it gets no gradient. When
+            texts are merged, weights add with "negatives", so the loss is unchanged; with "positives" the largest is
+            kept. A row's loss can be negative if its own text weighs less than by default. With a group, pass weights
+            on all ranks or none. Unless there are no rows, some weight must be positive, on any rank.
         duplicates: "negatives" (as in the paper: rows with equal texts are each other's negatives) or "positives"
             (equal texts are one class).
         reduction: "mean", or "none": 1/2 (row_i + col_{t_i} - 2 S_{i, t_i}) of each row, for "negatives" only.
         group: rows and texts are this rank's share; shares may differ in size and may be empty. "mean" is over
-            all ranks' rows, the same value on every rank. Gradients are those of the sum of all ranks' results,
-            so that averaging them over ranks, as DistributedDataParallel does, gives the gradients of one
-            process with all rows, logit_scale's included. On a GPU the host does not synchronise if the group also
-            has a CPU backend (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
-        deterministic: has no effect, since every backend already sums in a fixed order (only integers are added
-            atomically).
+            all ranks' rows, the same value on every rank. Each rank's gradient is that of the sum of all ranks'
+            results, so averaging over ranks (as DDP does) gives the gradient of a single process with all rows. Other
+            options must agree on all ranks; an argument error on one rank leaves the others waiting in a collective. On
+            a GPU the host does not synchronise if the group also has a CPU backend
+            (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
+        deterministic: No effect: all backends sum in a fixed order. On the CPU, the matrix library may round
+            differently with another number of threads.
         backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0, never chosen by
             "auto").
 
@@ -95,6 +100,8 @@ def contrastive_loss(
             argument, at the cost of a few launches. Without it the triton and cuda backends return NaN for a scale that
             is not positive or an index that is out of range. text_weight is not checked in a compiled graph either; if
             all weights are 0, the loss is then -inf and its gradients NaN.
+        BackendError: the named backend cannot run here or does not take these features.
+        RuntimeError: a second derivative is taken.
     """
     level = LevelInput(image, text, logit_scale, text_index, text_id, text_weight)
     return _losses([level], duplicates, reduction, group, backend).squeeze(0)
@@ -109,7 +116,7 @@ def log_sums(
     normalize: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # row_lse [N], col_lse [U], positive [N]
-    """Return the terms of softmax losses over the logits S = logit_scale * image text^T, with t = text_index.
+    """Return the terms of softmax losses over the logits S = logit_scale * image text^T, with t = text_index; internal.
 
     row_i = log sum_u exp(S_iu), col_u = log sum_i exp(S_iu), positive_i = S_{i, t_i}; arguments as in
     `contrastive_loss`. normalize=False: do not normalise the rows.
@@ -133,10 +140,17 @@ def multilevel_contrastive_loss(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [levels]
-    """Compute one `contrastive_loss` per level, in as few launches and collectives as possible; arguments are lists.
+    """One `contrastive_loss` per level.
+
+    Each argument is a list with one entry per level; levels share launches and collectives where possible. The options
+    from `duplicates` on hold for all levels. Features of all levels are on one device and promoted to one dtype.
 
     Returns:
         [levels], in the dtype of `contrastive_loss`.
+
+    Raises:
+        ValueError, TypeError, BackendError, RuntimeError: as in `contrastive_loss`; lists of different lengths, or no
+            levels.
     """
     lists: dict[str, Any] = {"images": images, "texts": texts, "logit_scales": logit_scales}
     lists |= {"text_indices": text_indices, "text_ids": text_ids, "text_weights": text_weights}
