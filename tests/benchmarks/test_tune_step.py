@@ -71,7 +71,7 @@ def test_kinds_of_kernels(kind: str, name: str) -> None:
 
 def test_own_kernels_are_found_in_the_sources() -> None:
     found = tune_step.own_kernels()
-    assert {"unit_rows", "products", "distillation", "resize_across", "augment"} <= found
+    assert {"unit_rows", "level_products", "distillation", "resize_across", "augment"} <= found
     # PyTorch has kernels of the same names.
     assert tune_step.kind_of("void at::native::augment<float>(float*)") == "elementwise"
 
