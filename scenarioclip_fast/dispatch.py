@@ -134,17 +134,20 @@ def unavailable_reason(op: str, name: str, device_type: str, dtype: str = "") ->
     backend = BACKENDS[op].get(name)
     if backend is None:
         return f"this op has no {name} backend"
-    if dtype == "float64" and not backend.float64:
-        return "it computes in float32 only, but the input is float64"
-    if dtype and backend.dtypes and dtype not in backend.dtypes:
-        return f"it takes {' and '.join(backend.dtypes)} only, but the input is {dtype}: cast it, or use autocast"
     devices = backend.devices
     if backend.needs == "triton" and requirements.triton_interprets():
         devices = ("cpu", "cuda")
     if devices and device_type not in devices:
         hint = " (on a CPU only with TRITON_INTERPRET=1)" if backend.needs == "triton" else ""
         return f"it runs on {' and '.join(devices)} tensors{hint}"
-    return _missing(backend.needs) if backend.needs else None
+    if backend.needs and (reason := _missing(backend.needs)) is not None:
+        return reason
+    # Last, so that nobody casts the input for a backend that cannot run here anyway.
+    if dtype == "float64" and not backend.float64:
+        return "it computes in float32 only, but the input is float64"
+    if dtype and backend.dtypes and dtype not in backend.dtypes:
+        return f"it takes {' and '.join(backend.dtypes)} only, but the input is {dtype}: cast it, or use autocast"
+    return None
 
 
 @functools.cache

@@ -84,6 +84,20 @@ def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'scenarioclip-fast[dali]'" in detail
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("cuda", "float32"), ("triton", "float64")])
+def test_the_device_comes_before_the_dtype(backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody should cast the input for a backend that cannot run here anyway."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(scf.BackendError, match="here: it runs on cuda tensors"):
+        dispatch.resolve("contrastive_loss", backend, "cpu", dtype=dtype)
+    monkeypatch.setattr(dispatch, "_missing", lambda _: "not built")
+    with pytest.raises(scf.BackendError, match="here: not built"):
+        dispatch.resolve("contrastive_loss", backend, "cuda", dtype=dtype)
+    monkeypatch.setattr(dispatch, "_missing", lambda _: None)
+    with pytest.raises(scf.BackendError, match=f"but the input is {dtype}"):
+        dispatch.resolve("contrastive_loss", backend, "cuda", dtype=dtype)
+
+
 def test_without_compiled_extensions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     assert row("cpu", "compiled extensions")[0] == "missing"
