@@ -55,7 +55,7 @@ def prepare(levels: list[LevelInput]) -> list[PreparedLevel]:
     def scale(value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
             return value if value.dtype == wide and value.device == device else value.to(device=device, dtype=wide)
-        return torch.full((), value, dtype=wide, device=device)
+        return torch.full((), float(value), dtype=wide, device=device)
 
     return [
         PreparedLevel(
@@ -112,6 +112,7 @@ def coefficients(level: PreparedLevel, duplicates: str) -> tuple[Tensor, Tensor]
 
 def first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
     """Return, for each entry, the position of the first entry equal to it."""
+    ids = ids.contiguous()  # searchsorted warns about others
     ordered, order = ids.sort(stable=True)
     return order[torch.searchsorted(ordered, ids)] if len(ids) else ids
 
