@@ -176,16 +176,40 @@ def check_all(group: Any) -> None:
 
 
 def check_mismatches(group: Any) -> None:
-    """Mismatches that would make collectives hang or crash are errors on every rank."""
+    """Differences with which collectives would hang, crash or return different losses are errors on every rank."""
     first, features = group.rank() == 0, torch.ones(2, D)
-    ids = torch.arange(2) if first else None
-    for own, text_id in (
-        (features.double() if first else features, None),
-        (features[:, 1:] if first else features, None),
-        (features if first else features[:0], ids),
+    scale, ids, weights = torch.tensor(1.0), torch.arange(2), torch.ones(2)
+
+    def options(own: Tensor = features, **given: Any) -> dict[str, Any]:
+        return {"image": own, "text": own, "logit_scale": scale, "group": group, **given}
+
+    for on_first, elsewhere, message in (
+        (options(features.double()), options(), "features' dtype torch.float64 on rank 0 .* torch.float32 on rank 1"),
+        (options(features[:, 1:]), options(), f"width {D - 1} on rank 0 of the group and {D} on rank 1, expected the"),
+        (options(text_id=ids), options(features[:0]), "text_id a tensor on rank 0 of the group and None on rank 1"),
+        (options(), options(text_weight=weights), "text_weight None on rank 0 of the group and a tensor on rank 1"),
+        (
+            options(text_id=ids),
+            options(text_id=ids, duplicates="positives"),
+            "duplicates 'negatives' on rank 0 of the group and 'positives' on rank 1",
+        ),
+        (options(), options(duplicates="positives"), "duplicates 'negatives' on rank 0 .* 'positives' on rank 1"),
+        (
+            options(logit_scale=scale.clone().requires_grad_()),
+            options(),
+            "logit_scale with a gradient on rank 0 of the group and without a gradient on rank 1",
+        ),
     ):
-        with pytest.raises(ValueError, match="group: got features of different dtypes or widths on different ranks"):
-            contrastive_loss(own, own, 1.0, text_id=text_id, group=group)
+        with pytest.raises(ValueError, match=f"^group: got {message}"):
+            contrastive_loss(**(on_first if first else elsewhere))
+    with torch.no_grad():
+        contrastive_loss(**options(logit_scale=scale.clone().requires_grad_(first)))
+    count = 3 if first else 1
+    with pytest.raises(ValueError, match=r"^group: got levels 3 on rank 0 of the group and 1 on rank 1"):
+        multilevel_contrastive_loss([features] * count, [features] * count, [1.0] * count, group=group)
+    widths = [features, features[:, 1:] if first else features]
+    with pytest.raises(ValueError, match=f"^group: level 1: got width {D - 1} on rank 0 of the group and {D} on rank"):
+        multilevel_contrastive_loss(widths, widths, [1.0, 1.0], group=group)
 
 
 def run(rank: int, store: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,24 @@ from torch import Tensor
 
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, count_rows, first_of, to_device, weight_of
+from scenarioclip_fast.ops.contrastive.validate import DTYPES, DUPLICATES, level_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+# What ranks compare, in the order of their messages: once, then for each level.
+_COMPARED = ("levels", "duplicates", "features' dtype")
+_COMPARED_BY_LEVEL = ("width", "text_id", "text_weight", "logit_scale")
+_NAMES: dict[str, tuple[object, ...]] = {  # of the values that are not numbers
+    "duplicates": tuple(map(repr, DUPLICATES)),
+    "features' dtype": DTYPES,
+    "text_id": ("None", "a tensor"),
+    "text_weight": ("None", "a tensor"),
+    "logit_scale": ("without a gradient", "with a gradient"),
+}
+# Messages are padded to a multiple of this, so that ranks with different numbers of levels (up to 4) can be told so.
+_PADDING = 32
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,12 @@ class _Shares:
 
 def gather_levels(levels: list[PreparedLevel], duplicates: str, group: ProcessGroup) -> list[PreparedLevel]:
     """Return the levels with every rank's texts (equal ids merged), and this rank's image rows pointing into them."""
+    shares = _exchange_shares(levels, duplicates, group)
+    # After the exchange, where ranks that differ in this have all raised: the others would wait for this one.
     if duplicates == "positives" and any(level.text_id is None for level in levels):
         raise ValueError(
             "text_id: got None, expected an id per text: duplicates='positives' with a group requires them"
         )
-    shares = _exchange_shares(levels, group)
     on_host = shares.ids_on_host and collectives.has_cpu_backend(group)
     device = torch.device("cpu") if on_host else levels[0].text.device
     ids = _gather_values([None if v.text_id is None else v.text_id.to(device) for v in levels], shares, group)
@@ -51,32 +66,47 @@ def gather_levels(levels: list[PreparedLevel], duplicates: str, group: ProcessGr
     ]
 
 
-def _exchange_shares(levels: list[PreparedLevel], group: ProcessGroup) -> _Shares:
+def _exchange_shares(levels: list[PreparedLevel], duplicates: str, group: ProcessGroup) -> _Shares:
     """Exchange all ranks' sizes and flags in one message; raise ValueError if ranks disagree."""
-    sizes = [size for level in levels for size in (len(level.image), len(level.text))]
-    # Ranks that differ in these would hang or crash in the collectives.
-    must_match = [zlib.crc32(str(levels[0].image.dtype).encode())]
+    grad = torch.is_grad_enabled()
+    # Ranks that differ in these would hang, crash in the collectives or return different losses.
+    must_match = [len(levels), DUPLICATES.index(duplicates), DTYPES.index(levels[0].image.dtype)]
     for level in levels:
         must_match += [level.image.shape[1], level.text_id is not None, level.weight is not None]
-    grad = torch.is_grad_enabled()
+        must_match += [grad and level.scale.requires_grad]
     flags = [
         grad and any(level.image.requires_grad for level in levels),
         grad and any(level.text.requires_grad for level in levels),
-        all(level.text_id is None or level.text_id.device.type == "cpu" for level in levels),
+        all(level.text_id is None or level.text_id.is_cpu for level in levels),
     ]
-    all_ranks = collectives.exchange([*sizes, *must_match, *flags], levels[0].image.device, group)
-    if len({tuple(row[len(sizes) : len(sizes) + len(must_match)]) for row in all_ranks}) > 1:
-        raise ValueError(
-            "group: got features of different dtypes or widths on different ranks, or text_id or text_weight on some "
-            "ranks only; expected the same on all ranks, empty shares included"
-        )
-    *_, image_grads, text_grads, on_host = zip(*all_ranks, strict=True)
+    sizes = [x.shape[0] for level in levels for x in (level.image, level.text)]  # faster than len
+    message = [*must_match, *flags, *sizes]
+    message += [0] * (-len(message) % _PADDING)
+    all_ranks = collectives.exchange(message, levels[0].image.device, group)
+    if len({tuple(row[: len(must_match)]) for row in all_ranks}) > 1:
+        raise _disagreement(all_ranks, len(levels))
+    first = len(must_match) + len(flags)
+    image_grads, text_grads, on_host = zip(*(row[len(must_match) : first] for row in all_ranks), strict=True)
     return _Shares(
-        rows=[row[: len(sizes) : 2] for row in all_ranks],
-        texts=[row[1 : len(sizes) : 2] for row in all_ranks],
+        rows=[row[first : first + len(sizes) : 2] for row in all_ranks],
+        texts=[row[first + 1 : first + len(sizes) : 2] for row in all_ranks],
         image_requires_grad=any(image_grads),
         text_requires_grad=any(text_grads),
         ids_on_host=all(on_host),
+    )
+
+
+def _disagreement(all_ranks: list[list[int]], levels: int) -> ValueError:
+    """Return the error that names the first difference, the same one on every rank."""
+    compared = [("", name) for name in _COMPARED]
+    compared += [(level_name(i, levels), name) for i in range(levels) for name in _COMPARED_BY_LEVEL]
+    k, values = next((k, values) for k, values in enumerate(zip(*all_ranks, strict=True)) if len(set(values)) > 1)
+    where, name = compared[k]
+    rank = next(r for r, value in enumerate(values) if value != values[0])
+    first, other = (_NAMES[name][v] if name in _NAMES else v for v in (values[0], values[rank]))
+    return ValueError(
+        f"group: {where}got {name} {first} on rank 0 of the group and {other} on rank {rank}, expected the same on "
+        "all ranks, empty shares included"
     )
 
 
