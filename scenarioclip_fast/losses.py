@@ -6,7 +6,8 @@ They depend on the ops only: importing this module imports no model, trainer or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _SMALLEST_SCALE = 1e-6  # far below any learned scale: keeps exp of a diverged parameter from underflowing to 0
+_ROUNDED_ONE = 1 - 2**-22  # a few roundings of float32 below 1
 
 
 class ContrastiveLoss(nn.Module):
     """`ops.contrastive_loss` with a learnable temperature: scale = min(exp(logit_scale), max_scale).
 
     Args:
-        init_temperature: logit_scale starts at ln(1 / init_temperature).
+        init_temperature: logit_scale starts at ln(1 / init_temperature); at least 1 / max_scale.
         max_scale: upper bound of the scale; a logit_scale beyond it gets no gradient.
         duplicates, group, backend: as in `ops.contrastive_loss`.
     """
@@ -51,7 +53,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
         self.group, self.backend = group, backend
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / init_temperature)))
+        self.logit_scale = nn.Parameter(_initial_log(init_temperature, max_scale))
 
     @property
     def scale(self) -> Tensor:  # []
@@ -98,9 +100,10 @@ class MultiLevelContrastiveLoss(nn.Module):
         super().__init__()
         self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
         self.group, self.backend = group, backend
-        self.levels = tuple(levels)
-        start = math.log(1 / init_temperature)
-        self.logit_scale = nn.ParameterDict({level: nn.Parameter(torch.tensor(start)) for level in levels})
+        self.levels = _level_names(levels)
+        self.logit_scale = nn.ParameterDict(
+            {level: nn.Parameter(_initial_log(init_temperature, max_scale)) for level in self.levels}
+        )
 
     @property
     def scales(self) -> list[Tensor]:  # levels x []
@@ -409,10 +412,44 @@ def _rows(x: Tensor, others: Tensor, scale: Tensor | float, own: Tensor) -> Tens
 
 
 def _validated(init_temperature: float, max_scale: float, duplicates: str) -> tuple[float, str]:
-    if not init_temperature > 0:
-        raise ValueError(f"init_temperature: got {init_temperature}, expected a number above 0")
-    if not max_scale > 0:
-        raise ValueError(f"max_scale: got {max_scale}, expected a number above 0")
+    for name, value in (("init_temperature", init_temperature), ("max_scale", max_scale)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}: got {value!r}, expected a number above 0")
+        if not value > 0:
+            raise ValueError(f"{name}: got {value}, expected a number above 0")
+    if init_temperature == math.inf:
+        raise ValueError("init_temperature: got inf, expected a finite number above 0")
+    if init_temperature * max_scale < _ROUNDED_ONE:
+        raise ValueError(
+            f"init_temperature: got {init_temperature}, expected at least 1 / max_scale = {1 / max_scale}: beyond "
+            "max_scale the temperature gets no gradient; raise max_scale or init_temperature"
+        )
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates: got {duplicates!r}, expected one of {', '.join(map(repr, DUPLICATES))}")
     return max_scale, duplicates
+
+
+def _initial_log(init_temperature: float, max_scale: float) -> Tensor:  # []
+    # float32's exp(log(100)) is above 100, where the clamp passes no gradient; and exp differs in the last bits between
+    # devices, hence the margin.
+    bound = math.log(max_scale * _ROUNDED_ONE)
+    log = torch.tensor(min(-math.log(init_temperature), bound))
+    return log if log.item() <= bound else torch.nextafter(log, log.new_tensor(-math.inf))
+
+
+def _level_names(levels: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        raise TypeError(f"levels: got {levels!r}, expected a list of names")
+    names = tuple(levels)
+    if not names:
+        raise ValueError("levels: got no names, expected at least one")
+    parameters = nn.ParameterDict()
+    for name in names:
+        if not isinstance(name, str) or not name or "." in name or hasattr(parameters, name):
+            raise ValueError(
+                f"levels: got {name!r}, expected names of parameters: text without '.' that is no attribute of "
+                "nn.ParameterDict"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"levels: got {list(names)}, expected different names: each level has its own parameter")
+    return names

@@ -235,7 +235,17 @@ def test_clip_loss_equals_open_clip() -> None:
     ("make", "message"),
     [
         (lambda: ContrastiveLoss(init_temperature=0.0), "init_temperature: got 0.0, expected a number above 0"),
+        (lambda: ContrastiveLoss(init_temperature=math.inf), "init_temperature: got inf, expected a finite number"),
+        (
+            lambda: ContrastiveLoss(init_temperature=0.1, max_scale=5.0),
+            "got 0.1, expected at least 1 / max_scale = 0.2",
+        ),
         (lambda: ContrastiveLoss(max_scale=-1.0), "max_scale: got -1.0, expected a number above 0"),
+        (lambda: MultiLevelContrastiveLoss(()), "levels: got no names, expected at least one"),
+        (lambda: MultiLevelContrastiveLoss(("a", "a")), r"levels: got \['a', 'a'\], expected different names"),
+        (lambda: MultiLevelContrastiveLoss(("a.b",)), r"levels: got 'a\.b', expected names of parameters"),
+        (lambda: MultiLevelContrastiveLoss(("keys",)), "levels: got 'keys', expected names of parameters"),
+        (lambda: MultiLevelContrastiveLoss((1,)), "levels: got 1, expected names of parameters"),  # type: ignore
         (lambda: ScenarioLoss(duplicates="drop"), "duplicates: got 'drop', expected one of 'negatives', 'positives'"),
         (lambda: ScenarioLoss(distillation_scale=-1.0), "distillation_scale: got -1.0, expected a weight"),
         (lambda: DistillationLoss(student_temperature=2.0), "student_temperature: got 2.0, expected 0.01 to 1"),
@@ -245,6 +255,31 @@ def test_clip_loss_equals_open_clip() -> None:
 def test_bad_settings(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContrastiveLoss("0.07"), "init_temperature: got '0.07', expected a number above 0"),  # type: ignore
+        (lambda: ContrastiveLoss(max_scale=None), "max_scale: got None, expected a number above 0"),  # type: ignore
+        (lambda: MultiLevelContrastiveLoss("global"), "levels: got 'global', expected a list of names"),
+        (lambda: MultiLevelContrastiveLoss(None), "levels: got None, expected a list of names"),  # type: ignore
+    ],
+)
+def test_settings_of_another_type(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("scale", [100.0, 49.0, 14.3, 1.0])
+def test_a_start_at_the_largest_scale_is_trained(scale: float) -> None:
+    """exp(log(scale)) must not exceed the bound by rounding."""
+    x, y = torch.randn(2, 20, D, generator=torch.Generator().manual_seed(0))
+    for module in (ContrastiveLoss(1 / scale, scale), MultiLevelContrastiveLoss(["a", "b", "c"], 1 / scale, scale)):
+        loss = module(x, y) if isinstance(module, ContrastiveLoss) else module([x] * 3, [y] * 3)
+        loss.sum().backward()
+        assert all(p.grad.abs() > 0 for p in module.parameters())
+        torch.testing.assert_close(next(module.parameters()).exp().item(), scale, rtol=2e-6, atol=0)
 
 
 class CosineLoss(nn.Module):
@@ -280,7 +315,9 @@ def test_another_level_loss() -> None:
 
 
 def test_learned_scalars() -> None:
-    module = ScenarioLoss(init_temperature=0.1, max_scale=5.0)
+    module = ScenarioLoss(init_temperature=0.2, max_scale=5.0)
+    with torch.no_grad():
+        module.contrastive.logit_scale["object"].fill_(math.log(6.0))
     assert list(module.state_dict()) == [f"contrastive.logit_scale.{level}" for level in LEVELS]
     scalars = module.learned_scalars()
     assert {name: list(values) for name, values in scalars.items()} == {"logit_scale": list(LEVELS)}

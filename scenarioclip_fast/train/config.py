@@ -116,6 +116,10 @@ class LossSection:
         check_types(self, "loss.")
         _check(self.init_temperature > 0, "loss.init_temperature", self.init_temperature, "above 0")
         _check(self.max_scale >= 1, "loss.max_scale", self.max_scale, "at least 1")
+        # Beyond max_scale the temperature would get no gradient. 1e-7: the rounding of 1 / max_scale.
+        possible = self.init_temperature * self.max_scale > 1 - 1e-7
+        expected = f"at least 1 / loss.max_scale = {1 / self.max_scale}"
+        _check(possible, "loss.init_temperature", self.init_temperature, expected)
         _check(self.distillation_scale >= 0, "loss.distillation_scale", self.distillation_scale, "at least 0")
         _check(0 <= self.teacher_decay < 1, "loss.teacher_decay", self.teacher_decay, "from 0 to below 1")
         _check(self.teacher_warmup >= 0, "loss.teacher_warmup", self.teacher_warmup, "at least 0")

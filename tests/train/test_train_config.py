@@ -120,6 +120,10 @@ def test_a_saved_config_loads_unchanged(tmp_path: Path) -> None:
         ("optim.lr", r"got 'optim\.lr', expected key=value"),
         ("tiny.yaml", r"got 'tiny\.yaml', expected key=value: did you mean -c tiny\.yaml\?"),
         ("optim.lr=[", r"optim\.lr: got '\[', which is not a YAML value"),
+        (
+            "loss.init_temperature=0.005",
+            r"loss\.init_temperature: got 0\.005, expected at least 1 / loss\.max_scale = 0\.01",
+        ),
         ("train.steps=0", r"train\.steps: got 0, expected above 0"),
         ("train.accumulate=0", r"train\.accumulate: got 0, expected above 0"),
         ("train.accum_freq=2", r"did you mean train\.accumulate\?"),
