@@ -85,9 +85,16 @@ class BackendError(RuntimeError):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use the named backend for every op in the context ("auto": no preference); an op's `backend=` takes precedence.
+    """Use the named backend for every op in the context; an op's `backend=` takes precedence.
 
     Process-wide rather than per thread, because autograd runs backward passes in its own threads.
+
+    Args:
+        name: "auto" for no preference, "reference", "cpu", "triton" or "cuda". An op that cannot run on the named
+            backend raises BackendError when it is called.
+
+    Raises:
+        ValueError: the name is unknown.
     """
     entry = next(_entries)
     _forced[entry] = _validated(name, "use_backend")
