@@ -82,7 +82,7 @@ def cuda_obstacle() -> str | None:
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
     if "+cpu" in importlib.metadata.version("torch"):
-        return "torch is a CPU build, which cannot load CUDA code (SCENARIOCLIP_FAST_BUILD=cuda compiles it anyway)"
+        return "torch is a CPU build, which cannot load CUDA code: install one for CUDA, then build again"
     return None
 
 

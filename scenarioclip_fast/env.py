@@ -107,8 +107,12 @@ def _backend_rows() -> list[tuple[str, str, str, str]]:
     import torch
 
     rows = []
+    if chosen := os.environ.get(dispatch.VARIABLE):
+        known = ("auto", *dispatch.NAMES)
+        problem = "" if chosen in known else f"unknown, so that every op will fail: expected one of {', '.join(known)}"
+        rows.append(("environment", dispatch.VARIABLE, chosen, problem))
     for op, backends in dispatch.BACKENDS.items():
-        for backend in backends:
+        for backend, implementation in backends.items():
             devices = ("cuda", "cpu") if backend in ("triton", "cuda") else ("cpu",)
             reasons = [dispatch.unavailable_reason(op, backend, device) for device in devices]
             reason = None if None in reasons else reasons[0]
@@ -116,5 +120,6 @@ def _backend_rows() -> list[tuple[str, str, str, str]]:
                 interpreted = backend == "triton" and triton_interprets()
                 reason = None if interpreted else "no GPU is visible to torch"
             state = "yes" if reason is None else "no"
-            rows.append((f"backends of {op}", backend, state, reason or ""))
+            detail = "" if implementation.automatic else "never chosen by auto: name it"
+            rows.append((f"backends of {op}", backend, state, reason or detail))
     return rows

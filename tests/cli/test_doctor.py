@@ -139,6 +139,20 @@ def test_precedence_of_backend_choices(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.resolve(op, "auto", "cpu")
 
 
+def test_what_chooses_a_backend_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert not [name for section, name, *_ in env.collect().rows if section == "environment"]
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert row(dispatch.VARIABLE) == ("reference", "")
+    monkeypatch.setenv(dispatch.VARIABLE, "cud")
+    state, detail = row(dispatch.VARIABLE)
+    assert state == "cud" and "unknown" in detail and "auto, reference" in detail
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert row("cuda", "backends of contrastive_loss") == ("yes", "never chosen by auto: name it")
+    assert row("triton", "backends of contrastive_loss") == ("yes", "")
+
+
 def test_doctor_and_report_print_the_same_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     doctor = capsys.readouterr().out
