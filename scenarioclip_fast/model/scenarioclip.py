@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
@@ -304,7 +306,9 @@ class ScenarioCLIP(nn.Module):
         return list(self._vision("global").run(trunk.hidden, start=self._vision_shared).split(trunk.views))
 
     def _texts_of_one_encoder(self, texts: UniqueTexts) -> list[Tensor]:
-        x, packing = self._text_inputs(*(torch.cat(parts) for parts in (texts.row, texts.host_row, texts.lengths)))
+        x, packing = self._text_inputs(
+            torch.cat(texts.row), np.concatenate(texts.host_row), np.concatenate(texts.lengths)
+        )
         counts = [len(row) for row in texts.row]
         return list(self._text("global").run(x, packing, start=self._text_shared).split(counts))
 
@@ -330,10 +334,12 @@ class ScenarioCLIP(nn.Module):
         with torch.no_grad():
             return self._vision("global").run(pixels, stop=self._vision_shared)
 
-    def _text_inputs(self, row: Tensor, host_row: Tensor, lengths: Tensor) -> tuple[Tensor, Packing]:  # 3 x [n]
+    def _text_inputs(
+        self, row: Tensor, host_row: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[Tensor, Packing]:  # 3 x [n]
         """Return the input of the trainable stages for the table's strings `row`, and its packing.
 
-        `host_row` and `lengths`: on the CPU, the same rows and their numbers of tokens.
+        `host_row` and `lengths`: in host memory, the same rows and their numbers of tokens.
         """
         assert self.tokens is not None
         longest = int(lengths.max()) if len(lengths) else 0

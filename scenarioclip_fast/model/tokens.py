@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scenarioclip_fast.errors import UserError
@@ -54,19 +56,25 @@ class UniqueTexts:
     """The unique texts of a batch at each level, in ascending order of their ids.
 
     index: per level [N_l], each item's index into its level's texts;  row: per level [U_l], table rows
-    id, host_row, lengths: per level [U_l], on the CPU: vocabulary ids, a copy of `row`, and numbers of tokens
+    id: per level [U_l], vocabulary ids, on the CPU
+    host_row, lengths: per level [U_l], in host memory: a copy of `row`, and numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
     id: list[Tensor]  # 3 x [U_l]
     row: list[Tensor]  # 3 x [U_l]
-    host_row: list[Tensor]  # 3 x [U_l]
-    lengths: list[Tensor]  # 3 x [U_l]
+    host_row: list[NDArray[np.int64]]  # 3 x [U_l]
+    lengths: list[NDArray[np.int64]]  # 3 x [U_l]
 
     def split(self, parts: int) -> list[UniqueTexts]:
         """Split each level's texts into `parts` contiguous chunks, without `index`, which points into all of them."""
-        split = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row, self.host_row, self.lengths)]
-        return [UniqueTexts([], *([chunks[k] for chunks in levels] for levels in split)) for k in range(parts)]
+        tensors = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row)]
+        arrays = [[np.array_split(a, parts) for a in of_levels] for of_levels in (self.host_row, self.lengths)]
+
+        def part(split: list[Any], k: int) -> list[list[Any]]:
+            return [[chunks[k] for chunks in levels] for levels in split]
+
+        return [UniqueTexts([], *part(tensors, k), *part(arrays, k)) for k in range(parts)]
 
 
 class TokenTable(nn.Module):
@@ -96,7 +104,8 @@ class TokenTable(nn.Module):
                 raise UserError(f"the vocabulary's {level} texts do not fit the model: {error}") from None
             self.sizes[level] = len(kept)
             texts += kept
-        lengths = torch.tensor([len(ids) for ids in texts], dtype=torch.long)
+        host_lengths = np.array([len(ids) for ids in texts], np.int64)
+        lengths = torch.tensor(host_lengths)
         sizes = torch.tensor(list(self.sizes.values()))
         buffers = {
             "tokens": torch.tensor([token for ids in texts for token in ids], dtype=torch.long),
@@ -106,9 +115,9 @@ class TokenTable(nn.Module):
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-        # Host copies: reading them does not synchronise with the device.
-        self._host_lengths = lengths
-        self._filled = torch.zeros(len(texts), dtype=torch.bool)
+        # In host memory: reading them does not synchronise with the device.
+        self._host_lengths = host_lengths
+        self._filled = np.zeros(len(texts), bool)
         self._hidden: Tensor | None = None
         self._key: tuple[Any, ...] = ()
 
@@ -131,8 +140,9 @@ class TokenTable(nn.Module):
         id, index = [list(x) for x in zip(*found, strict=True)]
         start = itertools.accumulate(self.sizes.values(), initial=0)
         row = [i + s for i, s in zip(id, start, strict=False)]
-        lengths = [self._host_lengths[r] for r in row]
-        return UniqueTexts(self._upload(index), id, self._upload(row), row, lengths)
+        host_row = [r.numpy() for r in row]
+        lengths = [self._host_lengths[r] for r in host_row]
+        return UniqueTexts(self._upload(index), id, self._upload(row), host_row, lengths)
 
     def _upload(self, parts: list[Tensor]) -> list[Tensor]:  # 3 x [n_l]
         """Copy to the table's device in one asynchronous transfer."""
@@ -147,7 +157,7 @@ class TokenTable(nn.Module):
         return packing, self.starts[row][packing.text] + packing.position
 
     def frozen_features(
-        self, encoder: TextEncoder, stop: int, host_row: Tensor, packing: Packing, source: Tensor
+        self, encoder: TextEncoder, stop: int, host_row: NDArray[np.int64], packing: Packing, source: Tensor
     ) -> Tensor:
         """Return frozen stages 0 to `stop` of `encoder` applied to the strings `host_row` [n]: [T, W], no gradient.
 
@@ -164,7 +174,7 @@ class TokenTable(nn.Module):
             missing = host_row[~self._filled[host_row]]
             # Fixed chunks: the bits of a matrix product depend on its shape, and a resumed run, which starts with a
             # different batch, must reproduce the features of the first run.
-            for first in (missing // _CHUNK * _CHUNK).unique().tolist():
+            for first in np.unique(missing // _CHUNK * _CHUNK).tolist():
                 some = torch.arange(first, min(first + _CHUNK, len(self._filled)), device=self.tokens.device)
                 lengths = self._host_lengths[first : first + _CHUNK]
                 some_packing = Packing.of_lengths(self.lengths[some], int(lengths.sum()), int(lengths.max()))
@@ -187,7 +197,7 @@ class TokenTable(nn.Module):
         key = (self.tokens.device, weights[0].dtype, autocast, stop, state)
         if key != self._key:
             self._key, self._hidden = key, None
-            self._filled = torch.zeros(len(self._filled), dtype=torch.bool)
+            self._filled = np.zeros(len(self._filled), bool)
 
     def _covers(self, level: str, ids: Tensor) -> bool:
         return bool(((ids >= 0) & (ids < self.sizes[level])).all())

@@ -130,7 +130,6 @@ class CheckedTrainer(Trainer):
         assert tokens is not None
         if self.step == 0:
             # A copy: on a CPU the buffers of both are the same tensor.
-            tokens._host_lengths = tokens._host_lengths.clone()
             self.seen: set[str] = set()
         if self.step < 2:
             super().train_step(batch)
