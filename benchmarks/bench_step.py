@@ -36,6 +36,7 @@ from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TokenTable
 from scenarioclip_fast.model.flops import batch_flops, peak_flops
+from scenarioclip_fast.model.layers import WeightCopies
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
 
@@ -109,10 +110,13 @@ class OurStep:
         self.loss_module = ScenarioLoss().to(device)
         self.teacher = EMATeacher(self.model)
         self.optimizer = build_optimizer(self.model, self.loss_module, OptimSection(decay_logit_scale=True))
+        self.copies = WeightCopies(self.model, self.teacher.encoders.values(), torch.bfloat16) if bf16 else None
 
     def loss(self, batch: Batch) -> Tensor:
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        if self.copies is not None:
+            self.copies.refresh()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.loss_module(self.model(batch, teacher=self.teacher))["loss"]
 

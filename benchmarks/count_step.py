@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.data import Batch
+from scenarioclip_fast.model import layers
+from scenarioclip_fast.model.encoders import Packing
 from scenarioclip_fast.model.tokens import TokenTable, UniqueTexts
 from scenarioclip_fast.ops.contrastive import validate
 
@@ -73,6 +75,7 @@ KERNELS: dict[str, int] = {
     "embedding_dense_backward": 4,  # sorts the indices
     "repeat_interleave": 3,  # of lengths: a running sum, then the indices
     "cumsum": 1,
+    "add_layer_norm_backward": 2,  # the second sums the gradients of the weights over the programs
     "contrastive_losses": 3,
     "contrastive_losses_backward": 5,
 }
@@ -190,15 +193,25 @@ def without_data() -> Iterator[FakeTensorMode]:
         def on_the_host(table: TokenTable, ids: Sequence[Tensor]) -> UniqueTexts:
             with _disable_current_modes():
                 texts = unique_texts(table, ids)
-            fake = ([mode.from_tensor(t) for t in of_levels] for of_levels in (texts.index, texts.row))
-            index, row = fake
-            return replace(texts, index=index, row=row)
+            return replace(texts, index=[mode.from_tensor(t) for t in texts.index])
 
         stack.enter_context(patch.object(TokenTable, "unique_texts", on_the_host))
+        with_rows = Packing.with_rows
+
+        def uploaded(*arguments: Any) -> tuple[Packing, Tensor]:
+            with _disable_current_modes():
+                packing, place = with_rows(*arguments)
+            tensors: dict[str, Any] = {
+                name: mode.from_tensor(t) for name, t in vars(packing).items() if isinstance(t, Tensor)
+            }
+            return replace(packing, **tensors), mode.from_tensor(place)
+
+        stack.enter_context(patch.object(Packing, "with_rows", uploaded))
         # On a GPU: backends, and multi-tensor kernels.
         backends = {"contrastive_loss": "triton", "distillation_loss": "cuda"}
         stack.enter_context(patch.object(dispatch, "resolve", lambda op, *_, **__: backends.get(op, "triton")))
         stack.enter_context(patch.object(clip_grad, "_has_foreach_support", lambda *_: True))
+        stack.enter_context(patch.object(layers, "products_to_float32", lambda _: True))
         yield stack.enter_context(mode)
 
 

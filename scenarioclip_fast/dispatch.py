@@ -45,10 +45,16 @@ class Backend:
 
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
+_CPU_ROWS = ("float32", "bfloat16")
 
 # op -> name -> backend, fastest first. All modules of an op define the functions of
 # kernels/<op>/reference.py; some define optional ones as well (see `offers`).
 BACKENDS: dict[str, dict[str, Backend]] = {
+    "add_layer_norm": {
+        "triton": Backend("add_layer_norm.add_layer_norm_triton", _CUDA, "triton"),
+        "cpu": Backend("add_layer_norm.add_layer_norm_cpu_native", _CPU, "native-cpu", dtypes=_CPU_ROWS),
+        "reference": Backend("add_layer_norm.reference", float64=True),
+    },
     "contrastive_loss": {
         "cuda": Backend("contrastive.contrastive_cuda", _CUDA, "native-hopper", dtypes=("bfloat16",), automatic=False),
         "triton": Backend("contrastive.contrastive_triton", _CUDA, "triton"),
@@ -65,6 +71,11 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cuda": Backend("views.views_native", _CUDA, "native-cuda"),
         "cpu": Backend("views.views_native", _CPU, "native-cpu"),
         "reference": Backend("views.reference"),
+    },
+    "quick_gelu": {
+        "triton": Backend("quick_gelu.quick_gelu_triton", _CUDA, "triton"),
+        "cpu": Backend("quick_gelu.quick_gelu_cpu_native", _CPU, "native-cpu", dtypes=_CPU_ROWS),
+        "reference": Backend("quick_gelu.reference", float64=True),
     },
     "render_views": {
         "cuda": Backend("views.views_native", _CUDA, "native-cuda"),

@@ -13,63 +13,71 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scenarioclip_fast.model.config import TextConfig, VisionConfig
+from scenarioclip_fast.model.layers import AddLayerNorm, LayerNorm, Linear, autocast_dtype
+from scenarioclip_fast.ops import quick_gelu
 
 
 @dataclass(frozen=True)
 class Packing:
     """The layout of n texts with T tokens in total: packed into T rows, and padded to an [n, longest] grid.
 
-    text [T]: the text of each row;  position [T]: its place in that text;  slot [T]: its cell in the grid
-    last [n]: the row of each text's end-of-text token
+    slot [T]: each row's cell in the grid;  cell [n * longest]: each cell's row, for padding that of the last token
+    position [T]: each row's place in its text;  last [n]: the row of each text's end-of-text token
     """
 
-    text: Tensor  # [T]
-    position: Tensor  # [T]
     slot: Tensor  # [T]
+    cell: Tensor  # [n * longest]
+    position: Tensor  # [T]
     last: Tensor  # [n]
     longest: int
 
     @classmethod
-    def of_lengths(cls, lengths: Tensor, total: int | None = None, longest: int | None = None) -> Packing:
-        """Pack texts of these lengths [n]; passing `total` and `longest` avoids two device synchronisations."""
-        n = lengths.shape[0]
-        total = int(lengths.sum()) if total is None else total
-        longest = (int(lengths.max()) if n else 0) if longest is None else longest
-        end = lengths.cumsum(0)
-        text = torch.repeat_interleave(lengths, output_size=total)
-        position = torch.arange(total, device=lengths.device) - (end - lengths)[text]
-        return cls(text, position, text * longest + position, end - 1, longest)
+    def of_lengths(cls, lengths: NDArray[np.int64], device: torch.device) -> Packing:
+        """Pack texts of these lengths [n]: computed on the host, copied in one transfer."""
+        return cls.with_rows(lengths, device)[0]
+
+    @classmethod
+    def with_rows(
+        cls, lengths: NDArray[np.int64], device: torch.device, starts: NDArray[np.int64] | None = None
+    ) -> tuple[Packing, Tensor]:
+        """Pack texts; also return the place of each row's token in a table where the texts begin at `starts` [n]."""
+        longest = int(lengths.max()) if len(lengths) else 0
+        end = np.cumsum(lengths)
+        text = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(text)) - (end - lengths)[text]
+        cell = (end - lengths)[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
+        place = position if starts is None else starts[text] + position
+        parts = [text * longest + position, cell.ravel(), position, end - 1, place]
+        whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        if device.type == "cuda":
+            whole = whole.pin_memory()
+        slot, cells, positions, last, places = whole.to(device, non_blocking=True).split([len(part) for part in parts])
+        return cls(slot, cells, positions, last, longest), places
 
 
-class _QuickGELU(torch.autograd.Function):
-    """x sigmoid(1.702 x), saving only x for the backward pass."""
+class _ToGrid(torch.autograd.Function):
+    """Rows [T, *] to cells [n * longest, *]; a cell of padding gets the row of the text's last token.
+
+    No gradient flows back from padding: causal attention does not let a text's tokens see it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # [*]
-        ctx.save_for_backward(x)
-        if torch.compiler.is_compiling():  # torch 2.11 differentiates the in-place form wrongly
-            return (1.702 * x).sigmoid() * x
-        return (1.702 * x).sigmoid_().mul_(x)  # in place: avoids an activation-sized allocation
+    def forward(ctx: Any, rows: Tensor, slot: Tensor, cell: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return rows.index_select(0, cell)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # [*]
-        (x,) = ctx.saved_tensors
-        # x sigmoid(a x) is silu(a x) / a, so its derivative at x is silu's at a x.
-        scaled = 1.702 * x
-        if torch.compiler.is_compiling():
-            return torch.ops.aten.silu_backward(grad, scaled)
-        return torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=scaled)
-
-
-def quick_gelu(x: Tensor) -> Tensor:  # [*]
-    """CLIP's activation: x sigmoid(1.702 x)."""
-    return cast(Tensor, _QuickGELU.apply(x))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slot,) = ctx.saved_tensors
+        return grad.index_select(0, slot), None, None
 
 
 def _heads(x: Tensor) -> list[Tensor]:  # [n, L, parts, heads, W / heads]
@@ -86,8 +94,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None, pooled: bool) -> Tensor:  # [n, L, W] or [T, W]
         """The attention's output for every token, or with `pooled` for the pooled token only: [n, W]."""
@@ -96,10 +104,9 @@ class Attention(nn.Module):
         n, length, width = x.shape
         if pooled:
             # The query of the class token only; keys and values of all tokens.
-            query, pair = self.qkv.weight.split((width, 2 * width))
-            query_bias, pair_bias = self.qkv.bias.split((width, 2 * width))
-            q = F.linear(x[:, 0], query, query_bias).view(n, self.heads, 1, width // self.heads)
-            k, v = _heads(F.linear(x, pair, pair_bias).view(n, length, 2, self.heads, width // self.heads))
+            query, pair = self.qkv.parts([x[:, 0], x], [width, 2 * width])
+            q = query.view(n, self.heads, 1, width // self.heads)
+            k, v = _heads(pair.view(n, length, 2, self.heads, width // self.heads))
             return self.out(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
         q, k, v = _heads(self.qkv(x).view(n, length, 3, self.heads, width // self.heads))
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
@@ -107,7 +114,7 @@ class Attention(nn.Module):
     def _packed(self, x: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, W]
         n, longest, width = packing.last.shape[0], packing.longest, x.shape[-1]
         qkv = self.qkv(x)
-        grid = qkv.new_zeros(n * longest, 3 * width).index_copy(0, packing.slot, qkv)
+        grid = cast(Tensor, _ToGrid.apply(qkv, packing.slot, packing.cell))
         q, k, v = _heads(grid.view(n, longest, 3, self.heads, width // self.heads))
         # Padding follows a text's tokens, so causal attention ignores it. Products with weights have no padding; the
         # two products here are 0.2 % of a block's FLOPs, with 1.1 to 1.6 cells per token for texts of 3 to 9 tokens.
@@ -122,11 +129,11 @@ class Block(nn.Module):
     def __init__(self, config: VisionConfig | TextConfig) -> None:
         super().__init__()
         width = config.width
-        self.norm_1 = nn.LayerNorm(width)
+        self.norm_1 = AddLayerNorm(width)
         self.attention = Attention(width, config.heads)
-        self.norm_2 = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
+        self.norm_2 = AddLayerNorm(width)
+        self.expand = Linear(width, 4 * width)
+        self.contract = Linear(4 * width, width)
         self.activation = quick_gelu if config.activation == "quick_gelu" else F.gelu
         # CLIP's initialisation: the variance of the residual sum does not grow with depth.
         depth_scale = (2 * config.layers) ** -0.5
@@ -139,27 +146,43 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:
-        """Map dense [n, L, W] or packed [T, W] to the same shape, or with `pooled` to the pooled tokens, [n, W]."""
-        y = self.attention(self.norm_1(x), packing, pooled)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, packing: Packing | None = None, pooled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block on dense rows [n, L, W] or packed rows [T, W].
+
+        Args:
+            x: the residual stream.
+            branch: the previous block's output, still to be added to x, so that one kernel adds and normalises.
+            pooled: output only the pooled tokens, [n, W].
+
+        Returns:
+            The residual stream, and the output of this block that is still to be added to it.
+        """
+        x, y = self.norm_1(x, branch)
+        y = self.attention(y, packing, pooled)
         if pooled:
             x = x[:, 0] if packing is None else x.index_select(0, packing.last)
-        x = x + y
-        return x + self.contract(self.activation(self.expand(self.norm_2(x))))
+        x, y = self.norm_2(x, y)
+        return x, self.contract(self.activation(self.expand(y)))
 
 
 class VisionBlock(Block):
     """A block with its own `forward`, because Dynamo limits the number of compiled versions per function."""
 
-    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [n, L, W]
-        return super().forward(x, packing, pooled)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, packing: Packing | None = None, pooled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return super().forward(x, branch, packing, pooled)
 
 
 class TextBlock(Block):
     """Like VisionBlock, for texts."""
 
-    def forward(self, x: Tensor, packing: Packing | None = None, pooled: bool = False) -> Tensor:  # [T, W]
-        return super().forward(x, packing, pooled)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, packing: Packing | None = None, pooled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return super().forward(x, branch, packing, pooled)
 
 
 class Head(nn.Module):
@@ -167,12 +190,15 @@ class Head(nn.Module):
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, embed_dim)
-        self.out_norm = nn.LayerNorm(embed_dim)
+        self.norm = AddLayerNorm(width)
+        self.projection = Linear(width, embed_dim)
+        self.out_norm = LayerNorm(embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [n, W]
-        return self.out_norm(self.projection(self.norm(x)))
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:  # [n, W], [n, W]
+        """Embed the pooled tokens x + branch: [n, D], in at least float32."""
+        _, y = self.norm(x, branch)
+        y = self.projection(y)
+        return self.out_norm(y, torch.promote_types(y.dtype, torch.float32))
 
 
 class LinearStem(nn.Module):
@@ -209,7 +235,7 @@ class ConvStem(nn.Module):
         channels = [3, *(width >> i for i in reversed(range(halvings)))]
         self.convs = nn.ModuleList(_conv(before, after) for before, after in itertools.pairwise(channels))
         self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in channels[1:])
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
         x = pixels.to(memory_format=torch.channels_last)
@@ -237,7 +263,7 @@ class VisionEmbedding(nn.Module):
             raise TypeError(f"pixels: got {pixels.dtype}, expected normalised floats, as preprocess returns them")
         patches = self.stem(pixels)
         class_token = self.class_token.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        return torch.cat([class_token, patches], 1) + self.position
+        return torch.cat([class_token, patches], 1) + self.position.to(patches.dtype)
 
 
 class TextEmbedding(nn.Module):
@@ -250,7 +276,8 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens: Tensor, packing: Packing) -> Tensor:  # [T]
-        return self.token(tokens) + self.position[packing.position]
+        x = self.token(tokens) + self.position[packing.position]
+        return x.to(autocast_dtype(x.device.type) or x.dtype)
 
 
 class Encoder(nn.Module):
@@ -282,19 +309,22 @@ class Encoder(nn.Module):
         """Run stages `start` to `stop` (exclusive); the last block outputs only the pooled tokens."""
         stages = self.stages
         checkpointing = self.checkpointing and torch.is_grad_enabled()
+        branch: Tensor | None = None
         for i in range(start, len(stages) if stop is None else stop):
             stage = stages[i]
             if isinstance(stage, Block):
                 pooled = i == len(stages) - 2
                 if checkpointing:
-                    x = checkpoint(stage, x, packing, pooled, use_reentrant=False)
+                    x, branch = checkpoint(stage, x, branch, packing, pooled, use_reentrant=False)
                 else:
-                    x = stage(x, packing, pooled)
+                    x, branch = stage(x, branch, packing, pooled)
+            elif isinstance(stage, Head):
+                x, branch = stage(x, branch), None
             elif i == 0 and packing is not None:
                 x = stage(x, packing)
             else:
                 x = stage(x)
-        return x
+        return x if branch is None else x + branch
 
 
 def bucket(n: int) -> int:
@@ -316,7 +346,7 @@ class VisionEncoder(Encoder):
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__(config, embed_dim)
         self.embedding = VisionEmbedding(config)
-        self.pre_norm = nn.LayerNorm(config.width)
+        self.pre_norm = LayerNorm(config.width)
 
     @property
     def stages(self) -> list[nn.Module]:

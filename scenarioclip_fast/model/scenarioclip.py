@@ -306,15 +306,13 @@ class ScenarioCLIP(nn.Module):
         return list(self._vision("global").run(trunk.hidden, start=self._vision_shared).split(trunk.views))
 
     def _texts_of_one_encoder(self, texts: UniqueTexts) -> list[Tensor]:
-        x, packing = self._text_inputs(
-            torch.cat(texts.row), np.concatenate(texts.host_row), np.concatenate(texts.lengths)
-        )
+        x, packing = self._text_inputs(np.concatenate(texts.row))
         counts = [len(row) for row in texts.row]
         return list(self._text("global").run(x, packing, start=self._text_shared).split(counts))
 
     def _add_texts_of_levels(self, out: Embeddings, texts: UniqueTexts, teacher: Teacher | None) -> None:
-        for level, row, host_row, lengths in zip(LEVELS, texts.row, texts.host_row, texts.lengths, strict=True):
-            x, packing = self._text_inputs(row, host_row, lengths)
+        for level, row in zip(LEVELS, texts.row, strict=True):
+            x, packing = self._text_inputs(row)
             out.text.append(self._text(level).run(x, packing, start=self._text_shared))
             if teacher is not None and level == "object":
                 out.teacher_object_text = teacher.encode_text(x, packing, level, start=self._text_shared)
@@ -334,19 +332,13 @@ class ScenarioCLIP(nn.Module):
         with torch.no_grad():
             return self._vision("global").run(pixels, stop=self._vision_shared)
 
-    def _text_inputs(
-        self, row: Tensor, host_row: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> tuple[Tensor, Packing]:  # 3 x [n]
-        """Return the input of the trainable stages for the table's strings `row`, and its packing.
-
-        `host_row` and `lengths`: in host memory, the same rows and their numbers of tokens.
-        """
+    def _text_inputs(self, row: NDArray[np.int64]) -> tuple[Tensor, Packing]:
+        """Return the input of the trainable stages for the table's strings `row` [n], and its packing."""
         assert self.tokens is not None
-        longest = int(lengths.max()) if len(lengths) else 0
-        packing, source = self.tokens.packing(row, int(lengths.sum()), longest)
+        packing, source = self.tokens.packing(row)
         if not self._text_shared:
             return self.tokens.tokens[source], packing
-        return self.tokens.frozen_features(self._text("global"), self._text_shared, host_row, packing, source), packing
+        return self.tokens.frozen_features(self._text("global"), self._text_shared, row, packing, source), packing
 
 
 def _freeze(encoder: Encoder, embeddings: list[bool], blocks: int) -> int:

@@ -42,10 +42,7 @@ def pack(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     """Concatenate token lists into one tensor [T]; also return their packing."""
     lengths = [len(ids) for ids in texts]
     tokens = torch.tensor([token for ids in texts for token in ids], dtype=torch.long, device=device)
-    packing = Packing.of_lengths(
-        torch.tensor(lengths, dtype=torch.long, device=device), sum(lengths), max(lengths, default=0)
-    )
-    return tokens, packing
+    return tokens, Packing.of_lengths(np.array(lengths, np.int64), device)
 
 
 _CHUNK = 64  # strings whose frozen features are computed together: a few hundred tokens
@@ -55,26 +52,24 @@ _CHUNK = 64  # strings whose frozen features are computed together: a few hundre
 class UniqueTexts:
     """The unique texts of a batch at each level, in ascending order of their ids.
 
-    index: per level [N_l], each item's index into its level's texts;  row: per level [U_l], table rows
+    index: per level [N_l], each item's index into its level's texts
     id: per level [U_l], vocabulary ids, on the CPU
-    host_row, lengths: per level [U_l], in host memory: a copy of `row`, and numbers of tokens
+    row, lengths: per level [U_l], in host memory: table rows, and numbers of tokens
     """
 
     index: list[Tensor]  # 3 x [N_l]
     id: list[Tensor]  # 3 x [U_l]
-    row: list[Tensor]  # 3 x [U_l]
-    host_row: list[NDArray[np.int64]]  # 3 x [U_l]
+    row: list[NDArray[np.int64]]  # 3 x [U_l]
     lengths: list[NDArray[np.int64]]  # 3 x [U_l]
 
     def split(self, parts: int) -> list[UniqueTexts]:
         """Split each level's texts into `parts` contiguous chunks, without `index`, which points into all of them."""
-        tensors = [[t.tensor_split(parts) for t in ts] for ts in (self.id, self.row)]
-        arrays = [[np.array_split(a, parts) for a in of_levels] for of_levels in (self.host_row, self.lengths)]
-
-        def part(split: list[Any], k: int) -> list[list[Any]]:
-            return [[chunks[k] for chunks in levels] for levels in split]
-
-        return [UniqueTexts([], *part(tensors, k), *part(arrays, k)) for k in range(parts)]
+        ids = [of_level.tensor_split(parts) for of_level in self.id]
+        arrays = [[np.array_split(a, parts) for a in of_levels] for of_levels in (self.row, self.lengths)]
+        return [
+            UniqueTexts([], [of_level[k] for of_level in ids], *([chunks[k] for chunks in a] for a in arrays))
+            for k in range(parts)
+        ]
 
 
 class TokenTable(nn.Module):
@@ -86,9 +81,6 @@ class TokenTable(nn.Module):
     """
 
     tokens: Tensor  # [all tokens]
-    lengths: Tensor  # [strings]
-    starts: Tensor  # [strings]
-    level_start: Tensor  # [3]
 
     def __init__(self, vocabulary: Vocabulary, config: TextConfig, cache_bytes: int = 2 << 30) -> None:
         super().__init__()
@@ -105,18 +97,10 @@ class TokenTable(nn.Module):
             self.sizes[level] = len(kept)
             texts += kept
         host_lengths = np.array([len(ids) for ids in texts], np.int64)
-        lengths = torch.tensor(host_lengths)
-        sizes = torch.tensor(list(self.sizes.values()))
-        buffers = {
-            "tokens": torch.tensor([token for ids in texts for token in ids], dtype=torch.long),
-            "lengths": lengths,
-            "starts": lengths.cumsum(0) - lengths,
-            "level_start": sizes.cumsum(0) - sizes,
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+        tokens = torch.tensor([token for ids in texts for token in ids], dtype=torch.long)
+        self.register_buffer("tokens", tokens, persistent=False)
         # In host memory: reading them does not synchronise with the device.
-        self._host_lengths = host_lengths
+        self._host_lengths, self._host_starts = host_lengths, np.cumsum(host_lengths) - host_lengths
         self._filled = np.zeros(len(texts), bool)
         self._hidden: Tensor | None = None
         self._key: tuple[Any, ...] = ()
@@ -139,10 +123,9 @@ class TokenTable(nn.Module):
         found = [torch.unique(i, return_inverse=True) for i in ids]
         id, index = [list(x) for x in zip(*found, strict=True)]
         start = itertools.accumulate(self.sizes.values(), initial=0)
-        row = [i + s for i, s in zip(id, start, strict=False)]
-        host_row = [r.numpy() for r in row]
-        lengths = [self._host_lengths[r] for r in host_row]
-        return UniqueTexts(self._upload(index), id, self._upload(row), host_row, lengths)
+        row = [i.numpy() + s for i, s in zip(id, start, strict=False)]
+        lengths = [self._host_lengths[r] for r in row]
+        return UniqueTexts(self._upload(index), id, row, lengths)
 
     def _upload(self, parts: list[Tensor]) -> list[Tensor]:  # 3 x [n_l]
         """Copy to the table's device in one asynchronous transfer."""
@@ -151,15 +134,15 @@ class TokenTable(nn.Module):
         whole = torch.cat(parts).pin_memory().to(self.tokens.device, non_blocking=True)
         return list(whole.split([len(part) for part in parts]))
 
-    def packing(self, row: Tensor, total: int, longest: int) -> tuple[Packing, Tensor]:
+    def packing(self, row: NDArray[np.int64]) -> tuple[Packing, Tensor]:
         """Return the packing of the strings `row` [n], and the table positions of their tokens: [T]."""
-        packing = Packing.of_lengths(self.lengths[row], total, longest)
-        return packing, self.starts[row][packing.text] + packing.position
+        lengths, starts = self._host_lengths[row], self._host_starts[row]
+        return Packing.with_rows(lengths, self.tokens.device, starts)
 
     def frozen_features(
-        self, encoder: TextEncoder, stop: int, host_row: NDArray[np.int64], packing: Packing, source: Tensor
+        self, encoder: TextEncoder, stop: int, row: NDArray[np.int64], packing: Packing, source: Tensor
     ) -> Tensor:
-        """Return frozen stages 0 to `stop` of `encoder` applied to the strings `host_row` [n]: [T, W], no gradient.
+        """Return frozen stages 0 to `stop` of `encoder` applied to the strings `row` [n]: [T, W], no gradient.
 
         Cached per string until the weights, the device or the precision change.
         """
@@ -171,14 +154,11 @@ class TokenTable(nn.Module):
         # Not in inference mode: a training step must be able to use and extend what an evaluation cached.
         with torch.inference_mode(False), torch.no_grad():
             self._invalidate_if_stale(encoder, stop)
-            missing = host_row[~self._filled[host_row]]
+            missing = row[~self._filled[row]]
             # Fixed chunks: the bits of a matrix product depend on its shape, and a resumed run, which starts with a
             # different batch, must reproduce the features of the first run.
             for first in np.unique(missing // _CHUNK * _CHUNK).tolist():
-                some = torch.arange(first, min(first + _CHUNK, len(self._filled)), device=self.tokens.device)
-                lengths = self._host_lengths[first : first + _CHUNK]
-                some_packing = Packing.of_lengths(self.lengths[some], int(lengths.sum()), int(lengths.max()))
-                some_source = self.starts[some][some_packing.text] + some_packing.position
+                some_packing, some_source = self.packing(np.arange(first, min(first + _CHUNK, len(self._filled))))
                 hidden = encoder.run(self.tokens[some_source], some_packing, stop=stop)
                 if self._hidden is None:
                     self._hidden = hidden.new_empty(self.tokens.shape[0], hidden.shape[1])

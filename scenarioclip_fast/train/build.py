@@ -1,6 +1,6 @@
 """Factories of the trainer's parts, in the order of their calls; the others are in `train.optim` and `converters`.
 
-build_model -> build_loss -> build_teacher -> convert -> wrap -> build_optimizer
+build_model -> build_loss -> build_teacher -> convert -> build_copies -> wrap -> build_optimizer
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scenarioclip_fast.data import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model.layers import WeightCopies
 from scenarioclip_fast.train.config import LossSection, ModelSection, TrainConfig
 from scenarioclip_fast.train.sharding import shard
 from scenarioclip_fast.train.step import StepModule
@@ -52,6 +53,16 @@ def build_teacher(config: TrainConfig, model: ScenarioCLIP) -> EMATeacher | None
         warmup=config.loss.teacher_warmup,
         scope=config.loss.teacher_scope,
     )
+
+
+def build_copies(
+    model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World
+) -> WeightCopies | None:
+    """Keep the weights of products in bfloat16 with run.precision=bf16; with sharded weights, copies are per use."""
+    sharded = world.size > 1 and config.train.parallel == "fsdp"
+    if config.run.precision != "bf16" or sharded:
+        return None
+    return WeightCopies(model, [] if teacher is None else teacher.encoders.values(), torch.bfloat16)
 
 
 def wrap(step: StepModule, teacher: EMATeacher | None, config: TrainConfig, world: World) -> nn.Module:

@@ -130,7 +130,8 @@ def guarded_step(optimizer: Optimizer, loss: Tensor, clip_norm: float) -> tuple[
         The gradient norm before clipping, and whether the step was skipped (bool), both [] on the device.
     """
     norm = _total_norm(_gradients(optimizer))
-    skipped = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+    both = norm + loss.detach()
+    skipped = (both - both) != 0  # not 0 for infinity and NaN; isfinite would be four launches for each
     scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # as in clip_grad_norm_
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale = scale  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.flops import peak_flops, step_flops
 from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.accumulate import GradCache
-from scenarioclip_fast.train.build import build_loss, build_model, build_teacher, wrap
+from scenarioclip_fast.train.build import build_copies, build_loss, build_model, build_teacher, wrap
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.converters import convert
 from scenarioclip_fast.train.export import export
@@ -157,6 +157,8 @@ class Trainer:
         """Accumulate the gradients of the batch's loss in the parameters; return the loss's terms."""
         if self.config.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # frees the graphs' memory from the previous step
+        if self.copies is not None:
+            self.copies.refresh()
         if self.grad_cache is not None:
             return self.grad_cache.backward(batch, texts, self.teacher)
         with self._autocast():
@@ -192,6 +194,9 @@ class Trainer:
         self.loss = build_loss(config.loss, world)
         self.teacher = build_teacher(config, self.model)
         notes = convert(self.model, self.teacher, config, world)
+        self.copies = build_copies(self.model, self.teacher, config, world)
+        if self.copies is not None:
+            stack.callback(self.copies.close)
         self.module = StepModule(self.model, self.loss).train()
         self.parallel = wrap(self.module, self.teacher, config, world)
         self.optimizer = build_optimizer(self.model, self.loss, config.optim)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def test_gradients_of_queries_keys_and_values_are_stacked_once(
     """They equal those of unbinding a permuted tensor bit for bit, with one copy less."""
     torch.manual_seed(0)
     attention = Attention(32, 4).to(dtype)
-    packing = Packing.of_lengths(torch.tensor([3, 5, 2, 7])) if packed else None
+    packing = Packing.of_lengths(np.array([3, 5, 2, 7]), torch.device("cpu")) if packed else None
     x = torch.randn(17, 32) if packed else torch.randn(6, 10, 32)
 
     def run() -> tuple[list[Tensor], Counter[str]]:

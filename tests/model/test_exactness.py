@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -243,13 +244,13 @@ def test_convolutional_stem_trains() -> None:
 def test_frozen_blocks_run_once_per_view_and_string() -> None:
     model = make(FREEZES["part"])
     seen: dict[str, list[int]] = {"vision": [], "text": []}
-    model.vision["relation"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y)))
+    model.vision["relation"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y[0])))
     for encoder in model.text.values():
-        encoder.blocks[1].register_forward_hook(lambda _, x, y: seen["text"].append(len(y)))
+        encoder.blocks[1].register_forward_hook(lambda _, x, y: seen["text"].append(len(y[0])))
     # The other levels have copies of the shared blocks, with the same parameters.
     assert model.vision["relation"].blocks[1].expand.weight is model.vision["global"].blocks[1].expand.weight
     some = BATCHES["repeats"]
-    model.vision["global"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y)))
+    model.vision["global"].blocks[1].register_forward_hook(lambda _, x, y: seen["vision"].append(len(y[0])))
     first = fast(model, some, None)
     assert seen["vision"] == [13]
     # Strings are computed in fixed chunks; this vocabulary fills less than one.
@@ -348,10 +349,9 @@ def test_an_encoder_compiles_without_graph_breaks_for_any_number_of_rows() -> No
         encoder = getattr(model, kind)["object"]
         compiled = torch.compile(encoder, backend="eager", fullgraph=True, dynamic=True)
         for n in (3, 5):
-            lengths = torch.arange(2, 2 + n)
-            total = int(lengths.sum())
-            tokens = torch.randint(END, (total,))
-            texts = (tokens, Packing.of_lengths(lengths, total, n + 1))
+            lengths = np.arange(2, 2 + n)
+            tokens = torch.randint(END, (int(lengths.sum()),))
+            texts = (tokens, Packing.of_lengths(lengths, torch.device("cpu")))
             inputs = (torch.randn(n, 3, 16, 16, dtype=torch.float64),) if kind == "vision" else texts
             results = []
             for form in (encoder, compiled):
@@ -372,7 +372,7 @@ def test_a_step_does_not_synchronise_with_the_device(freeze: str) -> None:
     model.tokens.cache_bytes = 0  # the cache of frozen features copies real values
     model.to("meta")
     teacher = EMATeacher(model)
-    lists = {name: [t.to("meta") for t in getattr(found, name)] for name in ("index", "id", "row")}
+    lists = {name: [t.to("meta") for t in getattr(found, name)] for name in ("index", "id")}
     out = model(BATCHES["repeats"].to("meta"), teacher, replace(found, **lists))
     assert len(out.object_scene) == 6 and out.teacher_image is not None
     sum(x.sum() for x in (*out.image, *out.text)).backward()

@@ -89,13 +89,18 @@ def outputs(model: ScenarioCLIP, level: str, pixels: Tensor, tokens: list[list[i
     for kind, encoder in (("image", model.vision[level]), ("text", model.text[level])):
         for part, module in (("pooled", encoder.head.norm), ("projected", encoder.head.projection)):
             key = f"{kind} {part}"
-            hooks.append(module.register_forward_hook(lambda _, x, y, key=key: seen.__setitem__(key, y)))
+            hooks.append(module.register_forward_hook(lambda _, x, y, key=key: seen.__setitem__(key, _normed(y))))
     with torch.no_grad():
         model.encode_image(pixels, level)
         model.encode_text(tokens, level)
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def _normed(y: Any) -> Tensor:
+    """The first layernorm also returns the sum that it normalises."""
+    return y[1] if isinstance(y, tuple) else y
 
 
 def check_same(model: ScenarioCLIP, clip: Any, tokens: list[list[int]] = TOKENS, padded: Tensor = PADDED) -> None:
