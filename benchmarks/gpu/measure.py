@@ -55,8 +55,10 @@ IMPORTS = (
     "scenarioclip_fast.recipes.demo",
     "scenarioclip_fast.bench.runner",
     "scenarioclip_fast.bench.report",
+    "scenarioclip_fast.kernels.add_layer_norm.add_layer_norm_triton",
     "scenarioclip_fast.kernels.contrastive.contrastive_triton",
     "scenarioclip_fast.kernels.distillation.distillation_triton",
+    "scenarioclip_fast.kernels.quick_gelu.quick_gelu_triton",
 )
 # Each test file, and the number of processes that share its tests, many of which compile a kernel. Collecting tests
 # queries the driver for devices, so no process that has collected tests may be forked.
@@ -78,6 +80,8 @@ TESTS = {
     "tests/data/test_preprocess.py": 1,
     "tests/train/test_train_checkpoint.py": 1,
     "tests/ops/test_ema.py": 1,
+    "tests/ops/test_add_layer_norm.py": 1,
+    "tests/ops/test_quick_gelu.py": 1,
     "tests/test_native.py": 1,
 }
 PARALLEL_TESTS = 8

@@ -18,7 +18,15 @@ from scenarioclip_fast.benchmarks.timing import backend_for, device_for, synchro
 
 from scenarioclip_fast.data import Views, generate_scenes
 from scenarioclip_fast.dispatch import unavailable_reason
-from scenarioclip_fast.ops import contrastive_loss, distillation_loss, focused_region, render_views
+from scenarioclip_fast.ops import (
+    add_layer_norm,
+    contrastive_loss,
+    distillation_loss,
+    focused_region,
+    layer_norm,
+    quick_gelu,
+    render_views,
+)
 
 DEVICE = device_for("cuda")
 
@@ -61,6 +69,14 @@ def distillation(backend: str) -> None:
     loss.backward()
 
 
+def layers(backend: str) -> None:
+    x, branch = (torch.randn(301, 123, device=DEVICE).bfloat16().requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(123, device=DEVICE, requires_grad=True) for _ in range(2))
+    total, normed = add_layer_norm(x, branch, weight, bias, backend=backend_for(backend))
+    y = layer_norm(normed, weight, bias, dtype=torch.float32, backend=backend_for(backend))
+    (total.float() + y + quick_gelu(x, backend=backend_for(backend)).float()).sum().backward()
+
+
 def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:
     """With and without text indices; sizes that fit no tile; mean losses and losses per row, whose kernels differ."""
     for rows, texts in sizes:
@@ -81,6 +97,7 @@ def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:
 def triton() -> None:
     contrastive("triton", ((137, 70), (137, 137), (4500, 4300)))  # shared launches, and one large level by blocks
     distillation("triton")
+    layers("triton")
     synchronize("cuda")
     print("triton: done")
 

@@ -51,6 +51,7 @@ TIMED = [
     Section("bench_data", "bench", 24, 50),
     Section("bench_distillation", "bench", 8, 20),
     Section("bench_ema", "bench", 5, 10),
+    Section("bench_layers", "bench", 5, 20),
     Section("bench_trainer", "bench", 12, 30),
     # If time allows; useless if cut short.
     Section("demo", "demo", 0, 120, minimum=45),

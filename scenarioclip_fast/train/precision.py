@@ -1,4 +1,4 @@
-"""run.precision: TF32 and bf16 contexts."""
+"""run.precision: TF32 and bf16 contexts; and the kernels of attention."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scenarioclip_fast.model.config import VisionConfig
+
+# The first that can run is used. cuDNN's is left out: torch prefers it on some GPUs, and it builds a plan for each size.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
@@ -25,3 +31,17 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Return the context of forward passes: bfloat16 autocast with "bf16"."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def attention_kernels() -> AbstractContextManager[Any]:
+    """Prefer FlashAttention, then memory-efficient attention, then matrix products with a softmax."""
+    return sdpa_kernel(_ATTENTION, set_priority=True)
+
+
+def describe_attention(config: VisionConfig, precision: str, device: torch.device) -> str:
+    """Name the attention that the vision blocks use within `attention_kernels`, for the log."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    q = torch.empty(1, config.heads, config.tokens, config.width // config.heads, dtype=dtype, device=device)
+    with attention_kernels():
+        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    return f"attention: {chosen.name.removesuffix('_ATTENTION').lower()}"

@@ -32,7 +32,7 @@ from scenarioclip_fast.train.optim import (
     optimizer_factory,
     set_learning_rate,
 )
-from scenarioclip_fast.train.precision import autocast, matmul_precision
+from scenarioclip_fast.train.precision import attention_kernels, autocast, describe_attention, matmul_precision
 from scenarioclip_fast.train.run_dir import open_run_dir
 from scenarioclip_fast.train.saving import Resume, Saver
 from scenarioclip_fast.train.signals import stop_on_signals
@@ -124,6 +124,7 @@ class Trainer:
             )
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(matmul_precision(self.config.run.precision))
+            stack.enter_context(attention_kernels())
             stack.enter_context(expected_warnings_ignored())
             stack.enter_context(stop_on_signals(self.stop))
             self._build(stack)
@@ -208,7 +209,8 @@ class Trainer:
         self._profile = self._make_profile()
         self.state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
         self.saver = Saver(config, world, self.state, self.total_steps, self.log)
-        notes = [*self.saver.restore(self.resume), *notes, *self._warnings()]
+        attention = describe_attention(config.model.vision, config.run.precision, world.device)
+        notes = [*self.saver.restore(self.resume), attention, *notes, *self._warnings()]
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)
         stack.callback(self.saver.close)

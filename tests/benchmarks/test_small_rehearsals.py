@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("views", "ceilings", "distillation", "ema", "data", "trainer")
+FILES = ("views", "ceilings", "distillation", "ema", "layers", "data", "trainer")
 RUN = """
 import sys
 import pytest

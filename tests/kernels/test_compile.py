@@ -49,3 +49,39 @@ def test_triton_distillation(compiler: Compiler, dtype: str, width: int, learned
         **dict.fromkeys(constants, "constexpr"),
     }
     compiler.triton(distillation, signature, constants, **OPTIONS).check()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["quick_gelu_forward", "quick_gelu_backward"])
+def test_triton_quick_gelu(compiler: Compiler, name: str, dtype: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.quick_gelu import quick_gelu_triton as kernels
+
+    constants = {"SLOPE": 1.702, "BLOCK": kernels.BLOCK}
+    tensors = ("grad", "x", "out") if name.endswith("backward") else ("x", "out")
+    signature = {**dict.fromkeys(tensors, f"*{dtype}"), "size": "i32", **dict.fromkeys(constants, "constexpr")}
+    compiler.triton(getattr(kernels, name), signature, constants, num_warps=kernels.WARPS).check()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("rows", ["fp32", "bf16"])
+@pytest.mark.parametrize("width", [123, 512, 768, 8192])
+@pytest.mark.parametrize("with_sum", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_triton_add_layer_norm(compiler: Compiler, direction: str, with_sum: bool, width: int, rows: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.add_layer_norm import add_layer_norm_triton as kernels
+
+    options = kernels._options(width)
+    constants = {"width": width, "WIDTH": options.pop("WIDTH")}
+    if direction == "forward":
+        types = {"x": rows, "branch": rows, "weight": "fp32", "bias": "fp32", "total": rows, "normed": rows}
+        rest = {"statistics": "*fp32", "rows": "i32", "eps": "fp32"}
+        constants |= {} if with_sum else {"branch": None}
+    else:
+        types = {"d_total": rows, "d_normed": rows, "total": rows, "weight": "fp32", "statistics": "fp32", "dx": rows}
+        rest = {"parts": "*fp32", "rows": "i32"}
+        constants |= {} if with_sum else {"d_total": None}
+    signature = {name: f"*{dtype}" for name, dtype in types.items()} | rest | dict.fromkeys(constants, "constexpr")
+    compiler.triton(getattr(kernels, f"add_layer_norm_{direction}"), signature, constants, **options).check()

@@ -213,11 +213,33 @@ assert compiled == {"distillation": 1} and launched == {"distillation": 5}, (com
 print("checked")
 """
 
+LAYERS = """
+from scenarioclip_fast.kernels.add_layer_norm import add_layer_norm_triton as norm
+from scenarioclip_fast.kernels.quick_gelu import quick_gelu_triton as gelu
+
+norm._multiprocessors = lambda _: 132
+
+def both(rows):
+    x, branch = (torch.randn(rows, 768).bfloat16() for _ in range(2))
+    weight, bias = torch.ones(768), torch.zeros(768)
+    total, normed, statistics = norm.forward(x, branch, weight, bias, 1e-5, torch.bfloat16)
+    norm.backward(total, normed, total, weight, statistics, True)
+    gelu.backward(gelu.forward(x), x)
+
+both(64)
+for rows in (1, 17, 4321):
+    both(rows)
+names = ("add_layer_norm_forward", "add_layer_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
+assert compiled == dict.fromkeys(names, 1) and launched == dict.fromkeys(names, 4), (compiled, launched)
+assert not any("ld.global.b16" in ptx[name] for name in names), [n for n in names if "ld.global.b16" in ptx[n]]
+print("checked")
+"""
+
 
 @pytest.mark.parametrize(
     "kernels",
-    [FEATURES + CONTRASTIVE, FEATURES + LOG_SUMS, DISTILLATION],
-    ids=["contrastive", "log_sums", "distillation"],
+    [FEATURES + CONTRASTIVE, FEATURES + LOG_SUMS, DISTILLATION, LAYERS],
+    ids=["contrastive", "log_sums", "distillation", "layers"],
 )
 def test_sizes_compile_nothing_anew(kernels: str, tmp_path: Path) -> None:
     """In a separate process, because the fake driver stays active."""

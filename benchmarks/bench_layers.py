@@ -1,0 +1,89 @@
+"""The element-wise passes of a transformer block, forward and backward, against PyTorch: quick-GELU, and a residual
+addition with the LayerNorm after it, as autocast runs them.
+
+The rows are those of ViT-B/32: on a CPU 4 scenes in float32, on a GPU 128 scenes in bfloat16.
+
+Run: make bench, or: pytest benchmarks/bench_layers.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarioclip_fast.benchmarks.timing import backend_for, counted, device_for, sized, timed
+from torch import Tensor
+
+from scenarioclip_fast.ops import add_layer_norm, quick_gelu
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOKENS, WIDTH = 50, sized(768, 32)
+VIEWS = {"cpu": sized(40, 4), "cuda": sized(1280, 4)}
+Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
+
+
+def gelu_in_torch(given: list[Tensor]) -> tuple[Tensor, ...]:
+    (x,) = given
+    return (x * torch.sigmoid(1.702 * x),)
+
+
+def norm_in_torch(given: list[Tensor]) -> tuple[Tensor, ...]:
+    """The residual stream is float32, as under autocast, and the normalised rows are cast for the next product."""
+    x, branch, weight, bias = given
+    total = x + branch
+    return total, F.layer_norm(total, weight.shape, weight, bias).to(branch.dtype)
+
+
+def ours(op: str, device: str) -> Run:
+    backend = backend_for("cpu" if device == "cpu" else "triton")
+    if op == "quick_gelu":
+        return lambda given: (quick_gelu(given[0], backend=backend),)
+    return lambda given: add_layer_norm(*given, backend=backend)
+
+
+def inputs(op: str, form: str, device: str) -> list[Tensor]:
+    where = device_for(device)
+    low = torch.float32 if device == "cpu" else torch.bfloat16
+    g = torch.Generator(where).manual_seed(0)
+    shape = (VIEWS[device] * TOKENS, WIDTH)
+    if op == "quick_gelu":
+        return [torch.randn(shape[0], 4 * WIDTH, generator=g, device=where).to(low)]
+    x, branch = (torch.randn(shape, generator=g, device=where).to(low) for _ in range(2))
+    weight, bias = (torch.randn(WIDTH, generator=g, device=where) for _ in range(2))
+    return [x if form == "ours" else x.float(), branch, weight, bias]
+
+
+FORMS = ["ours", "torch, eager", "torch, compiled"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["quick_gelu", "add_layer_norm"])
+@pytest.mark.parametrize("form", FORMS)
+def test_layer(benchmark: Any, form: str, op: str, device: str) -> None:
+    if form == "torch, compiled" and (device == "cpu" or device_for(device) == "cpu"):
+        pytest.skip("takes half a minute to compile")
+    in_torch = gelu_in_torch if op == "quick_gelu" else norm_in_torch
+    run = ours(op, device) if form == "ours" else in_torch
+    if form == "torch, compiled":
+        run = torch.compile(run)
+    leaves = [t.requires_grad_() for t in inputs(op, form, device)]
+    upstream = [torch.ones_like(y) for y in run(leaves)]
+
+    def once() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(leaves), leaves, upstream)
+
+    expected = torch.autograd.grad(in_torch([t.double() for t in leaves]), leaves, [t.double() for t in upstream])
+    # Relative to the largest gradient: bfloat16 keeps 8 bits, and its residual stream is rounded once more.
+    tolerance = 1e-5 if device == "cpu" else 2e-2
+    for got, reference in zip(once(), expected, strict=True):
+        assert (got.double() - reference.double()).abs().max() <= tolerance * reference.double().abs().max()
+
+    benchmark.group = f"{op}, forward + backward, {VIEWS[device]} views, {device}"
+    elements, size = leaves[0].numel(), 4 if device == "cpu" else 2
+    passes = 5 if op == "quick_gelu" else 8  # tensors read or written
+    operations = 20 if op == "quick_gelu" else 25  # about; both are far from the arithmetic limit
+    counted(benchmark, device, bytes=passes * size * elements, operations=operations * elements)
+    timed(benchmark, once, device, rounds=20, warmup_rounds=3)
