@@ -5,15 +5,19 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "jpeg.h"
 #include "rle.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Runs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+template <class T>
+using Dense = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using Runs = Dense<int64_t>;
 
 std::string rle_compress(const Runs& runs) { return scf::rle_compress(runs.data(), runs.size()); }
 
@@ -31,6 +35,106 @@ py::object jpeg_header(const py::bytes& data) {
   return py::make_tuple(header->height, header->width, header->components);
 }
 
+// The run lengths of RLE masks of the given sizes: (int32 [R], int64 [M + 1]). None if a mask is not a dict with the
+// size that belongs to it and the COCO string of a mask with at least one pixel.
+py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
+  const py::str size_key("size"), counts_key("counts");
+  if (sizes.ndim() != 2 || sizes.shape(0) != static_cast<py::ssize_t>(masks.size()) || sizes.shape(1) != 2) {
+    throw std::invalid_argument("got sizes of another shape, expected [masks, 2]");
+  }
+  const auto is_number = [](PyObject* object, int64_t number) {
+    return PyLong_CheckExact(object) && PyLong_AsLongLong(object) == number;
+  };
+  scf::MaskTexts texts;
+  for (py::size_t m = 0; m < masks.size(); ++m) {
+    PyObject* mask = PyList_GET_ITEM(masks.ptr(), static_cast<py::ssize_t>(m));
+    if (!PyDict_CheckExact(mask)) return py::none();
+    PyObject* size = PyDict_GetItemWithError(mask, size_key.ptr());
+    PyObject* counts = PyDict_GetItemWithError(mask, counts_key.ptr());
+    if (size == nullptr || counts == nullptr) return py::none();
+    if (!(PyList_CheckExact(size) || PyTuple_CheckExact(size)) || PySequence_Fast_GET_SIZE(size) != 2) {
+      return py::none();
+    }
+    const int64_t* expected = sizes.data(static_cast<py::ssize_t>(m));
+    for (int side = 0; side < 2; ++side) {
+      if (!is_number(PySequence_Fast_GET_ITEM(size, side), expected[side])) {
+        PyErr_Clear();  // beyond 64 bits
+        return py::none();
+      }
+    }
+    if (PyBytes_CheckExact(counts)) {
+      texts.add({PyBytes_AS_STRING(counts), static_cast<size_t>(PyBytes_GET_SIZE(counts))});
+    } else if (PyUnicode_CheckExact(counts) && PyUnicode_IS_ASCII(counts)) {
+      texts.add({static_cast<const char*>(PyUnicode_DATA(counts)), static_cast<size_t>(PyUnicode_GET_LENGTH(counts))});
+    } else {
+      return py::none();
+    }
+  }
+  py::array_t<int64_t> start(texts.count() + 1);
+  if (!texts.start(start.mutable_data())) return py::none();
+  py::array_t<int32_t> runs(start.data()[texts.count()]);
+  int32_t* to = runs.mutable_data();
+  const int64_t *first = start.data(), *size = sizes.data();
+  bool valid = true;
+  {
+    const py::gil_scoped_release release;
+    for (int64_t m = 0; m < texts.count(); ++m) {
+      const int64_t height = size[2 * m], width = size[2 * m + 1];
+      valid = height > 0 && width > 0 && height <= scf::kMaxRun && width <= scf::kMaxRun / height &&
+              texts.decode(m, height * width, to + first[m]);
+      if (!valid) break;
+    }
+  }
+  if (!valid) return py::none();
+  return py::make_tuple(runs, start);
+}
+
+// The plan of a batch of views, int32 [V, 16]; None if a view is invalid. `shapes`: those of the images.
+py::object lower_views(const Dense<int32_t>& kind, const Dense<int64_t>& image, const Dense<int32_t>& source,
+                       const Dense<bool>& stretch, const Dense<double>& box, const Dense<int64_t>& mask,
+                       const Dense<int32_t>& mask_runs, const Dense<int64_t>& mask_start,
+                       const Dense<int32_t>& mask_size, const py::list& shapes, int64_t size) {
+  const py::ssize_t views = kind.size(), masks = mask_start.size() - 1;
+  if (image.size() != views || source.size() != 4 * views || stretch.size() != views || box.size() != 4 * views ||
+      mask.size() != 2 * views || masks < 0 || mask_size.size() != 2 * masks) {
+    throw std::invalid_argument("got arrays of different lengths, expected those of a ViewBatch");
+  }
+  std::vector<int64_t> sides;
+  for (const py::handle shape : shapes) {
+    if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 3) return py::none();
+    int64_t side[3];
+    for (int k = 0; k < 3; ++k) side[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), k));
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (side[0] < 1 || side[1] < 1 || side[2] != 3) return py::none();
+    sides.insert(sides.end(), side, side + 2);
+  }
+  const scf::ViewArrays arrays{
+      .kind = kind.data(),
+      .image = image.data(),
+      .source = source.data(),
+      .stretch = stretch.data(),
+      .box = box.data(),
+      .mask = mask.data(),
+      .mask_runs = mask_runs.data(),
+      .mask_start = mask_start.data(),
+      .mask_size = mask_size.data(),
+      .shape = sides.data(),
+      .views = views,
+      .runs = mask_runs.size(),
+      .masks = masks,
+      .images = static_cast<int64_t>(shapes.size()),
+  };
+  py::array_t<int32_t> plan({views, py::ssize_t{16}});
+  int32_t* rows = plan.mutable_data();
+  bool valid;
+  {
+    const py::gil_scoped_release release;
+    valid = scf::ViewLowering(arrays, size).lower(rows);
+  }
+  if (!valid) return py::none();
+  return plan;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -46,10 +150,16 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(host, m) {
-  m.doc() = "COCO run-length codec, JPEG header probe, build info.";
+  m.doc() = "COCO run-length codec, JPEG header probe, plans of views, build info.";
   m.def("rle_compress", &rle_compress, py::arg("runs"), "Encode run lengths, int64 [n], as COCO's string.");
   m.def("rle_decompress", &rle_decompress, py::arg("counts"),
         "Decode COCO's string to run lengths; ValueError if malformed.");
+  m.def("mask_table", &mask_table, py::arg("masks"), py::arg("sizes"),
+        "(run lengths, where those of each mask begin) of RLE masks, int32 [R] and int64 [M + 1]; None if one is "
+        "unusual or invalid.");
+  m.def("lower_views", &lower_views, py::arg("kind"), py::arg("image"), py::arg("source"), py::arg("stretch"),
+        py::arg("box"), py::arg("mask"), py::arg("mask_runs"), py::arg("mask_start"), py::arg("mask_size"),
+        py::arg("shapes"), py::arg("size"), "The plan of views, int32 [V, 16]; None if one is invalid.");
   m.def("jpeg_header", &jpeg_header, py::arg("data"), "(height, width, components) as stored, EXIF ignored, or None.");
   m.def("build_info", &build_info, "The compiler, the C++ standard and whether AVX2 is used.");
 }

@@ -82,34 +82,34 @@ class Views(ViewBatch):
             sizes = [_image_size(scene) for scene in scenes]
         rows = _Rows(scenes, sizes)
         kind = np.array([GLOBAL, OBJECT_VIEWS[object_view], RELATION_VIEWS[relation_view]], np.int32)[rows.level]
-        source = np.stack([np.zeros_like(rows.width), np.zeros_like(rows.width), rows.width, rows.height], axis=1)
+        source = np.zeros((len(kind), 4), np.int64)
+        source[:, 2], source[:, 3] = rows.width, rows.height
         box = np.zeros((len(kind), 4))
         box[rows.objects], pixels = _object_boxes(scenes, rows)
         if object_view == "crop":
             source[rows.objects] = _crop_window(pixels, rows.height[rows.objects], rows.width[rows.objects])
 
-        ends = np.array([_subject_and_object(scenes[i], k) for i, k in rows.members(rows.relations)], np.int64).reshape(
-            -1, 2
-        )
+        ends = _subjects_and_objects(scenes, rows)
         if relation_view == "box":
             union = _union_boxes(pixels, ends + rows.first_object[rows.image[rows.relations], None])
             source[rows.relations] = _crop_window(union, rows.height[rows.relations], rows.width[rows.relations])
-        masks = _MaskTable(scenes, sizes)
         mask = np.full((len(kind), 2), -1, np.int64)
+        runs, start, size = np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros((0, 2), np.int32)
         if relation_view == "focused":
-            mask[rows.relations] = masks.rows(rows.members(rows.relations), ends)
+            mask[rows.relations], runs, start, size = _masks(scenes, sizes, rows, ends)
 
         stretch = kind == CROP
         augment = np.tile(np.array([1, 1, 1, 0, 0], np.float32), (len(kind), 1))
         if train:
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            draws = _augmentation_draws(scenes, rows, seed, epoch)
-            whole = rows.level == 0
-            source[whole] = _random_crop(draws[whole, 8:], rows.height[whole], rows.width[whole])
-            stretch |= whole
-            augment = _random_augment(draws[:, :8], rows.level)
-        arrays = (kind, rows.image, source.astype(np.int32), stretch, box, mask, augment, *masks.arrays())
+            states = _augmentation_states(scenes, rows, seed, epoch)
+            whole = slice(len(scenes))
+            draws = uniforms(states[whole], 8 + 3 * _TRIES)
+            source[whole] = _random_crop(draws[:, 8:], rows.height[whole], rows.width[whole])
+            stretch[whole] = True
+            augment = _random_augment(uniforms(states, 8), rows.level)
+        arrays = (kind, rows.image, source.astype(np.int32), stretch, box, mask, augment, runs, start, size)
         return Views(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 
 
@@ -125,18 +125,47 @@ class _Rows:
     """
 
     def __init__(self, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> None:
-        counts = np.array([(1, len(scene.objects), len(scene.relations)) for scene in scenes], np.int64).reshape(-1, 3)
-        self.level = np.repeat(np.arange(3), counts.sum(0))
-        self.image = np.concatenate([np.repeat(np.arange(len(scenes)), n) for n in counts.T])
-        self.position = np.concatenate([np.arange(n) for of_level in counts.T for n in of_level] or [self.image])
+        objects, relations = [len(scene.objects) for scene in scenes], [len(scene.relations) for scene in scenes]
+        counts = np.array([[1] * len(scenes), objects, relations], np.int64)
+        ends = np.cumsum(counts)
+        self.level = np.repeat(np.arange(3), counts.sum(1))
+        self.image = np.repeat(np.tile(np.arange(len(scenes)), 3), counts.ravel())
+        self.position = np.arange(len(self.image)) - np.repeat(ends - counts.ravel(), counts.ravel())
         self.height, self.width = np.array(sizes, np.int64).reshape(-1, 2)[self.image].T
-        self.first_object = np.cumsum([0, *counts[:, 1]])
+        self.first_object = np.concatenate([[0], np.cumsum(counts[1])])
         self.objects = slice(len(scenes), len(scenes) + int(self.first_object[-1]))
         self.relations = slice(self.objects.stop, len(self.level))
 
     def members(self, rows: slice) -> list[tuple[int, int]]:
         """(image, position) of each view in `rows`."""
         return list(zip(self.image[rows].tolist(), self.position[rows].tolist(), strict=True))
+
+
+def _masks(
+    scenes: Sequence[Scene],
+    sizes: Sequence[tuple[int, int]],
+    rows: _Rows,
+    ends: NDArray[np.int64],  # [N_r, 2], subject and object of each relation
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+    """The rows of the mask table of each relation [N_r, 2]; and the table: runs, where each mask begins, sizes."""
+    if (host := native.host()) is not None:
+        used, table_rows = _in_order(ends + rows.first_object[rows.image[rows.relations], None])
+        objects = [entry for scene in scenes for entry in scene.objects]
+        size = np.stack([rows.height, rows.width], axis=1)[rows.objects][used]
+        if (found := host.mask_table([objects[k].mask for k in used.tolist()], size)) is not None:
+            return table_rows, *found, size.astype(np.int32)
+    # One by one, which reads masks of every form and words the errors.
+    table = _MaskTable(scenes, sizes)
+    return table.rows(rows.members(rows.relations), ends), *table.arrays()
+
+
+def _in_order(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct values in the order of their first appearance; and for each value, its place among these."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return values.ravel()[first[order]], place[inverse].reshape(values.shape)
 
 
 class _MaskTable:
@@ -197,9 +226,10 @@ def _runs(mask: Mask) -> tuple[int, int, NDArray[np.int64]]:
 
 def _image_size(scene: Scene) -> tuple[int, int]:
     if isinstance(scene.image, Tensor):
-        if scene.image.dim() != 3 or scene.image.shape[2] != 3 or scene.image.numel() == 0:
-            raise ValueError(f"scene {scene.key}: got an image {list(scene.image.shape)}, expected [H, W, 3]")
-        return scene.image.shape[0], scene.image.shape[1]
+        shape = tuple(scene.image.shape)
+        if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError(f"scene {scene.key}: got an image {list(shape)}, expected [H, W, 3]")
+        return shape[:2]
     host = native.host()
     if host is not None and (header := host.jpeg_header(scene.image)) is not None:
         return int(header[0]), int(header[1])
@@ -212,14 +242,22 @@ def _image_size(scene: Scene) -> tuple[int, int]:
     return parsed.height, parsed.width
 
 
-def _subject_and_object(scene: Scene, relation: int) -> tuple[int, int]:
-    """Return the subject and object of a relation, checked to be objects of the scene."""
-    entry = scene.relations[relation]
-    for which in (entry.subject, entry.object):
-        if not 0 <= which < len(scene.objects):
-            name = _name(scene, "relation", relation)
-            raise ValueError(f"{name}: got object {which}, expected one of {len(scene.objects)}")
-    return entry.subject, entry.object
+def _subjects_and_objects(scenes: Sequence[Scene], rows: _Rows) -> NDArray[np.int64]:  # [N_r, 2]
+    """The subject and object of each relation, checked to be objects of its scene."""
+    ends = [(entry.subject, entry.object) for scene in scenes for entry in scene.relations]
+    count = np.diff(rows.first_object)[rows.image[rows.relations], None]
+    try:
+        found = np.array(ends, np.int64).reshape(-1, 2)
+        missing = bool(((found < 0) | (found >= count)).any())
+    except OverflowError:
+        missing = True
+    if missing:
+        for (i, k), both in zip(rows.members(rows.relations), ends, strict=True):
+            for which in both:
+                if not 0 <= which < len(scenes[i].objects):
+                    name = _name(scenes[i], "relation", k)
+                    raise ValueError(f"{name}: got object {which}, expected one of {len(scenes[i].objects)}")
+    return found
 
 
 def _name(scene: Scene, what: str, k: int) -> str:
@@ -229,13 +267,12 @@ def _name(scene: Scene, what: str, k: int) -> str:
 def _object_boxes(
     scenes: Sequence[Scene], rows: _Rows
 ) -> tuple[Array, NDArray[np.int64]]:  # [N_o, 4] as given, [N_o, 4] in whole pixels
-    members = rows.members(rows.objects)
-    box = np.array([scenes[i].objects[k].box for i, k in members], np.float64).reshape(-1, 4)
+    box = np.array([entry.box for scene in scenes for entry in scene.objects], np.float64).reshape(-1, 4)
     height, width = rows.height[rows.objects], rows.width[rows.objects]
     pixels = pixel_box(box, height, width)
     if (outside := is_empty(pixels)).any():
         v = int(outside.argmax())
-        i, k = members[v]
+        i, k = rows.members(rows.objects)[v]
         raise ValueError(
             f"{_name(scenes[i], 'object', k)}: got box {list(scenes[i].objects[k].box)}, expected x1, y1, x2, "
             f"y2 that overlap the image ({width[v]} x {height[v]})"
@@ -265,11 +302,12 @@ def _crop_window(
     return np.concatenate([low, low + side], axis=1)
 
 
-def _augmentation_draws(scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int) -> Array:
-    """Random numbers [V, 8 + 3 tries] in [0, 1): the first 8 for colour and blur, the others for the crop."""
+def _augmentation_states(scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int) -> NDArray[np.uint64]:  # [V]
+    """The states of each view's random numbers: the first 8 are for colour and blur, the others for the crop."""
     keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
     place = rows.level.astype(np.uint64) << np.uint64(32) | rows.position.astype(np.uint64)
-    return uniforms(keys[rows.image] ^ mix(place), 8 + 3 * _TRIES)
+    states: NDArray[np.uint64] = keys[rows.image] ^ mix(place)
+    return states
 
 
 def _random_crop(

@@ -12,7 +12,7 @@ from einops import rearrange
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from scenarioclip_fast import dispatch
+from scenarioclip_fast import dispatch, native
 from scenarioclip_fast.kernels.views import reference
 from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
 
@@ -20,6 +20,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# What decides a view's pixels apart from colours, in the order of the compiled `lower_views`.
+_GEOMETRY = ("kind", "image", "source", "stretch", "box", "mask", "mask_runs", "mask_start", "mask_size")
 
 
 def focused_region(
@@ -236,6 +238,26 @@ def lower_views(
     """Check every view and turn it into a row of the plan (see kernels/views/reference.py), in whole pixels."""
     views = ViewBatch(*(t.cpu() for t in tensors))
     _check_arrays(views)
+    plan = _compiled_plan(views, images, size)
+    if plan is None:
+        plan = _plan(views, images, size)
+    rest = (views.augment.contiguous(), views.mask_runs.contiguous(), views.mask_start.contiguous())
+    return torch.from_numpy(plan), *rest
+
+
+def _compiled_plan(views: ViewBatch, images: list[Tensor], size: int) -> NDArray[np.int32] | None:
+    """The plan; None if a view is invalid or the compiled module is missing."""
+    host = native.host()
+    if host is None or not all(image.dtype is torch.uint8 for image in images):
+        return None
+    arrays = [getattr(views, name).numpy() for name in _GEOMETRY]
+    plan: NDArray[np.int32] | None = host.lower_views(*arrays, [image.shape for image in images], size)
+    return plan
+
+
+def _plan(views: ViewBatch, images: list[Tensor], size: int) -> NDArray[np.int32]:
+    """The plan; a ValueError names the first invalid view."""
+    _check_mask_start(views)
     kind = _kinds(views)
     shapes = _image_shapes(views, images)
     source = _source_windows(views, shapes)
@@ -243,8 +265,7 @@ def lower_views(
     mask = _mask_rows(views, shapes)
     resized, corner = _resized(views, source, size)
     plan = np.concatenate([kind[:, None], views.image.numpy()[:, None], source, resized, corner, box, mask], axis=1)
-    rest = (views.augment.contiguous(), views.mask_runs.contiguous(), views.mask_start.contiguous())
-    return torch.from_numpy(plan.astype(np.int32)), *rest
+    return plan.astype(np.int32)
 
 
 def _reject(views: ViewBatch, bad: ArrayLike, message: Callable[[int], str]) -> None:  # bad: bool [V]
@@ -410,6 +431,9 @@ def _check_arrays(views: ViewBatch) -> None:
         array = getattr(views, name)
         if array.dtype != dtype or list(array.shape) != shape:
             raise ValueError(f"views.{name}: got {array.dtype} {list(array.shape)}, expected {dtype} {shape}")
-    start = views.mask_start
+
+
+def _check_mask_start(views: ViewBatch) -> None:
+    start, runs = views.mask_start, views.mask_runs.shape[0]
     if int(start[0]) != 0 or int(start[-1]) != runs or bool((start.diff() < 0).any()):
         raise ValueError(f"views.mask_start: expected to rise from 0 to {runs}")
