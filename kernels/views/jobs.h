@@ -1,15 +1,18 @@
 // The tables of views, masks and blurs for the CUDA kernels: computed on the host, sent in one copy.
 //
-// Views are rendered in waves that reuse the same scratch memory, which bounds it for any number of views. Scratch is
-// addressed by byte offsets, because it is allocated once all waves are known.
+// Views are rendered in waves that reuse the same scratch memory. Only the masks, as bits, are drawn for all waves
+// together, before the first: a mask takes a small fraction of the memory of its image. Scratch is addressed by byte
+// offsets, because it is allocated once all waves are known.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <utility>
 #include <vector>
 
+#include "kernels/views/blur.h"
 #include "kernels/views/pixel.h"
 #include "kernels/views/views.h"
 
@@ -34,7 +37,8 @@ struct MaskJob {
 
 struct BlurJob {
   Image image;
-  int64_t blurred;  // scratch: uint32 [height, width], RGBX
+  BlurWindow window;  // what relation views of the image read
+  int64_t blurred;    // scratch: uint32 [rows, stride] of the window, RGBX
 };
 
 // The composite of a view before the resize, in the coordinates of the image.
@@ -44,6 +48,7 @@ struct Composite {
   int32_t x1, y1, x2, y2;  // black outside
   bool relation;
   int64_t blurred;  // for a relation: see BlurJob and MaskJob
+  BlurWindow window;
   int64_t bits[2];
   int64_t sums[2];
 };
@@ -71,7 +76,6 @@ struct ViewJob {
 // The jobs of a wave are [begin, end) of each table; its augmented views come first.
 struct Wave {
   int64_t view_begin, view_end, augmented_end;
-  int64_t mask_begin, mask_end;
   int64_t blur_begin, blur_end;
 };
 
@@ -140,17 +144,25 @@ struct RenderJobs {
 class RenderPlanner {
  public:
   explicit RenderPlanner(const RenderProblem& problem)
-      : p_(problem), mask_job_(problem.mask_count, -1), blur_job_(problem.image_count, -1) {}
+      : p_(problem),
+        mask_job_(problem.mask_count, -1),
+        blur_job_(problem.image_count, -1),
+        window_(problem.image_count, BlurWindow{INT32_MAX, INT32_MAX, INT32_MIN, INT32_MIN}) {}
 
   RenderJobs plan() {
     // By image, so that a wave reads few images.
     std::vector<int64_t> order(p_.views);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row(a)[kImage] < row(b)[kImage]; });
+    for (const int64_t view : order) {
+      if (row(view)[kKind] == kRelation) add_relation(row(view));
+    }
+    masks_end_ = scratch_;
     int32_t image = -1;
     for (const int64_t view : order) {
       const bool next_image = row(view)[kImage] != image;
-      if (scratch_.used() > (next_image ? kWaveBytes : kMaxWaveBytes) || view_count() == kWaveViews) close_wave();
+      if (scratch_.used() - masks_end_.used() > (next_image ? kWaveBytes : kMaxWaveBytes) || view_count() == kWaveViews)
+        close_wave();
       image = row(view)[kImage];
       add_view(view);
     }
@@ -167,6 +179,25 @@ class RenderPlanner {
   }
 
   int64_t view_count() const { return end(jobs_.views) - wave_.view_begin; }
+
+  // Adds the masks of a relation, and what it reads to the window of its image.
+  void add_relation(const int32_t* plan) {
+    const Image& image = p_.images[plan[kImage]];
+    mask_job(plan[kMask1], image);
+    mask_job(plan[kMask2], image);
+    const auto [x1, x2] = reach({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]}, plan[kX1], image.width);
+    const auto [y1, y2] = reach({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]}, plan[kY1], image.height);
+    BlurWindow& window = window_[plan[kImage]];
+    window = {std::min(window.x1, x1), std::min(window.y1, y1), std::max(window.x2, x2), std::max(window.y2, y2)};
+  }
+
+  // The pixels of an axis of the image that a view reads, at least one.
+  std::pair<int32_t, int32_t> reach(const Axis& axis, int64_t offset, int64_t size) const {
+    const Tap first = tap_of(axis, 0), last = tap_of(axis, p_.size - 1);
+    const int64_t begin = std::clamp<int64_t>(first.low + offset, 0, size - 1);
+    const int64_t end = std::clamp<int64_t>(last.low + last.count + offset, begin + 1, size);
+    return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  }
 
   void add_view(int64_t view) {
     const int32_t* plan = row(view);
@@ -218,9 +249,11 @@ class RenderPlanner {
     int64_t& blur = blur_job_[plan[kImage]];
     if (blur < wave_.blur_begin) {
       blur = end(jobs_.blurs);
-      jobs_.blurs.push_back({image, scratch_.allocate(image.height * image.width * 4)});
+      const BlurWindow& window = window_[plan[kImage]];
+      jobs_.blurs.push_back({image, window, scratch_.allocate(window.bytes())});
     }
     c.blurred = jobs_.blurs[blur].blurred;
+    c.window = jobs_.blurs[blur].window;
     for (int which = 0; which < 2; ++which) {
       const MaskJob& mask = mask_job(plan[which == 0 ? kMask1 : kMask2], image);
       c.bits[which] = mask.bits;
@@ -230,7 +263,7 @@ class RenderPlanner {
   }
 
   const MaskJob& mask_job(int64_t mask, const Image& image) {
-    if (mask_job_[mask] < wave_.mask_begin) {
+    if (mask_job_[mask] < 0) {
       mask_job_[mask] = end(jobs_.masks);
       const int32_t* from = p_.mask_runs + p_.mask_start[mask];
       MaskJob job{};
@@ -249,7 +282,6 @@ class RenderPlanner {
 
   void close_wave() {
     wave_.view_end = end(jobs_.views);
-    wave_.mask_end = end(jobs_.masks);
     wave_.blur_end = end(jobs_.blurs);
     if (wave_.view_end == wave_.view_begin) return;
     const auto first = jobs_.views.begin() + wave_.view_begin;
@@ -258,18 +290,18 @@ class RenderPlanner {
     wave_.augmented_end = partition - jobs_.views.begin();
     jobs_.waves.push_back(wave_);
     jobs_.scratch_bytes = std::max(jobs_.scratch_bytes, scratch_.used());
-    scratch_ = BumpAllocator();
+    scratch_ = masks_end_;
     wave_.view_begin = wave_.view_end;
-    wave_.mask_begin = wave_.mask_end;
     wave_.blur_begin = wave_.blur_end;
   }
 
   const RenderProblem& p_;
   RenderJobs jobs_;
   Wave wave_{};
-  BumpAllocator scratch_;
-  // The latest job of each mask and image; those of earlier waves cannot be reused.
+  BumpAllocator scratch_, masks_end_;  // every wave's scratch begins after the masks
+  // The job of each mask, and the latest of each image, which a later wave cannot reuse.
   std::vector<int64_t> mask_job_, blur_job_;
+  std::vector<BlurWindow> window_;  // by image
 };
 
 }  // namespace scf

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/views/blur.h"
 #include "kernels/views/jobs.h"
 #include "kernels/views/pixel.h"
 #include "kernels/views/views.h"
@@ -16,22 +17,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kMaxBlocks = 128;  // along a ragged dimension; blocks loop over the rest with a stride
-constexpr int kBlurRows = 8;          // of a tile
-constexpr int kBlurColumns = 128;
+constexpr unsigned kMaxBlocks = 128;    // along a ragged dimension; blocks loop over the rest with a stride
 constexpr int kHorizontalRows = 4;      // source rows that share their weights
 constexpr int kHorizontalPixels = 512;  // composed at a time
 constexpr int kVerticalRows = 8;        // output rows of a block
 constexpr int kTile = 16;               // side of a tile of the augmentation
 constexpr int kHalo = kTile + 2 * kAugmentBlurRadius;
-
-// Passed by value: kernel parameters are in constant memory, from which a warp-uniform read costs nothing.
-struct BlurWeights {
-  uint32_t value[kMaxBlurRadius + 1];  // centre first
-  int radius;
-  bool colours;
-  ColourMix mix;
-};
 
 struct Normalise {
   float scale[3];
@@ -157,74 +148,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct BlurSums {
-  uint32_t red = 0, green = 0, blue = 0;
-
-  __device__ void add(uint32_t pixel, uint32_t weight) {
-    red += byte_of(pixel, 0) * weight;
-    green += byte_of(pixel, 1) * weight;
-    blue += byte_of(pixel, 2) * weight;
-  }
-  __device__ uint32_t truncated() const { return rgbx(red >> kBlurBits, green >> kBlurBits, blue >> kBlurBits); }
-};
-
-__device__ uint32_t load_rgb(const uint8_t* pixel) { return rgbx(pixel[0], pixel[1], pixel[2]); }
-
-// The columns of the tile plus `radius` on both sides are blurred vertically into shared memory, then horizontally.
-__device__ void blur_tile(const Image& image, const BlurWeights& weights, int64_t x0, int64_t y0,
-                          uint32_t* shared /* [kBlurRows, kBlurColumns + 2 radius] */, uint32_t* blurred) {
-  const int radius = weights.radius, wide = kBlurColumns + 2 * radius;
-  for (int t = threadIdx.x; t < kBlurRows * wide; t += kThreads) {
-    const int row = t / wide;
-    const int64_t y = y0 + row, x = x0 + (t - row * wide) - radius;
-    if (y >= image.height || x >= image.width + radius) continue;
-    const uint8_t* column = image.pixels + 3 * reflect(x, image.width);
-    BlurSums sums;
-    for (int k = -radius; k <= radius; ++k) {
-      const int64_t source = reflect(y + k, image.height);
-      sums.add(load_rgb(column + 3 * source * image.width), weights.value[k < 0 ? -k : k]);
-    }
-    shared[t] = sums.truncated();
-  }
-  __syncthreads();
-  for (int t = threadIdx.x; t < kBlurRows * kBlurColumns; t += kThreads) {
-    const int row = t / kBlurColumns, column = t % kBlurColumns;
-    const int64_t y = y0 + row, x = x0 + column;
-    if (y >= image.height || x >= image.width) continue;
-    const uint32_t* middle = shared + row * wide + column + radius;
-    BlurSums sums;
-    for (int k = -radius; k <= radius; ++k) sums.add(middle[k], weights.value[k < 0 ? -k : k]);
-    uint32_t pixel = sums.truncated();
-    if (weights.colours) {
-      const uint32_t red = byte_of(pixel, 0), green = byte_of(pixel, 1), blue = byte_of(pixel, 2);
-      pixel =
-          rgbx(mix_colour(weights.mix.weight[0], red, green, blue), mix_colour(weights.mix.weight[1], red, green, blue),
-               mix_colour(weights.mix.weight[2], red, green, blue));
-    }
-    blurred[y * image.width + x] = pixel;
-  }
-  __syncthreads();  // before the next tile
-}
-
-__device__ void blur_tiles(const Image& image, const BlurWeights& weights, uint32_t* blurred) {
-  extern __shared__ uint32_t shared[];
-  const int64_t tile_columns = (image.width + kBlurColumns - 1) / kBlurColumns;
-  const int64_t tiles = tile_columns * ((image.height + kBlurRows - 1) / kBlurRows);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t row = tile / tile_columns;
-    blur_tile(image, weights, (tile - row * tile_columns) * kBlurColumns, row * kBlurRows, shared, blurred);
+template <int kRadius>
+__device__ void blur_tiles(const Image& image, const BlurWindow& window, const BlurWeights& weights,
+                           uint32_t* blurred) {
+  extern __shared__ uint4 blur_memory[];  // of this type for its alignment
+  auto* shared = reinterpret_cast<uint32_t*>(blur_memory);
+  const int thread = threadIdx.x, tiles = window.tiles();
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const BlurTile tile = blur_tile(window, index);
+    blur_down<kRadius>(image, tile, thread, weights, shared);
+    __syncthreads();
+    blur_along<kRadius>(window, tile, thread, weights, shared, blurred);
+    __syncthreads();  // before the next tile
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+// At most 64 registers: with fewer than these need, the assembler spills.
+template <int kRadius>
+__global__ void __launch_bounds__(kBlurThreads, 4)
     blur_images(const BlurJob* jobs, const __grid_constant__ BlurWeights weights, uint8_t* scratch) {
   const BlurJob& job = jobs[blockIdx.y];
-  blur_tiles(job.image, weights, at<uint32_t>(scratch, job.blurred));
+  blur_tiles<kRadius>(job.image, job.window, weights, at<uint32_t>(scratch, job.blurred));
 }
 
-__global__ void __launch_bounds__(kThreads)
-    blur_image(const Image image, const __grid_constant__ BlurWeights weights, uint32_t* blurred) {
-  blur_tiles(image, weights, blurred);
+template <int kRadius>
+__global__ void __launch_bounds__(kBlurThreads, 4)
+    blur_image(const Image image, const BlurWindow window, const __grid_constant__ BlurWeights weights,
+               uint32_t* blurred) {
+  blur_tiles<kRadius>(image, window, weights, blurred);
 }
 
 // Computes both centres of a relation once per block.
@@ -241,7 +192,9 @@ __device__ uint32_t compose(const Composite& c, const Centre* centres, float fal
     const int64_t word = y * words_of(c.width) + x / 32;
     const uint32_t in1 = at<uint32_t>(scratch, c.bits[0])[word] >> x % 32 & 1;
     const uint32_t in2 = at<uint32_t>(scratch, c.bits[1])[word] >> x % 32 & 1;
-    if ((in1 | in2) == 0) return at<uint32_t>(scratch, c.blurred)[pixel];
+    if ((in1 | in2) == 0) {
+      return at<uint32_t>(scratch, c.blurred)[int64_t{y - c.window.y1} * c.window.stride() + (x - c.window.x1)];
+    }
     const float column = static_cast<float>(x), row = static_cast<float>(y);
     weight = region_weight(column - centres[0].x, row - centres[0].y, static_cast<float>(in1), column - centres[1].x,
                            row - centres[1].y, static_cast<float>(in2), falloff);
@@ -496,8 +449,6 @@ BlurWeights blur_weights(const Region& region) {
   return weights;
 }
 
-size_t blur_shared(const Region& region) { return kBlurRows * (kBlurColumns + 2 * region.radius) * sizeof(uint32_t); }
-
 float falloff_of(const Region& region) { return -1 / (2 * region.sigma * region.sigma); }
 
 const char* launch_error() {
@@ -510,12 +461,9 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
                  uint8_t* scratch, cudaStream_t stream) {
   const RenderJobs::Offsets at = jobs.offsets();
   const auto* views = reinterpret_cast<const ViewJob*>(tables + at.views) + wave.view_begin;
-  const auto* masks = reinterpret_cast<const MaskJob*>(tables + at.masks) + wave.mask_begin;
   const auto* blurs = reinterpret_cast<const BlurJob*>(tables + at.blurs) + wave.blur_begin;
-  const auto* runs = reinterpret_cast<const int32_t*>(tables + at.runs);
   const auto view_count = static_cast<unsigned>(wave.view_end - wave.view_begin);
   const auto augmented_count = static_cast<unsigned>(wave.augmented_end - wave.view_begin);
-  const auto mask_count = static_cast<unsigned>(wave.mask_end - wave.mask_begin);
   const auto blur_count = static_cast<unsigned>(wave.blur_end - wave.blur_begin);
   const int size = static_cast<int>(p.size);
   const unsigned columns = blocks_for(size, kThreads), tiles = blocks_for(size, kTile);
@@ -530,15 +478,14 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
     max_rows = std::max<int64_t>(max_rows, jobs.views[v].vertical.end - jobs.views[v].vertical.begin);
   }
   for (int64_t b = wave.blur_begin; b < wave.blur_end; ++b) {
-    const Image& image = jobs.blurs[b].image;
-    max_tiles = std::max<int64_t>(max_tiles,
-                                  int64_t{blocks_for(image.width, kBlurColumns)} * blocks_for(image.height, kBlurRows));
+    max_tiles = std::max<int64_t>(max_tiles, jobs.blurs[b].window.tiles());
   }
 
   if (blur_count > 0) {
-    draw_masks<<<mask_count, kThreads, 0, stream>>>(masks, runs, scratch);
+    const BlurWeights weights = blur_weights(p.region);
+    const auto blur = weights.radius == kUsualRadius ? blur_images<kUsualRadius> : blur_images<0>;
     const dim3 grid(capped(max_tiles), blur_count);
-    blur_images<<<grid, kThreads, blur_shared(p.region), stream>>>(blurs, blur_weights(p.region), scratch);
+    blur<<<grid, kBlurThreads, blur_shared_bytes(weights.radius), stream>>>(blurs, weights, scratch);
   }
   weigh<<<dim3(columns, 2, view_count), kThreads, 0, stream>>>(views, size, scratch);
   const dim3 horizontal(capped(blocks_for(max_rows, kHorizontalRows)), view_count, columns);
@@ -554,8 +501,18 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
 template <class T>
 const char* render_as(const RenderProblem& p, const RenderJobs& jobs, const uint8_t* tables, uint8_t* scratch,
                       cudaStream_t stream) {
+  if (!jobs.masks.empty()) {
+    const RenderJobs::Offsets at = jobs.offsets();
+    draw_masks<<<static_cast<unsigned>(jobs.masks.size()), kThreads, 0, stream>>>(
+        reinterpret_cast<const MaskJob*>(tables + at.masks), reinterpret_cast<const int32_t*>(tables + at.runs),
+        scratch);
+  }
   for (const Wave& wave : jobs.waves) render_wave<T>(p, jobs, wave, tables, scratch, stream);
   return launch_error();
+}
+
+BlurWindow whole(const Image& image) {
+  return {0, 0, static_cast<int32_t>(image.width), static_cast<int32_t>(image.height)};
 }
 
 struct RegionScratch {
@@ -564,7 +521,7 @@ struct RegionScratch {
     for (int64_t& offset : sums) offset = bump.allocate(sizeof(MaskSums));
     zeroed = bump.used();
     for (int64_t& offset : bits) offset = bump.allocate(image.height * words_of(image.width) * 4);
-    blurred = bump.allocate(image.height * image.width * 4);
+    blurred = bump.allocate(whole(image).bytes());
     bytes = bump.used();
   }
 
@@ -585,9 +542,11 @@ const char* focused_region_cuda(const RegionProblem& p, uint8_t* scratch, cudaSt
         masks[which], height, width, reinterpret_cast<uint32_t*>(scratch + at.bits[which]),
         reinterpret_cast<MaskSums*>(scratch + at.sums[which]));
   }
-  const int64_t tiles = int64_t{blocks_for(width, kBlurColumns)} * blocks_for(height, kBlurRows);
-  blur_image<<<capped(tiles), kThreads, blur_shared(p.region), stream>>>(
-      p.image, blur_weights(p.region), reinterpret_cast<uint32_t*>(scratch + at.blurred));
+  const BlurWindow window = whole(p.image);
+  const BlurWeights weights = blur_weights(p.region);
+  const auto blur = weights.radius == kUsualRadius ? blur_image<kUsualRadius> : blur_image<0>;
+  blur<<<capped(window.tiles()), kBlurThreads, blur_shared_bytes(weights.radius), stream>>>(
+      p.image, window, weights, reinterpret_cast<uint32_t*>(scratch + at.blurred));
   const Composite composite{
       .pixels = p.image.pixels,
       .width = width,
@@ -597,6 +556,7 @@ const char* focused_region_cuda(const RegionProblem& p, uint8_t* scratch, cudaSt
       .y2 = static_cast<int32_t>(height),
       .relation = true,
       .blurred = at.blurred,
+      .window = window,
       .bits = {at.bits[0], at.bits[1]},
       .sums = {at.sums[0], at.sums[1]},
   };
