@@ -121,7 +121,7 @@ class SampleDecoder:
                 bad.append(BadSample(sample.scene.key, image.reason, image.detail))
                 continue
             if sample.index in decoded and image.numel() <= self._cache_left:
-                self.cache[sample.index] = image
+                self.cache[sample.index] = _own_memory(image)
                 self._cache_left -= image.numel()
             sample.scene.image = image
             good.append(sample)
@@ -141,6 +141,11 @@ class SampleDecoder:
         """Release the decoder and the cache."""
         self.decoder.close()
         self.cache.clear()
+
+
+def _own_memory(image: Tensor) -> Tensor:
+    """Return the image, copied if it is a part of a larger allocation, which it would keep alive."""
+    return image.clone() if image.untyped_storage().nbytes() > image.numel() else image
 
 
 def partition(samples: Iterable[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:

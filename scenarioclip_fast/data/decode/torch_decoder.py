@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.config import MAX_PIXELS
-from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe, thread_count
+from scenarioclip_fast.data.decode.base import (
+    DecodeError,
+    Header,
+    catch_error,
+    decode_with_pillow,
+    probe,
+    thread_count,
+)
+from scenarioclip_fast.data.decode.slab import PinnedSlabs, SlabPool, layout
 from scenarioclip_fast.requirements import require
 
 
 class TorchDecoder:
     """Decode JPEGs with libjpeg-turbo on CPU threads, other images with Pillow, and copy them to `device`.
+
+    The images of a call share a slab of memory. For a GPU it is pinned, and copied to the device in one piece.
 
     Args:
         device: where decoded images are placed.
@@ -32,33 +42,87 @@ class TorchDecoder:
         self.device = torch.device(device)
         self.max_pixels = max_pixels
         self._decode_jpeg: Any = require("simplejpeg").decode_jpeg
-        threads = thread_count(threads)
-        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+        self._threads = thread_count(threads)
+        self._pool = ThreadPoolExecutor(self._threads, "decode") if self._threads > 1 else None
+        self._slabs = SlabPool() if self.device.type == "cpu" else PinnedSlabs(self.device)
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
-        map_images = map if self._pool is None else self._pool.map
-        decoded = list(map_images(lambda data: catch_error(self._decode_one, data), images))
-        if self.device.type == "cpu":
-            return decoded
-        return [x if isinstance(x, DecodeError) else _upload(x, self.device) for x in decoded]
+        found: list[Header | Tensor | DecodeError] = [self._inspect(data) for data in images]
+        shapes = [_shape(x) for x in found]
+        offsets, size = layout([h * w * 3 for h, w in shapes])
+        if size == 0:
+            return [x for x in found if isinstance(x, DecodeError)]
+        slab = self._slabs.lend(size)
+        places = [
+            slab[offset : offset + h * w * 3].view(h, w, 3) for offset, (h, w) in zip(offsets, shapes, strict=True)
+        ]
+        errors = self._for_each(len(images), lambda i: self._fill(images[i], found[i], places[i]))
+        if isinstance(self._slabs, PinnedSlabs):
+            on_device = self._slabs.upload(slab)
+            places = [on_device[p.storage_offset() :][: p.numel()].view(p.shape) for p in places]
+        return [place if error is None else error for place, error in zip(places, errors, strict=True)]
 
-    def _decode_one(self, data: bytes) -> Tensor:
-        header = probe(data, self.max_pixels)
-        if header is None or not header.plain:
-            return decode_with_pillow(data, self.max_pixels)
+    def _inspect(self, data: bytes) -> Header | Tensor | DecodeError:
+        """Return the header of a plain JPEG, else the pixels, whose number may be known only after decoding."""
         try:
-            pixels = self._decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+            header = probe(data, self.max_pixels)
+            plain = header is not None and header.plain
+            return header if header is not None and plain else decode_with_pillow(data, self.max_pixels)
+        except DecodeError as error:
+            return error
+
+    def _fill(self, data: bytes, found: Header | Tensor | DecodeError, out: Tensor) -> DecodeError | None:
+        """Write the pixels of an image to its place in the slab."""
+        if isinstance(found, DecodeError):
+            return found
+        if isinstance(found, Tensor):
+            out.copy_(found)
+            return None
+        result = catch_error(lambda data: self._decode_into(data, out), data)
+        return result if isinstance(result, DecodeError) else None
+
+    def _decode_into(self, data: bytes, out: Tensor) -> Tensor:
+        try:
+            pixels = self._decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=out.numpy())
         except ValueError as error:
             # Extra bytes between segments are harmless; every other warning means lost pixels.
             if "extraneous bytes" in str(error):
-                return decode_with_pillow(data, self.max_pixels)
+                repaired = decode_with_pillow(data, self.max_pixels)
+                _check_shape(repaired.shape, out)
+                return out.copy_(repaired)
             raise DecodeError("corrupt", f"libjpeg-turbo: {error}") from error
-        return torch.from_numpy(pixels)
+        _check_shape(pixels.shape, out)
+        return out
+
+    def _for_each(self, count: int, call: Callable[[int], DecodeError | None]) -> list[DecodeError | None]:
+        """Return [call(0), ..., call(count - 1)]; each thread takes the next index, since a task per image is slow."""
+        results: list[DecodeError | None] = [None] * count
+        indices = iter(range(count))
+
+        def work(indices: Iterator[int]) -> None:
+            for i in indices:
+                results[i] = call(i)
+
+        if self._pool is None:
+            work(indices)
+            return results
+        tasks = [self._pool.submit(work, indices) for _ in range(min(self._threads, count))]
+        wait(tasks)  # all of them, even if one fails: they write to the slab
+        for task in tasks:
+            task.result()
+        return results
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _upload(image: Tensor, device: torch.device) -> Tensor:
-    return image.pin_memory().to(device, non_blocking=True)
+def _shape(found: Header | Tensor | DecodeError) -> tuple[int, int]:
+    if isinstance(found, Header):
+        return found.height, found.width
+    return (found.shape[0], found.shape[1]) if isinstance(found, Tensor) else (0, 0)
+
+
+def _check_shape(shape: Sequence[int], out: Tensor) -> None:
+    if tuple(shape) != tuple(out.shape):
+        raise DecodeError("corrupt", f"the header declares {list(out.shape)}, decoded {list(shape)}")
