@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .reference import SLOPE
 
-# Bandwidth-bound: 16 bytes per thread and tensor in bfloat16. That needs a size known to be a multiple of 16, so sizes are
-# specialised: those of a model, rows times its width, are all multiples.
+# Bandwidth-bound: 16 bytes per thread and tensor in bfloat16. The compiler must know that the size is a multiple of 16,
+# so sizes are specialised; those of a model, rows times its width, all are.
 BLOCK, WARPS = 1024, 4
 
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scenarioclip_fast.model.config import VisionConfig
 
-# The first that can run is used. cuDNN's is left out: torch prefers it on some GPUs, and it builds a plan for each size.
+# The first that can run is used. cuDNN's, which torch prefers on some GPUs, builds a plan for each size.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from scenarioclip_fast.data.decode.base import (
 )
 from scenarioclip_fast.data.decode.slab import PinnedSlabs, SlabPool, layout
 from scenarioclip_fast.requirements import require
+
+T = TypeVar("T")
 
 
 class TorchDecoder:
@@ -47,7 +49,7 @@ class TorchDecoder:
         self._slabs = SlabPool() if self.device.type == "cpu" else PinnedSlabs(self.device)
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
-        found: list[Header | Tensor | DecodeError] = [self._inspect(data) for data in images]
+        found = self._for_each(len(images), lambda i: self._inspect(images[i]))
         shapes = [_shape(x) for x in found]
         offsets, size = layout([h * w * 3 for h, w in shapes])
         if size == 0:
@@ -94,9 +96,9 @@ class TorchDecoder:
         _check_shape(pixels.shape, out)
         return out
 
-    def _for_each(self, count: int, call: Callable[[int], DecodeError | None]) -> list[DecodeError | None]:
+    def _for_each(self, count: int, call: Callable[[int], T]) -> list[T]:
         """Return [call(0), ..., call(count - 1)]; each thread takes the next index, since a task per image is slow."""
-        results: list[DecodeError | None] = [None] * count
+        results: list[Any] = [None] * count
         indices = iter(range(count))
 
         def work(indices: Iterator[int]) -> None:
