@@ -27,6 +27,13 @@ def products_to_float32(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [T, out], [T, in]
+    """grad^T x in float32: [out, in]."""
+    if products_to_float32(x):
+        return torch.mm(grad.T, x, out_dtype=torch.float32)
+    return (grad.T @ x).float()
+
+
 class _LowLinear(torch.autograd.Function):
     """x W^T + b for copies of W and b in x's dtype; the gradients of W and b are computed in float32."""
 
@@ -41,11 +48,7 @@ class _LowLinear(torch.autograd.Function):
         dx = grad @ low_weight if ctx.needs_input_grad[0] else None
         d_weight = d_bias = None
         if ctx.needs_input_grad[1]:
-            rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-            if products_to_float32(rows):
-                d_weight = torch.mm(rows.T, inputs, out_dtype=torch.float32)
-            else:
-                d_weight = (rows.T @ inputs).float()
+            d_weight = weight_gradient(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             d_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
         return dx, d_weight, d_bias, None, None
@@ -58,6 +61,7 @@ class Linear(nn.Linear):
     """
 
     copies: tuple[Tensor, Tensor] | None = None
+    reads_copies = True
 
     def forward(self, x: Tensor) -> Tensor:  # [*, in]
         return self.parts([x], [self.out_features])[0]
@@ -109,7 +113,7 @@ class WeightCopies:
     """
 
     def __init__(self, model: nn.Module, averaged: Iterable[nn.Module], dtype: torch.dtype) -> None:
-        self._layers = [m for module in (model, *averaged) for m in module.modules() if isinstance(m, Linear)]
+        self._layers = [m for module in (model, *averaged) for m in module.modules() if isinstance(m, Linear) and m.reads_copies]
         self._copied: list[tuple[Linear, str, Tensor]] = []
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._versions: dict[int, int] = {}

@@ -121,8 +121,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
     with timer.step("training ScenarioCLIP", "six encoders, EMA teacher and distillation"):
         trained = _fit(config, device, "train", config.views - first, scenes, pretrained.model_dir)
     with timer.step("evaluating", "zero-shot on the test split"):
-        before, _ = _evaluate(config, device, pretrained, samples=0)
-        after, samples = _evaluate(config, device, trained, samples=6)
+        before, _ = evaluate(config, device, pretrained, samples=0)
+        after, samples = evaluate(config, device, trained, samples=6)
     result = DemoResult(out / "report.html", before, after, timer.seconds)
     with timer.step("reporting", f"{result.report}"):
         runs = {PRETRAINED: pretrained, METHOD: trained}
@@ -161,9 +161,10 @@ def _fit(
     return result
 
 
-def _evaluate(
+def evaluate(
     config: DemoConfig, device: torch.device, run: FitResult, samples: int
 ) -> tuple[ZeroShotResult, list[SampleScene]]:
+    """Evaluate `run` on the test split of `config.out`/shards; predict the first `samples` scenes."""
     trained = open_checkpoint(run.run_dir, device)
     size, loading = trained.model.config.vision.image_size, LoaderConfig(object_view=trained.data.object_view)
     with EvaluationLoader(config.out / "shards", 64, loading, device=device, size=size) as loader:

@@ -193,6 +193,10 @@ class TrainSection:
     cuda_graphs: bool = False
     """Capture the compiled vision blocks in CUDA graphs, with rows padded to a few sizes: for small, launch-bound
     batches. Requires compile. Not yet measured."""
+    fp8: Literal["none", "frozen", "all"] = "none"
+    """Products of transformer blocks in FP8 (E4M3): none; the forward pass of the frozen vision blocks; or the forward
+    pass of all blocks and the gradients of their inputs. Requires run.precision=bf16, and on a GPU compute capability
+    8.9 (Ada, Hopper); emulated on a CPU. Its speed has not been measured yet."""
     profile: tuple[int, int] | None = None
     """First and last step, counted from 1, of a torch.profiler trace of rank 0, in RUN/profile; null: none."""
 
@@ -234,6 +238,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.train.fp8 != "none" and self.run.precision != "bf16":
+            raise UserError(
+                f"train.fp8: got {self.train.fp8} with run.precision={self.run.precision}, expected run.precision=bf16"
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> TrainConfig:

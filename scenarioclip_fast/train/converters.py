@@ -1,14 +1,18 @@
 """Changes to the model between its construction and its parallel wrapper: one function each, listed in CONVERTERS.
 
-To add one (FP8 layers, for example), write a function with the signature of `Converter` and add it to CONVERTERS.
+To add one, write a function with the signature of `Converter` and add it to CONVERTERS.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from scenarioclip_fast.distributed import World
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model.fp8 import use_fp8
 from scenarioclip_fast.train.config import TrainConfig
 
 
@@ -33,6 +37,24 @@ def checkpoint_activations(
     return None
 
 
+def fp8_products(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
+    """Apply train.fp8."""
+    mode = config.train.fp8
+    if mode == "none":
+        return None
+    on_gpu = world.device.type == "cuda"
+    if on_gpu and (capability := torch.cuda.get_device_capability(world.device)) < (8, 9):
+        raise UserError(
+            f"train.fp8: got {mode} on a GPU of compute capability {capability[0]}.{capability[1]}, expected at least "
+            "8.9 (Ada, Hopper): set train.fp8=none"
+        )
+    averaged = [] if teacher is None else list(teacher.encoders.values())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    blocks = use_fp8([*model.encoders(), *averaged], frozen, mode)
+    where = "" if on_gpu else f"; on {world.device} FP8 is emulated: rounded equally, but slower than bf16"
+    return f"train.fp8={mode}: {blocks} transformer blocks with FP8 products{where}"
+
+
 def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
     """Apply train.compile and train.cuda_graphs."""
     if not config.train.compiles_on(world.device.type):
@@ -46,6 +68,7 @@ def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: Trai
 # In the order of application.
 CONVERTERS: dict[str, Converter] = {
     "activation_checkpointing": checkpoint_activations,
+    "fp8": fp8_products,  # before the blocks are compiled
     "compile": compile_blocks,
 }
 

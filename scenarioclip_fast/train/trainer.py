@@ -18,6 +18,7 @@ from scenarioclip_fast.dispatch import use_backend
 from scenarioclip_fast.distributed import join_world
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.flops import peak_flops, step_flops
+from scenarioclip_fast.model.fp8 import requantize
 from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.build import build_copies, build_loss, build_model, build_teacher, wrap
@@ -211,6 +212,8 @@ class Trainer:
         self.saver = Saver(config, world, self.state, self.total_steps, self.log)
         attention = describe_attention(config.model.vision, config.run.precision, world.device)
         notes = [*self.saver.restore(self.resume), attention, *notes, *self._warnings()]
+        averaged = [] if self.teacher is None else self.teacher.encoders.values()
+        requantize([*self.model.encoders(), *averaged])
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)
         stack.callback(self.saver.close)
