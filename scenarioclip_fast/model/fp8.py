@@ -32,8 +32,6 @@ from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder
 from scenarioclip_fast.model.layers import Linear, autocast_dtype, weight_gradient
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max  # 448
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # avoids 0 / 0 in rows of zeros
 _MULTIPLE = 16  # of both sides of a weight, in bytes: the alignment that FP8 tensor cores require
 
 
@@ -42,10 +40,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:  # [M, K]
 
     A row with an infinity or NaN has a NaN among its values, so that non-finite results stay visible.
     """
+    largest = torch.finfo(E4M3).max  # 448; not a global, which Dynamo would take for an input that varies
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=_SMALLEST_SCALE)
-    # The quotient may round to just above 448, which torch 2.11 converts to NaN.
-    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3).contiguous(), scale
+    # A smallest scale avoids 0 / 0 in rows of zeros.
+    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    # Torch 2.11 converts values beyond the largest to NaN.
+    return (x / scale).clamp(-largest, largest).to(E4M3).contiguous(), scale
 
 
 def product(
