@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ from scenarioclip_fast.data import Batch, load_reference, pack, scene_loader
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TokenTable
 from scenarioclip_fast.model.flops import batch_flops, peak_flops
+from scenarioclip_fast.model.fp8 import use_fp8
 from scenarioclip_fast.model.layers import WeightCopies
 from scenarioclip_fast.train.config import OptimSection
 from scenarioclip_fast.train.optim import build_optimizer, guarded_step
@@ -135,6 +136,7 @@ class Variant:
     pre_layernorm: bool = True  # frozen, as in FreezeConfig
     compiled: bool = False
     cuda_graphs: bool = False
+    fp8: Literal["none", "frozen", "all"] = "none"
 
 
 REFERENCE = "baseline, float32"  # all forms are checked against it; TF32 on a GPU
@@ -146,6 +148,8 @@ FORMS = {
     "ours, bf16": Variant(ours=True, bf16=True),
     "ours, bf16, compiled": Variant(ours=True, bf16=True, compiled=True),
     "ours, bf16, compiled, cuda graphs": Variant(ours=True, bf16=True, compiled=True, cuda_graphs=True),
+    "ours, bf16, compiled, fp8": Variant(ours=True, bf16=True, compiled=True, fp8="all"),
+    "ours, bf16, compiled, fp8 frozen": Variant(ours=True, bf16=True, compiled=True, fp8="frozen"),
 }
 CPU_FORMS = [name for name, variant in FORMS.items() if not variant.compiled]
 # Headline figures first; the form that takes longest to compile last.
@@ -155,6 +159,8 @@ GPU_FORMS = [
     "baseline, bf16",
     REFERENCE,
     "ours as published (pre_layernorm trains), float32",
+    "ours, bf16, compiled, fp8",
+    "ours, bf16, compiled, fp8 frozen",
     "ours, bf16, compiled, cuda graphs",
 ]
 
@@ -179,6 +185,9 @@ def build(name: str, preset: str, vocabulary: FixedVocabulary, device: str) -> O
             return BaselineStep(config, model, vocabulary.by_level, device, variant.bf16)
     model.set_vocabulary(vocabulary)  # type: ignore[arg-type]
     step = OurStep(model, device, variant.bf16, variant.cuda_graphs)
+    if variant.fp8 != "none":
+        encoders = [*step.model.encoders(), *step.teacher.encoders.values()]
+        use_fp8(encoders, [p for p in step.model.parameters() if not p.requires_grad], variant.fp8)
     if variant.compiled:
         # Inductor takes minutes on a CPU; a rehearsal runs only Dynamo, which traces the graphs.
         options: dict[str, Any] = {"backend": "eager", "options": None} if timing.REHEARSAL else {}

@@ -3,6 +3,7 @@
 Matrix products are counted, at two FLOPs per multiply-add. Frozen stages run once per view, and not at all for texts,
 whose frozen features are cached. The backward pass of a product costs one more product for the gradient of its input
 and one for that of its weight, where each is needed. Recomputation (checkpointing, fused attention) is not counted.
+Runs with FP8 products are compared with the bf16 peak, too: half of the FP8 peak on an H100.
 """
 
 from __future__ import annotations

@@ -113,7 +113,9 @@ class WeightCopies:
     """
 
     def __init__(self, model: nn.Module, averaged: Iterable[nn.Module], dtype: torch.dtype) -> None:
-        self._layers = [m for module in (model, *averaged) for m in module.modules() if isinstance(m, Linear) and m.reads_copies]
+        self._layers = [
+            m for module in (model, *averaged) for m in module.modules() if isinstance(m, Linear) and m.reads_copies
+        ]
         self._copied: list[tuple[Linear, str, Tensor]] = []
         self._frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._versions: dict[int, int] = {}

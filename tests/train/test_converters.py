@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
-from scenarioclip_fast.train import converters
 from scenarioclip_fast.model.fp8 import Float8Linear
+from scenarioclip_fast.train import converters
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import Trainer
