@@ -2,7 +2,7 @@
 
 Both runs of a seed see the same scenes, initial weights and augmentation, so their difference is what FP8 changes, plus
 the noise of sums over threads. On a CPU FP8 is emulated, with the same rounding. A run takes several minutes on two
-cores; finished runs in OUT are kept. Writes OUT/result.json and prints the table of docs/numerics.md.
+cores; finished runs in OUT are kept. Writes OUT/result.json and prints the table in docs/numerics.md.
 
 Run: python benchmarks/fp8_accuracy.py [--seeds 0 1 2] [--views 120000] [--out runs/fp8]
 """
