@@ -66,7 +66,9 @@ def test_fp8_trains_like_bf16(
     options: tuple[str, ...],
     blocks: int,
 ) -> None:
-    plain, quantised = (small("train.steps=4", "optim.lr=1e-4", *FP8, *options, f"train.fp8={m}", run=m) for m in ("none", mode))
+    plain, quantised = (
+        small("train.steps=4", "optim.lr=1e-4", *FP8, *options, f"train.fp8={m}", run=m) for m in ("none", mode)
+    )
     trainer = Trainer(plain)
     trainer.fit()
     assert "fp8" not in capsys.readouterr().err
@@ -74,8 +76,8 @@ def test_fp8_trains_like_bf16(
     Trainer(quantised).fit()
     line = f"train.fp8={mode}: {blocks} transformer blocks with FP8 products; on cpu FP8 is emulated"
     assert capsys.readouterr().err.count(line) == 1
-    # FP8 keeps 4 significant bits, and a temperature of 0.07 magnifies errors of the cosines 14-fold. AdamW's first steps
-    # have the size of the learning rate whatever the gradient, so the rate is small.
+    # FP8 keeps 4 significant bits, and a temperature of 0.07 magnifies errors of the cosines 14-fold. AdamW's first
+    # steps have the size of the learning rate whatever the gradient, so the rate is small.
     torch.testing.assert_close(losses(quantised), losses(plain), rtol=2e-2, atol=0)
     kinds = [{name: (w.dtype, w.shape) for name, w in weights(config).items()} for config in (plain, quantised)]
     assert kinds[0] == kinds[1]
