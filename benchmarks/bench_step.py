@@ -111,7 +111,7 @@ class OurStep:
         self.loss_module = ScenarioLoss().to(device)
         self.teacher = EMATeacher(self.model)
         self.optimizer = build_optimizer(self.model, self.loss_module, OptimSection(decay_logit_scale=True))
-        self.copies = WeightCopies(self.model, self.teacher.encoders.values(), torch.bfloat16) if bf16 else None
+        self.copies: WeightCopies | None = None
 
     def loss(self, batch: Batch) -> Tensor:
         if self.cuda_graphs:
@@ -188,6 +188,8 @@ def build(name: str, preset: str, vocabulary: FixedVocabulary, device: str) -> O
     if variant.fp8 != "none":
         encoders = [*step.model.encoders(), *step.teacher.encoders.values()]
         use_fp8(encoders, [p for p in step.model.parameters() if not p.requires_grad], variant.fp8)
+    if variant.bf16:
+        step.copies = WeightCopies(step.model, step.teacher.encoders.values(), torch.bfloat16)
     if variant.compiled:
         # Inductor takes minutes on a CPU; a rehearsal runs only Dynamo, which traces the graphs.
         options: dict[str, Any] = {"backend": "eager", "options": None} if timing.REHEARSAL else {}

@@ -74,6 +74,7 @@ TESTS = {
     "tests/train/test_trainer_switches.py": 1,
     "tests/train/test_saving.py": 1,
     "tests/model/test_exactness.py": 1,
+    "tests/model/test_fp8.py": 1,
     "tests/cli/test_eval.py": 1,
     "tests/data/test_loader.py": 1,
     "tests/data/test_decode.py": 1,

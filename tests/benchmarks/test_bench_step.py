@@ -37,13 +37,15 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_gpu_cases_run_in_order(rehearsed: list[dict[str, Any]]) -> None:
     assert {row["outcome"] for row in rehearsed} == {"measured"}
-    steps, loops = rehearsed[:6], rehearsed[6:]
+    steps, loops = rehearsed[:8], rehearsed[8:]
     assert [row["form"] for row in steps] == [
         "ours, bf16",
         "ours, bf16, compiled",
         "baseline, bf16",
         "baseline, float32",
         "ours as published (pre_layernorm trains), float32",
+        "ours, bf16, compiled, fp8",
+        "ours, bf16, compiled, fp8 frozen",
         "ours, bf16, compiled, cuda graphs",
     ]
     assert [(row["group"].split(", ")[1], row["form"]) for row in loops] == [
