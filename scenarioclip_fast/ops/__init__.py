@@ -10,22 +10,22 @@ from scenarioclip_fast.requirements import check_installed
 check_installed()  # every use of scenarioclip_fast.kernels imports this package first
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.ops.add_layer_norm import add_layer_norm, layer_norm
+    from scenarioclip_fast.ops.activation import quick_gelu
     from scenarioclip_fast.ops.contrastive import contrastive_loss, multilevel_contrastive_loss
     from scenarioclip_fast.ops.distillation import distillation_loss
     from scenarioclip_fast.ops.ema import ema_update_
-    from scenarioclip_fast.ops.quick_gelu import quick_gelu
+    from scenarioclip_fast.ops.normalisation import add_layer_norm, layer_norm
     from scenarioclip_fast.ops.views import focused_region, render_views
 else:
     # Lazy, so that importing the losses does not import the views.
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "add_layer_norm": ["add_layer_norm", "layer_norm"],
+            "activation": ["quick_gelu"],
             "contrastive": ["contrastive_loss", "multilevel_contrastive_loss"],
             "distillation": ["distillation_loss"],
             "ema": ["ema_update_"],
-            "quick_gelu": ["quick_gelu"],
+            "normalisation": ["add_layer_norm", "layer_norm"],
             "views": ["focused_region", "render_views"],
         },
     )

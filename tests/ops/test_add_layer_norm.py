@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import add_layer_norm, layer_norm
-from scenarioclip_fast.ops.add_layer_norm import _backward_op, _forward
+from scenarioclip_fast.ops.normalisation import _backward_op, _forward
 from scenarioclip_fast.requirements import import_problem
 
 EPS = 1e-5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import quick_gelu
-from scenarioclip_fast.ops.quick_gelu import _backward_op, _forward
+from scenarioclip_fast.ops.activation import _backward_op, _forward
 from scenarioclip_fast.requirements import import_problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
