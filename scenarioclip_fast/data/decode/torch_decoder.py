@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class TorchDecoder:
         if isinstance(found, DecodeError):
             return found
         if isinstance(found, Tensor):
-            out.copy_(found)
+            np.copyto(out.numpy(), found.numpy())  # torch's copy starts OpenMP threads, which hang in forked processes
             return None
         result = catch_error(lambda data: self._decode_into(data, out), data)
         return result if isinstance(result, DecodeError) else None
@@ -91,7 +92,8 @@ class TorchDecoder:
             if "extraneous bytes" in str(error):
                 repaired = decode_with_pillow(data, self.max_pixels)
                 _check_shape(repaired.shape, out)
-                return out.copy_(repaired)
+                np.copyto(out.numpy(), repaired.numpy())
+                return out
             raise DecodeError("corrupt", f"libjpeg-turbo: {error}") from error
         _check_shape(pixels.shape, out)
         return out
