@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.encoders import Block, Encoder, TextEncoder
-from scenarioclip_fast.model.layers import Linear, autocast_dtype, weight_gradient
+from scenarioclip_fast.model.layers import Linear, autocast_dtype, split_rows, weight_gradient
 
 E4M3 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of both sides of a weight, in bytes: the alignment that FP8 tensor cores require
@@ -123,25 +123,16 @@ class Float8Linear(Linear):
         self.fp8_gradient, self.quantised = fp8_gradient, quantised
 
     def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        outputs = []
-        first = 0
-        for x, size in zip(inputs, sizes, strict=True):
-            outputs.append(self._rows(x, slice(first, first + size)))
-            first += size
-        return outputs
-
-    def _rows(self, x: Tensor, rows: slice) -> Tensor:  # [*, in_features]
-        """The outputs in `rows` only."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
         values, scale = self.quantised or (None, None)
-        if rows != slice(0, self.out_features):
-            weight, bias = weight[rows], bias[rows]
-            if values is not None and scale is not None:
-                values, scale = values[rows], scale[rows]
+        weights = split_rows(sizes, self.weight, self.bias, values, scale)
+        return [self._product(x, *rows) for x, *rows in zip(inputs, *weights, strict=True)]
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor, values: Tensor | None, scale: Tensor | None
+    ) -> Tensor:  # [*, in_features]
         flat = x.reshape(-1, x.shape[-1])
         y = cast(Tensor, _Product.apply(flat, weight, bias, values, scale, self.fp8_gradient))
-        return y.to(autocast_dtype(x.device.type) or x.dtype).view(*x.shape[:-1], rows.stop - rows.start)
+        return y.to(autocast_dtype(x.device.type) or x.dtype).view(*x.shape[:-1], len(bias))
 
     def refresh(self) -> None:
         """Quantise a frozen weight again, after its values have changed."""

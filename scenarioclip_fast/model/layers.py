@@ -71,16 +71,18 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         dtype = autocast_dtype(weight.device.type)
         if dtype is None:
-            ranges = zip(inputs, *_split(sizes, weight, bias), strict=True)
+            ranges = zip(inputs, *split_rows(sizes, weight, bias), strict=True)
             return [F.linear(*arguments) for arguments in ranges]
         copies = self.copies or (weight.detach().to(dtype), bias.detach().to(dtype))
-        ranges = zip([x.to(dtype) for x in inputs], *_split(sizes, weight, bias, *copies), strict=True)
+        ranges = zip([x.to(dtype) for x in inputs], *split_rows(sizes, weight, bias, *copies), strict=True)
         return [_LowLinear.apply(*arguments) for arguments in ranges]
 
 
-def _split(sizes: Sequence[int], *tensors: Tensor) -> list[Sequence[Tensor]]:
-    """Split the first dimension of each tensor; a split's backward pass is one concatenation."""
-    return [[t] if len(sizes) == 1 else t.split(list(sizes)) for t in tensors]
+def split_rows(sizes: Sequence[int], *tensors: Tensor | None) -> list[Sequence[Any]]:
+    """Split the first dimension of each tensor; None stays None. A split's backward pass is one concatenation."""
+    if len(sizes) == 1:
+        return [[t] for t in tensors]
+    return [[None] * len(sizes) if t is None else t.split(list(sizes)) for t in tensors]
 
 
 class LayerNorm(nn.LayerNorm):
