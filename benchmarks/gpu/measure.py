@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gpu import headline, jobs, sections
+from gpu import counters, headline, jobs, sections
 from gpu.jobs import PASSED, Job, Row
 from gpu.processes import Launcher, Process, Task, command_line_task, pytest_task, script_task
 from gpu.sections import REHEARSAL, Section
@@ -345,6 +345,7 @@ class GpuRun:
             return
         print(f"== {section.name}: limit {limit:.0f} s, elapsed {self.clock.elapsed():.0f} s", flush=True)
         runs = {"bench": self._bench, "tune": self._tune, "demo": self._demo, "compiled": self._tests_compiled}
+        runs["counters"] = self._counters
         self._guarded(section.name, lambda: self.add_row(runs[section.kind](section.name, limit)))
 
     def _guarded(self, name: str, run: Callable[[], None]) -> None:
@@ -393,6 +394,18 @@ class GpuRun:
         job = Job(name, self.out, [lambda log: self.launch(task, log)])
         (row,) = jobs.run([job], limit, grace=5.0)
         self._show(job.summary())
+        return row
+
+    def _counters(self, name: str, limit: float) -> Row:
+        """Hardware counters of the largest kernels, if Nsight Compute is there and may read them."""
+        if shutil.which("ncu") is None:
+            return Row(name, PASSED if REHEARSAL else "skipped: ncu is not on PATH", 0)
+        output = self.out / "counters.csv"
+        command = counters.command(str(output), sys.executable)
+        job = Job(name, self.out, [lambda log: self.launch.command(command, log)])
+        (row,) = jobs.run([job], limit, grace=5.0)
+        lines = output.read_text(errors="replace").splitlines() if output.exists() else []
+        self._show([*counters.table(lines), *([] if row.result == PASSED else job.summary())])
         return row
 
     def _demo(self, name: str, limit: float) -> Row:

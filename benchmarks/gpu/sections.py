@@ -15,7 +15,7 @@ REHEARSAL = os.environ.get("SCENARIOCLIP_FAST_REHEARSAL") == "1"
 TOTAL_S = 480  # for the whole of `make gpu`
 HEADLINE_S = 400  # until the headline figures are recorded
 
-Kind = str  # "prepare", "start", "check" (parallel, untimed), "bench", "tune", "demo" or "compiled"
+Kind = str  # "prepare", "start", "check" (parallel, untimed), "bench", "tune", "demo", "compiled" or "counters"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ TIMED = [
     # If time allows; useless if cut short.
     Section("demo", "demo", 0, 120, minimum=45),
     Section("tests_compiled", "compiled", 0, 120, minimum=30),
+    Section("counters", "counters", 0, 60, minimum=15),
 ]
 FINISH_S = 8  # to write the record's README and the archive
 HEADLINES = ("bench_step", "bench_contrastive", "bench_views", "bench_end_to_end")
