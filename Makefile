@@ -8,6 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
 ONLY   ?=
 TOTAL  ?= 480
+PREBUILT ?=
 FACTOR ?= 1
 JOBS   ?= auto
 CUTLASS := nvidia-cutlass==4.2.0.0
@@ -87,7 +88,7 @@ record: install
 
 # For a machine with a GPU, nvcc and torch, but possibly no package index: uses the installed Python and packages.
 gpu:
-	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR)
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu.run --out '$(OUT)' --only '$(ONLY)' --total $(TOTAL) --factor $(FACTOR) $(if $(PREBUILT),--prebuilt)
 
 # Collect in gpu-pack/ what such a machine needs in addition to the checkout.
 gpu-pack: install $(GPU_VENV)/packages

@@ -1,6 +1,6 @@
 """`make gpu`: measures a record on a GPU machine in a few minutes, with or without a package index.
 
-Run: make gpu [OUT=DIR] [ONLY="bench_step tests"] [TOTAL=480] [PYTHON=python3]
+Run: make gpu [OUT=DIR] [ONLY="bench_step tests"] [TOTAL=480] [PREBUILT=1] [PYTHON=python3]
      or, without make: PYTHONPATH=benchmarks python3 -m gpu.run --out DIR
 
 In order: probe the machine; install the wheels of gpu-pack/ and build the extensions, or use those of gpu-pack/ if the
@@ -120,17 +120,21 @@ class Preparation:
         self.work, self.python, self.found, self.pack, self.deadline = work, python, found, pack, deadline
         self.notes: list[tuple[str, str, float]] = []
 
-    def run(self) -> None:
+    def run(self, prebuilt: bool = False) -> None:
+        """Install the wheels, then build the extensions, or with `prebuilt` use those of gpu-pack/."""
         begin = time.time()
         wheels = sorted((ROOT / FOLDER / "wheels").glob("*.whl"))
         installing = None
         if wheels:
             installing = start(self._pip(*WHEELS, *wheels), self.work / "wheels.txt")
-        building = start(self._pip(*EDITABLE), self.work / "build.txt", **self._build())
+        building = None if prebuilt else start(self._pip(*EDITABLE), self.work / "build.txt", **self._build())
         if installing is None:
             self.notes.append(("wheels", f"none in {FOLDER}/: run make gpu-pack", 0))
         else:
             self._finish_wheels(installing, wheels, begin)
+        if building is None:
+            self._use_prebuilt("", begin)
+            return
         code = finish(building, self.deadline - time.time())
         if code == 0:
             self.notes.append(("build", PASSED, time.time() - begin))
@@ -167,23 +171,25 @@ class Preparation:
         return "\n".join(shortened(path).splitlines()[-20:]) if path.exists() else ""
 
     def _use_prebuilt(self, reason: str, begin: float) -> None:
-        """Install with the extensions of gpu-pack/, or without any, after a failed build."""
-        print(self._tail("build.txt"), flush=True)
+        """Install with the extensions of gpu-pack/, or without any, after a failed build or, without a reason, by choice."""
+        if reason:
+            print(self._tail("build.txt"), flush=True)
         done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")
         if finish(done, 60) != 0:
             print(self._tail("install.txt"), file=sys.stderr)
             raise SetupError("the package cannot be installed")
         prebuilt = ROOT / FOLDER / "native"
         parts = sorted(prebuilt.glob("*.so"))
+        failed = f"failed ({reason})" if reason else "not asked for"
         if self.pack is None or not parts:
-            result = f"failed ({reason}), and {FOLDER}/native is empty: Triton and PyTorch backends only"
+            result = f"{failed}, and {FOLDER}/native is empty: Triton and PyTorch backends only"
         else:
             NATIVE.mkdir(exist_ok=True)
             for part in parts:
                 shutil.copy2(part, NATIVE / part.name)
             info = json.loads((prebuilt / "build.json").read_text())
             (NATIVE / "build.json").write_text(json.dumps({**info, "prebuilt_from": self.pack.commit}, indent=1) + "\n")
-            result = f"failed ({reason}): using the prebuilt extensions of {FOLDER}"
+            result = f"{failed}: using the prebuilt extensions of {FOLDER}" if reason else PASSED
         self.notes.append(("build", result, time.time() - begin))
 
 
@@ -213,6 +219,9 @@ def main() -> int:
     names = ", ".join(sections.names())
     parser.add_argument("--only", default="", help=f"run only these sections, space-separated: {names}")
     parser.add_argument("--total", type=float, default=sections.TOTAL_S, help="time limit in seconds (default: 480)")
+    parser.add_argument(
+        "--prebuilt", action="store_true", help="use the extensions of gpu-pack/: saves the half minute of the build"
+    )
     parser.add_argument("--factor", type=float, default=1.0, help="multiply every time budget, for a slow rehearsal")
     args = parser.parse_args()
     only = args.only.split()
@@ -237,7 +246,7 @@ def main() -> int:
             python = Path(sys.executable)
         deadline = started + min(args.factor * sections.PREPARE.maximum, args.total / 2)
         preparation = Preparation(work, python, found, pack, deadline)
-        preparation.run()
+        preparation.run(args.prebuilt)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,8 +18,10 @@ from scenarioclip_fast.ops import add_layer_norm, layer_norm
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of autocast on this device; None outside of it."""
-    available = torch.amp.is_autocast_available(device_type)  # not for meta tensors
-    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
+    # Meta tensors have no autocast. torch.compile cannot trace is_autocast_available before PyTorch 2.12.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def products_to_float32(x: Tensor) -> bool:

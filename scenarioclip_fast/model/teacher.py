@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -62,6 +63,7 @@ class EMATeacher:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.encoders: dict[str, Any] = copy.deepcopy(encoders, frozen)
         self._tensors: dict[str, Tensor] = {}
+        self._student: tuple[weakref.ref[ScenarioCLIP], list[Tensor]] | None = None  # a model and its averaged tensors
         seen: set[int] = set()
         for prefix, encoder in self.encoders.items():
             for name, p in encoder.named_parameters():
@@ -73,6 +75,7 @@ class EMATeacher:
         """Look up the averaged tensors again after FSDP2 has replaced them with sharded ones."""
         now = {f"{prefix}.{name}": p for prefix, e in self.encoders.items() for name, p in e.named_parameters()}
         self._tensors = {name: now[name] for name in self._tensors}
+        self._student = None
 
     def decay_at(self, step: int) -> float:
         """Return the decay of update number `step`, counted from 0."""
@@ -148,8 +151,11 @@ class EMATeacher:
         self.step = int(state["step"])
 
     def _pairs(self, model: ScenarioCLIP) -> tuple[list[Tensor], list[Tensor]]:
-        student = dict(model.named_parameters(remove_duplicate=False))
-        return list(self._tensors.values()), [student[name].detach() for name in self._tensors]
+        known = None if self._student is None else self._student[0]()
+        if self._student is None or known is not model:  # naming all parameters takes milliseconds
+            named = dict(model.named_parameters(remove_duplicate=False))
+            self._student = weakref.ref(model), [named[name] for name in self._tensors]
+        return list(self._tensors.values()), [p.detach() for p in self._student[1]]
 
 
 def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:

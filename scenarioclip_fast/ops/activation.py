@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.quick_gelu import reference
+from scenarioclip_fast.ops.plain import is_plain_call
 
 
 def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:  # [*]
@@ -34,8 +36,25 @@ def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:  # [*]
     backend = dispatch.resolve("quick_gelu", backend, x.device.type, dtype=str(x.dtype).removeprefix("torch."))
     if backend == "reference":
         return reference.quick_gelu(x)
-    y: Tensor = _forward(x, backend)
+    y: Tensor = _QuickGelu.apply(x, backend) if is_plain_call(x) else _forward(x, backend)
     return y
+
+
+class _QuickGelu(torch.autograd.Function):
+    """The custom op without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(x)
+        y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return dispatch.implementation("quick_gelu", ctx.backend).backward(grad.contiguous(), x.contiguous()), None
 
 
 @torch.library.custom_op("scenarioclip_fast::quick_gelu_forward", mutates_args=())

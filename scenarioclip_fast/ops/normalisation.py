@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.add_layer_norm import reference
+from scenarioclip_fast.ops.plain import is_plain_call
 
 
 def add_layer_norm(
@@ -71,6 +73,8 @@ def _add_layer_norm(
         backend = dispatch.resolve("add_layer_norm", backend, x.device.type, dtype=_dtype_name(x, dtype))
     if backend == "reference":
         total, normed = reference.add_layer_norm(rows, branch_rows, weight, bias, eps, dtype)
+    elif is_plain_call(rows, branch_rows, weight, bias):
+        total, normed = _AddLayerNorm.apply(rows, branch_rows, weight, bias, eps, dtype, backend)
     else:
         total, normed, _ = _forward(rows, branch_rows, weight, bias, eps, dtype, backend)
     return x if branch is None else total.view(x.shape), normed.view(x.shape)
@@ -80,6 +84,55 @@ def _dtype_name(x: Tensor, dtype: torch.dtype) -> str:
     """The dtype that decides which backends can run: normalised rows are of x's dtype or of float32."""
     name = x.dtype if dtype in (x.dtype, torch.float32) else dtype
     return str(name).removeprefix("torch.")
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """The custom op without the dispatcher; the sum is None without a branch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> tuple[Tensor | None, Tensor]:
+        x = x.contiguous()
+        total, normed, statistics = dispatch.implementation("add_layer_norm", backend).forward(
+            x,
+            None if branch is None else branch.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            eps,
+            dtype,
+        )
+        ctx.backend, ctx.has_branch = backend, branch is not None
+        ctx.save_for_backward(x if branch is None else total, weight, bias, statistics)
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, bias, statistics = ctx.saved_tensors
+        if d_normed is None:  # only the sum was used
+            return d_total, d_total, None, None, None, None, None
+        with_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        dx, d_weights = dispatch.implementation("add_layer_norm", ctx.backend).backward(
+            None if d_total is None else d_total.contiguous(),
+            d_normed.contiguous(),
+            total,
+            weight.contiguous(),
+            statistics,
+            with_weights,
+        )
+        if d_weights is None:
+            return dx, dx if ctx.has_branch else None, None, None, None, None, None
+        d_weight, d_bias = d_weights[0].to(weight.dtype), d_weights[1].to(bias.dtype)
+        return dx, dx if ctx.has_branch else None, d_weight, d_bias, None, None, None
 
 
 @torch.library.custom_op("scenarioclip_fast::add_layer_norm_forward", mutates_args=())

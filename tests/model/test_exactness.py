@@ -157,7 +157,7 @@ def fast(model: ScenarioCLIP, batch: Any, teacher: EMATeacher | None) -> dict[st
         out[f"image {level}"] = e.image[i]
         out[f"text {level}"] = e.text[i][e.text_index[i]]
         ids = (batch.action_id, batch.object_id, batch.relation_id)[i]
-        assert torch.equal(e.text_id[i][e.text_index[i]], ids)
+        assert torch.equal(e.text_id[i][e.text_index[i].cpu()], ids.cpu())
         assert torch.equal(e.text_id[i], ids.unique())
     if teacher is not None:
         out["teacher image"] = e.teacher_image

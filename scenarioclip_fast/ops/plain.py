@@ -1,0 +1,22 @@
+"""Whether an op may call its kernels through an autograd.Function, without the dispatcher.
+
+A custom op costs the host some 100 us per call, ten times an autograd.Function. Only tracing needs it: torch.compile,
+dispatch modes such as FakeTensorMode, functorch transforms and tensor subclasses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces or intercepts calls, and all tensors are plain."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(t is None or type(t) in _PLAIN for t in tensors)
+    )
