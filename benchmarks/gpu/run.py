@@ -171,7 +171,7 @@ class Preparation:
         return "\n".join(shortened(path).splitlines()[-20:]) if path.exists() else ""
 
     def _use_prebuilt(self, reason: str, begin: float) -> None:
-        """Install with the extensions of gpu-pack/, or without any, after a failed build or, without a reason, by choice."""
+        """Install with the extensions of gpu-pack/, or without any. `reason`: why the build failed; "" if by choice."""
         if reason:
             print(self._tail("build.txt"), flush=True)
         done = start(self._pip(*EDITABLE), self.work / "install.txt", SCENARIOCLIP_FAST_BUILD="none")

@@ -27,7 +27,7 @@ def add_layer_norm(
 
     The sum is rounded to x's dtype; its statistics and the normalisation are float32 (float64 for float64 inputs).
     Formulas in kernels/add_layer_norm/README.md. First derivatives only, except with the reference. Inside
-    torch.compile, "auto" is the reference, which the compiler fuses with its neighbours.
+    torch.compile, "auto" is the reference on a CPU; on a GPU the kernel is faster than Inductor's.
 
     Args:
         x: the residual stream, [*, W], any float dtype.
@@ -67,7 +67,7 @@ def _add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     branch_rows = None if branch is None else branch.reshape(rows.shape)
-    if backend == "auto" and torch.compiler.is_compiling():
+    if backend == "auto" and x.device.type != "cuda" and torch.compiler.is_compiling():
         backend = "reference"
     else:
         backend = dispatch.resolve("add_layer_norm", backend, x.device.type, dtype=_dtype_name(x, dtype))
