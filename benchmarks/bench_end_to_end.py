@@ -8,9 +8,8 @@ On a CPU both use all cores: two DataLoader worker processes for the baseline, a
 and PyTorch's threads for the step. A loop is one epoch; its losses are compared before timing, and the baseline's
 workers persist across epochs.
 
-On a GPU, eight worker processes feed the baseline, as published; this package's loader uses all cores and its blocks
-are compiled, the trainer's default. The first steps of a loop are not timed: they start the loaders, compile the blocks
-and serve to compare the losses. Each worker makes whole batches, so eight workers deliver eight batches at a time: the
+On a GPU, eight worker processes feed the baseline, as published; this package's loader uses all cores. The first steps
+of a loop are not timed: they start the loaders, capture CUDA graphs and serve to compare the losses. Each worker makes whole batches, so eight workers deliver eight batches at a time: the
 baseline times a multiple of eight steps, since otherwise the result would depend on where the timing starts and ends.
 extra_info["data_wait"] is the share of this package's loop spent waiting for batches.
 
@@ -81,13 +80,16 @@ FLOAT32, BF16 = ("baseline, float32", "ours, float32"), ("baseline, bf16", "ours
 # Focused regions computed with SciPy in every epoch; the other baselines read precomputed PNGs.
 REGIONS_COMPUTED = "baseline, regions drawn, float32"
 # "tiny" trains in float32; on a GPU, the published precision (TF32) is compared with bf16.
-FORMS = {"tiny": (*FLOAT32, REGIONS_COMPUTED), "vit-b-32": FLOAT32 + BF16, ON_GPU: (FLOAT32[0], BF16[1])}
+GRAPHS = "ours, bf16, cuda graphs"
+FORMS = {"tiny": (*FLOAT32, REGIONS_COMPUTED), "vit-b-32": FLOAT32 + BF16, ON_GPU: (FLOAT32[0], BF16[1], GRAPHS)}
 CPU_CASES = [(setting, form) for setting in SETTINGS if setting != ON_GPU for form in FORMS[setting]]
 # Headline figures first: each loop of the baseline takes seconds.
 GPU_CASES = [
-    ("whole loop", BF16[1]),
+    ("whole loop", GRAPHS),
     ("whole loop", FLOAT32[0]),
+    ("whole loop", BF16[1]),
     ("loader", BF16[1]),
+    ("step", GRAPHS),
     ("step", BF16[1]),
     ("step", FLOAT32[0]),
     ("loader", FLOAT32[0]),
@@ -189,7 +191,7 @@ class Contender:
         self.published = None if form.startswith("ours") else workload.published(regions)
         self.ours = self.published is None
         release()
-        name = form.replace("regions drawn, ", "") + ", compiled" * (self.ours and self.on_gpu)
+        name = form.replace("regions drawn, ", "")
         self.step = build(name, workload.setting.preset, workload.fixed_vocabulary, workload.device)
         self.wait = DataWait(torch.device(workload.device))
         self.waits: list[float] = []  # per loop, as a share of its timed part
@@ -310,8 +312,6 @@ def describe(benchmark: Any, what: str, contender: Contender, scenes: int) -> No
     source, setting = "photos" if PHOTOS.is_dir() else "synthetic scenes", contender.workload.setting
     benchmark.group = f"end to end, {what}, {setting.preset}, {source}, {setting.device}"
     benchmark.extra_info.update(form=contender.form, scenes=scenes, threads=torch.get_num_threads())
-    if contender.on_gpu and contender.ours:
-        benchmark.extra_info["blocks"] = "compiled"
 
 
 def rounds(contender: Contender) -> int:

@@ -180,7 +180,7 @@ GPU = [
         _STEP.format(preset="vit-b-32", device="cuda"),
         "baseline, float32",
         f"{_ENCODERS}, TF32",
-        "ours, bf16, compiled",
+        "ours, bf16, cuda graphs",
         4.5,
     ),
     Claim(
@@ -188,7 +188,7 @@ GPU = [
         _LOOP.format(preset="vit-b-32", device="cuda"),
         "baseline, float32",
         "published loader and step, TF32",
-        "ours, bf16",
+        "ours, bf16, cuda graphs",
         10,
     ),
 ]
@@ -236,7 +236,7 @@ GPU_TARGETS = [
         _STEP.format(preset="vit-b-32", device="cuda"),
         "baseline, bf16",
         _ENCODERS,
-        "ours, bf16, compiled",
+        "ours, bf16, cuda graphs",
         3,
     ),
 ]

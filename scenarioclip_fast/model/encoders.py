@@ -10,6 +10,7 @@ end-of-text token.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -307,6 +308,12 @@ class Encoder(nn.Module):
 
     def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Run stages `start` to `stop` (exclusive); the last block outputs only the pooled tokens."""
+        return self.run_stages(x, packing, start=start, stop=stop)
+
+    def run_stages(
+        self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """`run` itself, which subclasses may replace by a replay of what this launches."""
         stages = self.stages
         checkpointing = self.checkpointing and torch.is_grad_enabled()
         branch: Tensor | None = None
@@ -327,21 +334,14 @@ class Encoder(nn.Module):
         return x if branch is None else x + branch
 
 
-def bucket(n: int) -> int:
-    """Round up to one of four sizes per power of two: at most 25 % more, 10 % on average."""
-    step = 1 << max(n.bit_length() - 3, 0)
-    return -(-n // step) * step
-
-
 class VisionEncoder(Encoder):
     """Pixels [n, 3, S, S] to embeddings [n, D].
 
-    `bucketed`: pad n with rows of zeros to `bucket(n)` and drop them afterwards, so that the stages see few batch
-    sizes. Rows are independent and dropped rows have no gradient: only the order of sums may change.
+    `replay`: runs stages in training steps, such as `graphs.StageGraphs`; None: they are launched one by one.
     """
 
     first = 2
-    bucketed = False
+    replay: Callable[[Tensor, int, int | None], Tensor] | None = None
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__(config, embed_dim)
@@ -354,10 +354,9 @@ class VisionEncoder(Encoder):
 
     def run(self, x: Tensor, packing: Packing | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Run stages `start` to `stop`, like `Encoder.run`."""
-        n = x.shape[0]
-        if self.bucketed:
-            x = torch.cat([x, x.new_zeros(bucket(n) - n, *x.shape[1:])])
-        return super().run(x, packing, start=start, stop=stop)[:n]
+        if self.replay is not None and self.training and len(x) and not x.requires_grad:
+            return self.replay(x, start, stop)
+        return self.run_stages(x, packing, start=start, stop=stop)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [n, 3, S, S]
         return self.run(pixels)

@@ -126,9 +126,9 @@ class ScenarioCLIP(nn.Module):
         for encoder in self.encoders():
             encoder.checkpointing = enabled
 
-    def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """`torch.compile` every block in place: see `model.compile.compile_blocks`."""
-        compile_blocks(self, cuda_graphs, **options)
+        compile_blocks(self, **options)
 
     def encoders(self) -> Iterator[Encoder]:
         """Yield each encoder once: six, or two in the variant "pyramidclip"."""

@@ -115,10 +115,10 @@ class EMATeacher:
         finally:
             _swap(pairs)
 
-    def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """`torch.compile` the teacher's blocks: see `model.compile.compile_blocks`."""
         encoders = nn.ModuleDict({k.replace(".", "_"): v for k, v in self.encoders.items()})
-        compile_blocks(encoders, cuda_graphs, **options)
+        compile_blocks(encoders, **options)
 
     def state_dict(self) -> dict[str, Any]:
         return {

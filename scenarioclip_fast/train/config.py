@@ -189,10 +189,10 @@ class TrainSection:
     activation_checkpointing: bool = False
     """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
     compile: Literal[True, False, "auto"] = False
-    """torch.compile the transformer blocks; the first steps take a minute or more. auto: on a GPU only."""
+    """torch.compile the transformer blocks; the first steps take minutes. auto: on a GPU only."""
     cuda_graphs: bool = False
-    """Capture the compiled vision blocks in CUDA graphs, with rows padded to a few sizes: for small, launch-bound
-    batches. Requires compile. Not yet measured."""
+    """Replay the vision encoders' kernels, forward and backward, as CUDA graphs, with views padded to a few sizes: for
+    hosts that launch slower than the GPU computes."""
     fp8: Literal["none", "frozen", "all"] = "none"
     """Products of transformer blocks in FP8 (E4M3): none; the forward pass of the frozen vision blocks; or the forward
     pass of all blocks and the gradients of their inputs. Requires run.precision=bf16, and on a GPU compute capability
@@ -211,10 +211,6 @@ class TrainSection:
             _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
         first, last = self.profile or (1, 1)
         _check(1 <= first <= last, "train.profile", self.profile, "the first and the last step, counted from 1")
-        if self.cuda_graphs and not self.compile:
-            raise UserError(
-                "train.cuda_graphs: got true, expected train.compile=true or auto: only compiled blocks are captured"
-            )
         if self.cuda_graphs and self.parallel == "fsdp":
             raise UserError("got train.cuda_graphs and train.parallel=fsdp, expected only one of them")
         if self.cuda_graphs and self.activation_checkpointing:

@@ -13,6 +13,7 @@ from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
 from scenarioclip_fast.model.fp8 import use_fp8
+from scenarioclip_fast.model.graphs import graph_vision
 from scenarioclip_fast.train.config import TrainConfig
 
 
@@ -56,13 +57,22 @@ def fp8_products(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainC
 
 
 def compile_blocks(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
-    """Apply train.compile and train.cuda_graphs."""
+    """Apply train.compile."""
     if not config.train.compiles_on(world.device.type):
         return None
-    model.compile_blocks(config.train.cuda_graphs)
+    model.compile_blocks()
     if teacher is not None:
-        teacher.compile_blocks(config.train.cuda_graphs)
-    return "the transformer blocks are compiled: the first steps may take a minute or more"
+        teacher.compile_blocks()
+    return "the transformer blocks are compiled: the first steps may take minutes"
+
+
+def cuda_graphs(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainConfig, world: World) -> str | None:
+    """Apply train.cuda_graphs."""
+    if not config.train.cuda_graphs:
+        return None
+    averaged = [] if teacher is None else list(teacher.encoders.values())
+    encoders = graph_vision([*model.encoders(), *averaged])
+    return f"{encoders} vision encoders run as CUDA graphs: a new number of views is captured in a second or two"
 
 
 # In the order of application.
@@ -70,6 +80,7 @@ CONVERTERS: dict[str, Converter] = {
     "activation_checkpointing": checkpoint_activations,
     "fp8": fp8_products,  # before the blocks are compiled
     "compile": compile_blocks,
+    "cuda_graphs": cuda_graphs,  # of the compiled blocks, if they are
 }
 
 

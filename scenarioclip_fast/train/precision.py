@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scenarioclip_fast.model.config import VisionConfig
 
-# The first that can run is used. cuDNN's, which torch prefers on some GPUs, builds a plan for each size.
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# The first that can run is used. Forward and backward for 1,280 views of 50 tokens on an H200: memory-efficient .78 ms,
+# cuDNN, which builds a plan for each size, 1.15, FlashAttention 1.96.
+_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def attention_kernels() -> AbstractContextManager[Any]:
-    """Prefer FlashAttention, then memory-efficient attention, then matrix products with a softmax."""
+    """Prefer memory-efficient attention, then FlashAttention, then matrix products with a softmax."""
     return sdpa_kernel(_ATTENTION, set_priority=True)
 
 

@@ -157,8 +157,6 @@ class Trainer:
 
     def _backward(self, batch: Batch, texts: UniqueTexts) -> dict[str, Tensor]:
         """Accumulate the gradients of the batch's loss in the parameters; return the loss's terms."""
-        if self.config.train.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # frees the graphs' memory from the previous step
         if self.copies is not None:
             self.copies.refresh()
         if self.grad_cache is not None:
