@@ -9,8 +9,9 @@ and PyTorch's threads for the step. A loop is one epoch; its losses are compared
 workers persist across epochs.
 
 On a GPU, eight worker processes feed the baseline, as published; this package's loader uses all cores. The first steps
-of a loop are not timed: they start the loaders, capture CUDA graphs and serve to compare the losses. Each worker makes whole batches, so eight workers deliver eight batches at a time: the
-baseline times a multiple of eight steps, since otherwise the result would depend on where the timing starts and ends.
+of a loop are not timed: they start the loaders, capture CUDA graphs and serve to compare the losses. Each worker makes
+whole batches, so eight workers deliver eight batches at a time: the baseline times a multiple of eight steps, since
+otherwise the result would depend on where the timing starts and ends.
 extra_info["data_wait"] is the share of this package's loop spent waiting for batches.
 
 Images are decoded in every epoch. The views are those of evaluation (see baseline_data.py).

@@ -90,7 +90,7 @@ FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # per process: the checks share the core
 # Test files that compile training steps, run at the end if time allows.
 TESTS_COMPILED = ("tests/train/test_trainer_switches.py",)
 # Benchmarks that are compiled ahead, so that the timed sections find warm caches.
-WARM = {"warm_step": ("bench_step", "compiled"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
+WARM = {"warm_step": ("bench_step", "graphs"), "warm_contrastive": ("bench_contrastive", "compiled or triton")}
 SANITIZE = {
     "memcheck_cuda": ("memcheck", "cuda"),
     "racecheck": ("racecheck", "cuda"),

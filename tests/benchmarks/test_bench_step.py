@@ -37,7 +37,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_gpu_cases_run_in_order(rehearsed: list[dict[str, Any]]) -> None:
     assert {row["outcome"] for row in rehearsed} == {"measured"}
-    steps, loops = rehearsed[:10], rehearsed[10:]
+    steps, loops = rehearsed[:6], rehearsed[6:]
     assert [row["form"] for row in steps] == [
         "ours, bf16",
         "ours, bf16, cuda graphs",
@@ -45,10 +45,6 @@ def test_gpu_cases_run_in_order(rehearsed: list[dict[str, Any]]) -> None:
         "baseline, float32",
         "ours as published (pre_layernorm trains), float32",
         "ours, bf16, cuda graphs, fp8",
-        "ours, bf16, compiled",
-        "ours, bf16, compiled, cuda graphs",
-        "ours, bf16, compiled, fp8",
-        "ours, bf16, compiled, fp8 frozen",
     ]
     assert [(row["group"].split(", ")[1], row["form"]) for row in loops] == [
         ("whole loop", "ours, bf16, cuda graphs"),
