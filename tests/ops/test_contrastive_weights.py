@@ -567,24 +567,32 @@ def test_ranks_equal_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 def test_group_on_a_gpu(duplicates: str) -> None:
     """One rank runs all collectives and merges weights, without synchronising."""
-    *tensors, index, weight = weighted(60, 20, 10, 16, 14.3)
+    image, table, scale, index, weight = weighted(60, 20, 10, 16, 14.3)
     ids = torch.arange(30) % 23
+    # Equal ids have equal features: without a group, "negatives" merges nothing and would use both features. Leaves are
+    # distinct texts, because a merged text has the gradients of all its copies.
+    tensors = (image, table[:23], scale)
+
+    def loss(image: Tensor, table: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        text = torch.cat([table, table[:7]])  # table[ids]
+        return contrastive_loss(image, text, scale, duplicates=duplicates, **options)
+
     device = torch.device("cuda", 0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     try:
         options: dict[str, Any] = {"text_index": index.cuda(), "text_id": ids, "text_weight": weight.cuda()}
-        options |= {"duplicates": duplicates, "group": dist.group.WORLD}
+        options["group"] = dist.group.WORLD
         leaves = tuple(t.cuda() for t in tensors)
-        found = gradients(lambda *leaves: contrastive_loss(*leaves, **options), leaves)
+        found = gradients(lambda *leaves: loss(*leaves, **options), leaves)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            gradients(lambda *leaves: contrastive_loss(*leaves, **options), leaves)
+            gradients(lambda *leaves: loss(*leaves, **options), leaves)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     finally:
         dist.destroy_process_group()
-    options = {"text_index": index, "text_id": ids, "text_weight": weight, "duplicates": duplicates}
-    expected = gradients(lambda *leaves: contrastive_loss(*leaves, **options), tuple(tensors))
+    options = {"text_index": index, "text_id": ids, "text_weight": weight}
+    expected = gradients(lambda *leaves: loss(*leaves, **options), tensors)
     # float32 on both sides, in another order
     torch.testing.assert_close([f.cpu() for f in found], expected, rtol=1e-4, atol=1e-6)
 
