@@ -87,6 +87,7 @@ def assert_as_good_as_eager(
     eager: Callable[..., Tensor],
     tensors: tuple[Tensor, Tensor, Tensor],
     upstream: float = 1.0,
+    device: str = "cpu",  # of the fused form; eager PyTorch runs on the CPU
 ) -> None:
     """Assert that errors of loss and gradients are at most twice those of eager PyTorch in the same dtype."""
     image, text, scale = (t.double() for t in tensors)
@@ -103,7 +104,13 @@ def assert_as_good_as_eager(
     for name, f, b, x, size in zip(
         ("loss", "d image", "d text", "d scale"), found, baseline, exact, sizes, strict=True
     ):
-        error, allowed = (f - x).norm(), 2 * (b - x).norm() + 1e-6 * (x.norm() + torch.as_tensor(size).norm())
+        rtol = 1e-6
+        if device == "cuda" and name != "loss":
+            # A probability is one power of 2 there, with an exponent of the order of the scale: rounded to float32 it
+            # is off by up to 2^-24 of that, and so, relatively, is the probability. (Eager divides by a sum of terms
+            # with the same errors.) A quarter of it, as errors of many entries average.
+            rtol += 2**-26 * scale.item()
+        error, allowed = (f - x).norm(), 2 * (b - x).norm() + rtol * (x.norm() + torch.as_tensor(size).norm())
         assert error <= allowed, (name, error, allowed)
 
 
@@ -137,12 +144,14 @@ def test_positives(backend: str, n: int, u: int, d: int, s: float) -> None:
         lambda x, y, s: run(x, y, s, text_index=index, duplicates="positives", backend=backend),
         eager,
         tensors,
+        device=DEVICES[backend],
     )
     # The same classes by id: one text per row, equal ids merged.
     assert_as_good_as_eager(
         lambda x, y, s: run(x, y[index], s, text_id=index, duplicates="positives", backend=backend),
         eager,
         tensors,
+        device=DEVICES[backend],
     )
 
 
@@ -229,7 +238,10 @@ def extreme(case: str, n: int) -> tuple[Tensor, Tensor]:
 def test_extreme_features(backend: str, case: str, s: float, n: int = 200) -> None:
     """Sums without a running maximum underflow in most cases; in the last ones the loss is nearly 0."""
     assert_as_good_as_eager(
-        lambda x, y, s: run(x, y, s, backend=backend), reference.naive_loss, (*extreme(case, n), torch.tensor(s))
+        lambda x, y, s: run(x, y, s, backend=backend),
+        reference.naive_loss,
+        (*extreme(case, n), torch.tensor(s)),
+        device=DEVICES[backend],
     )
 
 

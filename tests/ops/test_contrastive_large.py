@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenarioclip_fast.kernels.contrastive import contrastive_cuda, large, reference
 from scenarioclip_fast.kernels.contrastive.contrastive_cuda import NativeKernels
 from scenarioclip_fast.kernels.contrastive.large import Factors, Positives, RowsByText, Side
@@ -411,8 +412,26 @@ def compare(
         )
         for ours, theirs, compared in zip(d_found, d_exact, (need_image, need_text, True), strict=True):
             if compared:
-                error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-12)
-                assert error <= rtol, (error, image.shape, text.shape)
+                allowed = rtol * theirs.norm().clamp_min(1e-12)
+                if theirs.dim() == 0 and image.dtype == torch.bfloat16 and device.type == "cuda":
+                    allowed += scale_error(exact, expected, grads, normalize)
+                error = (ours.double() - theirs).norm()
+                assert error <= allowed, (error, allowed, image.shape, text.shape)
+
+
+def scale_error(exact: list[Any], sums: tuple[Tensor, ...], grads: list[Tensor], normalize: bool) -> Tensor:
+    """What rounding each entry of H to bfloat16 does to the gradient of the scale, sum_iu H_iu cos_iu.
+
+    Its terms cancel, while their errors of at most 2^-9 add up at random. For the rows of lengths 1e-5 to 1e5 below,
+    this rounding alone, with everything else in float64, changes it by 0.9 %.
+    """
+    image, text, s, index, weight = exact
+    x, y = (F.normalize(side, dim=1) if normalize else side for side in (image, text))
+    cosine, row, column = x @ y.T, sums[0][:, None], sums[1]
+    w = torch.ones_like(column) if weight is None else weight
+    h = grads[0][:, None] * w * (s * cosine - row).exp() + grads[1] * (s * cosine - column).exp()
+    h[torch.arange(len(x)), torch.arange(len(x)) if index is None else index] = 0  # added in float32
+    return 2**-9 * (h * cosine).norm()
 
 
 def drawn(rows: int, texts: int, width: int, dtype: torch.dtype, with_index: bool, device: str) -> tuple[Any, ...]:

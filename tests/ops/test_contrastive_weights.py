@@ -245,6 +245,7 @@ def test_extreme_features(backend: str, case: str, s: float, n: int = 60) -> Non
             lambda x, y, s, w=own: run(x, y, s, text_index=torch.arange(n), text_weight=w, backend=backend),
             lambda x, y, s, w=own: by_hand(x, y, s, torch.arange(n), w).mean(),
             (image, text, torch.tensor(s)),
+            device=DEVICES[backend],
         )
 
 
