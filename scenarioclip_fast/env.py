@@ -120,6 +120,7 @@ def _backend_rows() -> list[tuple[str, str, str, str]]:
                 interpreted = backend == "triton" and triton_interprets()
                 reason = None if interpreted else "no GPU is visible to torch"
             state = "yes" if reason is None else "no"
-            detail = "" if implementation.automatic else "never chosen by auto: name it"
+            least = implementation.automatic_from
+            detail = f"chosen by auto from a size of {least:,} on, or by name" if least else ""
             rows.append((f"backends of {op}", backend, state, reason or detail))
     return rows

@@ -149,7 +149,10 @@ def test_what_chooses_a_backend_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     assert state == "cud" and "unknown" in detail and "auto, reference" in detail
     monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert row("cuda", "backends of contrastive_loss") == ("yes", "never chosen by auto: name it")
+    assert row("cuda", "backends of contrastive_loss") == (
+        "yes",
+        "chosen by auto from a size of 268,435,456 on, or by name",
+    )
     assert row("triton", "backends of contrastive_loss") == ("yes", "")
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scenarioclip_fast import BackendError, dispatch, requirements, use_backend, use_workspace
 from scenarioclip_fast.ops import contrastive_loss, multilevel_contrastive_loss
 from scenarioclip_fast.ops.contrastive import DUPLICATES, log_sums
+from scenarioclip_fast.ops.contrastive.api import _resolve_backend
 from scenarioclip_fast.ops.contrastive.fused import contrastive_losses
 from scenarioclip_fast.ops.contrastive.levels import LevelInput
 from scenarioclip_fast.ops.contrastive.op import contrastive_forward
@@ -744,6 +745,45 @@ def test_backends_of_threads_may_overlap() -> None:
     assert dispatch.resolve("contrastive_loss", "auto", "cpu") == "reference"
     second.__exit__(None, None, None)
     assert dispatch.resolve("contrastive_loss", "auto", "cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "chosen"),
+    [
+        ([32768], 512, torch.bfloat16, "cuda"),
+        ([16384], 512, torch.bfloat16, "cuda"),
+        ([32768, 128], 512, torch.bfloat16, "cuda"),
+        ([16383], 512, torch.bfloat16, "triton"),
+        ([128, 700, 350], 512, torch.bfloat16, "triton"),
+        ([32768], 512, torch.float32, "triton"),  # the rest is what cuda does not support
+        ([32768], 8200, torch.bfloat16, "triton"),
+        ([32768], 512, torch.float64, "reference"),
+    ],
+)
+def test_auto_takes_what_is_fastest_for_the_size(
+    rows: list[int], width: int, dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_missing", lambda _: None)
+    resolve = dispatch.resolve
+    monkeypatch.setattr(dispatch, "resolve", lambda op, name, device, **sizes: resolve(op, name, "cuda", **sizes))
+    levels = [LevelInput(*(torch.ones((), dtype=dtype).expand(n, width) for _ in range(2)), 10.0) for n in rows]
+    assert _resolve_backend(levels, "auto") == chosen
+    if chosen == "cuda":
+        monkeypatch.setattr(dispatch, "_missing", {"triton": None, "native-hopper": "no headers"}.get)
+        assert _resolve_backend(levels, "auto") == "triton"
+    if width > 8192:
+        with pytest.raises(BackendError, match="it takes rows of width up to 8192, but the input has 8200"):
+            _resolve_backend(levels, "cuda")
+
+
+def test_auto_counts_the_texts_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(dispatch, "resolve", lambda *_, work, **__: found.append(work) or "cpu")
+    level = LevelInput(torch.ones(20, 8), torch.ones(30, 8), 10.0, torch.zeros(20).long())
+    _resolve_backend([level, level], "auto", 4)
+    assert found == [2 * 20 * 30 * 4]
 
 
 def test_triton_in_the_interpreter() -> None:

@@ -87,8 +87,8 @@ def contrastive_loss(
             (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
         deterministic: No effect: all backends sum in a fixed order. On the CPU, the matrix library may round
             differently with another number of threads.
-        backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0, never chosen by
-            "auto").
+        backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0; chosen by
+            "auto" from 16,384 x 16,384 logits on).
 
     Returns:
         0-d tensor, or [N] for "none", float32 (float64 for float64 input). No rows give 0 with zero gradients.
@@ -181,7 +181,7 @@ def _losses(
 ) -> Tensor:  # [levels], or [1, N] for reduction="none"
     check_options(duplicates, reduction)
     check_group(group)
-    name = _resolve_backend(inputs, backend)
+    name = _resolve_backend(inputs, backend, 1 if group is None else group.size())
     levels = prepare(inputs)
     if group is not None:
         levels = gather_levels(levels, duplicates, group)
@@ -197,10 +197,15 @@ def _losses(
     return _mean_losses(levels, duplicates, rows, columns, positives, group).to(dtype)
 
 
-def _resolve_backend(levels: list[LevelInput], backend: str) -> str:
+def _resolve_backend(levels: list[LevelInput], backend: str, ranks: int = 1) -> str:
     check_levels(levels)
     dtype = str(features_dtype(levels)).removeprefix("torch.")
-    return dispatch.resolve("contrastive_loss", backend, levels[0].image.device.type, dtype=dtype)
+    sizes = [(*level.image.shape, level.text.shape[0]) for level in levels]
+    # A rank's rows meet the texts of all ranks, whose shares are not known yet: about as many as here.
+    # A sum rather than the largest level's, since comparing levels would be guards of a graph with symbolic sizes.
+    logits, width = sum([n * u for n, _, u in sizes]) * ranks, max([d for _, d, _ in sizes])
+    device = levels[0].image.device.type
+    return dispatch.resolve("contrastive_loss", backend, device, dtype=dtype, work=logits, width=width)
 
 
 def _log_sums(
