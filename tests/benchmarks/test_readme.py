@@ -9,6 +9,7 @@ import pytest
 from scenarioclip_fast.benchmarks import readme
 
 from scenarioclip_fast.bench.record import FILE, Part, Record, Result
+from scenarioclip_fast.dispatch import BACKENDS
 
 
 def record(name: str, started: str, theirs: float, ours: float | None, kind: str = "cpu") -> Record:
@@ -93,6 +94,15 @@ def test_gpu_targets_name_existing_benchmark_groups() -> None:
     for claim in targets:
         assert readme.find(claim, [record]) is not None, claim
     assert readme.targets_and_results(record).count("**missed**") == 7  # as fast as four products is enough
+
+
+def test_contrastive_claims_name_what_auto_takes() -> None:
+    """The largest levels have the form of the first backend, the small ones that of the first without a least size."""
+    backends = BACKENDS["contrastive_loss"]
+    large, small = next(iter(backends)), next(name for name, b in backends.items() if not b.automatic_from)
+    assert backends[large].automatic_from <= 32768**2
+    claims = [c for c in [*readme.GPU, *readme.GPU_TARGETS] if c.group.startswith("contrastive")]
+    assert {(c.ours, "levels" in c.group) for c in claims} == {(f"ours: {large}", False), (f"ours: {small}", True)}
 
 
 def test_committed_records_are_complete() -> None:
