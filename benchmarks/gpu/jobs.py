@@ -29,13 +29,21 @@ class Row:
 class Job:
     """A group of processes, at most `parallel` at a time. Each has its own log; `end` joins them in `log`."""
 
-    def __init__(self, name: str, folder: Path, starts: Sequence[Start], parallel: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        starts: Sequence[Start],
+        parallel: int = 1,
+        excuse: Callable[[str], str] | None = None,  # log -> why a failure does not count, or ""
+    ) -> None:
         self.name, self.log = name, folder / f"{name}.txt"
         self._pending = [(start, folder / f"{name}-{i}.part") for i, start in enumerate(starts)]
         self._logs = [log for _, log in self._pending]
         self._running: list[Process] = []
         self._codes: list[int] = []
-        self._parallel, self._interrupted = parallel, False
+        self._parallel, self._interrupted, self._excuse = parallel, False, excuse
+        self.note = ""  # of `excuse`; known after `end`
         self._started, self._seconds = time.time(), 0.0
 
     def advance(self) -> bool:
@@ -63,8 +71,11 @@ class Job:
         """Kill running processes, join the logs and return the outcome."""
         killed = [process.end() for process in self._running]
         texts = [shortened(log) for log in self._logs if log.exists()]
-        self.log.write_text("\n".join(text.rstrip() for text in texts) + "\n")
+        text = "\n".join(text.rstrip() for text in texts) + "\n"
         failures = [code for code in self._codes if code]
+        if failures and self._excuse is not None and (note := self._excuse(text)):
+            self.note, failures, text = note, [], f"{text}{note}\n"
+        self.log.write_text(text)
         result = "timed out" if self._interrupted else f"exit {failures[0]}" if failures else PASSED
         result += "" if all(killed) else ", and could not be killed"
         start_ups = [seconds for log in self._logs if (seconds := start_up.seconds(log)) is not None]

@@ -477,6 +477,56 @@ def test_unavailable_wheel_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     assert missing.startswith("inf-cl: ERROR: ")
 
 
+# The sanitizers
+
+RACECHECK = """\
+========= COMPUTE-SANITIZER
+cuda, 137 x 70: done
+========= Error: Race reported between Read access at nvjet_sm90_tss_32x64_64x16_4x2_h_bz_splitK_NNN+0xb30
+=========     and Write access at nvjet_sm90_tss_32x64_64x16_4x2_h_bz_splitK_NNN+0x2fc0 [480 hazards]
+=========
+========= Error: Race reported between Read access at nvjet_sm90_tss_32x256_64x5_1x4_h_bz_NTN+0xa00
+=========     and Write access at nvjet_sm90_tss_32x256_64x5_1x4_h_bz_NTN+0x39c0 [432 hazards]
+=========
+cuda, 600 x 8600: done
+cuda: done
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+
+
+def test_hazards_in_cublas_alone_are_no_failure(tmp_path: Path) -> None:
+    """As in the first run on a GPU; a hazard of any other kernel, another error or an early end is a failure."""
+    assert measure.hazards_in_libraries(RACECHECK) == "hazards in cuBLAS only"
+    other = "scf::(anonymous namespace)::finish_rows(float*)+0x39c0"
+    for old, new in (
+        ("nvjet_sm90_tss_32x256_64x5_1x4_h_bz_NTN+0xa00", other),
+        ("nvjet_sm90_tss_32x256_64x5_1x4_h_bz_NTN+0x39c0", other),
+        ("nvjet_sm90_tss_32x64_64x16_4x2_h_bz_splitK_NNN+0x2fc0 [480", f"{other} in nvjet_x [480"),
+        ("Error: Race reported between", "Error: Potential hazard between"),
+        ("cuda: done", "RuntimeError: CUDA error"),
+        ("SUMMARY: 2", "SUMMARY: 3"),
+        ("========= RACECHECK SUMMARY", "interrupted"),
+    ):
+        assert old in RACECHECK
+        assert measure.hazards_in_libraries(RACECHECK.replace(old, new, 1)) == "", new
+    assert measure.hazards_in_libraries("cuda: done\n========= RACECHECK SUMMARY: 0 hazards displayed") == ""
+
+    def outcome(text: str, code: int) -> tuple[str, str, str]:
+        command = [sys.executable, "-c", "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))", text, str(code)]
+        job = jobs.Job(
+            "racecheck",
+            tmp_path,
+            [lambda log: Launcher(tmp_path).command(command, log)],
+            excuse=measure.hazards_in_libraries,
+        )
+        (row,) = jobs.run([job], 20, grace=1)
+        return row.result, job.note, job.summary()[-1]
+
+    assert outcome(RACECHECK, 9) == ("passed", "hazards in cuBLAS only", "hazards in cuBLAS only")
+    assert outcome(RACECHECK.replace("nvjet_", "ours_"), 9)[:2] == ("exit 9", "")
+    assert outcome("cuda: done", 0)[:2] == ("passed", "")
+
+
 # The output
 
 
