@@ -234,6 +234,7 @@ def log_sums(
     WIDTH: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     POSITIVE: tl.constexpr,
+    PARTS: tl.constexpr,  # that are loaded at a time
     BM: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -243,11 +244,14 @@ def log_sums(
     rows = i + tl.arange(0, BM)
     in_rows = rows < n
     k2 = tl.load(scale) * LOG2E
+    # Many parts at a time: one after the other, each load waits for the one before.
+    part = tl.arange(0, PARTS)
+    at = parts + part.to(tl.int64)[:, None] * part_total + rows[None, :]
     row_sum = tl.zeros([BM], tl.float32)
-    at = parts + rows
-    for _ in range(0, part_count):
-        row_sum += tl.load(at, mask=in_rows, other=1.0)
-        at += part_total
+    for first in range(0, part_count, PARTS):
+        row_sum += tl.sum(tl.load(at, mask=(first + part < part_count)[:, None] & in_rows[None, :], other=0.0), 0)
+        at += PARTS * part_total.to(tl.int64)
+    row_sum = tl.where(in_rows, row_sum, 1.0)
     offset = tl.maximum(k2 - HEADROOM, 0.0).to(tl.float64)
     log_sum = tl.log2(row_sum.to(tl.float64)) + offset
     in_range = (row_sum >= LOW) & (row_sum <= HIGH) | (rows >= n)

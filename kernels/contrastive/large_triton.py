@@ -28,6 +28,7 @@ from .large_kernels import (
 from .plan import Plan, are_aligned
 
 LOG_SUM_ROWS = 64  # rows per program that adds partial sums
+LOG_SUM_PARTS = 32  # partial sums that it loads at a time
 VECTOR = 1024  # entries per program in kernels over vectors
 PARTNER_ENTRIES = 8192  # of image rows that are read at a time for one text
 
@@ -134,6 +135,7 @@ class TritonKernels:
             parts.stride(0),
             HAS_WEIGHT=weight is not None,
             POSITIVE=positive is not None,
+            PARTS=LOG_SUM_PARTS,
             BM=LOG_SUM_ROWS,
             **self.plan.constants(),
             num_warps=8,

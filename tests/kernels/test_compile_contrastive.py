@@ -33,8 +33,9 @@ PLANS = {
     "tf32": Plan(torch.float32, "tf32", WIDTH, 32, tma=True, folds=False),
     "tf32x3": Plan(torch.float32, "tf32x3", WIDTH, 32, tma=True, folds=False),
 }
-# Besides the gradient tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
+# Besides the tiles of the plans: what benchmarks/tune_contrastive.py may choose for bfloat16.
 CANDIDATES = [Tile(256, 128, 8, stages) for stages in (3, 4)]
+SUM_CANDIDATES = [Tile(256, 128, 8)]
 DOUBLES = ("row_lse", "column_lse", "positive", "used", "grad_row", "grad_column", "grad_positive")
 LARGE_DOUBLES = ("row_lse", "text_lse", "logit", "grad_row", "grad_text", "grad_positive")
 
@@ -123,8 +124,8 @@ def compile_large(compiler: Compiler, kernel: Any, plan: Plan, constants: dict[s
 @pytest.mark.parametrize(("plan", "given"), FORMS)
 def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> None:
     operand = "bf16" if plan.operand == torch.bfloat16 else "fp32"
-    candidates = CANDIDATES if plan is PLANS["bf16"] and given else []
-    cases = [(large_kernels.tile_sums, plan.sum_tile())]
+    candidates, sum_candidates = (CANDIDATES, SUM_CANDIDATES) if plan is PLANS["bf16"] and given else ([], [])
+    cases = [(large_kernels.tile_sums, tile) for tile in [plan.sum_tile(), *sum_candidates]]
     cases += [(large_kernels.tile_gradients, tile) for tile in [plan.gradient_tile(), *candidates]]
     for kernel, tile in cases:
         constants = {"HAS_INDEX": given, "HAS_WEIGHT": given, "TMA": plan.tma, **tile.options()}
@@ -139,7 +140,7 @@ def test_tiles_of_a_large_level(compiler: Compiler, plan: Plan, given: bool) -> 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_vectors_of_a_large_level(compiler: Compiler, plan: Plan) -> None:
     constants = {"HAS_WEIGHT": True, "POSITIVE": True, "BM": large_triton.LOG_SUM_ROWS}
-    constants |= {"num_warps": 8, "num_stages": 2}
+    constants |= {"PARTS": large_triton.LOG_SUM_PARTS, "num_warps": 8, "num_stages": 2}
     compile_large(compiler, large_kernels.log_sums, plan, constants, out="*fp64", positive="*fp64")
     constants = {"HAS_INDEX": True, "HAS_WEIGHT": True, "BM": large_triton.VECTOR}
     compile_large(compiler, large_kernels.factors, plan, constants)
