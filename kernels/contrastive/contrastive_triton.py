@@ -20,6 +20,7 @@ from torch import Tensor
 from . import grouped, large
 from .grouped_kernels import LEVELS
 from .large_triton import TritonKernels
+from .launch import Compiled, launch
 from .mean_kernels import count_rows, mean_gradients, mean_loss, mean_parts
 from .per_level import Saved, split
 from .plan import Plan, exact, operands
@@ -30,6 +31,7 @@ T = TypeVar("T")
 GROUPED = 4096 * 4096  # levels with at most this many logits together share their launches
 LONGEST = 65536  # if each has at most this many rows and texts
 VECTOR = 1024  # entries per program in kernels over vectors
+_compiled: Compiled = {}  # kernels between the log-sums of a large level and its loss
 
 
 @dataclass(slots=True)
@@ -280,7 +282,7 @@ def _large(
     n, u, device = len(image), len(text), loss.device
     count = torch.zeros(0 if index is None else u, dtype=torch.int32, device=device)
     if index is not None:
-        count_rows[(_blocks(n),)](index, count, n, u, BM=VECTOR)
+        launch(_compiled, count_rows, device, (_blocks(n), 1, 1), (index, count, n, u), {"BM": VECTOR})
     by_row = weight if weight is not None or positives or index is None else count
     with torch.autocast(device.type, enabled=False):
         *sums, by_image, by_text = large.forward(TritonKernels.of(image), image, text, scale, index, by_row, normalize)
@@ -288,8 +290,10 @@ def _large(
     row_blocks, blocks = _blocks(n), _blocks(n, u)
     parts = used.new_empty(2 * blocks)
     counts = {"HAS_COUNT": index is not None, "POSITIVES": positives and index is not None, "BM": VECTOR}
-    mean_parts[(blocks,)](*sums, count, used if index is None else index, parts, n, u, row_blocks, **counts)
-    mean_loss[(1,)](parts, loss, used, n, row_blocks, blocks, POSITIVES=counts["POSITIVES"], BM=VECTOR)
+    key, arguments = (device, *counts.values()), (*sums, count, used if index is None else index, parts)
+    launch(_compiled, mean_parts, key, (blocks, 1, 1), (*arguments, n, u, row_blocks), counts)
+    constants = {"POSITIVES": counts["POSITIVES"], "BM": VECTOR}
+    launch(_compiled, mean_loss, key, (1, 1, 1), (parts, loss, used, n, row_blocks, blocks), constants)
     return [*sums, by_image, by_text, count, used]
 
 
@@ -312,19 +316,9 @@ def _large_backward(
     grad_row, grad_positive = (torch.empty(n, dtype=torch.float64, device=grad.device) for _ in range(2))
     grad_column = grad_row.new_empty(u)
     counts = {"HAS_COUNT": index is not None, "POSITIVES": positives and index is not None, "BM": VECTOR}
-    mean_gradients[(_blocks(n, u),)](
-        grad,
-        used,
-        count,
-        used if index is None else index,
-        grad_row,
-        grad_column,
-        grad_positive,
-        n,
-        u,
-        _blocks(n),
-        **counts,
-    )
+    arguments = (grad, used, count, used if index is None else index, grad_row, grad_column, grad_positive)
+    key = (grad.device, *counts.values())
+    launch(_compiled, mean_gradients, key, (_blocks(n, u), 1, 1), (*arguments, n, u, _blocks(n)), counts)
     by_row = weight if weight is not None or positives or index is None else count
     with torch.autocast(grad.device.type, enabled=False):
         return large.backward(

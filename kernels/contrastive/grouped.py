@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import grouped_kernels as kernels
 from .grouped_kernels import LEVELS
+from .launch import Compiled, launch
 from .plan import are_aligned
 from .reference import EPS
 
@@ -34,7 +35,7 @@ SCALARS = 16
 class Form:
     """How features are multiplied, the options of the loss, and with them the constants of each kernel.
 
-    Kernels are launched by `run`: `kernel[grid]` makes a function and repacks all arguments first.
+    A form is kept for all calls like it, with the kernels compiled for it so far.
     """
 
     operand: torch.dtype
@@ -47,6 +48,10 @@ class Form:
     given: bool  # log-sums and given gradients of them, not mean losses
     normalize: bool
 
+    @functools.cached_property
+    def compiled(self) -> Compiled:
+        return {}
+
     @property
     def splits(self) -> bool:
         """Whether entries of dS at positives are kept in two pieces: three TF32 products lose nothing."""
@@ -55,14 +60,14 @@ class Form:
     @functools.cached_property
     def _common(self) -> dict[str, Any]:
         constants = {"WIDTH": self.padded, "BK": self.inner, "PRECISION": self.precision}
-        return {**constants, "num_warps": 4, "warmup": False}
+        return {**constants, "num_warps": 4}
 
     @functools.cached_property
     def _rows(self) -> dict[str, Any]:
         block = triton.next_power_of_2(self.padded)
         sizes = {"D": self.width, "WIDTH": self.padded, "BLOCK_D": block, "ROWS": ROWS}
         warps = min(max(block // 128, 4), 16)
-        return {**sizes, "NORMALIZE": self.normalize, "num_warps": warps, "warmup": False}
+        return {**sizes, "NORMALIZE": self.normalize, "num_warps": warps}
 
     @functools.cached_property
     def prepare(self) -> dict[str, Any]:
@@ -107,12 +112,13 @@ def _blocks(sizes: Sequence[int], block: int) -> int:
 class Levels:
     """The features of up to LEVELS levels of one width, with unit stride, and what every launch is told of them."""
 
-    __slots__ = ("aligned", "image", "rows", "sizes", "strides", "text", "texts", "tiles", "total")
+    __slots__ = ("aligned", "device", "dtype", "image", "rows", "sizes", "strides", "text", "texts", "tiles", "total")
 
     def __init__(self, image: Sequence[Tensor], text: Sequence[Tensor]) -> None:
         self.image = [x if x.stride()[1] == 1 else x.contiguous() for x in image]
         self.text = [y if y.stride()[1] == 1 else y.contiguous() for y in text]
         self.rows, self.texts = [x.shape[0] for x in image], [y.shape[0] for y in text]
+        self.device, self.dtype = image[0].get_device(), image[0].dtype
         self.aligned = are_aligned([*self.image, *self.text])
         zeros = [0] * (LEVELS - len(image))
         self.sizes = (*self.rows, *zeros, *self.texts, *zeros)
@@ -139,8 +145,8 @@ def losses(
 ) -> tuple[Tensor, Tensor]:  # units and vectors, for `losses_backward`
     units, vectors = _prepare(form, levels, scale, index, weight)
     parts = _sums(form, levels, units, vectors)
-    count, grid = len(levels.image), (levels.blocks(FLAGGED),)
-    kernels.level_losses.run(units, vectors, parts, loss, *levels.sizes, count, grid=grid, **form.losses)
+    arguments, grid = (units, vectors, parts, loss, *levels.sizes, len(levels.image)), (levels.blocks(FLAGGED), 1, 1)
+    launch(form.compiled, kernels.level_losses, levels.device, grid, arguments, form.losses)
     return units, vectors
 
 
@@ -172,9 +178,9 @@ def log_sums(
     positive: Tensor,  # [sum N] float64 out
 ) -> Tensor:  # [sum N + sum U]: one over the length of each row
     units, vectors = _prepare(form, levels, scale, index, weight)
-    parts, grid = _sums(form, levels, units, vectors), (levels.blocks(FLAGGED),)
-    outputs = (row_lse, text_lse, positive)
-    kernels.level_log_sums.run(units, vectors, parts, *outputs, *levels.sizes, grid=grid, **form.log_sums)
+    parts, grid = _sums(form, levels, units, vectors), (levels.blocks(FLAGGED), 1, 1)
+    arguments = (units, vectors, parts, row_lse, text_lse, positive, *levels.sizes)
+    launch(form.compiled, kernels.level_log_sums, levels.device, grid, arguments, form.log_sums)
     return vectors[: levels.total]
 
 
@@ -195,8 +201,8 @@ def log_sums_backward(
         _clear(d_image, d_text, d_scale)
         return
     units, vectors = _prepare(form, levels, scale, index, weight)
-    vectors_of, grid = (vectors, *sums, *grads), (levels.blocks(FLAGGED),)
-    kernels.level_factors.run(*vectors_of, *levels.sizes, grid=grid, num_warps=2, warmup=False)
+    arguments, grid = (vectors, *sums, *grads, *levels.sizes), (levels.blocks(FLAGGED), 1, 1)
+    launch(form.compiled, kernels.level_factors, levels.device, grid, arguments, {"num_warps": 2})
     _gradients(form, levels, units, vectors, d_scale, d_image, d_text, d_scale)
 
 
@@ -218,7 +224,7 @@ def _prepare(
         indices.append(any_index if own is None else own)
         weights.append(any_weight if w is None else w)
         given += (own is not None) * 2**k + (w is not None) * 2 ** (LEVELS + k)
-    kernels.prepare_levels.run(
+    arguments = (
         *_padded(levels.image),
         *_padded(levels.text),
         *_padded(scale),
@@ -229,10 +235,10 @@ def _prepare(
         given,
         units,
         vectors,
-        ALIGNED=levels.aligned,
-        grid=(levels.blocks(ROWS),),
-        **form.prepare,
     )
+    key = (levels.device, levels.dtype, levels.aligned, any_index.dtype, any_weight.dtype)
+    constants = form.prepare | {"ALIGNED": levels.aligned}
+    launch(form.compiled, kernels.prepare_levels, key, (levels.blocks(ROWS), 1, 1), arguments, constants)
     return units, vectors
 
 
@@ -242,7 +248,8 @@ def _sums(form: Form, levels: Levels, units: Tensor, vectors: Tensor) -> Tensor:
     size = blocks[0] * sum(levels.rows) + blocks[1] * sum(levels.texts)
     parts = torch.empty(size, dtype=torch.float32, device=vectors.device)
     if levels.tiles:
-        kernels.level_sums.run(units, vectors, parts, *levels.sizes, grid=(levels.tiles,), **form.sums)
+        arguments = (units, vectors, parts, *levels.sizes)
+        launch(form.compiled, kernels.level_sums, levels.device, (levels.tiles, 1, 1), arguments, form.sums)
     return parts
 
 
@@ -261,21 +268,22 @@ def _gradients(
     scratch = torch.empty(levels.total * (form.padded + 1) + images + 1, dtype=torch.float32, device=device)
     # Whole tiles of each level.
     ds = torch.empty(levels.tiles * TILE_ROWS * TILE_TEXTS, dtype=form.operand, device=device)
-    sizes, tiles = levels.sizes, (levels.tiles,)
-    kernels.level_gradients.run(units, vectors, ds, scratch, *sizes, grid=tiles, **form.gradients)
+    arguments: tuple[Any, ...] = (units, vectors, ds, scratch, *levels.sizes)
+    launch(form.compiled, kernels.level_gradients, levels.device, (levels.tiles, 1, 1), arguments, form.gradients)
     first_side, sides = 0 if d_image else 1, (d_image is not None) + (d_text is not None)
     row_blocks, text_blocks = _blocks(levels.rows, PRODUCT_BLOCK), _blocks(levels.texts, PRODUCT_BLOCK)
     blocks = max(row_blocks if d_image else 0, text_blocks if d_text else 0)
     grid = (blocks, -(-form.padded // PRODUCT_BLOCK), sides)
-    kernels.level_products.run(ds, units, vectors, scratch, *sizes, FIRST_SIDE=first_side, grid=grid, **form.products)
+    arguments, constants = (ds, units, vectors, scratch, *levels.sizes), form.products | {"FIRST_SIDE": first_side}
+    launch(form.compiled, kernels.level_products, (levels.device, first_side), grid, arguments, constants)
     row_blocks = _blocks(levels.rows, ROWS)
     programs = (row_blocks if d_image else 0) + (_blocks(levels.texts, ROWS) if d_text else 0)
-    kernels.finish_levels.run(
+    arguments = (
         *_padded(levels.image),
         *_padded(levels.text),
         *_padded(d_image or levels.image),  # what is not needed is not written
         *_padded(d_text or levels.text),
-        *sizes,
+        *levels.sizes,
         *levels.strides,
         vectors,
         scratch,
@@ -284,11 +292,10 @@ def _gradients(
         len(levels.image),
         upstream.stride()[0],
         row_blocks if first_side else 0,
-        ALIGNED=levels.aligned,
-        SIDE=first_side,
-        grid=(programs,),
-        **form.finish,
     )
+    key, constants = (levels.device, levels.dtype, levels.aligned, first_side), form.finish | {"SIDE": first_side}
+    constants |= {"ALIGNED": levels.aligned}
+    launch(form.compiled, kernels.finish_levels, key, (programs, 1, 1), arguments, constants)
 
 
 def _clear(d_image: list[Tensor] | None, d_text: list[Tensor] | None, d_scale: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ BLOCK_BYTES = 2**28  # per block of H
 PRODUCT_TILE = (128, 256)  # the tile that the matrix library is likely to choose
 
 
-@dataclass(frozen=True)
+# Not frozen: the host makes several per block, and that would take a microsecond a field.
+@dataclass(slots=True)
 class Side:
     """The image rows or the texts of a level."""
 
@@ -32,15 +33,16 @@ class Side:
     operand: Tensor  # [N, >= D] rows that the kernels multiply
     fold: Tensor  # [N] float32: fold times operand is the unit row
     inverse: Tensor  # [N] float32: one over the norm
+    tiles: Any = None  # of the operand, if a backend keeps them in a form of its own
 
     def __len__(self) -> int:
-        return len(self.features)
+        return self.features.shape[0]
 
     def __getitem__(self, rows: slice) -> Side:
         return Side(self.features[rows], self.operand[rows], self.fold[rows], self.inverse[rows])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Positives:
     """The column of row i's positive: index[i] + shift, or i + shift without an index; none outside of 0 to U - 1."""
 
@@ -66,7 +68,7 @@ class RowsByText:
         return RowsByText(order, torch.searchsorted(ordered, torch.arange(texts + 1, device=index.device)))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Factors:
     """Per-row and per-text factors of H = 2^shift dL/dcosine / scale, times both folds, in a backend's own layout."""
 
@@ -75,9 +77,11 @@ class Factors:
     positive: Tensor  # [N] float32: H at the positive, which the kernels leave out of the matrix
     shift: int
 
-    def block(self, rows: slice, texts: slice) -> Factors:
-        by_row, by_text = tuple(t[rows] for t in self.rows), tuple(t[texts] for t in self.texts)
-        return Factors(by_row, by_text, self.positive[rows], self.shift)
+    def of_rows(self, rows: slice) -> Factors:
+        return Factors(tuple([t[rows] for t in self.rows]), self.texts, self.positive[rows], self.shift)
+
+    def of_texts(self, texts: slice) -> tuple[Tensor, ...]:
+        return tuple([t[texts] for t in self.texts])
 
 
 class Kernels(Protocol):
@@ -254,22 +258,29 @@ def _products(
     by_row = None if d_image is None and d_text is not None else scale.new_empty(min(side, n), width)
     dots = scale.new_empty(u if by_row is None else n)
     positives, everything = Positives(index), slice(0, u)
+    # What does not depend on the rows is made once: slicing tensors takes the host longer than launching kernels.
+    by_block = [
+        (texts, y[texts], factors.of_texts(texts), None if by_text is None else by_text[texts])
+        for texts in chunks(u, side)
+    ]
     for rows in chunks(n, side):
-        part = x[rows]
-        for texts in chunks(u, side):
-            h = buffer[: len(part), : texts.stop - texts.start]
-            kernels.gradients(part, y[texts], scale, positives.block(rows, texts), factors.block(rows, texts), h)
-            if by_row is not None:
-                multiply(h, y.operand[texts], by_row[: len(part)], accumulate=texts.start > 0)
-            if by_text is not None:
-                multiply(h.T, part.operand, by_text[texts], accumulate=rows.start > 0)
-        if by_row is not None:
+        part, of_rows = x[rows], factors.of_rows(rows)
+        count, row_product = len(part), None if by_row is None else by_row[: len(part)]
+        for texts, columns, of_texts, text_product in by_block:
+            h = buffer[:count, : len(columns)]
+            own = Factors(of_rows.rows, of_texts, of_rows.positive, factors.shift)
+            kernels.gradients(part, columns, scale, positives.block(rows, texts), own, h)
+            if row_product is not None:
+                multiply(h, columns.operand, row_product, accumulate=texts.start > 0)
+            if text_product is not None:
+                multiply(h.T, part.operand, text_product, accumulate=rows.start > 0)
+        if row_product is not None:
             kernels.finish(
                 part,
-                by_row[: len(part)],
+                row_product,
                 y,
                 positives.block(rows, everything),
-                factors.positive[rows],
+                of_rows.positive,
                 scale,
                 factors.shift,
                 normalize,

@@ -6,12 +6,11 @@ rounded to TF32 for a single TF32 product, because the tensor cores truncate, wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +24,7 @@ from .large_kernels import (
     tile_sums,
     unit_rows,
 )
+from .launch import Compiled, launch
 from .plan import Plan, are_aligned
 
 LOG_SUM_ROWS = 64  # rows per program that adds partial sums
@@ -33,13 +33,17 @@ VECTOR = 1024  # entries per program in kernels over vectors
 PARTNER_ENTRIES = 8192  # of image rows that are read at a time for one text
 
 
-@dataclass(frozen=True)
 class TritonKernels:
-    plan: Plan
+    """The kernels for one plan and device, with those compiled so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.compiled: Compiled = {}
+        self.block = 1 << (plan.width - 1).bit_length()  # a row with its padding
 
     @staticmethod
     def of(features: Tensor) -> TritonKernels:
-        return TritonKernels(Plan.of(features))
+        return _kernels(Plan.of(features), features.device)
 
     @property
     def sum_tile(self) -> tuple[int, int]:
@@ -55,18 +59,22 @@ class TritonKernels:
         plan, (n, d) = self.plan, features.shape
         if features.stride(1) != 1 or (n > 1 and features.stride(0) < d):
             features = features.contiguous()  # rows that overlap, too: TMA takes none
-        options = {"D": d, "BLOCK_D": triton.next_power_of_2(plan.width), "num_warps": 2}
-        options |= {"NORMALIZE": normalize, "ALIGNED": are_aligned([features])}
+        aligned = are_aligned([features])
+        options = {"D": d, "BLOCK_D": self.block, "num_warps": 2}
+        options |= {"NORMALIZE": normalize, "ALIGNED": aligned}
+        key = (features.dtype, d, normalize, aligned)
         if not plan.folds:  # the inverse norms are computed again: they cost nothing beside the unit rows
             unit = torch.empty(n, plan.width, dtype=plan.operand, device=features.device)
             inverse = torch.empty(n, dtype=torch.float32, device=features.device)
-            unit_rows[(n,)](features, unit, inverse, features.stride(0), WIDTH=plan.width, ROUND=plan.rounds, **options)
+            options |= {"WIDTH": plan.width, "ROUND": plan.rounds}
+            arguments = (features, unit, inverse, features.stride(0))
+            launch(self.compiled, unit_rows, key, (n, 1, 1), arguments, options)
             return Side(features, unit, torch.ones_like(inverse), inverse)
         if inverse is None:
             inverse = torch.empty(n, dtype=torch.float32, device=features.device)
-            inverse_norms[(n,)](features, inverse, features.stride(0), **options)
+            launch(self.compiled, inverse_norms, key, (n, 1, 1), (features, inverse, features.stride(0)), options)
         operand = features
-        if plan.width != d or plan.operand != features.dtype or not are_aligned([features]):
+        if plan.width != d or plan.operand != features.dtype or not aligned:
             operand = F.pad(features, [0, plan.width - d]).to(plan.operand).contiguous()
         return Side(features, operand, inverse, inverse)
 
@@ -82,7 +90,7 @@ class TritonKernels:
         own: Tensor,
     ) -> None:
         tile = self.plan.sum_tile()
-        tile_sums[(tile.count(len(x), len(y)),)](
+        arguments = (
             self._tiles(x, tile.rows),
             self._tiles(y, tile.texts),
             x.fold,
@@ -99,12 +107,16 @@ class TritonKernels:
             positives.shift,
             row_parts.stride(0),
             text_parts.stride(0),
-            HAS_INDEX=positives.index is not None,
-            HAS_WEIGHT=weight is not None,
-            TMA=self.plan.tma,
+        )
+        key = (tile, positives.index is not None, None if weight is None else weight.dtype)
+        constants = {
+            "HAS_INDEX": positives.index is not None,
+            "HAS_WEIGHT": weight is not None,
+            "TMA": self.plan.tma,
             **self.plan.constants(),
             **tile.options(),
-        )
+        }
+        launch(self.compiled, tile_sums, key, (tile.count(len(x), len(y)), 1, 1), arguments, constants)
 
     def log_sums(
         self,
@@ -117,7 +129,7 @@ class TritonKernels:
         own: Tensor | None = None,
         positive: Tensor | None = None,
     ) -> None:
-        log_sums[(triton.cdiv(len(x), LOG_SUM_ROWS),)](
+        arguments = (
             parts,
             x.operand,
             y.operand,
@@ -133,14 +145,18 @@ class TritonKernels:
             *_strides(x, y),
             len(parts),
             parts.stride(0),
-            HAS_WEIGHT=weight is not None,
-            POSITIVE=positive is not None,
-            PARTS=LOG_SUM_PARTS,
-            BM=LOG_SUM_ROWS,
-            **self.plan.constants(),
-            num_warps=8,
-            num_stages=2,
         )
+        key = (positive is not None, None if weight is None else weight.dtype)
+        constants = {
+            "HAS_WEIGHT": weight is not None,
+            "POSITIVE": positive is not None,
+            "PARTS": LOG_SUM_PARTS,
+            "BM": LOG_SUM_ROWS,
+            **self.plan.constants(),
+            "num_warps": 8,
+            "num_stages": 2,
+        }
+        launch(self.compiled, log_sums, key, (-(-len(x) // LOG_SUM_ROWS), 1, 1), arguments, constants)
 
     def factors(
         self,
@@ -156,7 +172,7 @@ class TritonKernels:
         n, u = len(x), len(y)
         sizes = [n, n, u, u, u, n]
         row_log, row, text_log, text, text_weight, positive = torch.empty(sum(sizes), device=scale.device).split(sizes)
-        factors[(triton.cdiv(n, VECTOR) + triton.cdiv(u, VECTOR),)](
+        arguments = (
             *sums,
             *grads,
             x.fold,
@@ -172,10 +188,10 @@ class TritonKernels:
             n,
             u,
             2.0**shift,
-            HAS_INDEX=index is not None,
-            HAS_WEIGHT=weight is not None,
-            BM=VECTOR,
         )
+        key = (index is not None, None if weight is None else weight.dtype)
+        constants = {"HAS_INDEX": index is not None, "HAS_WEIGHT": weight is not None, "BM": VECTOR}
+        launch(self.compiled, factors, key, (-(-n // VECTOR) - (-u // VECTOR), 1, 1), arguments, constants)
         return Factors((row_log, row), (text_log, text, text_weight), positive, shift)
 
     def gradients(
@@ -188,7 +204,7 @@ class TritonKernels:
         out: Tensor,
     ) -> None:
         tile = self.plan.gradient_tile()
-        tile_gradients[(tile.count(len(x), len(y)),)](
+        arguments = (
             self._tiles(x, tile.rows),
             self._tiles(y, tile.texts),
             x.fold,
@@ -203,11 +219,15 @@ class TritonKernels:
             *_strides(x, y),
             positives.shift,
             out.stride(0) // 8,
-            HAS_INDEX=positives.index is not None,
-            TMA=self.plan.tma,
+        )
+        key = (tile, positives.index is not None)
+        constants = {
+            "HAS_INDEX": positives.index is not None,
+            "TMA": self.plan.tma,
             **self.plan.constants(),
             **tile.options(),
-        )
+        }
+        launch(self.compiled, tile_gradients, key, (tile.count(len(x), len(y)), 1, 1), arguments, constants)
 
     def finish(
         self,
@@ -225,8 +245,8 @@ class TritonKernels:
         by_text = isinstance(partners, RowsByText)
         index = None if isinstance(partners, RowsByText) else partners.index
         rows = [side.operand, other.operand, *([] if out is None else [out])]
-        block = triton.next_power_of_2(self.plan.width)
-        finish_rows[(len(side),)](
+        aligned, block = are_aligned(rows), self.block
+        arguments = (
             side.operand,
             product,
             other.operand,
@@ -243,24 +263,44 @@ class TritonKernels:
             *_strides(side, other),
             0 if isinstance(partners, RowsByText) else partners.shift,
             2.0**shift,
-            D=side.features.shape[1],
-            WIDTH=self.plan.width,
-            BLOCK_D=block,
-            BY_TEXT=by_text,
-            PARTNERS=max(PARTNER_ENTRIES // block, 1),
-            HAS_INDEX=index is not None,
-            NORMALIZE=normalize,
-            STORE=out is not None,
-            ALIGNED=are_aligned(rows),
-            num_warps=8 if by_text else 2,
         )
+        key = (
+            side.features.dtype,
+            side.features.shape[1],
+            by_text,
+            index is not None,
+            normalize,
+            out is not None,
+            aligned,
+        )
+        constants = {
+            "D": side.features.shape[1],
+            "WIDTH": self.plan.width,
+            "BLOCK_D": block,
+            "BY_TEXT": by_text,
+            "PARTNERS": max(PARTNER_ENTRIES // block, 1),
+            "HAS_INDEX": index is not None,
+            "NORMALIZE": normalize,
+            "STORE": out is not None,
+            "ALIGNED": aligned,
+            "num_warps": 8 if by_text else 2,
+        }
+        launch(self.compiled, finish_rows, key, (len(side), 1, 1), arguments, constants)
 
     def _tiles(self, side: Side, rows: int) -> Any:
         operand = side.operand
         if not self.plan.tma:
             return operand
+        if side.tiles is not None and side.tiles.block_shape[0] == rows:
+            return side.tiles
         stride = operand.stride(0) if len(operand) > 1 else self.plan.width  # that of a single row may be anything
-        return TensorDescriptor(operand, list(operand.shape), [stride, 1], [rows, self.plan.inner])
+        side.tiles = TensorDescriptor(operand, list(operand.shape), [stride, 1], [rows, self.plan.inner])
+        return side.tiles
+
+
+@functools.lru_cache
+def _kernels(plan: Plan, device: torch.device) -> TritonKernels:
+    return TritonKernels(plan)
 
 
 def _strides(x: Side, y: Side) -> tuple[int, int]:

@@ -28,12 +28,31 @@ class Driver:
     def get_current_stream(self, device): return 0
 
 triton.runtime.driver.set_active(Driver())
+TYPES = {"*fp32": torch.float32, "*fp64": torch.float64, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+NAMES = {dtype: kind[1:] for kind, dtype in TYPES.items()}
+TYPES |= {"*i32": torch.int32, "*i64": torch.int64}
 compiled, launched, ptx = collections.Counter(), collections.Counter(), {}
 
 def launcher(kernel):
     def launch(x, y, z, *rest):
         assert 0 < x < 2**31 and max(y, z) < 65536, (x, y, z)
         arguments, number = rest[6:], 0  # after stream, function, two of metadata, two hooks
+        assumed = kernel.src.attrs  # a launch may have found its form by a key of its own: see contrastive/launch.py
+        for at, (name, kind) in enumerate(kernel.src.signature.items()):
+            value, divisible = arguments[at], ["tt.divisibility", 16] in assumed.get((at,), [])
+            if kind == "constexpr":
+                assert kernel.src.constants[(at,)] == value, (name, value)
+            elif kind == "i32":
+                assert type(value) is int and -2**31 <= value < 2**31, (name, value)
+                assert not divisible or value % 16 == 0, (name, value)
+            elif kind == "fp32":
+                assert type(value) is float, (name, value)
+            elif kind.startswith("*"):
+                assert value.dtype == TYPES[kind], (name, kind, value.dtype)
+                assert not divisible or value.data_ptr() % 16 == 0, name
+            else:
+                block = ", ".join(map(str, value.block_shape))
+                assert kind.startswith(f"tensordesc<{NAMES[value.base.dtype]}[{block}]"), (name, kind, block)
         for kind, argument in zip(kernel.src.signature.values(), arguments, strict=True):
             if kind.startswith("tensordesc"):
                 make_tensordesc_arg(argument, kernel.metadata.tensordesc_meta[number])
