@@ -1,7 +1,7 @@
 """The contrastive softmax in CUDA: CUTLASS's tensor core loops with our own epilogues, for compute capability 9.0.
 
 For bfloat16 features; every level is processed alone, as in large.py. Features that TMA cannot read (widths that are
-not a multiple of 8, rows that do not begin at 16 bytes) are copied. Speed: not yet measured.
+not a multiple of 8, rows that do not begin at 16 bytes) are copied.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Small levels share their launches (grouped.py); a large level is processed alone
 synchronisation, and the only atomics are integers: partial sums are written per tile and added in a fixed order.
 
 float16 and float32 features are multiplied in TF32 (three products for float32, unless torch allows TF32), bfloat16 in
-bfloat16; sums are float32, log-sums float64. Speed on a GPU: not yet measured.
+bfloat16; sums are float32, log-sums float64.
 """
 
 from __future__ import annotations
