@@ -2,9 +2,9 @@
 
     python benchmarks/tune_step.py [--quick] [--out FILE.json]
 
-The step is that of bench_step.py in bf16, eager and with CUDA graphs (without --quick also compiled, which takes minutes,
-and at other batch sizes). Each is timed, then profiled for one step. The predictions are computed from bytes and operations, without a
-device; a large difference means that either the estimate or a kernel is wrong.
+The step is that of bench_step.py in bf16, eager and with CUDA graphs (without --quick also compiled, which takes
+minutes, and at other batch sizes). Each is timed, then profiled for one step. The predictions are computed from bytes
+and operations, without a device; a large difference means that either the estimate or a kernel is wrong.
 """
 
 from __future__ import annotations
