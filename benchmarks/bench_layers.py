@@ -1,5 +1,5 @@
 """The element-wise passes of a transformer block, forward and backward, against PyTorch: quick-GELU, and a residual
-addition with the LayerNorm after it, as autocast runs them.
+addition with the LayerNorm after it, as autocast runs them; without and with the bias of the product before.
 
 The rows are those of ViT-B/32: on a CPU 4 scenes in float32, on a GPU 128 scenes in bfloat16.
 
@@ -26,13 +26,18 @@ Run = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
 def gelu_in_torch(given: list[Tensor]) -> tuple[Tensor, ...]:
-    (x,) = given
+    """The bias is one of the dtype of the product that adds it."""
+    x, *bias = given
+    if bias:
+        x = x + bias[0].to(x.dtype)
     return (x * torch.sigmoid(1.702 * x),)
 
 
 def norm_in_torch(given: list[Tensor]) -> tuple[Tensor, ...]:
     """The residual stream is float32, as under autocast, and the normalised rows are cast for the next product."""
-    x, branch, weight, bias = given
+    x, branch, weight, bias, *branch_bias = given
+    if branch_bias:
+        branch = branch + branch_bias[0].to(branch.dtype)
     total = x + branch
     return total, F.layer_norm(total, weight.shape, weight, bias).to(branch.dtype)
 
@@ -40,36 +45,38 @@ def norm_in_torch(given: list[Tensor]) -> tuple[Tensor, ...]:
 def ours(op: str, device: str) -> Run:
     backend = backend_for("cpu" if device == "cpu" else "triton")
     if op == "quick_gelu":
-        return lambda given: (quick_gelu(given[0], backend=backend),)
-    return lambda given: add_layer_norm(*given, backend=backend)
+        return lambda given: (quick_gelu(*given, backend=backend),)
+    return lambda given: add_layer_norm(*given[:4], branch_bias=given[4] if len(given) == 5 else None, backend=backend)
 
 
-def inputs(op: str, form: str, device: str) -> list[Tensor]:
+def inputs(op: str, form: str, device: str, with_bias: bool) -> list[Tensor]:
     where = device_for(device)
     low = torch.float32 if device == "cpu" else torch.bfloat16
     g = torch.Generator(where).manual_seed(0)
     shape = (VIEWS[device] * TOKENS, WIDTH)
     if op == "quick_gelu":
-        return [torch.randn(shape[0], 4 * WIDTH, generator=g, device=where).to(low)]
+        x = torch.randn(shape[0], 4 * WIDTH, generator=g, device=where).to(low)
+        return [x, torch.randn(4 * WIDTH, generator=g, device=where)] if with_bias else [x]
     x, branch = (torch.randn(shape, generator=g, device=where).to(low) for _ in range(2))
-    weight, bias = (torch.randn(WIDTH, generator=g, device=where) for _ in range(2))
-    return [x if form == "ours" else x.float(), branch, weight, bias]
+    weights = [torch.randn(WIDTH, generator=g, device=where) for _ in range(3 if with_bias else 2)]
+    return [x if form == "ours" else x.float(), branch, *weights]
 
 
 FORMS = ["ours", "torch, eager", "torch, compiled"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("op", ["quick_gelu", "add_layer_norm"])
 @pytest.mark.parametrize("form", FORMS)
-def test_layer(benchmark: Any, form: str, op: str, device: str) -> None:
+def test_layer(benchmark: Any, form: str, op: str, with_bias: bool, device: str) -> None:
     if form == "torch, compiled" and (device == "cpu" or device_for(device) == "cpu"):
         pytest.skip("takes half a minute to compile")
     in_torch = gelu_in_torch if op == "quick_gelu" else norm_in_torch
     run = ours(op, device) if form == "ours" else in_torch
     if form == "torch, compiled":
         run = torch.compile(run)
-    leaves = [t.requires_grad_() for t in inputs(op, form, device)]
+    leaves = [t.requires_grad_() for t in inputs(op, form, device, with_bias)]
     upstream = [torch.ones_like(y) for y in run(leaves)]
 
     def once() -> tuple[Tensor, ...]:
@@ -81,7 +88,7 @@ def test_layer(benchmark: Any, form: str, op: str, device: str) -> None:
     for got, reference in zip(once(), expected, strict=True):
         assert (got.double() - reference.double()).abs().max() <= tolerance * reference.double().abs().max()
 
-    benchmark.group = f"{op}, forward + backward, {VIEWS[device]} views, {device}"
+    benchmark.group = f"{op}{' with a bias' if with_bias else ''}, forward + backward, {VIEWS[device]} views, {device}"
     elements, size = leaves[0].numel(), 4 if device == "cpu" else 2
     passes = 5 if op == "quick_gelu" else 8  # tensors read or written
     operations = 20 if op == "quick_gelu" else 25  # about; both are far from the arithmetic limit

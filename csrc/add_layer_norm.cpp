@@ -47,13 +47,15 @@ void with_types(ScalarType rows, ScalarType normed, F&& body) {
 
 // Returns the sum [rows, width] ([0] without a branch), the normalised rows, and their statistics [2, rows].
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const std::optional<Tensor>& branch,
-                                                          const Tensor& weight, const Tensor& bias, double eps,
+                                                          const Tensor& weight, const Tensor& bias,
+                                                          const std::optional<Tensor>& branch_bias, double eps,
                                                           ScalarType dtype) {
   check_tensor(x, "x", 2, x.scalar_type());
   if (branch) check_rows(*branch, "branch", x, x.scalar_type());
   const int64_t rows = x.size(0), width = x.size(1);
   check_weights(weight, "weight", width);
   check_weights(bias, "bias", width);
+  if (branch_bias) check_weights(*branch_bias, "branch_bias", width);
   Tensor total =
       branch ? empty_like_device(x, {rows, width}, x.scalar_type()) : empty_like_device(x, {0}, x.scalar_type());
   Tensor normed = empty_like_device(x, {rows, width}, dtype);
@@ -63,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const
                                         .branch = branch ? data<T>(*branch) : nullptr,
                                         .weight = data<float>(weight),
                                         .bias = data<float>(bias),
+                                        .branch_bias = branch_bias ? data<float>(*branch_bias) : nullptr,
                                         .total = branch ? data_of<T>(total) : nullptr,
                                         .normed = data_of<Out>(normed),
                                         .statistics = data_of<float>(statistics),
@@ -74,11 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const
   return {total, normed, statistics};
 }
 
-// Returns the gradient of x and branch, and that of weight and bias [2, width] ([0] without `with_weights`).
+// Returns the gradient of x and branch, and those of weight, bias and, for 3 sums, branch_bias: [sums, width].
 std::tuple<Tensor, Tensor> add_layer_norm_backward(const std::optional<Tensor>& d_total, const Tensor& d_normed,
                                                    const Tensor& total, const Tensor& weight, const Tensor& statistics,
-                                                   bool with_weights) {
+                                                   int64_t sums) {
   check_tensor(total, "total", 2, total.scalar_type());
+  STD_TORCH_CHECK(sums == 0 || sums == 2 || sums == 3, "sums: got ", sums, ", expected 0, 2 or 3");
   const int64_t rows = total.size(0), width = total.size(1);
   if (d_total) check_rows(*d_total, "d_total", total, total.scalar_type());
   check_rows(d_normed, "d_normed", total, d_normed.scalar_type());
@@ -87,9 +91,8 @@ std::tuple<Tensor, Tensor> add_layer_norm_backward(const std::optional<Tensor>& 
   check_size(statistics, "statistics", 0, 2);
   check_size(statistics, "statistics", 1, rows);
   Tensor dx = empty_like_device(total, {rows, width}, total.scalar_type());
-  Tensor d_weights = with_weights ? empty_like_device(total, {2, width}, ScalarType::Float)
-                                  : empty_like_device(total, {0}, ScalarType::Float);
-  Tensor parts = empty_like_device(total, {with_weights ? add_layer_norm_parts(rows) : 0, 2, width}, ScalarType::Float);
+  Tensor d_sums = empty_like_device(total, {sums, width}, ScalarType::Float);
+  Tensor parts = empty_like_device(total, {add_layer_norm_parts(rows), sums, width}, ScalarType::Float);
   with_types(total.scalar_type(), d_normed.scalar_type(), [&]<class T, class Out>() {
     add_layer_norm_backward_cpu<T, Out>({.d_total = d_total ? data<T>(*d_total) : nullptr,
                                          .d_normed = data<Out>(d_normed),
@@ -97,13 +100,14 @@ std::tuple<Tensor, Tensor> add_layer_norm_backward(const std::optional<Tensor>& 
                                          .weight = data<float>(weight),
                                          .statistics = data<float>(statistics),
                                          .dx = data_of<T>(dx),
-                                         .parts = with_weights ? data_of<float>(parts) : nullptr,
-                                         .d_weights = with_weights ? data_of<float>(d_weights) : nullptr,
+                                         .parts = data_of<float>(parts),
+                                         .d_sums = data_of<float>(d_sums),
                                          .rows = rows,
-                                         .width = width},
+                                         .width = width,
+                                         .sums = sums},
                                         torch_threads());
   });
-  return {dx, d_weights};
+  return {dx, d_sums};
 }
 
 }  // namespace

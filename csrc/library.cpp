@@ -45,14 +45,14 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
       "distillation_forward(Tensor student, Tensor teacher, Tensor student_index, Tensor teacher_index, Tensor weight, "
       "Tensor? student_temperature, float student_temperature_value, float teacher_temperature, bool with_gradient, "
       "Tensor(a!)? finished) -> (Tensor, Tensor)");
-  m.def("quick_gelu_forward(Tensor x) -> Tensor");
-  m.def("quick_gelu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("quick_gelu_forward(Tensor x, Tensor? bias) -> Tensor");
+  m.def("quick_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool with_sums) -> (Tensor, Tensor)");
   m.def(
-      "add_layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
-      "-> (Tensor, Tensor, Tensor)");
+      "add_layer_norm_forward(Tensor x, Tensor? branch, Tensor weight, Tensor bias, Tensor? branch_bias, float eps, "
+      "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   m.def(
       "add_layer_norm_backward(Tensor? d_total, Tensor d_normed, Tensor total, Tensor weight, Tensor statistics, "
-      "bool with_weights) -> (Tensor, Tensor)");
+      "int sums) -> (Tensor, Tensor)");
   m.def(
       "focused_region(Tensor image, Tensor subject_mask, Tensor object_mask, float sigma, int[] weights, bool colours) "
       "-> Tensor");

@@ -100,11 +100,13 @@ def calls() -> Iterable[Callable[[], Any]]:
         torch.randn(sized(64000, 64), 768, device=leaves[0].device).bfloat16().requires_grad_() for _ in range(2)
     )
     wide = torch.randn(sized(64000, 64), 3072, device=x.device).bfloat16().requires_grad_()
-    weight, bias = (torch.ones(768, device=x.device, requires_grad=True) for _ in range(2))
+    weight, bias, out = (torch.ones(768, device=x.device, requires_grad=True) for _ in range(3))
+    expand = torch.ones(3072, device=x.device, requires_grad=True)
 
-    def layers() -> Any:
-        total, normed = add_layer_norm(x, branch, weight, bias)
-        return torch.autograd.grad((total, normed, quick_gelu(wide)), (x, weight, wide), (total, normed, wide.detach()))
+    def layers() -> Any:  # with biases, as in a block
+        total, normed = add_layer_norm(x, branch, weight, bias, branch_bias=out)
+        leaves = (x, weight, out, wide, expand)
+        return torch.autograd.grad((total, normed, quick_gelu(wide, expand)), leaves, (total, normed, wide.detach()))
 
     yield layers
 

@@ -72,10 +72,12 @@ def distillation(backend: str) -> None:
 
 def layers(backend: str) -> None:
     x, branch = (torch.randn(301, 123, device=DEVICE).bfloat16().requires_grad_() for _ in range(2))
-    weight, bias = (torch.randn(123, device=DEVICE, requires_grad=True) for _ in range(2))
-    total, normed = add_layer_norm(x, branch, weight, bias, backend=backend_for(backend))
+    weight, bias, extra = (torch.randn(123, device=DEVICE, requires_grad=True) for _ in range(3))
+    total, normed = add_layer_norm(x, branch, weight, bias, branch_bias=extra, backend=backend_for(backend))
     y = layer_norm(normed, weight, bias, dtype=torch.float32, backend=backend_for(backend))
-    (total.float() + y + quick_gelu(x, backend=backend_for(backend)).float()).sum().backward()
+    for given in (None, extra):
+        total = total + quick_gelu(x, given, backend=backend_for(backend))
+    (total.float() + y).sum().backward()
 
 
 def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:

@@ -11,13 +11,14 @@ namespace scf {
 // T: float or BFloat16. Out: the dtype of the normalised rows and of their gradient, T or float.
 template <class T, class Out>
 struct AddLayerNormForward {
-  const T* x;           // [rows, width]
-  const T* branch;      // [rows, width], or null
-  const float* weight;  // [width]
-  const float* bias;    // [width]
-  T* total;             // [rows, width]; null without a branch
-  Out* normed;          // [rows, width]
-  float* statistics;    // [2, rows]: mean, inverse deviation
+  const T* x;                // [rows, width]
+  const T* branch;           // [rows, width], or null
+  const float* weight;       // [width]
+  const float* bias;         // [width]
+  const float* branch_bias;  // [width], or null
+  T* total;                  // [rows, width]; null without a branch
+  Out* normed;               // [rows, width]
+  float* statistics;         // [2, rows]: mean, inverse deviation
   int64_t rows, width;
   float eps;
 };
@@ -30,9 +31,10 @@ struct AddLayerNormBackward {
   const float* weight;      // [width]
   const float* statistics;  // [2, rows]
   T* dx;                    // [rows, width]
-  float* parts;             // [add_layer_norm_parts(rows), 2, width], scratch for d_weights
-  float* d_weights;         // [2, width]: the gradients of weight and bias, or null
+  float* parts;             // [add_layer_norm_parts(rows), sums, width], scratch for d_sums
+  float* d_sums;            // [sums, width]: the gradients of weight, bias and, for 3 sums, branch_bias
   int64_t rows, width;
+  int64_t sums;  // 0, 2 or 3
 };
 
 // The number of partial sums over the rows; it does not depend on the threads, so that neither do the results.

@@ -17,11 +17,20 @@ template <class T, class Out>
   float sum = 0;
   if (p.branch != nullptr) {
     const T* branch = p.branch + row * width;
+    const float* branch_bias = p.branch_bias;
     T* total = p.total + row * width;
+    if (branch_bias != nullptr) {
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < width; ++j) {
-      total[j] = from_float<T>(to_float(x[j]) + to_float(branch[j]));
-      sum += to_float(total[j]);
+      for (int64_t j = 0; j < width; ++j) {
+        total[j] = from_float<T>(to_float(x[j]) + (to_float(branch[j]) + branch_bias[j]));
+        sum += to_float(total[j]);
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < width; ++j) {
+        total[j] = from_float<T>(to_float(x[j]) + to_float(branch[j]));
+        sum += to_float(total[j]);
+      }
     }
     x = total;
   } else {
@@ -47,7 +56,28 @@ template <class T, class Out>
   p.statistics[p.rows + row] = inverse;
 }
 
-// part: [2, width] sums of the gradients of weight and bias, or null.
+// Writes dx of a row whose means are `sum` and `along`, and with kSums adds it to d_branch_bias [width].
+template <bool kTotal, bool kSums, class T, class Out>
+[[gnu::always_inline]] inline void gradient_row(const AddLayerNormBackward<T, Out>& p, int64_t row, float sum,
+                                                float along, float* d_branch_bias) {
+  const int64_t width = p.width;
+  const Out* upstream = p.d_normed + row * width;
+  const T* total = p.total + row * width;
+  const T* d_total = kTotal ? p.d_total + row * width : nullptr;
+  const float* weight = p.weight;
+  const float mean = p.statistics[row], inverse = p.statistics[p.rows + row];
+  T* dx = p.dx + row * width;
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) {
+    const float normalised = (to_float(total[j]) - mean) * inverse;
+    float gradient = inverse * (to_float(upstream[j]) * weight[j] - sum - normalised * along);
+    if constexpr (kTotal) gradient += to_float(d_total[j]);
+    dx[j] = from_float<T>(gradient);
+    if constexpr (kSums) d_branch_bias[j] += gradient;
+  }
+}
+
+// part: [sums, width] sums over rows: the gradients of weight, bias and branch_bias; unused without sums.
 template <class T, class Out>
 [[gnu::always_inline]] inline void backward_row(const AddLayerNormBackward<T, Out>& p, int64_t row, float* part) {
   const int64_t width = p.width;
@@ -64,23 +94,18 @@ template <class T, class Out>
   }
   sum /= static_cast<float>(width);
   along /= static_cast<float>(width);
-  T* dx = p.dx + row * width;
-  if (p.d_total != nullptr) {
-    const T* d_total = p.d_total + row * width;
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
-      const float normalised = (to_float(total[j]) - mean) * inverse;
-      dx[j] = from_float<T>(inverse * (to_float(upstream[j]) * weight[j] - sum - normalised * along) +
-                            to_float(d_total[j]));
+  if (p.sums == 3) {
+    if (p.d_total != nullptr) {
+      gradient_row<true, true>(p, row, sum, along, part + 2 * width);
+    } else {
+      gradient_row<false, true>(p, row, sum, along, part + 2 * width);
     }
+  } else if (p.d_total != nullptr) {
+    gradient_row<true, false>(p, row, sum, along, nullptr);
   } else {
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
-      const float normalised = (to_float(total[j]) - mean) * inverse;
-      dx[j] = from_float<T>(inverse * (to_float(upstream[j]) * weight[j] - sum - normalised * along));
-    }
+    gradient_row<false, false>(p, row, sum, along, nullptr);
   }
-  if (part == nullptr) return;
+  if (p.sums == 0) return;
   float* d_bias = part + width;
 #pragma omp simd
   for (int64_t j = 0; j < width; ++j) {
@@ -113,11 +138,11 @@ void add_layer_norm_forward_cpu(const AddLayerNormForward<T, Out>& problem, cons
 
 template <class T, class Out>
 void add_layer_norm_backward_cpu(const AddLayerNormBackward<T, Out>& problem, const Parallel& parallel) {
-  if (problem.d_weights == nullptr) {
+  if (problem.sums == 0) {
     parallel(problem.rows, kGrain, [&](int64_t begin, int64_t end) { backward_rows(problem, begin, end, nullptr); });
     return;
   }
-  const int64_t parts = add_layer_norm_parts(problem.rows), sums = 2 * problem.width;
+  const int64_t parts = add_layer_norm_parts(problem.rows), sums = problem.sums * problem.width;
   parallel(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       float* part = problem.parts + k * sums;
@@ -125,9 +150,9 @@ void add_layer_norm_backward_cpu(const AddLayerNormBackward<T, Out>& problem, co
       backward_rows(problem, problem.rows * k / parts, problem.rows * (k + 1) / parts, part);
     }
   });
-  std::fill_n(problem.d_weights, sums, 0.0f);
+  std::fill_n(problem.d_sums, sums, 0.0f);
   for (int64_t k = 0; k < parts; ++k) {
-    for (int64_t j = 0; j < sums; ++j) problem.d_weights[j] += problem.parts[k * sums + j];
+    for (int64_t j = 0; j < sums; ++j) problem.d_sums[j] += problem.parts[k * sums + j];
   }
 }
 

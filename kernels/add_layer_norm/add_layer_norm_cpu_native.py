@@ -14,11 +14,12 @@ def forward(
     branch: Tensor | None,  # [R, W]
     weight: Tensor,  # [W]
     bias: Tensor,  # [W]
+    branch_bias: Tensor | None,  # [W]
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     total, normed, statistics = torch.ops.scenarioclip_fast_C.add_layer_norm_forward(
-        x, branch, weight.float(), bias.float(), eps, dtype
+        x, branch, weight.float(), bias.float(), None if branch_bias is None else branch_bias.float(), eps, dtype
     )
     return None if branch is None else total, normed, statistics
 
@@ -29,9 +30,9 @@ def backward(
     total: Tensor,  # [R, W]
     weight: Tensor,  # [W]
     statistics: Tensor,  # [2, R]
-    with_weights: bool,
+    sums: int,
 ) -> tuple[Tensor, Tensor | None]:
-    dx, d_weights = torch.ops.scenarioclip_fast_C.add_layer_norm_backward(
-        d_total, d_normed, total, weight.float(), statistics, with_weights
+    dx, d_sums = torch.ops.scenarioclip_fast_C.add_layer_norm_backward(
+        d_total, d_normed, total, weight.float(), statistics, sums
     )
-    return dx, d_weights if with_weights else None
+    return dx, d_sums if sums else None

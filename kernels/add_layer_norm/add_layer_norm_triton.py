@@ -1,7 +1,7 @@
 """Residual addition and LayerNorm in Triton: one pass forward, one backward, rows distributed over a few programs.
 
-A program keeps the weights in registers while it walks over its rows. The gradients of the weights are summed within
-each program, then over the programs in a fixed order.
+A program keeps the weights in registers while it walks over its rows. The gradients of weights and biases are summed
+within each program, then over the programs in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def add_layer_norm_forward(
     branch,  # [rows, width], or None
     weight,  # [width]
     bias,  # [width]
+    branch_bias,  # [width], or None
     total,  # [rows, width], unused without a branch
     normed,  # [rows, width]
     statistics,  # [2, rows]
@@ -35,13 +36,18 @@ def add_layer_norm_forward(
     column = tl.arange(0, WIDTH)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+    if branch_bias is not None:
+        extra = tl.load(branch_bias + column, mask=column < width, other=0.0).to(tl.float32)
     for first in range(0, rows, tl.num_programs(0)):
         row = tl.program_id(0).to(tl.int64) + first
         inside = (column < width) & (row < rows)
         start = row * width
         value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
         if branch is not None:
-            value += tl.load(branch + start + column, mask=inside, other=0.0).to(tl.float32)
+            added = tl.load(branch + start + column, mask=inside, other=0.0).to(tl.float32)
+            if branch_bias is not None:
+                added += extra
+            value += added
             rounded = value.to(total.dtype.element_ty)
             tl.store(total + start + column, rounded, mask=inside)
             value = rounded.to(tl.float32)
@@ -61,15 +67,17 @@ def add_layer_norm_backward(
     weight,  # [width]
     statistics,  # [2, rows]
     dx,  # [rows, width]
-    parts,  # [programs, 2, width], or None
+    parts,  # [programs, SUMS, width], or None
     rows,
     width: tl.constexpr,
+    SUMS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     d_weight = tl.zeros([WIDTH], tl.float32)
     d_bias = tl.zeros([WIDTH], tl.float32)
+    d_branch_bias = tl.zeros([WIDTH], tl.float32)
     for first in range(0, rows, tl.num_programs(0)):
         row = tl.program_id(0).to(tl.int64) + first
         inside = (column < width) & (row < rows)
@@ -87,10 +95,14 @@ def add_layer_norm_backward(
         tl.store(dx + start + column, gradient, mask=inside)
         d_weight += upstream * normalised
         d_bias += upstream
-    if parts is not None:
-        out = parts + tl.program_id(0).to(tl.int64) * (2 * width) + column
+        if SUMS == 3:
+            d_branch_bias += tl.where(inside, gradient, 0.0)
+    if SUMS:
+        out = parts + tl.program_id(0).to(tl.int64) * (SUMS * width) + column
         tl.store(out, d_weight, mask=column < width)
         tl.store(out + width, d_bias, mask=column < width)
+        if SUMS == 3:
+            tl.store(out + 2 * width, d_branch_bias, mask=column < width)
 
 
 @functools.cache
@@ -110,6 +122,7 @@ def forward(
     branch: Tensor | None,  # [R, W]
     weight: Tensor,  # [W]
     bias: Tensor,  # [W]
+    branch_bias: Tensor | None,  # [W]
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -120,7 +133,7 @@ def forward(
     if x.numel():
         programs = min(rows, FORWARD_PROGRAMS * _multiprocessors(x.device))
         add_layer_norm_forward[(programs,)](
-            x, branch, weight, bias, x if total is None else total, normed, statistics, rows, eps, width,
+            x, branch, weight, bias, branch_bias, x if total is None else total, normed, statistics, rows, eps, width,
             **_options(width),
         )  # fmt: skip
     return total, normed, statistics
@@ -132,14 +145,14 @@ def backward(
     total: Tensor,  # [R, W]
     weight: Tensor,  # [W]
     statistics: Tensor,  # [2, R]
-    with_weights: bool,
+    sums: int,
 ) -> tuple[Tensor, Tensor | None]:
     rows, width = total.shape
     dx = torch.empty_like(total)
     programs = min(rows, BACKWARD_PROGRAMS * _multiprocessors(total.device))
-    parts = torch.empty(programs, 2, width, dtype=torch.float32, device=total.device) if with_weights else None
+    parts = torch.empty(programs, sums, width, dtype=torch.float32, device=total.device) if sums else None
     if total.numel():
         add_layer_norm_backward[(programs,)](
-            d_total, d_normed, total, weight, statistics, dx, parts, rows, width, **_options(width)
+            d_total, d_normed, total, weight, statistics, dx, parts, rows, width, sums, **_options(width)
         )
     return dx, None if parts is None else parts.sum(0)

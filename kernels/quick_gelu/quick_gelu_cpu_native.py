@@ -1,4 +1,4 @@
-"""The compiled CPU backend, for contiguous float32 and bfloat16 tensors.
+"""The compiled CPU backend, for contiguous float32 and bfloat16 tensors and float32 biases.
 
 Import only after the compiled library is loaded.
 """
@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 
-def forward(x: Tensor) -> Tensor:  # [*]
-    y: Tensor = torch.ops.scenarioclip_fast_C.quick_gelu_forward(x)
+def forward(x: Tensor, bias: Tensor | None) -> Tensor:  # [*, W], [W]
+    y: Tensor = torch.ops.scenarioclip_fast_C.quick_gelu_forward(x, None if bias is None else bias.float())
     return y
 
 
-def backward(grad: Tensor, x: Tensor) -> Tensor:  # [*], [*]
-    dx: Tensor = torch.ops.scenarioclip_fast_C.quick_gelu_backward(grad, x)
-    return dx
+def backward(
+    grad: Tensor,  # [*, W]
+    x: Tensor,  # [*, W]
+    bias: Tensor | None,  # [W]
+    with_sums: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dx, d_bias = torch.ops.scenarioclip_fast_C.quick_gelu_backward(
+        grad, x, None if bias is None else bias.float(), with_sums
+    )
+    return dx, d_bias if with_sums else None

@@ -13,30 +13,33 @@ from scenarioclip_fast.kernels.quick_gelu import reference
 from scenarioclip_fast.ops.plain import is_plain_call
 
 
-def quick_gelu(x: Tensor, *, backend: str = "auto") -> Tensor:  # [*]
-    """CLIP's activation, x sigmoid(1.702 x), in one pass forward and one backward, which keeps only x.
+def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:  # [*] or [*, W], [W]
+    """CLIP's activation, y sigmoid(1.702 y) of y = x + bias, in one pass forward and one backward, which keeps only x.
 
     Source: CLIP (arXiv 2103.00020). First derivatives only, except with the reference. Inside torch.compile, "auto" is
     the reference, which the compiler fuses with its neighbours.
 
     Args:
         x: any shape and float dtype.
+        bias: added to x in float32, such as the bias of the product that computed x: its gradient, a sum over the
+            rows, then takes no pass of its own. [W] for the last dimension of x, any float dtype.
         backend: "auto", "reference", "cpu" (float32 and bfloat16) or "triton" (all but float64).
 
     Returns:
         The shape and dtype of x, computed in float32 (float64 for float64).
 
     Raises:
-        TypeError: x is not a tensor of floats.
+        TypeError: x or bias is not a tensor of floats.
+        ValueError: the shape or device of bias does not match x.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, expected a float tensor")
+    _check(x, bias)
     if backend == "auto" and torch.compiler.is_compiling():
-        return reference.quick_gelu(x)
+        return reference.quick_gelu(x, bias)
     backend = dispatch.resolve("quick_gelu", backend, x.device.type, dtype=str(x.dtype).removeprefix("torch."))
     if backend == "reference":
-        return reference.quick_gelu(x)
-    y: Tensor = _QuickGelu.apply(x, backend) if is_plain_call(x) else _forward(x, backend)
+        return reference.quick_gelu(x, bias)
+    plain = is_plain_call(x, bias)
+    y: Tensor = _QuickGelu.apply(x, bias, backend) if plain else _forward(x, bias, backend)
     return y
 
 
@@ -44,49 +47,88 @@ class _QuickGelu(torch.autograd.Function):
     """The custom op without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.backend = backend
-        ctx.save_for_backward(x)
-        y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous())
+        ctx.save_for_backward(x, bias)
+        bias = None if bias is None else bias.contiguous()
+        y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous(), bias)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return dispatch.implementation("quick_gelu", ctx.backend).backward(grad.contiguous(), x.contiguous()), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, bias = ctx.saved_tensors
+        dx, d_bias = dispatch.implementation("quick_gelu", ctx.backend).backward(
+            grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous(), ctx.needs_input_grad[1]
+        )
+        return dx, None if d_bias is None else d_bias.to(bias.dtype), None
 
 
 @torch.library.custom_op("scenarioclip_fast::quick_gelu_forward", mutates_args=())
-def _forward(x: Tensor, backend: str) -> Tensor:
-    y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous())
+def _forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous(), bias)
     return y
 
 
 @torch.library.custom_op("scenarioclip_fast::quick_gelu_backward", mutates_args=())
-def _backward_op(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    dx: Tensor = dispatch.implementation("quick_gelu", backend).backward(grad.contiguous(), x.contiguous())
-    return dx
+def _backward_op(
+    grad: Tensor,  # [*, W]
+    x: Tensor,  # [*, W]
+    bias: Tensor | None,  # [W]
+    with_sums: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # the gradients of x, and of bias ([0] if not asked for)
+    bias = None if bias is None else bias.contiguous()
+    dx, d_bias = dispatch.implementation("quick_gelu", backend).backward(
+        grad.contiguous(), x.contiguous(), bias, with_sums
+    )
+    return dx, _no_sums(x) if d_bias is None else d_bias
+
+
+def _no_sums(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @_forward.register_fake
-def _(x: Tensor, backend: str) -> Tensor:
+def _(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(grad: Tensor, x: Tensor, bias: Tensor | None, with_sums: bool, backend: str) -> tuple[Tensor, Tensor]:
+    d_bias = _no_sums(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), (
+        d_bias.new_empty(x.shape[-1]) if with_sums else d_bias
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.backend = inputs
-    ctx.save_for_backward(x)
+    x, bias, ctx.backend = inputs
+    ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (x,) = ctx.saved_tensors
-    return _backward_op(grad, x, ctx.backend), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, bias = ctx.saved_tensors
+    with_sums = ctx.needs_input_grad[1]
+    dx, d_bias = _backward_op(grad, x, bias, with_sums, ctx.backend)
+    return dx, d_bias.to(bias.dtype) if with_sums else None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(x: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("x", x), ("bias", bias)):
+        if name == "bias" and t is None:
+            continue
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name}: got {got}, expected a float tensor")
+    if bias is None:
+        return
+    if bias.device != x.device:
+        raise ValueError(f"bias: got a tensor on {bias.device}, expected {x.device} like x")
+    if x.dim() == 0 or bias.shape != x.shape[-1:]:
+        expected = list(x.shape[-1:])
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected {expected}, the last dimension of x")

@@ -19,6 +19,7 @@ def add_layer_norm(
     weight: Tensor,  # [W]
     bias: Tensor,  # [W]
     *,
+    branch_bias: Tensor | None = None,  # [W]
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -33,19 +34,21 @@ def add_layer_norm(
         x: the residual stream, [*, W], any float dtype.
         branch: of x's shape and dtype.
         weight, bias: [W], any float dtype.
+        branch_bias: added to branch in float32, such as the bias of the product that computed it: its gradient, a sum
+            over the rows, then takes no pass of its own. [W], any float dtype.
         eps: added to the variance.
         dtype: of the normalised rows; None: x's.
         backend: "auto", "reference", "cpu" (float32 and bfloat16) or "triton" (all but float64, W up to 8192).
 
     Returns:
-        x + branch in x's dtype, and its LayerNorm in `dtype`.
+        x + (branch + branch_bias) in x's dtype, and its LayerNorm in `dtype`.
 
     Raises:
         TypeError: an argument is not a tensor of floats.
         ValueError: shapes, dtypes or devices that do not match.
     """
-    _check(x, branch, weight, bias)
-    return _add_layer_norm(x, branch, weight, bias, eps, dtype or x.dtype, backend)
+    _check(x, branch, weight, bias, branch_bias)
+    return _add_layer_norm(x, branch, weight, bias, branch_bias, eps, dtype or x.dtype, backend)
 
 
 def layer_norm(
@@ -58,12 +61,19 @@ def layer_norm(
     backend: str = "auto",
 ) -> Tensor:  # [*, W]
     """LayerNorm that reads x's dtype and writes `dtype`, with float32 statistics: `add_layer_norm` without the sum."""
-    _check(x, None, weight, bias)
-    return _add_layer_norm(x, None, weight, bias, eps, dtype or x.dtype, backend)[1]
+    _check(x, None, weight, bias, None)
+    return _add_layer_norm(x, None, weight, bias, None, eps, dtype or x.dtype, backend)[1]
 
 
 def _add_layer_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     branch_rows = None if branch is None else branch.reshape(rows.shape)
@@ -72,11 +82,11 @@ def _add_layer_norm(
     else:
         backend = dispatch.resolve("add_layer_norm", backend, x.device.type, dtype=_dtype_name(x, dtype))
     if backend == "reference":
-        total, normed = reference.add_layer_norm(rows, branch_rows, weight, bias, eps, dtype)
-    elif is_plain_call(rows, branch_rows, weight, bias):
-        total, normed = _AddLayerNorm.apply(rows, branch_rows, weight, bias, eps, dtype, backend)
+        total, normed = reference.add_layer_norm(rows, branch_rows, weight, bias, branch_bias, eps, dtype)
+    elif is_plain_call(rows, branch_rows, weight, bias, branch_bias):
+        total, normed = _AddLayerNorm.apply(rows, branch_rows, weight, bias, branch_bias, eps, dtype, backend)
     else:
-        total, normed, _ = _forward(rows, branch_rows, weight, bias, eps, dtype, backend)
+        total, normed, _ = _forward(rows, branch_rows, weight, bias, branch_bias, eps, dtype, backend)
     return x if branch is None else total.view(x.shape), normed.view(x.shape)
 
 
@@ -96,6 +106,7 @@ class _AddLayerNorm(torch.autograd.Function):
         branch: Tensor | None,
         weight: Tensor,
         bias: Tensor,
+        branch_bias: Tensor | None,
         eps: float,
         dtype: torch.dtype,
         backend: str,
@@ -106,33 +117,55 @@ class _AddLayerNorm(torch.autograd.Function):
             None if branch is None else branch.contiguous(),
             weight.contiguous(),
             bias.contiguous(),
+            None if branch_bias is None else branch_bias.contiguous(),
             eps,
             dtype,
         )
         ctx.backend, ctx.has_branch = backend, branch is not None
-        ctx.save_for_backward(x if branch is None else total, weight, bias, statistics)
+        ctx.save_for_backward(x if branch is None else total, weight, bias, branch_bias, statistics)
         ctx.set_materialize_grads(False)
         return total, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, bias, statistics = ctx.saved_tensors
+        total, weight, bias, branch_bias, statistics = ctx.saved_tensors
         if d_normed is None:  # only the sum was used
-            return d_total, d_total, None, None, None, None, None
-        with_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dx, d_weights = dispatch.implementation("add_layer_norm", ctx.backend).backward(
+            return _only_sum(ctx, d_total, branch_bias)
+        sums = _sums(ctx)
+        dx, d_sums = dispatch.implementation("add_layer_norm", ctx.backend).backward(
             None if d_total is None else d_total.contiguous(),
             d_normed.contiguous(),
             total,
             weight.contiguous(),
             statistics,
-            with_weights,
+            sums,
         )
-        if d_weights is None:
-            return dx, dx if ctx.has_branch else None, None, None, None, None, None
-        d_weight, d_bias = d_weights[0].to(weight.dtype), d_weights[1].to(bias.dtype)
-        return dx, dx if ctx.has_branch else None, d_weight, d_bias, None, None, None
+        return _gradients(ctx, dx, d_sums, (weight, bias, branch_bias))
+
+
+def _sums(ctx: Any) -> int:
+    """How many sums over the rows the backward pass must compute: see `backward` in reference.py."""
+    _, _, weight, bias, branch_bias, *_ = ctx.needs_input_grad
+    return 3 if branch_bias else 2 if weight or bias else 0
+
+
+# Saved tensors are arguments of these two: under activation checkpointing, `ctx.saved_tensors` can be read only once.
+def _only_sum(ctx: Any, d_total: Tensor | None, branch_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_branch_bias = None
+    if ctx.needs_input_grad[4] and branch_bias is not None and d_total is not None:
+        wide = torch.promote_types(d_total.dtype, torch.float32)
+        d_branch_bias = d_total.sum(0, dtype=wide).to(branch_bias.dtype)
+    return d_total, d_total if ctx.has_branch else None, None, None, d_branch_bias, None, None, None
+
+
+def _gradients(
+    ctx: Any, dx: Tensor, sums: Tensor | None, given: tuple[Tensor, Tensor, Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments of `forward`; given: weight, bias and branch_bias."""
+    rows = () if sums is None else sums.unbind()
+    of_columns = [row.to(t.dtype) for row, t in zip(rows, given, strict=False) if t is not None]
+    return dx, dx if ctx.has_branch else None, *of_columns, *[None] * (6 - len(of_columns))
 
 
 @torch.library.custom_op("scenarioclip_fast::add_layer_norm_forward", mutates_args=())
@@ -141,6 +174,7 @@ def _forward(
     branch: Tensor | None,  # [R, W]
     weight: Tensor,  # [W]
     bias: Tensor,  # [W]
+    branch_bias: Tensor | None,  # [W]
     eps: float,
     dtype: torch.dtype,
     backend: str,
@@ -150,6 +184,7 @@ def _forward(
         None if branch is None else branch.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
+        None if branch_bias is None else branch_bias.contiguous(),
         eps,
         dtype,
     )
@@ -162,6 +197,7 @@ def _(
     branch: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     backend: str,
@@ -178,18 +214,18 @@ def _backward_op(
     total: Tensor,  # [R, W]
     weight: Tensor,  # [W]
     statistics: Tensor,  # [2, R]
-    with_weights: bool,
+    sums: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # the gradient of x and branch, and that of weight and bias [2, W] ([0] if not asked for)
-    dx, d_weights = dispatch.implementation("add_layer_norm", backend).backward(
+) -> tuple[Tensor, Tensor]:  # the gradient of x and branch, and sums over the rows [sums, W] ([0] for none)
+    dx, d_sums = dispatch.implementation("add_layer_norm", backend).backward(
         None if d_total is None else d_total.contiguous(),
         d_normed.contiguous(),
         total.contiguous(),
         weight.contiguous(),
         statistics,
-        with_weights,
+        sums,
     )
-    return dx, statistics.new_empty(0) if d_weights is None else d_weights
+    return dx, statistics.new_empty(0) if d_sums is None else d_sums
 
 
 @_backward_op.register_fake
@@ -199,39 +235,39 @@ def _(
     total: Tensor,
     weight: Tensor,
     statistics: Tensor,
-    with_weights: bool,
+    sums: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return total.new_empty(total.shape), statistics.new_empty((2, total.shape[1]) if with_weights else 0)
+    return total.new_empty(total.shape), statistics.new_empty((sums, total.shape[1]) if sums else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, branch, weight, bias, _, _, ctx.backend = inputs
-    total, normed, statistics = output
+    x, branch, weight, bias, branch_bias, _, _, ctx.backend = inputs
+    total, _, statistics = output
     ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(x if branch is None else total, weight, bias, statistics)
-    ctx.normed_dtype, ctx.has_branch = normed.dtype, branch is not None
+    ctx.save_for_backward(x if branch is None else total, weight, bias, branch_bias, statistics)
+    ctx.has_branch = branch is not None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    total, weight, bias, statistics = ctx.saved_tensors
+    total, weight, bias, branch_bias, statistics = ctx.saved_tensors
     if not ctx.has_branch:
         d_total = None
     if d_normed is None:  # only the sum was used
-        return d_total, d_total, None, None, None, None, None
-    with_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    dx, d_weights = _backward_op(d_total, d_normed, total, weight, statistics, with_weights, ctx.backend)
-    d_weight, d_bias = (d_weights[0].to(weight.dtype), d_weights[1].to(bias.dtype)) if with_weights else (None, None)
-    return dx, dx if ctx.has_branch else None, d_weight, d_bias, None, None, None
+        return _only_sum(ctx, d_total, branch_bias)
+    sums = _sums(ctx)
+    dx, d_sums = _backward_op(d_total, d_normed, total, weight, statistics, sums, ctx.backend)
+    return _gradients(ctx, dx, d_sums if sums else None, (weight, bias, branch_bias))
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    for name, t in (("x", x), ("branch", branch), ("weight", weight), ("bias", bias)):
-        if name == "branch" and t is None:
+def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None) -> None:
+    of_columns = [("weight", weight), ("bias", bias), ("branch_bias", branch_bias)]
+    for name, t in (("x", x), ("branch", branch), *of_columns):
+        if name.startswith("branch") and t is None:
             continue
         if not isinstance(t, Tensor) or not t.is_floating_point():
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -242,6 +278,6 @@ def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> No
         raise ValueError(f"x: got shape {list(x.shape)}, expected [*, W] with W > 0")
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
         raise ValueError(f"branch: got {branch.dtype} {list(branch.shape)}, expected {x.dtype} {list(x.shape)} like x")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t.shape != x.shape[-1:]:
+    for name, t in of_columns:
+        if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(f"{name}: got shape {list(t.shape)}, expected [{x.shape[-1]}], the width of x")

@@ -65,23 +65,48 @@ def test_triton_quick_gelu(compiler: Compiler, name: str, dtype: str) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("form", ["forward", "backward", "backward without sums"])
+def test_triton_quick_gelu_with_a_bias(compiler: Compiler, form: str, dtype: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from scenarioclip_fast.kernels.quick_gelu import quick_gelu_triton as kernels
+
+    direction = form.split()[0]
+    constants = {"SLOPE": 1.702, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
+    types = {"x": dtype, "bias": "fp32", "out": dtype}
+    if direction == "backward":
+        types = {"grad": dtype, **types, "parts": "fp32"}
+        constants |= {"parts": None} if form.endswith("sums") else {}
+    signature = {name: f"*{of}" for name, of in types.items()} | {"rows": "i32", "width": "i32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    kernel = getattr(kernels, f"quick_gelu_bias_{direction}")
+    compiler.triton(kernel, signature, constants, num_warps=kernels.WARPS).check()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("rows", ["fp32", "bf16"])
 @pytest.mark.parametrize("width", [123, 512, 768, 8192])
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("with_sum", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_triton_add_layer_norm(compiler: Compiler, direction: str, with_sum: bool, width: int, rows: str) -> None:
+def test_triton_add_layer_norm(
+    compiler: Compiler, direction: str, with_sum: bool, with_bias: bool, width: int, rows: str
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from scenarioclip_fast.kernels.add_layer_norm import add_layer_norm_triton as kernels
 
     options = kernels._options(width)
     constants = {"width": width, "WIDTH": options.pop("WIDTH")}
     if direction == "forward":
-        types = {"x": rows, "branch": rows, "weight": "fp32", "bias": "fp32", "total": rows, "normed": rows}
+        types = {"x": rows, "branch": rows, "weight": "fp32", "bias": "fp32", "branch_bias": "fp32"}
+        types |= {"total": rows, "normed": rows}
         rest = {"statistics": "*fp32", "rows": "i32", "eps": "fp32"}
         constants |= {} if with_sum else {"branch": None}
+        constants |= {} if with_sum and with_bias else {"branch_bias": None}
     else:
         types = {"d_total": rows, "d_normed": rows, "total": rows, "weight": "fp32", "statistics": "fp32", "dx": rows}
         rest = {"parts": "*fp32", "rows": "i32"}
+        constants |= {"SUMS": 3 if with_bias else 2}
         constants |= {} if with_sum else {"d_total": None}
     signature = {name: f"*{dtype}" for name, dtype in types.items()} | rest | dict.fromkeys(constants, "constexpr")
     compiler.triton(getattr(kernels, f"add_layer_norm_{direction}"), signature, constants, **options).check()

@@ -236,19 +236,21 @@ LAYERS = """
 from scenarioclip_fast.kernels.add_layer_norm import add_layer_norm_triton as norm
 from scenarioclip_fast.kernels.quick_gelu import quick_gelu_triton as gelu
 
-norm._multiprocessors = lambda _: 132
+norm._multiprocessors = gelu._multiprocessors = lambda _: 132
 
 def both(rows):
     x, branch = (torch.randn(rows, 768).bfloat16() for _ in range(2))
     weight, bias = torch.ones(768), torch.zeros(768)
-    total, normed, statistics = norm.forward(x, branch, weight, bias, 1e-5, torch.bfloat16)
-    norm.backward(total, normed, total, weight, statistics, True)
-    gelu.backward(gelu.forward(x), x)
+    total, normed, statistics = norm.forward(x, branch, weight, bias, bias, 1e-5, torch.bfloat16)
+    norm.backward(total, normed, total, weight, statistics, 3)
+    gelu.backward(gelu.forward(x, None), x, None, False)
+    gelu.backward(gelu.forward(x, bias), x, bias, True)
 
 both(64)
 for rows in (1, 17, 4321):
     both(rows)
-names = ("add_layer_norm_forward", "add_layer_norm_backward", "quick_gelu_forward", "quick_gelu_backward")
+gelus = ("quick_gelu_forward", "quick_gelu_backward", "quick_gelu_bias_forward", "quick_gelu_bias_backward")
+names = ("add_layer_norm_forward", "add_layer_norm_backward", *gelus)
 assert compiled == dict.fromkeys(names, 1) and launched == dict.fromkeys(names, 4), (compiled, launched)
 assert not any("ld.global.b16" in ptx[name] for name in names), [n for n in names if "ld.global.b16" in ptx[n]]
 print("checked")
