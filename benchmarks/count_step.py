@@ -75,7 +75,9 @@ KERNELS: dict[str, int] = {
     "index_add": 2,
     "embedding_dense_backward": 4,  # sorts the indices
     "repeat_interleave": 3,  # of lengths: a running sum, then the indices
-    "add_layer_norm_backward": 2,  # the second sums the gradients of the weights over the programs
+    # The second sums the gradients of weights and biases over the programs; a step's quick-GELUs have biases.
+    "add_layer_norm_backward": 2,
+    "quick_gelu_backward": 2,
     "contrastive_losses": 3,
     "contrastive_losses_backward": 5,
 }

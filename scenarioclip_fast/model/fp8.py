@@ -71,14 +71,14 @@ def product(
 
 
 class _Product(torch.autograd.Function):
-    """x weight^T + bias in FP8; `values` and `scale`: the quantised weight, if it is kept."""
+    """x weight^T + bias, or without bias, in FP8; `values` and `scale`: the quantised weight, if it is kept."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # [M, K]
         weight: Tensor,  # [N, K]
-        bias: Tensor,  # [N]
+        bias: Tensor | None,  # [N]
         values: Tensor | None,  # [N, K]
         scale: Tensor | None,  # [N, 1]
         fp8_gradient: bool,
@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
         _, weight_needs_grad, ctx.bias_needs_grad, *_ = ctx.needs_input_grad
         # For the gradient of the weight, x as autocast would save it.
         ctx.save_for_backward(weight, x.bfloat16() if weight_needs_grad else None)
-        ctx.dtypes, ctx.fp8_gradient = (x.dtype, weight.dtype, bias.dtype), fp8_gradient
+        ctx.dtypes, ctx.fp8_gradient = (x.dtype, weight.dtype, None if bias is None else bias.dtype), fp8_gradient
         quantised = quantize(weight) if values is None or scale is None else (values, scale)
         return product(quantize(x), quantised, bias, fast_sum=True)
 
@@ -122,17 +122,17 @@ class Float8Linear(Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.fp8_gradient, self.quantised = fp8_gradient, quantised
 
-    def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int], with_bias: bool = True) -> list[Tensor]:
         values, scale = self.quantised or (None, None)
-        weights = split_rows(sizes, self.weight, self.bias, values, scale)
+        weights = split_rows(sizes, self.weight, self.bias if with_bias else None, values, scale)
         return [self._product(x, *rows) for x, *rows in zip(inputs, *weights, strict=True)]
 
     def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor, values: Tensor | None, scale: Tensor | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, scale: Tensor | None
     ) -> Tensor:  # [*, in_features]
         flat = x.reshape(-1, x.shape[-1])
         y = cast(Tensor, _Product.apply(flat, weight, bias, values, scale, self.fp8_gradient))
-        return y.to(autocast_dtype(x.device.type) or x.dtype).view(*x.shape[:-1], len(bias))
+        return y.to(autocast_dtype(x.device.type) or x.dtype).view(*x.shape[:-1], len(weight))
 
     def refresh(self) -> None:
         """Quantise a frozen weight again, after its values have changed."""

@@ -37,10 +37,12 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:  # [T, out], [T, in]
 
 
 class _LowLinear(torch.autograd.Function):
-    """x W^T + b for copies of W and b in x's dtype; the gradients of W and b are computed in float32."""
+    """x W^T + b for copies of W and b in x's dtype, or x W^T; the gradients of W and b are computed in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, low_weight: Tensor, low_bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor, low_bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, low_weight)
         return F.linear(x, low_weight, low_bias)
 
@@ -68,15 +70,23 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # [*, in]
         return self.parts([x], [self.out_features])[0]
 
-    def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:  # [*, in] each
+    def product(self, x: Tensor) -> Tensor:  # [*, in]
+        """x W^T without the bias, which the next operation adds and whose gradient it sums: [*, out]."""
+        return self.parts([x], [self.out_features], with_bias=False)[0]
+
+    def parts(
+        self, inputs: Sequence[Tensor], sizes: Sequence[int], with_bias: bool = True
+    ) -> list[Tensor]:  # [*, in] each
         """Apply consecutive ranges of the outputs, of these sizes, to one input each: [*, size] each."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self.weight, self.bias if with_bias else None
         dtype = autocast_dtype(weight.device.type)
         if dtype is None:
             ranges = zip(inputs, *split_rows(sizes, weight, bias), strict=True)
             return [F.linear(*arguments) for arguments in ranges]
-        copies = self.copies or (weight.detach().to(dtype), bias.detach().to(dtype))
-        ranges = zip([x.to(dtype) for x in inputs], *split_rows(sizes, weight, bias, *copies), strict=True)
+        given = (weight, bias)
+        copies = self.copies or [None if t is None else t.detach().to(dtype) for t in given]
+        copies = [None if t is None else copy for t, copy in zip(given, copies, strict=True)]
+        ranges = zip([x.to(dtype) for x in inputs], *split_rows(sizes, *given, *copies), strict=True)
         return [_LowLinear.apply(*arguments) for arguments in ranges]
 
 
@@ -97,10 +107,12 @@ class LayerNorm(nn.LayerNorm):
 class AddLayerNorm(nn.LayerNorm):
     """A residual addition, unless `branch` is None, and the LayerNorm of its result: returns both."""
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # [*, W], [*, W], [W]
         if branch is None:
             return x, layer_norm(x, self.weight, self.bias, eps=self.eps)
-        return add_layer_norm(x, branch.to(x.dtype), self.weight, self.bias, eps=self.eps)
+        return add_layer_norm(x, branch.to(x.dtype), self.weight, self.bias, branch_bias=branch_bias, eps=self.eps)
 
 
 class WeightCopies:
