@@ -30,6 +30,10 @@ class Resources:
         assert self.stack == 0, f"register spills or a local array: {self}"
         assert self.shared <= SHARED_MEMORY_LIMIT, f"too much shared memory: {self}"
 
+    def check_resident(self, programs: int, warps: int) -> None:
+        """The registers of a multiprocessor suffice for so many programs; a warp gets them in units of 8 per thread."""
+        assert programs * warps * 32 * (-(-self.registers // 8) * 8) <= 65536, f"too many registers: {self}"
+
 
 class Compiler:
     """Compiles for sm_90a without a GPU and reads the resources from the machine code."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 # Programs per multiprocessor, enough to hide the latency of one row at a time.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 16, 8
+# With the sum for a bias of the branch, the registers of a multiprocessor suffice for 7 programs of width 768 or 1,024:
+# an eighth would wait for the others to end, and then run alone.
+BACKWARD_PROGRAMS_WITH_BIAS = 7
 WIDEST = 8192  # a row must fit in a program's registers
 
 
@@ -149,7 +152,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     rows, width = total.shape
     dx = torch.empty_like(total)
-    programs = min(rows, BACKWARD_PROGRAMS * _multiprocessors(total.device))
+    per_multiprocessor = BACKWARD_PROGRAMS_WITH_BIAS if sums == 3 else BACKWARD_PROGRAMS
+    programs = min(rows, per_multiprocessor * _multiprocessors(total.device))
     parts = torch.empty(programs, sums, width, dtype=torch.float32, device=total.device) if sums else None
     if total.numel():
         add_layer_norm_backward[(programs,)](

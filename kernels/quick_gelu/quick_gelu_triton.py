@@ -18,9 +18,9 @@ from .reference import SLOPE
 # Bandwidth-bound: 16 bytes per thread and tensor in bfloat16. The compiler must know that the size is a multiple of 16,
 # so sizes are specialised; those of a model, rows times its width, all are.
 BLOCK, WARPS = 1024, 4
-# With a bias: rows and columns at a time, and programs per multiprocessor.
+# With a bias: rows and columns at a time, and programs per multiprocessor, whose registers suffice for all of them.
 ROWS, COLUMNS = 4, 512
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 16, 8
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 12, 7
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def quick_gelu_bias_forward(
     bias,  # [width]
     out,  # [rows, width]
     rows,
-    width,
+    width: tl.constexpr,
     SLOPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -88,7 +88,7 @@ def quick_gelu_bias_backward(
     out,  # [rows, width]
     parts,  # [programs, width], or None
     rows,
-    width,
+    width: tl.constexpr,
     SLOPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -122,7 +122,7 @@ def _grid(x: Tensor, programs: int) -> tuple[int, int]:  # [*, W]
     """Programs over columns and over rows, `programs` per multiprocessor in all."""
     columns = triton.cdiv(x.shape[-1], COLUMNS)
     rows = triton.cdiv(x.numel() // x.shape[-1], ROWS) if x.numel() else 0
-    return columns, min(rows, triton.cdiv(programs * _multiprocessors(x.device), columns))
+    return columns, min(rows, max(programs * _multiprocessors(x.device) // columns, 1))
 
 
 def forward(x: Tensor, bias: Tensor | None) -> Tensor:  # [*, W], [W]

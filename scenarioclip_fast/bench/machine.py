@@ -64,8 +64,11 @@ def state(device: str) -> dict[str, Any]:
 def commit(folder: Path) -> str:
     """The commit of the checkout, with "+ changes" appended if tracked files that affect measurements are modified.
 
-    Without .git (files copied from a checkout), returns SCENARIOCLIP_FAST_COMMIT, or "unknown" if that is not set.
+    SCENARIOCLIP_FAST_COMMIT takes precedence: `make gpu` sets it for files that were copied from a checkout, after
+    comparing them with the digests in gpu-pack/. Returns "unknown" without it and without .git.
     """
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
 
     def git(*args: str) -> str | None:
         try:
@@ -77,7 +80,7 @@ def commit(folder: Path) -> str:
     # The package may be installed inside the repository of another project.
     head = git("rev-parse", "HEAD") if git("rev-parse", "--show-toplevel") == str(folder.resolve()) else None
     if head is None:
-        return os.environ.get(COMMIT_VARIABLE) or "unknown"
+        return "unknown"
     generated = (":(top,exclude)*.md", ":(top,exclude)benchmarks/records")  # rewritten by the benchmarks themselves
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *generated)
     return head + (" + changes" if changed else "")

@@ -533,7 +533,7 @@ def test_hazards_in_cublas_alone_are_no_failure(tmp_path: Path) -> None:
 def test_headline_figures_come_last(tmp_path: Path) -> None:
     group = "training step, vit-b-32, 128 scenes (random pixels), cuda"
     results = [
-        Result("a", group, "ours, bf16, compiled", [0.064], extra={"scenes": 128, "mfu": 0.31, "host, ms": 21.0}),
+        Result("a", group, "ours, bf16, cuda graphs", [0.064], extra={"scenes": 128, "mfu": 0.31, "host, ms": 21.0}),
         Result("b", group, "baseline, float32", [0.32], extra={"scenes": 128}),
     ]
     failed = [Unmeasured("c", "out of memory\nat line 3")]

@@ -43,7 +43,20 @@ def test_newest_record_with_both_sides_is_used() -> None:
 def test_unmeasured_claims_are_omitted() -> None:
     assert len(readme.rows([CLAIM], [record("half", "2026-01-02", 9.0, None)])) == 2  # the head alone
     assert readme.tables([]) == "Nothing has been measured yet."
-    assert "GPU" not in readme.tables([readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")])
+    measured = [readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")]
+    assert "GPU" not in readme.tables([record for record in measured if record.kind == "cpu"])
+
+
+def test_a_claim_as_launched_counts_the_hosts_time() -> None:
+    """A baseline of a thousand launches is bound by its host: comparing it with a kernel's time would be unfair."""
+    measured = [readme.read_record(path) for path in readme.RECORDS.glob(f"*/{FILE}")]
+    claims = [claim for claim in readme.GPU if claim.as_launched]
+    found = [readme.find(claim, measured) for claim in claims]
+    assert found
+    for each in found:
+        assert each is not None
+        launched = [result.extra["as launched, ms"] for result in (each.baseline, each.ours)]
+        assert each.ratio == pytest.approx(launched[0] / launched[1])
 
 
 def test_chart_has_a_bar_per_measured_ratio(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,21 +66,27 @@ def test_triton_quick_gelu(compiler: Compiler, name: str, dtype: str) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("width", [123, 2048, 3072])
 @pytest.mark.parametrize("form", ["forward", "backward", "backward without sums"])
-def test_triton_quick_gelu_with_a_bias(compiler: Compiler, form: str, dtype: str) -> None:
+def test_triton_quick_gelu_with_a_bias(compiler: Compiler, form: str, width: int, dtype: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from scenarioclip_fast.kernels.quick_gelu import quick_gelu_triton as kernels
 
     direction = form.split()[0]
-    constants = {"SLOPE": 1.702, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
+    constants = {"width": width, "SLOPE": 1.702, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS}
     types = {"x": dtype, "bias": "fp32", "out": dtype}
     if direction == "backward":
         types = {"grad": dtype, **types, "parts": "fp32"}
         constants |= {"parts": None} if form.endswith("sums") else {}
-    signature = {name: f"*{of}" for name, of in types.items()} | {"rows": "i32", "width": "i32"}
+    signature = {name: f"*{of}" for name, of in types.items()} | {"rows": "i32"}
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = getattr(kernels, f"quick_gelu_bias_{direction}")
-    compiler.triton(kernel, signature, constants, num_warps=kernels.WARPS).check()
+    resources = compiler.triton(kernel, signature, constants, num_warps=kernels.WARPS)
+    resources.check()
+    if width % 16 == 0 and dtype != "fp32":
+        assert "ld.global.b16" not in resources.ptx, "narrow loads"
+        programs = kernels.FORWARD_PROGRAMS if direction == "forward" else kernels.BACKWARD_PROGRAMS
+        resources.check_resident(programs, kernels.WARPS)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
@@ -109,4 +115,8 @@ def test_triton_add_layer_norm(
         constants |= {"SUMS": 3 if with_bias else 2}
         constants |= {} if with_sum else {"d_total": None}
     signature = {name: f"*{dtype}" for name, dtype in types.items()} | rest | dict.fromkeys(constants, "constexpr")
-    compiler.triton(getattr(kernels, f"add_layer_norm_{direction}"), signature, constants, **options).check()
+    resources = compiler.triton(getattr(kernels, f"add_layer_norm_{direction}"), signature, constants, **options)
+    resources.check()
+    if direction == "backward" and width in (512, 768) and rows == "bf16":
+        programs = kernels.BACKWARD_PROGRAMS_WITH_BIAS if with_bias else kernels.BACKWARD_PROGRAMS
+        resources.check_resident(programs, options["num_warps"])
