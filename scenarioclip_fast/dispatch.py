@@ -92,6 +92,10 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "cpu": Backend("views.views_native", _CPU, "native-cpu"),
         "reference": Backend("views.reference"),
     },
+    "short_attention": {
+        "triton": Backend("short_attention.short_attention_triton", _CUDA, "triton"),
+        "reference": Backend("short_attention.reference", float64=True),
+    },
 }
 NAMES = tuple(dict.fromkeys(name for backends in BACKENDS.values() for name in reversed(backends)))
 
@@ -125,6 +129,19 @@ def use_backend(name: str) -> Iterator[None]:
         del _forced[entry]
 
 
+def requested(backend: str = "auto") -> tuple[str, str]:
+    """Return the backend that is asked for ("auto" for none) and where: `backend=`, use_backend or the variable.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if _validated(backend, "backend=") != "auto":
+        return backend, "backend="
+    if _forced and (name := list(_forced.values())[-1]) != "auto":
+        return name, "use_backend"
+    return _validated(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE
+
+
 def resolve(op: str, backend: str, device_type: str, *, dtype: str = "", work: int = 0, width: int = 0) -> str:
     """Return the name of the backend that runs `op` on `device_type`.
 
@@ -140,11 +157,7 @@ def resolve(op: str, backend: str, device_type: str, *, dtype: str = "", work: i
         BackendError: the named backend cannot be used.
         ValueError: the name is unknown.
     """
-    name, source = _validated(backend, "backend="), "backend="
-    if name == "auto" and _forced:
-        name, source = list(_forced.values())[-1], "use_backend"
-    if name == "auto":
-        name, source = _validated(os.environ.get(VARIABLE) or "auto", VARIABLE), VARIABLE
+    name, source = requested(backend)
     if name == "auto":
         for candidate in BACKENDS[op]:
             # The size first: it is cheaper to compare than to ask for the device.

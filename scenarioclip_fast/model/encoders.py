@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scenarioclip_fast.kernels.short_attention.reference import heads_of
 from scenarioclip_fast.model.config import TextConfig, VisionConfig
 from scenarioclip_fast.model.layers import AddLayerNorm, LayerNorm, Linear, autocast_dtype
-from scenarioclip_fast.ops import quick_gelu
+from scenarioclip_fast.ops import quick_gelu, short_attention
+from scenarioclip_fast.ops.attention import attention_backend
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Packing:
 
     slot [T]: each row's cell in the grid;  cell [n * longest]: each cell's row, for padding that of the last token
     position [T]: each row's place in its text;  last [n]: the row of each text's end-of-text token
+    starts [n + 1]: the first row of each text, then T
     """
 
     slot: Tensor  # [T]
     cell: Tensor  # [n * longest]
     position: Tensor  # [T]
     last: Tensor  # [n]
+    starts: Tensor  # [n + 1]
     longest: int
 
     @classmethod
@@ -56,12 +60,13 @@ class Packing:
         position = np.arange(len(text)) - (end - lengths)[text]
         cell = (end - lengths)[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
         place = position if starts is None else starts[text] + position
-        parts = [text * longest + position, cell.ravel(), position, end - 1, place]
+        parts = [text * longest + position, cell.ravel(), position, end - 1, np.concatenate([[0], end]), place]
         whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         if device.type == "cuda":
             whole = whole.pin_memory()
-        slot, cells, positions, last, places = whole.to(device, non_blocking=True).split([len(part) for part in parts])
-        return cls(slot, cells, positions, last, longest), places
+        on_device = whole.to(device, non_blocking=True)
+        slot, cells, positions, last, first, places = on_device.split([len(part) for part in parts])
+        return cls(slot, cells, positions, last, first, longest), places
 
 
 class _ToGrid(torch.autograd.Function):
@@ -79,14 +84,6 @@ class _ToGrid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slot,) = ctx.saved_tensors
         return grad.index_select(0, slot), None, None
-
-
-def _heads(x: Tensor) -> list[Tensor]:  # [n, L, parts, heads, W / heads]
-    """Queries, keys and values: parts x [n, heads, L, W / heads].
-
-    Unbind, then transpose: the backward pass of unbinding a permuted tensor would need one more copy.
-    """
-    return [part.transpose(1, 2) for part in x.unbind(2)]
 
 
 class Attention(nn.Module):
@@ -107,21 +104,30 @@ class Attention(nn.Module):
             # The query of the class token only; keys and values of all tokens.
             query, pair = self.qkv.parts([x[:, 0], x], [width, 2 * width])
             q = query.view(n, self.heads, 1, width // self.heads)
-            k, v = _heads(pair.view(n, length, 2, self.heads, width // self.heads))
+            k, v = heads_of(pair.view(n, length, 2, self.heads, width // self.heads))
             return self.out.product(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
-        q, k, v = _heads(self.qkv(x).view(n, length, 3, self.heads, width // self.heads))
-        return self.out.product(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+        qkv = self.qkv(x).view(n * length, 3 * width)
+        backend = attention_backend(qkv, self.heads, length)
+        return self.out.product(short_attention(qkv, self.heads, length=length, backend=backend).view(n, length, width))
 
     def _packed(self, x: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, W]
-        n, longest, width = packing.last.shape[0], packing.longest, x.shape[-1]
         qkv = self.qkv(x)
+        backend = attention_backend(qkv, self.heads, packing.longest)
+        if backend == "reference":
+            return self.out.product(self._on_grid(qkv, packing, pooled))
+        y = short_attention(
+            qkv, self.heads, starts=packing.starts, longest=packing.longest, causal=True, backend=backend
+        )
+        return self.out.product(y.index_select(0, packing.last) if pooled else y)
+
+    def _on_grid(self, qkv: Tensor, packing: Packing, pooled: bool) -> Tensor:  # [T, 3 W]
+        n, longest, width = packing.last.shape[0], packing.longest, qkv.shape[1] // 3
         grid = cast(Tensor, _ToGrid.apply(qkv, packing.slot, packing.cell))
-        q, k, v = _heads(grid.view(n, longest, 3, self.heads, width // self.heads))
+        q, k, v = heads_of(grid.view(n, longest, 3, self.heads, width // self.heads))
         # Padding follows a text's tokens, so causal attention ignores it. Products with weights have no padding; the
         # two products here are 0.2 % of a block's FLOPs, with 1.1 to 1.6 cells per token for texts of 3 to 9 tokens.
-        # torch's varlen attention does not support float32; it would save some 70 small launches per step.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n * longest, width)
-        return self.out.product(y.index_select(0, packing.slot[packing.last] if pooled else packing.slot))
+        return y.index_select(0, packing.slot[packing.last] if pooled else packing.slot)
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ check_installed()  # every use of scenarioclip_fast.kernels imports this package
 
 if TYPE_CHECKING:
     from scenarioclip_fast.ops.activation import quick_gelu
+    from scenarioclip_fast.ops.attention import short_attention
     from scenarioclip_fast.ops.contrastive import contrastive_loss, multilevel_contrastive_loss
     from scenarioclip_fast.ops.distillation import distillation_loss
     from scenarioclip_fast.ops.ema import ema_update_
@@ -22,6 +23,7 @@ else:
         __name__,
         {
             "activation": ["quick_gelu"],
+            "attention": ["short_attention"],
             "contrastive": ["contrastive_loss", "multilevel_contrastive_loss"],
             "distillation": ["distillation_loss"],
             "ema": ["ema_update_"],
@@ -40,4 +42,5 @@ __all__ = [
     "multilevel_contrastive_loss",
     "quick_gelu",
     "render_views",
+    "short_attention",
 ]
