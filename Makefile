@@ -46,7 +46,7 @@ test-install: install
 # The Triton kernels with the oldest supported Triton; `make test` runs them with the newest.
 test-triton: install $(TRITON_VENV)/packages
 	$(TRITON_VENV)/bin/python -m pytest tests/kernels tests/ops/test_contrastive.py tests/ops/test_distillation.py \
-	  tests/ops/test_add_layer_norm.py tests/ops/test_quick_gelu.py \
+	  tests/ops/test_add_layer_norm.py tests/ops/test_quick_gelu.py tests/ops/test_short_attention.py \
 	  -k "triton or compile or launches" -n $(JOBS) --dist loadfile
 
 # An environment that sees the packages of .venv, with another Triton.

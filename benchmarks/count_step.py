@@ -37,7 +37,7 @@ from scenarioclip_fast.model.tokens import TokenTable, UniqueTexts
 from scenarioclip_fast.ops.contrastive import validate
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_mm")
-_ATTENTION = "_scaled_dot_product"
+_ATTENTION = ("_scaled_dot_product", "short_attention")
 _CASTS = ("_to_copy", "copy_", "_foreach_copy_")
 _READ_BY_INDEX = ("index_select", "embedding", "index", "gather")
 _WRITES_ONLY = (

@@ -83,7 +83,7 @@ def calls() -> Iterable[Callable[[], Any]]:
     from scenarioclip_fast.benchmarks.timing import sized
 
     from scenarioclip_fast.dispatch import unavailable_reason
-    from scenarioclip_fast.ops import add_layer_norm, quick_gelu
+    from scenarioclip_fast.ops import add_layer_norm, quick_gelu, short_attention
 
     leaves = features(sized(32768, 128), 512, "cuda")
     for form in ("ours: cuda", "ours: triton"):
@@ -100,13 +100,16 @@ def calls() -> Iterable[Callable[[], Any]]:
         torch.randn(sized(64000, 64), 768, device=leaves[0].device).bfloat16().requires_grad_() for _ in range(2)
     )
     wide = torch.randn(sized(64000, 64), 3072, device=x.device).bfloat16().requires_grad_()
+    qkv = torch.randn(sized(64000, 64), 3 * 768, device=x.device).bfloat16().requires_grad_()
     weight, bias, out = (torch.ones(768, device=x.device, requires_grad=True) for _ in range(3))
     expand = torch.ones(3072, device=x.device, requires_grad=True)
 
     def layers() -> Any:  # with biases, as in a block
         total, normed = add_layer_norm(x, branch, weight, bias, branch_bias=out)
-        leaves = (x, weight, out, wide, expand)
-        return torch.autograd.grad((total, normed, quick_gelu(wide, expand)), leaves, (total, normed, wide.detach()))
+        y = short_attention(qkv, 12, length=sized(50, 8))
+        leaves = (x, weight, out, wide, expand, qkv)
+        outputs = (total, normed, quick_gelu(wide, expand), y)
+        return torch.autograd.grad(outputs, leaves, (total, normed, wide.detach(), y.detach()))
 
     yield layers
 

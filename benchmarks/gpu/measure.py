@@ -60,6 +60,7 @@ IMPORTS = (
     "scenarioclip_fast.kernels.contrastive.contrastive_triton",
     "scenarioclip_fast.kernels.distillation.distillation_triton",
     "scenarioclip_fast.kernels.quick_gelu.quick_gelu_triton",
+    "scenarioclip_fast.kernels.short_attention.short_attention_triton",
 )
 # Each test file, and the number of processes that share its tests, many of which compile a kernel. Collecting tests
 # queries the driver for devices, so no process that has collected tests may be forked.
@@ -84,6 +85,7 @@ TESTS = {
     "tests/ops/test_ema.py": 1,
     "tests/ops/test_add_layer_norm.py": 1,
     "tests/ops/test_quick_gelu.py": 1,
+    "tests/ops/test_short_attention.py": 2,
     "tests/test_native.py": 1,
 }
 PARALLEL_TESTS = 8

@@ -27,6 +27,7 @@ from scenarioclip_fast.ops import (
     layer_norm,
     quick_gelu,
     render_views,
+    short_attention,
 )
 
 DEVICE = device_for("cuda")
@@ -78,6 +79,11 @@ def layers(backend: str) -> None:
     for given in (None, extra):
         total = total + quick_gelu(x, given, backend=backend_for(backend))
     (total.float() + y).sum().backward()
+    qkv = torch.randn(500, 3 * 160, device=DEVICE).bfloat16().requires_grad_()
+    short_attention(qkv, 2, length=50, backend=backend_for(backend)).float().square().sum().backward()
+    starts = torch.tensor([0, 3, 3, 20, 21], device=DEVICE)
+    z = short_attention(qkv[:21], 2, starts=starts, longest=17, causal=True, backend=backend_for(backend))
+    z.float().square().sum().backward()
 
 
 def contrastive(backend: str, sizes: Sequence[tuple[int, int]]) -> None:

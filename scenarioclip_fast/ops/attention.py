@@ -36,7 +36,7 @@ def short_attention(
             by at most `longest`; values on a GPU are not checked.
         longest: the number of tokens of the longest sequence, or more.
         causal: a token sees itself and earlier tokens only.
-        backend: "auto", "reference" (torch's attention) or "triton": up to 128 tokens and heads of 16 to 128, in
+        backend: "auto", "reference" or "cpu" (torch's attention), or "triton": up to 128 tokens and heads of 16 to 128, in
             float32 up to 32 tokens and heads of 16 to 64. "auto" is the reference for anything else.
 
     Returns:
@@ -67,6 +67,8 @@ def attention_backend(qkv: Tensor, heads: int, longest: int) -> str:
 def _resolve(qkv: Tensor, heads: int, longest: int, backend: str) -> str:
     name = dispatch.resolve("short_attention", backend, qkv.device.type, dtype=str(qkv.dtype).removeprefix("torch."))
     width = qkv.shape[-1] // (3 * heads)
+    if name == "cpu":
+        return "reference"
     if name == "reference" or limits.takes(longest, width, qkv.dtype):
         return name
     if dispatch.requested(backend)[0] == "auto":

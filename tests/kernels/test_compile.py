@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,3 +121,45 @@ def test_triton_add_layer_norm(
     if direction == "backward" and width in (512, 768) and rows == "bf16":
         programs = kernels.BACKWARD_PROGRAMS_WITH_BIAS if with_bias else kernels.BACKWARD_PROGRAMS
         resources.check_resident(programs, options["num_warps"])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process")
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width", "longest"),
+    [
+        *(
+            ("bf16", heads, width, length)
+            for heads, width in ((12, 64), (3, 16), (2, 128))
+            for length in (9, 32, 50, 128)
+        ),
+        ("bf16", 16, 80, 50),
+        ("fp16", 12, 64, 50),
+        ("fp32", 8, 64, 9),
+        ("fp32", 12, 64, 32),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_triton_short_attention(
+    compiler: Compiler, direction: str, packed: bool, dtype: str, heads: int, width: int, longest: int
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import torch
+    from scenarioclip_fast.kernels.short_attention import limits
+    from scenarioclip_fast.kernels.short_attention import short_attention_triton as kernels
+
+    qkv = torch.empty(0, 3 * heads * width, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype))
+    assert limits.takes(longest, width, qkv.dtype)
+    constants = kernels._options(qkv, heads, longest) | {"causal": packed}
+    warps = constants.pop("num_warps")
+    constants |= {} if packed else {"starts": None}
+    signature = {"qkv": f"*{dtype}", "starts": "*i64", "out": f"*{dtype}", "length": "i32", "factor": "fp32"}
+    if direction == "backward":
+        signature = {"grad": f"*{dtype}", **signature, "scale": "fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    kernel = getattr(kernels, f"short_attention_{direction}")
+    resources = compiler.triton(kernel, signature, constants, num_warps=warps)
+    resources.check()
+    # Rows are read and written 16 bytes at once.
+    assert "ld.global.v4.b32" in resources.ptx and "st.global.v4.b32" in resources.ptx
+    assert not re.search(r"(ld|st)\.global\.(v2\.)?(b8|b16|b32)", resources.ptx)

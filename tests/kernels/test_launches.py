@@ -256,11 +256,34 @@ assert not any("ld.global.b16" in ptx[name] for name in names), [n for n in name
 print("checked")
 """
 
+ATTENTION = """
+from scenarioclip_fast.kernels.short_attention import short_attention_triton as attention
+
+def both(total, longest, starts=None, dtype=torch.bfloat16):
+    qkv = torch.randn(total, 3 * 768).to(dtype)
+    y = attention.forward(qkv, 12, longest, starts, starts is not None)
+    attention.backward(y, qkv, 12, longest, starts, starts is not None)
+
+names = ("short_attention_forward", "short_attention_backward")
+for n in (64, 1, 17, 1280, 0):
+    both(50 * n, 50)
+both(64 * 49, 49)
+assert compiled == dict.fromkeys(names, 1) and launched == dict.fromkeys(names, 5), (compiled, launched)
+# Starts that begin anywhere in a buffer.
+for offset in range(3):
+    for lengths in ([9, 1, 8, 3], [1], [2] * 100):
+        starts = torch.tensor([0] * (offset + 1) + lengths).cumsum(0)[offset:]
+        both(sum(lengths), max(lengths), starts)
+assert compiled == dict.fromkeys(names, 2), compiled
+assert not any(f"ld.global.b{size}" in ptx[name] for name in names for size in (16, 32))
+print("checked")
+"""
+
 
 @pytest.mark.parametrize(
     "kernels",
-    [FEATURES + CONTRASTIVE, FEATURES + LOG_SUMS, DISTILLATION, LAYERS],
-    ids=["contrastive", "log_sums", "distillation", "layers"],
+    [FEATURES + CONTRASTIVE, FEATURES + LOG_SUMS, DISTILLATION, LAYERS, ATTENTION],
+    ids=["contrastive", "log_sums", "distillation", "layers", "attention"],
 )
 def test_sizes_compile_nothing_anew(kernels: str, tmp_path: Path) -> None:
     """In a separate process, because the fake driver stays active."""
