@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scenarioclip_fast.kernels.short_attention.reference import heads_of
 from scenarioclip_fast.model.config import TextConfig, VisionConfig
 from scenarioclip_fast.model.layers import AddLayerNorm, LayerNorm, Linear, autocast_dtype
 from scenarioclip_fast.ops import quick_gelu, short_attention
-from scenarioclip_fast.ops.attention import attention_backend
+from scenarioclip_fast.ops.attention import attention_backend, heads_of
 
 
 @dataclass(frozen=True)

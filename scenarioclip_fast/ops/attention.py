@@ -12,6 +12,8 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.short_attention import limits, reference
 from scenarioclip_fast.ops.plain import is_plain_call
 
+heads_of = reference.heads_of  # for models, which do not import kernels
+
 
 def short_attention(
     qkv: Tensor,  # [T, 3 W]
@@ -36,8 +38,8 @@ def short_attention(
             by at most `longest`; values on a GPU are not checked.
         longest: the number of tokens of the longest sequence, or more.
         causal: a token sees itself and earlier tokens only.
-        backend: "auto", "reference" or "cpu" (torch's attention), or "triton": up to 128 tokens and heads of 16 to 128, in
-            float32 up to 32 tokens and heads of 16 to 64. "auto" is the reference for anything else.
+        backend: "auto", "reference" or "cpu" (torch's attention), or "triton": up to 128 tokens and heads of 16 to
+            128, in float32 up to 32 tokens and heads of 16 to 64. "auto" is the reference for anything else.
 
     Returns:
         The heads' outputs side by side, in qkv's dtype; statistics are float32.
