@@ -95,7 +95,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "short_attention": {
         "triton": Backend("short_attention.short_attention_triton", _CUDA, "triton"),
         # torch's attention under another name, for those who ask for "cpu" everywhere.
-        "cpu": Backend("short_attention.reference", _CPU, float64=True, automatic=False),
+        "cpu": Backend("short_attention.reference", _CPU, float64=True),
         "reference": Backend("short_attention.reference", float64=True),
     },
 }
