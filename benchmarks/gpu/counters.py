@@ -27,8 +27,8 @@ METRICS = {
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "blocks",
 }
-# Products of cuBLAS and the fills and sums of PyTorch are left out.
-KERNELS = "regex:^(?!.*(nvjet|gemm|at::|vectorized|elementwise|Memset)).*"
+# Function names, without namespaces and template arguments. Kernels of cuBLAS and PyTorch are left out.
+KERNELS = "regex:^(?!.*(nvjet|gemm|splitK|elementwise|reduce_kernel|multi_tensor|CatArray|distribution)).*"
 
 
 def command(output: str, python: str) -> list[str]:
@@ -87,7 +87,7 @@ def calls() -> Iterable[Callable[[], Any]]:
 
     leaves = features(sized(32768, 128), 512, "cuda")
     for form in ("ours: cuda", "ours: triton"):
-        if unavailable_reason("contrastive_loss", form.removeprefix("ours: "), leaves[0].device, "bfloat16"):
+        if unavailable_reason("contrastive_loss", form.removeprefix("ours: "), leaves[0].device.type, "bfloat16"):
             continue
 
         def both(form: str = form) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import headline, jobs, measure, pack, rehearse, run, sections, start_up
+from gpu import counters, headline, jobs, measure, pack, rehearse, run, sections, start_up
 from gpu.processes import Forked, Launcher, Process, Spawned, Task, pytest_task, script_task
 
 from scenarioclip_fast.bench import machine
@@ -34,6 +34,40 @@ def test_budgets_fit_the_total() -> None:
     last = max(sections.ALL.index(s) for s in sections.ALL if s.name in sections.HEADLINES)
     assert sum(s.budget for s in sections.ALL[: last + 1]) < sections.HEADLINE_S
     assert all(s.budget <= s.maximum for s in sections.ALL)
+
+
+COUNTERS = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed"
+"","","ns","%"
+"0","void scf::(anonymous namespace)::resize_down<float>(const ViewJob *, int)","1,234.5","23.4"
+"1","tile_sums","2000","n/a"
+"2","void scf::(anonymous namespace)::resize_down<float>(const ViewJob *, int)","2,234.5","24.4"
+"""
+
+
+def test_table_of_counters() -> None:
+    head, longest, other = [line.split() for line in counters.table(COUNTERS.splitlines())]
+    assert head[:3] == ["kernel", "launches", "us"]
+    assert longest[:3] == ["resize_down", "2", "2.2"] and "24.4" in longest  # the longer of two launches
+    assert other[:3] == ["tile_sums", "1", "2.0"] and set(other[3:]) == {"nan"}
+    assert counters.table(["==ERROR== no permission"]) == ["ncu wrote no counters"]
+    excluded = re.compile(counters.KERNELS.removeprefix("regex:"))
+    ours = ("device_kernel", "tile_sums", "resize_across", "add_layer_norm_forward", "short_attention_backward")
+    assert all(excluded.match(name) for name in ours)
+    theirs = ("nvjet_sm90_tst_192x192", "vectorized_elementwise_kernel", "reduce_kernel", "splitKreduce_kernel")
+    assert not any(excluded.match(name) for name in theirs)
+
+
+def test_counted_kernels_include_the_contrastive_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's type decides what is available: a form that was passed over without a word was not counted."""
+    asked: list[Any] = []
+    monkeypatch.setattr("scenarioclip_fast.dispatch.unavailable_reason", lambda *given: asked.append(given))
+    monkeypatch.setattr("scenarioclip_fast.benchmarks.timing.REHEARSAL", True)
+    monkeypatch.setattr("scenarioclip_fast.benchmarks.bench_contrastive.REHEARSAL", True)
+    calls = iter(counters.calls())
+    next(calls)
+    next(calls)
+    assert [given[:3] for given in asked] == [("contrastive_loss", name, "cpu") for name in ("cuda", "triton")]
 
 
 def test_every_benchmark_has_a_section() -> None:
