@@ -135,10 +135,11 @@ def forward(
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if x.numel():
         programs = min(rows, FORWARD_PROGRAMS * _multiprocessors(x.device))
-        add_layer_norm_forward[(programs,)](
-            x, branch, weight, bias, branch_bias, x if total is None else total, normed, statistics, rows, eps, width,
-            **_options(width),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of its arguments
+            add_layer_norm_forward[(programs,)](
+                x, branch, weight, bias, branch_bias, x if total is None else total, normed, statistics, rows, eps,
+                width, **_options(width),
+            )  # fmt: skip
     return total, normed, statistics
 
 
@@ -156,7 +157,8 @@ def backward(
     programs = min(rows, per_multiprocessor * _multiprocessors(total.device))
     parts = torch.empty(programs, sums, width, dtype=torch.float32, device=total.device) if sums else None
     if total.numel():
-        add_layer_norm_backward[(programs,)](
-            d_total, d_normed, total, weight, statistics, dx, parts, rows, width, sums, **_options(width)
-        )
+        with torch.cuda.device_of(total):
+            add_layer_norm_backward[(programs,)](
+                d_total, d_normed, total, weight, statistics, dx, parts, rows, width, sums, **_options(width)
+            )
     return dx, None if parts is None else parts.sum(0)

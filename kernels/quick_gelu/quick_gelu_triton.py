@@ -129,13 +129,14 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:  # [*, W], [W]
     out = torch.empty_like(x)
     if not x.numel():
         return out
-    if bias is None:
-        quick_gelu_forward[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), SLOPE, BLOCK, num_warps=WARPS)
-        return out
-    width = x.shape[-1]
-    quick_gelu_bias_forward[_grid(x, FORWARD_PROGRAMS)](
-        x, bias, out, x.numel() // width, width, SLOPE, ROWS, COLUMNS, num_warps=WARPS
-    )
+    width = x.shape[-1] if x.dim() else 1
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of its arguments
+        if bias is None:
+            quick_gelu_forward[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), SLOPE, BLOCK, num_warps=WARPS)
+        else:
+            quick_gelu_bias_forward[_grid(x, FORWARD_PROGRAMS)](
+                x, bias, out, x.numel() // width, width, SLOPE, ROWS, COLUMNS, num_warps=WARPS
+            )
     return out
 
 
@@ -146,15 +147,16 @@ def backward(
     with_sums: bool,
 ) -> tuple[Tensor, Tensor | None]:
     out = torch.empty_like(x)
-    if bias is None:
-        if x.numel():
+    if not x.numel():
+        sums = torch.zeros(x.shape[-1], device=x.device) if bias is not None and with_sums else None
+        return out, sums
+    with torch.cuda.device_of(x):
+        if bias is None:
             blocks = triton.cdiv(x.numel(), BLOCK)
             quick_gelu_backward[(blocks,)](grad, x, out, x.numel(), SLOPE, BLOCK, num_warps=WARPS)
-        return out, None
-    width = x.shape[-1]
-    grid = _grid(x, BACKWARD_PROGRAMS)
-    parts = torch.empty(grid[1], width, dtype=torch.float32, device=x.device) if with_sums else None
-    if x.numel():
+            return out, None
+        width, grid = x.shape[-1], _grid(x, BACKWARD_PROGRAMS)
+        parts = torch.empty(grid[1], width, dtype=torch.float32, device=x.device) if with_sums else None
         quick_gelu_bias_backward[grid](
             grad, x, bias, out, parts, x.numel() // width, width, SLOPE, ROWS, COLUMNS, num_warps=WARPS
         )

@@ -143,9 +143,10 @@ def forward(
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     if programs := _programs(qkv, heads, longest, starts):
         options = _options(qkv, heads, longest)
-        short_attention_forward[(programs,)](
-            qkv, starts, out, longest, _LOG2_E / math.sqrt(options["width"]), causal=causal, **options
-        )
+        with torch.cuda.device_of(qkv):  # Triton launches on the current device, not on that of its arguments
+            short_attention_forward[(programs,)](
+                qkv, starts, out, longest, _LOG2_E / math.sqrt(options["width"]), causal=causal, **options
+            )
     return out
 
 
@@ -161,7 +162,8 @@ def backward(
     if programs := _programs(qkv, heads, longest, starts):
         options = _options(qkv, heads, longest)
         scale = 1 / math.sqrt(options["width"])
-        short_attention_backward[(programs,)](
-            grad, qkv, starts, out, longest, _LOG2_E * scale, scale, causal=causal, **options
-        )
+        with torch.cuda.device_of(qkv):
+            short_attention_backward[(programs,)](
+                grad, qkv, starts, out, longest, _LOG2_E * scale, scale, causal=causal, **options
+            )
     return out

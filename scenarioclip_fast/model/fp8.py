@@ -134,10 +134,18 @@ class Float8Linear(Linear):
         y = cast(Tensor, _Product.apply(flat, weight, bias, values, scale, self.fp8_gradient))
         return y.to(autocast_dtype(x.device.type) or x.dtype).view(*x.shape[:-1], len(weight))
 
+    def derived(self) -> Sequence[Tensor]:
+        return self.quantised or ()
+
     def refresh(self) -> None:
         """Quantise a frozen weight again, after its values have changed."""
         if self.quantised is not None:
-            self.quantised = _quantised(self.weight)
+            found = _quantised(self.weight)
+            if self.quantised[0].device != found[0].device:
+                self.quantised = found
+                return
+            for old, new in zip(self.quantised, found, strict=True):  # in place: layers share it, CUDA graphs read it
+                old.view(torch.uint8).copy_(new.view(torch.uint8))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Float8Linear:
         super()._apply(fn, recurse)

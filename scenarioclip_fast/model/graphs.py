@@ -4,23 +4,24 @@ A training step of ViT-B/32 launches some 1,100 kernels, and the vision encoders
 a GPU to run. Views are padded with rows of zeros to a few sizes (`bucket`), each of which is captured when it first
 occurs. Rows are independent, and padded rows have no gradient: only the order of sums may change.
 
-Captured work reads and writes fixed memory. Parameters must therefore be updated in place, as optimizers,
-`load_state_dict` and the EMA teacher do.
+Captured work reads and writes fixed memory. Parameters should therefore be updated in place, as optimizers,
+`load_state_dict` and the EMA teacher do: where weights have moved, everything is captured again. The gradients of a
+step are overwritten by the next one.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from scenarioclip_fast.model.encoders import Encoder, VisionEncoder
-from scenarioclip_fast.model.layers import autocast_dtype
+from scenarioclip_fast.model.layers import Linear, autocast_dtype
 
 T = TypeVar("T")
 _WARMUP = 2  # calls before a capture: kernels are compiled and workspaces allocated
@@ -43,68 +44,102 @@ def graph_vision(encoders: Iterable[Encoder]) -> int:
 class StageGraphs:
     """Runs ranges of an encoder's stages as CUDA graphs, one per range and size.
 
-    Graphs of a range share a memory pool, since they never run at the same time; graphs with a backward pass have
-    their own, because their activations are in use until then.
+    The graphs of a range share a memory pool, and with it the activations: only the latest forward pass of a range has
+    a backward pass.
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self._pools: dict[Hashable, Any] = {}
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._encoder = weakref.ref(encoder)  # no cycle, which would keep the weights until the next collection
+        self._ranges: dict[Hashable, _Range] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the encoder has no graphs
 
     def __call__(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         """The stages `start` to `stop` of x: [n, ...]. x has no gradient."""
-        stages = self.encoder.stages[start:stop]
+        encoder = self._encoder()
+        assert encoder is not None
+        stages = encoder.stages[start:stop]
         parameters: list[Tensor] = [p for stage in stages for p in stage.parameters() if p.requires_grad]
         trains = torch.is_grad_enabled() and bool(parameters)
-        kind = (start, stop, trains)
+        found = self._ranges.setdefault((start, stop, trains, x.device), _Range())
+        found.keep_only(_addresses(stages))
         layout = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        weights = next(stages[-1].parameters()).data_ptr()  # moved weights need a new graph
-        key = (*kind, bucket(len(x)), x.shape[1:], x.dtype, layout, autocast_dtype(x.device.type), weights)
-        graph = self._graphs.get(key)
+        key = (bucket(len(x)), x.shape[1:], x.dtype, layout, autocast_dtype(x.device.type))
+        graph = found.graphs.get(key)
         if graph is None:
-            if kind not in self._pools:
-                self._pools[kind] = torch.cuda.graph_pool_handle()
-            run = functools.partial(self.encoder.run_stages, start=start, stop=stop)
-            graph = _Graph(run, x, parameters if trains else [], self._pools[kind])
-            self._graphs[key] = graph
+            run = functools.partial(encoder.run_stages, start=start, stop=stop)
+            graph = found.graphs[key] = _Graph(run, x, parameters if trains else [], found)
         if not trains:
             return graph.forward(x)
         y: Tensor = _Replay.apply(graph, x, *parameters)
         return y
 
 
+class _Range:
+    """The graphs of a range of stages, by size, and their memory pool."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.graphs: dict[Hashable, _Graph] = {}
+        self.passes = 0  # forward passes so far
+        self._addresses: tuple[Any, ...] = ()
+
+    def keep_only(self, addresses: tuple[Any, ...]) -> None:
+        """Drop the graphs if the weights that they read have moved, or others are trained."""
+        if addresses != self._addresses:
+            self._addresses, self.pool = addresses, None
+            self.graphs.clear()
+
+
+def _addresses(stages: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """What the captured launches of stages depend on: where weights and their copies are, and which are trained."""
+    found: list[Any] = []
+    for stage in stages:
+        for module in stage.modules():
+            tensors = [p for p in module._parameters.values() if p is not None]
+            found += [(p.data_ptr(), p.requires_grad) for p in tensors]
+            if isinstance(module, Linear):
+                found += [t.data_ptr() for t in module.derived()]
+    return tuple(found)
+
+
 class _Graph:
     """A captured function of padded rows, and its gradients for `parameters`."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], pool: Any) -> None:
-        self._x = x.new_zeros(bucket(len(x)), *x.shape[1:])
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            self._x = self._x.contiguous(memory_format=torch.channels_last)
+    def __init__(self, run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], owner: _Range) -> None:
+        self.owner = owner
         self._parameters, self._rows = parameters, 0
         self._gradients: list[Tensor | None] = []
-        # A cast of a weight in autocast's cache would be freed when the step ends.
-        with _without_cast_cache(x.device.type):
-            self._capture(run, pool)
+        # Not in inference mode: a later training step uses what an evaluation captured. No cast of a weight may come
+        # from autocast's cache, which is freed when the step ends.
+        with torch.inference_mode(False), torch.set_grad_enabled(bool(parameters)), _without_cast_cache(x.device.type):
+            self._x = torch.zeros(bucket(len(x)), *x.shape[1:], dtype=x.dtype, device=x.device)
+            if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                self._x = self._x.contiguous(memory_format=torch.channels_last)
+            self._capture(run)
 
-    def _capture(self, run: Callable[[Tensor], Tensor], pool: Any) -> None:
+    def _capture(self, run: Callable[[Tensor], Tensor]) -> None:
         def gradients(y: Tensor, dy: Tensor) -> list[Tensor | None]:
             return list(torch.autograd.grad(y, self._parameters, dy, allow_unused=True))
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP):
-                y = run(self._x)
-                if self._parameters:
-                    gradients(y, torch.zeros_like(y))
-        self._replay_forward, y = _record(lambda: run(self._x), pool)
-        self._y, self._dy = y.detach(), torch.zeros_like(y)
-        if self._parameters:
-            self._replay_backward, self._gradients = _record(lambda: gradients(y, self._dy), pool)
+        device = self._x.device
+        if self.owner.pool is None:
+            self.owner.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            stream = _capture_stream(device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP):
+                    y = run(self._x)
+                    if self._parameters:
+                        gradients(y, torch.zeros_like(y))
+            self._replay_forward, y = _record(lambda: run(self._x), self.owner.pool, stream)
+            self._y, self._dy = y.detach(), torch.zeros_like(y)
+            if self._parameters:
+                self._replay_backward, self._gradients = _record(
+                    lambda: gradients(y, self._dy), self.owner.pool, stream
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(x)
@@ -114,6 +149,7 @@ class _Graph:
             self._dy[n:].zero_()
         self._rows = n
         self._replay_forward()
+        self.owner.passes += 1
         return self._y[:n].clone()  # the next call overwrites the memory of this one
 
     def backward(self, dy: Tensor) -> list[Tensor | None]:
@@ -123,26 +159,40 @@ class _Graph:
                 p.grad = p.grad.clone()
         self._dy[: self._rows].copy_(dy)
         self._replay_backward()
+        self.owner.passes += 1  # its activations are gone, too
         return [None if gradient is None else gradient.detach() for gradient in self._gradients]
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.graph = graph
-        return graph.forward(x)
+        y = graph.forward(x)
+        ctx.graph, ctx.passes = graph, graph.owner.passes
+        return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("CUDA graphs: got create_graph=True, expected first derivatives only: do without graphs")
+        if ctx.passes != ctx.graph.owner.passes:
+            raise RuntimeError(
+                "CUDA graphs: an encoder ran again before this backward pass, or the pass ran before, and its "
+                "activations are overwritten; expected one forward pass per backward pass: embed all views at once, "
+                "or do without graphs"
+            )
         return (None, None, *ctx.graph.backward(dy))
 
 
-def _record(run: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T]:
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _record(run: Callable[[], T], pool: Any, stream: torch.cuda.Stream) -> tuple[Callable[[], None], T]:
     """Capture `run`; return a function that replays it into the memory of its result, and that result."""
     graph = torch.cuda.CUDAGraph()
     # Other threads load data, and may allocate memory meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = run()
     return graph.replay, result
 

@@ -70,8 +70,15 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # [*, in]
         return self.parts([x], [self.out_features])[0]
 
+    def derived(self) -> Sequence[Tensor]:
+        """The tensors made of the weights that products read."""
+        return self.copies or ()
+
     def product(self, x: Tensor) -> Tensor:  # [*, in]
-        """x W^T without the bias, which the next operation adds and whose gradient it sums: [*, out]."""
+        """x W^T without the bias, which the next operation adds and whose gradient it sums: [*, out].
+
+        Unlike a call of the module, this runs no hooks.
+        """
         return self.parts([x], [self.out_features], with_bias=False)[0]
 
     def parts(

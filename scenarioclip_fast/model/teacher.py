@@ -63,7 +63,8 @@ class EMATeacher:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.encoders: dict[str, Any] = copy.deepcopy(encoders, frozen)
         self._tensors: dict[str, Tensor] = {}
-        self._student: tuple[weakref.ref[ScenarioCLIP], list[Tensor]] | None = None  # a model and its averaged tensors
+        # The model of the last update, and the module and name of each of its averaged parameters.
+        self._student: tuple[weakref.ref[ScenarioCLIP], list[tuple[weakref.ref[nn.Module], str]]] | None = None
         seen: set[int] = set()
         for prefix, encoder in self.encoders.items():
             for name, p in encoder.named_parameters():
@@ -151,11 +152,24 @@ class EMATeacher:
         self.step = int(state["step"])
 
     def _pairs(self, model: ScenarioCLIP) -> tuple[list[Tensor], list[Tensor]]:
-        known = None if self._student is None else self._student[0]()
-        if self._student is None or known is not model:  # naming all parameters takes milliseconds
-            named = dict(model.named_parameters(remove_duplicate=False))
-            self._student = weakref.ref(model), [named[name] for name in self._tensors]
-        return list(self._tensors.values()), [p.detach() for p in self._student[1]]
+        if self._student is None or self._student[0]() is not model:  # naming all parameters takes milliseconds
+            owners = {
+                f"{prefix}.{name}" if prefix else name: (weakref.ref(module), name)
+                for prefix, module in model.named_modules(remove_duplicate=False)
+                for name in module._parameters
+            }
+            self._student = weakref.ref(model), [owners[name] for name in self._tensors]
+        student = []
+        for owner, name in self._student[1]:
+            module = owner()
+            assert module is not None
+            parameter = module._parameters[name]
+            assert parameter is not None
+            student.append(parameter.detach())
+        return list(self._tensors.values()), student
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_student": None}
 
 
 def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.quick_gelu import reference
@@ -55,8 +54,9 @@ class _QuickGelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            return _backward(ctx, grad)
         x, bias = ctx.saved_tensors
         dx, d_bias = dispatch.implementation("quick_gelu", ctx.backend).backward(
             grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous(), ctx.needs_input_grad[1]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.short_attention import limits, reference
@@ -91,17 +90,18 @@ class _ShortAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, heads: int, longest: int, starts: Tensor | None, causal: bool, backend: str
     ) -> Tensor:
         qkv, starts = qkv.contiguous(), None if starts is None else starts.contiguous()
-        ctx.arguments, ctx.backend = (heads, longest, starts, causal), backend
-        ctx.save_for_backward(qkv)
-        y: Tensor = dispatch.implementation("short_attention", backend).forward(qkv, *ctx.arguments)
+        ctx.heads, ctx.longest, ctx.causal, ctx.backend = heads, longest, causal, backend
+        ctx.save_for_backward(qkv, starts)
+        y: Tensor = dispatch.implementation("short_attention", backend).forward(qkv, heads, longest, starts, causal)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _backward(ctx, grad)
+        qkv, starts = ctx.saved_tensors
         backward = dispatch.implementation("short_attention", ctx.backend).backward
-        return backward(grad.contiguous(), qkv, *ctx.arguments), None, None, None, None, None
+        return backward(grad.contiguous(), qkv, ctx.heads, ctx.longest, starts, ctx.causal), *[None] * 5
 
 
 @torch.library.custom_op("scenarioclip_fast::short_attention_forward", mutates_args=())

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.add_layer_norm import reference
@@ -127,8 +126,9 @@ class _AddLayerNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _backward(ctx, d_total, d_normed, None)
         total, weight, bias, branch_bias, statistics = ctx.saved_tensors
         if d_normed is None:  # only the sum was used
             return _only_sum(ctx, d_total, branch_bias)

@@ -1,7 +1,8 @@
 """Whether an op may call its kernels through an autograd.Function, without the dispatcher.
 
 A custom op costs the host some 100 us per call, ten times an autograd.Function. Only tracing needs it: torch.compile,
-dispatch modes such as FakeTensorMode, functorch transforms and tensor subclasses.
+dispatch modes such as FakeTensorMode, functorch transforms, torch.jit.trace and tensor subclasses. A backward pass that
+is itself recorded (create_graph=True) takes the custom op as well, whose derivative raises an error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and all(t is None or type(t) in _PLAIN for t in tensors)
     )

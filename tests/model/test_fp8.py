@@ -191,6 +191,24 @@ def test_frozen_weights_are_quantised_again_after_loading() -> None:
     assert not torch.equal(model.encode_image(pixels, "object"), expected)
 
 
+def test_quantised_weights_stay_where_they_are() -> None:
+    """Levels and the teacher share them, and CUDA graphs have read their addresses."""
+    model = small()
+    teacher = EMATeacher(model)
+    encoders = [*model.encoders(), *teacher.encoders.values()]
+    use_fp8(encoders, [p for p in model.parameters() if not p.requires_grad], "frozen")
+
+    def addresses() -> list[int]:
+        layers = [m for e in encoders for m in e.modules() if isinstance(m, Float8Linear)]
+        return [t.data_ptr() for layer in layers for t in layer.derived()]
+
+    before = addresses()
+    assert len(set(before)) < len(before)
+    model.load_state_dict(small().state_dict())
+    requantize(encoders)
+    assert addresses() == before
+
+
 def test_widths_must_be_multiples_of_16() -> None:
     with pytest.raises(
         UserError, match=r"vision\.width: got 24, expected a multiple of 16, which FP8 products require"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 
@@ -70,6 +75,24 @@ def test_frozen_weights_are_the_students_own() -> None:
     assert model.vision["global"].blocks[1].expand.weight.requires_grad
     unfrozen = make(FreezeConfig(1, 1, pre_layernorm=False))
     assert "vision.global.pre_norm.weight" in EMATeacher(unfrozen).state_dict()["tensors"]
+
+
+def test_average_follows_replaced_and_copied_models() -> None:
+    """The parameters that an update found are not those of a model that has been copied or assigned others."""
+    model = make()
+    teacher = EMATeacher(model, decay=0.0, warmup=0)
+    teacher.update(model)
+    model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()}, assign=True)
+    copied = copy.deepcopy(teacher)
+    pickle.dumps(copied._student)
+    for each in (teacher, copied):
+        each.update(model)
+        name, average = next(iter(each._tensors.items()))
+        torch.testing.assert_close(average, dict(model.named_parameters(remove_duplicate=False))[name].detach())
+    owner = weakref.ref(model)
+    del model
+    gc.collect()
+    assert owner() is None
 
 
 def test_averaged_swaps_the_weights_and_restores_them() -> None:

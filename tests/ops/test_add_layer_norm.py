@@ -199,6 +199,18 @@ def test_partial_sums_do_not_depend_on_the_threads() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.skipif(unavailable_reason("add_layer_norm", "cpu", "cpu") is not None, reason="not built")
+def test_a_second_derivative_is_an_error_and_not_a_wrong_result() -> None:
+    x, weight, bias = torch.randn(3, 8, requires_grad=True), torch.ones(8), torch.zeros(8)
+    (grad,) = torch.autograd.grad(
+        layer_norm(x, weight, bias, backend="cpu").square().sum(), x, create_graph=True, retain_graph=True
+    )
+    expected = torch.nn.functional.layer_norm(x, (8,)).square().sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="add_layer_norm_backward"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("sums", [0, 2, 3])
 def test_opcheck(sums: int) -> None:
     x, branch, weight, bias = (t.requires_grad_() for t in inputs((5, 4), torch.float32))

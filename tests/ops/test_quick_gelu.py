@@ -165,6 +165,15 @@ def test_compiled(backend: str) -> None:
             torch.testing.assert_close([t.grad for t in one], [t.grad for t in other])
 
 
+@pytest.mark.skipif(unavailable_reason("quick_gelu", "cpu", "cpu") is not None, reason="not built")
+def test_a_second_derivative_is_an_error_and_not_a_wrong_result() -> None:
+    x = torch.randn(8, requires_grad=True)
+    (grad,) = torch.autograd.grad(quick_gelu(x, backend="cpu").sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(reference.quick_gelu(x).sum(), x)[0])
+    with pytest.raises(RuntimeError, match="quick_gelu_backward"):
+        grad.square().sum().backward()
+
+
 def test_integers_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"x: got torch.int64, expected a float tensor"):
         quick_gelu(torch.arange(3))

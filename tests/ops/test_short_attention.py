@@ -145,6 +145,11 @@ def interpreted_values() -> None:
         (grad,), (expected,) = (torch.autograd.grad(out, leaf, upstream) for out in (y, plain))
         torch.testing.assert_close(y, plain)
         torch.testing.assert_close(grad, expected)
+    leaf = rows(8, 2, 16, torch.float32).requires_grad_()
+    y = short_attention(leaf, 2, length=4, backend="triton")
+    (grad,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="short_attention_backward"):
+        grad.square().sum().backward()
     assert attention_backend(rows(100, 2, 16, torch.float16), 2, 50) == "triton"
     for given in ((rows(9, 2, 8, torch.float16), 2, 9), (rows(130, 2, 16, torch.float16), 2, 130)):
         assert attention_backend(*given) == "reference"

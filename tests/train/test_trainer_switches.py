@@ -13,7 +13,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint
-from scenarioclip_fast.model import EMATeacher, ScenarioCLIP, graphs
+from scenarioclip_fast.model import EMATeacher, ModelConfig, ScenarioCLIP, graphs
 from scenarioclip_fast.model.encoders import Block, VisionBlock
 from scenarioclip_fast.model.graphs import bucket
 from scenarioclip_fast.train.config import TrainConfig
@@ -94,7 +94,6 @@ def test_replayed_vision_encoders_do_not_change_the_loss(
 ) -> None:
     """`model.graphs` without the capture itself: padding, fixed memory, gradients, microbatches and the teacher."""
     monkeypatch.setattr(graphs._Graph, "_capture", capture_on_the_cpu)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     rows: list[int] = []
     forward = VisionBlock.forward
 
@@ -124,7 +123,7 @@ def graph_all(model: ScenarioCLIP, teacher: EMATeacher | None, *_: Any) -> None:
     assert graphs.graph_vision([*model.encoders(), *teacher.encoders.values()]) == 4
 
 
-def capture_on_the_cpu(graph: Any, run: Callable[[torch.Tensor], torch.Tensor], pool: Any) -> None:
+def capture_on_the_cpu(graph: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replays run the function again, and write into the memory of the first results."""
     trains = bool(graph._parameters)
     live: list[torch.Tensor] = []
@@ -148,6 +147,38 @@ def capture_on_the_cpu(graph: Any, run: Callable[[torch.Tensor], torch.Tensor], 
     graph._gradients = gradients() if trains else []
     graph._replay_forward = lambda: graph._y.copy_(forward())
     graph._replay_backward = replay_backward
+
+
+def test_graphs_refuse_what_they_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs._Graph, "_capture", capture_on_the_cpu)
+    torch.manual_seed(0)
+    model = ScenarioCLIP(ModelConfig.preset("tiny")).train()
+    plain = copy.deepcopy(model)
+    graphs.graph_vision(model.encoders())
+    a, b = torch.randn(2, 3, 3, 64, 64)
+    with torch.inference_mode():  # what it captures serves later calls
+        model.encode_image(a, "global")
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(a, "global"), plain.encode_image(a, "global"))
+    first, second = (model.encode_image(x, "global").square().sum() for x in (a, b))
+    with pytest.raises(RuntimeError, match="an encoder ran again before this backward pass"):
+        (first + second).backward()
+    loss = model.encode_image(a, "global").square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="or the pass ran before"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        model.encode_image(a, "global").square().sum().backward(create_graph=True)
+
+    # Other weights are trained, or they have moved: what was captured is not used.
+    head = model.vision["global"].head
+    head.projection.bias.requires_grad_(False)
+    model.zero_grad()
+    model.encode_image(a, "global").square().sum().backward()
+    assert head.projection.bias.grad is None and head.projection.weight.grad is not None
+    head.projection.bias = torch.nn.Parameter(torch.ones_like(head.projection.bias))
+    plain.vision["global"].head.projection.bias = head.projection.bias
+    torch.testing.assert_close(model.encode_image(a, "global"), plain.encode_image(a, "global"))
 
 
 def test_buckets() -> None:
