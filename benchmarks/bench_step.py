@@ -153,7 +153,7 @@ FORMS = {
     "ours, bf16, compiled, fp8 frozen": Variant(ours=True, bf16=True, compiled=True, fp8="frozen"),
 }
 CPU_FORMS = [name for name, variant in FORMS.items() if not variant.compiled and not variant.cuda_graphs]
-# Headline figures first. A compiled form takes two to three minutes to compile: only if they are requested.
+# Headline figures first. Compiled forms take minutes to compile: only if they are requested.
 GPU_FORMS = [
     "ours, bf16",
     "ours, bf16, cuda graphs",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from scenarioclip_fast.errors import UserError
 
-# Per device type. No GPU backend keeps exponentials: by estimate, that would take as long as computing them again.
+# Per device type. No GPU backend keeps exponentials yet.
 _AUTOMATIC = {"cpu": 2**28}
 _MOST = 2**30  # GiB, so that bytes fit into the 64 bits of an op's argument
 

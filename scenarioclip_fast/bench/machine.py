@@ -32,7 +32,7 @@ def describe(device: str) -> dict[str, Any]:
         "cores": cores,
         "memory_gib": round(memory, 1),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "versions": {"python": platform.python_version(), **_versions()},
     }
     if (origin := native.build_info().get("prebuilt_from")) is not None:

@@ -27,7 +27,8 @@ def add_layer_norm(
 
     The sum is rounded to x's dtype; its statistics and the normalisation are float32 (float64 for float64 inputs).
     Formulas in kernels/add_layer_norm/README.md. First derivatives only, except with the reference. Inside
-    torch.compile, "auto" is the reference on a CPU; on a GPU the kernel is faster than Inductor's.
+    torch.compile, "auto" is the reference on a CPU; on a GPU it is the kernel, which took 256 us on an H200 where
+    Inductor's took 397 (without `branch_bias`).
 
     Args:
         x: the residual stream, [*, W], any float dtype.

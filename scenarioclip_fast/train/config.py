@@ -196,7 +196,7 @@ class TrainSection:
     fp8: Literal["none", "frozen", "all"] = "none"
     """Products of transformer blocks in FP8 (E4M3): none; the forward pass of the frozen vision blocks; or the forward
     pass of all blocks and the gradients of their inputs. Requires run.precision=bf16, and on a GPU compute capability
-    8.9 (Ada, Hopper); emulated on a CPU. Its speed has not been measured yet."""
+    8.9 (Ada, Hopper); emulated on a CPU. It has not run on a GPU yet."""
     profile: tuple[int, int] | None = None
     """First and last step, counted from 1, of a torch.profiler trace of rank 0, in RUN/profile; null: none."""
 

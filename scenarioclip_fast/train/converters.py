@@ -72,7 +72,7 @@ def cuda_graphs(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainCo
         return None
     averaged = [] if teacher is None else list(teacher.encoders.values())
     encoders = graph_vision([*model.encoders(), *averaged])
-    return f"{encoders} vision encoders run as CUDA graphs: a new number of views is captured in a second or two"
+    return f"{encoders} vision encoders run as CUDA graphs, which are captured when a number of views first occurs"
 
 
 # In the order of application.
