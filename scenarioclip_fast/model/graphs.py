@@ -1,8 +1,9 @@
 """CUDA graphs of vision encoders: a range of stages, forward and backward, is replayed with one launch each.
 
-A training step of ViT-B/32 launches about 1,000 kernels, most of them in the vision encoders: an H200's host took longer
-to launch them than the GPU to run them. Views are padded with rows of zeros to a few sizes (`bucket`), each of which is captured when it first
-occurs. Rows are independent, and padded rows have no gradient: only the order of sums may change.
+A training step of ViT-B/32 launches about 1,000 kernels, most of them in the vision encoders: an H200's host took
+longer to launch them than the GPU to run them. Views are padded with rows of zeros to a few sizes (`bucket`), each of
+which is captured when it first occurs. Rows are independent, and padded rows have no gradient: only the order of sums
+may change.
 
 Captured work reads and writes fixed memory. Parameters should therefore be updated in place, as optimizers,
 `load_state_dict` and the EMA teacher do: where weights have moved, everything is captured again. The gradients of a

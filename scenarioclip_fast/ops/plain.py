@@ -1,8 +1,9 @@
 """Whether an op may call its kernels through an autograd.Function, without the dispatcher.
 
-A custom op costs the host an estimated 100 us per call, several times what an autograd.Function does. Only tracing needs it: torch.compile,
-dispatch modes such as FakeTensorMode, functorch transforms, torch.jit.trace and tensor subclasses. A backward pass that
-is itself recorded (create_graph=True) takes the custom op as well, whose derivative raises an error.
+A custom op costs the host an estimated 100 us per call, several times what an autograd.Function does. Only tracing
+needs it: torch.compile, dispatch modes such as FakeTensorMode, functorch transforms, torch.jit.trace and tensor
+subclasses. A backward pass that is itself recorded (create_graph=True) takes the custom op as well, whose derivative
+raises an error.
 """
 
 from __future__ import annotations

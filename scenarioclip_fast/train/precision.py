@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scenarioclip_fast.model.config import VisionConfig
 
-# The first that can run is used. Forward and backward for 1,280 views of 50 tokens on an H200: memory-efficient 0.78 ms,
-# cuDNN, which builds a plan for each size, 1.15, FlashAttention 1.96.
+# The first that can run is used. Forward and backward for 1,280 views of 50 tokens on an H200: memory-efficient
+# 0.78 ms, cuDNN, which builds a plan for each size, 1.15, FlashAttention 1.96.
 _ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
