@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.quick_gelu import reference
-from scenarioclip_fast.ops.plain import is_plain_call
+from scenarioclip_fast.ops.plain import is_plain_call, plain_function, run_backward
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:  # [*] or [*, W], [W]
@@ -37,42 +37,18 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") 
     backend = dispatch.resolve("quick_gelu", backend, x.device.type, dtype=str(x.dtype).removeprefix("torch."))
     if backend == "reference":
         return reference.quick_gelu(x, bias)
-    plain = is_plain_call(x, bias)
-    y: Tensor = _QuickGelu.apply(x, bias, backend) if plain else _forward(x, bias, backend)
+    call = _QuickGelu.apply if is_plain_call(x, bias) else _forward
+    y: Tensor = call(x, bias, backend)
     return y
 
 
-class _QuickGelu(torch.autograd.Function):
-    """The custom op without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(x, bias)
-        bias = None if bias is None else bias.contiguous()
-        y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous(), bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if torch.is_grad_enabled():
-            return _backward(ctx, grad)
-        x, bias = ctx.saved_tensors
-        dx, d_bias = dispatch.implementation("quick_gelu", ctx.backend).backward(
-            grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous(), ctx.needs_input_grad[1]
-        )
-        return dx, None if d_bias is None else d_bias.to(bias.dtype), None
-
-
-@torch.library.custom_op("scenarioclip_fast::quick_gelu_forward", mutates_args=())
-def _forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _run_forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous(), bias)
     return y
 
 
-@torch.library.custom_op("scenarioclip_fast::quick_gelu_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     grad: Tensor,  # [*, W]
     x: Tensor,  # [*, W]
     bias: Tensor | None,  # [W]
@@ -88,6 +64,10 @@ def _backward_op(
 
 def _no_sums(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+_forward = torch.library.custom_op("scenarioclip_fast::quick_gelu_forward", _run_forward, mutates_args=())
+_backward_op = torch.library.custom_op("scenarioclip_fast::quick_gelu_backward", _run_backward, mutates_args=())
 
 
 @_forward.register_fake
@@ -111,11 +91,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     x, bias = ctx.saved_tensors
     with_sums = ctx.needs_input_grad[1]
-    dx, d_bias = _backward_op(grad, x, bias, with_sums, ctx.backend)
+    dx, d_bias = run_backward(_run_backward, _backward_op, grad, x, bias, with_sums, ctx.backend)
     return dx, d_bias.to(bias.dtype) if with_sums else None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+_QuickGelu = plain_function(_run_forward, _setup_context, _backward)
 
 
 def _check(x: Tensor, bias: Tensor | None) -> None:

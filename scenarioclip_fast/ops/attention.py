@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.short_attention import limits, reference
-from scenarioclip_fast.ops.plain import is_plain_call
+from scenarioclip_fast.ops.plain import is_plain_call, plain_function, run_backward
 
 heads_of = reference.heads_of  # for models, which do not import kernels
 
@@ -82,44 +82,24 @@ def _resolve(qkv: Tensor, heads: int, longest: int, backend: str) -> str:
     )
 
 
-class _ShortAttention(torch.autograd.Function):
-    """The custom op without the dispatcher."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, heads: int, longest: int, starts: Tensor | None, causal: bool, backend: str
-    ) -> Tensor:
-        qkv, starts = qkv.contiguous(), None if starts is None else starts.contiguous()
-        ctx.heads, ctx.longest, ctx.causal, ctx.backend = heads, longest, causal, backend
-        ctx.save_for_backward(qkv, starts)
-        y: Tensor = dispatch.implementation("short_attention", backend).forward(qkv, heads, longest, starts, causal)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _backward(ctx, grad)
-        qkv, starts = ctx.saved_tensors
-        backward = dispatch.implementation("short_attention", ctx.backend).backward
-        return backward(grad.contiguous(), qkv, ctx.heads, ctx.longest, starts, ctx.causal), *[None] * 5
-
-
-@torch.library.custom_op("scenarioclip_fast::short_attention_forward", mutates_args=())
-def _forward(qkv: Tensor, heads: int, longest: int, starts: Tensor | None, causal: bool, backend: str) -> Tensor:
+def _run_forward(qkv: Tensor, heads: int, longest: int, starts: Tensor | None, causal: bool, backend: str) -> Tensor:
     y: Tensor = dispatch.implementation("short_attention", backend).forward(
         qkv.contiguous(), heads, longest, None if starts is None else starts.contiguous(), causal
     )
     return y
 
 
-@torch.library.custom_op("scenarioclip_fast::short_attention_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     grad: Tensor, qkv: Tensor, heads: int, longest: int, starts: Tensor | None, causal: bool, backend: str
 ) -> Tensor:
     d_qkv: Tensor = dispatch.implementation("short_attention", backend).backward(
         grad.contiguous(), qkv.contiguous(), heads, longest, None if starts is None else starts.contiguous(), causal
     )
     return d_qkv
+
+
+_forward = torch.library.custom_op("scenarioclip_fast::short_attention_forward", _run_forward, mutates_args=())
+_backward_op = torch.library.custom_op("scenarioclip_fast::short_attention_backward", _run_backward, mutates_args=())
 
 
 @_forward.register_fake
@@ -139,11 +119,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     qkv, starts = ctx.saved_tensors
-    d_qkv = _backward_op(grad, qkv, ctx.heads, ctx.longest, starts, ctx.causal, ctx.backend)
+    arguments = (grad, qkv, ctx.heads, ctx.longest, starts, ctx.causal, ctx.backend)
+    d_qkv = run_backward(_run_backward, _backward_op, *arguments)
     return d_qkv, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+_ShortAttention = plain_function(_run_forward, _setup_context, _backward)
 
 
 def _check(qkv: Tensor, heads: int, length: int | None, starts: Tensor | None, longest: int | None) -> int:

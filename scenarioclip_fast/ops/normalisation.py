@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.add_layer_norm import reference
-from scenarioclip_fast.ops.plain import is_plain_call
+from scenarioclip_fast.ops.plain import is_plain_call, plain_function, run_backward
 
 
 def add_layer_norm(
@@ -83,10 +83,9 @@ def _add_layer_norm(
         backend = dispatch.resolve("add_layer_norm", backend, x.device.type, dtype=_dtype_name(x, dtype))
     if backend == "reference":
         total, normed = reference.add_layer_norm(rows, branch_rows, weight, bias, branch_bias, eps, dtype)
-    elif is_plain_call(rows, branch_rows, weight, bias, branch_bias):
-        total, normed = _AddLayerNorm.apply(rows, branch_rows, weight, bias, branch_bias, eps, dtype, backend)
     else:
-        total, normed, _ = _forward(rows, branch_rows, weight, bias, branch_bias, eps, dtype, backend)
+        call = _AddLayerNorm.apply if is_plain_call(rows, branch_rows, weight, bias, branch_bias) else _forward
+        total, normed, _ = call(rows, branch_rows, weight, bias, branch_bias, eps, dtype, backend)
     return x if branch is None else total.view(x.shape), normed.view(x.shape)
 
 
@@ -94,55 +93,6 @@ def _dtype_name(x: Tensor, dtype: torch.dtype) -> str:
     """The dtype that decides which backends can run: normalised rows are of x's dtype or of float32."""
     name = x.dtype if dtype in (x.dtype, torch.float32) else dtype
     return str(name).removeprefix("torch.")
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    """The custom op without the dispatcher; the sum is None without a branch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        branch_bias: Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-        backend: str,
-    ) -> tuple[Tensor | None, Tensor]:
-        x = x.contiguous()
-        total, normed, statistics = dispatch.implementation("add_layer_norm", backend).forward(
-            x,
-            None if branch is None else branch.contiguous(),
-            weight.contiguous(),
-            bias.contiguous(),
-            None if branch_bias is None else branch_bias.contiguous(),
-            eps,
-            dtype,
-        )
-        ctx.backend, ctx.has_branch = backend, branch is not None
-        ctx.save_for_backward(x if branch is None else total, weight, bias, branch_bias, statistics)
-        ctx.set_materialize_grads(False)
-        return total, normed
-
-    @staticmethod
-    def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _backward(ctx, d_total, d_normed, None)
-        total, weight, bias, branch_bias, statistics = ctx.saved_tensors
-        if d_normed is None:  # only the sum was used
-            return _only_sum(ctx, d_total, branch_bias)
-        sums = _sums(ctx)
-        dx, d_sums = dispatch.implementation("add_layer_norm", ctx.backend).backward(
-            None if d_total is None else d_total.contiguous(),
-            d_normed.contiguous(),
-            total,
-            weight.contiguous(),
-            statistics,
-            sums,
-        )
-        return _gradients(ctx, dx, d_sums, (weight, bias, branch_bias))
 
 
 def _sums(ctx: Any) -> int:
@@ -169,8 +119,7 @@ def _gradients(
     return dx, dx if ctx.has_branch else None, *of_columns, *[None] * (6 - len(of_columns))
 
 
-@torch.library.custom_op("scenarioclip_fast::add_layer_norm_forward", mutates_args=())
-def _forward(
+def _run_forward(
     x: Tensor,  # [R, W]
     branch: Tensor | None,  # [R, W]
     weight: Tensor,  # [W]
@@ -192,6 +141,9 @@ def _forward(
     return x.new_empty(0) if total is None else total, normed, statistics
 
 
+_forward = torch.library.custom_op("scenarioclip_fast::add_layer_norm_forward", _run_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(
     x: Tensor,
@@ -208,8 +160,7 @@ def _(
     return total, x.new_empty(x.shape, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=wide)
 
 
-@torch.library.custom_op("scenarioclip_fast::add_layer_norm_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     d_total: Tensor | None,  # [R, W]
     d_normed: Tensor,  # [R, W]
     total: Tensor,  # [R, W]
@@ -227,6 +178,9 @@ def _backward_op(
         sums,
     )
     return dx, statistics.new_empty(0) if d_sums is None else d_sums
+
+
+_backward_op = torch.library.custom_op("scenarioclip_fast::add_layer_norm_backward", _run_backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -258,11 +212,13 @@ def _backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, _: None
     if d_normed is None:  # only the sum was used
         return _only_sum(ctx, d_total, branch_bias)
     sums = _sums(ctx)
-    dx, d_sums = _backward_op(d_total, d_normed, total, weight, statistics, sums, ctx.backend)
+    arguments = (d_total, d_normed, total, weight, statistics, sums, ctx.backend)
+    dx, d_sums = run_backward(_run_backward, _backward_op, *arguments)
     return _gradients(ctx, dx, d_sums if sums else None, (weight, bias, branch_bias))
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+_AddLayerNorm = plain_function(_run_forward, _setup_context, _backward)
 
 
 def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch
 from scenarioclip_fast.ops.contrastive.validate import check_numbers, level_name
+from scenarioclip_fast.ops.plain import is_plain_call
 
 _ARGUMENTS = (
     "Tensor[] image, "  # levels x [N_l, D_l], one dtype
@@ -59,26 +60,13 @@ def mean_losses(
     """The op `contrastive_losses` without what the backward pass needs."""
     options = (positives, normalize, backend)
     losses: Tensor
-    if not _unobserved(image, text, scale):
+    if not is_plain_call(*image, *text, *scale):
         losses = contrastive_losses(image, text, scale, index, weight, *options)[0]
     elif torch.is_grad_enabled():
         losses = _Losses.apply(None, index, weight, options, *image, *text, *scale)[0]
     else:
         losses = _losses(image, text, scale, index, weight, *options)[0]
     return losses
-
-
-def _unobserved(*lists: Levels) -> bool:
-    """Whether nothing but autograd would see an op: no compiler, no mode, no transform, no subclass of tensors."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any([type(x) not in _PLAIN for tensors in lists for x in tensors])
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def has_fused_losses(backend: str) -> bool:
@@ -169,7 +157,7 @@ class _Losses(torch.autograd.Function):
         need_image, need_text = any(needed[:levels]), any(needed[levels : 2 * levels])
         positives, normalize, backend = ctx.options
         # The op raises the error of second derivatives.
-        direct = not torch.is_grad_enabled() and _unobserved(held[:levels])
+        direct = not torch.is_grad_enabled() and is_plain_call(*held[:levels])
         d_image, d_text, d_scale = (_losses_backward if direct else contrastive_losses_backward)(
             held[:levels],
             held[levels : 2 * levels],
