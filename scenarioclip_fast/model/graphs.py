@@ -65,8 +65,7 @@ class StageGraphs:
         trains = torch.is_grad_enabled() and bool(parameters)
         found = self._ranges.setdefault((start, stop, trains, x.device), _Range())
         found.keep_only(_addresses(stages))
-        layout = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        key = (bucket(len(x)), x.shape[1:], x.dtype, layout, autocast_dtype(x.device.type))
+        key = (bucket(len(x)), x.shape[1:], x.dtype, _is_channels_last(x), autocast_dtype(x.device.type))
         graph = found.graphs.get(key)
         if graph is None:
             run = functools.partial(encoder.run_stages, start=start, stop=stop)
@@ -93,6 +92,10 @@ class _Range:
             self.graphs.clear()
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _addresses(stages: Iterable[nn.Module]) -> tuple[Any, ...]:
     """What the captured launches of stages depend on: where weights and their copies are, and which are trained."""
     found: list[Any] = []
@@ -116,7 +119,7 @@ class _Graph:
         # from autocast's cache, which is freed when the step ends.
         with torch.inference_mode(False), torch.set_grad_enabled(bool(parameters)), _without_cast_cache(x.device.type):
             self._x = torch.zeros(bucket(len(x)), *x.shape[1:], dtype=x.dtype, device=x.device)
-            if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            if _is_channels_last(x):
                 self._x = self._x.contiguous(memory_format=torch.channels_last)
             self._capture(run)
 

@@ -12,6 +12,7 @@ import torch
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.model.encoders import Encoder
 from scenarioclip_fast.model.fp8 import use_fp8
 from scenarioclip_fast.model.graphs import graph_vision
 from scenarioclip_fast.train.config import TrainConfig
@@ -28,6 +29,11 @@ class Converter(Protocol):
         Returns:
             One line for the log, or None.
         """
+
+
+def all_encoders(model: ScenarioCLIP, teacher: EMATeacher | None) -> list[Encoder]:
+    """The encoders of the student, and of its teacher if there is one."""
+    return [*model.encoders(), *([] if teacher is None else teacher.encoders.values())]
 
 
 def checkpoint_activations(
@@ -49,9 +55,8 @@ def fp8_products(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainC
             f"train.fp8: got {mode} on a GPU of compute capability {capability[0]}.{capability[1]}, expected at least "
             "8.9 (Ada, Hopper): set train.fp8=none"
         )
-    averaged = [] if teacher is None else list(teacher.encoders.values())
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    blocks = use_fp8([*model.encoders(), *averaged], frozen, mode)
+    blocks = use_fp8(all_encoders(model, teacher), frozen, mode)
     where = "" if on_gpu else f"; on {world.device} FP8 is emulated: rounded equally, but slower than bf16"
     return f"train.fp8={mode}: {blocks} transformer blocks with FP8 products{where}"
 
@@ -70,8 +75,7 @@ def cuda_graphs(model: ScenarioCLIP, teacher: EMATeacher | None, config: TrainCo
     """Apply train.cuda_graphs."""
     if not config.train.cuda_graphs:
         return None
-    averaged = [] if teacher is None else list(teacher.encoders.values())
-    encoders = graph_vision([*model.encoders(), *averaged])
+    encoders = graph_vision(all_encoders(model, teacher))
     return f"{encoders} vision encoders run as CUDA graphs, which are captured when a number of views first occurs"
 
 

@@ -23,7 +23,7 @@ from scenarioclip_fast.model.tokens import UniqueTexts
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.build import build_copies, build_loss, build_model, build_teacher, wrap
 from scenarioclip_fast.train.config import TrainConfig
-from scenarioclip_fast.train.converters import convert
+from scenarioclip_fast.train.converters import all_encoders, convert
 from scenarioclip_fast.train.export import export
 from scenarioclip_fast.train.metrics import MetricsLog
 from scenarioclip_fast.train.optim import (
@@ -210,8 +210,7 @@ class Trainer:
         self.saver = Saver(config, world, self.state, self.total_steps, self.log)
         attention = describe_attention(config.model.vision, config.run.precision, world.device)
         notes = [*self.saver.restore(self.resume), attention, *notes, *self._warnings()]
-        averaged = [] if self.teacher is None else self.teacher.encoders.values()
-        requantize([*self.model.encoders(), *averaged])
+        requantize(all_encoders(self.model, self.teacher))
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)
         stack.callback(self.saver.close)
