@@ -1,5 +1,5 @@
-"""render_views on one CPU core, against the published steps in NumPy, SciPy and Pillow; and on a GPU, against the
-roofline.
+"""render_views on one CPU core, against the published steps in NumPy, SciPy and Pillow; planning on one CPU core; and
+render_views on a GPU, against the roofline.
 
 From 640 x 480 to 224 pixels (ViT-B/32), and from 192 x 144 to 64 (the demo). Photos if available
 (SCENARIOCLIP_FAST_PHOTOS), else synthetic scenes. On a CPU a sample is one call that renders all views of a kind. On a
@@ -43,6 +43,7 @@ PHOTOS = Path(os.environ.get("SCENARIOCLIP_FAST_PHOTOS", Path(__file__).parents[
 SETTINGS = {"640 x 480 to 224": ((640, 480), 224, 16), "192 x 144 to 64": ((192, 144), 64, 32)}
 GPU_SIZE, GPU_SIDE = sized(((640, 480), 224), ((96, 72), 32))
 GPU_SCENES, GPU_CHECKED = sized((128, 16), (4, 4))
+PLANNED_SCENES = sized(32, 4)  # distinct scenes of a planned batch
 KINDS = {"global": reference.GLOBAL, "object": reference.MASKED, "crop": reference.CROP, "relation": reference.RELATION}
 Bytes = NDArray[np.uint8]
 
@@ -314,6 +315,23 @@ def check(rendered: Tensor, mixed: MixedViews) -> None:
         assert apart.max() <= 4 and share <= 1e-3, (
             f"off from backend {backend} by up to {apart.max():.2f}/255, {share:.2%} of the values by over 2/255"
         )
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.usefixtures("one_core")
+def test_planning(benchmark: Any, train: bool) -> None:
+    """Planning the views of a batch: in `Views.of_scenes` and `lower_views`, before a backend is called."""
+    scenes = list(itertools.islice(itertools.cycle(make_scenes(GPU_SIZE, PLANNED_SCENES)), GPU_SCENES))
+    images = [scene.image for scene in scenes]
+
+    def plan() -> tuple[Tensor, ...]:
+        return lower_views(images, Views.of_scenes(scenes, train=train).tensors, GPU_SIDE)  # type: ignore[arg-type]
+
+    views = len(plan()[0])
+    assert views == sum(1 + len(scene.objects) + len(scene.relations) for scene in scenes)
+    benchmark.group = f"planning of {len(scenes)} scenes, {'training' if train else 'evaluation'}, one core"
+    benchmark.extra_info.update(form="ours", views=views)
+    benchmark.pedantic(plan, rounds=sized(50, 2), warmup_rounds=2)
 
 
 @pytest.mark.gpu

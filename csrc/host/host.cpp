@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -45,7 +46,8 @@ py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
   const auto is_number = [](PyObject* object, int64_t number) {
     return PyLong_CheckExact(object) && PyLong_AsLongLong(object) == number;
   };
-  scf::MaskTexts texts;
+  std::vector<std::string_view> texts;
+  std::vector<py::object> owners;  // keep the texts alive if another thread changes a mask meanwhile
   for (py::size_t m = 0; m < masks.size(); ++m) {
     PyObject* mask = PyList_GET_ITEM(masks.ptr(), static_cast<py::ssize_t>(m));
     if (!PyDict_CheckExact(mask)) return py::none();
@@ -62,27 +64,35 @@ py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
         return py::none();
       }
     }
+    owners.push_back(py::reinterpret_borrow<py::object>(counts));
     if (PyBytes_CheckExact(counts)) {
-      texts.add({PyBytes_AS_STRING(counts), static_cast<size_t>(PyBytes_GET_SIZE(counts))});
+      texts.emplace_back(PyBytes_AS_STRING(counts), static_cast<size_t>(PyBytes_GET_SIZE(counts)));
     } else if (PyUnicode_CheckExact(counts) && PyUnicode_IS_ASCII(counts)) {
-      texts.add({static_cast<const char*>(PyUnicode_DATA(counts)), static_cast<size_t>(PyUnicode_GET_LENGTH(counts))});
+      texts.emplace_back(static_cast<const char*>(PyUnicode_DATA(counts)),
+                         static_cast<size_t>(PyUnicode_GET_LENGTH(counts)));
     } else {
       return py::none();
     }
   }
-  py::array_t<int64_t> start(texts.count() + 1);
-  if (!texts.start(start.mutable_data())) return py::none();
-  py::array_t<int32_t> runs(start.data()[texts.count()]);
+  scf::MaskDecoder decoder;
+  py::array_t<int64_t> start(static_cast<py::ssize_t>(texts.size()) + 1);
+  int64_t* first = start.mutable_data();
+  first[0] = 0;
+  for (size_t m = 0; m < texts.size(); ++m) {
+    const std::optional<int64_t> count = decoder.count(texts[m]);
+    if (!count) return py::none();
+    first[m + 1] = first[m] + *count;
+  }
+  py::array_t<int32_t> runs(first[texts.size()]);
   int32_t* to = runs.mutable_data();
-  const int64_t *first = start.data(), *size = sizes.data();
+  const int64_t* size = sizes.data();
   bool valid = true;
   {
     const py::gil_scoped_release release;
-    for (int64_t m = 0; m < texts.count(); ++m) {
+    for (size_t m = 0; valid && m < texts.size(); ++m) {
       const int64_t height = size[2 * m], width = size[2 * m + 1];
       valid = height > 0 && width > 0 && height <= scf::kMaxRun && width <= scf::kMaxRun / height &&
-              texts.decode(m, height * width, to + first[m]);
-      if (!valid) break;
+              decoder.decode(texts[m], height * width, to + first[m]);
     }
   }
   if (!valid) return py::none();

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -17,44 +18,34 @@ namespace scf {
 
 static_assert(std::endian::native == std::endian::little, "the first character of a word is its lowest byte");
 
-// The COCO strings of many masks, decoded together: in one padded buffer, 64 characters at a time, without a branch for
-// each character.
-class MaskTexts {
+// Decodes COCO strings to int32 runs, 64 characters at a time, without a branch for each character. Each text is copied
+// to a padded buffer, which stays in the cache, so that words may be read past its end.
+class MaskDecoder {
  public:
-  void add(std::string_view text) {
-    texts_.append(text);
-    begin_.push_back(texts_.size());
-  }
-
-  int64_t count() const { return static_cast<int64_t>(begin_.size()) - 1; }
-
-  // Where the runs of each mask begin; call it once, after the last text. False if a text is malformed.
-  bool start(int64_t* start /* [count() + 1] */) {
-    texts_.append(kPadding, kFirst);
-    bool valid = true;
-    start[0] = 0;
-    for (int64_t m = 0; m < count(); ++m) {
-      const size_t begin = begin_[m], end = begin_[m + 1];
-      int64_t numbers = 0;
-      bool in_range = true;
-      for (size_t i = begin; i < end; ++i) {
-        const auto character = static_cast<unsigned char>(texts_[i]);
-        in_range &= character >= kFirst && character <= kLast;
-        numbers += character < kContinued;
-      }
-      valid &= in_range && begin < end && static_cast<unsigned char>(texts_[end - 1]) < kContinued;
-      start[m + 1] = start[m] + numbers;
+  // The number of runs in a text; nullopt if it is malformed. Lengths of the numbers are left to decode().
+  std::optional<int64_t> count(std::string_view text) {
+    pad(text);
+    if (text.empty() || static_cast<unsigned char>(text.back()) >= kContinued) return std::nullopt;
+    uint64_t in_range = kTop;
+    int64_t numbers = 0;
+    for (size_t at = 0; at < text.size(); at += sizeof(uint64_t)) {
+      const uint64_t x = word(at);
+      // The sums of a byte below 128 do not carry into the next one.
+      in_range &= ~x & (x + (128 - kFirst) * kEach) & ~(x + (128 - kLast - 1) * kEach);
+      numbers += static_cast<int64_t>(ends_in(x) * kEach >> 56);
     }
-    return valid;
+    if (in_range != kTop) return std::nullopt;
+    return numbers - static_cast<int64_t>(-text.size() % sizeof(uint64_t));  // without the padding of the last word
   }
 
-  // The runs of mask m, if start() found no fault; false if they do not cover `pixels` pixels or no pixel is set.
-  bool decode(int64_t m, int64_t pixels, int32_t* runs) const {
-    const size_t end = begin_[m + 1];
-    size_t at = begin_[m];  // the first character of the next number
+  // The runs of a text that count() accepts; false if they do not cover `pixels` pixels or no pixel is set.
+  bool decode(std::string_view text, int64_t pixels, int32_t* runs) {
+    pad(text);
+    const size_t end = text.size();
+    size_t at = 0;  // the first character of the next number
     int64_t i = 0, before = 0, last = 0, sum[2] = {0, 0}, invalid = 0;
     size_t longest = 0;
-    for (size_t block = at; block < end; block += 64) {
+    for (size_t block = 0; block < end; block += 64) {
       uint64_t ends = last_characters(block);
       if (end - block < 64) ends &= (uint64_t{1} << (end - block)) - 1;
       for (; ends != 0; ends &= ends - 1, ++i) {
@@ -75,28 +66,35 @@ class MaskTexts {
  private:
   static constexpr unsigned char kFirst = 48, kContinued = kFirst + 32, kLast = kFirst + 63;
   static constexpr size_t kPadding = 64;
-  static constexpr uint64_t kEach = 0x0101010101010101;
+  static constexpr uint64_t kEach = 0x0101010101010101, kTop = 128 * kEach;
+
+  void pad(std::string_view text) {
+    if (text_.size() < text.size() + kPadding) text_.resize(text.size() + kPadding);
+    std::copy(text.begin(), text.end(), text_.begin());
+    std::fill_n(text_.begin() + static_cast<ptrdiff_t>(text.size()), kPadding, kFirst);
+  }
 
   uint64_t word(size_t at) const {
     uint64_t word;
-    std::memcpy(&word, texts_.data() + at, sizeof word);
+    std::memcpy(&word, text_.data() + at, sizeof word);
     return word;
   }
+
+  // The low bit of each byte: whether the character ends a number. Adding 48 sets the top bit of one that does not.
+  static uint64_t ends_in(uint64_t word) { return ~(word + (128 - kContinued) * kEach) >> 7 & kEach; }
 
   // Bit k: character `block` + k ends a number.
   uint64_t last_characters(size_t block) const {
     uint64_t bits = 0;
     for (int k = 0; k < 8; ++k) {
-      // Adding 48 sets the top bit of a character that continues; the product gathers the eight bits in the top byte.
-      const uint64_t ends = ~(word(block + 8 * k) + 48 * kEach) >> 7 & kEach;
-      bits |= (ends * 0x0102040810204080) >> 56 << 8 * k;
+      bits |= (ends_in(word(block + 8 * k)) * 0x0102040810204080) >> 56 << 8 * k;  // gathers the eight bits
     }
     return bits;
   }
 
   // The number in the `length` characters at `at`, five bits each.
   int64_t number(size_t at, size_t length) const {
-    uint64_t x = (word(at) - 48 * kEach) & 31 * kEach;
+    uint64_t x = (word(at) - kFirst * kEach) & 31 * kEach;
     x = (x & 0x001f001f001f001f) | (x & 0x1f001f001f001f00) >> 3;
     x = (x & 0x000003ff000003ff) | (x & 0x03ff000003ff0000) >> 6;
     x = (x & 0xfffff) | x >> 32 << 20;
@@ -104,8 +102,7 @@ class MaskTexts {
     return static_cast<int64_t>(x << unused) >> unused;  // the top bit is the sign
   }
 
-  std::string texts_;
-  std::vector<size_t> begin_ = {0};
+  std::vector<char> text_;
 };
 
 // A batch of views: see ViewBatch in scenarioclip_fast/ops/view_batch.py.

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -99,8 +100,8 @@ struct RenderJobs {
   std::vector<ViewJob> views;
   std::vector<MaskJob> masks;
   std::vector<BlurJob> blurs;
-  std::vector<int32_t> runs;
   std::vector<Wave> waves;
+  std::span<const int32_t> runs;  // the problem's, from the first to the last mask in use
   int64_t scratch_bytes = 0;
 
   // The tables lie one after another, each aligned to 256 bytes.
@@ -130,14 +131,14 @@ struct RenderJobs {
   }
 
  private:
-  template <class T>
-  static int64_t bytes_of(const std::vector<T>& table) {
-    return static_cast<int64_t>(table.size() * sizeof(T));
+  template <class Table>
+  static int64_t bytes_of(const Table& table) {
+    return static_cast<int64_t>(std::span(table).size_bytes());
   }
 
-  template <class T>
-  static void write(const std::vector<T>& table, uint8_t* to) {
-    if (!table.empty()) std::memcpy(to, table.data(), table.size() * sizeof(T));
+  template <class Table>
+  static void write(const Table& table, uint8_t* to) {
+    if (!table.empty()) std::memcpy(to, table.data(), std::span(table).size_bytes());
   }
 };
 
@@ -147,17 +148,20 @@ class RenderPlanner {
       : p_(problem),
         mask_job_(problem.mask_count, -1),
         blur_job_(problem.image_count, -1),
-        window_(problem.image_count, BlurWindow{INT32_MAX, INT32_MAX, INT32_MIN, INT32_MIN}) {}
+        window_(problem.image_count, BlurWindow{INT32_MAX, INT32_MAX, INT32_MIN, INT32_MIN}) {
+    jobs_.views.reserve(problem.views);
+    jobs_.masks.reserve(problem.mask_count);
+    jobs_.blurs.reserve(problem.image_count);
+  }
 
   RenderJobs plan() {
-    // By image, so that a wave reads few images.
-    std::vector<int64_t> order(p_.views);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row(a)[kImage] < row(b)[kImage]; });
+    const std::vector<int64_t> order = by_image();
     for (const int64_t view : order) {
       if (row(view)[kKind] == kRelation) add_relation(row(view));
     }
     masks_end_ = scratch_;
+    for (MaskJob& job : jobs_.masks) job.first_run -= run_begin_;
+    if (!jobs_.masks.empty()) jobs_.runs = {p_.mask_runs + run_begin_, p_.mask_runs + run_end_};
     int32_t image = -1;
     for (const int64_t view : order) {
       const bool next_image = row(view)[kImage] != image;
@@ -176,6 +180,16 @@ class RenderPlanner {
   template <class T>
   static int64_t end(const std::vector<T>& table) {
     return static_cast<int64_t>(table.size());
+  }
+
+  // The views in the order of their images, so that a wave reads few images.
+  std::vector<int64_t> by_image() const {
+    std::vector<int64_t> begin(p_.image_count + 1);
+    for (int64_t view = 0; view < p_.views; ++view) ++begin[row(view)[kImage] + 1];
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::vector<int64_t> order(p_.views);
+    for (int64_t view = 0; view < p_.views; ++view) order[begin[row(view)[kImage]]++] = view;
+    return order;
   }
 
   int64_t view_count() const { return end(jobs_.views) - wave_.view_begin; }
@@ -265,16 +279,16 @@ class RenderPlanner {
   const MaskJob& mask_job(int64_t mask, const Image& image) {
     if (mask_job_[mask] < 0) {
       mask_job_[mask] = end(jobs_.masks);
-      const int32_t* from = p_.mask_runs + p_.mask_start[mask];
       MaskJob job{};
-      job.first_run = end(jobs_.runs);
+      job.first_run = p_.mask_start[mask];
       job.runs = p_.mask_start[mask + 1] - p_.mask_start[mask];
+      run_begin_ = std::min(run_begin_, job.first_run);
+      run_end_ = std::max(run_end_, job.first_run + job.runs);
       job.height = image.height;
       job.width = image.width;
       job.ends = scratch_.allocate(job.runs * 8);
       job.bits = scratch_.allocate(image.height * words_of(image.width) * 4);
       job.sums = scratch_.allocate(sizeof(MaskSums));
-      jobs_.runs.insert(jobs_.runs.end(), from, from + job.runs);
       jobs_.masks.push_back(job);
     }
     return jobs_.masks[mask_job_[mask]];
@@ -298,7 +312,8 @@ class RenderPlanner {
   const RenderProblem& p_;
   RenderJobs jobs_;
   Wave wave_{};
-  BumpAllocator scratch_, masks_end_;  // every wave's scratch begins after the masks
+  int64_t run_begin_ = INT64_MAX, run_end_ = 0;  // of the masks in use
+  BumpAllocator scratch_, masks_end_;            // every wave's scratch begins after the masks
   // The job of each mask, and the latest of each image, which a later wave cannot reuse.
   std::vector<int64_t> mask_job_, blur_job_;
   std::vector<BlurWindow> window_;  // by image

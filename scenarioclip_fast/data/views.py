@@ -304,7 +304,7 @@ def _crop_window(
 
 def _augmentation_states(scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int) -> NDArray[np.uint64]:  # [V]
     """The states of each view's random numbers: the first 8 are for colour and blur, the others for the crop."""
-    keys = np.array([_hash(seed, epoch, scene.key) for scene in scenes], np.uint64)
+    keys = _hashes(f"{seed}/{epoch}/", [scene.key for scene in scenes])
     place = rows.level.astype(np.uint64) << np.uint64(32) | rows.position.astype(np.uint64)
     states: NDArray[np.uint64] = keys[rows.image] ^ mix(place)
     return states
@@ -350,6 +350,11 @@ def _between(draw: Array, low: float, high: float) -> Array:
     return low + (high - low) * draw
 
 
-def _hash(seed: int, epoch: int, key: str) -> int:
-    digest = blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _hashes(prefix: str, keys: Sequence[str]) -> NDArray[np.uint64]:  # [n]
+    """BLAKE2b of `prefix` followed by each key, eight bytes."""
+    start, digests = blake2b(prefix.encode(), digest_size=8), []
+    for key in keys:
+        state = start.copy()
+        state.update(key.encode())
+        digests.append(state.digest())
+    return np.frombuffer(b"".join(digests), "<u8")
