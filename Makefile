@@ -13,7 +13,7 @@ FACTOR ?= 1
 JOBS   ?= auto
 CUTLASS := nvidia-cutlass==4.2.0.0
 RECORD ?= benchmarks/records/{date}-{device}
-EXTRAS := train,eval,triton,dali,remote,tensorboard,parquet,bench,test,docs,lint,release
+EXTRAS := train,eval,triton,dali,nvimgcodec,remote,tensorboard,parquet,bench,test,docs,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 

@@ -59,7 +59,7 @@ def report() -> None:
 
 
 def _module_version(module: str, distribution: str) -> str:
-    # The name of DALI's distribution depends on the CUDA version, so its metadata may have another name.
+    # The distributions of DALI and nvImageCodec are named after the CUDA version: the installed one may be another.
     return _version(distribution) or str(getattr(sys.modules.get(module), "__version__", "installed"))
 
 

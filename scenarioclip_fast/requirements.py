@@ -20,6 +20,8 @@ TORCH_REQUIREMENT = "torch>={}.{},<{}.{}".format(*TORCH[0], *TORCH[1])
 OPTIONAL = {
     "triton": ("triton", "triton", "the Triton kernels"),
     "nvidia.dali": ("nvidia-dali-cuda130", "dali", "decoding JPEGs with DALI"),
+    "nvidia.nvimgcodec": ("nvidia-nvimgcodec-cu13", "nvimgcodec", "decoding JPEGs with nvImageCodec"),
+    "torchvision": ("torchvision", "torchvision", "decoding JPEGs on a GPU with torchvision"),
     "simplejpeg": ("simplejpeg", "train", "decoding JPEGs on the CPU"),
     "PIL": ("pillow", "train", "writing pictures and reading less common image formats"),
     "instant_clip_tokenizer": ("instant-clip-tokenizer", "train", "tokenizing texts for CLIP"),
@@ -45,7 +47,7 @@ def require(module: str) -> ModuleType:
     distribution, extra, use = OPTIONAL[module.split(".")[0] if module not in OPTIONAL else module]
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # torchvision raises RuntimeError next to another torch
         raise MissingDependencyError(
             f"{distribution} is not installed or does not load ({error}); it is needed for {use}: "
             f"pip install 'scenarioclip-fast[{extra}]'"

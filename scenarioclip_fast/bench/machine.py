@@ -12,7 +12,17 @@ from typing import Any
 
 COMMIT_VARIABLE = "SCENARIOCLIP_FAST_COMMIT"
 REHEARSAL_VARIABLE = "SCENARIOCLIP_FAST_REHEARSAL"
-_PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "simplejpeg", "pytest-benchmark", "scenarioclip-fast")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "pillow",
+    "simplejpeg",
+    "torchvision",
+    "pytest-benchmark",
+    "scenarioclip-fast",
+)
 _THIRD_PARTY_LOSSES = ("cut-cross-entropy", "inf-cl", "liger-kernel", "memeff", "quack-kernels", "siglip-kernel")
 _CLOCK_FIELDS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
 
@@ -103,9 +113,11 @@ def _read_text(path: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    dali = [d.name for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
+    # Their names end with the CUDA version.
+    decoders = ("nvidia-dali-", "nvidia-nvimgcodec-")
+    installed = [d.name for d in importlib.metadata.distributions() if d.name.startswith(decoders)]
     out = {}
-    for name in (*_PACKAGES, *_THIRD_PARTY_LOSSES, *dali):
+    for name in (*_PACKAGES, *_THIRD_PARTY_LOSSES, *installed):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

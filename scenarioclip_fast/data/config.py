@@ -11,7 +11,7 @@ from scenarioclip_fast.errors import UserError
 
 MAX_PIXELS = 1 << 26  # 201 MB of RGB: more than any camera, far less than a decompression bomb
 
-DecoderName = Literal["auto", "dali", "torch"]
+DecoderName = Literal["auto", "dali", "nvimgcodec", "torchvision", "torch"]
 ObjectView = Literal["masked", "crop"]
 RelationView = Literal["focused", "box", "scene"]
 Blur = Literal["rgb", "reference"]
@@ -34,7 +34,7 @@ class LoaderConfig:
     augment: bool = True
     """Random crops, colour jitter and blur; false: evaluation views."""
     decoder: DecoderName = "auto"
-    """JPEG decoder; auto: DALI on a GPU if it is installed, otherwise torch."""
+    """JPEG decoder; auto: on a GPU the first of dali, nvimgcodec and torchvision that is installed, otherwise torch."""
     prefetch: int = 2
     """Batches that background threads prepare ahead of the step; 0: each is prepared on request."""
     threads: int | None = None

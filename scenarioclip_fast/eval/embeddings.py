@@ -117,7 +117,7 @@ def embed(
         weights: "student", or "teacher" for the EMA weights of a run with loss.teacher_scope=all.
         batch_size: images (for shards: scenes) per batch.
         device: auto, cpu, cuda or cuda:N.
-        decoder: auto, torch or dali; None: as in training.
+        decoder: see `LoaderConfig.decoder`; None: as in training.
         force: overwrite `out`.
 
     Raises:

@@ -77,11 +77,29 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.resolve("contrastive_loss", "triton", "cpu")
 
 
-def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "nvidia.dali")
-    state, detail = row("nvidia-dali-cuda130")
+@pytest.mark.parametrize(
+    ("module", "distribution", "extra"),
+    [
+        ("nvidia.dali", "nvidia-dali-cuda130", "dali"),
+        ("nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13", "nvimgcodec"),
+        ("torchvision", "torchvision", "torchvision"),
+    ],
+)
+def test_without_a_decoder(module: str, distribution: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, module)
+    state, detail = row(distribution)
     assert state == "missing"
-    assert "pip install 'scenarioclip-fast[dali]'" in detail
+    assert f"pip install 'scenarioclip-fast[{extra}]'" in detail
+
+
+def test_a_package_that_fails_while_it_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As torchvision does next to a torch that it was not built for."""
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    state, detail = row("torchvision")
+    assert state == "missing"
+    assert "does not load (operator torchvision::nms does not exist)" in detail
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("cuda", "float32"), ("triton", "float64")])

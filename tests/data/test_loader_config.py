@@ -19,7 +19,7 @@ from scenarioclip_fast.train.config import DataSection
         ("object_view", "boxed", "one of masked, crop"),
         ("relation_view", "boxed", "one of focused, box, scene"),
         ("blur", "gaussian", "one of rgb, reference"),
-        ("decoder", "pil", "one of auto, dali, torch"),
+        ("decoder", "pil", "one of auto, dali, nvimgcodec, torchvision, torch"),
         ("prefetch", -1, "at least 0"),
         ("threads", 0, "at least 1, or null"),
         ("cache_gib", float("inf"), "a finite number"),

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -49,9 +49,13 @@ class Decoder(Protocol):
     """Decodes images to tensors on `device`.
 
     On the CPU, pixels are bitwise equal to Pillow's. EXIF orientation is ignored: boxes and masks refer to the pixels
-    as stored.
+    as stored. `str` gives one line for logs and records: the name, what decodes, and why "auto" chose it.
+
+    Attributes:
+        name: as in `make_decoder`.
     """
 
+    name: ClassVar[str]
     device: torch.device
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,13 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from scenarioclip_fast.data.config import MAX_PIXELS
-from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe, thread_count
+from scenarioclip_fast.data.decode.base import thread_count
+from scenarioclip_fast.data.decode.run_decoder import RunDecoder
 from scenarioclip_fast.requirements import require
 
 
-class DaliDecoder:
-    """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest.
-
-    Pillow decodes images other than plain JPEGs. One bad JPEG fails a whole DALI run, which is then repeated image by
-    image. On a GPU, damage after the header that leaves the end marker intact is not detected, as nvJPEG does not
-    report it; `pack` rejects such images.
+class DaliDecoder(RunDecoder):
+    """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest. One bad JPEG fails a run.
 
     Args:
         device: "cpu" or a CUDA device.
@@ -33,6 +29,10 @@ class DaliDecoder:
         MissingDependencyError: DALI is not installed.
     """
 
+    name = "dali"
+    library = "DALI"
+    module = "nvidia.dali"
+
     def __init__(
         self,
         device: str | torch.device = "cpu",
@@ -41,52 +41,16 @@ class DaliDecoder:
         max_pixels: int = MAX_PIXELS,
         run_pixels: int = MAX_PIXELS,
     ) -> None:
-        require("nvidia.dali")
-        self.device = torch.device(device)
-        self.max_pixels, self.run_pixels = max_pixels, run_pixels
+        require(self.module)
+        super().__init__(device, max_pixels, run_pixels)
         self._threads = thread_count(threads)
         self._pipeline: Any = None
         self._capacity = 0
 
-    def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
-        decoded: list[Tensor | DecodeError | None] = [None] * len(images)
-        run: list[int] = []
-        pixels = 0
-        for i, data in enumerate(images):
-            try:
-                header = probe(data, self.max_pixels)
-                if header is None or not header.plain:
-                    decoded[i] = decode_with_pillow(data, self.max_pixels).to(self.device)
-                    continue
-            except DecodeError as error:
-                decoded[i] = error
-                continue
-            size = header.height * header.width
-            if run and pixels + size > self.run_pixels:
-                self._decode_run(images, run, decoded)
-                run, pixels = [], 0
-            run.append(i)
-            pixels += size
-        if run:
-            self._decode_run(images, run, decoded)
-        return [x for x in decoded if x is not None]
-
-    def _decode_run(self, images: Sequence[bytes], run: list[int], out: list[Tensor | DecodeError | None]) -> None:
-        results: Sequence[Tensor | DecodeError]
-        try:
-            results = self._run([images[i] for i in run])
-        except RuntimeError:
-            results = [catch_error(self._run_one, images[i]) for i in run]
-        for i, result in zip(run, results, strict=True):
-            out[i] = result
-
-    def _run_one(self, data: bytes) -> Tensor:
-        try:
-            return self._run([data])[0]
-        except RuntimeError as error:
-            text = str(error)  # the pipeline's trace precedes the cause
-            cause = text.partition("encountered:")[2].strip() or text
-            raise DecodeError("undecodable", f"DALI: {cause.splitlines()[0].rstrip(' :')}") from error
+    def _cause(self, error: Exception) -> str:
+        text = str(error)  # the pipeline's trace precedes the cause
+        cause = text.partition("encountered:")[2].strip() or text
+        return cause.splitlines()[0].rstrip(" :")
 
     def _run(self, images: list[bytes]) -> list[Tensor]:
         if self._pipeline is None or len(images) > self._capacity:
@@ -105,7 +69,7 @@ class DaliDecoder:
         return copies
 
     def _build(self, capacity: int) -> None:
-        dali = require("nvidia.dali")
+        dali = require(self.module)
         fn, types = dali.fn, dali.types
         on_gpu = self.device.type == "cuda"
         index = self.device.index
@@ -128,4 +92,4 @@ class DaliDecoder:
         """Destroy the pipeline and release the memory of DALI's pools."""
         if self._pipeline is not None:
             self._pipeline = None
-            require("nvidia.dali").backend.ReleaseUnusedMemory()
+            require(self.module).backend.ReleaseUnusedMemory()

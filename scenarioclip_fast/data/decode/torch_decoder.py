@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -39,15 +39,24 @@ class TorchDecoder:
         MissingDependencyError: simplejpeg is not installed.
     """
 
+    name: ClassVar[str] = "torch"
+    library = "libjpeg-turbo"
+    module = "simplejpeg"
+    passed_over = ""  # set by `make_decoder`
+
     def __init__(
         self, device: str | torch.device = "cpu", threads: int | None = None, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.device = torch.device(device)
         self.max_pixels = max_pixels
-        self._decode_jpeg: Any = require("simplejpeg").decode_jpeg
+        self._decode_jpeg: Any = require(self.module).decode_jpeg
         self._threads = thread_count(threads)
         self._pool = ThreadPoolExecutor(self._threads, "decode") if self._threads > 1 else None
         self._slabs = SlabPool() if self.device.type == "cpu" else PinnedSlabs(self.device)
+
+    def __str__(self) -> str:
+        threads = f"{self._threads} threads" if self._threads > 1 else "one thread"
+        return f"{self.name} ({'; '.join(filter(None, (f'{self.library} on {threads}', self.passed_over)))})"
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
         found = self._for_each(len(images), lambda i: self._inspect(images[i]))
