@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.config import LoaderConfig
-from scenarioclip_fast.data.decode import make_decoder
+from scenarioclip_fast.data.decode import Decoder, make_decoder
 from scenarioclip_fast.data.decode.base import thread_count
 from scenarioclip_fast.data.order import Order
 from scenarioclip_fast.data.prefetch import Prefetcher
@@ -157,8 +157,9 @@ class SceneLoader:
             `BadSampleLog`).
 
     Raises:
-        UserError: no packed data set, an empty split, or fewer scenes than one global batch with `drop_last`.
-        MissingDependencyError: the package of the configured decoder is not installed.
+        UserError: no packed data set, an empty split, fewer scenes than one global batch with `drop_last`, or the
+            configured decoder does not work on `device`.
+        MissingDependencyError: the package of the configured decoder is not installed or does not load.
     """
 
     def __init__(
@@ -216,6 +217,11 @@ class SceneLoader:
         self._closed = False
         # Weak, so that an abandoned iteration is garbage-collected and stops its threads.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder in use; `str` of it is one line for logs."""
+        return self._decoder.decoder
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""

@@ -162,8 +162,8 @@ def split_features(
 def _cache_file(session: Session, loader: EvaluationLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
     digest = hashlib.sha256()
     data = session.data
-    settings = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur, loader.decoder]
-    settings += levels
+    settings: list[object] = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur]
+    settings += [loader.decoder.name, *levels]
     # The manifest contains the SHA-256 of every shard.
     digest.update(json.dumps([settings, loader.shards.manifest], sort_keys=True).encode())
     for path in session.trained.files:

@@ -76,11 +76,6 @@ class EvaluationLoader(SceneLoader):
         self._split, self._world, self._max_bad_fraction = split, world, config.max_bad_fraction
         self._own: dict[str, SkippedScene] = {}
 
-    @property
-    def decoder(self) -> str:
-        """The class name of the decoder in use."""
-        return type(self._decoder.decoder).__name__
-
     def __iter__(self) -> Iterator[Batch]:
         self._own.clear()
         yield from super().__iter__()

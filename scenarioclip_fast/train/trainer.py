@@ -209,7 +209,8 @@ class Trainer:
         self.state = RunState(self.model, self.loss, self.teacher, self.optimizer, self.loader, self.progress)
         self.saver = Saver(config, world, self.state, self.total_steps, self.log)
         attention = describe_attention(config.model.vision, config.run.precision, world.device)
-        notes = [*self.saver.restore(self.resume), attention, *notes, *self._warnings()]
+        decoder = f"decoder: {self.loader.decoder}"
+        notes = [*self.saver.restore(self.resume), attention, decoder, *notes, *self._warnings()]
         requantize(all_encoders(self.model, self.teacher))
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)

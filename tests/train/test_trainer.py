@@ -314,6 +314,11 @@ def test_a_run_directory_is_locked(small: Make) -> None:
     assert Trainer(config, resume=True).fit().completed  # the lock ends with the run
 
 
+def test_the_log_names_the_decoder_once(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(small("train.steps=1")).fit()
+    assert capsys.readouterr().err.count("decoder: torch (libjpeg-turbo on one thread)") == 1
+
+
 def test_resume_in_an_empty_directory_starts(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert Trainer(small("train.steps=1"), resume=True).fit().completed
     assert "nothing to resume" in capsys.readouterr().err
