@@ -12,7 +12,8 @@ On a GPU, eight worker processes feed the baseline, as published; this package's
 of a loop are not timed: they start the loaders, capture CUDA graphs and serve to compare the losses. Each worker makes
 whole batches, so eight workers deliver eight batches at a time: the baseline times a multiple of eight steps, since
 otherwise the result would depend on where the timing starts and ends.
-extra_info["data_wait"] is the share of this package's loop spent waiting for batches.
+extra_info["data_wait"] is the share of this package's loop spent waiting for batches, extra_info["decoder"] the decoder
+of its loader.
 
 Images are decoded in every epoch. The views are those of evaluation (see baseline_data.py).
 
@@ -137,6 +138,7 @@ class Workload:
         self.vocabulary = Vocabulary.load(self.shards / "vocabulary.json")
         self.fixed_vocabulary = FixedVocabulary({level: self.vocabulary.tokens(level) for level in LEVELS})
         self.layout = functools.cache(self._layout)
+        self.decoder: str | None = None  # of this package's loader, once it has run
 
     def _layout(self, regions: Literal["read", "computed"]) -> list[baseline_data.Entry]:
         return baseline_data.write_published(self.distinct, self.folder / regions, regions)
@@ -172,6 +174,7 @@ class Workload:
         options: dict[str, Any] = {"augment": False, "shuffle": False, "blur": "reference"}
         options["epochs"] = s.batch * s.batches // len(self.scenes)
         with scene_loader(self.shards, s.batch, size=s.size, device=self.device, **options) as loader:
+            self.decoder = str(loader.decoder)
             yield from loader
 
 
@@ -324,13 +327,23 @@ def rounds(contender: Contender) -> int:
     return 5 if contender.workload.setting.preset == "tiny" and contender.ours else 2
 
 
+def time_loops(benchmark: Any, what: str, contender: Contender, rounds: int) -> None:
+    """Time the loader alone or the whole loop, without their untimed batches."""
+    describe(benchmark, what, contender, contender.timed_scenes)
+    loader = what == "loader"
+    begin = contender.begin_loading if loader else contender.begin_loop
+    finish: Callable[[], object] = contender.finish_loading if loader else contender.finish_loop
+    benchmark.pedantic(finish, setup=begin, rounds=rounds)
+    if contender.ours:
+        benchmark.extra_info["decoder"] = contender.workload.decoder
+
+
 def test_loader(benchmark: Any, cpu_contender: Contender) -> None:
     if "bf16" in cpu_contender.form:
         pytest.skip("same loader as float32")
     if cpu_contender.form == REGIONS_COMPUTED:
         pytest.skip("bench_data.py measures this loader")
-    describe(benchmark, "loader", cpu_contender, cpu_contender.timed_scenes)
-    benchmark.pedantic(cpu_contender.finish_loading, setup=cpu_contender.begin_loading, rounds=rounds(cpu_contender))
+    time_loops(benchmark, "loader", cpu_contender, rounds(cpu_contender))
 
 
 def test_step(benchmark: Any, cpu_contender: Contender) -> None:
@@ -344,8 +357,7 @@ def test_step(benchmark: Any, cpu_contender: Contender) -> None:
 
 
 def test_whole_loop(benchmark: Any, cpu_contender: Contender) -> None:
-    describe(benchmark, "whole loop", cpu_contender, cpu_contender.timed_scenes)
-    benchmark.pedantic(cpu_contender.finish_loop, setup=cpu_contender.begin_loop, rounds=rounds(cpu_contender))
+    time_loops(benchmark, "whole loop", cpu_contender, rounds(cpu_contender))
 
 
 @pytest.mark.gpu
@@ -359,11 +371,10 @@ def test_vit_b_32_on_a_gpu(benchmark: Any, what: str, form: str, gpu_contenders:
         describe(benchmark, what, contender, batch.num_scenes)
         benchmark.pedantic(lambda: contender.one_step(batch).item(), rounds=3, warmup_rounds=1)
         return
-    describe(benchmark, what, contender, contender.timed_scenes)
     if what == "loader":
-        benchmark.pedantic(contender.finish_loading, setup=contender.begin_loading, rounds=min(rounds(contender), 3))
+        time_loops(benchmark, what, contender, min(rounds(contender), 3))
         return
-    benchmark.pedantic(contender.finish_loop, setup=contender.begin_loop, rounds=rounds(contender))
+    time_loops(benchmark, what, contender, rounds(contender))
     if contender.ours:
         benchmark.extra_info["data_wait"] = statistics.median(contender.waits)
     if not timing.WARM:

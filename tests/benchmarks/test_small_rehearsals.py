@@ -19,7 +19,15 @@ from scenarioclip_fast.benchmarks import tune_views
 sys.exit(code or tune_views.main(["--quick", "--out", sys.argv[1]]))
 """
 # Accepted reasons for skipping a case.
-ALLOWED = ("Pillow decodes on the CPU", "takes half a minute", "nvidia-dali", "simplejpeg", "instant-clip-tokenizer")
+ALLOWED = (
+    "Pillow decodes on the CPU",
+    "takes half a minute",
+    "nvidia-dali",
+    "nvidia-nvimgcodec",
+    "torchvision",
+    "simplejpeg",
+    "instant-clip-tokenizer",
+)
 
 
 def test_rehearsals(tmp_path: Path) -> None:
