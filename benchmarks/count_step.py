@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from scenarioclip_fast.benchmarks.bench_step import BenchBatch, build, synthetic
+from scenarioclip_fast.kernels.short_attention import reference as attention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad
@@ -210,6 +211,7 @@ def without_data() -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(dispatch, "resolve", lambda op, *_, **__: backends.get(op, "triton")))
         stack.enter_context(patch.object(clip_grad, "_has_foreach_support", lambda *_: True))
         stack.enter_context(patch.object(layers, "products_to_float32", lambda _: True))
+        stack.enter_context(patch.object(attention, "needs_float32", lambda _: False))
         yield stack.enter_context(mode)
 
 

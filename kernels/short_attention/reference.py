@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def heads_of(rows: Tensor) -> list[Tensor]:  # [n, L, parts, heads, width]
-    """Queries, keys and values: parts x [n, heads, L, width].
+def _heads_of(*rows: Tensor) -> list[Tensor]:  # [n, L, parts, heads, width] each
+    """All parts: [n, heads, L, width] each.
 
-    Unbind, then transpose: the backward pass of unbinding a permuted tensor would need one more copy.
+    Unbind, then transpose: the backward pass of unbinding a permuted tensor would need one more copy, that of unbinding
+    a single part one as well.
     """
-    return [part.transpose(1, 2) for part in rows.unbind(2)]
+    parts = [part for x in rows for part in (x.unbind(2) if x.shape[2] > 1 else (x.squeeze(2),))]
+    return [part.transpose(1, 2) for part in parts]
+
+
+def attention(*rows: Tensor, **options: Any) -> Tensor:  # [n, heads, L, width]
+    """torch's attention; on a CPU in at least float32, where its kernels for bfloat16 take 2 to 8 times as long.
+
+    Args:
+        rows: [n, L, parts, heads, width] each, together queries, keys and values.
+        options: of `F.scaled_dot_product_attention`.
+    """
+    if not needs_float32(rows[0]):
+        q, k, v = _heads_of(*rows)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):  # which would cast to bfloat16 again
+        q, k, v = _heads_of(*(x.float() for x in rows))  # cast before splitting, while they are contiguous
+        return F.scaled_dot_product_attention(q, k, v, **options).to(rows[0].dtype)
+
+
+def needs_float32(rows: Tensor) -> bool:
+    """Whether torch's kernels for the dtype are slow: on a CPU, those for bfloat16 and float16."""
+    return rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16)
 
 
 def short_attention(
@@ -27,12 +51,11 @@ def short_attention(
     if not total:
         return qkv[:, :width]
     if starts is None:
-        q, k, v = heads_of(qkv.reshape(total // longest, longest, 3, heads, width // heads))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = attention(qkv.reshape(total // longest, longest, 3, heads, width // heads), is_causal=causal)
         return y.transpose(1, 2).reshape(total, width)
     slot = _slot(starts, longest, total)
-    q, k, v = heads_of(_padded(qkv, starts, longest, slot).unflatten(2, (3, heads, width // heads)))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(qkv, longest, starts, causal))
+    rows = _padded(qkv, starts, longest, slot).unflatten(2, (3, heads, width // heads))
+    y = attention(rows, attn_mask=_seen(qkv, longest, starts, causal))
     return y.transpose(1, 2).reshape(-1, width).index_select(0, slot)
 
 
@@ -63,7 +86,7 @@ def backward(
     rows = torch.cat([qkv, grad.to(qkv.dtype)], 1).to(wide)
     slot = None if starts is None else _slot(starts, longest, total)
     padded = rows.view(-1, longest, 4 * width) if starts is None else _padded(rows, starts, longest, slot)
-    q, k, v, dy = heads_of(padded.unflatten(2, (4, heads, width // heads)))
+    q, k, v, dy = _heads_of(padded.unflatten(2, (4, heads, width // heads)))
     scale = (width // heads) ** -0.5
     p = (scale * q @ k.mT).masked_fill(~_seen(qkv, longest, starts, causal), -torch.inf).softmax(-1)
     dp = dy @ v.mT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from scenarioclip_fast import dispatch
@@ -25,7 +26,8 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") 
         backend: "auto", "reference", "cpu" (float32 and bfloat16) or "triton" (all but float64).
 
     Returns:
-        The shape and dtype of x, computed in float32 (float64 for float64).
+        The shape and dtype of x, computed in float32 (float64 for float64). Without a bias, channels-last images stay
+        channels-last.
 
     Raises:
         TypeError: x or bias is not a tensor of floats.
@@ -43,9 +45,10 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") 
 
 
 def _run_forward(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    layout = _layout(x, bias)
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = dispatch.implementation("quick_gelu", backend).forward(x.contiguous(), bias)
-    return y
+    y: Tensor = dispatch.implementation("quick_gelu", backend).forward(_rows(x, layout), bias)
+    return _restored(y, layout)
 
 
 def _run_backward(
@@ -55,11 +58,29 @@ def _run_backward(
     with_sums: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # the gradients of x, and of bias ([0] if not asked for)
+    layout = _layout(x, bias)
     bias = None if bias is None else bias.contiguous()
     dx, d_bias = dispatch.implementation("quick_gelu", backend).backward(
-        grad.contiguous(), x.contiguous(), bias, with_sums
+        _rows(grad, layout), _rows(x, layout), bias, with_sums
     )
-    return dx, _no_sums(x) if d_bias is None else d_bias
+    return _restored(dx, layout), _no_sums(x) if d_bias is None else d_bias
+
+
+def _layout(x: Tensor, bias: Tensor | None) -> torch.memory_format:
+    """The layout of the result. Copying the output of a convolution to C order would cost more than the activation."""
+    if bias is None and x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _rows(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x in C order: [n, h, w, c] if it is channels-last."""
+    x = x.contiguous(memory_format=layout)
+    return rearrange(x, "n c h w -> n h w c") if layout is torch.channels_last else x
+
+
+def _restored(rows: Tensor, layout: torch.memory_format) -> Tensor:
+    return rearrange(rows, "n h w c -> n c h w") if layout is torch.channels_last else rows
 
 
 def _no_sums(x: Tensor) -> Tensor:
@@ -72,15 +93,14 @@ _backward_op = torch.library.custom_op("scenarioclip_fast::quick_gelu_backward",
 
 @_forward.register_fake
 def _(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=_layout(x, bias))
 
 
 @_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, bias: Tensor | None, with_sums: bool, backend: str) -> tuple[Tensor, Tensor]:
     d_bias = _no_sums(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), (
-        d_bias.new_empty(x.shape[-1]) if with_sums else d_bias
-    )
+    dx = torch.empty_like(x, memory_format=_layout(x, bias))
+    return dx, d_bias.new_empty(x.shape[-1]) if with_sums else d_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,7 +11,7 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.short_attention import limits, reference
 from scenarioclip_fast.ops.plain import is_plain_call, plain_function, run_backward
 
-heads_of = reference.heads_of  # for models, which do not import kernels
+attention = reference.attention  # for models, which do not import kernels
 
 
 def short_attention(

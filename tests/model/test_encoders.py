@@ -10,7 +10,6 @@ from scenarioclip_fast.kernels.short_attention import reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scenarioclip_fast.model import encoders
 from scenarioclip_fast.model.encoders import Attention, Packing
 
 
@@ -25,6 +24,11 @@ class CountOps(TorchDispatchMode):
         if not op.is_view:
             self.ops[op.overloadpacket.__name__] += 1
         return op(*args, **(kwargs or {}))
+
+
+def _permuted_heads_of(*rows: Tensor) -> list[Tensor]:
+    parts = [x.permute(2, 0, 3, 1, 4) for x in rows]
+    return [part for x in parts for part in (x.unbind(0) if len(x) > 1 else (x.squeeze(0),))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,10 +53,12 @@ def test_gradients_of_queries_keys_and_values_are_stacked_once(
         return [y, *gradients], backward.ops
 
     found, ops = run()
-    for module in (encoders, reference):
-        monkeypatch.setattr(module, "heads_of", lambda x: x.permute(2, 0, 3, 1, 4).unbind(0))
+    monkeypatch.setattr(reference, "_heads_of", _permuted_heads_of)
     expected, expected_ops = run()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     copies = ("stack", "clone", "copy_", "_to_copy")
-    assert {name: ops[name] for name in copies if ops[name]} == {"stack": 1}
-    assert {name: expected_ops[name] for name in copies if expected_ops[name]} == {"stack": 1, "clone": 1}
+    # On a CPU, attention in bfloat16 is computed in float32: one cast of the output, and one of each of the rows.
+    casts = 0 if dtype == torch.float32 else 3 if pooled and not packed else 2
+    once = {"stack": 1, **({"_to_copy": casts} if casts else {})}
+    assert {name: ops[name] for name in copies if ops[name]} == once
+    assert {name: expected_ops[name] for name in copies if expected_ops[name]} == {**once, "clone": 1}
