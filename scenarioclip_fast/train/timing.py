@@ -71,7 +71,7 @@ class BottleneckReport:
             return f"compute-bound: the step waited for data {share:.1%} of the time"
         return (
             f"data-bound: the step waited for data {share:.1%} of the time; raise data.threads, keep decoded images in "
-            "memory with data.cache_gib, or decode with data.decoder=dali"
+            "memory with data.cache_gib, or decode on the GPU (data.decoder)"
         )
 
 
