@@ -493,7 +493,7 @@ def skip_unavailable(form: str, device: str, rows: int) -> None:
 def rounds(run: Callable[[], Any], device: str, rows: int) -> dict[str, int]:
     """On a GPU, as many rounds as fit half a second; `run` must be warm."""
     if not on_gpu(device):
-        return {"rounds": sized(5 if rows < 4096 else 3, 1), "warmup_rounds": 1}
+        return {"rounds": sized(15 if rows < 4096 else 9, 1), "warmup_rounds": 1}
     synchronize(device)
     start = time.perf_counter()
     run()
