@@ -95,9 +95,13 @@ class MaskDecoder {
   // The number in the `length` characters at `at`, five bits each.
   int64_t number(size_t at, size_t length) const {
     uint64_t x = (word(at) - kFirst * kEach) & 31 * kEach;
-    x = (x & 0x001f001f001f001f) | (x & 0x1f001f001f001f00) >> 3;
-    x = (x & 0x000003ff000003ff) | (x & 0x03ff000003ff0000) >> 6;
-    x = (x & 0xfffff) | x >> 32 << 20;
+    if (length <= 2) {  // nearly all
+      x = (x & 0x1f) | (x & 0x1f00) >> 3;
+    } else {
+      x = (x & 0x001f001f001f001f) | (x & 0x1f001f001f001f00) >> 3;
+      x = (x & 0x000003ff000003ff) | (x & 0x03ff000003ff0000) >> 6;
+      x = (x & 0xfffff) | x >> 32 << 20;
+    }
     const int unused = 64 - 5 * static_cast<int>(length);
     return static_cast<int64_t>(x << unused) >> unused;  // the top bit is the sign
   }
