@@ -481,16 +481,12 @@ def test_the_config_names_the_decoders() -> None:
 def start(monkeypatch: pytest.MonkeyPatch, **problems: Exception | None) -> Decoder:
     """The decoder "auto" of a GPU where each library raises its problem, if it has one; nothing touches the GPU."""
 
-    def starts(kind: type[RunDecoder]) -> Any:
-        def init(self: RunDecoder, device: torch.device, **_: Any) -> None:
-            RunDecoder.__init__(self, device, 1, 1)
-            if (problem := problems.get(kind.name)) is not None:
-                raise problem
-
-        return init
+    def opens(self: RunDecoder) -> None:
+        if (problem := problems.get(self.name)) is not None:
+            raise problem
 
     for kind in (DaliDecoder, NvimgcodecDecoder, TorchvisionDecoder):
-        monkeypatch.setattr(kind, "__init__", starts(kind))
+        monkeypatch.setattr(kind, "_open", opens)
         monkeypatch.setattr(kind, "close", lambda self: None)
         monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace(__version__="9.9"))  # type: ignore[arg-type]
     monkeypatch.setattr(RunDecoder, "check", lambda self: None)

@@ -9,41 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from scenarioclip_fast.data.config import MAX_PIXELS
-from scenarioclip_fast.data.decode.base import thread_count
 from scenarioclip_fast.data.decode.run_decoder import RunDecoder
 from scenarioclip_fast.requirements import require
 
 
 class DaliDecoder(RunDecoder):
-    """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest. One bad JPEG fails a run.
-
-    Args:
-        device: "cpu" or a CUDA device.
-        threads: DALI's CPU threads; None: one per core, at most 16.
-        max_pixels: larger images are rejected, based on their header.
-        run_pixels: maximum number of pixels per run, which bounds DALI's memory. A larger image is decoded in a
-            separate run.
-
-    Raises:
-        MissingDependencyError: DALI is not installed.
-    """
+    """Decode with a DALI pipeline that only decodes JPEGs; `render_views` does the rest. One bad JPEG fails a run."""
 
     name = "dali"
     library = "DALI"
     module = "nvidia.dali"
 
-    def __init__(
-        self,
-        device: str | torch.device = "cpu",
-        *,
-        threads: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        run_pixels: int = MAX_PIXELS,
-    ) -> None:
+    def _open(self) -> None:
         require(self.module)
-        super().__init__(device, max_pixels, run_pixels)
-        self._threads = thread_count(threads)
         self._pipeline: Any = None
         self._capacity = 0
 
@@ -74,7 +52,7 @@ class DaliDecoder(RunDecoder):
         on_gpu = self.device.type == "cuda"
         index = self.device.index
         device_id = (torch.cuda.current_device() if index is None else index) if on_gpu else None
-        pipeline = dali.Pipeline(capacity, self._threads, device_id, prefetch_queue_depth=1, exec_dynamic=True)
+        pipeline = dali.Pipeline(capacity, self.threads, device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with pipeline:
             jpeg = fn.external_source(name="jpeg", device="cpu", dtype=types.UINT8, ndim=1)
             image = fn.decoders.image(

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from scenarioclip_fast.data.config import MAX_PIXELS
-from scenarioclip_fast.data.decode.base import DecodeError, thread_count
+from scenarioclip_fast.data.decode.base import DecodeError
 from scenarioclip_fast.data.decode.run_decoder import RunDecoder
 from scenarioclip_fast.requirements import require
 
@@ -21,37 +20,17 @@ class NvimgcodecDecoder(RunDecoder):
     """Decode JPEGs with nvImageCodec, on the GPU or with its own libjpeg-turbo on the CPU.
 
     The library writes the cause of a bad image to stderr and returns no pixels for it.
-
-    Args:
-        device: "cpu" or a CUDA device.
-        threads: nvImageCodec's CPU threads; None: one per core, at most 16.
-        max_pixels: larger images are rejected, based on their header.
-        run_pixels: maximum number of pixels per run, which bounds the memory of a call. A larger image is decoded in a
-            separate run.
-
-    Raises:
-        MissingDependencyError: nvImageCodec is not installed.
-        RuntimeError: nvImageCodec does not work on this device.
     """
 
     name = "nvimgcodec"
     library = "nvImageCodec"
     module = "nvidia.nvimgcodec"
 
-    def __init__(
-        self,
-        device: str | torch.device = "cpu",
-        *,
-        threads: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        run_pixels: int = MAX_PIXELS,
-    ) -> None:
+    def _open(self) -> None:
         codec = require(self.module)
-        super().__init__(device, max_pixels, run_pixels)
-        threads = thread_count(threads)
         options: dict[str, Any] = {
             # It warns of as many threads as cores; 0 is its default.
-            "max_num_cpu_threads": threads if threads < (os.cpu_count() or 1) else 0,
+            "max_num_cpu_threads": self.threads if self.threads < (os.cpu_count() or 1) else 0,
             # Otherwise chroma differs from libjpeg-turbo's.
             "options": ":fancy_upsampling=1",
         }

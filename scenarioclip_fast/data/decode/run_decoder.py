@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe
+from scenarioclip_fast.data.config import MAX_PIXELS
+from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe, thread_count
 from scenarioclip_fast.requirements import require
 
 # 16 x 16 pixels of one colour: a baseline JPEG with 4:2:0 subsampling.
@@ -31,10 +32,11 @@ class RunDecoder(ABC):
     header that leaves the end marker intact may not be detected, as nvJPEG does not always report it; `pack` rejects
     such images.
 
-    Subclasses define `_run` and `close`.
+    Subclasses define `_open`, `_run` and `close`.
 
     Args:
         device: where decoded images are placed.
+        threads: CPU threads of the library; None: one per core, at most 16.
         max_pixels: larger images are rejected, based on their header.
         run_pixels: maximum number of pixels per run, which bounds the library's memory. A larger image is decoded in a
             separate run.
@@ -44,6 +46,10 @@ class RunDecoder(ABC):
         library: its name in messages.
         module: the library's module, one of `requirements.OPTIONAL`.
         passed_over: why `make_decoder` chose none of the decoders that "auto" prefers; may be empty.
+
+    Raises:
+        MissingDependencyError: the library is not installed.
+        UserError: the library does not support the kind of device.
     """
 
     name: ClassVar[str]
@@ -51,9 +57,17 @@ class RunDecoder(ABC):
     module: ClassVar[str]
     passed_over = ""
 
-    def __init__(self, device: str | torch.device, max_pixels: int, run_pixels: int) -> None:
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        run_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.device, self.threads = torch.device(device), thread_count(threads)
         self.max_pixels, self.run_pixels = max_pixels, run_pixels
+        self._open()
 
     def __str__(self) -> str:
         version = getattr(require(self.module), "__version__", "")
@@ -100,6 +114,10 @@ class RunDecoder(ABC):
         if isinstance(image, DecodeError):
             raise image
         return image
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Check that the library is installed and supports the device, and prepare it."""
 
     @abstractmethod
     def _run(self, images: list[bytes]) -> Sequence[Tensor | DecodeError]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.decode.base import DecodeError
 from scenarioclip_fast.data.decode.run_decoder import RunDecoder
 from scenarioclip_fast.errors import UserError
@@ -18,32 +17,13 @@ class TorchvisionDecoder(RunDecoder):
     """Decode JPEGs with torchvision's binding of nvJPEG, on a GPU only. One bad JPEG fails a run.
 
     torchvision repeats subsampled chroma where libjpeg-turbo and the other decoders interpolate it: at edges between
-    saturated colours, pixels differ visibly.
-
-    Args:
-        device: a CUDA device.
-        threads: ignored; torchvision uses the calling thread.
-        max_pixels: larger images are rejected, based on their header.
-        run_pixels: maximum number of pixels per run, which bounds the memory of a call. A larger image is decoded in a
-            separate run.
-
-    Raises:
-        MissingDependencyError: torchvision is not installed.
-        UserError: not a CUDA device.
+    saturated colours, pixels differ visibly. It decodes in the calling thread: `threads` has no effect.
     """
 
     name = "torchvision"
     library = module = "torchvision"
 
-    def __init__(
-        self,
-        device: str | torch.device = "cuda",
-        *,
-        threads: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-        run_pixels: int = MAX_PIXELS,
-    ) -> None:
-        super().__init__(device, max_pixels, run_pixels)
+    def _open(self) -> None:
         if self.device.type != "cuda":
             raise UserError(
                 f"decoder: torchvision decodes on a GPU, got the device {self.device}: choose torch, which decodes on "
