@@ -26,8 +26,8 @@ class TorchvisionDecoder(RunDecoder):
     def _open(self) -> None:
         if self.device.type != "cuda":
             raise UserError(
-                f"decoder: torchvision decodes on a GPU, got the device {self.device}: choose torch, which decodes on "
-                "the CPU"
+                f"decoder: torchvision decodes on a GPU, got the device {self.device}: choose another decoder, or run "
+                "on a GPU"
             )
         require("torchvision.io")
 
