@@ -466,7 +466,7 @@ def test_named_decoders_never_fall_back(monkeypatch: pytest.MonkeyPatch) -> None
         ValueError, match="decoder: got 'pil', expected one of auto, dali, nvimgcodec, torchvision, torch"
     ):
         make_decoder("pil")
-    with pytest.raises(UserError, match="torchvision decodes on a GPU, got the device cpu: choose torch"):
+    with pytest.raises(UserError, match="torchvision decodes on a GPU, got the device cpu: choose another decoder"):
         make_decoder("torchvision", "cpu")
 
 
