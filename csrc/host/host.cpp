@@ -44,7 +44,8 @@ py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
     throw std::invalid_argument("got sizes of another shape, expected [masks, 2]");
   }
   const auto is_number = [](PyObject* object, int64_t number) {
-    return PyLong_CheckExact(object) && PyLong_AsLongLong(object) == number;
+    int overflow = 0;
+    return PyLong_CheckExact(object) && PyLong_AsLongLongAndOverflow(object, &overflow) == number && overflow == 0;
   };
   std::vector<std::string_view> texts;
   std::vector<py::object> owners;  // keep the texts alive if another thread changes a mask meanwhile
@@ -60,7 +61,6 @@ py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
     const int64_t* expected = sizes.data(static_cast<py::ssize_t>(m));
     for (int side = 0; side < 2; ++side) {
       if (!is_number(PySequence_Fast_GET_ITEM(size, side), expected[side])) {
-        PyErr_Clear();  // beyond 64 bits
         return py::none();
       }
     }

@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
@@ -497,6 +498,22 @@ def missing(name: str) -> MissingDependencyError:
     error = MissingDependencyError(f"{name} is missing")
     error.__cause__ = ModuleNotFoundError(name="nvidia" if name == "dali" else DECODERS[name].module)
     return error
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_threads_below_one_are_rejected(name: str) -> None:
+    skip_missing(name)
+    with pytest.raises(ValueError, match=r"^threads: got -1, expected at least 1"):
+        make_decoder(name, threads=-1)
+
+
+def test_threads_share_a_decoder(decoder: Decoder) -> None:
+    """DALI hangs and nvImageCodec aborts if several threads call them at a time."""
+    images = [encoded(picture(20 + i, 30 + i)) for i in range(8)]
+    expected = [decode_with_pillow(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        for decoded in pool.map(decoder.decode, [images] * 24):
+            assert all(torch.equal(x, y) for x, y in zip(decoded, expected, strict=True))  # type: ignore[arg-type]
 
 
 def test_auto_on_a_gpu_is_the_first_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from scenarioclip_fast.data.decode.base import (
     decode_with_pillow,
     pillow_to_rgb,
     probe,
+    thread_count,
 )
 from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 from scenarioclip_fast.data.decode.nvimgcodec_decoder import NvimgcodecDecoder
@@ -78,10 +79,10 @@ def make_decoder(
     Raises:
         MissingDependencyError: the package of the requested decoder is not installed or does not load.
         UserError: the requested decoder does not work on `device`.
-        ValueError: unknown name.
+        ValueError: unknown name, or fewer than one thread.
     """
     device = torch.device(device)
-    options: dict[str, Any] = {"threads": threads, "max_pixels": max_pixels}
+    options: dict[str, Any] = {"threads": thread_count(threads), "max_pixels": max_pixels}
     if name in DECODERS:
         return _start(DECODERS[name], device, options)
     if name != "auto":

@@ -178,7 +178,13 @@ def decode_checked(decoder: Decoder, data: bytes) -> Tensor:  # uint8 [H, W, 3]
 
 
 def thread_count(threads: int | None) -> int:
-    """Return `threads`, or by default one per core, at most 16."""
+    """Return `threads`, or by default one per core, at most 16.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}, expected at least 1, or None")
     return threads or min(16, os.cpu_count() or 1)
 
 

@@ -46,6 +46,8 @@ class NvimgcodecDecoder(RunDecoder):
         )
 
     def _run(self, images: list[bytes]) -> Sequence[Tensor | DecodeError]:
+        if self._decoder is None:
+            raise ValueError("this decoder is closed: create a new one")
         codec = require(self.module)
         streams = [codec.CodeStream(data) for data in images]
         if self.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -28,9 +29,9 @@ _SAMPLE_SHAPE, _SAMPLE_COLOUR, _TOLERANCE = (16, 16, 3), (200, 120, 40), 4
 class RunDecoder(ABC):
     """Decodes plain JPEGs with a library, in runs of a bounded number of pixels, and other images with Pillow.
 
-    A run that fails is repeated image by image, so that one bad image affects only itself. On a GPU, damage after the
-    header that leaves the end marker intact may not be detected, as nvJPEG does not always report it; `pack` rejects
-    such images.
+    A run that fails is repeated image by image, so that one bad image affects only itself. Damage after the header that
+    leaves the end marker intact may not be detected, as these libraries do not always report it; `pack` rejects such
+    images. Threads may share a decoder, but decode one after the other: the libraries crash or hang otherwise.
 
     Subclasses define `_open`, `_run` and `close`.
 
@@ -67,6 +68,7 @@ class RunDecoder(ABC):
     ) -> None:
         self.device, self.threads = torch.device(device), thread_count(threads)
         self.max_pixels, self.run_pixels = max_pixels, run_pixels
+        self._lock = threading.Lock()
         self._open()
 
     def __str__(self) -> str:
@@ -75,6 +77,10 @@ class RunDecoder(ABC):
         return f"{self.name} ({'; '.join(filter(None, (library, self.passed_over)))})"
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
+        with self._lock:
+            return self._decode(images)
+
+    def _decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
         decoded: list[Tensor | DecodeError | None] = [None] * len(images)
         run: list[int] = []
         pixels = 0
