@@ -11,7 +11,8 @@ from scenarioclip_fast import dispatch
 from scenarioclip_fast.kernels.short_attention import limits, reference
 from scenarioclip_fast.ops.plain import is_plain_call, plain_function, run_backward
 
-attention = reference.attention  # for models, which do not import kernels
+# For models and trainers, which do not import kernels.
+attention, needs_float32 = reference.attention, reference.needs_float32
 
 
 def short_attention(

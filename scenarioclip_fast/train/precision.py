@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scenarioclip_fast.model.config import VisionConfig
+from scenarioclip_fast.ops.attention import attention_backend, needs_float32
 
 # The first that can run is used. Forward and backward for 1,280 views of 50 tokens on an H200: memory-efficient
 # 0.78 ms, cuDNN, which builds a plan for each size, 1.15, FlashAttention 1.96.
@@ -40,9 +41,14 @@ def attention_kernels() -> AbstractContextManager[Any]:
 
 
 def describe_attention(config: VisionConfig, precision: str, device: torch.device) -> str:
-    """Name the attention that the vision blocks use within `attention_kernels`, for the log."""
+    """Name the attention of the vision blocks for the log: `short_attention`, or what torch chooses."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    q = torch.empty(1, config.heads, config.tokens, config.width // config.heads, dtype=dtype, device=device)
+    qkv = torch.empty(config.tokens, 3 * config.width, dtype=dtype, device=device)
+    if (backend := attention_backend(qkv, config.heads, config.tokens)) != "reference":
+        return f"attention: short_attention, backend {backend}"
+    rows = qkv.view(1, config.tokens, 3, config.heads, config.width // config.heads)
+    in_float32 = needs_float32(rows)
+    q = (rows.float() if in_float32 else rows)[:, :, 0].transpose(1, 2)
     with attention_kernels():
-        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
-    return f"attention: {chosen.name.removesuffix('_ATTENTION').lower()}"
+        chosen = SDPBackend(torch._fused_sdp_choice(q, q, q)).name.removesuffix("_ATTENTION").lower()
+    return f"attention: torch's {chosen} kernels{' in float32' if in_float32 else ''}"
