@@ -87,7 +87,6 @@ def make_decoder(
         return _start(DECODERS[name], device, options)
     if name != "auto":
         raise ValueError(f"decoder: got {name!r}, expected one of {', '.join(get_args(DecoderName))}")
-    # On a CPU the others run libjpeg-turbo as well.
     preferred = [kind for kind in DECODERS.values() if kind is not TorchDecoder and device.type == "cuda"]
     absent: list[str] = []
     broken: list[str] = []
