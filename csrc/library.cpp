@@ -57,7 +57,6 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
       "focused_region(Tensor image, Tensor subject_mask, Tensor object_mask, float sigma, int[] weights, bool colours) "
       "-> Tensor");
   m.def(
-      "render_views(Tensor[] images, Tensor plan, Tensor augment, Tensor mask_runs, Tensor mask_start, int size, "
-      "float[] mean, float[] std, float sigma, int[] weights, bool colours, ScalarType dtype, bool channels_last) "
-      "-> Tensor");
+      "render_views(Tensor[] images, Tensor plan, Tensor augment, Tensor mask_runs, Tensor mask_start, float[] mean, "
+      "float[] std, float sigma, int[] weights, bool colours, bool channels_last, Tensor(a!) out) -> ()");
 }

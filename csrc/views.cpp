@@ -104,7 +104,7 @@ void render_on_device(const RenderProblem& problem, const Tensor& like) {
   STD_TORCH_CHECK(error == nullptr, "render_views: ", error);
 }
 #else
-// Requests huge pages: each batch is newly allocated memory, and page faults of 4 KiB cost as much as rendering.
+// Requests huge pages, for memory that has not been used yet: page faults of 4 KiB cost as much as rendering.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
@@ -119,13 +119,14 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 #endif
 
 // The plan, the augmentation and the masks are on the CPU even if the images are on a GPU, because the host reads them.
-Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
-                    const Tensor& plan,          // [V, 16]
-                    const Tensor& augment,       // [V, 5]
-                    const Tensor& mask_runs,     // [R]
-                    const Tensor& mask_start,    // [M + 1]
-                    int64_t size, std::vector<double> mean, std::vector<double> std, double sigma,
-                    std::vector<int64_t> weights, bool colours, ScalarType dtype, bool channels_last) {
+void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
+                  const Tensor& plan,          // [V, 16]
+                  const Tensor& augment,       // [V, 5]
+                  const Tensor& mask_runs,     // [R]
+                  const Tensor& mask_start,    // [M + 1]
+                  std::vector<double> mean, std::vector<double> std, double sigma, std::vector<int64_t> weights,
+                  bool colours, bool channels_last,
+                  Tensor out) {  // [V, 3, S, S], or [V, S, S, 3] with channels_last
   std::vector<Image> sources;
   for (const Tensor& image : images) {
     sources.push_back(image_of(image));
@@ -138,13 +139,17 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   check_size(augment, "augment", 1, kAugmentWidth);
   check_tensor(mask_runs, "mask_runs", 1, ScalarType::Int, false);
   check_tensor(mask_start, "mask_start", 1, ScalarType::Long, false);
-  STD_TORCH_CHECK(size > 0 && mean.size() == 3 && std.size() == 3, "size, mean, std: expected > 0, 3 and 3 numbers");
+  STD_TORCH_CHECK(mean.size() == 3 && std.size() == 3, "mean, std: expected three numbers each");
+  const int64_t views = plan.size(0), size = out.dim() == 4 ? out.size(2) : 0;
+  STD_TORCH_CHECK(size > 0, "out: expected [V, 3, S, S], or [V, S, S, 3] with channels_last, with S > 0");
+  check_tensor(out, "out", 4, out.scalar_type(), images.empty() ? out.is_cuda() : kCuda);
+  check_size(out, "out", 0, views);
+  check_size(out, "out", channels_last ? 3 : 1, 3);
+  check_size(out, "out", channels_last ? 1 : 3, size);
+  STD_TORCH_CHECK(images.empty() || out.get_device_index() == images[0].get_device_index(),
+                  "out: expected on the device of the images");
 
-  const int64_t views = plan.size(0);
   const std::vector<uint32_t> taps = blur_taps(weights);
-  const Tensor& like = images.empty() ? plan : images[0];
-  Tensor out = channels_last ? torch::stable::new_empty(like, {views, size, size, 3}, dtype)
-                             : torch::stable::new_empty(like, {views, 3, size, size}, dtype);
   RenderProblem problem{
       .images = sources.data(),
       .plan = plan.const_data_ptr<int32_t>(),
@@ -158,7 +163,7 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
       .mean = {},
       .std = {},
       .region = region_of(sigma, taps, colours),
-      .type = pixel_type(dtype),
+      .type = pixel_type(out.scalar_type()),
       .channels_last = channels_last,
       .out = out.mutable_data_ptr(),
   };
@@ -167,12 +172,11 @@ Tensor render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
     problem.std[c] = static_cast<float>(std[c]);
   }
 #ifdef USE_CUDA
-  render_on_device(problem, like);
+  render_on_device(problem, out);
 #else
   advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   render_views_cpu(problem, torch_threads());
 #endif
-  return out;
 }
 
 }  // namespace

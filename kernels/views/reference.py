@@ -235,18 +235,15 @@ def render_views(
     augment: Tensor,  # [V, 5] float32
     mask_runs: Tensor,  # [R] int32
     mask_start: Tensor,  # [M + 1] int64
-    size: int,
     mean: Sequence[float],
     std: Sequence[float],
     sigma: float,
     weights: Sequence[int],
     colours: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:  # [V, 3, size, size], or [V, size, size, 3] with channels_last
-    """Render every view of the plan: composite, resize, adjust colours, blur, normalise."""
-    device = images[0].device if images else plan.device
-    out = torch.empty((len(plan), 3, size, size), dtype=dtype, device=device)
+    out: Tensor,  # [V, 3, S, S]
+) -> None:
+    """Render every view of the plan into `out`: composite, resize, adjust colours, blur, normalise."""
+    device, size = out.device, out.shape[-1]
     centre = torch.tensor(mean, device=device)[:, None, None]
     spread = torch.tensor(std, device=device)[:, None, None]
     start = mask_start.tolist()
@@ -264,4 +261,3 @@ def render_views(
         if augmentation[BLUR] > 0:
             pixels = augmentation_blur(pixels, augmentation[BLUR])
         out[v] = (pixels - centre) / spread
-    return out.permute(0, 2, 3, 1).contiguous() if channels_last else out

@@ -1,5 +1,7 @@
 // One thread renders all views of an image: the image and its blurred copy stay in the cache of that core. A view is
 // processed row by row: composite of a source row (never of the whole image), horizontal resize, then vertical resize.
+// Only the output pixels that depend on a masked object's box are computed; the others are zero. Relations of an image
+// share the resized background, on which each computes only the output pixels that depend on its masks.
 //
 // Intermediate rows are RGBX, four bytes per pixel, so that two pixels fill a vector of eight 32-bit lanes.
 #include <algorithm>
@@ -17,13 +19,33 @@ namespace {
 
 constexpr int64_t kSlack = 64;  // bytes past the end of a row that vector loads and stores may touch
 constexpr int64_t kBlock = 32;  // bytes of a row resized at a time
+constexpr int64_t kBlockPixels = kBlock / 4;
 
 struct Range {
-  int64_t begin;
-  int64_t end;
+  int64_t begin = 0;
+  int64_t end = 0;
 
   int64_t size() const { return end - begin; }
+  bool empty() const { return end <= begin; }
+  bool contains(int64_t i) const { return i >= begin && i < end; }
 };
+
+Range intersection(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+Range hull(Range a, Range b) { return {std::min(a.begin, b.begin), std::max(a.end, b.end)}; }
+Range shifted(Range range, int64_t by) { return {range.begin + by, range.end + by}; }
+
+struct Area {
+  Range rows;
+  Range columns;
+
+  bool empty() const { return rows.empty() || columns.empty(); }
+};
+
+// An empty one is {}.
+Area intersection(Area a, Area b) {
+  const Area area{intersection(a.rows, b.rows), intersection(a.columns, b.columns)};
+  return area.empty() ? Area{} : area;
+}
 
 // RGB -> RGBX. Reads no further than `end`.
 void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* end) {
@@ -197,14 +219,23 @@ class Taps {
     }
     rgbx_weights_.resize(4 * weights_.size());
     for (size_t k = 0; k < rgbx_weights_.size(); ++k) rgbx_weights_[k] = weights_[k / 4];
-    reach_ = {low_[0], low_[size - 1] + tap_of(axis, size - 1).count};
   }
 
   int64_t width() const { return width_; }
   int64_t low(int64_t i) const { return low_[i]; }
   const int32_t* weights(int64_t i) const { return weights_.data() + i * width_; }
   const int32_t* rgbx_weights(int64_t i) const { return rgbx_weights_.data() + 4 * i * width_; }
-  Range reach() const { return reach_; }  // the source pixels that any output pixel reads
+
+  // The source pixels that the output pixels `outputs`, at least one, read.
+  Range reach(Range outputs) const {
+    return {low_[outputs.begin], low_[outputs.end - 1] + tap_of(axis_, outputs.end - 1).count};
+  }
+
+  // The output pixels that read any of the source pixels, and possibly their neighbours.
+  Range outputs_of(Range source) const {
+    const auto first = std::upper_bound(low_.begin(), low_.end(), source.begin - width_);
+    return {first - low_.begin(), std::lower_bound(first, low_.end(), source.end) - low_.begin()};
+  }
 
  private:
   Axis axis_{};
@@ -213,7 +244,6 @@ class Taps {
   std::vector<int64_t> low_;
   std::vector<int32_t> weights_;
   std::vector<int32_t> rgbx_weights_;
-  Range reach_{};
 };
 
 Int8 round_fixed(Int8 fixed) { return (fixed + (1 << (kResizeBits - 1))) >> kResizeBits; }
@@ -224,13 +254,13 @@ Int8 join(Int8 a, Int8 b) {
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// Resizes two source rows, from pixel `origin` on, to `size` output pixels each; two at once halve the weight loads.
-// Rows are RGBX with slack.
-void resize_horizontally(const uint8_t* const rows[2], int64_t origin, const Taps& taps, int64_t size,
+// Resizes two source rows, from pixel `origin` on, to the output pixels `outputs` of each; two at once halve the weight
+// loads. Rows are RGBX with slack.
+void resize_horizontally(const uint8_t* const rows[2], int64_t origin, const Taps& taps, Range outputs,
                          uint8_t* const out[2]) {
   const int64_t width = taps.width();
   const auto add = [&](int64_t pixel, Int8& first, Int8& second) {
-    pixel = std::min(pixel, size - 1);
+    pixel = std::min(pixel, outputs.end - 1);
     const int64_t offset = 4 * (taps.low(pixel) - origin);
     const int32_t* weights = taps.rgbx_weights(pixel);
     first = second = Int8{};
@@ -240,7 +270,7 @@ void resize_horizontally(const uint8_t* const rows[2], int64_t origin, const Tap
       second += widen(rows[1] + offset + 4 * k) * weight;
     }
   };
-  for (int64_t i = 0; i < size; i += 4) {
+  for (int64_t i = outputs.begin; i < outputs.end; i += 4) {
     // Eight variables, since GCC would keep an array in memory.
     Int8 a0, a1, a2, a3, b0, b1, b2, b3;
     add(i, a0, b0);
@@ -252,11 +282,12 @@ void resize_horizontally(const uint8_t* const rows[2], int64_t origin, const Tap
   }
 }
 
-// Computes output row i from source rows that begin at `origin`, each `stride` bytes long, a multiple of kBlock.
-void resize_vertically(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, uint8_t* out) {
+// Computes bytes `bytes`, whole blocks, of output row i from source rows that begin at `origin`, `stride` bytes apart.
+void resize_vertically(const uint8_t* rows, int64_t origin, const Taps& taps, int64_t i, int64_t stride, Range bytes,
+                       uint8_t* out) {
   const uint8_t* first = rows + (taps.low(i) - origin) * stride;
   const int32_t* weights = taps.weights(i);
-  for (int64_t x = 0; x < stride; x += kBlock) {
+  for (int64_t x = bytes.begin; x < bytes.end; x += kBlock) {
     Int8 sums[4] = {};
     for (int64_t k = 0; k < taps.width(); ++k) {
       const uint8_t* pixels = first + k * stride + x;
@@ -310,15 +341,16 @@ class Renderer {
       : p_(problem),
         size_(problem.size),
         stride_((4 * problem.size + kBlock - 1) / kBlock * kBlock),
-        resized_(stride_ / 4 * problem.size) {}
+        view_{{}, std::vector<uint32_t>(stride_ / 4 * problem.size)} {}
 
   // Renders all views of one image, `count` of them at `views`.
   void render(const Image& image, const int64_t* views, int64_t count) {
     image_ = &image;
     end_of_image_ = image.pixels + image.height * image.width * 3;
     blur(views, count);
+    background_plan_ = nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      resize(views[i]);
+      resize(plan(views[i]), i + 1 < count ? plan(views[i + 1]) : nullptr);
       switch (p_.type) {
         case PixelType::kFloat:
           finish<float>(views[i]);
@@ -334,129 +366,208 @@ class Renderer {
   }
 
  private:
-  const int32_t* plan(int64_t view) const { return p_.plan + view * kPlanWidth; }
+  // A view, and the rows from which it is resized vertically.
+  struct Resized {
+    std::vector<uint8_t> rows;     // resized horizontally, from the first source row that the view reads
+    std::vector<uint32_t> pixels;  // R in the low byte (as any little-endian machine stores RGBX)
+  };
 
-  // Prepares both axes of a view; returns the source rows and columns that it reads, clipped to the image.
-  std::pair<Range, Range> prepare(const int32_t* plan) {
+  const int32_t* plan(int64_t view) const { return p_.plan + view * kPlanWidth; }
+  Area whole_view() const { return {{0, size_}, {0, size_}}; }
+
+  // Prepares both axes of a view; returns the part of the image that it reads.
+  Area prepare(const int32_t* plan) {
     horizontal_.prepare({plan[kX2] - plan[kX1], plan[kWidth], plan[kLeft]}, size_);
     vertical_.prepare({plan[kY2] - plan[kY1], plan[kHeight], plan[kTop]}, size_);
-    const Range rows = vertical_.reach(), columns = horizontal_.reach();
-    return {{std::max<int64_t>(rows.begin + plan[kY1], 0), std::min(rows.end + plan[kY1], image_->height)},
-            {std::max<int64_t>(columns.begin + plan[kX1], 0), std::min(columns.end + plan[kX1], image_->width)}};
+    return source_of(plan, whole_view());
   }
+
+  // The part of the image that output pixels of the prepared view read.
+  Area source_of(const int32_t* plan, Area outputs) const {
+    const Area reach{shifted(vertical_.reach(outputs.rows), plan[kY1]),
+                     shifted(horizontal_.reach(outputs.columns), plan[kX1])};
+    return intersection(reach, {{0, image_->height}, {0, image_->width}});
+  }
+
+  // The output pixels of the prepared view that depend on a part of the image, in whole blocks.
+  Area outputs_of(const int32_t* plan, Area source) const {
+    const Range rows = vertical_.outputs_of(shifted(source.rows, -plan[kY1]));
+    const Range columns = horizontal_.outputs_of(shifted(source.columns, -plan[kX1]));
+    return {rows, {columns.begin / kBlockPixels * kBlockPixels, std::min(whole_blocks(columns.end), size_)}};
+  }
+
+  static int64_t whole_blocks(int64_t pixels) { return (pixels + kBlockPixels - 1) / kBlockPixels * kBlockPixels; }
 
   // Blurs, once, the part of the image that its relation views read.
   void blur(const int64_t* views, int64_t count) {
-    blurred_rows_ = {image_->height, 0};
-    blurred_columns_ = {image_->width, 0};
+    blurred_area_ = {{image_->height, 0}, {image_->width, 0}};
     for (int64_t i = 0; i < count; ++i) {
       if (plan(views[i])[kKind] != kRelation) continue;
-      const auto [rows, columns] = prepare(plan(views[i]));
-      blurred_rows_ = {std::min(blurred_rows_.begin, rows.begin), std::max(blurred_rows_.end, rows.end)};
-      blurred_columns_ = {std::min(blurred_columns_.begin, columns.begin), std::max(blurred_columns_.end, columns.end)};
+      const Area read = prepare(plan(views[i]));
+      if (read.empty()) continue;
+      blurred_area_ = {hull(blurred_area_.rows, read.rows), hull(blurred_area_.columns, read.columns)};
     }
-    if (blurred_rows_.size() <= 0 || blurred_columns_.size() <= 0) return;
-    const int64_t pixels = blurred_columns_.size();
-    blurred_.resize(4 * blurred_rows_.size() * pixels + kSlack);
+    if (blurred_area_.empty()) return;
+    const int64_t pixels = blurred_area_.columns.size();
+    blurred_.resize(4 * blurred_area_.rows.size() * pixels + kSlack);
     Blur blur(*image_, p_.region);
-    for (int64_t y = blurred_rows_.begin; y < blurred_rows_.end; ++y) {
-      const uint8_t* row = blur.row(y, blurred_columns_);
-      expand(row, pixels, blurred_.data() + 4 * (y - blurred_rows_.begin) * pixels, row + 3 * pixels + 16);
+    for (int64_t y = blurred_area_.rows.begin; y < blurred_area_.rows.end; ++y) {
+      const uint8_t* row = blur.row(y, blurred_area_.columns);
+      expand(row, pixels, blurred_.data() + 4 * (y - blurred_area_.rows.begin) * pixels, row + 3 * pixels + 16);
     }
   }
 
-  // Composes and resizes a view into resized_.
-  void resize(int64_t view) {
-    const int32_t* plan = this->plan(view);
-    auto [rows, columns] = prepare(plan);
-    const Range read_rows = vertical_.reach(), read_columns = horizontal_.reach();
-    // Room for the pixels that are read with zero weight.
-    intermediate_.resize((read_rows.size() + vertical_.width()) * stride_ + kSlack);
-    const int64_t row_bytes = 4 * (read_columns.size() + horizontal_.width()) + kSlack;
-    row_.assign(2 * row_bytes, 0);
-    if (plan[kKind] == kMasked) {
-      rows = {std::max<int64_t>(rows.begin, plan[kBoxY1]), std::min<int64_t>(rows.end, plan[kBoxY2])};
-      columns = {std::max<int64_t>(columns.begin, plan[kBoxX1]), std::min<int64_t>(columns.end, plan[kBoxX2])};
-    }
-    if (rows.size() <= 0 || columns.size() <= 0) {
-      std::fill(resized_.begin(), resized_.end(), 0);
+  // RGBX pixels of the blurred image.
+  const uint8_t* blurred_at(int64_t y, int64_t x) const {
+    const auto& [rows, columns] = blurred_area_;
+    return blurred_.data() + 4 * ((y - rows.begin) * columns.size() + x - columns.begin);
+  }
+
+  // Composes and resizes a view into view_; `next` is the plan of the next view of the image, or null.
+  void resize(const int32_t* plan, const int32_t* next) {
+    const Area read = prepare(plan);
+    if (plan[kKind] == kRelation) {
+      resize_relation(plan, next, read);
       return;
     }
-    if (plan[kKind] == kRelation) draw_masks(plan, rows, columns);
-    Focus focus(centres_[0], centres_[1], p_.region.sigma, plan[kKind] == kRelation ? columns.size() : 0);
+    Area source = read, outputs = whole_view();
+    if (plan[kKind] == kMasked) {
+      source = intersection(read, {{plan[kBoxY1], plan[kBoxY2]}, {plan[kBoxX1], plan[kBoxX2]}});
+      if (!source.empty()) outputs = outputs_of(plan, source);
+      std::fill(view_.pixels.begin(), view_.pixels.end(), 0);
+    }
+    resize_part(plan, source, outputs, nullptr, view_, [&](int64_t y, uint8_t* to) {
+      expand(image_->pixels + 3 * (y * image_->width + source.columns.begin), source.columns.size(), to, end_of_image_);
+    });
+  }
 
-    uint8_t* const first = intermediate_.data() + (rows.begin - plan[kY1] - read_rows.begin) * stride_;
-    uint8_t* const last = first + rows.size() * stride_;
-    std::memset(intermediate_.data(), 0, first - intermediate_.data());
-    std::memset(last, 0, intermediate_.data() + read_rows.size() * stride_ - last);
-    for (int64_t y = rows.begin; y < rows.end; y += 2) {
+  void resize_relation(const int32_t* plan, const int32_t* next, Area read) {
+    const Area drawn = intersection(measure_masks(plan), read);
+    draw_masks(plan, drawn);
+    Focus focus(centres_[0], centres_[1], p_.region.sigma, drawn.columns.size());
+    if (background_plan_ == nullptr || !same_geometry(plan, background_plan_)) {
+      const bool share = next != nullptr && next[kKind] == kRelation && same_geometry(plan, next);
+      background_plan_ = share ? plan : nullptr;
+      if (share) {
+        background_.pixels.resize(view_.pixels.size());
+        resize_part(plan, read, whole_view(), nullptr, background_, [&](int64_t y, uint8_t* to) {
+          std::memcpy(to, blurred_at(y, read.columns.begin), 4 * read.columns.size());
+        });
+      }
+    }
+    Area source = read, outputs = whole_view();
+    if (background_plan_ != nullptr) {
+      view_.pixels = background_.pixels;
+      if (drawn.empty()) return;
+      outputs = outputs_of(plan, drawn);
+      source = {drawn.rows, source_of(plan, outputs).columns};
+    }
+    const Resized* background = background_plan_ != nullptr ? &background_ : nullptr;
+    resize_part(plan, source, outputs, background, view_, [&](int64_t y, uint8_t* to) {
+      std::memcpy(to, blurred_at(y, source.columns.begin), 4 * source.columns.size());
+      if (!drawn.rows.contains(y)) return;
+      const auto [begin, end] = drawn.columns;
+      unblurred_.resize(4 * drawn.columns.size() + kSlack);
+      expand(image_->pixels + 3 * (y * image_->width + begin), end - begin, unblurred_.data(), end_of_image_);
+      const uint8_t* masks = masks_.data() + (y - drawn.rows.begin) * drawn.columns.size();
+      focus(y, drawn.columns, masks, unblurred_.data(), to + 4 * (begin - source.columns.begin));
+    });
+  }
+
+  // Whether two relation views have the same background.
+  static bool same_geometry(const int32_t* a, const int32_t* b) { return std::equal(a + kX1, a + kBoxX1, b + kX1); }
+
+  // Resizes the output pixels `outputs` of the prepared view. compose(y, to) writes the RGBX pixels `source.columns` of
+  // row y, which is one of `source.rows`; the other rows are black, or those of `background`.
+  template <class Compose>
+  void resize_part(const int32_t* plan, Area source, Area outputs, const Resized* background, Resized& to,
+                   Compose&& compose) {
+    // In pixels of the image:
+    const int64_t origin = vertical_.low(0) + plan[kY1];
+    const Range read_rows = shifted(vertical_.reach(outputs.rows), plan[kY1]);
+    const Range read_columns = shifted(horizontal_.reach(outputs.columns), plan[kX1]);
+    const Range bytes{4 * outputs.columns.begin, 4 * whole_blocks(outputs.columns.end)};
+    // Room for the pixels that are read with zero weight.
+    to.rows.resize((vertical_.reach({0, size_}).size() + vertical_.width()) * stride_ + kSlack);
+    const int64_t row_bytes = 4 * (read_columns.size() + horizontal_.width()) + kSlack;
+    row_.assign(2 * row_bytes, 0);
+
+    for (int64_t y = read_rows.begin; y < read_rows.end; ++y) {
+      if (source.rows.contains(y)) continue;
+      const int64_t offset = (y - origin) * stride_ + bytes.begin;
+      if (background != nullptr) {
+        std::memcpy(to.rows.data() + offset, background->rows.data() + offset, bytes.size());
+      } else {
+        std::memset(to.rows.data() + offset, 0, bytes.size());
+      }
+    }
+    for (int64_t y = source.rows.begin; y < source.rows.end; y += 2) {
       const uint8_t* composed[2];
       uint8_t* resized[2];
       for (int64_t r = 0; r < 2; ++r) {
         // A single last row is paired with itself.
-        const int64_t source_row = std::min(y + r, rows.end - 1);
-        composed[r] = row_.data() + r * row_bytes;
-        resized[r] = first + (source_row - rows.begin) * stride_;
-        uint8_t* out = row_.data() + r * row_bytes + 4 * (columns.begin - plan[kX1] - read_columns.begin);
-        const uint8_t* pixels = image_->pixels + 3 * (source_row * image_->width + columns.begin);
-        if (plan[kKind] == kRelation) {
-          relation_row(source_row, columns, pixels, rows, focus, out);
-        } else {
-          expand(pixels, columns.size(), out, end_of_image_);
-        }
+        const int64_t source_row = std::min(y + r, source.rows.end - 1);
+        uint8_t* row = row_.data() + r * row_bytes;
+        compose(source_row, row + 4 * (source.columns.begin - read_columns.begin));
+        composed[r] = row;
+        resized[r] = to.rows.data() + (source_row - origin) * stride_;
       }
-      resize_horizontally(composed, read_columns.begin, horizontal_, size_, resized);
+      resize_horizontally(composed, read_columns.begin - plan[kX1], horizontal_, outputs.columns, resized);
     }
-    uint8_t* out = reinterpret_cast<uint8_t*>(resized_.data());
-    for (int64_t y = 0; y < size_; ++y) {
-      resize_vertically(intermediate_.data(), read_rows.begin, vertical_, y, stride_, out + y * stride_);
+    uint8_t* out = reinterpret_cast<uint8_t*>(to.pixels.data());
+    for (int64_t y = outputs.rows.begin; y < outputs.rows.end; ++y) {
+      resize_vertically(to.rows.data(), vertical_.low(0), vertical_, y, stride_, bytes, out + y * stride_);
     }
   }
 
-  void relation_row(int64_t y, Range columns, const uint8_t* pixels, Range rows, Focus& focus, uint8_t* out) {
-    const int64_t stride = 4 * blurred_columns_.size();
-    const uint8_t* blurred =
-        blurred_.data() + (y - blurred_rows_.begin) * stride + 4 * (columns.begin - blurred_columns_.begin);
-    std::memcpy(out, blurred, 4 * columns.size());
-    if (y < mask_rows_.begin || y >= mask_rows_.end) return;
-    unblurred_.resize(4 * columns.size() + kSlack);
-    expand(pixels, columns.size(), unblurred_.data(), end_of_image_);
-    focus(y, columns, masks_.data() + (y - rows.begin) * columns.size(), unblurred_.data(), out);
-  }
-
-  // Decodes both masks of a relation to two bits per pixel of the given part of the image; centres are of the whole
-  // image.
-  void draw_masks(const int32_t* plan, Range rows, Range columns) {
-    masks_.assign(rows.size() * columns.size(), 0);
-    mask_rows_ = {rows.end, rows.begin};
+  // Computes the centres of both masks of a relation, and returns the smallest area that contains both.
+  Area measure_masks(const int32_t* plan) {
+    Area area{{image_->height, 0}, {image_->width, 0}};
     for (int which = 0; which < 2; ++which) {
-      const int64_t mask = plan[which == 0 ? kMask1 : kMask2];
-      const int64_t height = image_->height;
       MaskSums sums;
-      int64_t at = 0;
-      for (int64_t r = p_.mask_start[mask]; r < p_.mask_start[mask + 1]; ++r) {
-        const int64_t end = at + p_.mask_runs[r];
-        if ((r - p_.mask_start[mask]) % 2 == 1) {
-          add_run(sums, at, end, height);
-          fill_run(at, end, height, static_cast<uint8_t>(1 << which), rows, columns);
-        }
-        at = end;
-      }
+      for_each_run(plan, which, [&](int64_t begin, int64_t end) {
+        add_run(sums, begin, end, image_->height);
+        const int64_t x = begin / image_->height, last_x = (end - 1) / image_->height;
+        area.columns = hull(area.columns, {x, last_x + 1});
+        area.rows =
+            x == last_x ? hull(area.rows, shifted({begin, end}, -x * image_->height)) : Range{0, image_->height};
+      });
       centres_[which] = centre_of(sums);
     }
+    return area;
   }
 
-  void fill_run(int64_t begin, int64_t end, int64_t height, uint8_t bit, Range rows, Range columns) {
+  // Calls body(begin, end) for each run of a mask's pixels, which are counted column by column.
+  template <class Body>
+  void for_each_run(const int32_t* plan, int which, Body&& body) const {
+    const int64_t mask = plan[which == 0 ? kMask1 : kMask2];
+    int64_t at = 0;
+    for (int64_t r = p_.mask_start[mask]; r < p_.mask_start[mask + 1]; ++r) {
+      const int64_t end = at + p_.mask_runs[r];
+      if ((r - p_.mask_start[mask]) % 2 == 1 && end > at) body(at, end);
+      at = end;
+    }
+  }
+
+  // Decodes a part of both masks of a relation to two bits per pixel.
+  void draw_masks(const int32_t* plan, Area part) {
+    masks_.assign(part.rows.size() * part.columns.size(), 0);
+    for (int which = 0; which < 2; ++which) {
+      for_each_run(plan, which,
+                   [&](int64_t begin, int64_t end) { fill_run(begin, end, static_cast<uint8_t>(1 << which), part); });
+    }
+  }
+
+  void fill_run(int64_t begin, int64_t end, uint8_t bit, Area part) {
+    const int64_t height = image_->height, stride = part.columns.size();
     int64_t x = begin / height;
     for (int64_t y = begin - x * height; begin < end; ++x, y = 0) {
       const int64_t stop = std::min(height, y + end - begin);
       begin += stop - y;
-      if (x < columns.begin || x >= columns.end) continue;
-      const Range visible{std::max(y, rows.begin), std::min(stop, rows.end)};
-      if (visible.size() <= 0) continue;
-      mask_rows_ = {std::min(mask_rows_.begin, visible.begin), std::max(mask_rows_.end, visible.end)};
-      uint8_t* pixel = masks_.data() + (visible.begin - rows.begin) * columns.size() + (x - columns.begin);
-      for (int64_t n = visible.size(); n > 0; --n, pixel += columns.size()) *pixel |= bit;
+      if (!part.columns.contains(x)) continue;
+      const Range visible = intersection({y, stop}, part.rows);
+      uint8_t* pixel = masks_.data() + (visible.begin - part.rows.begin) * stride + (x - part.columns.begin);
+      for (int64_t n = visible.size(); n > 0; --n, pixel += stride) *pixel |= bit;
     }
   }
 
@@ -496,7 +607,7 @@ class Renderer {
   template <class F>
   void for_each_row(F&& body) const {
     for (int64_t y = 0; y < size_; ++y) {
-      for (int c = 0; c < 3; ++c) body(c, y * size_, resized_.data() + y * stride_ / 4);
+      for (int c = 0; c < 3; ++c) body(c, y * size_, view_.pixels.data() + y * stride_ / 4);
     }
   }
 
@@ -565,14 +676,13 @@ class Renderer {
   const Image* image_ = nullptr;
   const uint8_t* end_of_image_ = nullptr;
   Taps horizontal_, vertical_;
-  Range blurred_rows_{}, blurred_columns_{};
-  std::vector<uint8_t> blurred_;  // RGBX
+  Area blurred_area_{};
+  std::vector<uint8_t> blurred_;  // RGBX, that area
   Centre centres_[2]{};
-  Range mask_rows_{};
-  std::vector<uint8_t> masks_;
+  std::vector<uint8_t> masks_;            // bit 0: subject, bit 1: object
   std::vector<uint8_t> row_, unblurred_;  // RGBX: two source rows of the view, and a row of the image
-  std::vector<uint8_t> intermediate_;     // resized horizontally, not yet vertically
-  std::vector<uint32_t> resized_;         // the view, R in the low byte (as any little-endian machine stores RGBX)
+  Resized view_, background_;
+  const int32_t* background_plan_ = nullptr;  // of a view whose background is background_; null: none
   std::vector<float> colours_, blur_buffer_;
 };
 

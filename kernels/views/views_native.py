@@ -32,17 +32,26 @@ def render_views(
     augment: Tensor,  # [V, 5] float32
     mask_runs: Tensor,  # [R] int32
     mask_start: Tensor,  # [M + 1] int64
-    size: int,
     mean: Sequence[float],
     std: Sequence[float],
     sigma: float,
     weights: Sequence[int],
     colours: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:  # [V, 3, size, size], or [V, size, size, 3] with channels_last
+    out: Tensor,  # [V, 3, S, S], contiguous in either memory format
+) -> None:
     """As in reference.py, for contiguous tensors."""
-    pixels: Tensor = torch.ops.scenarioclip_fast_C.render_views(
-        images, plan, augment, mask_runs, mask_start, size, mean, std, sigma, weights, colours, dtype, channels_last
+    channels_last = not out.is_contiguous()
+    torch.ops.scenarioclip_fast_C.render_views(
+        images,
+        plan,
+        augment,
+        mask_runs,
+        mask_start,
+        mean,
+        std,
+        sigma,
+        weights,
+        colours,
+        channels_last,
+        out.permute(0, 2, 3, 1) if channels_last else out,
     )
-    return pixels

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -80,6 +79,7 @@ def render_views(
     blur_sigma: float = 2.0,
     blur: str = "rgb",
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:  # [V, 3, size, size]
     """Render views of all kinds from a ragged batch of images: composite, resize, augment, normalise in one pass.
 
@@ -94,12 +94,14 @@ def render_views(
         memory_format: torch.contiguous_format or torch.channels_last.
         sigma, blur_sigma, blur: for the relation views, as in `focused_region`.
         backend: "auto", "reference", "cpu" or "cuda".
+        out: [V, 3, size, size] of `dtype` and `memory_format` on the images' device, to be overwritten; None: a new
+            tensor.
 
     Returns:
-        [V, 3, size, size] on the images' device.
+        [V, 3, size, size] on the images' device: `out` if given.
 
     Raises:
-        TypeError: an image is not a tensor.
+        TypeError: an image or `out` is not a tensor.
         ValueError: a view whose image or mask is missing, empty or of the wrong size, or whose box lies outside its
             image; the message names the view.
     """
@@ -120,20 +122,27 @@ def render_views(
         if image.device != device:
             raise ValueError(f"images[{i}]: got a tensor on {image.device}, expected {device}, the device of images[0]")
     backend = dispatch.resolve("render_views", backend, device.type)
-    pixels: Tensor = _render_views(
-        list(images),
-        views.tensors,
-        size,
-        list(mean),
-        list(std),
-        sigma,
-        weights,
-        colours,
-        dtype,
-        memory_format == torch.channels_last,
-        backend,
-    )
-    return pixels
+    shape = (len(views), 3, size, size)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    else:
+        _check_out(out, shape, dtype, memory_format, device)
+    _render_views(list(images), views.tensors, list(mean), list(std), sigma, weights, colours, out, backend)
+    return out
+
+
+def _check_out(
+    out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> None:
+    _check_tensor("out", out)
+    if out.shape != shape or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out: got {out.dtype} {list(out.shape)} on {out.device}, expected {dtype} {list(shape)} on {device}"
+        )
+    if not out.is_contiguous(memory_format=memory_format):
+        raise ValueError(f"out: got strides {out.stride()}, expected a tensor that is contiguous in {memory_format}")
+    if out.requires_grad:
+        raise ValueError("out: got a tensor that requires gradients, expected one that does not")
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -177,57 +186,38 @@ def _(image: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(image, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("scenarioclip_fast::render_views_forward", mutates_args=())
+@torch.library.custom_op("scenarioclip_fast::render_views_forward", mutates_args=("out",))
 def _render_views(
     images: list[Tensor],
     views: list[Tensor],
-    size: int,
     mean: list[float],
     std: list[float],
     sigma: float,
     weights: list[int],
     colours: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
+    out: Tensor,
     backend: str,
-) -> Tensor:
+) -> None:
     # Inside the op, because it reads values, which a compiled graph cannot do.
-    plan, augment, mask_runs, mask_start = lower_views(images, views, size)
-    pixels: Tensor = dispatch.implementation("render_views", backend).render_views(
+    plan, augment, mask_runs, mask_start = lower_views(images, views, out.shape[-1])
+    dispatch.implementation("render_views", backend).render_views(
         [image.contiguous() for image in images],
         plan,
         augment,
         mask_runs,
         mask_start,
-        size,
         mean,
         std,
         sigma,
         weights,
         colours,
-        dtype,
-        channels_last,
+        out,
     )
-    return rearrange(pixels, "v h w c -> v c h w") if channels_last else pixels
 
 
 @_render_views.register_fake
-def _(
-    images: list[Tensor],
-    views: list[Tensor],
-    size: int,
-    mean: list[float],
-    std: list[float],
-    sigma: float,
-    weights: list[int],
-    colours: bool,
-    dtype: torch.dtype,
-    channels_last: bool,
-    backend: str,
-) -> Tensor:
-    device = images[0].device if images else torch.device("cpu")
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((views[0].shape[0], 3, size, size), dtype=dtype, device=device, memory_format=layout)
+def _(*_: Any) -> None:
+    return None
 
 
 def lower_views(

@@ -676,6 +676,21 @@ def test_pixel_format(shards: Path) -> None:
         Batch(batch.pixels[:3], *[getattr(batch, f.name) for f in fields(Batch)[1:7]])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_of_the_pixels_is_reused_after_the_batch(shards: Path, memory_format: torch.memory_format) -> None:
+    options: dict[str, Any] = {"epochs": 3, "memory_format": memory_format}
+    with load(shards, **options) as loader:
+        kept = list(loader)  # batches that are kept keep their pixels
+    addresses = set()
+    with load(shards, **options) as loader:
+        for i, batch in enumerate(loader):
+            assert torch.equal(batch.pixels, kept[i].pixels)
+            addresses.add(batch.pixels.data_ptr())
+            del batch
+    assert len({batch.pixels.data_ptr() for batch in kept}) == len(kept) > 12
+    assert len(addresses) < len(kept) / 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_batches_on_a_gpu(shards: Path, decoder: str) -> None:

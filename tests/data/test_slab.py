@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 
-from scenarioclip_fast.data.decode.slab import SlabPool, layout
+from scenarioclip_fast.data.slab import SlabPool, layout
 
 
 def test_blocks_are_aligned_and_disjoint() -> None:

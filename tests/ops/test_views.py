@@ -400,6 +400,77 @@ def test_output_formats(dtype: torch.dtype, memory_format: torch.memory_format, 
     assert torch.equal(got, plain.to(dtype))
 
 
+def corner_masks(height: int, width: int) -> list[np.ndarray]:
+    """A pixel in each corner and in the middle, the last row and the first column, and everything."""
+    masks = [np.zeros((height, width), np.bool_) for _ in range(7)]
+    for mask, (y, x) in zip(masks, ((0, 0), (0, -1), (-1, 0), (-1, -1), (height // 2, width // 2)), strict=False):
+        mask[y, x] = True
+    masks[5][-1], masks[6][:, 0] = True, True
+    return [*masks, np.ones((height, width), np.bool_), blob(height, width, 1)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 61])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("fast", FAST)
+def test_views_of_an_image_do_not_depend_on_each_other(fast: str, train: bool, size: int) -> None:
+    """Relations share the resized background, and masked objects compute a part of the view."""
+    for seed, shape in enumerate(((40, 90), (90, 40), (33, 33), (1, 50), (3, 2))):
+        height, width = shape
+        rng = np.random.default_rng(seed)
+        corners = rng.uniform(-5, (width, height), (9, 2))
+        boxes = np.concatenate([corners, corners.clip(0) + rng.uniform(0.1, (width, height), (9, 2))], axis=1)
+        masks = corner_masks(*shape)
+        one = Scene("a", torch.from_numpy(make_image(*shape, seed=seed)), "", objects := [], [])
+        objects += [
+            SceneObject("o", tuple(box), torch.from_numpy(mask))  # type: ignore[arg-type]
+            for box, mask in zip(boxes.tolist(), masks, strict=True)
+        ]
+        one.relations = [Relation(i, "near", int(k)) for i, k in enumerate(rng.permutation(len(masks)))]
+        views = Views.of_scenes([one], train=train, seed=seed)
+        together = render_views([one.image], views, size=size, backend=fast)  # type: ignore[list-item]
+        for v in range(len(views)):
+            alone = render_views([one.image], views.select(torch.tensor([v])), size=size, backend=fast)  # type: ignore[list-item]
+            assert torch.equal(together[v], alone[0]), views.describe(v)
+        exact = render_views([one.image], views, size=size, backend="reference")  # type: ignore[list-item]
+        difference = (together - exact).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
+        assert difference.max() <= 3.001  # as in test_fast_backends_match_the_reference
+        assert (difference < 0.02).double().mean() >= 0.99
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_out(memory_format: torch.memory_format, backend: str) -> None:
+    scenes = ragged_scenes()[:4]
+    images = [s.image.to(DEVICES[backend]) for s in scenes]  # type: ignore[union-attr]
+    views = Views.of_scenes(scenes)
+    options: dict[str, Any] = {"size": 13, "dtype": torch.bfloat16, "memory_format": memory_format, "backend": backend}
+    expected = views_module.render_views(images, views, **options)
+    out = torch.full_like(expected, float("nan"))
+    assert views_module.render_views(images, views, **options, out=out) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (
+            torch.empty(4, 3, 8, 8),
+            r"out: got torch.float32 \[4, 3, 8, 8\] on cpu, expected torch.float32 \[5, 3, 8, 8",
+        ),
+        (torch.empty(5, 3, 8, 8, dtype=torch.bfloat16), "out: got torch.bfloat16"),
+        (torch.empty(5, 3, 8, 8, device="meta"), "on meta, expected torch.float32"),
+        (torch.empty(5, 8, 8, 3).permute(0, 3, 1, 2), "out: got strides"),
+        (torch.empty(5, 3, 8, 8, requires_grad=True), "out: got a tensor that requires gradients"),
+    ],
+)
+def test_bad_out(out: Tensor, message: str) -> None:
+    images, views = good()
+    assert len(views) == 5
+    with pytest.raises(ValueError, match=message):
+        views_module.render_views(images, views, size=8, out=out)
+    with pytest.raises(TypeError, match="out: got ndarray, expected a tensor"):
+        views_module.render_views(images, views, size=8, out=np.empty((5, 3, 8, 8)))  # type: ignore[arg-type]
+
+
 def test_zero_views(backend: str) -> None:
     image = make_image(5, 6)
     none = Views.of_scenes([scene(image)]).select(torch.zeros(0, dtype=torch.int64))
@@ -471,20 +542,10 @@ def test_opcheck(backend: str) -> None:
     weights = reference.blur_weights(2.0)
     image, mask = one.image.to(DEVICES[backend]), torch.from_numpy(blob(20, 30, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
     torch.library.opcheck(views_module._focused_region, (image, mask, mask, 100.0, weights, False, backend))
-    for channels_last in (False, True):
-        arguments = (
-            [image],
-            Views.of_scenes([one]).tensors,
-            8,
-            [0.5] * 3,
-            [0.5] * 3,
-            100.0,
-            weights,
-            False,
-            torch.bfloat16,
-            channels_last,
-            backend,
-        )
+    views, half = Views.of_scenes([one]), [0.5] * 3
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = torch.empty((len(views), 3, 8, 8), dtype=torch.bfloat16, device=image.device, memory_format=layout)
+        arguments = ([image], views.tensors, half, half, 100.0, weights, False, out, backend)
         torch.library.opcheck(views_module._render_views, arguments)
 
 

@@ -19,7 +19,7 @@ from scenarioclip_fast.data.decode.base import (
     probe,
     thread_count,
 )
-from scenarioclip_fast.data.decode.slab import PinnedSlabs, SlabPool, layout
+from scenarioclip_fast.data.slab import PinnedSlabs, SlabPool, layout
 from scenarioclip_fast.requirements import require
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Host memory for the decoded images of a batch, reused by later batches."""
+"""Host memory for the images and the pixels of a batch, reused by later batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGNMENT = 256  # bytes; also that of CUDA's allocations
-_KEPT = 2  # free slabs that are kept: one is filled while another is rendered
+_KEPT = 2  # free slabs that are kept: one is filled while another is in use
+_SPARE = 8  # new slabs are larger by this fraction of their size, so that larger batches fit too
 
 
 def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -37,11 +38,10 @@ class SlabPool:
         return torch.from_numpy(lease)
 
     def _take(self, size: int) -> NDArray[np.uint8]:
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            return np.empty(size, np.uint8)
-        return memory if len(memory) >= size else np.empty(size, np.uint8)
+        if self._free and len(memory := self._free.pop()) >= size:
+            return memory
+        memory = np.empty(size + size // _SPARE + _ALIGNMENT, np.uint8)
+        return memory[-memory.ctypes.data % _ALIGNMENT :]
 
     def _return(self, memory: NDArray[np.uint8]) -> None:
         if len(self._free) < _KEPT:
