@@ -21,6 +21,12 @@ inline Int8 load(const int32_t* from) {
   return lanes;
 }
 
+inline Float8 load(const float* from) {
+  Float8 lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
 // Eight bytes to eight lanes.
 inline Int8 widen(const uint8_t* from) {
 #ifdef __AVX2__

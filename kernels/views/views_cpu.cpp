@@ -5,6 +5,7 @@
 //
 // Intermediate rows are RGBX, four bytes per pixel, so that two pixels fill a vector of eight 32-bit lanes.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -148,7 +149,7 @@ class Blur {
 class Focus {
  public:
   Focus(Centre subject, Centre object, float sigma, int64_t width)
-      : centres_{subject, object}, falloff_(-1 / (2 * sigma * sigma)), weight_(width) {}
+      : centres_{subject, object}, falloff_(-1 / (2 * sigma * sigma)), weight_(width + 4) {}
 
   // All arguments cover the pixels `columns` of row y. Bit 0 of `masks` is the subject's, bit 1 the object's.
   void operator()(int64_t y, Range columns, const uint8_t* masks, const uint8_t* image_rgbx, uint8_t* out_rgbx) {
@@ -169,8 +170,12 @@ class Focus {
     for (; i + 4 <= span.end; i += 4) {
       uint32_t any;
       std::memcpy(&any, masks + i, sizeof any);
-      if (any != 0)
-        narrow(blend(i, masks, image_rgbx, out_rgbx), blend(i + 2, masks, image_rgbx, out_rgbx), out_rgbx + 4 * i);
+      if (any == 0) continue;
+      const Float8 weights = load(weight + i);
+      const Int8 inside = widen(masks + i);
+      narrow(blend(image_rgbx + 4 * i, out_rgbx + 4 * i, low_pair(weights), low_pair(inside)),
+             blend(image_rgbx + 4 * i + 8, out_rgbx + 4 * i + 8, high_pair(weights), high_pair(inside)),
+             out_rgbx + 4 * i);
     }
     for (; i < span.end; ++i) {
       if (masks[i] == 0) continue;
@@ -182,12 +187,19 @@ class Focus {
 
  private:
   // Two pixels: image times weight inside a mask, unchanged elsewhere.
-  Int8 blend(int64_t i, const uint8_t* masks, const uint8_t* image_rgbx, const uint8_t* out_rgbx) const {
-    const float a = weight_[i], b = weight_[i + 1];
-    const int32_t in_a = masks[i], in_b = masks[i + 1];
-    const Float8 colour = __builtin_convertvector(widen(image_rgbx + 4 * i), Float8) * Float8{a, a, a, a, b, b, b, b};
-    const Int8 inside{in_a, in_a, in_a, in_a, in_b, in_b, in_b, in_b};
-    return inside != 0 ? __builtin_convertvector(colour, Int8) : widen(out_rgbx + 4 * i);
+  static Int8 blend(const uint8_t* image_rgbx, const uint8_t* out_rgbx, Float8 weight, Int8 inside) {
+    const Float8 colour = __builtin_convertvector(widen(image_rgbx), Float8) * weight;
+    return inside != 0 ? __builtin_convertvector(colour, Int8) : widen(out_rgbx);
+  }
+
+  // Repeats the first, or the second, two of four lanes for the bytes of a pixel.
+  template <class Lanes>
+  static Lanes low_pair(Lanes lanes) {
+    return __builtin_shufflevector(lanes, lanes, 0, 0, 0, 0, 1, 1, 1, 1);
+  }
+  template <class Lanes>
+  static Lanes high_pair(Lanes lanes) {
+    return __builtin_shufflevector(lanes, lanes, 2, 2, 2, 2, 3, 3, 3, 3);
   }
 
   Centre centres_[2];
@@ -204,15 +216,18 @@ class Taps {
     if (axis == axis_ && size == size_) return;
     axis_ = axis;
     size_ = size;
+    // Only here, and once each: compiled into other code, the same floating-point expressions may round differently.
+    taps_.resize(size);
     int max_count = 0;
-    low_.resize(size);
-    for (int64_t i = 0; i < size; ++i) max_count = std::max(max_count, tap_of(axis, i).count);
+    for (int64_t i = 0; i < size; ++i) {
+      taps_[i] = tap_of(axis, i);
+      max_count = std::max(max_count, taps_[i].count);
+    }
     width_ = (max_count + 1) / 2 * 2;
     weights_.assign(size * width_, 0);
     std::vector<double> exact(max_count);
     for (int64_t i = 0; i < size; ++i) {
-      const Tap tap = tap_of(axis, i);
-      low_[i] = tap.low;
+      const Tap& tap = taps_[i];
       double total = 0;
       for (int k = 0; k < tap.count; ++k) total += exact[k] = tap_weight(tap, k);
       for (int k = 0; k < tap.count; ++k) weights_[i * width_ + k] = fixed_weight(exact[k], total);
@@ -222,26 +237,29 @@ class Taps {
   }
 
   int64_t width() const { return width_; }
-  int64_t low(int64_t i) const { return low_[i]; }
+  int64_t low(int64_t i) const { return taps_[i].low; }
   const int32_t* weights(int64_t i) const { return weights_.data() + i * width_; }
   const int32_t* rgbx_weights(int64_t i) const { return rgbx_weights_.data() + 4 * i * width_; }
 
   // The source pixels that the output pixels `outputs`, at least one, read.
   Range reach(Range outputs) const {
-    return {low_[outputs.begin], low_[outputs.end - 1] + tap_of(axis_, outputs.end - 1).count};
+    const Tap& last = taps_[outputs.end - 1];
+    return {taps_[outputs.begin].low, last.low + last.count};
   }
 
-  // The output pixels that read any of the source pixels, and possibly their neighbours.
+  // The output pixels that read any of the source pixels.
   Range outputs_of(Range source) const {
-    const auto first = std::upper_bound(low_.begin(), low_.end(), source.begin - width_);
-    return {first - low_.begin(), std::lower_bound(first, low_.end(), source.end) - low_.begin()};
+    const auto ends_before = [&](const Tap& tap) { return tap.low + tap.count <= source.begin; };
+    const auto begins_before = [&](const Tap& tap) { return tap.low < source.end; };
+    const auto first = std::partition_point(taps_.begin(), taps_.end(), ends_before);
+    return {first - taps_.begin(), std::partition_point(first, taps_.end(), begins_before) - taps_.begin()};
   }
 
  private:
   Axis axis_{};
   int64_t size_ = 0;
   int64_t width_ = 0;
-  std::vector<int64_t> low_;
+  std::vector<Tap> taps_;
   std::vector<int32_t> weights_;
   std::vector<int32_t> rgbx_weights_;
 };
@@ -551,7 +569,7 @@ class Renderer {
 
   // Decodes a part of both masks of a relation to two bits per pixel.
   void draw_masks(const int32_t* plan, Area part) {
-    masks_.assign(part.rows.size() * part.columns.size(), 0);
+    masks_.assign(part.rows.size() * part.columns.size() + kSlack, 0);
     for (int which = 0; which < 2; ++which) {
       for_each_run(plan, which,
                    [&](int64_t begin, int64_t end) { fill_run(begin, end, static_cast<uint8_t>(1 << which), part); });
@@ -713,7 +731,7 @@ void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
     const Range columns{0, width};
     Blur blur(p.image, p.region);
     Focus focus(subject, object, p.region.sigma, width);
-    std::vector<uint8_t> unblurred(4 * width + kSlack), out(4 * width + kSlack), masks(width);
+    std::vector<uint8_t> unblurred(4 * width + kSlack), out(4 * width + kSlack), masks(width + kSlack);
     for (int64_t y = begin; y < end; ++y) {
       const uint8_t* row = blur.row(y, columns);
       expand(row, width, out.data(), row + 3 * width + 16);
@@ -735,9 +753,11 @@ void render_views_cpu(const RenderProblem& p, Parallel parallel) {
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
   for (int64_t v = 0; v < p.views; ++v) order[next[p.plan[v * kPlanWidth + kImage]]++] = v;
 
-  parallel(p.image_count, 1, [&](int64_t begin, int64_t end) {
+  // Each thread takes the next image, not its share, since images differ in size and in their number of views.
+  std::atomic<int64_t> taken = 0;
+  parallel(p.image_count, 1, [&](int64_t, int64_t) {
     Renderer renderer(p);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = taken++; i < p.image_count; i = taken++) {
       renderer.render(p.images[i], order.data() + starts[i], starts[i + 1] - starts[i]);
     }
   });

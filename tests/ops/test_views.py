@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,26 @@ def test_views_of_an_image_do_not_depend_on_each_other(fast: str, train: bool, s
         difference = (together - exact).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
         assert difference.max() <= 3.001  # as in test_fast_backends_match_the_reference
         assert (difference < 0.02).double().mean() >= 0.99
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("fast", FAST)
+def test_pixels_beyond_the_image_are_black_after_any_other_view(fast: str) -> None:
+    """At 28 rows to 20, the rows of the last output pixel depend on how the compiler rounds."""
+    images = [torch.full((90, 90, 3), 255, dtype=torch.uint8), torch.from_numpy(make_image(15, 60))]
+    pair = Views.of_scenes([Scene(str(i), image, "", [], []) for i, image in enumerate(images)])
+    for height, width in itertools.chain(((h, 50) for h in range(2, 60)), ((20, w) for w in range(7, 120))):
+        pair.source[1], pair.stretch[1] = torch.tensor([-5, 0, width - 5, height], dtype=torch.int32), True
+        got, exact = (render_views(images, pair, size=20, backend=name)[1] for name in (fast, "reference"))
+        assert (got - exact).abs().max() < 1e-5, (height, width)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
