@@ -35,8 +35,9 @@ class LoaderConfig:
     """Random crops, colour jitter and blur; false: evaluation views."""
     decoder: DecoderName = "auto"
     """JPEG decoder; auto: on a GPU the first of dali, nvimgcodec and torchvision that is installed, otherwise torch."""
-    prefetch: int = 2
-    """Batches that background threads prepare ahead of the step; 0: each is prepared on request."""
+    prefetch: int | None = None
+    """Batches that background threads prepare ahead of the step; 0: each is prepared on request; null: 2 on a GPU, 0
+    on a CPU, where the step uses all cores."""
     threads: int | None = None
     """Threads for reading and decoding; null: one per core, at most 16."""
     cache_gib: float = 0.0
@@ -53,7 +54,7 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         check_types(self)
         expand_user(self, "shard_cache_dir")
-        _check(self.prefetch >= 0, "prefetch", self.prefetch, "at least 0")
+        _check(self.prefetch is None or self.prefetch >= 0, "prefetch", self.prefetch, "at least 0, or null")
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
         _check(self.cache_gib >= 0, "cache_gib", self.cache_gib, "at least 0")
         _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def packed(folder: Path, scenes: list[Scene]) -> Path:
 
 
 def load(shards: Path, batch_size: int = 4, **options: Any) -> SceneLoader:
-    return scene_loader(shards, batch_size, **{"size": SIZE, "threads": 2, "seed": 5, **options})
+    return scene_loader(shards, batch_size, **{"size": SIZE, "threads": 2, "prefetch": 2, "seed": 5, **options})
 
 
 def assert_same(a: Batch, b: Batch) -> None:
@@ -593,6 +594,16 @@ def test_prefetching_is_bounded_and_ends_with_the_iteration(shards: Path, monkey
     assert len(list(iterator)) == 0
     assert next(second).num_scenes == 4
     loader.close()
+
+
+def test_a_cpu_prepares_each_batch_on_request(shards: Path) -> None:
+    """Unless told otherwise: a step uses all cores."""
+    with load(shards, prefetch=None) as loader, load(shards, prefetch=2) as ahead:
+        for batch, expected in zip(islice(loader, 3), ahead, strict=False):
+            assert_same(batch, expected)
+    with load(shards, prefetch=None) as loader:
+        next(iter(loader))
+        assert not any(thread.name == "load" for thread in threading.enumerate())
 
 
 def test_abandoning_an_iteration_stops_its_threads(shards: Path) -> None:
