@@ -234,15 +234,21 @@ def operations(views: Views, size: int) -> float:
     """Multiplications and additions for 3 channels, without augmentation.
 
     A view of a window with a short side of n pixels (f = max(n / size, 1)) takes: horizontally, n rows of `size` with
-    4 f taps; vertically, size^2 with 4 f taps; normalisation, 2 per number. A relation view also takes about 20 per
-    pixel for the weights (two distances, exponentials counted as one, the product with 3 channels). The blur takes 2
-    passes of 17 taps, once per image.
+    4 f taps; vertically, size^2 with 4 f taps; normalisation, 2 per number. Of a masked object, only the box is
+    resized. A relation view is resized as a whole, although relations of an image could share the background, and takes
+    about 20 per pixel for the weights (two distances, exponentials counted as one, the product with 3 channels). The
+    blur takes 2 passes of 17 taps, once per image.
     """
     total = 0.0
-    for kind, source in zip(views.kind.tolist(), views.source.tolist(), strict=True):
+    for kind, source, box in zip(views.kind.tolist(), views.source.tolist(), views.box.tolist(), strict=True):
         n = min(source[2] - source[0], source[3] - source[1])
         taps = 4 * max(n / size, 1)
-        total += 3 * (2 * n * size * taps + 2 * size**2 * taps + 2 * size**2)
+        columns, rows = (
+            (min((high - low) / n, 1) for low, high in zip(box[:2], box[2:], strict=True))
+            if kind == reference.MASKED
+            else (1, 1)
+        )
+        total += 3 * (2 * taps * columns * rows * (n * size + size**2) + 2 * size**2)
         total += 20 * n**2 if kind == reference.RELATION else 0
     relations = views.select(views.kind == reference.RELATION)
     for i in relations.image.unique():
