@@ -29,8 +29,8 @@ def scene() -> Scene:
     [
         # 80 x 80 of 120 x 80 is visible, at 40 pixels: f = 2, so 8 taps.
         ("global", 3 * 80 * 80, 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
-        # Two boxes of 40 x 20; pixels outside are not read.
-        ("object", 3 * 2 * 40 * 20, 2 * 3 * (2 * 80 * 40 * 8 + 2 * 40 * 40 * 8 + 2 * 40 * 40)),
+        # Two boxes of 40 x 20, which are 20 x 10 in the view; pixels outside are neither read nor resized.
+        ("object", 3 * 2 * 40 * 20, 2 * 3 * (2 * 20 * 20 * 8 + 2 * 20 * 10 * 8 + 2 * 40 * 40)),
         # Two masks of 1,200 bytes; the blur is two passes of 17 taps over the three colours.
         (
             "relation",
