@@ -11,8 +11,8 @@ kernels are listed in KERNELS; all others count as one.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -233,7 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--by-op", action="store_true", help="a line per operator")
     args = parser.parse_args(arguments)
     counts = count(scenes=args.scenes)
-    gc.collect()  # fake tensors in cycles can crash the interpreter if they last until it exits
     print(f"{counts.bytes / 1e9:.1f} GB outside products and attention, {counts.kernels} kernels, {counts.casts} casts")
     if args.by_op:
         for name, (kernels, size, casts) in sorted(counts.by_op.items(), key=lambda item: -item[1][1]):
@@ -242,4 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Not through the end of the interpreter, where PyTorch can free weak references to fake storages twice.
+    os._exit(status)
