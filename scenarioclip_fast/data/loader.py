@@ -138,7 +138,8 @@ class SceneLoader:
     The order of scenes and their augmentation depend only on the seed, the epoch and the scene: threads, prefetching
     and resuming change no pixel. A scene that cannot be read, decoded or parsed is replaced by the next one of this
     rank's share; at the end of the share, the last batches are smaller instead. `bad` counts such scenes by reason, as
-    their batches are yielded.
+    their batches are yielded. On a CPU, later batches reuse the memory of pixels that no tensor or array refers to any
+    more; `resize_` cannot enlarge it.
 
     Args:
         shards: directory written by `pack`, or its URL (see `ShardSet`).
@@ -285,6 +286,8 @@ class SceneLoader:
         self._end_iteration()
         self._reader.close()
         self._decoder.close()
+        if self._slabs is not None:
+            self._slabs.close()
 
     def __enter__(self) -> Self:
         return self

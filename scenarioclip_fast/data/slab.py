@@ -29,6 +29,7 @@ class SlabPool:
 
     def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []
+        self._kept = _KEPT
 
     def lend(self, size: int) -> Tensor:  # uint8 [size]
         """Return a slab, to be returned by dropping all tensors that share its memory."""
@@ -44,8 +45,13 @@ class SlabPool:
         return memory[-memory.ctypes.data % _ALIGNMENT :]
 
     def _return(self, memory: NDArray[np.uint8]) -> None:
-        if len(self._free) < _KEPT:
+        if len(self._free) < self._kept:
             self._free.append(memory)
+
+    def close(self) -> None:
+        """Free the memory that is not lent, now, and the rest when it is returned."""
+        self._kept = 0
+        self._free.clear()
 
 
 class PinnedSlabs:

@@ -94,8 +94,8 @@ def render_views(
         memory_format: torch.contiguous_format or torch.channels_last.
         sigma, blur_sigma, blur: for the relation views, as in `focused_region`.
         backend: "auto", "reference", "cpu" or "cuda".
-        out: [V, 3, size, size] of `dtype` and `memory_format` on the images' device, to be overwritten; None: a new
-            tensor.
+        out: [V, 3, size, size] of `dtype` and `memory_format` on the images' device, to be overwritten, in memory of
+            its own; None: a new tensor.
 
     Returns:
         [V, 3, size, size] on the images' device: `out` if given.
@@ -143,6 +143,26 @@ def _check_out(
         raise ValueError(f"out: got strides {out.stride()}, expected a tensor that is contiguous in {memory_format}")
     if out.requires_grad:
         raise ValueError("out: got a tensor that requires gradients, expected one that does not")
+    compiling = torch.compiler.is_compiling()  # which cannot trace the question
+    if not compiling and out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out: got an inference tensor, which can be overwritten in torch.inference_mode() only")
+
+
+def _check_overlap(out: Tensor, images: list[Tensor], views: list[Tensor]) -> None:
+    begin, end = _addresses(out)
+    for name, tensors in (("images", images), ("views", views)):
+        for i, tensor in enumerate(tensors):
+            first, last = _addresses(tensor)
+            if first < end and begin < last:
+                raise ValueError(f"out: shares memory with {name}[{i}], which is read while out is written")
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one after the last; empty for a tensor without elements."""
+    if tensor.numel() == 0:
+        return 0, 0
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -198,7 +218,8 @@ def _render_views(
     out: Tensor,
     backend: str,
 ) -> None:
-    # Inside the op, because it reads values, which a compiled graph cannot do.
+    # Inside the op, because they read addresses and values, which a compiled graph cannot do.
+    _check_overlap(out, images, views)
     plan, augment, mask_runs, mask_start = lower_views(images, views, out.shape[-1])
     dispatch.implementation("render_views", backend).render_views(
         [image.contiguous() for image in images],

@@ -24,3 +24,15 @@ def test_a_slab_is_reused_only_after_its_last_view_is_gone() -> None:
     del view
     gc.collect()
     assert pool.lend(500).data_ptr() == address
+
+
+def test_a_closed_pool_keeps_nothing() -> None:
+    pool = SlabPool()
+    lent, returned = pool.lend(1000), pool.lend(1000)
+    del returned
+    pool.close()
+    lent.fill_(3)
+    assert bool((lent == 3).all())
+    del lent
+    gc.collect()
+    assert pool._free == []

@@ -492,6 +492,33 @@ def test_bad_out(out: Tensor, message: str) -> None:
         views_module.render_views(images, views, size=8, out=np.empty((5, 3, 8, 8)))  # type: ignore[arg-type]
 
 
+def test_out_in_memory_that_is_read(backend: str) -> None:
+    memory = torch.zeros(5 * 3 * 8 * 8 * 4 + 30 * 40 * 3, dtype=torch.uint8, device=DEVICES[backend])
+    out = memory[: 5 * 3 * 8 * 8 * 4].view(torch.float32).view(5, 3, 8, 8)
+    images, views = good()
+    expected = render_views(images, views, size=8, backend=backend)
+
+    def image_at(offset: int) -> Tensor:
+        place = memory[offset : offset + 30 * 40 * 3].view(30, 40, 3)
+        return place.copy_(images[0])
+
+    last = out.numel() * 4
+    got = views_module.render_views([image_at(last)], views, size=8, backend=backend, out=out)
+    assert torch.equal(got.cpu(), expected)
+    with pytest.raises(ValueError, match=r"out: shares memory with images\[0\]"):
+        views_module.render_views([image_at(last - 1)], views, size=8, backend=backend, out=out)
+
+
+def test_an_inference_tensor_as_out(backend: str) -> None:
+    images, views = good()
+    images = [image.to(DEVICES[backend]) for image in images]
+    with torch.inference_mode():
+        out = torch.empty(5, 3, 8, 8, device=DEVICES[backend])
+        views_module.render_views(images, views, size=8, backend=backend, out=out)
+    with pytest.raises(ValueError, match="out: got an inference tensor"):
+        views_module.render_views(images, views, size=8, backend=backend, out=out)
+
+
 def test_zero_views(backend: str) -> None:
     image = make_image(5, 6)
     none = Views.of_scenes([scene(image)]).select(torch.zeros(0, dtype=torch.int64))
@@ -549,9 +576,12 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
     views = Views.of_scenes([one])
     image, mask = one.image.to(DEVICES[backend]), torch.from_numpy(blob(30, 40, 1)).to(DEVICES[backend])  # type: ignore[union-attr]
 
-    def both(image: Tensor, views: Views, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def both(image: Tensor, views: Views, mask: Tensor) -> tuple[Tensor, ...]:
         pixels = views_module.render_views([image], views, size=8, backend=backend)
-        return pixels + 1, views_module.focused_region(image, mask, mask, backend=backend)
+        out = torch.full_like(pixels, 7)
+        before = out + 1
+        given = views_module.render_views([image], views, size=8, backend=backend, out=out)
+        return pixels + 1, before, given, out, views_module.focused_region(image, mask, mask, backend=backend)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(image, views, mask), both(image, views, mask), strict=True):  # type: ignore[arg-type]

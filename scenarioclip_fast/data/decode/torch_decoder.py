@@ -128,6 +128,8 @@ class TorchDecoder:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        if isinstance(self._slabs, SlabPool):
+            self._slabs.close()
 
 
 def _shape(found: Header | Tensor | DecodeError) -> tuple[int, int]:
