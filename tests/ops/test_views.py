@@ -207,9 +207,10 @@ def test_region_of_random_masks(fast: str, height: int, width: int, seed: int, d
     # SciPy's rounding noise (see above) shows in images of one row or column.
     assert_close(exact.numpy(), expected, limit=1 if min(height, width) > 1 else 2, share=0.9)
     got = focused_region(*inputs, blur=blur, backend=fast)
-    # A weight that differs in float32's last bits may cross an integer: one level, rarely.
+    # A weight that differs in float32's last bits may cross an integer: one level, in few pixels. Where it is almost 1,
+    # all three colours cross.
     assert_close(got.numpy(), exact.numpy(), limit=1)
-    assert (got != exact).sum() <= 2
+    assert (got != exact).any(-1).sum() <= 2
 
 
 def photo_regions() -> list[tuple[str, Any, str, tuple[int, int]]]:
