@@ -142,7 +142,7 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   STD_TORCH_CHECK(mean.size() == 3 && std.size() == 3, "mean, std: expected three numbers each");
   const int64_t views = plan.size(0), size = out.dim() == 4 ? out.size(2) : 0;
   STD_TORCH_CHECK(size > 0, "out: expected [V, 3, S, S], or [V, S, S, 3] with channels_last, with S > 0");
-  check_tensor(out, "out", 4, out.scalar_type(), images.empty() ? out.is_cuda() : kCuda);
+  check_tensor(out, "out", 4, out.scalar_type());
   check_size(out, "out", 0, views);
   check_size(out, "out", channels_last ? 3 : 1, 3);
   check_size(out, "out", channels_last ? 1 : 3, size);

@@ -358,8 +358,9 @@ class Renderer {
   explicit Renderer(const RenderProblem& problem)
       : p_(problem),
         size_(problem.size),
-        stride_((4 * problem.size + kBlock - 1) / kBlock * kBlock),
-        view_{{}, std::vector<uint32_t>(stride_ / 4 * problem.size)} {}
+        stride_(4 * whole_blocks(problem.size)),
+        view_{{}, std::vector<uint32_t>(stride_ / 4 * problem.size)},
+        background_{view_} {}
 
   // Renders all views of one image, `count` of them at `views`.
   void render(const Image& image, const int64_t* views, int64_t count) {
@@ -467,20 +468,20 @@ class Renderer {
       const bool share = next != nullptr && next[kKind] == kRelation && same_geometry(plan, next);
       background_plan_ = share ? plan : nullptr;
       if (share) {
-        background_.pixels.resize(view_.pixels.size());
         resize_part(plan, read, whole_view(), nullptr, background_, [&](int64_t y, uint8_t* to) {
           std::memcpy(to, blurred_at(y, read.columns.begin), 4 * read.columns.size());
         });
       }
     }
     Area source = read, outputs = whole_view();
+    const Resized* background = nullptr;
     if (background_plan_ != nullptr) {
+      background = &background_;
       view_.pixels = background_.pixels;
       if (drawn.empty()) return;
       outputs = outputs_of(plan, drawn);
       source = {drawn.rows, source_of(plan, outputs).columns};
     }
-    const Resized* background = background_plan_ != nullptr ? &background_ : nullptr;
     resize_part(plan, source, outputs, background, view_, [&](int64_t y, uint8_t* to) {
       std::memcpy(to, blurred_at(y, source.columns.begin), 4 * source.columns.size());
       if (!drawn.rows.contains(y)) return;

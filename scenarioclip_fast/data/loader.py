@@ -210,7 +210,6 @@ class SceneLoader:
             seed=seed,
         )
         self._size, self._dtype, self._memory_format = size, dtype, memory_format
-        self._render = partial(render_views, size=size, blur=config.blur, dtype=dtype, memory_format=memory_format)
         self._slabs = SlabPool() if self.device.type == "cpu" else None
         # On a CPU, a batch prepared during a step would take the step's cores: 15 % of the time at the preset "tiny".
         ahead = 0 if self.device.type == "cpu" else 2
@@ -394,7 +393,15 @@ class SceneLoader:
         )
         with synchronised(self._stream), torch.no_grad():
             images = cast(list[Tensor], [sample.scene.image for sample in samples])
-            pixels = self._render(images, views, out=self._lend_pixels(len(views))).to(self.device)
+            pixels = render_views(
+                images,
+                views,
+                size=self._size,
+                blur=self.config.blur,
+                dtype=self._dtype,
+                memory_format=self._memory_format,
+                out=self._lend_pixels(len(views)),
+            ).to(self.device)
             host = tuple(torch.as_tensor(x, dtype=torch.int64) for x in index)
             tensors = [t.to(self.device) for t in host]
         return Batch(pixels, [sample.scene.key for sample in samples], *tensors, host=host)

@@ -153,16 +153,17 @@ def _check_overlap(out: Tensor, images: list[Tensor], views: list[Tensor]) -> No
     for name, tensors in (("images", images), ("views", views)):
         for i, tensor in enumerate(tensors):
             first, last = _addresses(tensor)
-            if first < end and begin < last:
+            if max(begin, first) < min(end, last):
                 raise ValueError(f"out: shares memory with {name}[{i}], which is read while out is written")
 
 
 def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor and the one after the last; empty for a tensor without elements."""
-    if tensor.numel() == 0:
-        return 0, 0
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
+    """The first byte of a tensor and the one after the last."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():  # as most images are, of which there are hundreds
+        return begin, begin + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.itemsize
 
 
 def _check_tensor(name: str, value: object) -> None:
