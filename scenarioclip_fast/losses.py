@@ -151,6 +151,7 @@ class Embeddings(Protocol):
     text_id: list[Tensor]  # 3 x [U_l] int64 vocabulary ids
     object_scene: Tensor  # [N_o] int64
     relation_scene: Tensor  # [N_r] int64
+    action_scene: Tensor | None  # [N_a] int64, the scenes of the rows of image[0]; None: all B
     teacher_image: Tensor | None  # [B, D] global image embeddings of the teacher
     teacher_object_text: Tensor | None  # [U_o, D]
     teacher_relation_text: Tensor | None  # [U_r, D]
@@ -176,7 +177,8 @@ class DistillationLoss(nn.Module):
 
     The sum of four terms: from the teacher's global image embedding to each object's and each relation's image
     embedding; from its embedding of each object's and each relation's text to the scene's global text embedding. Each
-    term is a mean over the items of a scene, then over all B scenes; a scene without items adds 0 but counts in B.
+    term is a mean over the items of a scene, then over all B scenes; a scene without items adds 0 but counts in B, as
+    does, in the terms of texts, a scene without an action.
 
     Args:
         student_temperature: T_s, or its initial value with `learn_temperature`; the published run never updates it.
@@ -211,7 +213,7 @@ class DistillationLoss(nn.Module):
         e = embeddings
         if e.teacher_image is None or e.teacher_object_text is None or e.teacher_relation_text is None:
             raise ValueError("embeddings: got no teacher embeddings: call the model with teacher=")
-        scenes = len(e.image[0])
+        scenes = len(e.teacher_image)
         if scenes == 0:
             return (sum(x.sum() for x in e.image) + e.text[0].sum()) * 0.0
         scene = torch.cat([e.object_scene, e.relation_scene])
@@ -225,21 +227,35 @@ class DistillationLoss(nn.Module):
         # All four terms in one call: the rows of all terms concatenated, and pairs of indices into them.
         students = [e.image[1], e.image[2], e.text[0]]
         teachers = [e.teacher_image, e.teacher_object_text, e.teacher_relation_text]
-        captions = (e.text_index[0] + items)[scene]
-        texts = [e.text_index[1] + scenes, e.text_index[2] + (scenes + len(e.teacher_object_text))]
+        pairs = [(torch.arange(items, device=scene.device), scene, weight)]
+        if len(e.text[0]):
+            action, known = _actions(e, scenes)
+            texts = [e.text_index[1] + scenes, e.text_index[2] + (scenes + len(e.teacher_object_text))]
+            known_weight = weight if known is None else weight * known[scene]
+            pairs.append((action[scene] + items, torch.cat(texts), known_weight))
+        student_index, teacher_index, weights = (torch.cat(x) for x in zip(*pairs, strict=True))
         temperature: Tensor | float = self.student_temperature
         if self.logit_scale is not None:
             temperature = (-self.logit_scale).exp().clamp(0.01, 1)
         return distillation_loss(
             torch.cat(students),
             torch.cat(teachers),
-            torch.cat([torch.arange(items, device=scene.device), captions]),
-            torch.cat([scene, *texts]),
-            weight.repeat(2),
+            student_index,
+            teacher_index,
+            weights,
             student_temperature=temperature,
             teacher_temperature=self.teacher_temperature,
             backend=self.backend,
         )
+
+
+def _actions(e: Embeddings, scenes: int) -> tuple[Tensor, Tensor | None]:  # int64 [B], float [B]
+    """The row of each scene's action in text[0], and 1 for scenes with an action, 0 for others; None: all have one."""
+    if e.action_scene is None:
+        return e.text_index[0], None
+    row = e.text_index[0].new_zeros(scenes).index_copy(0, e.action_scene, e.text_index[0])
+    known = torch.zeros(scenes, device=row.device).index_fill(0, e.action_scene, 1.0)
+    return row, known
 
 
 class ScenarioLoss(nn.Module):

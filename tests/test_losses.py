@@ -24,14 +24,19 @@ from scenarioclip_fast.losses import (
 D = 24
 
 
-def batch(objects: list[int], relations: list[int], seed: int = 0, teacher: bool = True) -> SimpleNamespace:
-    """Embeddings in float64 of one batch with these numbers of objects and relations per scene, with repeated texts."""
+def batch(
+    objects: list[int], relations: list[int], seed: int = 0, teacher: bool = True, actions: list[int] | None = None
+) -> SimpleNamespace:
+    """Embeddings in float64 of one batch with these numbers of objects and relations per scene, with repeated texts.
+
+    actions: the scenes that have an action; None: all.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def rows(n: int) -> Tensor:
         return torch.randn(n, D, dtype=torch.float64, generator=g, requires_grad=True)
 
-    counts = [len(objects), sum(objects), sum(relations)]
+    counts = [len(objects) if actions is None else len(actions), sum(objects), sum(relations)]
     ids, index = [], []
     for n in counts:
         used, inverse = torch.unique(torch.randint(4, (n,), generator=g), return_inverse=True)
@@ -45,7 +50,8 @@ def batch(objects: list[int], relations: list[int], seed: int = 0, teacher: bool
         text_id=ids,
         object_scene=torch.repeat_interleave(torch.arange(len(objects)), torch.tensor(objects)),
         relation_scene=torch.repeat_interleave(torch.arange(len(relations)), torch.tensor(relations)),
-        teacher_image=rows(counts[0]).detach() if teacher else None,
+        action_scene=None if actions is None else torch.tensor(actions, dtype=torch.int64),
+        teacher_image=rows(len(objects)).detach() if teacher else None,
         teacher_object_text=rows(len(text[1])).detach() if teacher else None,
         teacher_relation_text=rows(len(text[2])).detach() if teacher else None,
     )
@@ -58,7 +64,8 @@ def kl(teacher: Tensor, student: Tensor, temperature: float = 0.07) -> Tensor:
 
 def distillation_scene_by_scene(e: Any, temperature: float = 0.07) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    scenes = len(e.image[0])
+    scenes = len(e.teacher_image)
+    actions = list(range(scenes)) if e.action_scene is None else e.action_scene.tolist()
     for level, scene, texts in (
         (1, e.object_scene, e.teacher_object_text),
         (2, e.relation_scene, e.teacher_relation_text),
@@ -67,9 +74,11 @@ def distillation_scene_by_scene(e: Any, temperature: float = 0.07) -> Tensor:
             items = (scene == b).nonzero()[:, 0].tolist()
             if not items:
                 continue
-            caption = e.text[0][e.text_index[0][b]]
             vision = [kl(e.teacher_image[b], e.image[level][i], temperature) for i in items]
-            language = [kl(texts[e.text_index[level][i]], caption, temperature) for i in items]
+            language = []
+            if b in actions:
+                caption = e.text[0][e.text_index[0][actions.index(b)]]
+                language = [kl(texts[e.text_index[level][i]], caption, temperature) for i in items]
             total = total + (sum(vision) + sum(language)) / len(items) / scenes
     return total
 
@@ -79,11 +88,18 @@ def naive_terms(e: Any, s: float) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("objects", "relations"),
-    [([3, 1, 4], [2, 1, 1]), ([2, 0, 5], [0, 0, 3]), ([1], [1]), ([2, 2], [0, 0])],
+    ("objects", "relations", "actions"),
+    [
+        ([3, 1, 4], [2, 1, 1], None),
+        ([2, 0, 5], [0, 0, 3], None),
+        ([1], [1], None),
+        ([2, 2], [0, 0], None),
+        ([3, 1, 4, 2], [2, 1, 1, 0], [1, 3]),
+        ([3, 1, 4], [2, 1, 1], []),
+    ],
 )
-def test_scenario_loss(objects: list[int], relations: list[int]) -> None:
-    e = batch(objects, relations)
+def test_scenario_loss(objects: list[int], relations: list[int], actions: list[int] | None) -> None:
+    e = batch(objects, relations, actions=actions)
     module = ScenarioLoss().double()
     out = module(e)
     assert set(out) == {"loss", "distillation", *(f"{k}/{v}" for k in ("contrastive", "logit_scale") for v in LEVELS)}

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Checks every scene of a data set and packs the valid ones into WebDataset shards. Re-run the "
         "command to resume; packing an up-to-date data set is a no-op.",
         epilog="Format of KEY.json in a tar: "
-        '{"schema": 1, "size": [height, width], "action": "riding a bike", '
+        '{"schema": 2, "size": [height, width], "action": "riding a bike" or null, '
         '"objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": COCO RLE or null}, ...], '
         '"relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}',
     )

@@ -16,7 +16,8 @@ class Batch:
         pixels: [V, 3, S, S], normalised; global, then object, then relation views.
         keys: [B], keys of the scenes.
         object_scene, relation_scene: int64 [N_o] and [N_r], the scene of each row.
-        action_id, object_id, relation_id: int64 [B], [N_o] and [N_r], positions in the vocabulary.
+        action_id, object_id, relation_id: int64 [B], [N_o] and [N_r], positions in the vocabulary; -1 for a scene
+            without an action.
         host: CPU copies of the five index tensors, in this order, readable without synchronising with the device. By
             default they are copied from the device, which synchronises once.
 
@@ -53,8 +54,17 @@ class Batch:
 
     @property
     def host_ids(self) -> list[Tensor]:
-        """Vocabulary ids of the three levels on the CPU: [B], [N_o], [N_r]."""
-        return list(self.host[2:])
+        """Vocabulary ids of the three levels on the CPU: [N_a] of the scenes with an action, [N_o], [N_r]."""
+        action, *others = self.host[2:]
+        return [action[action >= 0], *others]
+
+    @property
+    def action_scene(self) -> Tensor | None:
+        """The scenes that have an action, int64 [N_a] on the device of the batch; None: all of them."""
+        found = (self.host[2] >= 0).nonzero()[:, 0]
+        if len(found) == self.num_scenes:
+            return None
+        return found.pin_memory().to(self.pixels.device, non_blocking=True) if self.pixels.is_cuda else found
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -48,7 +48,7 @@ REASONS = {
     "relation_unknown_label": "the relation names an object that is not in the scene",
     "relation_without_object": "the relation's subject or object was rejected",
     "relation_with_itself": "the relation's subject and object are the same object",
-    "relation_without_mask": "the relation's subject or object has no mask",
+    "relation_without_mask": "the mask of the relation's subject or object is missing or unusable",
 }
 
 # Boxes that exceed the image by up to this many pixels are clipped, not rejected: annotations are often rounded up.
@@ -146,10 +146,14 @@ def normalise_scene(scene: Scene) -> Scene:
             f"got {len(scene.objects)} objects and {len(scene.relations)} relations, expected at most {MAX_ITEMS} each",
         )
     objects = [replace(item, name=normalise(item.name)) for item in scene.objects]
-    relations = [replace(relation, predicate=normalise(relation.predicate)) for relation in scene.relations]
-    action = normalise(scene.action)
-    if not all([action, *(item.name for item in objects), *(relation.predicate for relation in relations)]):
-        raise BadEntry("malformed_entry", "the action, a name or a predicate is empty")
+    relations = [
+        replace(r, predicate=normalise(r.predicate), negatives=[normalise(text) for text in r.negatives])
+        for r in scene.relations
+    ]
+    action = None if scene.action is None else normalise(scene.action)
+    texts = [item.name for item in objects] + [text for r in relations for text in (r.predicate, *r.negatives)]
+    if action == "" or not all(texts):
+        raise BadEntry("malformed_entry", "the action, a name, a predicate or a negative is empty")
     return replace(scene, action=action, objects=objects, relations=relations)
 
 
@@ -233,9 +237,9 @@ class SceneChecker:
         """Whether `text` is a known class of `level`: "actions", "objects" or "relations"."""
         return self._classes is None or text in self._classes[level]
 
-    def check_action(self, action: str) -> None:
-        """Raise BadEntry if the action is not a known class."""
-        if not self.is_known("actions", action):
+    def check_action(self, action: str | None) -> None:
+        """Raise BadEntry if there is an action that is not a known class."""
+        if action is not None and not self.is_known("actions", action):
             raise BadEntry("unknown_action", f"{action!r} is not a known action")
 
     def clean(self, scene: Scene, size: tuple[int, int], entry: str) -> CheckedScene:
@@ -258,7 +262,8 @@ def clean_scene(
     """Drop the invalid parts of a scene whose image is `size` = (H, W).
 
     Objects with an invalid box are dropped along with their relations. An unusable mask becomes None, and relations of
-    an object without a mask are dropped because they have no focused region.
+    its object are dropped because they have no focused region. Objects that came without a mask keep their relations,
+    for the views that need no mask.
 
     Args:
         entry: name of the scene in rejections.
@@ -266,16 +271,17 @@ def clean_scene(
         classes: the known "objects" and "relations"; None accepts any text.
     """
     objects, kept, bad = _clean_objects(scene, size, entry, encode, classes)
+    lost = {i for i, k in kept.items() if scene.objects[i].mask is not None and objects[k].mask is None}
     relations: list[Relation] = []
     for k, relation in enumerate(scene.relations):
         ends = (relation.subject, relation.object)
-        reason, detail = _relation_problem(ends, kept, objects, len(scene.objects))
+        reason, detail = _relation_problem(ends, kept, objects, len(scene.objects), lost)
         if not reason and classes is not None and (text := scene.relation_text(k)) not in classes["relations"]:
             reason, detail = "unknown_relation", f"{text!r} is not a known relation"
         if reason:
             bad.append(Rejection(f"{entry}: relation {k}", reason, detail))
         else:
-            relations.append(Relation(kept[ends[0]], relation.predicate, kept[ends[1]]))
+            relations.append(replace(relation, subject=kept[ends[0]], object=kept[ends[1]]))
     return replace(scene, objects=objects, relations=relations), bad
 
 
@@ -346,8 +352,9 @@ def _compressed(mask: Mask) -> dict[str, Any]:
 
 
 def _relation_problem(
-    ends: tuple[int, int], kept: dict[int, int], objects: list[SceneObject], n: int
+    ends: tuple[int, int], kept: dict[int, int], objects: list[SceneObject], n: int, lost: set[int]
 ) -> tuple[str, str]:
+    """(reason, detail) of an invalid relation, or two empty strings; `lost`: objects whose mask is unusable."""
     for i in ends:
         if not 0 <= i < n:
             return (
@@ -359,6 +366,6 @@ def _relation_problem(
     if ends[0] == ends[1]:
         return "relation_with_itself", f"object {ends[0]} ({objects[kept[ends[0]]].name})"
     for i in ends:
-        if objects[kept[i]].mask is None:
-            return "relation_without_mask", f"object {i} ({objects[kept[i]].name}) has no mask"
+        if i in lost:
+            return "relation_without_mask", f"the mask of object {i} ({objects[kept[i]].name}) is unusable"
     return "", ""

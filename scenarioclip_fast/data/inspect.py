@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import DecodeError, make_decoder
-from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.data.scene import Mask, Scene, has_masks
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
@@ -41,13 +41,15 @@ class SplitStatistics:
     relations: list[int] = field(default_factory=list)  # per scene
     mask_area: list[float] = field(default_factory=list)  # per mask, fraction of the image
     without_mask: int = 0
+    without_action: int = 0  # scenes
     all_black: int = 0  # masked object views that are all black: the box is outside the centre crop
     bad: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         objects, relations = sum(self.objects), sum(self.relations)
         lines = [
-            f"scenes     {self.scenes}",
+            f"scenes     {self.scenes}"
+            + (f"  (without an action: {self.without_action})" if self.without_action else ""),
             f"objects    {objects}  ({_spread(self.objects)} per scene)",
             f"relations  {relations}  ({_spread(self.relations)} per scene; scenes without: {self.relations.count(0)})",
             f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
@@ -69,11 +71,12 @@ def collect_statistics(scenes: Iterable[Scene | BadSample]) -> SplitStatistics:
             statistics.bad[scene.reason] += 1
             continue
         try:
-            views = Views.of_scenes([scene])
+            views = Views.of_scenes([_with_masks(scene)])
         except ValueError:
             statistics.bad["no_views"] += 1
             continue
         statistics.scenes += 1
+        statistics.without_action += scene.action is None
         statistics.objects.append(len(scene.objects))
         statistics.relations.append(len(scene.relations))
         width, height = views.source[0, 2:].tolist()
@@ -202,7 +205,7 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor, max_views: int) -> No
         name = entry.name.replace("$", r"\$")
         axis.text(x, y1, name, color="white", fontsize=6, ha=edge, va=below, bbox=label, clip_on=True)
     axis.set_axis_off()
-    axis.set_title(f"{scene.key}: {_wrapped(scene.action, 36)}", fontsize=9, loc="left")
+    axis.set_title(f"{scene.key}: {_wrapped(scene.action or '(no action)', 36)}", fontsize=9, loc="left")
     counts = [(len(scene.objects), max_views, "objects"), (len(scene.relations), max_views + 1, "relations")]
     truncated = [f"views of {shown} of {total} {what}" for total, shown, what in counts if total > shown]
     note = "; ".join([f"{width} x {height}", *truncated])
@@ -260,6 +263,7 @@ def inspect_shards(
         if isinstance(scene, BadSample) or not isinstance(scene.image, bytes):
             continue
         image = decoder.decode([scene.image])[0]
+        scene = _with_masks(scene) if relation_view == "focused" else scene
         if isinstance(image, DecodeError) or not _has_views(scene, relation_view):
             continue
         scene.image = image
@@ -271,6 +275,11 @@ def inspect_shards(
         sheet = out / "scenes.png"
         draw_sheet(chosen, sheet, size=size, object_view=object_view, relation_view=relation_view, blur=blur)
     return statistics
+
+
+def _with_masks(scene: Scene) -> Scene:
+    """The scene without the relations that have no focused region for lack of masks."""
+    return replace(scene, relations=[r for r in scene.relations if has_masks(scene, r)])
 
 
 def _has_views(scene: Scene, relation_view: str) -> bool:

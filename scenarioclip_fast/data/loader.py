@@ -159,8 +159,8 @@ class SceneLoader:
             `BadSampleLog`).
 
     Raises:
-        UserError: no packed data set, an empty split, fewer scenes than one global batch with `drop_last`, or the
-            configured decoder does not work on `device`.
+        UserError: no packed data set, an empty split, fewer scenes than one global batch with `drop_last`, no masks
+            although `config.relation_view` needs them, or the configured decoder does not work on `device`.
         MissingDependencyError: the package of the configured decoder is not installed or does not load.
     """
 
@@ -197,6 +197,7 @@ class SceneLoader:
                 f"{shards}: the {split} split has {len(self.shards)} scenes, expected at least "
                 f"{self.order.global_batch} (one global batch): pack more scenes, or reduce the batch size"
             )
+        self._check_masks()
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)
         self.epochs = 1 if epochs is None and not config.augment else epochs
@@ -217,12 +218,38 @@ class SceneLoader:
         threads = thread_count(config.threads)
         decoder = make_decoder(config.decoder, self.device, threads=threads, max_pixels=config.max_pixels)
         self._decoder = SampleDecoder(decoder, int(config.cache_gib * 2**30))
-        self._reader = SampleReader(self.shards, threads)
+        self._reader = SampleReader(self.shards, threads, need_masks=config.relation_view == "focused")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state = _State()
         self._closed = False
         # Weak, so that an abandoned iteration is garbage-collected and stops its threads.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
+
+    def _check_masks(self) -> None:
+        relations, masked = self.shards.count("relations"), self.shards.count("masked_relations")
+        if self.config.relation_view == "focused" and relations and not masked:
+            raise UserError(
+                f"{self.shards.source}: none of the {relations} relations of the {self.shards.split} split has masks, "
+                "which data.relation_view=focused needs: set data.relation_view=box (or scene), or pack the scenes "
+                "with masks"
+            )
+
+    def notes(self) -> list[str]:
+        """What the scenes of the split lack, a line each, for logs."""
+        count, split, scenes = self.shards.count, self.shards.split, len(self.shards)
+        found = []
+        if count("actions") == 0:
+            found.append(f"no scene of the {split} split has an action: the global level has no texts")
+        elif count("actions") < scenes:
+            missing = scenes - count("actions")
+            found.append(f"{missing} of {scenes} scenes of the {split} split have no action: they have no global text")
+        without = count("relations") - count("masked_relations")
+        if self.config.relation_view == "focused" and without > 0:
+            found.append(
+                f"{without} of {count('relations')} relations of the {split} split have no masks: they are left out, "
+                "because data.relation_view=focused needs masks"
+            )
+        return found
 
     @property
     def decoder(self) -> Decoder:

@@ -40,12 +40,12 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress as show_progress
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
-_PACK_VERSION = 1
+_PACK_VERSION = 2
 
 
 @dataclass
 class PackReport:
-    """Summary of a pack: scenes, objects and relations per split, and rejections by reason.
+    """Summary of a pack: per split, the counts of `shard_writer.COUNTS`; and rejections by reason.
 
     `ignored` counts tar members that belong to no scene, by suffix. `up_to_date`: an up-to-date pack existed, so
     nothing was written.
@@ -65,6 +65,14 @@ class PackReport:
         ]
         sizes = self.vocabulary
         lines.append(f"texts   {sizes['global']} actions, {sizes['object']} objects, {sizes['relation']} relations")
+        total = {name: sum(n[name] for n in self.splits.values()) for name in COUNTS}
+        if missing := total["scenes"] - total["actions"]:
+            lines.append(f"{missing} of {total['scenes']} scenes have no action: they have no text at the global level")
+        if missing := total["relations"] - total["masked_relations"]:
+            lines.append(
+                f"{missing} of {total['relations']} relations have no masks: only data.relation_view=box and scene "
+                "use them"
+            )
         if self.rejected:
             lines.append("rejected (details in rejected.jsonl):")
             lines += [f"  {n:>8}  {reason}" for reason, n in self.rejected.items()]

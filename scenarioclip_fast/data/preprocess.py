@@ -62,7 +62,7 @@ def preprocess(
     device = pick_device(device)
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     decoded = _decode(many, device, max_pixels)
-    scenes = [Scene(str(i), image, "") for i, image in enumerate(decoded)]
+    scenes = [Scene(str(i), image) for i, image in enumerate(decoded)]
     return render_views(decoded, Views.of_scenes(scenes), size=size, dtype=dtype).to(device)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.remote import Closed
-from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.scene import Scene, has_masks
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.errors import UserError
 
@@ -27,7 +27,7 @@ _FATAL = (MemoryError, ImportError, Closed)
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene at `index` of its split, with its positions in the vocabulary."""
+    """A scene at `index` of its split, with its positions in the vocabulary; -1 stands for no action."""
 
     index: int
     scene: Scene
@@ -42,10 +42,12 @@ class SampleReader:
     Args:
         shards: the data set.
         threads: number of reader threads; at least 32 for remote shards, as they mostly wait for the network.
+        need_masks: leave out relations whose subject or object has no mask.
     """
 
-    def __init__(self, shards: ShardSet, threads: int) -> None:
+    def __init__(self, shards: ShardSet, threads: int, need_masks: bool = False) -> None:
         self._shards = shards
+        self._need_masks = need_masks
         self._threads = max(_REMOTE_READS, threads) if shards.is_remote else threads
         self._pool = ThreadPoolExecutor(self._threads, "read")
 
@@ -73,12 +75,14 @@ class SampleReader:
             raise
         except Exception as error:  # damaged bytes can make the parsers raise anything
             return BadSample(key, "unreadable", f"{type(error).__name__}: {error}")
+        if self._need_masks:
+            scene.relations = [r for r in scene.relations if has_masks(scene, r)]
         ids = self._shards.vocabulary
         try:
             return Sample(
                 index,
                 scene,
-                ids.action_id(scene.action),
+                -1 if scene.action is None else ids.action_id(scene.action),
                 [ids.object_id(o.name) for o in scene.objects],
                 [ids.relation_id(scene.relation_text(k)) for k in range(len(scene.relations))],
             )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2  # of records and packs that are written
+READABLE = (1, 2)  # in schema 1, every scene has an action, and every relation two masks
 
 Mask = Tensor | dict[str, Any]
 """bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}."""
@@ -27,26 +28,35 @@ class SceneObject:
 
 @dataclass(slots=True)
 class Relation:
-    """A relation between two objects, given as indices into the scene's list of objects."""
+    """A relation between two objects, given as indices into the scene's list of objects.
+
+    `negatives` are texts that are false of it: "subject predicate object" with one of the three replaced.
+    """
 
     subject: int
     predicate: str
     object: int
+    negatives: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class Scene:
     """An image with its action, objects and relations.
 
-    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. `split` is the split assigned by the data set, if any.
+    `image` holds encoded bytes (JPEG) or uint8 [H, W, 3]. A scene whose `action` is None has no text as a whole: it
+    counts at the object and relation levels only. `split` is the split assigned by the data set, if any. `caption`
+    describes the image in a sentence or two, and `scores` holds what the models that found the scene said of their
+    confidence; training reads neither.
     """
 
     key: str
     image: bytes | Tensor
-    action: str
+    action: str | None = None
     objects: list[SceneObject] = field(default_factory=list)
     relations: list[Relation] = field(default_factory=list)
     split: str | None = None
+    caption: str | None = None
+    scores: dict[str, Any] | None = None
 
     def relation_text(self, k: int) -> str:
         """The text of relation `k`: "subject predicate object"."""
@@ -54,14 +64,25 @@ class Scene:
         return f"{self.objects[relation.subject].name} {relation.predicate} {self.objects[relation.object].name}"
 
 
+def has_masks(scene: Scene, relation: Relation) -> bool:
+    """Whether subject and object both have a mask, as a focused region requires."""
+    return scene.objects[relation.subject].mask is not None and scene.objects[relation.object].mask is not None
+
+
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:
     """Convert a scene to the KEY.json record of a pack; `size` is (H, W). Masks must be RLE or None."""
+    optional = {"caption": scene.caption, "scores": scene.scores}
     return {
         "schema": SCHEMA,
         "size": list(size),
         "action": scene.action,
+        **{name: value for name, value in optional.items() if value is not None},
         "objects": [{"name": o.name, "box": list(o.box), "mask": o.mask} for o in scene.objects],
-        "relations": [{"subject": r.subject, "predicate": r.predicate, "object": r.object} for r in scene.relations],
+        "relations": [
+            {"subject": r.subject, "predicate": r.predicate, "object": r.object}
+            | ({"negatives": r.negatives} if r.negatives else {})
+            for r in scene.relations
+        ],
     }
 
 
@@ -72,22 +93,30 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
         ValueError: unsupported schema, or a malformed record.
     """
     schema = record.get("schema") if isinstance(record, Mapping) else None
-    if schema != SCHEMA:
-        raise ValueError(f"scene {key}: got schema {schema!r}, expected {SCHEMA}")
+    if schema not in READABLE:
+        raise ValueError(f"scene {key}: got schema {schema!r}, expected {' or '.join(map(str, READABLE))}")
     try:
         height, width = (_integer(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in record["objects"]]
-        relations = [
-            Relation(_integer(r["subject"]), _text(r["predicate"]), _integer(r["object"])) for r in record["relations"]
-        ]
-        action = _text(record["action"])
+        relations = [_relation_from_json(r) for r in record["relations"]]
+        action = record["action"] if schema == 1 else record.get("action")
+        caption, scores = record.get("caption"), record.get("scores")
+        for text in (action if schema == 1 else action or "", caption or ""):
+            _text(text)
+        if scores is not None and not isinstance(scores, dict):
+            raise TypeError(f"got scores of type {type(scores).__name__}, expected an object")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
         raise ValueError(
             f"scene {key}: a relation refers to an object that does not exist (the scene has {len(objects)})"
         )
-    return Scene(key, image, action, objects, relations)
+    return Scene(key, image, action, objects, relations, caption=caption, scores=scores)
+
+
+def _relation_from_json(record: Mapping[str, Any]) -> Relation:
+    negatives = [_text(text) for text in record.get("negatives", ())]
+    return Relation(_integer(record["subject"]), _text(record["predicate"]), _integer(record["object"]), negatives)
 
 
 def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> SceneObject:

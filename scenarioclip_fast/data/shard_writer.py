@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scenarioclip_fast.data.check import CheckedScene, Rejection
-from scenarioclip_fast.data.scene import SCHEMA, scene_to_json
+from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import Stage, dump, sha256
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.levels import LEVELS
 
-COUNTS = ("scenes", "objects", "relations")
+# Per split: scenes, those with an action, objects, relations, and those whose subject and object both have a mask.
+COUNTS = ("scenes", "actions", "objects", "relations", "masked_relations")
 
 
 @dataclass
@@ -31,6 +32,7 @@ class PackedItem:
     image: bytes = b""
     record: bytes = b""
     texts: dict[str, list[str]] = field(default_factory=dict)
+    masked_relations: int = 0
     rejected: list[Rejection] = field(default_factory=list)
 
     @classmethod
@@ -39,12 +41,13 @@ class PackedItem:
         scene = checked.scene
         assert isinstance(scene.image, bytes)
         texts = {
-            "global": [scene.action],
+            "global": [] if scene.action is None else [scene.action],
             "object": [o.name for o in scene.objects],
             "relation": [scene.relation_text(k) for k in range(len(scene.relations))],
         }
         record = dump(scene_to_json(scene, checked.size))
-        return cls(scene.key, split, scene.image, record, texts, checked.rejected)
+        masked = sum(has_masks(scene, relation) for relation in scene.relations)
+        return cls(scene.key, split, scene.image, record, texts, masked, checked.rejected)
 
 
 @dataclass
@@ -53,6 +56,7 @@ class _OpenShard:
     tar: tarfile.TarFile
     rows: list[list[Any]] = field(default_factory=list)
     texts: dict[str, Counter[str]] = field(default_factory=lambda: {level: Counter() for level in LEVELS})
+    masked_relations: int = 0
 
     def add(self, item: PackedItem) -> None:
         row: list[Any] = [item.key]
@@ -64,6 +68,7 @@ class _OpenShard:
         self.rows.append(row)
         for level, texts in item.texts.items():
             self.texts[level].update(texts)
+        self.masked_relations += item.masked_relations
 
 
 class ShardWriter:
@@ -142,7 +147,7 @@ class ShardWriter:
         shard.tar.close()
         self._count(split, shard.texts)
         rejected, self.rejected = self.rejected, []
-        counts = (len(shard.rows), shard.texts["object"].total(), shard.texts["relation"].total())
+        counts = (len(shard.rows), *(shard.texts[level].total() for level in LEVELS), shard.masked_relations)
         record = {
             "split": split,
             "name": shard.name,

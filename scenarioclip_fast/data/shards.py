@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
-from scenarioclip_fast.data.scene import SCHEMA, Scene, scene_from_json
+from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
@@ -124,6 +124,13 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def count(self, name: str) -> int:
+        """A count of the split from the manifest: "actions", "objects", "relations" or "masked_relations"."""
+        # Packs of schema 1 have an action for every scene and masks for every relation.
+        found = self.manifest["splits"][self.split]
+        old = {"actions": "scenes", "masked_relations": "relations"}
+        return int(found.get(name, found.get(old.get(name), 0)))
 
     @functools.cached_property
     def digest(self) -> int:
@@ -241,8 +248,9 @@ class ShardSet:
         except ValueError as error:
             raise UserError(f"{self._where(name)}: not readable as JSON ({error}); pack the data set again") from None
         got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        if got != SCHEMA:
-            raise UserError(f"{self._where(name)}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
+        if got not in READABLE:
+            expected = " or ".join(map(str, READABLE))
+            raise UserError(f"{self._where(name)}: got schema {got!r}, expected {expected}; pack the data set again")
         return dict(record)
 
     def __del__(self) -> None:

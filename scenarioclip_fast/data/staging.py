@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from scenarioclip_fast.data.scene import SCHEMA
+from scenarioclip_fast.data.scene import READABLE, SCHEMA
 from scenarioclip_fast.errors import UserError
 
 PACK_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
@@ -231,7 +231,7 @@ def check_target(out: Path, force: bool) -> None:
             schema = json.loads(manifest.read_bytes()).get("schema")
         except (ValueError, AttributeError):
             schema = None
-        if schema != SCHEMA:
+        if schema not in READABLE:
             raise UserError(
                 f"{out}: contains a pack with schema {schema}, this version writes {SCHEMA}; use --force to replace it"
             )

@@ -40,7 +40,7 @@ class EmbeddingTable:
         level: "global", "object" or "relation".
         keys: N paths or scene keys; object and relation embeddings of a scene share its key.
         embeddings: float32 [N, D] on the CPU, encoder outputs, not normalised.
-        text_ids: int64 [N], class text of each row; only for packed shards.
+        text_ids: int64 [N], class text of each row, -1 for a scene without an action; only for packed shards.
         texts: class texts of the level, indexed by `text_ids`.
         skipped: images without an embedding.
         seconds: time spent on reading, decoding and embedding.
@@ -133,7 +133,7 @@ def embed(
         options = {"weights": weights, "batch_size": batch_size, "device": device, "decoder": decoder}
         with open_session(checkpoint, images, **options) as session:  # type: ignore[arg-type]
             start = time.monotonic()
-            features = split_features(session, split or "test", [level])
+            features = split_features(session, split or "test", [level], labelled=False)
             seconds = time.monotonic() - start
             skipped = [SkippedImage(scene.scene, f"{scene.reason}: {scene.detail}") for scene in session.skipped]
             table = _of_shards(features, level, session.vocabulary.texts(level), skipped, seconds)
@@ -173,7 +173,7 @@ def _embed_files(
         encoded = progress(read_images(images, skipped.append), total, "embedding", "images")
         size = trained.model.config.vision.image_size
         batches = image_batches(encoded, reader, batch_size=batch_size, size=size, on_skip=skipped.append)
-        features = embed_views(trained.model, batches, ["global"], show_progress=False)
+        features = embed_views(trained.model, batches, ["global"], labelled=False, show_progress=False)
     finally:
         reader.close()
     seconds = time.monotonic() - start

@@ -74,8 +74,11 @@ def check_finite(
         )
 
 
-def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Split a batch into, per level, pixels [n, 3, S, S], class ids [n] and the scene of each view [n]."""
+def level_views(batch: Batch, *, labelled: bool = True) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Split a batch into, per level, pixels [n, 3, S, S], class ids [n] and the scene of each view [n].
+
+    labelled: leave out the global views of scenes without an action; otherwise their id is -1.
+    """
     pixels = torch.split(batch.pixels, [batch.num_scenes, batch.num_objects, batch.num_relations])
     ids = (batch.action_id, batch.object_id, batch.relation_id)
     scenes = (
@@ -83,7 +86,10 @@ def level_views(batch: Batch) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         batch.object_scene,
         batch.relation_scene,
     )
-    return dict(zip(LEVELS, zip(pixels, ids, scenes, strict=True), strict=True))
+    views = dict(zip(LEVELS, zip(pixels, ids, scenes, strict=True), strict=True))
+    if labelled and (rows := batch.action_scene) is not None:
+        views["global"] = (pixels[0][rows], ids[0][rows], rows)
+    return views
 
 
 def score_blocks(

@@ -34,7 +34,7 @@ class LevelFeatures:
 
     Attributes:
         image: float32 [n, D], encoder outputs, not normalised.
-        text_id: int64 [n], ids in the vocabulary.
+        text_id: int64 [n], ids in the vocabulary; -1 for scenes without an action.
         scene: int64 [n], indices into the `keys` of the split.
     """
 
@@ -60,10 +60,14 @@ def embed_views(
     batches: Iterable[Batch],
     levels: Sequence[str] = LEVELS,
     *,
+    labelled: bool = True,
     desc: str = "embedding",
     show_progress: bool = True,
 ) -> Features:
-    """Embed all views of `batches`; batches and result are on the model's device.
+    """Embed the views of `batches`; batches and result are on the model's device.
+
+    Args:
+        labelled: leave out the global views of scenes without an action; otherwise their text id is -1.
 
     Raises:
         UserError: the embeddings are not finite.
@@ -72,7 +76,7 @@ def embed_views(
     keys: list[str] = []
     with evaluating(model):
         for batch in progress(batches, desc=desc) if show_progress else batches:
-            for level, (pixels, ids, scene) in level_views(batch).items():
+            for level, (pixels, ids, scene) in level_views(batch, labelled=labelled).items():
                 if level in parts and len(ids):
                     image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])
                     parts[level].append(LevelFeatures(image, ids, scene + len(keys)))
@@ -131,9 +135,14 @@ def _to_main_process(
 
 
 def split_features(
-    session: Session, split: str, levels: Sequence[str] = LEVELS, cache: str | Path | None = None
+    session: Session,
+    split: str,
+    levels: Sequence[str] = LEVELS,
+    cache: str | Path | None = None,
+    *,
+    labelled: bool = True,
 ) -> Features:
-    """Load or compute all features of a split, on rank 0's CPU (other ranks may get none).
+    """Load or compute the features of a split, on rank 0's CPU (other ranks may get none).
 
     Args:
         session: the model and data.
@@ -142,16 +151,22 @@ def split_features(
         cache: directory of cached features; None: no cache. File names contain a hash of the weights, the data set and
             the view settings, so stale files are never read. Splits with skipped scenes are not cached, since the
             scenes may become readable.
+        labelled: as in `embed_views`.
     """
     world = session.world
     with session.loader(split) as loader:
-        path = None if cache is None else _cache_file(session, loader, split, levels, Path(cache))
+        path = None if cache is None else _cache_file(session, loader, split, [*levels, str(labelled)], Path(cache))
         kept = None if path is None or not world.is_main_process else _load(path)
         # Rank 0 decides for all ranks.
         if world.gather(kept is not None)[0]:
             return kept or Features([], {})
         own = embed_views(
-            session.model, loader, levels, desc=f"embedding, {split}", show_progress=world.is_main_process
+            session.model,
+            loader,
+            levels,
+            labelled=labelled,
+            desc=f"embedding, {split}",
+            show_progress=world.is_main_process,
         )
     features = gather_features(own, world, levels)
     if path is not None and world.is_main_process and not any(scene.split == split for scene in session.skipped):
@@ -159,11 +174,11 @@ def split_features(
     return features
 
 
-def _cache_file(session: Session, loader: EvaluationLoader, split: str, levels: Sequence[str], directory: Path) -> Path:
+def _cache_file(session: Session, loader: EvaluationLoader, split: str, kind: Sequence[str], directory: Path) -> Path:
     digest = hashlib.sha256()
     data = session.data
     settings: list[object] = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur]
-    settings += [loader.decoder.name, *levels]
+    settings += [loader.decoder.name, *kind]
     # The manifest contains the SHA-256 of every shard.
     digest.update(json.dumps([settings, loader.shards.manifest], sort_keys=True).encode())
     for path in session.trained.files:

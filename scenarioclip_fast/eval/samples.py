@@ -39,10 +39,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class SampleScene:
-    """The predictions for the views of one scene."""
+    """The predictions for the views of one scene; `action` is None if the scene has none."""
 
     key: str
-    action: Prediction
+    action: Prediction | None
     objects: list[Prediction] = field(default_factory=list)
     relations: list[Prediction] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ def predict_samples(
     shown: Counter[tuple[bool, str]] = Counter()
     rank = []
     for sample in found:
-        kind = (not sample.relations, sample.action.truth)
+        kind = (not sample.relations, "" if sample.action is None else sample.action.truth)
         rank.append((kind[0], shown[kind]))
         shown[kind] += 1
     order = sorted(range(len(found)), key=rank.__getitem__)
@@ -101,4 +101,7 @@ def _predict_batch(
                 prediction = Prediction(to_picture(view), names[truth], ranked, held_out, score, position)
                 predictions[level][i].append(prediction)
     per_scene = zip(batch.keys, predictions["global"], predictions["object"], predictions["relation"], strict=True)
-    return [SampleScene(key, action[0], objects, relations) for key, action, objects, relations in per_scene]
+    return [
+        SampleScene(key, action[0] if action else None, objects, relations)
+        for key, action, objects, relations in per_scene
+    ]

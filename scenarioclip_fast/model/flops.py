@@ -42,11 +42,17 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def batch_flops(config: ModelConfig, batch: Batch, table: TokenTable, *, teacher: bool) -> float:
     """Return `step_flops` of a batch whose ids refer to the strings in `table`."""
     lengths = [level_lengths.tolist() for level_lengths in table.unique_texts(batch.host_ids).lengths]
-    return step_flops(config, [len(ids) for ids in batch.host_ids], lengths, teacher=teacher)
+    views = [len(ids) for ids in batch.host_ids]
+    return step_flops(config, views, lengths, teacher=teacher, without_action=batch.num_scenes - views[0])
 
 
 def step_flops(
-    config: ModelConfig, views: Sequence[int], text_lengths: Sequence[Sequence[int]], *, teacher: bool
+    config: ModelConfig,
+    views: Sequence[int],
+    text_lengths: Sequence[Sequence[int]],
+    *,
+    teacher: bool,
+    without_action: int = 0,
 ) -> float:
     """Count the FLOPs of one step: forward, backward and contrastive logits, not optimizer or elementwise operations.
 
@@ -54,13 +60,15 @@ def step_flops(
         views: number of global, object and relation views; the teacher embeds the global ones.
         text_lengths: per level, the number of tokens of each unique text.
         teacher: whether an EMA teacher embeds whole images, object texts and relation texts.
+        without_action: global views that only the frozen stages and the teacher embed.
     """
     freeze, width = config.freeze, config.embed_dim
     stages = _vision_stages(config)
     frozen = [freeze.embeddings, freeze.pre_layernorm, *_frozen_blocks(config.vision.layers, freeze.vision_blocks)]
     total = sum(views) * _trained(stages, frozen)
     if teacher:
-        total += views[0] * _forward(stages, frozen)
+        total += (views[0] + without_action) * _forward(stages, frozen)
+    total += without_action * sum(stage.forward for stage in stages[: frozen.index(False)])
     frozen = [freeze.embeddings, *_frozen_blocks(config.text.layers, freeze.text_blocks)]
     for level, (rows, lengths) in enumerate(zip(views, text_lengths, strict=True)):
         stages = _text_stages(config, lengths)

@@ -44,6 +44,7 @@ class Embeddings:
     text_index: 3 x [N_l] int64, the text of each image row
     text_id: 3 x [U_l] int64, vocabulary ids, on the CPU
     object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
+    action_scene: int64 [N_a], the scenes of the global level's rows, those with an action; None: all B
     teacher_image [B, D], teacher_object_text [U_o, D], teacher_relation_text [U_r, D]: None without a teacher
     """
 
@@ -53,6 +54,7 @@ class Embeddings:
     text_id: list[Tensor]
     object_scene: Tensor
     relation_scene: Tensor
+    action_scene: Tensor | None = None
     teacher_image: Tensor | None = None
     teacher_object_text: Tensor | None = None
     teacher_relation_text: Tensor | None = None
@@ -63,7 +65,7 @@ class TrunkOutput:
     """A batch after the frozen trunk that the levels share; gradients start here.
 
     hidden [V, ...]: all views, or the pixels if nothing is frozen;  views: their numbers per level
-    texts: the unique texts to embed;  object_scene [N_o], relation_scene [N_r]: as in Batch
+    texts: the unique texts to embed;  object_scene [N_o], relation_scene [N_r], action_scene: as in Batch
     """
 
     hidden: Tensor
@@ -71,6 +73,7 @@ class TrunkOutput:
     texts: UniqueTexts
     object_scene: Tensor
     relation_scene: Tensor
+    action_scene: Tensor | None = None
 
 
 class ScenarioCLIP(nn.Module):
@@ -151,7 +154,8 @@ class ScenarioCLIP(nn.Module):
             raise ValueError("the model has no vocabulary: call set_vocabulary(vocabulary) first")
         texts = texts or self.tokens.unique_texts(batch.host_ids)
         views = [batch.num_scenes, batch.num_objects, batch.num_relations]
-        return TrunkOutput(self._frozen_vision(batch.pixels), views, texts, batch.object_scene, batch.relation_scene)
+        scenes = (batch.object_scene, batch.relation_scene, batch.action_scene)
+        return TrunkOutput(self._frozen_vision(batch.pixels), views, texts, *scenes)
 
     def run_levels(self, trunk: TrunkOutput, teacher: Teacher | None = None) -> Embeddings:
         """Run the stages after the trunk: the levels' encoders, and the teacher's."""
@@ -163,6 +167,7 @@ class ScenarioCLIP(nn.Module):
             text_id=trunk.texts.id,
             object_scene=trunk.object_scene,
             relation_scene=trunk.relation_scene,
+            action_scene=trunk.action_scene,
         )
         if teacher is not None:
             out.teacher_image = teacher.encode_image(trunk.hidden[: trunk.views[0]], start=self._vision_shared)
@@ -299,11 +304,14 @@ class ScenarioCLIP(nn.Module):
             pretrained.load_encoders(kind, getattr(self, kind), states, path)
 
     def _images_of_levels(self, trunk: TrunkOutput) -> list[Tensor]:
-        parts = zip(LEVELS, trunk.hidden.split(trunk.views), strict=True)
-        return [self._vision(level).run(x, start=self._vision_shared) for level, x in parts]
+        whole, *parts = trunk.hidden.split(trunk.views)
+        views = zip(LEVELS, (_rows(whole, trunk.action_scene), *parts), strict=True)
+        return [self._vision(level).run(x, start=self._vision_shared) for level, x in views]
 
     def _images_of_one_encoder(self, trunk: TrunkOutput) -> list[Tensor]:
-        return list(self._vision("global").run(trunk.hidden, start=self._vision_shared).split(trunk.views))
+        image = self._vision("global").run(trunk.hidden, start=self._vision_shared)
+        whole, *parts = image.split(trunk.views)
+        return [_rows(whole, trunk.action_scene), *parts]
 
     def _texts_of_one_encoder(self, texts: UniqueTexts) -> list[Tensor]:
         x, packing = self._text_inputs(np.concatenate(texts.row))
@@ -350,6 +358,10 @@ def _freeze(encoder: Encoder, embeddings: list[bool], blocks: int) -> int:
     for stage, is_frozen in zip(encoder.stages, frozen, strict=True):
         stage.requires_grad_(not is_frozen)
     return frozen.index(False)
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
 
 
 def _sibling(encoder: Encoder, level: str) -> Encoder:

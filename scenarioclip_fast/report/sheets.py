@@ -35,7 +35,7 @@ def sample_sheet(samples: Sequence[SampleScene], out: Path, *, objects: int = 3,
         for row, sample in enumerate(samples):
             bottom = height - head - row * (side + text) - side
             views = {
-                "global": [sample.action],
+                "global": [sample.action] if sample.action else [],
                 "object": sample.objects[:objects],
                 "relation": sample.relations[:relations],
             }
@@ -59,7 +59,7 @@ def nearest_sheet(samples: Sequence[SampleScene], out: Path) -> Path:
         ValueError: no samples.
     """
     _require_samples(samples)
-    rows = [{"global": [s.action], "object": s.objects, "relation": s.relations} for s in samples]
+    rows = [{"global": [s.action] if s.action else [], "object": s.objects, "relation": s.relations} for s in samples]
     levels = [level for level in rows[0] if any(row[level] for row in rows)]
     side, words, gap, head = 1.5, 2.75, 0.2, 0.4  # inches
     width, height = gap + len(levels) * (side + words + gap), head + len(rows) * (side + gap)

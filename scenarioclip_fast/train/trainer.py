@@ -170,9 +170,12 @@ class Trainer:
         return self.world.mean_(torch.stack([term.detach().float() for term in terms.values()])).unbind()
 
     def _flops(self, batch: Batch, texts: UniqueTexts) -> float:
-        views = [batch.num_scenes, batch.num_objects, batch.num_relations]
+        views = [len(ids) for ids in batch.host_ids]
         lengths = [level_lengths.tolist() for level_lengths in texts.lengths]  # on the host
-        return step_flops(self.model.config, views, lengths, teacher=self.teacher is not None)
+        without_action = batch.num_scenes - views[0]
+        return step_flops(
+            self.model.config, views, lengths, teacher=self.teacher is not None, without_action=without_action
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.config.run.precision, self.world.device)
@@ -210,7 +213,8 @@ class Trainer:
         self.saver = Saver(config, world, self.state, self.total_steps, self.log)
         attention = describe_attention(config.model.vision, config.run.precision, world.device)
         decoder = f"decoder: {self.loader.decoder}"
-        notes = [*self.saver.restore(self.resume), attention, decoder, *notes, *self._warnings()]
+        missing = self.loader.notes()
+        notes = [*self.saver.restore(self.resume), attention, decoder, *missing, *notes, *self._warnings()]
         requantize(all_encoders(self.model, self.teacher))
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)

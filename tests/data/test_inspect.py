@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,16 @@ def test_statistics() -> None:
     lonely = make_scene("d")
     lonely.relations, lonely.objects = [], [SceneObject("thing", (0.0, 0.0, 40.0, 40.0), None)]
     broken = make_scene("e")
-    broken.objects[0].mask = None
-    statistics = collect_statistics([*scenes, lonely, broken])
-    assert (statistics.scenes, statistics.objects, statistics.relations) == (3, [3, 3, 1], [2, 2, 0])
-    assert statistics.without_mask == 1 and len(statistics.mask_area) == 6
+    broken.objects[0].mask = torch.ones(3, 3, dtype=torch.bool)
+    bare = replace(lonely, action=None, relations=[Relation(0, "near", 0)])
+    statistics = collect_statistics([*scenes, lonely, bare, broken])
+    assert (statistics.scenes, statistics.objects, statistics.relations) == (4, [3, 3, 1, 1], [2, 2, 0, 1])
+    assert statistics.without_mask == 2 and len(statistics.mask_area) == 6
+    assert statistics.without_action == 1 and "scenes     4  (without an action: 1)" in str(statistics)
     assert statistics.mask_area[:3] == [12 * 15 / 3200, 20 * 20 / 3200, 20 * 40 / 3200]
     assert statistics.all_black == 4  # the first and the last object of two scenes are outside the centre 40 x 40
     assert dict(statistics.bad) == {"short_shard": 1, "no_views": 1}
-    assert "4 of 7 masked object views" in str(statistics) and "1 short_shard" in str(statistics)
+    assert "4 of 8 masked object views" in str(statistics) and "1 short_shard" in str(statistics)
 
 
 @pytest.mark.parametrize("size", [(30, 90), (90, 30), (50, 50)])

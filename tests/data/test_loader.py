@@ -678,6 +678,46 @@ def test_on_bad_receives_the_bad_scenes_of_each_batch(damaged: Path) -> None:
     assert sorted(received) == [(epoch, key) for epoch in (0, 1) for key in sorted(REASONS)]
 
 
+def incomplete(masked: int) -> list[Scene]:
+    """Eight scenes of which the odd ones have no action, and only the first `masked` have masks."""
+    scenes = [make_scene(i) for i in range(8)]
+    for i, scene in enumerate(scenes):
+        scene.action = None if i % 2 else scene.action
+        for entry in scene.objects:
+            entry.mask = entry.mask if i < masked else None
+    return scenes
+
+
+def test_scenes_without_action_or_masks(tmp_path: Path) -> None:
+    pack(
+        incomplete(4), tmp_path, val=0.0, test=0.0, progress=False
+    )  # 3 relations with masks in scenes 2 and 3, 3 without
+    options: dict[str, Any] = {"size": SIZE, "decoder": "torch", "shuffle": False, "augment": False}
+    with scene_loader(tmp_path, 8, **options) as loader:
+        assert loader.notes() == [
+            "4 of 8 scenes of the train split have no action: they have no global text",
+            "3 of 6 relations of the train split have no masks: they are left out, because data.relation_view=focused "
+            "needs masks",
+        ]
+        (batch,) = loader
+        texts = loader.vocabulary
+    assert batch.action_id.tolist() == [texts.action_id("resting") if i % 2 == 0 else -1 for i in range(8)]
+    assert batch.action_scene is not None and batch.action_scene.tolist() == [0, 2, 4, 6]
+    assert batch.host_ids[0].tolist() == [0, 0, 0, 0]
+    assert batch.relation_scene.tolist() == [2, 3, 3]
+    with scene_loader(tmp_path, 8, relation_view="box", **options) as loader:
+        assert len(loader.notes()) == 1
+        (batch,) = loader
+    assert batch.relation_scene.tolist() == [2, 3, 3, 6, 7, 7]
+
+
+def test_masks_that_no_relation_has(tmp_path: Path) -> None:
+    pack(incomplete(0), tmp_path, val=0.0, test=0.0, progress=False)
+    with pytest.raises(UserError, match="none of the 6 relations of the train split has masks"):
+        scene_loader(tmp_path, 4)
+    scene_loader(tmp_path, 4, relation_view="scene").close()
+
+
 def test_pixel_format(shards: Path) -> None:
     with load(shards, dtype=torch.bfloat16, memory_format=torch.channels_last, size=24, object_view="crop") as loader:
         batch = next(iter(loader))

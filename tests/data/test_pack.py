@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, ShardSet, Vocabulary, generate_scenes, pack
 from scenarioclip_fast.data.rle import decode
+from scenarioclip_fast.data.scene import scene_from_json, scene_to_json
 from scenarioclip_fast.data.synthetic import vocabulary, write_published_layout
 from scenarioclip_fast.errors import UserError
 
@@ -373,3 +375,94 @@ def test_real_photos(photos: Path, tmp_path: Path) -> None:
         assert isinstance(scene.image, bytes)
         assert scene.image == (photos / "images" / f"{scene.key}.jpg").read_bytes()
         assert all(decode(o.mask).any() for o in scene.objects)  # type: ignore[arg-type]
+
+
+def without_actions(scenes: list[Scene], keys: set[str]) -> list[Scene]:
+    return [replace(scene, action=None) if scene.key in keys else scene for scene in scenes]
+
+
+def without_masks(scenes: list[Scene], keys: set[str]) -> list[Scene]:
+    return [
+        replace(scene, objects=[replace(o, mask=None) for o in scene.objects]) if scene.key in keys else scene
+        for scene in scenes
+    ]
+
+
+def test_scenes_without_action_or_masks(synthetic: list[Scene], tmp_path: Path) -> None:
+    scenes = [replace(scene, split=None) for scene in synthetic[:8]]
+    keys = [scene.key for scene in scenes]
+    relations = sum(len(scene.relations) for scene in scenes)
+    unmasked = sum(len(scene.relations) for scene in scenes[2:4])
+    assert 0 < unmasked < relations
+    scenes = without_masks(without_actions(scenes, set(keys[:3])), set(keys[2:4]))
+    report = pack_quietly(scenes, tmp_path / "out", val=0.0, test=0.0)
+    assert report.rejected == {}
+    counts = report.splits["train"]
+    assert (counts["scenes"], counts["actions"]) == (8, 5)
+    assert (counts["relations"], counts["masked_relations"]) == (relations, relations - unmasked)
+    assert "3 of 8 scenes have no action" in str(report)
+    assert f"{unmasked} of {relations} relations have no masks" in str(report)
+    shards = ShardSet(tmp_path / "out")
+    for i, key in enumerate(shards.keys):
+        scene, original = shards.read(i), scenes[keys.index(key)]
+        assert scene.action == original.action and len(scene.relations) == len(original.relations)
+        assert [o.mask is None for o in scene.objects] == [o.mask is None for o in original.objects]
+    pack_quietly(tmp_path / "out", tmp_path / "again", val=0.0, test=0.0)
+    assert (tmp_path / "again" / "train-000000.tar").read_bytes() == (
+        tmp_path / "out" / "train-000000.tar"
+    ).read_bytes()
+
+
+def test_scenes_of_the_published_layout_without_masks(small_source: Path, tmp_path: Path) -> None:
+    """Without sam_results, the set has no masks; with it, a scene without its file lost its masks."""
+    whole = pack_quietly(small_source, tmp_path / "whole", val=0.0, test=0.0).splits["train"]
+    file = next((small_source / "sam_results").iterdir())
+    file.unlink()
+    some = pack_quietly(small_source, tmp_path / "some", val=0.0, test=0.0)
+    lost = some.rejected["relation_without_mask"]
+    assert some.rejected == {"missing_masks": 1, "relation_without_mask": lost}
+    assert some.splits["train"]["relations"] == whole["relations"] - lost == some.splits["train"]["masked_relations"]
+    shutil.rmtree(small_source / "sam_results")
+    none = pack_quietly(small_source, tmp_path / "none", val=0.0, test=0.0)
+    assert none.rejected == {}
+    assert none.splits["train"] == whole | {"masked_relations": 0}
+
+
+def test_captions_scores_and_negatives_are_kept(small_source: Path, tmp_path: Path) -> None:
+    metadata = next(small_source.glob("metadata*.json"))
+    record = json.loads(metadata.read_text())
+    entry = next(entry for entry in record["data"] if entry["relations"])
+    entry["dense_caption"] = "A Dog sits. "
+    subject, predicate, _ = entry["relations"][0][1]
+    entry["relations"][0].append([["Cat", predicate, subject], "dog  under cat", 7])
+    metadata.write_text(json.dumps(record))
+    pack_quietly(small_source, tmp_path / "out", val=0.0, test=0.0)
+    pack_quietly(tmp_path / "out", tmp_path / "again", val=0.0, test=0.0)
+    for directory in (tmp_path / "out", tmp_path / "again"):
+        shards = ShardSet(directory)
+        scene = next(s for i in range(len(shards)) if (s := shards.read(i)).caption)
+        assert scene.caption == "A Dog sits."
+        assert scene.relations[0].negatives == [f"cat {predicate} {subject}", "dog under cat"]
+    assert scene_from_json("a", b"", scene_to_json(Scene("a", b"", scores={"dog": 0.5}), (1, 1))).scores == {"dog": 0.5}
+
+
+def test_packs_of_schema_1_are_read(source: Path, tmp_path: Path) -> None:
+    """As released in 0.1: neither counts of actions and masked relations nor schema 2 in any file."""
+    out = tmp_path / "out"
+    pack_quietly(source, out)
+    before = [ShardSet(out).read(i) for i in range(3)]
+    for tar in out.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b'{"schema":2,', b'{"schema":1,'))
+    index = (out / "index.json").read_bytes().replace(b'{"schema":2,', b'{"schema":1,')
+    (out / "index.json").write_bytes(index)
+    manifest = json.loads((out / "manifest.json").read_text()) | {"schema": 1}
+    for split in manifest["splits"].values():
+        del split["actions"], split["masked_relations"]
+    manifest["sha256"]["index.json"] = hashlib.sha256(index).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    shards = ShardSet(out)
+    assert [shards.read(i).action for i in range(3)] == [scene.action for scene in before]
+    assert shards.count("actions") == len(shards)
+    assert shards.count("masked_relations") == shards.count("relations") > 0
+    pack_quietly(source, out, shard_size=7)
+    assert json.loads((out / "manifest.json").read_text())["schema"] == 2, "replaced without --force"

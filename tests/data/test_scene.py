@@ -34,7 +34,7 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "got schema 2, expected 1"),
+        ({"schema": 3}, "got schema 3, expected 1 or 2"),
         ({"size": [4]}, "malformed record"),
         ({"objects": [{"name": "cat"}]}, "malformed record"),
         ({"objects": [{"name": "cat", "box": [0, 0, 1], "mask": None}]}, "malformed record"),

@@ -132,7 +132,7 @@ def manifest_of(name: str, sha256: str = "0" * 64, size: int = 2048) -> str:
     ("name", "content", "message"),
     [
         ("manifest.json", "{", "manifest.json: not readable"),
-        ("manifest.json", '{"schema": 2}', "got schema 2, expected 1"),
+        ("manifest.json", '{"schema": 3}', "got schema 3, expected 1 or 2"),
         ("manifest.json", '{"schema": 1}', "malformed index"),
         ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
         ("manifest.json", manifest_of("../x.tar"), "escapes the directory"),

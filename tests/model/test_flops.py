@@ -68,9 +68,10 @@ class OneTokenVocabulary:
         return [[END]] * 4
 
 
+@pytest.mark.parametrize("action", [0, -1])
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 @pytest.mark.parametrize("freeze", FREEZES)
-def test_counts_match_torchs_counter(freeze: str, stem: str) -> None:
+def test_counts_match_torchs_counter(freeze: str, stem: str, action: int) -> None:
     some = config(FREEZES[freeze], stem)
     model = ScenarioCLIP(some)
     teacher = EMATeacher(model)
@@ -78,7 +79,7 @@ def test_counts_match_torchs_counter(freeze: str, stem: str) -> None:
     batch = Batch(
         pixels=torch.randn(7, 3, 16, 16),
         keys=["a", "b"],
-        action_id=torch.tensor([2, 0]),
+        action_id=torch.tensor([2, action]),
         object_id=torch.tensor([0, 1, 1, 3]),
         relation_id=torch.tensor([1]),
         object_scene=torch.tensor([0, 0, 1, 1]),
@@ -89,7 +90,7 @@ def test_counts_match_torchs_counter(freeze: str, stem: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         e = model(batch, teacher=teacher)
         torch.stack([x.sum() for x in (*e.image, *e.text)]).sum().backward()
-    logits = 6 * 12 * (2 * 2 + 4 * 3 + 1 * 1)
+    logits = 6 * 12 * ((2 * 2 if action == 0 else 1 * 1) + 4 * 3 + 1 * 1)
     assert model.tokens is not None
     assert batch_flops(some, batch, model.tokens, teacher=True) - logits == counter.get_total_flops()
 

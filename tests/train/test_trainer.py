@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,21 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from scenarioclip_fast.data import Batch, SceneLoader, Vocabulary, load_reference, pack
+from scenarioclip_fast.data import (
+    Batch,
+    SceneLoader,
+    ShardSet,
+    Vocabulary,
+    generate_scenes,
+    load_reference,
+    pack,
+)
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.eval.embeddings import embed
+from scenarioclip_fast.eval.session import open_session
+from scenarioclip_fast.eval.zeroshot import zeroshot
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train import signals
 from scenarioclip_fast.train.checkpoint import Checkpoints
@@ -137,6 +150,40 @@ def test_bf16_follows_float32(small: Make) -> None:
     assert not torch.equal(*curves)
     # bf16 has 8 bits of mantissa, and a temperature of 0.07 amplifies the errors of the logits 14-fold
     torch.testing.assert_close(curves[1], curves[0], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("every", [2, 1])
+def test_scenes_without_an_action(small: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int) -> None:
+    """Half of the scenes, or all, train the object and relation levels alone; evaluations leave them out, too."""
+    scenes = list(generate_scenes(24, seed=0))
+    scenes = [replace(s, action=None if i % every == 0 else s.action, split=None) for i, s in enumerate(scenes)]
+    pack(scenes, tmp_path / "incomplete", val=0.0, test=0.3, progress=False)
+    config = small(f"data.shards={tmp_path / 'incomplete'}", "train.steps=4")
+    Trainer(config).fit()
+    note = "no scene of the train split has an action" if every == 1 else "of the train split have no action"
+    assert note in capsys.readouterr().err
+    losses = [row for row in rows(config) if "loss" in row]
+    assert losses and all((row["contrastive/global"] > 0) == (every == 2) for row in losses)
+    assert all(row["contrastive/object"] > 0 and row["contrastive/relation"] > 0 for row in losses)
+    biases = {level: weights(config)[f"vision.{level}.head.norm.bias"] for level in LEVELS}  # 0 at the start
+    assert {level: bool(bias.any()) for level, bias in biases.items()} == {
+        "global": every == 2,
+        "object": True,
+        "relation": True,
+    }
+    with open_session(config.run.dir, tmp_path / "incomplete", device="cpu") as session:
+        with session.loader("test") as loader:
+            result = zeroshot(session.model, loader, session.vocabulary, show_progress=False)
+        views = {row.level: row.views for row in result.rows if row.match == "own" and row.subset == "all"}
+    shards = ShardSet(tmp_path / "incomplete", "test")
+    expected = {
+        "global": shards.count("actions"),
+        "object": shards.count("objects"),
+        "relation": shards.count("relations"),
+    }
+    assert views == {level: n for level, n in expected.items() if n}
+    table = embed(config.run.dir, tmp_path / "incomplete", device="cpu")
+    assert len(table.keys) == len(shards) and (table.text_ids == -1).sum() == len(shards) - shards.count("actions")
 
 
 def test_a_non_finite_step_is_skipped_counted_and_logged(small: Make, capsys: pytest.CaptureFixture[str]) -> None:

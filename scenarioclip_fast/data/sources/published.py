@@ -37,6 +37,7 @@ from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.errors import UserError
 
+MASKS = "sam_results"  # the directory of mask files
 _LARGE = 2000  # entries from which worker processes pay off
 
 _log = logging.getLogger(__name__)
@@ -173,15 +174,18 @@ class PublishedReader:
         image, size = self._image(image_path)
         bad: list[Rejection] = []
         objects = self._objects(entry, bad)
-        for item, mask in zip(objects, self._masks(entry, objects, size, bad), strict=True):
+        masks = self._masks(entry, objects, size, bad)
+        for item, mask in zip(objects, masks or [], strict=masks is not None):
             if item is not None:
                 item.mask = mask
-        relations = self._relations(entry, objects, bad)
+        relations = self._relations(entry, objects, bad, usable=masks is not None)
         # Rejected objects are None up to here, because masks and relations refer to objects by index.
         kept = [item for item in objects if item is not None]
         position = {i: k for k, i in enumerate(i for i, item in enumerate(objects) if item is not None)}
-        relations = [Relation(position[r.subject], r.predicate, position[r.object]) for r in relations]
-        scene = Scene(key, image, action, kept, relations, entry.split)
+        relations = [replace(r, subject=position[r.subject], object=position[r.object]) for r in relations]
+        caption = entry.record.get("dense_caption")
+        caption = caption.strip() or None if isinstance(caption, str) else None
+        scene = Scene(key, image, action, kept, relations, entry.split, caption)
         scene, more = clean_scene(scene, size, str(entry), encode=self._encode)
         return CheckedScene(scene, size, bad + more)
 
@@ -216,11 +220,11 @@ class PublishedReader:
 
     def _masks(
         self, entry: Entry, objects: list[SceneObject | None], size: tuple[int, int], bad: list[Rejection]
-    ) -> list[Tensor | None]:
-        none: list[Tensor | None] = [None] * len(objects)
-        if not objects:
-            return none
-        path = self._directory / "sam_results" / f"{entry.record['id']}_grounding_sam.npz"
+    ) -> Sequence[Tensor | None] | None:
+        """The masks of the objects, None for each in a data set without masks; None if the mask file is unusable."""
+        path = self._directory / MASKS / f"{entry.record['id']}_grounding_sam.npz"
+        if not objects or not path.parent.is_dir():
+            return [None] * len(objects)
         try:
             names = [None if item is None else item.name for item in objects]
             return list(read_masks(path, names, size))
@@ -228,9 +232,12 @@ class PublishedReader:
             bad.append(Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}"))
         except ValueError as error:
             bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {error}"))
-        return none
+        return None
 
-    def _relations(self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection]) -> list[Relation]:
+    def _relations(
+        self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection], usable: bool
+    ) -> list[Relation]:
+        """The valid relations; none if the masks are not `usable`, since all would lack their focused region."""
         relations = []
         names = {normalise(r[0]) for r in entry.record["objects"] if _parse_object(r) is not None}
         for k, record in enumerate(entry.record["relations"]):
@@ -248,8 +255,10 @@ class PublishedReader:
                 bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation"))
             elif isinstance(pair, str):
                 bad.append(Rejection(here, pair, repr(text)))
+            elif not usable:
+                bad.append(Rejection(here, "relation_without_mask", f"{text!r}: the scene's mask file is unusable"))
             else:
-                relations.append(Relation(pair[0], triple[1], pair[1]))
+                relations.append(Relation(pair[0], triple[1], pair[1], _negatives(record)))
         return relations
 
 
@@ -358,13 +367,20 @@ def _parse_object(record: Any) -> SceneObject | None:
 
 
 def _parse_triple(record: Any) -> tuple[str, str, str] | None:
-    """The texts of [path, [subject, predicate, object], ...]; further elements (negative samples) are ignored."""
+    """The texts of [path, [subject, predicate, object], ...]."""
     if not isinstance(record, list) or len(record) < 2 or not isinstance(record[1], list) or len(record[1]) != 3:
         return None
     if not all(isinstance(word, str) and word.strip() for word in record[1]):
         return None
     subject, predicate, object_ = (normalise(word) for word in record[1])
     return subject, predicate, object_
+
+
+def _negatives(record: list[Any]) -> list[str]:
+    """The texts of the negative samples, the third element of a relation: triples or texts; others are ignored."""
+    found = record[2] if len(record) > 2 and isinstance(record[2], list) else []
+    texts = [" ".join(map(str, text)) if isinstance(text, list) else text for text in found]
+    return [normalise(text) for text in texts if isinstance(text, str) and normalise(text)]
 
 
 def _nearest_pair(objects: list[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:

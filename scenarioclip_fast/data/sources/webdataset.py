@@ -2,9 +2,12 @@
 
 KEY.json is the output of `scene.scene_to_json`:
 
-    {"schema": 1, "size": [H, W], "action": "riding a bike",
+    {"schema": 2, "size": [H, W], "action": "riding a bike" or null,
      "objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": {"size": [H, W], "counts": "..."} or null}, ...],
-     "relations": [{"subject": 0, "predicate": "on", "object": 1}, ...]}
+     "relations": [{"subject": 0, "predicate": "on", "object": 1, "negatives": ["dog under bike"]}, ...]}
+
+A relation's "negatives" may be omitted, as may a scene's "caption" (a sentence or two) and "scores" (any object).
+Records of schema 1, which have none of these and an action for every scene, are accepted.
 
 The members of a key may be in any order, directories become part of the key (see `check.safe_key`), and other members
 are ignored and counted. Nothing is extracted: samples are read in place, at the offsets given by the headers.

@@ -269,7 +269,7 @@ BAD_SAMPLES: dict[str, tuple[str, list[Member]]] = {
     "nested JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"[" * 200_000)]),
     "a list": ("malformed_entry", [sample("a")[0], ("a.json", b"[]")]),
     "JSON in another format": ("malformed_entry", [sample("a")[0], ("a.json", b'{"caption": "a dog"}')]),
-    "another schema": ("malformed_entry", sample("a", schema=2)),
+    "another schema": ("malformed_entry", sample("a", schema=3)),
     "infinite size": ("malformed_entry", sample("a", size=[float("inf"), WIDTH])),
     "huge number": ("malformed_entry", sample("a", size=[10**400, WIDTH])),
     "no action": ("malformed_entry", sample("a", action=None)),
@@ -306,7 +306,6 @@ MASK = {"size": [HEIGHT, WIDTH], "counts": [0, 1200, 1200]}
 PARTLY_BAD: dict[str, tuple[list[str], Any]] = {
     "box outside": (["box_outside", "relation_without_object"], {"box": [0, 0, 600, 40]}),
     "box that is not a number": (["box_outside", "relation_without_object"], {"box": [float("nan"), 0, 30, 40]}),
-    "no mask": (["relation_without_mask"], {"mask": None}),
     "empty mask": (["empty_mask", "relation_without_mask"], {"mask": MASK | {"counts": [2400]}}),
     "mask too short": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": [0, 3]}}),
     "malformed mask": (["bad_mask", "relation_without_mask"], {"mask": MASK | {"counts": "~~~~"}}),
