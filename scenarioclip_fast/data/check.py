@@ -16,6 +16,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, decode_checked
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 # reason -> description. The first group rejects a whole scene, the second drops one object, mask or relation.
@@ -94,12 +95,6 @@ class BadEntry(ValueError):
         assert reason in REASONS, reason
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-def normalise(text: str) -> str:
-    """Lower-case a text and collapse its whitespace, as in a vocabulary."""
-    # JSON can contain lone surrogates, which UTF-8 cannot encode.
-    return " ".join(text.encode("utf-8", "ignore").decode().lower().split())
 
 
 def safe_key(name: str, raw: str | None = None) -> str:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.requirements import require
@@ -22,8 +23,24 @@ def _tokenizer() -> Any:
 
 
 def tokenize(text: str, context_length: int | None = CONTEXT_LENGTH) -> list[int]:
-    """Tokenize a lower-cased text for CLIP, with start and end tokens; truncate to `context_length` if it is given."""
-    ids = _tokenizer().encode(" ".join(text.lower().split()))
+    """Tokenize a text for CLIP, with start and end tokens.
+
+    The ids are those of the CLIPTokenizer of transformers 5 (the one backed by `tokenizers`), except for:
+
+    - control and format characters, which CLIPTokenizer keeps, and lone surrogates, which it cannot encode: `normalise`
+      removes them;
+    - special tokens spelled out in a text: "<|endoftext|>" is text here and does not end it (CLIPTokenizer has the
+      option split_special_tokens for that);
+    - a capital sigma at the end of a word, which is lower-cased to a final one, as by OpenAI's tokenizer;
+    - letters and digits that are newer than Unicode 15.0, which instant-clip-tokenizer treats as symbols.
+
+    Like CLIPTokenizer and unlike OpenAI's tokenizer, HTML entities and wrongly decoded text are left as they are.
+
+    Args:
+        text: any string; see `normalise` for what is done to it.
+        context_length: truncate to this many tokens, the end token included; None: all tokens.
+    """
+    ids = _tokenizer().encode(normalise(text))
     return [START_OF_TEXT, *(ids if context_length is None else ids[: context_length - 2]), END_OF_TEXT]
 
 

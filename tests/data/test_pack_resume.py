@@ -233,7 +233,7 @@ def test_output_of_the_pack_version(tmp_path: Path) -> None:
     # of the same name: resolved by position when the published layout is read
     objects.append(SceneObject("cat", (1.5, 1.0, 4.0, 20.0), box.flip(1)))
     scenes = [
-        Scene(key, torch.full((24, 40, 3), 90, dtype=torch.uint8), " Sitting Down", objects, relations)
+        Scene(key, torch.full((24, 40, 3), 90, dtype=torch.uint8), " Sit\u00adting Down", objects, relations)
         for key, relations in (
             ("a", [Relation(1, "ON", 0)]),
             ("b", []),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.check import normalise
+from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 
@@ -26,6 +26,8 @@ def load_json(path: Path) -> tuple[bytes, Any]:
 def load_classes(path: Path) -> dict[str, list[str]] | None:
     """Read the normalised texts of a classes.json by "actions", "objects" and "relations"; None if the file is missing.
 
+    Texts that are empty once normalised are left out.
+
     Raises:
         UserError: the file is malformed.
     """
@@ -37,4 +39,4 @@ def load_classes(path: Path) -> dict[str, list[str]] | None:
         isinstance(record.get(level), list) and all(isinstance(text, str) for text in record[level]) for level in levels
     ):
         raise UserError(f"{path}: expected {{{', '.join(f'{level!r}: [texts]' for level in levels)}}}")
-    return {level: sorted({normalise(text) for text in record[level]}) for level in levels}
+    return {level: sorted({normalise(text) for text in record[level]} - {""}) for level in levels}

@@ -25,7 +25,6 @@ from scenarioclip_fast.data.check import (
     SceneChecker,
     assigned_splits,
     clean_scene,
-    normalise,
     safe_key,
     short,
     split_conflict,
@@ -35,6 +34,7 @@ from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf, by_split
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.masks_npz import read_masks
+from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 MASKS = "sam_results"  # the directory of mask files
@@ -370,10 +370,10 @@ def _parse_triple(record: Any) -> tuple[str, str, str] | None:
     """The texts of [path, [subject, predicate, object], ...]."""
     if not isinstance(record, list) or len(record) < 2 or not isinstance(record[1], list) or len(record[1]) != 3:
         return None
-    if not all(isinstance(word, str) and word.strip() for word in record[1]):
+    if not all(isinstance(word, str) for word in record[1]):
         return None
     subject, predicate, object_ = (normalise(word) for word in record[1])
-    return subject, predicate, object_
+    return (subject, predicate, object_) if subject and predicate and object_ else None
 
 
 def _negatives(record: list[Any]) -> list[str]:

@@ -40,6 +40,7 @@ from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf
 from scenarioclip_fast.data.sources.classes import load_classes
 from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarIndex, index_tar, open_tar
+from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress as show_progress
@@ -250,4 +251,5 @@ def _classes_of_pack(directory: Path) -> dict[str, list[str]] | None:
     if not (directory / "manifest.json").exists() or not (directory / "vocabulary.json").exists():
         return None
     vocabulary = Vocabulary.load(directory / "vocabulary.json")
-    return {"actions": vocabulary.actions, "objects": vocabulary.objects, "relations": vocabulary.relations}
+    texts = {"actions": vocabulary.actions, "objects": vocabulary.objects, "relations": vocabulary.relations}
+    return {level: sorted(set(map(normalise, known))) for level, known in texts.items()}  # an old pack's may differ

@@ -316,7 +316,7 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
     ),
     "very long name": (
         ["bad_masks", "relation_unknown_label", "relation_without_mask"],
-        ["cat", "mat", "\x1b[2j" * 5000],
+        ["cat", "mat", "[2j" * 5000],
         [],
         [],
         _object(2, ["\x1b[2J" * 5000, BOXES["dog"]]),
