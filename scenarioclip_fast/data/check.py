@@ -27,7 +27,7 @@ REASONS = {
     "split_conflict": "the id occurs in several splits; it stays in test, else in val",
     "unsafe_path": "the image path is absolute or escapes the directory",
     "unsafe_member": "the tar member is a link or a device, or its name is absolute or escapes the directory",
-    "damaged_tar": "the file is not a tar or is truncated; members after the damage are lost",
+    "damaged_tar": "the file is not a tar, is damaged or has no end marker; members after the damage are lost",
     "missing_image": "the image file does not exist",
     "missing_record": "the tar has an image with this key but no .json",
     "other_size": "the image size differs from the size in the record",

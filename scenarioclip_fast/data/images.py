@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,6 +15,7 @@ from torch import Tensor
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.preprocess import preprocess
+from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
 
 T = TypeVar("T")
@@ -75,21 +75,25 @@ def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, byte
         key = _printable(path.relative_to(root).as_posix())
         try:
             if path.suffix.lower() == ".tar":
-                yield from _read_tar(path, key)
+                yield from _read_tar(path, key, on_skip)
             else:
                 yield key, path.read_bytes()
-        except (OSError, tarfile.TarError) as error:
+        except OSError as error:
             on_skip(SkippedImage(key, f"unreadable: {error}"))
 
 
-def _read_tar(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
+def _read_tar(path: Path, key: str, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
+    with path.open("rb") as file:
+        for member in read_members(file, lambda detail: on_skip(SkippedImage(key, f"damaged tar: {detail}"))):
             name = Path(member.name)
-            if member.isfile() and name.suffix.lower() in SUFFIXES and not name.name.startswith("."):
-                file = tar.extractfile(member)
-                assert file is not None
-                yield f"{key}/{_printable(member.name)}", file.read()
+            if member.isdir() or name.suffix.lower() not in SUFFIXES or name.name.startswith("."):
+                continue
+            here = f"{key}/{_printable(member.name)}"
+            if (special := special_kind(member)) is not None:
+                on_skip(SkippedImage(here, f"got a {special}, expected a regular file"))
+            else:
+                file.seek(member.offset_data)
+                yield here, file.read(member.size)
 
 
 def _printable(name: str) -> str:

@@ -100,12 +100,22 @@ def test_one_image_and_a_tar(place: Path, tmp_path: Path, capsys: pytest.Capture
             info = tarfile.TarInfo(name)
             info.size = image.stat().st_size
             tar.addfile(info, io.BytesIO(image.read_bytes()))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "2.jpg"
+        tar.addfile(link)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "some.tar").read_bytes()[:700])
+    with (tmp_path / "some.tar").open("ab") as more:
+        more.write((tmp_path / "some.tar").read_bytes() + b"rubbish")
     table = embed(place / "model", tmp_path, device="cpu", batch_size=1)
-    assert table.keys == ["some.tar/x/1.jpg", "some.tar/2.jpg"]
-    assert torch.equal(table.embeddings, alone.embeddings.expand(2, -1))
-    assert [skipped.key for skipped in table.skipped] == ["cut.tar"]
-    assert "cut.tar (unreadable: unexpected end of data)" in capsys.readouterr().err
+    assert table.keys == ["some.tar/x/1.jpg", "some.tar/2.jpg"] * 2
+    assert torch.equal(table.embeddings, alone.embeddings.expand(4, -1))
+    size = (tmp_path / "some.tar").stat().st_size
+    assert [tuple(skipped) for skipped in table.skipped] == [
+        ("cut.tar", "damaged tar: byte 0: x/1.jpg extends past the end of the file, at byte 700"),
+        *[("some.tar/link.jpg", "got a hard link, expected a regular file")] * 2,
+        ("some.tar", f"damaged tar: byte {size - len(b'rubbish')}: no header"),
+    ]
+    assert "cut.tar (damaged tar: byte 0: x/1.jpg extends past" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("level", ["global", "object", "relation"])

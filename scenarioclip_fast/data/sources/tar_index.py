@@ -1,36 +1,25 @@
-"""List the samples of an untrusted, uncompressed tar from its headers. Nothing is extracted."""
+"""List the samples of an untrusted, uncompressed tar from its headers (see `tars`). Nothing is extracted."""
 
 from __future__ import annotations
 
-import io
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, safe_key, short
 from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
 
 MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; enough for a thousand objects with masks
 COMPRESSED_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_MAX_HEADER = 1 << 20  # bytes of one member's name and attributes
 _IMAGES = ("jpg", "jpeg")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_SPECIAL = {
-    tarfile.SYMTYPE: "symbolic link",
-    tarfile.LNKTYPE: "hard link",
-    tarfile.FIFOTYPE: "pipe",
-    tarfile.CHRTYPE: "device",
-    tarfile.BLKTYPE: "device",
-    tarfile.GNUTYPE_SPARSE: "sparse file",
-}
 
 # (offset, size) of a sample's image and of its record; None if not found (yet)
 _Extents = list[tuple[int, int] | None]
@@ -90,16 +79,15 @@ def index_tar(tar: Tar) -> TarIndex:
     """List all samples of a tar, and the rejected and ignored members."""
     index = TarIndex()
     found: dict[str, _Extents] = {}  # member name without the suffix -> extents
+
+    def damaged(detail: str) -> None:
+        _reject(index, tar, "the tar", "damaged_tar", f"{detail}; {len(found)} samples precede the damage")
+
     try:
         with tar.path.open("rb") as file:
-            for member in _members(file, tar.size):
-                if member.isdir():
-                    continue
-                if member.offset_data + member.size > tar.size:
-                    raise tarfile.ReadError(f"{member.name} extends past the end of the file")
-                _add_member(tar, member, found, index)
-    except (tarfile.TarError, ValueError, RecursionError) as error:
-        _reject(index, tar, "the tar", "damaged_tar", f"{error}; {len(found)} samples precede the damage")
+            for member in read_members(file, damaged):
+                if not member.isdir():
+                    _add_member(tar, member, found, index)
     except OSError as error:
         raise UserError(f"{tar.path}: {error.strerror}") from None
     for name, (image, record) in found.items():
@@ -154,38 +142,10 @@ def _kind(member: tarfile.TarInfo) -> tuple[int | None, str]:
     if suffix not in (*_IMAGES, "json"):
         more, _, last = suffix.rpartition(".")
         return None, (".*." if more else ".") + short(last)[1:-1] if suffix else "no suffix"
-    if not member.isreg() or member.issparse():
-        raise BadEntry("unsafe_member", f"got a {_SPECIAL.get(member.type, 'special file')}, expected a regular file")
+    if (special := special_kind(member)) is not None:
+        raise BadEntry("unsafe_member", f"got a {special}, expected a regular file")
     limit = MAX_RECORD_BYTES if suffix == "json" else MAX_IMAGE_BYTES
     if member.size > limit:
         reason = "malformed_entry" if suffix == "json" else "image_too_large"
         raise BadEntry(reason, f"got {member.size} bytes, expected at most {limit}")
     return int(suffix == "json"), "/".join((*path.parts[:-1], stem))
-
-
-def _members(file: io.BufferedReader, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the members in order. Raises tarfile.ReadError if the tar is damaged."""
-    tar: Any = tarfile.TarFile(fileobj=_HeaderFile(file))  # type: ignore[arg-type]
-    before = -1
-    while (member := tar.next()) is not None:
-        # A negative size would make tarfile loop forever.
-        if member.size < 0 or tar.offset <= before:
-            raise tarfile.ReadError(f"{member.name}: negative size in the header")
-        before = tar.offset
-        yield member
-        tar.members.clear()  # tarfile would keep every member in memory
-    file.seek(tar.offset)
-    if tar.offset < size and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"no header at byte {tar.offset}")
-
-
-class _HeaderFile:
-    """A file that rejects reads longer than a header, since tarfile trusts the sizes in headers."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self._file, self.seek, self.tell = file, file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
-            raise tarfile.ReadError(f"got a header of {size} bytes, expected at most {_MAX_HEADER}")
-        return self._file.read(size)

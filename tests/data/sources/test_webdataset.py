@@ -351,7 +351,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "truncated in a member": ("unexpected end of data|extends past the end", lambda good: good[:-1500]),
     "truncated in a header": ("no header|truncated|unexpected end", lambda good: good + header("b.jpg", 9)[:100]),
-    "trailing garbage": ("no header at byte", lambda good: good + b"rubbish" * 200),
+    "trailing garbage": (r"byte \d+: no header", lambda good: good + b"rubbish" * 200),
     "member longer than the file": ("past the end", lambda good: good + header("b.jpg", 1 << 20)),
     "negative size": ("negative size", lambda good: good + header("b.jpg", -4096)),
     "attributes of 4 GiB": ("header of 4294967296 bytes", lambda good: good + header("x", 1 << 32, tarfile.XHDTYPE)),
@@ -381,11 +381,35 @@ def test_damaged_tars(tmp_path: Path, case: str) -> None:
     assert "good" in ShardSet(tmp_path / "out").keys
 
 
-def test_a_tar_without_end_marker_is_accepted(tmp_path: Path) -> None:
+def test_a_tar_without_end_marker_is_read_and_reported(tmp_path: Path) -> None:
     good = write(tmp_path / "a.tar", sample("good")).read_bytes()
-    (tmp_path / "a.tar").write_bytes(good[: len(good.rstrip(b"\0")) // 512 * 512 + 512])
+    end = len(good.rstrip(b"\0")) // 512 * 512 + 512
+    (tmp_path / "a.tar").write_bytes(good[:end])
+    _, (row,) = packed(tmp_path, tmp_path / "out")
+    assert row["reason"] == "damaged_tar"
+    assert row["detail"] == f"byte {end}: the file ends without an end marker; 1 samples precede the damage"
+    assert ShardSet(tmp_path / "out").keys == ["good"]
+
+
+def test_concatenated_tars(tmp_path: Path) -> None:
+    tars = [write(tmp_path / "a", sample(key, seed), format=seed).read_bytes() for seed, key in enumerate("abc")]
+    (tmp_path / "a.tar").write_bytes(b"".join(tars))
     _, rejected = packed(tmp_path, tmp_path / "out")
-    assert not rejected
+    assert not rejected and sorted(ShardSet(tmp_path / "out").keys) == ["a", "b", "c"]
+    assert [scene.image for scene in scenes(tmp_path / "out")] == [jpeg(seed=seed) for seed in range(3)]
+
+
+def test_a_zeroed_header_is_reported(tmp_path: Path) -> None:
+    good = bytearray(write(tmp_path / "a.tar", [*sample("a"), *sample("b"), *sample("c")]).read_bytes())
+    at = good.index(b"b.jpg")
+    good[at : at + 512] = bytes(512)
+    (tmp_path / "a.tar").write_bytes(good)
+    _, (row,) = packed(tmp_path, tmp_path / "out")
+    assert (row["reason"], row["detail"]) == (
+        "damaged_tar",
+        f"byte {at + 512}: no header; 1 samples precede the damage",
+    )
+    assert ShardSet(tmp_path / "out").keys == ["a"]
 
 
 def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
