@@ -8,8 +8,9 @@ from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.batch import Batch
-    from scenarioclip_fast.data.config import LoaderConfig
+    from scenarioclip_fast.data.config import LoaderConfig, ShardSource
     from scenarioclip_fast.data.loader import SceneLoader, scene_loader
+    from scenarioclip_fast.data.mix import ShardMix
     from scenarioclip_fast.data.packing import PackReport, pack
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
     from scenarioclip_fast.data.shards import BadSample, ShardSet
@@ -23,8 +24,9 @@ else:
         __name__,
         {
             "batch": ["Batch"],
-            "config": ["LoaderConfig"],
+            "config": ["LoaderConfig", "ShardSource"],
             "loader": ["SceneLoader", "scene_loader"],
+            "mix": ["ShardMix"],
             "packing": ["PackReport", "pack"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
             "shards": ["BadSample", "ShardSet"],
@@ -47,7 +49,9 @@ __all__ = [
     "Scene",
     "SceneLoader",
     "SceneObject",
+    "ShardMix",
     "ShardSet",
+    "ShardSource",
     "Source",
     "Views",
     "Vocabulary",

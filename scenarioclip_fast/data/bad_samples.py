@@ -25,7 +25,11 @@ class BadSampleLog:
         self.path = Path(path)
 
     def __call__(self, epoch: int, samples: Sequence[BadSample]) -> None:
-        records = [{"epoch": epoch, "key": bad.key, "reason": bad.reason, "detail": bad.detail} for bad in samples]
+        records = [
+            {"epoch": epoch, "key": bad.key, "reason": bad.reason, "detail": bad.detail}
+            | ({} if bad.source is None else {"source": bad.source})
+            for bad in samples
+        ]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,17 @@
-"""Loader settings. Does not import torch, so configs load fast."""
+"""Loader settings and data sources. Does not import torch, so configs load fast."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from scenarioclip_fast.config_types import check_types, expand_user
-from scenarioclip_fast.data.remote import CACHE_GIB
+from scenarioclip_fast.data.remote import CACHE_GIB, is_url
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.suggest import nearest
 
 MAX_PIXELS = 1 << 26  # 201 MB of RGB: more than any camera, far less than a decompression bomb
 
@@ -15,6 +19,90 @@ DecoderName = Literal["auto", "dali", "nvimgcodec", "torchvision", "torch"]
 ObjectView = Literal["masked", "crop"]
 RelationView = Literal["focused", "box", "scene"]
 Blur = Literal["rgb", "reference"]
+
+MAX_WEIGHT = 1_000_000  # far above any use; a typing error should not exhaust the memory
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """A packed data set of a mix.
+
+    Attributes:
+        path: directory written by `pack`, or its URL.
+        weight: how many times each of its scenes occurs in an epoch. 0.5: half of the scenes, and the other half in the
+            next epoch; 1.5: all of them, and half of them a second time.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range; the message names the field.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        expand_user(self, "path")
+        _check(bool(self.path), "path", self.path, "a directory or a URL")
+        listed = self.path.startswith(("[", "{"))
+        _check(not listed, "path", self.path, "a path: write a list without quotes, or put ./ before such a name")
+        good = 0 < self.weight <= MAX_WEIGHT
+        _check(good, "weight", self.weight, f"above 0, and at most {MAX_WEIGHT}")
+
+
+_Set = str | os.PathLike[str] | ShardSource
+ShardsArgument = _Set | Sequence[_Set | Mapping[str, Any]]
+"""A path or URL, or a list of paths, ShardSources and mappings of `path` and `weight`."""
+
+
+def shard_sources(shards: ShardsArgument) -> tuple[ShardSource, ...]:
+    """Convert the argument `shards` of a loader, or the value of data.shards, to at least one ShardSource.
+
+    Raises:
+        UserError: an empty list, a malformed entry, or two entries with the same path.
+    """
+    if isinstance(shards, str | os.PathLike | ShardSource):
+        return (_source(shards, "shards"),)
+    if not isinstance(shards, list | tuple):
+        kind = "a mapping" if isinstance(shards, Mapping) else repr(shards)
+        raise UserError(f"shards: got {kind}, expected a path, or a list such as [{{path: a, weight: 2}}, {{path: b}}]")
+    if not shards:
+        raise UserError("shards: got an empty list, expected at least one data set")
+    sources = tuple(_source(entry, f"shards[{i}]") for i, entry in enumerate(shards))
+    first: dict[str, int] = {}
+    for i, source in enumerate(sources):
+        same = source.path.rstrip("/") if is_url(source.path) else os.path.realpath(source.path)
+        if (before := first.setdefault(same, i)) != i:
+            raise UserError(
+                f"shards[{i}]: got {source.path}, the same data set as {sources[before].path}: list it once, with the "
+                "sum of both weights"
+            )
+    return sources
+
+
+def _source(entry: Any, name: str) -> ShardSource:
+    if isinstance(entry, ShardSource):
+        return entry
+    if isinstance(entry, Mapping):
+        known = [f.name for f in fields(ShardSource)]
+        for key in map(str, entry):
+            if key not in known:
+                near = nearest(key, known)
+                hint = f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
+                hint = "a space must follow the colon" if key.startswith(tuple(f"{k}:" for k in known)) else hint
+                raise UserError(f"{name}: unknown key {key!r}: {hint}")
+        if "path" not in entry:
+            raise UserError(f"{name}: got no path, expected {{path: DIR, weight: NUMBER}}")
+    elif not isinstance(entry, str | os.PathLike):
+        raise UserError(f"{name}: got {entry!r}, expected a path, or a mapping of path and weight")
+    values = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+    if isinstance(weight := values.get("weight"), str):  # YAML 1.1 reads 1e-3 as text
+        with suppress(ValueError):
+            values["weight"] = float(weight)
+    try:
+        return ShardSource(**values)
+    except UserError as error:
+        where = f"{name}.{error}" if isinstance(entry, Mapping) else f"{name}{str(error).removeprefix('path')}"
+        raise UserError(where) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.config import LoaderConfig
+from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_sources
 from scenarioclip_fast.data.decode import Decoder, make_decoder
 from scenarioclip_fast.data.decode.base import thread_count
+from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.order import Order
 from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.samples import Sample, SampleDecoder, SampleReader, partition, synchronised
-from scenarioclip_fast.data.shards import BadSample, ShardSet
+from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.data.slab import SlabPool
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -38,7 +38,7 @@ _MIN_SCENES = 256
 
 
 def scene_loader(
-    shards: str | Path,
+    shards: ShardsArgument,
     batch_size: int,
     config: LoaderConfig = LoaderConfig(),  # noqa: B008
     *,
@@ -49,10 +49,11 @@ def scene_loader(
     split: str = "train",
     **options: Any,
 ) -> SceneLoader:
-    """Open a packed data set as an iterable of batches.
+    """Open one or more packed data sets as an iterable of batches.
 
     Args:
-        shards: directory written by `pack`, or its URL (see `ShardSet`).
+        shards: directory written by `pack`, or its URL (see `ShardSet`); or for several data sets, a list of these, of
+            `ShardSource`s, or of mappings such as {"path": "a", "weight": 2}.
         batch_size: scenes per batch of this rank.
         config: decoding, views and resources.
         device: where batches are rendered.
@@ -133,7 +134,7 @@ class _Step:
 
 
 class SceneLoader:
-    """Iterates over the batches of a packed data set, rendered on `device`.
+    """Iterates over the batches of one or more packed data sets, rendered on `device`.
 
     The order of scenes and their augmentation depend only on the seed, the epoch and the scene: threads, prefetching
     and resuming change no pixel. A scene that cannot be read, decoded or parsed is replaced by the next one of this
@@ -142,7 +143,8 @@ class SceneLoader:
     more; `resize_` cannot enlarge it.
 
     Args:
-        shards: directory written by `pack`, or its URL (see `ShardSet`).
+        shards: directory written by `pack`, or its URL, or a list: see `scene_loader`. The attribute `shards` is their
+            `ShardMix`.
         batch_size: scenes per batch of this rank.
         config: decoding, views and resources.
         split: "train", "val" or "test".
@@ -159,14 +161,15 @@ class SceneLoader:
             `BadSampleLog`).
 
     Raises:
-        UserError: no packed data set, an empty split, fewer scenes than one global batch with `drop_last`, no masks
-            although `config.relation_view` needs them, or the configured decoder does not work on `device`.
+        UserError: no packed data set, a malformed list, an empty split, fewer scenes than one global batch with
+            `drop_last`, no masks although `config.relation_view` needs them, or the configured decoder does not work on
+            `device`.
         MissingDependencyError: the package of the configured decoder is not installed or does not load.
     """
 
     def __init__(
         self,
-        shards: str | Path,
+        shards: ShardsArgument,
         batch_size: int,
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
         *,
@@ -186,16 +189,19 @@ class SceneLoader:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs: got {epochs}, expected at least 1, or None")
         self.config = config
-        self.shards = ShardSet(
-            shards, split, shard_cache_dir=config.shard_cache_dir, shard_cache_gib=config.shard_cache_gib
+        self.shards = ShardMix(
+            shard_sources(shards),
+            split,
+            shard_cache_dir=config.shard_cache_dir,
+            shard_cache_gib=config.shard_cache_gib,
         )
-        self.order = Order(len(self.shards), batch_size, seed, rank, world_size, shuffle, drop_last)
-        if len(self.shards) == 0:
-            raise UserError(f"{shards}: the {split} split has no scenes: choose another split, or pack more scenes")
+        mix = self.shards.mix
+        self.order = Order(len(mix), batch_size, seed, rank, world_size, shuffle, drop_last, mix)
         if len(self.order) == 0:
+            scenes = f"{len(mix)} scenes{' per epoch' * mix.is_weighted}"
             raise UserError(
-                f"{shards}: the {split} split has {len(self.shards)} scenes, expected at least "
-                f"{self.order.global_batch} (one global batch): pack more scenes, or reduce the batch size"
+                f"{self.shards.source}: the {split} split has {scenes}, expected at least {self.order.global_batch} "
+                "(one global batch): pack more scenes, or reduce the batch size"
             )
         self._check_masks()
         self.vocabulary: Vocabulary = self.shards.vocabulary
@@ -260,36 +266,35 @@ class SceneLoader:
         """Batches per epoch, the same on every rank."""
         return len(self.order)
 
-    def state_dict(self) -> dict[str, int]:
-        """The consumer's progress as plain integers, excluding prefetched batches.
+    def state_dict(self) -> dict[str, Any]:
+        """The consumer's progress as plain values, excluding prefetched batches.
 
         Each rank has its own state, since ranks may have replaced different numbers of bad scenes.
         """
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
-        return {**asdict(self._state), **ranks, "seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
+        data: dict[str, Any] = {"seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
+        if len(self.shards.sets) > 1 or self.shards.mix.is_weighted:
+            data["sets"] = self.shards.identities()
+        return {**asdict(self._state), **ranks, **data}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume the next iteration from `state`.
 
         Exact on the rank that saved the state. On another rank, or with another number of ranks, the global order
         resumes at the same position, but scenes that replaced bad ones may occur twice in that epoch.
 
         Raises:
-            UserError: the state belongs to another seed or other shards.
+            UserError: the state belongs to another seed, or to other data sets, weights or another order of the sets.
         """
         order = self.order
-        for name, current in (("seed", order.seed), ("scenes", order.scenes)):
-            if state[name] != current:
-                raise UserError(
-                    f"the saved loader state has {name} {state[name]}, this run has {current}: resume with "
-                    "the same seed and shards, or start a new run"
-                )
-        if state["keys"] != self.shards.digest:
+        if state["seed"] != order.seed:
             raise UserError(
-                f"{self.shards.source}: the saved loader state belongs to other scenes or to another order of the same "
-                "number of scenes: resume with the same shards, or start a new run"
+                f"the saved loader state has seed {state['seed']}, this run has {order.seed}: resume with the same "
+                "seed and shards, or start a new run"
             )
+        alone = {"scenes": state["scenes"], "keys": state["keys"], "weight": 1}
+        self.shards.check_identities(state.get("sets", [alone]))
         same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
         self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
 
@@ -391,8 +396,9 @@ class SceneLoader:
 
     def _plan_views(self, samples: list[Sample], epoch: int) -> tuple[list[Sample], Views | None, list[BadSample]]:
         """Plan the views of all samples; if any is invalid, return None and move those samples to the bad ones."""
+        scenes, repetition = [sample.scene for sample in samples], [sample.repetition for sample in samples]
         try:
-            return samples, self._make_views([sample.scene for sample in samples], epoch=epoch), []
+            return samples, self._make_views(scenes, epoch=epoch, repetition=repetition), []
         except ValueError:
             good, bad = partition(self._check_views(sample) for sample in samples)
             if not bad:
@@ -403,7 +409,7 @@ class SceneLoader:
         try:
             self._make_views([sample.scene])
         except ValueError as error:
-            return BadSample(sample.scene.key, "bad_scene", str(error))
+            return BadSample(sample.scene.key, "bad_scene", str(error), sample.source)
         return sample
 
     def _build(self, samples: list[Sample], views: Views) -> Batch:

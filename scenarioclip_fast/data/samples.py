@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data.decode import DecodeError, Decoder
+from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.remote import Closed
 from scenarioclip_fast.data.scene import Scene, has_masks
-from scenarioclip_fast.data.shards import BadSample, ShardSet
+from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.errors import UserError
 
 _REMOTE_READS = 32  # concurrent
@@ -27,32 +28,40 @@ _FATAL = (MemoryError, ImportError, Closed)
 
 @dataclass(frozen=True)
 class Sample:
-    """A scene at `index` of its split, with its positions in the vocabulary; -1 stands for no action."""
+    """A scene at `index` of its split, with its positions in the vocabulary; -1 stands for no action.
+
+    `repetition` tells the occurrences of a key in an epoch apart: it is 0 for the first. `source` is as in `BadSample`.
+    """
 
     index: int
     scene: Scene
     action_id: int
     object_id: list[int]
     relation_id: list[int]
+    repetition: int = 0
+    source: str | None = None
 
 
 class SampleReader:
     """Reads scenes in background threads and looks up their texts in the vocabulary.
 
     Args:
-        shards: the data set.
+        shards: the data sets.
         threads: number of reader threads; at least 32 for remote shards, as they mostly wait for the network.
         need_masks: leave out relations whose subject or object has no mask.
     """
 
-    def __init__(self, shards: ShardSet, threads: int, need_masks: bool = False) -> None:
+    def __init__(self, shards: ShardMix, threads: int, need_masks: bool = False) -> None:
         self._shards = shards
         self._need_masks = need_masks
         self._threads = max(_REMOTE_READS, threads) if shards.is_remote else threads
         self._pool = ThreadPoolExecutor(self._threads, "read")
 
     def read_ahead(self, indices: npt.NDArray[np.int64], batch_size: int) -> Iterator[Sample | BadSample]:
-        """Read the scenes at `indices`, in this order, one batch ahead of the consumer."""
+        """Read the scenes at `indices`, in this order, one batch ahead of the consumer.
+
+        Indices from the number of scenes on are further occurrences: see `Mix.occurrences`.
+        """
         per_task = -(-batch_size // self._threads)  # one task per scene would cost more than the reads
         reads: deque[Future[list[Sample | BadSample]]] = deque()
         for start in range(0, len(indices), per_task):
@@ -65,8 +74,9 @@ class SampleReader:
     def _read(self, indices: list[int]) -> list[Sample | BadSample]:
         return [self._read_one(index) for index in indices]
 
-    def _read_one(self, index: int) -> Sample | BadSample:
-        key = self._shards.keys[index]
+    def _read_one(self, occurrence: int) -> Sample | BadSample:
+        number, index = divmod(occurrence, len(self._shards))
+        key, source = self._shards.keys[index], self._shards.source_of(index)
         try:
             scene = self._shards.read(index)
         except BadSample as bad:
@@ -74,7 +84,7 @@ class SampleReader:
         except (UserError, *_FATAL):  # UserError: the cache of remote shards is unusable
             raise
         except Exception as error:  # damaged bytes can make the parsers raise anything
-            return BadSample(key, "unreadable", f"{type(error).__name__}: {error}")
+            return BadSample(key, "unreadable", f"{type(error).__name__}: {error}", source)
         if self._need_masks:
             scene.relations = [r for r in scene.relations if has_masks(scene, r)]
         ids = self._shards.vocabulary
@@ -85,9 +95,11 @@ class SampleReader:
                 -1 if scene.action is None else ids.action_id(scene.action),
                 [ids.object_id(o.name) for o in scene.objects],
                 [ids.relation_id(scene.relation_text(k)) for k in range(len(scene.relations))],
+                self._shards.repetition(index, number),
+                source,
             )
         except UserError as error:
-            return BadSample(key, "unknown_text", str(error))
+            return BadSample(key, "unknown_text", str(error), source)
 
     def close(self) -> None:
         """Stop the threads and close the shards."""
@@ -101,8 +113,8 @@ class SampleDecoder:
 
     Args:
         decoder: owned by this object.
-        cache_bytes: memory on the decoder's device for cached images. Images are never evicted: as every scene occurs
-            once per epoch, replacing them would not help.
+        cache_bytes: memory on the decoder's device for cached images. Images are never evicted: as every scene recurs
+            in each epoch, replacing them would hardly help.
     """
 
     def __init__(self, decoder: Decoder, cache_bytes: int) -> None:
@@ -114,17 +126,17 @@ class SampleDecoder:
     def decode(self, read: Sequence[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
         """Decode the good samples; those whose image cannot be decoded are added to the bad ones."""
         samples, bad = partition(read)
-        missing = [sample for sample in samples if sample.index not in self.cache]
+        missing = {sample.index: sample.scene.image for sample in samples if sample.index not in self.cache}
         with synchronised(self._stream):
-            images = self._decode([sample.scene.image for sample in missing])
-        decoded = {sample.index: image for sample, image in zip(missing, images, strict=True)}
+            images = self._decode([*missing.values()])
+        decoded = dict(zip(missing, images, strict=True))
         good = []
         for sample in samples:
             image = decoded[sample.index] if sample.index in decoded else self.cache[sample.index]
             if isinstance(image, DecodeError):
-                bad.append(BadSample(sample.scene.key, image.reason, image.detail))
+                bad.append(BadSample(sample.scene.key, image.reason, image.detail, sample.source))
                 continue
-            if sample.index in decoded and image.numel() <= self._cache_left:
+            if sample.index not in self.cache and image.numel() <= self._cache_left:
                 self.cache[sample.index] = _own_memory(image)
                 self._cache_left -= image.numel()
             sample.scene.image = image

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,28 @@ _OPEN_FILES = 256  # large data sets have more shards than the usual limit of 10
 
 
 class BadSample(ValueError):
-    """A scene of a shard is unusable. `reason` is a short identifier, by which loaders count."""
+    """A scene of a shard is unusable.
 
-    def __init__(self, key: str, reason: str, detail: str) -> None:
-        super().__init__(key, reason, detail)
-        self.key, self.reason, self.detail = key, reason, detail
+    `reason` is a short identifier, by which loaders count; `source` the path of the data set, if a loader has several.
+    """
+
+    def __init__(self, key: str, reason: str, detail: str, source: str | None = None) -> None:
+        super().__init__(key, reason, detail, source)
+        self.key, self.reason, self.detail, self.source = key, reason, detail, source
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}: {self.detail}"
+        where = self.key if self.source is None else f"{self.key} of {self.source}"
+        return f"{where}: {self.reason}: {self.detail}"
 
 
 def is_packed(directory: str | Path) -> bool:
     """Whether `directory` is a local packed data set."""
     return (Path(directory) / "manifest.json").is_file()
+
+
+def digest(keys: Iterable[str]) -> int:
+    """Checksum of keys in order."""
+    return functools.reduce(lambda crc, key: zlib.crc32(key.encode(), crc), keys, 0)
 
 
 class ShardSet:
@@ -135,15 +145,24 @@ class ShardSet:
     @functools.cached_property
     def digest(self) -> int:
         """Checksum of the keys in order, which identifies the scenes of the split."""
-        return functools.reduce(lambda crc, key: zlib.crc32(key.encode(), crc), self.keys, 0)
+        return digest(self.keys)
+
+    @functools.cached_property
+    def content_digest(self) -> int:
+        """Checksum of the shards of the split, by the manifest."""
+        return digest(shard.sha256 for shard in self._shards)
 
     @property
     def vocabulary(self) -> Vocabulary:
         if self._vocabulary is None:
-            name = "vocabulary.json"
-            record = self._read_json(name, Store(self.source) if self.is_remote else None)
-            self._vocabulary = Vocabulary.from_json(record, self._where(name))
+            self._vocabulary = self.read_vocabulary()
         return self._vocabulary
+
+    def read_vocabulary(self) -> Vocabulary:
+        """Read the vocabulary without keeping it."""
+        name = "vocabulary.json"
+        record = self._read_json(name, Store(self.source) if self.is_remote else None)
+        return Vocabulary.from_json(record, self._where(name))
 
     def read(self, i: int) -> Scene:
         """Read scene `i`: `image` holds JPEG bytes, masks are RLE.

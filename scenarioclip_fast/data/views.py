@@ -51,6 +51,7 @@ class Views(ViewBatch):
         generator: torch.Generator | None = None,
         seed: int = 0,
         epoch: int = 0,
+        repetition: Sequence[int] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Views:
         """Plan the views of scenes: all global views, then all object views, then all relation views, scene by scene.
@@ -68,6 +69,8 @@ class Views(ViewBatch):
                 level, position within the scene), not on the batch or the number of workers.
             generator: with `train`, a number drawn from it replaces `seed`.
             seed, epoch: seed of the augmentation, and the epoch.
+            repetition: a number for each scene, below 2**24, that tells several occurrences of its key in the epoch
+                apart: they get different random numbers. None: 0.
             sizes: (H, W) of each image; None: read from the images.
 
         Raises:
@@ -103,7 +106,7 @@ class Views(ViewBatch):
         if train:
             if generator is not None:
                 seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            states = _augmentation_states(scenes, rows, seed, epoch)
+            states = _augmentation_states(scenes, rows, seed, epoch, repetition)
             whole = slice(len(scenes))
             draws = uniforms(states[whole], 8 + 3 * _TRIES)
             source[whole] = _random_crop(draws[:, 8:], rows.height[whole], rows.width[whole])
@@ -302,10 +305,14 @@ def _crop_window(
     return np.concatenate([low, low + side], axis=1)
 
 
-def _augmentation_states(scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int) -> NDArray[np.uint64]:  # [V]
+def _augmentation_states(
+    scenes: Sequence[Scene], rows: _Rows, seed: int, epoch: int, repetition: Sequence[int] | None
+) -> NDArray[np.uint64]:  # [V]
     """The states of each view's random numbers: the first 8 are for colour and blur, the others for the crop."""
     keys = _hashes(f"{seed}/{epoch}/", [scene.key for scene in scenes])
     place = rows.level.astype(np.uint64) << np.uint64(32) | rows.position.astype(np.uint64)
+    if repetition is not None:
+        place |= np.array(repetition, np.uint64)[rows.image] << np.uint64(40)
     states: NDArray[np.uint64] = keys[rows.image] ^ mix(place)
     return states
 

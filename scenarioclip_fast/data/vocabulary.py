@@ -69,6 +69,45 @@ class Vocabulary:
         }
         self._tokens: dict[str, list[list[int]]] = {}
 
+    @classmethod
+    def merge(cls, vocabularies: Sequence[Vocabulary], weights: Sequence[float]) -> Vocabulary:
+        """Return the union of the vocabularies of several data sets.
+
+        `train_counts` become the mean occurrences per epoch of a mix of the sets: weighted sums, rounded, but at least
+        1 for a text that occurs in training at all.
+
+        Args:
+            vocabularies: at least one.
+            weights: how many times the scenes of each set occur in an epoch.
+
+        Raises:
+            UserError: the vocabularies disagree on the token ids of a text.
+        """
+        if len(vocabularies) == 1 and weights[0] == 1:
+            return vocabularies[0]
+        texts: list[set[str]] = []
+        counts: dict[str, dict[str, int]] = {}
+        tokens: dict[str, dict[str, list[int]]] = {}
+        for level in LEVELS:
+            texts.append(set())
+            sums: dict[str, float] = {}
+            tokens[level] = {}
+            for vocabulary, weight in zip(vocabularies, weights, strict=True):
+                texts[-1].update(vocabulary._texts[level])
+                for text, count in zip(vocabulary._texts[level], vocabulary._counts[level], strict=True):
+                    sums[text] = sums.get(text, 0.0) + weight * count
+                for text, ids in zip(vocabulary._texts[level], vocabulary.tokens(level), strict=True):
+                    if tokens[level].setdefault(text, ids) != ids:
+                        raise UserError(
+                            f"the data sets disagree on the token ids of the {level} text {text!r}: pack them with the "
+                            "same version"
+                        )
+            counts[level] = {text: max(1, round(total)) if total else 0 for text, total in sums.items()}
+        actions, objects, relations = texts
+        merged = cls(actions, objects, relations, counts)
+        merged._tokens = {level: [tokens[level][text] for text in merged._texts[level]] for level in LEVELS}
+        return merged
+
     @property
     def actions(self) -> list[str]:
         return self._texts["global"]

@@ -179,8 +179,8 @@ def _cache_file(session: Session, loader: EvaluationLoader, split: str, kind: Se
     data = session.data
     settings: list[object] = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur]
     settings += [loader.decoder.name, *kind]
-    # The manifest contains the SHA-256 of every shard.
-    digest.update(json.dumps([settings, loader.shards.manifest], sort_keys=True).encode())
+    # A manifest contains the SHA-256 of every shard.
+    digest.update(json.dumps([settings, *(shards.manifest for shards in loader.shards.sets)], sort_keys=True).encode())
     for path in session.trained.files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -6,11 +6,10 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from scenarioclip_fast.data.batch import Batch
-from scenarioclip_fast.data.config import LoaderConfig
+from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_sources
 from scenarioclip_fast.data.loader import SceneLoader
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
@@ -32,7 +31,7 @@ class SkippedScene(NamedTuple):
 
 
 class EvaluationLoader(SceneLoader):
-    """Loads one rank's share of a split.
+    """Loads one rank's share of a split: every scene once, also of data sets with weights.
 
     At the end of a pass, the ranks exchange their skipped scenes: new ones are appended to `skipped`, and the main
     process prints a warning.
@@ -50,7 +49,7 @@ class EvaluationLoader(SceneLoader):
 
     def __init__(
         self,
-        shards: str | Path,
+        shards: ShardsArgument,
         batch_size: int,
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
         *,
@@ -60,7 +59,7 @@ class EvaluationLoader(SceneLoader):
         **options: Any,
     ) -> None:
         super().__init__(
-            shards,
+            [replace(source, weight=1.0) for source in shard_sources(shards)],
             batch_size,
             replace(config, augment=False, max_bad_fraction=max(config.max_bad_fraction, _MAX_RANK_BAD_FRACTION)),
             split=split,
@@ -93,7 +92,9 @@ class EvaluationLoader(SceneLoader):
                 print(f"warning: {about}: {_list_scenes(new)}", file=sys.stderr)
 
     def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
-        self._own |= {bad.key: SkippedScene(self._split, bad.key, bad.reason, bad.detail) for bad in samples}
+        for bad in samples:
+            name = bad.key if bad.source is None else f"{bad.key} of {bad.source}"
+            self._own[name] = SkippedScene(self._split, name, bad.reason, bad.detail)
 
 
 def skipped_record(scenes: Sequence[SkippedScene]) -> dict[str, Any]:

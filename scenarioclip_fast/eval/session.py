@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.config import LoaderConfig
+from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_sources
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
@@ -37,7 +37,7 @@ class Session:
     """
 
     trained: OpenedCheckpoint
-    shards: str | Path
+    shards: ShardsArgument
     world: World
     batch_size: int
     data: DataSection
@@ -50,7 +50,7 @@ class Session:
 
     def scenes(self, split: str) -> int:
         """Number of scenes in a split."""
-        return len(ShardSet(self.shards, split))
+        return sum(len(ShardSet(source.path, split)) for source in shard_sources(self.shards))
 
     def loader(self, split: str, *, whole: bool = False) -> EvaluationLoader:
         """Open this rank's share of a split, or with `whole`, the whole split. Scenes are in order.
@@ -74,7 +74,7 @@ class Session:
 @contextmanager
 def open_session(
     checkpoint: str | Path,
-    shards: str | Path,
+    shards: ShardsArgument,
     *,
     weights: Weights = "student",
     device: str = "auto",
@@ -87,7 +87,7 @@ def open_session(
 
     Args:
         checkpoint, weights: see `open_checkpoint`.
-        shards: directory written by `pack`, or its URL.
+        shards: directory written by `pack`, or its URL, or a list (see `scene_loader`), whose weights are ignored.
         device: auto, cpu, cuda or cuda:N.
         batch_size: scenes per batch and rank.
         overrides: fields of `LoaderConfig`, except augment, that replace those of the training run; None keeps the
@@ -105,7 +105,8 @@ def open_session(
         trained = open_checkpoint(checkpoint, world.device, weights)
         given = {name: value for name, value in overrides.items() if value is not None}
         data = replace(trained.data, **(_LOADING | given))
-        vocabulary = ShardSet(shards).vocabulary
+        vocabularies = [ShardSet(source.path).vocabulary for source in shard_sources(shards)]
+        vocabulary = Vocabulary.merge(vocabularies, [1.0] * len(vocabularies))
         cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
         if cut and world.is_main_process:
             print(cut, file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scenarioclip_fast.data.config import shard_sources
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
@@ -221,11 +222,10 @@ def _finished(variant: Variant) -> bool:
 
 
 def _check_data(data: DataSection, split: str) -> None:
-    shards = ShardSet(data.shards, split, shard_cache_dir=data.shard_cache_dir, shard_cache_gib=data.shard_cache_gib)
-    scenes = len(shards)
-    shards.close()
-    if scenes == 0:
-        raise UserError(f"{data.shards}: the {split} split has no scenes; choose another one with --split")
+    sources = shard_sources(data.shards)
+    if not sum(len(ShardSet(source.path, split)) for source in sources):
+        where = ", ".join(source.path for source in sources)
+        raise UserError(f"{where}: the {split} split has no scenes; choose another one with --split")
 
 
 def _check_directory(variant: Variant) -> None:

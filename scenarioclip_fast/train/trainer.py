@@ -219,7 +219,7 @@ class Trainer:
         self._metrics = self._make_metrics_log(stack)
         self._steps = StepLog(config, world, self.progress, self._metrics, self._peak_flops(), self.log)
         stack.callback(self.saver.close)
-        for note in (self._describe(), *notes):
+        for note in (self._describe(), *self.loader.shards.describe(), *notes):
             self.log(note)
 
     def _make_loader(self) -> SceneLoader:
@@ -287,9 +287,7 @@ class Trainer:
         if budget.epochs is not None:
             return ceil(budget.epochs * len(self.loader))
         if budget.views is not None:
-            split = self.loader.shards.manifest["splits"]["train"]
-            per_scene = 1 + (split["objects"] + split["relations"]) / split["scenes"]
-            return ceil(budget.views / (per_scene * self.config.data.batch_size))
+            return ceil(budget.views / (self.loader.shards.views_per_scene() * self.config.data.batch_size))
         raise UserError("no budget: set one of train.steps, train.epochs and train.views")
 
     def _warnings(self) -> list[str]:
@@ -388,8 +386,8 @@ class Trainer:
         self.saver.poll()
         if not self.progress.scenes:  # possible with data.max_bad_fraction=1
             raise UserError(
-                f"{self.config.data.shards}: no scene of the train split is usable; see {self.run_dir / _BAD_SAMPLES} "
-                "for the reasons"
+                f"{self.loader.shards.source}: no scene of the train split is usable; see "
+                f"{self.run_dir / _BAD_SAMPLES} for the reasons"
             )
         self._steps.check_skipped()
         return next(filter(None, self.world.gather(self._stop))) if totals.stop else None

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain, zip_longest
+from math import gcd
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scenarioclip_fast.data.order import Order, epoch_order
+from scenarioclip_fast.data.order import Mix, Order, epoch_order
 from scenarioclip_fast.data.splitmix64 import hash64, splitmix64, uniforms
 
 
@@ -64,3 +66,80 @@ def test_invalid_arguments() -> None:
         Order(4, 0)
     with pytest.raises(ValueError, match="rank: got 2 of world_size 2"):
         Order(4, 1, rank=2, world_size=2)
+
+
+SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=4)
+WEIGHTS = st.sampled_from((1, 2, 3, 0.5, 0.3, 1.5, 2.7))
+
+
+def mixes() -> st.SearchStrategy[Mix]:
+    return SIZES.flatmap(
+        lambda sizes: st.lists(WEIGHTS, min_size=len(sizes), max_size=len(sizes)).map(
+            lambda weights: Mix(tuple(sizes), tuple(weights))
+        )
+    )
+
+
+def counts_by_set(mix: Mix, occurrences: list[int]) -> list[Counter[int]]:
+    """Occurrences of each set's scenes, by their number within the set."""
+    scenes, first, found = Counter(i % max(1, sum(mix.sizes)) for i in occurrences), 0, []
+    for size in mix.sizes:
+        found.append(Counter({i: scenes[first + i] for i in range(size)}))
+        first += size
+    return found
+
+
+@given(mixes(), st.integers(0, 3), st.integers(0, 50))
+def test_an_epoch_of_a_mix_has_each_set_as_often_as_its_weight_says(mix: Mix, seed: int, epoch: int) -> None:
+    total = sum(mix.sizes)
+    found = mix.occurrences(seed, epoch).tolist()
+    assert len(found) == len(mix) == sum(round(w * n) for w, n in zip(mix.weights, mix.sizes, strict=True))
+    for counts, size, count in zip(counts_by_set(mix, found), mix.sizes, mix.counts, strict=True):
+        assert counts.total() == count
+        assert all(n in (count // size, -(-count // size)) for n in counts.values())
+    # The occurrences of a scene are numbered from 0.
+    numbers = Counter(i % total for i in found)
+    assert sorted(found) == sorted(i + r * total for i, n in numbers.items() for r in range(n))
+
+
+@given(mixes(), st.integers(0, 3), st.integers(0, 50))
+def test_over_epochs_each_scene_of_a_set_occurs_equally_often(mix: Mix, seed: int, first: int) -> None:
+    for number, (size, count) in enumerate(zip(mix.sizes, mix.counts, strict=True)):
+        if size:
+            epochs = size // gcd(size, count)
+            found = list(chain.from_iterable(mix.occurrences(seed, first + e).tolist() for e in range(epochs)))
+            assert set(counts_by_set(mix, found)[number].values()) == {epochs * count // size}
+
+
+def test_half_of_a_set_alternates_and_depends_on_the_seed() -> None:
+    mix = Mix((100,), (0.5,))
+    halves = [set(mix.occurrences(7, epoch).tolist()) for epoch in range(4)]
+    assert halves[0] | halves[1] == set(range(100)) and halves[2:] == halves[:2]
+    others = [set(mix.occurrences(8, 0).tolist()), set(Mix((100, 100), (1, 0.5)).occurrences(7, 0).tolist())]
+    for other, start in zip(others, (0, 100), strict=True):  # also on the set's number
+        shared = {i % 100 for i in other if i >= start} & halves[0]
+        assert len(shared) < 40  # six standard deviations above the mean of independent halves, 25
+
+
+def test_the_order_of_a_mix_has_fixed_values() -> None:
+    """As for one set; and one set of weight 1 keeps its order."""
+    assert Order(8, 2, seed=1, mix=Mix((8,), (1,))).share(2).tolist() == [7, 5, 6, 1, 4, 3, 0, 2]
+    mix = Mix((4, 3), (1.5, 0.5))
+    assert Order(len(mix), 2, seed=1, mix=mix).share(2).tolist() == [5, 7, 6, 1, 8, 3, 0, 2]
+    assert Order(len(mix), 2, seed=1, shuffle=False, mix=mix).share(2).tolist() == [0, 1, 2, 3, 8, 7, 6, 5]
+
+
+@given(mixes(), st.integers(1, 4), st.integers(0, 30), st.booleans())
+def test_a_mix_has_the_same_order_for_any_number_of_ranks(mix: Mix, batch: int, position: int, shuffle: bool) -> None:
+    def order(world: int) -> list[int]:
+        shares = [
+            Order(len(mix), batch, 9, r, world, shuffle, mix=mix).share(3, position).tolist() for r in range(world)
+        ]
+        return [x for x in chain.from_iterable(zip_longest(*shares)) if x is not None]
+
+    expected = order(1)
+    assert all(order(world) == expected for world in (2, 3, 5))
+    if shuffle:
+        assert Counter(order(1) + Order(len(mix), batch, 9, mix=mix).share(3)[:position].tolist()) == Counter(
+            mix.occurrences(9, 3).tolist()
+        )

@@ -32,6 +32,24 @@ def test_ids_are_positions_in_sorted_texts() -> None:
     assert vocabulary.train_counts("global") == [0, 0]
 
 
+def test_merging_takes_the_union_and_weights_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Vocabulary(["sleeping", "eating"], ["dog", "mat"], [], {"object": {"dog": 1, "mat": 4}})
+    record = {"first": example().to_json(), "second": other.to_json()}
+    sets = [Vocabulary.from_json(r, name) for name, r in record.items()]
+    monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", None)  # token ids come from the sets
+    merged = Vocabulary.merge(sets, [2, 0.2])
+    assert merged.actions == ["eating", "running", "sleeping"] and merged.objects == ["dog", "mat", "red car"]
+    assert merged.relations == example().relations
+    # "dog": 0.2 would round to 0, which means held out of training.
+    assert merged.train_counts("object") == [1, 1, 6] and merged.train_counts("global") == [0, 0, 0]
+    assert merged.tokens("object") == [sets[1].tokens("object")[0], *sets[0].tokens("object")]
+    assert Vocabulary.merge(sets[:1], [1]) is sets[0]
+    record["second"]["object"]["tokens"][1] = [49406, 5, 49407]
+    sets[1] = Vocabulary.from_json(record["second"], "second")
+    with pytest.raises(UserError, match="disagree on the token ids of the object text 'mat': pack them with the same"):
+        Vocabulary.merge(sets, [1, 1])
+
+
 def test_unknown_texts_and_levels() -> None:
     with pytest.raises(UserError, match=r"unknown object text 'dog'.*2 in the vocabulary"):
         example().object_id("dog")

@@ -1,0 +1,205 @@
+"""Several packed data sets, read as one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.data.config import ShardSource
+from scenarioclip_fast.data.order import Mix
+from scenarioclip_fast.data.remote import CACHE_GIB
+from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.data.shards import BadSample, ShardSet, digest
+from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.errors import UserError
+
+
+class ShardMix:
+    """The scenes of one split of several packed data sets, set by set, with a common vocabulary.
+
+    Like a ShardSet, it may be shared by threads and pickled. Several sets may contain the same key.
+
+    Args:
+        sources: at least one data set.
+        split: "train", "val" or "test". Only in "train" must every set have scenes.
+        shard_cache_dir, shard_cache_gib: see `ShardSet`. The sets share the cache.
+
+    Attributes:
+        sets: the data sets.
+        mix: how often their scenes occur in an epoch.
+        keys: the keys of all scenes.
+
+    Raises:
+        UserError: see `ShardSet`; or no scenes, or a weight that leaves none of a set's scenes.
+        MissingDependencyError: see `ShardSet`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardSource],
+        split: str = "train",
+        *,
+        shard_cache_dir: str | Path | None = None,
+        shard_cache_gib: float = CACHE_GIB,
+    ) -> None:
+        cache: dict[str, Any] = {"shard_cache_dir": shard_cache_dir, "shard_cache_gib": shard_cache_gib}
+        self.split = split
+        self.sets = [ShardSet(source.path, split, **cache) for source in sources]
+        self.mix = Mix(tuple(map(len, self.sets)), tuple(source.weight for source in sources))
+        self.is_remote = any(shards.is_remote for shards in self.sets)
+        self.keys = self.sets[0].keys if len(self.sets) == 1 else [key for shards in self.sets for key in shards.keys]
+        self._first = [0, *accumulate(self.mix.sizes)]
+        self._copies = _copies(self.keys) if len(self.sets) > 1 else {}
+        empty = [shards.source for shards in self.sets if not len(shards)]
+        if empty and (split == "train" or not self.keys):
+            where = ", ".join(empty)
+            raise UserError(f"{where}: the {split} split has no scenes: choose another split, or pack more scenes")
+        for shards, weight, count in zip(self.sets, self.mix.weights, self.mix.counts, strict=True):
+            if len(shards) and not count:
+                raise UserError(
+                    f"{shards.source}: a weight of {weight:g} leaves none of the {len(shards)} scenes of the {split} "
+                    "split: raise it, or remove the data set"
+                )
+
+    def __len__(self) -> int:
+        """Number of scenes, each counted once."""
+        return len(self.keys)
+
+    @property
+    def source(self) -> str:
+        """The path of the set, or all paths."""
+        return ", ".join(shards.source for shards in self.sets)
+
+    def source_of(self, i: int) -> str | None:
+        """The path of the set of scene `i`, if there are several sets."""
+        return self.sets[self._set(i)].source if len(self.sets) > 1 else None
+
+    def read(self, i: int) -> Scene:
+        """Read scene `i`: see `ShardSet.read`.
+
+        Raises:
+            BadSample: the scene is missing, truncated or malformed.
+        """
+        number = self._set(i)
+        try:
+            return self.sets[number].read(i - self._first[number])
+        except BadSample as bad:
+            bad.source = self.source_of(i)
+            raise
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of all sets: see `Vocabulary.merge`."""
+        return Vocabulary.merge([shards.read_vocabulary() for shards in self.sets], self.mix.weights)
+
+    @cached_property
+    def digest(self) -> int:
+        """Checksum of the keys in order: see `ShardSet.digest`."""
+        return digest(self.keys)
+
+    def count(self, name: str) -> int:
+        """A count of the split over all sets, each once: see `ShardSet.count`."""
+        return sum(shards.count(name) for shards in self.sets)
+
+    def repetition(self, i: int, number: int) -> int:
+        """A number for occurrence `number` of scene `i` in an epoch that differs from any other occurrence of its key.
+
+        It is 0 for the first one.
+        """
+        return number * len(self.sets) + self._copies.get(i, 0)
+
+    def identities(self) -> list[dict[str, Any]]:
+        """Plain values of each set for a saved state: its path, number of scenes, contents and weight."""
+        return [
+            {
+                "path": shards.source,
+                "scenes": len(shards),
+                "keys": shards.digest,
+                "shards": shards.content_digest,
+                "weight": weight,
+            }
+            for shards, weight in zip(self.sets, self.mix.weights, strict=True)
+        ]
+
+    def check_identities(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Compare the `identities` of a saved state with those of these sets.
+
+        Raises:
+            UserError: they differ; the message says in what.
+        """
+        current = self.identities()
+        remedy = "resume with the same data sets, in the same order and with the same weights, or start a new run"
+
+        def paths(sets: Sequence[Mapping[str, Any]]) -> str:
+            return ", ".join(entry["path"] for entry in sets if "path" in entry)
+
+        def describe(sets: Sequence[Mapping[str, Any]]) -> str:
+            count = "one data set" if len(sets) == 1 else f"{len(sets)} data sets"
+            return f"{count} ({paths(sets)})" if paths(sets) else count
+
+        def contents(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+            return entry["scenes"], entry["keys"], entry.get("shards")
+
+        if len(saved) != len(current):
+            raise UserError(f"the saved loader state has {describe(saved)}, this run has {describe(current)}: {remedy}")
+        then, now = [contents(entry) for entry in saved], [contents(entry) for entry in current]
+        if then != now and sorted(then, key=str) == sorted(now, key=str):
+            raise UserError(
+                f"the saved loader state has the data sets in the order {paths(saved)}, this run has {paths(current)}: "
+                f"{remedy}"
+            )
+        for before, entry in zip(saved, current, strict=True):
+            path = entry["path"]
+            if before["scenes"] != entry["scenes"]:
+                raise UserError(
+                    f"{path}: the saved loader state has {before['scenes']} scenes, this run has {entry['scenes']}: "
+                    f"{remedy}"
+                )
+            if before["keys"] != entry["keys"] or before.get("shards", entry["shards"]) != entry["shards"]:
+                raise UserError(
+                    f"{path}: the saved loader state belongs to other scenes or to another order of the same number of "
+                    f"scenes: {remedy}"
+                )
+            if before["weight"] != entry["weight"]:
+                raise UserError(
+                    f"{path}: the saved loader state has weight {before['weight']:g}, this run has "
+                    f"{entry['weight']:g}: {remedy}"
+                )
+
+    def describe(self) -> list[str]:
+        """A line for each set: path, scenes, weight, and scenes per epoch."""
+        return [
+            f"data: {shards.source}: {len(shards)} scenes, weight {weight:g}, {count} per epoch"
+            for shards, weight, count in zip(self.sets, self.mix.weights, self.mix.counts, strict=True)
+        ]
+
+    def views_per_scene(self) -> float:
+        """The mean number of views of a scene over an epoch, by the manifests."""
+        views = 0.0
+        for shards, size, count in zip(self.sets, self.mix.sizes, self.mix.counts, strict=True):
+            split = shards.manifest["splits"][self.split]
+            views += (split["objects"] + split["relations"]) * (count / max(size, 1))
+        return 1 + views / len(self.mix)
+
+    def close(self) -> None:
+        """Close the files of all sets and stop fetching; the next read reopens them."""
+        for shards in self.sets:
+            shards.close()
+
+    def _set(self, i: int) -> int:
+        return bisect_right(self._first, i) - 1
+
+
+def _copies(keys: Sequence[str]) -> dict[int, int]:
+    """Map the positions of repeated keys to the number of earlier occurrences."""
+    found: dict[int, int] = {}
+    earlier: dict[str, int] = {}
+    for i, key in enumerate(keys):
+        if (before := earlier.get(key, 0)) > 0:
+            found[i] = before
+        earlier[key] = before + 1
+    return found
