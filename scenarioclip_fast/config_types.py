@@ -60,13 +60,18 @@ def _checked(target: Any, value: Any) -> Any:
     """Return `value` as `target`, or raise TypeError with what was expected."""
     value = to_builtin(value)
     origin, inner = get_origin(target), get_args(target)
-    if origin in (Union, types.UnionType):  # of a type and None
-        return None if value is None else _or_null(next(a for a in inner if a is not type(None)), value)
+    if origin in (Union, types.UnionType):
+        if type(None) in inner:
+            return None if value is None else _or_null(next(a for a in inner if a is not type(None)), value)
+        text, items = inner  # such as str | tuple[ShardSource, ...]
+        return _checked(items if isinstance(value, list | tuple) else text, value)
     if origin is Literal:
         for choice in inner:
             if choice == value and isinstance(value, type(choice)):  # 1 is not true
                 return choice
         raise TypeError(f"one of {', '.join(map(to_yaml_text, inner))}")
+    if origin is tuple and inner[-1] is Ellipsis:
+        return tuple(_checked(inner[0], item) for item in value)
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(inner):
             return tuple(map(_checked, inner, value))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scenarioclip_fast.config_types import check_types, expand_user
-from scenarioclip_fast.data.config import LoaderConfig
+from scenarioclip_fast.data.config import LoaderConfig, ShardSource, shard_sources
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import PRESETS, ModelConfig
 from scenarioclip_fast.requirements import require
@@ -61,14 +61,19 @@ class RunSection:
 class DataSection(LoaderConfig):
     """The data set, the views rendered from it, and its loading."""
 
-    shards: str = ""
-    """Directory written by `scenarioclip-fast pack`, or its URL (s3://, gs://, hf://, https://). Required."""
+    shards: str | tuple[ShardSource, ...] = ""
+    """Directory written by `scenarioclip-fast pack`, or its URL (s3://, gs://, hf://, https://). Required. Several data
+    sets: a list of these, or of {path: DIR, weight: NUMBER}; weight: how many times each scene of the set occurs in an
+    epoch (default 1)."""
     batch_size: int = 128
     """Scenes per optimizer step, over all ranks together."""
 
     def __post_init__(self) -> None:
+        if self.shards != "":
+            sources = shard_sources(self.shards)
+            alone = len(sources) == 1 and sources[0].weight == 1
+            object.__setattr__(self, "shards", sources[0].path if alone else sources)
         super().__post_init__()
-        expand_user(self, "shards")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
 

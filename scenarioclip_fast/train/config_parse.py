@@ -112,6 +112,8 @@ def parse_override(text: str) -> tuple[list[str], RawValue]:
     key, equals, value = text.partition("=")
     if not equals and Path(text).suffix in (".yaml", ".yml"):
         raise UserError(f"got {text!r}, expected key=value: did you mean -c {text}?")
+    if not equals and text.endswith((",", "]", "}")):
+        raise UserError(f"got {text!r}, expected key=value: quote a list that contains spaces, 'train.profile=[3, 5]'")
     if not equals or not key.strip():
         raise UserError(f"got {text!r}, expected key=value, for example optim.lr=1e-4")
     return key.strip().split("."), RawValue(value.strip())
@@ -180,6 +182,11 @@ def convert(key: str, target: Any, value: Any, known: Sequence[str] = ()) -> Any
         return _section(key, target, value, known)
     value = to_builtin(value)
     origin = get_origin(target)
+    if origin in (Union, types.UnionType) and type(None) not in get_args(target):
+        # Text, or a list whose items the section itself converts.
+        listed = isinstance(value, RawValue) and value.startswith(("[", "{"))
+        value = _scalar(key, value) if listed else value
+        return str(value) if isinstance(value, str) else value
     if origin in (Union, types.UnionType):
         if value is None or (isinstance(value, RawValue) and value.lower() in ("null", "none", "~", "")):
             return None
@@ -253,7 +260,9 @@ def _choice(key: str, choices: Sequence[Any], value: Any) -> Any:
 def _scalar(key: str, text: str) -> Any:
     yaml = require("yaml")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _unique_key_loader())
+    except _DuplicateKeyError as error:
+        raise UserError(f"{key}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError):  # the latter two: an impossible date, very deep nesting
         raise UserError(f"{key}: got {str(text)!r}, which is not a YAML value") from None
 

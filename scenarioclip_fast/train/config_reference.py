@@ -156,6 +156,10 @@ def type_name(hint: Any) -> str:
         return " | ".join(map(to_yaml_text, inner))
     if origin in (Union, types.UnionType):
         return " | ".join(map(type_name, inner))
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"[{type_name(inner[0])}, ...]"
+    if is_dataclass(hint):
+        return f"{{{', '.join(f'{name}: {type_name(t)}' for name, t in get_type_hints(hint).items())}}}"
     if origin is tuple:
         return f"[{', '.join(map(type_name, inner))}]"
     name: str = hint.__name__

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scenarioclip_fast.data import LoaderConfig
+from scenarioclip_fast.data import LoaderConfig, ShardSource
+from scenarioclip_fast.data.config import shard_sources
 from scenarioclip_fast.data.views import OBJECT_VIEWS, RELATION_VIEWS, Views
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.train.config import DataSection
@@ -41,6 +43,63 @@ def test_an_invalid_value_names_its_field(field: str, value: Any, expected: str)
     assert str(caught.value) == f"{field}: got {value!r}, expected {expected}"
     with pytest.raises(UserError, match=f"^{field}: got "):
         DataSection(**{field: value})
+
+
+def test_every_form_of_several_data_sets(tmp_path: Path) -> None:
+    expected = (ShardSource("a", 2), ShardSource("b"))
+    for shards in (["a"], "a", Path("a"), ShardSource("a"), [{"path": Path("a")}]):
+        assert shard_sources(shards) == (ShardSource("a"),)  # type: ignore[arg-type]
+    for several in ([{"path": "a", "weight": "2"}, "b"], (ShardSource("a", 2), Path("b")), list(expected)):
+        assert shard_sources(several) == expected  # type: ignore[arg-type]
+        data = DataSection(shards=several)  # type: ignore[arg-type]
+        assert data.shards == expected and replace(data, batch_size=3).shards == expected
+    assert shard_sources([{"path": "~/a", "weight": "1e-3"}]) == (ShardSource(str(Path.home() / "a"), 0.001),)
+    assert shard_sources(["./[a]", "s3://a", "https://a/b"])[0].path == "./[a]"
+    assert DataSection(shards=[{"path": "a", "weight": 1}]).shards == "a"  # type: ignore[list-item,arg-type]
+    assert DataSection().shards == ""
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([], "shards: got an empty list, expected at least one data set"),
+        (None, "shards: got None, expected a path, or a list such as [{path: a, weight: 2}, {path: b}]"),
+        ({"path": "a"}, "shards: got a mapping, expected a path, or a list such as [{path: a, weight: 2}, {path: b}]"),
+        ("[a, b]", "shards: got '[a, b]', expected a path: write a list without quotes, or put ./ before such a name"),
+        ("", "shards: got '', expected a directory or a URL"),
+        (["a", ""], "shards[1]: got '', expected a directory or a URL"),
+        (["a", 7], "shards[1]: got 7, expected a path, or a mapping of path and weight"),
+        (["a", ["b"]], "shards[1]: got ['b'], expected a path, or a mapping of path and weight"),
+        ([{"weight": 2}], "shards[0]: got no path, expected {path: DIR, weight: NUMBER}"),
+        ([{"path": None}], "shards[0].path: got None, expected text"),
+        (["a", {"path": "b", "wieght": 2}], "shards[1]: unknown key 'wieght': did you mean weight?"),
+        ([{"path": "b", "zzz": 2}], "shards[0]: unknown key 'zzz': expected one of path, weight"),
+        ([{"path:b": None}], "shards[0]: unknown key 'path:b': a space must follow the colon"),
+        ([{"path": "a", "weight": 0}], "shards[0].weight: got 0, expected above 0, and at most 1000000"),
+        ([{"path": "a", "weight": -1.5}], "shards[0].weight: got -1.5, expected above 0, and at most 1000000"),
+        ([{"path": "a", "weight": 1e7}], "shards[0].weight: got 10000000.0, expected above 0, and at most 1000000"),
+        ([{"path": "a", "weight": float("nan")}], "shards[0].weight: got nan, expected a finite number"),
+        ([{"path": "a", "weight": "nan"}], "shards[0].weight: got nan, expected a finite number"),
+        ([{"path": "a", "weight": "two"}], "shards[0].weight: got 'two', expected a finite number"),
+        ([{"path": "a", "weight": True}], "shards[0].weight: got True, expected a finite number"),
+        (
+            ["a", "b", "./a/"],
+            "shards[2]: got ./a/, the same data set as a: list it once, with the sum of both weights",
+        ),
+        (
+            ["s3://a/b", {"path": "s3://a/b/"}],
+            "shards[1]: got s3://a/b/, the same data set as s3://a/b: list it once, with the sum of both weights",
+        ),
+    ],
+)
+def test_malformed_data_sets_are_named(shards: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        shard_sources(shards)
+    assert str(caught.value) == message
+    if shards != "":  # not set
+        with pytest.raises(UserError) as caught:
+            DataSection(shards=shards)
+        assert str(caught.value) == message
 
 
 def test_every_choice_of_views_is_implemented() -> None:

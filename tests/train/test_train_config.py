@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from scenarioclip_fast.data import ShardSource
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
@@ -128,12 +129,52 @@ def test_a_saved_config_loads_unchanged(tmp_path: Path) -> None:
         ("train.compile=maybe", r"train\.compile: got 'maybe', expected one of true, false, auto"),
         ("train.compile=1", r"train\.compile: got 1 \(int\), expected one of true, false, auto"),
         ("train.compile=null", r"train\.compile: got None \(null\), expected one of true, false, auto"),
+        ("data.shards=[]", r"^data\.shards: got an empty list, expected at least one data set"),
+        ("data.shards=[a, b", r"^data\.shards: got '\[a, b', which is not a YAML value"),
+        ("data.shards={path: a}", r"^data\.shards: got a mapping, expected a path, or a list such as"),
+        ("data.shards=[{path: a, weight: 0}]", r"^data\.shards\[0\]\.weight: got 0, expected above 0"),
+        ("data.shards=[{path: a, weight: nan}]", r"^data\.shards\[0\]\.weight: got nan, expected a finite number"),
+        ("data.shards=[{path: a, weight: 1, weight: 2}]", r"^data\.shards: key 'weight' occurs in line 1 and again"),
+        ("data.shards=[b, {path: a, wieght: 2}]", r"^data\.shards\[1\]: unknown key 'wieght': did you mean weight\?"),
+        ("a,", r"got 'a,', expected key=value: quote a list that contains spaces"),  # of data.shards=[a, b], unquoted
         ("train.compile=[", r"train\.compile: got '\[', which is not a YAML value"),
     ],
 )
 def test_an_error_names_the_key(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig.of({}, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", "a"),
+        ("[a]", "a"),
+        ("[a, ./b]", (ShardSource("a"), ShardSource("./b"))),
+        (
+            "[{path: a, weight: 2}, {path: 's3://b/c', weight: 5e-1}]",
+            (ShardSource("a", 2), ShardSource("s3://b/c", 0.5)),
+        ),
+        ("[{path: a, weight: 2}, b]", (ShardSource("a", 2), ShardSource("b"))),
+    ],
+)
+def test_data_sets_of_a_file_and_of_an_override(text: str, expected: object, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {{shards: {text}}}")
+    config = TrainConfig.load(tmp_path / "config.yaml")
+    assert config.data.shards == expected
+    assert TrainConfig.of({"data": {"shards": "x"}}, [f"data.shards={text}"]) == config
+    assert TrainConfig.load(tmp_path / "config.yaml", ["data.shards=x"]).data.shards == "x"
+    config.save(tmp_path / "saved.yaml")
+    assert TrainConfig.load(tmp_path / "saved.yaml") == config
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+@pytest.mark.parametrize("value", ["'[a, b]'", "null", "7", "[a, a]", "[{path: a, weight: two}]"])
+def test_malformed_data_sets_of_a_file(value: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {{shards: {value}}}")
+    with pytest.raises(UserError, match=r"^data\.shards.*: got ") as caught:
+        TrainConfig.load(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "optim: 3", "optim: {lr: x}", "{", "optim: {1: 2}"])
@@ -188,6 +229,7 @@ def test_the_reference_shows_types_and_defaults_in_yaml_notation() -> None:
     assert [keys["optim.betas"].type, keys["optim.betas"].default] == ["[float, float]", "[0.9, 0.999]"]
     assert [keys["train.epochs"].type, keys["train.epochs"].default] == ["float | null", "null"]
     assert keys["model.preset"].type == "vit-b-32 | tiny"
+    assert keys["data.shards"].type == "str | [{path: str, weight: float}, ...]"
     overrides = [f"{key.name}={key.default}" for key in keys.values()]
     assert TrainConfig.of({}, [text for text in overrides if text != 'data.shards=""']) == TrainConfig()
 

@@ -337,6 +337,38 @@ def test_bad_samples_are_counted_across_resumes(small: Make, shards: Path, tmp_p
     assert rows(resumed) == rows(full) and rows(full)[-1]["bad_samples"] >= 2
 
 
+def test_a_mix_of_data_sets(small: Make, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(generate_scenes(12, seed=1, val=0.3, test=0.0), tmp_path / "other", progress=False)
+    other = ShardSet(tmp_path / "other")
+    count = round(0.5 * len(other))
+    data = f"data.shards=[{{path: {shards}, weight: 1.5}}, {{path: {tmp_path / 'other'}, weight: 0.5}}]"
+    full, resumed = (small(data, "train.steps=7", run=name) for name in ("full", "resumed"))
+    trainer = Trainer(full)
+    assert trainer.fit().completed
+    log = capsys.readouterr().err
+    assert f"data: {shards}: 20 scenes, weight 1.5, 30 per epoch" in log
+    assert f"data: {tmp_path / 'other'}: {len(other)} scenes, weight 0.5, {count} per epoch" in log
+    assert f"{(30 + count) // 8} per epoch" in log
+    hooked(resumed, stop_at(5)).fit()  # in the second epoch
+    with pytest.raises(
+        UserError, match=rf"{tmp_path / 'other'}: the saved loader state has weight 0\.5, this run has 1"
+    ):
+        Trainer(small(data.replace("0.5", "1"), "train.steps=7", run="resumed"), resume=True).fit()
+    with pytest.raises(UserError, match=r"the saved loader state has 2 data sets .*, this run has one data set"):
+        Trainer(small("train.steps=7", run="resumed"), resume=True).fit()
+    assert Trainer(resumed, resume=True).fit().completed
+    assert rows(resumed) == rows(full)
+    assert_same(weights(resumed), weights(full))
+
+    texts = {text for data_set in (ShardSet(shards), other) for text in data_set.vocabulary.relations}
+    saved = Vocabulary.load(Path(full.run.dir) / "model" / "vocabulary.json")
+    assert saved == trainer.vocabulary and saved.relations == sorted(texts)
+    with open_session(full.run.dir, full.data.shards, device="cpu") as session:
+        assert session.scenes("train") == 20 + len(other) and session.vocabulary.relations == saved.relations
+        with session.loader("val") as loader:  # only in the second set
+            assert [key for batch in loader for key in batch.keys] == ShardSet(tmp_path / "other", "val").keys
+
+
 def test_a_run_directory_is_not_overwritten_by_accident(small: Make) -> None:
     config = small("train.steps=2")
     Trainer(config).fit()
