@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import generate_scenes, pack
+from scenarioclip_fast.data import ShardSet, generate_scenes, pack
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
@@ -277,3 +277,14 @@ def test_overrides_may_precede_and_follow_options(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["doctor", "optim.lr=1"])
     assert "unrecognized arguments: optim.lr=1" in capsys.readouterr().err
+
+
+def test_an_ablation_on_several_data_sets(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(generate_scenes(12, seed=1, val=0.0, test=0.0), tmp_path / "other", progress=False)
+    data = f"data.shards=[{{path: {tmp_path / 'other'}, weight: 2}}, {shards}]"
+    options = [*SMALL, "train.steps=1", f"run.dir={tmp_path / 'run'}", "--variants", "full", "no-distillation"]
+    assert main(["ablate", data, *options]) == 0
+    result = json.loads((tmp_path / "run" / "full" / "zeroshot.json").read_text())
+    assert result["scenes"] == len(ShardSet(shards, "test"))  # the first set has no test split
+    assert main(["ablate", data, *options, "--split", "val"]) == 2
+    assert f"{tmp_path / 'other'}, {shards}: the val split has no scenes" in capsys.readouterr().err
