@@ -54,9 +54,10 @@ STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {
       "add_layer_norm_backward(Tensor? d_total, Tensor d_normed, Tensor total, Tensor weight, Tensor statistics, "
       "int sums) -> (Tensor, Tensor)");
   m.def(
-      "focused_region(Tensor image, Tensor subject_mask, Tensor object_mask, float sigma, int[] weights, bool colours) "
+      "focused_region(Tensor image, Tensor subject_mask, Tensor object_mask, float sigma, int[] weights, bool "
+      "published) "
       "-> Tensor");
   m.def(
       "render_views(Tensor[] images, Tensor plan, Tensor augment, Tensor mask_runs, Tensor mask_start, float[] mean, "
-      "float[] std, float sigma, int[] weights, bool colours, bool channels_last, Tensor(a!) out) -> ()");
+      "float[] std, float sigma, int[] weights, bool published, bool channels_last, Tensor(a!) out) -> ()");
 }

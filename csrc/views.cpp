@@ -36,20 +36,23 @@ Image image_of(const Tensor& image) {
 std::vector<uint32_t> blur_taps(const std::vector<int64_t>& weights) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() <= kMaxBlurRadius + 1, "weights: got ", weights.size(),
                   ", expected 1 to ", kMaxBlurRadius + 1);
+  int64_t sum = -weights[0];
   for (const int64_t weight : weights) {
     STD_TORCH_CHECK(weight >= 0 && weight <= 1 << 24, "weights: got ", weight, ", expected 0 to 2^24");
+    sum += 2 * weight;
   }
+  STD_TORCH_CHECK(sum == 1 << 24, "weights: got a Gaussian that sums to ", sum, ", expected 2^24");
   return {weights.begin(), weights.end()};
 }
 
-Region region_of(double sigma, const std::vector<uint32_t>& weights, bool colours) {
-  return {static_cast<float>(sigma), weights.data(), static_cast<int64_t>(weights.size()) - 1, colours};
+Region region_of(double sigma, const std::vector<uint32_t>& weights, bool published) {
+  return {static_cast<float>(sigma), weights.data(), static_cast<int64_t>(weights.size()) - 1, published};
 }
 
 Tensor focused_region(const Tensor& image,         // [H, W, 3]
                       const Tensor& subject_mask,  // [H, W]
                       const Tensor& object_mask,   // [H, W]
-                      double sigma, std::vector<int64_t> weights, bool colours) {
+                      double sigma, std::vector<int64_t> weights, bool published) {
   const Image source = image_of(image);
   for (const Tensor* mask : {&subject_mask, &object_mask}) {
     check_tensor(*mask, "mask", 2, ScalarType::Bool);
@@ -62,7 +65,7 @@ Tensor focused_region(const Tensor& image,         // [H, W, 3]
       .image = source,
       .subject_mask = subject_mask.const_data_ptr<bool>(),
       .object_mask = object_mask.const_data_ptr<bool>(),
-      .region = region_of(sigma, taps, colours),
+      .region = region_of(sigma, taps, published),
       .out = out.mutable_data_ptr<uint8_t>(),
   };
 #ifdef USE_CUDA
@@ -125,7 +128,7 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
                   const Tensor& mask_runs,     // [R]
                   const Tensor& mask_start,    // [M + 1]
                   std::vector<double> mean, std::vector<double> std, double sigma, std::vector<int64_t> weights,
-                  bool colours, bool channels_last,
+                  bool published, bool channels_last,
                   Tensor out) {  // [V, 3, S, S], or [V, S, S, 3] with channels_last
   std::vector<Image> sources;
   for (const Tensor& image : images) {
@@ -162,7 +165,7 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
       .size = size,
       .mean = {},
       .std = {},
-      .region = region_of(sigma, taps, colours),
+      .region = region_of(sigma, taps, published),
       .type = pixel_type(out.scalar_type()),
       .channels_last = channels_last,
       .out = out.mutable_data_ptr(),

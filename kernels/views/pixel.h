@@ -8,8 +8,9 @@
 
 namespace scf {
 
-constexpr int kBlurBits = 24;    // fixed point of the Gaussian: 255 * 2^24 fits 32 unsigned bits
-constexpr int kResizeBits = 22;  // fixed point of the resize, Pillow's
+constexpr int kBlurBits = 24;     // fixed point of the Gaussian: 255 * 2^24 fits 32 unsigned bits
+constexpr int kBlurPassBits = 8;  // fixed point of colours between the two passes of the blur: 255 * 2^8 fits 16 bits
+constexpr int kResizeBits = 22;   // fixed point of the resize, Pillow's
 constexpr int kAugmentBlurRadius = 4;
 
 // SciPy's "reflect": the edge pixel is repeated, and the image is mirrored repeatedly if it is small.
@@ -27,6 +28,18 @@ SCF_HD int64_t mirror(int64_t i, int64_t size) {
   i %= period;
   if (i < 0) i += period;
   return i < period - i ? i : period - i;
+}
+
+// A weighted sum of bytes to units of 2^-kBlurPassBits, rounded to nearest; the published blur truncates it to a byte.
+SCF_HD uint32_t blurred_once(uint32_t sum, bool published) {
+  constexpr int kDropped = kBlurBits - kBlurPassBits;
+  return published ? sum >> kBlurBits << kBlurPassBits : (sum + (1u << (kDropped - 1))) >> kDropped;
+}
+
+// A weighted sum of these to the nearest byte; the published blur truncates it.
+SCF_HD uint32_t blurred_twice(uint64_t sum, bool published) {
+  constexpr int kDropped = kBlurBits + kBlurPassBits;
+  return static_cast<uint32_t>((published ? sum : sum + (uint64_t{1} << (kDropped - 1))) >> kDropped);
 }
 
 // Weights of a blur along the colour axis of length three.

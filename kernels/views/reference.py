@@ -21,6 +21,7 @@ PLAN_WIDTH = 16
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 
 BLUR_BITS = 24  # fixed point of the Gaussian: 255 * 2^24 still fits 32 unsigned bits
+BLUR_PASS_BITS = 8  # fixed point of colours between its two passes: 255 * 2^8 still fits 16 unsigned bits
 RESIZE_BITS = 22  # Pillow's
 GREY = (0.2989, 0.587, 0.114)
 AUGMENT_RADIUS = 4  # the Gaussian of the augmentation has 9 taps
@@ -36,28 +37,40 @@ def blur_weights(sigma: float) -> list[int]:
 
 
 def blur_axis(
-    image: Tensor,  # [H, W, 3] uint8
+    image: Tensor,  # [H, W, 3] integers
     weights: Sequence[int],
     axis: int,
-) -> Tensor:  # [H, W, 3] uint8
-    """Blur along one axis, truncating to bytes; the border is mirrored, the edge pixel repeated (SciPy's "reflect")."""
+) -> Tensor:  # [H, W, 3] int64, in units of 2^-24 of the image's
+    """Blur along one axis, exactly; the border is mirrored, the edge pixel repeated (SciPy's "reflect")."""
     size, radius = image.shape[axis], len(weights) - 1
     wide = image.to(torch.int64).index_select(axis, _reflect(size, radius, image.device))
     total = weights[0] * wide.narrow(axis, radius, size)
     for k in range(1, radius + 1):
         total += weights[k] * (wide.narrow(axis, radius - k, size) + wide.narrow(axis, radius + k, size))
-    return (total >> BLUR_BITS).to(torch.uint8)
+    return total
 
 
 def gaussian_blur(
     image: Tensor,  # [H, W, 3] uint8
     weights: Sequence[int],
-    colours: bool,
+    published: bool,
 ) -> Tensor:  # [H, W, 3] uint8
-    """Blur along rows, columns and, for blur="reference", the colour axis."""
-    for axis in (0, 1, 2) if colours else (0, 1):
-        image = blur_axis(image, weights, axis)
-    return image
+    """Blur along rows and columns, rounded to the nearest byte once.
+
+    With `published` (blur="reference") also along the colour axis, truncated to bytes after each axis.
+    """
+    if published:
+        for axis in range(3):
+            image = (blur_axis(image, weights, axis) >> BLUR_BITS).to(torch.uint8)
+        return image
+    # In between, 8 bits after the point: all backends share this rounding, which moves the result by at most 2^-9.
+    image = _shift(blur_axis(image, weights, 0), BLUR_BITS - BLUR_PASS_BITS)
+    return _shift(blur_axis(image, weights, 1), BLUR_BITS + BLUR_PASS_BITS).to(torch.uint8)
+
+
+def _shift(fixed: Tensor, bits: int) -> Tensor:
+    """fixed / 2^bits to the nearest integer, halves upwards."""
+    return (fixed + (1 << (bits - 1))) >> bits
 
 
 def _reflect(size: int, radius: int, device: torch.device) -> Tensor:  # [size + 2 radius]
@@ -92,13 +105,13 @@ def focused_region(
     object_mask: Tensor,  # [H, W] bool, not empty
     sigma: float,
     weights: Sequence[int],  # blur_weights(blur_sigma)
-    colours: bool,
+    published: bool,
 ) -> Tensor:  # [H, W, 3] uint8
     """The composite of a relation: weighted inside the two masks, blurred outside."""
     weight = region_weight(subject_mask, object_mask, sigma)
     inside = (subject_mask | object_mask)[:, :, None]
     focused = (image * weight[:, :, None]).floor().to(torch.uint8)
-    return torch.where(inside, focused, gaussian_blur(image, weights, colours))
+    return torch.where(inside, focused, gaussian_blur(image, weights, published))
 
 
 def resize_matrix(
@@ -211,7 +224,7 @@ def composite(
     masks: Sequence[Tensor],  # two [H, W] bool for a relation
     sigma: float,
     weights: Sequence[int],
-    colours: bool,
+    published: bool,
 ) -> Tensor:  # [h, w, 3] uint8, the view's source window
     """Compose a view's source window, before the resize."""
     height, width = image.shape[:2]
@@ -221,7 +234,7 @@ def composite(
         inside[box] = image[box]
         image = inside
     elif view[KIND] == RELATION:
-        image = focused_region(image, masks[0], masks[1], sigma, weights, colours)
+        image = focused_region(image, masks[0], masks[1], sigma, weights, published)
     x1, y1, x2, y2 = view[X1], view[Y1], view[X2], view[Y2]
     window = image.new_zeros(y2 - y1, x2 - x1, 3)
     top, bottom, left, right = max(y1, 0), min(y2, height), max(x1, 0), min(x2, width)
@@ -239,7 +252,7 @@ def render_views(
     std: Sequence[float],
     sigma: float,
     weights: Sequence[int],
-    colours: bool,
+    published: bool,
     out: Tensor,  # [V, 3, S, S]
 ) -> None:
     """Render every view of the plan into `out`: composite, resize, adjust colours, blur, normalise."""
@@ -255,7 +268,7 @@ def render_views(
             for m in (view[MASK_1], view[MASK_2])
             if m >= 0
         ]
-        window = composite(image, view, masks, sigma, weights, colours)
+        window = composite(image, view, masks, sigma, weights, published)
         pixels = resize(window, view[WIDTH], view[HEIGHT], view[LEFT], view[TOP], size).float() / 255
         pixels = adjust_colours(pixels, augmentation[:BLUR])
         if augmentation[BLUR] > 0:

@@ -152,7 +152,7 @@ template <int kRadius>
 __device__ void blur_tiles(const Image& image, const BlurWindow& window, const BlurWeights& weights,
                            uint32_t* blurred) {
   extern __shared__ uint4 blur_memory[];  // of this type for its alignment
-  auto* shared = reinterpret_cast<uint32_t*>(blur_memory);
+  auto* shared = reinterpret_cast<uint16_t*>(blur_memory);
   const int thread = threadIdx.x, tiles = window.tiles();
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     const BlurTile tile = blur_tile(window, index);
@@ -444,7 +444,7 @@ BlurWeights blur_weights(const Region& region) {
   BlurWeights weights{};
   std::copy_n(region.weights, region.radius + 1, weights.value);
   weights.radius = static_cast<int>(region.radius);
-  weights.colours = region.colours;
+  weights.published = region.published;
   weights.mix = colour_mix(region.weights, region.radius);
   return weights;
 }

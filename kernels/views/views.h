@@ -44,9 +44,9 @@ constexpr int64_t kMaxBlurRadius = 256;
 
 struct Region {
   float sigma;
-  const uint32_t* weights;  // [radius + 1], centre first, in units of 2^-24
+  const uint32_t* weights;  // [radius + 1], centre first, in units of 2^-24; the whole Gaussian sums to 1
   int64_t radius;           // at most kMaxBlurRadius
-  bool colours;             // blur the colour axis too
+  bool published;           // blur the colour axis too, and truncate to bytes after each axis
 };
 
 struct Image {

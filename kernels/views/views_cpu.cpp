@@ -55,24 +55,70 @@ void expand(const uint8_t* rgb, int64_t pixels, uint8_t* rgbx, const uint8_t* en
   for (; i < pixels; ++i) std::memcpy(rgbx + 4 * i, rgb + 3 * i, 3);
 }
 
-// Sixteen weighted sums of bytes.
+// Sixteen weighted sums of 16-bit numbers, exact: 24-bit weights are split into two halves, whose sums stay apart.
 class BlurSums {
  public:
-  BlurSums(const uint8_t* middle, uint32_t weight) : low_(wide(middle) * weight), high_(wide(middle + 8) * weight) {}
+  // A pair of weights, both halves of each.
+  class Weights {
+   public:
+    Weights(uint32_t first, uint32_t second)
+        : high_(first >> kLowBits | second >> kLowBits << 16), low_((first & kLow) | (second & kLow) << 16) {}
 
-  void add(const uint8_t* before, const uint8_t* after, uint32_t weight) {
-    low_ += (wide(before) + wide(after)) * weight;
-    high_ += (wide(before + 8) + wide(after + 8)) * weight;
+   private:
+    friend BlurSums;
+    uint32_t high_, low_;
+  };
+
+  // Signed 16-bit numbers may be added so often between calls of carry(), at half of the whole weight or less.
+  static constexpr int64_t kMaxAdditions = 16;
+
+  void add(Short16 first, Short16 second, const Weights& weights) {
+    const Short16 front = interleave_low(first, second), back = interleave_high(first, second);
+    const auto high = reinterpret_cast<Short16>(Unsigned8{} + weights.high_);
+    const auto low = reinterpret_cast<Short16>(Unsigned8{} + weights.low_);
+    high_[0] += add_products(front, high);
+    high_[1] += add_products(back, high);
+    low_[0] += add_products(front, low);
+    low_[1] += add_products(back, low);
   }
 
-  void store(uint8_t* to) const {
-    narrow(reinterpret_cast<Int8>(low_ >> kBlurBits), reinterpret_cast<Int8>(high_ >> kBlurBits), to);
+  // Moves what exceeds the low half to the high one.
+  void carry() {
+    for (int i = 0; i < 2; ++i) {
+      high_[i] += low_[i] >> kLowBits;
+      low_[i] &= kLow;
+    }
   }
+
+  // Stores the sums of bytes, rounded for the second pass, less kMiddle.
+  void store_once(bool published, int16_t* to) const {
+    Int8 lanes[2];
+    for (int i = 0; i < 2; ++i) {
+      const auto sum = reinterpret_cast<Unsigned8>((high_[i] << kLowBits) + low_[i]);
+      const Unsigned8 rounded =
+          published ? sum >> kBlurBits << kBlurPassBits : (sum + kHalf) >> (kBlurBits - kBlurPassBits);
+      lanes[i] = reinterpret_cast<Int8>(rounded) - kMiddle;
+    }
+    store(pack(lanes[0], lanes[1]), to);
+  }
+
+  // Stores the sums of what store_once() stored, as bytes. Call carry() first.
+  void store_twice(bool published, uint8_t* to) const {
+    // In units of the high half. Beyond it there are only digits that rounding ignores.
+    constexpr int kBits = kBlurBits + kBlurPassBits - kLowBits;
+    const int32_t offset = (kMiddle << (kBlurBits - kLowBits)) + (published ? 0 : 1 << (kBits - 1));
+    store_bytes(pack((high_[0] + offset) >> kBits, (high_[1] + offset) >> kBits), to);
+  }
+
+  static constexpr int32_t kMiddle = 1 << 15;  // makes 16-bit numbers signed
 
  private:
-  static Unsigned8 wide(const uint8_t* from) { return reinterpret_cast<Unsigned8>(widen(from)); }
+  static constexpr int kLowBits = 10;
+  static constexpr int32_t kLow = (1 << kLowBits) - 1;
+  static constexpr uint32_t kHalf = 1u << (kBlurBits - kBlurPassBits - 1);
 
-  Unsigned8 low_, high_;
+  // Of the first and last four of each eight numbers.
+  Int8 high_[2] = {}, low_[2] = {};
 };
 
 // The blurred image, row by row.
@@ -81,52 +127,74 @@ class Blur {
   Blur(const Image& image, const Region& region)
       : image_(image), region_(region), mix_(colour_mix(region.weights, region.radius)) {
     const int64_t radius = region.radius;
-    rows_.resize(2 * radius + 1);
+    rows_.resize(2 * radius + 3);
     padded_.resize(3 * (image.width + 2 * radius) + kSlack);
     blurred_.resize(3 * image.width + kSlack);
+    const auto weight = [&](int64_t k) { return k > radius ? 0 : k == 0 ? region.weights[0] / 2 : region.weights[k]; };
+    for (int64_t k = 0; k <= radius; ++k) along_.emplace_back(weight(k), weight(k));
+    for (int64_t k = 0; k <= radius; k += 2) down_.emplace_back(weight(k), weight(k + 1));
   }
 
   // Pixels `columns` of row y, as RGB bytes; valid until the next call.
   const uint8_t* row(int64_t y, Range columns) {
     const int64_t radius = region_.radius, width = image_.width;
-    for (int64_t k = -radius; k <= radius; ++k) {
-      rows_[k + radius] = image_.pixels + reflect(y + k, image_.height) * width * 3;
+    for (int64_t k = -radius - 1; k <= radius + 1; ++k) {
+      rows_[k + radius + 1] = image_.pixels + reflect(y + k, image_.height) * width * 3;
     }
-    uint8_t* inner = padded_.data() + 3 * radius;  // column 0
+    int16_t* inner = padded_.data() + 3 * radius;  // column 0
     const Range reach{std::max<int64_t>(columns.begin - radius, 0), std::min(columns.end + radius, width)};
     blur_vertically(3 * reach.begin, 3 * reach.end, inner);
-    for (int64_t x = columns.begin - radius; x < 0; ++x) std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
-    for (int64_t x = width; x < columns.end + radius; ++x) {
-      std::memcpy(inner + 3 * x, inner + 3 * reflect(x, width), 3);
-    }
+    for (int64_t x = columns.begin - radius; x < 0; ++x) std::copy_n(inner + 3 * reflect(x, width), 3, inner + 3 * x);
+    for (int64_t x = width; x < columns.end + radius; ++x) std::copy_n(inner + 3 * reflect(x, width), 3, inner + 3 * x);
     blur_horizontally(inner, columns);
-    if (region_.colours) mix(blurred_.data() + 3 * columns.begin, columns.size());
+    if (region_.published) mix(blurred_.data() + 3 * columns.begin, columns.size());
     return blurred_.data() + 3 * columns.begin;
   }
 
  private:
   // Blurs the rows around y (17 at sigma 2) into one, bytes [begin, end).
-  void blur_vertically(int64_t begin, int64_t end, uint8_t* out) const {
-    const int64_t radius = region_.radius;
-    const uint32_t* weights = region_.weights;
+  void blur_vertically(int64_t begin, int64_t end, int16_t* out) const {
     int64_t i = begin;
-    for (; i + 16 <= end; i += 16) {
-      BlurSums sums(rows_[radius] + i, weights[0]);
-      for (int64_t k = 1; k <= radius; ++k) sums.add(rows_[radius - k] + i, rows_[radius + k] + i, weights[k]);
-      sums.store(out + i);
-    }
+    for (; i + 32 <= end; i += 32) blur_down<2>(i, out);
+    for (; i + 16 <= end; i += 16) blur_down<1>(i, out);
+    const uint8_t* const* centre = rows_.data() + region_.radius + 1;
     for (; i < end; ++i) {
-      uint32_t sum = rows_[radius][i] * weights[0];
-      for (int64_t k = 1; k <= radius; ++k) sum += (rows_[radius - k][i] + rows_[radius + k][i]) * weights[k];
-      out[i] = static_cast<uint8_t>(sum >> kBlurBits);
+      uint32_t sum = centre[0][i] * region_.weights[0];
+      for (int64_t k = 1; k <= region_.radius; ++k) sum += (centre[-k][i] + centre[k][i]) * region_.weights[k];
+      out[i] = static_cast<int16_t>(static_cast<int32_t>(blurred_once(sum, region_.published)) - BlurSums::kMiddle);
     }
   }
 
-  void blur_horizontally(const uint8_t* row, Range columns) {
-    for (int64_t i = 3 * columns.begin; i < 3 * columns.end; i += 16) {
-      BlurSums sums(row + i, region_.weights[0]);
-      for (int64_t k = 1; k <= region_.radius; ++k) sums.add(row + i - 3 * k, row + i + 3 * k, region_.weights[k]);
-      sums.store(blurred_.data() + i);
+  // Sixteen bytes each. The centre is added twice, at half its weight.
+  template <int kBlocks>
+  void blur_down(int64_t first, int16_t* out) const {
+    const uint8_t* const* centre = rows_.data() + region_.radius + 1;
+    BlurSums sums[kBlocks];
+    for (int64_t k = 0; k <= region_.radius; k += 2) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const auto both = [&](int64_t row) {
+          return widen_short(centre[-row] + first + 16 * b) + widen_short(centre[row] + first + 16 * b);
+        };
+        sums[b].add(both(k), both(k + 1), down_[k / 2]);
+      }
+    }
+    for (int b = 0; b < kBlocks; ++b) sums[b].store_once(region_.published, out + first + 16 * b);
+  }
+
+  void blur_horizontally(const int16_t* row, Range columns) {
+    constexpr int kBlocks = 2;
+    for (int64_t i = 3 * columns.begin; i < 3 * columns.end; i += 16 * kBlocks) {
+      BlurSums sums[kBlocks];
+      for (int64_t begin = 0; begin <= region_.radius; begin += BlurSums::kMaxAdditions) {
+        const int64_t end = std::min(begin + BlurSums::kMaxAdditions, region_.radius + 1);
+        for (int64_t k = begin; k < end; ++k) {
+          for (int b = 0; b < kBlocks; ++b) {
+            sums[b].add(load(row + i + 16 * b - 3 * k), load(row + i + 16 * b + 3 * k), along_[k]);
+          }
+        }
+        for (BlurSums& block : sums) block.carry();
+      }
+      for (int b = 0; b < kBlocks; ++b) sums[b].store_twice(region_.published, blurred_.data() + i + 16 * b);
     }
   }
 
@@ -139,9 +207,10 @@ class Blur {
 
   Image image_;
   Region region_;
-  std::vector<const uint8_t*> rows_;
-  std::vector<uint8_t> padded_;   // a row blurred vertically, with mirrored ends
-  std::vector<uint8_t> blurred_;  // a row blurred in both directions
+  std::vector<BlurSums::Weights> down_, along_;
+  std::vector<const uint8_t*> rows_;  // one more on each side than the blur reads, since rows are added in pairs
+  std::vector<int16_t> padded_;       // a row blurred vertically, with mirrored ends
+  std::vector<uint8_t> blurred_;      // a row blurred in both directions
   ColourMix mix_;
 };
 

@@ -17,11 +17,11 @@ def focused_region(
     object_mask: Tensor,  # [H, W] bool, not empty
     sigma: float,
     weights: Sequence[int],
-    colours: bool,
+    published: bool,
 ) -> Tensor:  # [H, W, 3] uint8
     """As in reference.py, for contiguous tensors."""
     region: Tensor = torch.ops.scenarioclip_fast_C.focused_region(
-        image, subject_mask, object_mask, sigma, weights, colours
+        image, subject_mask, object_mask, sigma, weights, published
     )
     return region
 
@@ -36,7 +36,7 @@ def render_views(
     std: Sequence[float],
     sigma: float,
     weights: Sequence[int],
-    colours: bool,
+    published: bool,
     out: Tensor,  # [V, 3, S, S], contiguous in either memory format
 ) -> None:
     """As in reference.py, for contiguous tensors."""
@@ -51,7 +51,7 @@ def render_views(
         std,
         sigma,
         weights,
-        colours,
+        published,
         channels_last,
         out.permute(0, 2, 3, 1) if channels_last else out,
     )

@@ -42,7 +42,8 @@ def focused_region(
         subject_mask, object_mask: bool [H, W] on the image's device; the result is symmetric in them.
         sigma: of the Gaussian falloff around each centre of mass, in source pixels.
         blur_sigma: of the background's Gaussian blur in source pixels, truncated at 4 sigma; 0: no blur.
-        blur: "rgb" blurs the two image axes, "reference" also the colour axis, as the published code does.
+        blur: "rgb" blurs the two image axes and rounds once, to the nearest byte. "reference" also blurs the colour
+            axis and truncates to bytes after each of the three, as the published code does.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:
@@ -60,9 +61,9 @@ def focused_region(
             )
         if mask.device != image.device:
             raise ValueError(f"{name}: got a tensor on {mask.device}, expected {image.device} like the image")
-    weights, colours = _blur(sigma, blur_sigma, blur)
+    weights, published = _blur(sigma, blur_sigma, blur)
     backend = dispatch.resolve("focused_region", backend, image.device.type)
-    region: Tensor = _focused_region(image, subject_mask, object_mask, sigma, weights, colours, backend)
+    region: Tensor = _focused_region(image, subject_mask, object_mask, sigma, weights, published, backend)
     return region
 
 
@@ -114,7 +115,7 @@ def render_views(
     for name, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != 3 or (name == "std" and min(numbers) <= 0):
             raise ValueError(f"{name}: got {list(numbers)}, expected three numbers{' above 0' * (name == 'std')}")
-    weights, colours = _blur(sigma, blur_sigma, blur)
+    weights, published = _blur(sigma, blur_sigma, blur)
     for i, image in enumerate(images):
         _check_tensor(f"images[{i}]", image)
     device = images[0].device if len(images) else torch.device("cpu")
@@ -127,7 +128,7 @@ def render_views(
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     else:
         _check_out(out, shape, dtype, memory_format, device)
-    _render_views(list(images), views.tensors, list(mean), list(std), sigma, weights, colours, out, backend)
+    _render_views(list(images), views.tensors, list(mean), list(std), sigma, weights, published, out, backend)
     return out
 
 
@@ -189,7 +190,7 @@ def _focused_region(
     object_mask: Tensor,
     sigma: float,
     weights: list[int],
-    colours: bool,
+    published: bool,
     backend: str,
 ) -> Tensor:
     for name, mask in (("subject_mask", subject_mask), ("object_mask", object_mask)):
@@ -197,7 +198,7 @@ def _focused_region(
             raise ValueError(f"{name}: got an empty mask, expected at least one pixel: it has no centre of mass")
     masks = (subject_mask.contiguous(), object_mask.contiguous())
     region: Tensor = dispatch.implementation("focused_region", backend).focused_region(
-        image.contiguous(), *masks, sigma, weights, colours
+        image.contiguous(), *masks, sigma, weights, published
     )
     return region
 
@@ -215,7 +216,7 @@ def _render_views(
     std: list[float],
     sigma: float,
     weights: list[int],
-    colours: bool,
+    published: bool,
     out: Tensor,
     backend: str,
 ) -> None:
@@ -232,7 +233,7 @@ def _render_views(
         std,
         sigma,
         weights,
-        colours,
+        published,
         out,
     )
 

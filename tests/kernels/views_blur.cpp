@@ -8,26 +8,42 @@
 
 namespace {
 
+using scf::BlurGroup;
 using scf::BlurQuad;
 using Bytes = std::vector<uint8_t>;  // [height, width, 3]
 
 constexpr uint32_t kUntouched = 7;
 constexpr int kGuard = 4;  // quads after the output
 
-Bytes blurred_along(const Bytes& image, int height, int width, const scf::BlurWeights& weights, bool vertical) {
-  Bytes out(image.size());
+// Exact weighted sums along one axis.
+template <class Value>
+std::vector<uint64_t> blurred_along(const std::vector<Value>& image, int height, int width,
+                                    const scf::BlurWeights& weights, bool vertical) {
+  std::vector<uint64_t> out(image.size());
   for (int y = 0; y < height; ++y) {
     for (int x = 0; x < width; ++x) {
       for (int colour = 0; colour < 3; ++colour) {
-        uint32_t sum = 0;
+        uint64_t sum = 0;
         for (int k = -weights.radius; k <= weights.radius; ++k) {
           const auto row = vertical ? scf::reflect(y + k, height) : y;
           const auto column = vertical ? x : scf::reflect(x + k, width);
-          sum += image[3 * (row * width + column) + colour] * weights.value[std::abs(k)];
+          sum += uint64_t{image[3 * (row * width + column) + colour]} * weights.value[std::abs(k)];
         }
-        out[3 * (y * width + x) + colour] = static_cast<uint8_t>(sum >> scf::kBlurBits);
+        out[3 * (y * width + x) + colour] = sum;
       }
     }
+  }
+  return out;
+}
+
+// Rows, then columns: rounded to 1/256 and then to a byte; the published blur truncates to bytes.
+Bytes blurred(const Bytes& image, int height, int width, const scf::BlurWeights& weights) {
+  std::vector<uint64_t> sums = blurred_along(image, height, width, weights, true);
+  for (uint64_t& sum : sums) sum = weights.published ? sum >> 24 << 8 : (sum + (1 << 15)) >> 16;
+  sums = blurred_along(sums, height, width, weights, false);
+  Bytes out(image.size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = static_cast<uint8_t>((sums[i] + (weights.published ? 0 : uint64_t{1} << 31)) >> 32);
   }
   return out;
 }
@@ -36,7 +52,7 @@ uint32_t expected_pixel(const uint8_t* rgb, const scf::BlurWeights& weights) {
   uint32_t pixel = 0;
   for (int colour = 0; colour < 3; ++colour) {
     const uint32_t value =
-        weights.colours ? scf::mix_colour(weights.mix.weight[colour], rgb[0], rgb[1], rgb[2]) : rgb[colour];
+        weights.published ? scf::mix_colour(weights.mix.weight[colour], rgb[0], rgb[1], rgb[2]) : rgb[colour];
     pixel |= value << 8 * colour;
   }
   return pixel;
@@ -44,26 +60,25 @@ uint32_t expected_pixel(const uint8_t* rgb, const scf::BlurWeights& weights) {
 
 // Returns the number of wrong pixels of a window, and of touched ones behind it. kRadius: as in blur.h.
 template <int kRadius>
-int wrong_pixels(int height, int width, int radius, const scf::BlurWindow& window, bool colours) {
+int wrong_pixels(int height, int width, int radius, const scf::BlurWindow& window, bool published) {
   std::mt19937 random(height * 1000 + width);
   Bytes pixels(3 * height * width);
   for (uint8_t& value : pixels) value = static_cast<uint8_t>(random());
   scf::BlurWeights weights{};
   weights.radius = radius;
-  weights.colours = colours;
+  weights.published = published;
   const uint32_t one = 1u << scf::kBlurBits;
   uint32_t side = 0;
   for (int k = 1; k <= radius; ++k) side += weights.value[k] = one / (2 * radius + 1 + k);
   weights.value[0] = one - 2 * side;
   weights.mix = scf::colour_mix(weights.value, radius);
-  const Bytes expected =
-      blurred_along(blurred_along(pixels, height, width, weights, true), height, width, weights, false);
+  const Bytes expected = blurred(pixels, height, width, weights);
 
   const scf::Image image{pixels.data(), height, width};
-  std::vector<BlurQuad> shared_memory(scf::blur_shared_bytes(radius) / sizeof(BlurQuad));
+  std::vector<BlurGroup> shared_memory(scf::blur_shared_bytes(radius) / sizeof(BlurGroup));
   std::vector<BlurQuad> output(window.bytes() / sizeof(BlurQuad) + kGuard,
                                BlurQuad{{kUntouched, kUntouched, kUntouched, kUntouched}});
-  auto* shared = reinterpret_cast<uint32_t*>(shared_memory.data());
+  auto* shared = reinterpret_cast<uint16_t*>(shared_memory.data());
   auto* out = reinterpret_cast<uint32_t*>(output.data());
   for (int index = 0; index < window.tiles(); ++index) {
     const scf::BlurTile tile = scf::blur_tile(window, index);
