@@ -35,7 +35,6 @@ from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 from scenarioclip_fast.data.decode import decode_with_pillow
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import render_views
-from scenarioclip_fast.ops.view_batch import pixel_box
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, lower_views
 from scenarioclip_fast.requirements import import_problem
 
@@ -143,8 +142,7 @@ def step_by_step(scene: Scene, kind: str, size: int) -> list[Tensor]:
 
 
 def boxed(image: Bytes, box: tuple[float, float, float, float]) -> Bytes:
-    height, width = image.shape[:2]
-    x1, y1, x2, y2 = pixel_box(np.array([box]), np.array([height]), np.array([width]))[0]
+    x1, y1, x2, y2 = (max(int(edge), 0) for edge in box)
     out = np.zeros_like(image)
     out[y1:y2, x1:x2] = image[y1:y2, x1:x2]
     return out

@@ -196,7 +196,7 @@ class ViewLowering {
     return true;
   }
 
-  // The pixels that the box of a masked view touches, zeros for the others.
+  // The box of a masked view, truncated to whole pixels, at least one; zeros for the others.
   static bool lower_box(int32_t kind, const double* box, const int64_t* shape, int32_t* row) {
     std::fill_n(row, 4, 0);
     if (kind != kMasked) return true;
@@ -206,11 +206,12 @@ class ViewLowering {
     }
     for (int axis = 0; axis < 2; ++axis) {
       const auto low = static_cast<int64_t>(std::floor(std::clamp(box[axis], -kLimit, kLimit)));
-      const auto high = static_cast<int64_t>(std::ceil(std::clamp(box[axis + 2], -kLimit, kLimit)));
+      const double high = std::clamp(box[axis + 2], -kLimit, kLimit);
       const int64_t edge = shape[1 - axis];
-      row[axis] = static_cast<int32_t>(std::clamp<int64_t>(low, 0, edge));
-      row[axis + 2] = static_cast<int32_t>(std::clamp<int64_t>(std::max(high, low + 1), 0, edge));
-      if (row[axis] >= row[axis + 2]) return false;
+      if (low >= edge || std::max(static_cast<int64_t>(std::ceil(high)), low + 1) <= 0) return false;
+      const int64_t first = std::max<int64_t>(low, 0);
+      row[axis] = static_cast<int32_t>(first);
+      row[axis + 2] = static_cast<int32_t>(std::clamp<int64_t>(static_cast<int64_t>(high), first + 1, edge));
     }
     return true;
   }

@@ -19,7 +19,7 @@ from scenarioclip_fast.data.scene import Mask, Scene, has_masks
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.ops.view_batch import is_empty, pixel_box
+from scenarioclip_fast.ops.view_batch import is_empty, masked_box
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
@@ -94,7 +94,7 @@ def _area(mask: Mask) -> int:
 def _outside_centre(boxes: Tensor, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Mark boxes outside the centre crop of the image, the only part that a masked view shows."""
     ones = np.ones(len(boxes), int)
-    pixels = pixel_box(boxes.numpy(), ones * height, ones * width)
+    pixels = masked_box(boxes.numpy(), ones * height, ones * width)
     side = min(height, width)
     corner = np.array([(width - side) / 2, (height - side) / 2])
     low, high = np.maximum(pixels[:, :2], np.floor(corner)), np.minimum(pixels[:, 2:], np.ceil(corner + side))

@@ -58,8 +58,9 @@ class Views(ViewBatch):
 
         Args:
             scenes: image i of the batch is the image of scenes[i].
-            object_view: "masked": the image, black outside the box (as in the paper); "crop": a square window around
-                the box, 10 % wider on each side, shifted into the image if it fits, otherwise black outside the image.
+            object_view: "masked": the image, black outside the box, whose edges are truncated to whole pixels (as
+                published); "crop": a square window around the box, 10 % wider on each side, shifted into the image if
+                it fits, otherwise black outside the image.
             relation_view: "focused": the focused region of the relation's two masks (as in the paper). The other two
                 are for ablations and for data without masks. "scene": the whole image, i.e. a focused region without
                 masks, weights and blur; it does not show which of the image's relations is meant. "box": a crop, as for

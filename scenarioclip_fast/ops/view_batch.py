@@ -22,7 +22,8 @@ class ViewBatch:
         source: int32 [V, 4], x1, y1, x2, y2 of the source window in pixels; black beyond the edges of the image.
         stretch: bool [V]; True: the window is resized to the whole view. False: its short side is resized to the
             view's side, and the centre is cropped.
-        box: float64 [V, 4], the object's box in pixels; a masked view is black outside it. Zeros without an object.
+        box: float64 [V, 4], the object's box in pixels; a masked view is black outside it, its edges truncated to
+            integers. Zeros without an object.
         mask: int64 [V, 2], the two masks of a relation, -1 for none.
         augment: float32 [V, 5]; factors of brightness, contrast and saturation, hue shift in turns, blur sigma in
             pixels of the view (0: none).
@@ -73,6 +74,21 @@ def pixel_box(
     high = np.maximum(np.ceil(box[:, 2:].clip(-limit, limit)).astype(np.int64), low + 1)
     edge = np.stack([width, height], axis=1)
     return np.concatenate([low.clip(0, edge), high.clip(0, edge)], axis=1)
+
+
+def masked_box(
+    box: NDArray[np.float64],  # [n, 4] x1, y1, x2, y2
+    height: NDArray[np.int64],  # [n]
+    width: NDArray[np.int64],  # [n]
+) -> NDArray[np.int64]:  # [n, 4]
+    """Return the pixels that a masked view shows: edges truncated to integers, as published, but at least one pixel.
+
+    Clipped to the image; empty for a box outside it.
+    """
+    pixels = pixel_box(box, height, width)
+    high = np.fmin(box[:, 2:], pixels[:, 2:]).clip(0).astype(np.int64)  # fmin: not NaN, which has no pixels
+    pixels[:, 2:] = np.minimum(np.maximum(high, pixels[:, :2] + 1), pixels[:, 2:])
+    return pixels
 
 
 def is_empty(box: NDArray[np.int64]) -> NDArray[np.bool_]:  # [n, 4] -> [n]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch, native
 from scenarioclip_fast.kernels.views import reference
-from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
+from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, masked_box
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -330,7 +330,7 @@ def _pixel_boxes(views: ViewBatch, shapes: NDArray[np.int64]) -> NDArray[np.int6
     """Return the boxes of masked views, zeros for the others."""
     masked = views.kind.numpy() == reference.MASKED
     box = np.zeros((len(views), 4), np.int64)
-    box[masked] = pixel_box(views.box.numpy()[masked], shapes[masked, 0], shapes[masked, 1])
+    box[masked] = masked_box(views.box.numpy()[masked], shapes[masked, 0], shapes[masked, 1])
     _reject(
         views,
         masked & is_empty(box),

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scenarioclip_fast.kernels.views.reference import BOX_X1, BOX_Y2
 
 from scenarioclip_fast import native
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 from scenarioclip_fast.data.views import _in_order
-from scenarioclip_fast.ops.views import lower_views
+from scenarioclip_fast.ops.view_batch import is_empty, masked_box
+from scenarioclip_fast.ops.views import _compiled_plan, lower_views
 
 SIZES = [(40, 60), (33, 17), (480, 640), (1, 5)]
 
@@ -56,6 +58,26 @@ def test_compiled_planning_equals_python(train: bool, object_view: str, monkeypa
         for got, expected in zip(plans, plain_plans, strict=True):
             for a, b in zip(got, expected, strict=True):
                 assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_compiled_boxes_equal_python() -> None:
+    if native.host() is None:
+        pytest.skip("scenarioclip_fast._native.host is not built")
+    height, width = 33, 17
+    image = torch.zeros(height, width, 3, dtype=torch.uint8)
+    views = Views.of_scenes([Scene("a", image, "", [SceneObject("thing", (0, 0, 1, 1))], [])]).select(torch.tensor([1]))
+    values = np.array([-1e300, -9, -1, -0.7, -0.0, 0.3, 0.9, 1, 5.5, 16.2, 17, 17.5, 32.9, 33, 40, np.inf, np.nan])
+    empty = 0
+    for box in np.random.default_rng(0).choice(values, (3000, 4)):
+        views.box[0] = torch.from_numpy(box)
+        plan = _compiled_plan(views, [image], 8)
+        expected = masked_box(box[None], np.array([height]), np.array([width]))
+        if is_empty(expected).any():
+            empty += 1
+            assert plan is None, box
+        else:
+            assert plan is not None and plan[0, BOX_X1 : BOX_Y2 + 1].tolist() == expected[0].tolist(), box
+    assert 100 < empty < 2900
 
 
 def test_mask_table_decodes_every_length_of_number() -> None:

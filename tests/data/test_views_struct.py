@@ -15,7 +15,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.views import CROP_MARGIN, Views
-from scenarioclip_fast.ops.view_batch import pixel_box
+from scenarioclip_fast.ops.view_batch import is_empty, masked_box, pixel_box
 from scenarioclip_fast.ops.views import render_views
 
 HEIGHT, WIDTH = 40, 60
@@ -82,22 +82,31 @@ def test_no_scenes() -> None:
     assert len(views) == 0 and views.mask_start.tolist() == [0]
 
 
-def test_pixel_box() -> None:
-    boxes = np.array(
-        [
-            [1, 2, 5, 6],
-            [1.2, 2.9, 4.1, 5.01],
-            [3, 3, 3, 3],
-            [-9, -9, 2, 2],
-            [59, 39, 99, 99],
-            [60, 0, 70, 5],
-            [5, -7, 9, -1],
-        ],
-        float,
-    )
-    got = pixel_box(boxes, np.full(7, HEIGHT), np.full(7, WIDTH))
-    assert got[:5].tolist() == [[1, 2, 5, 6], [1, 2, 5, 6], [3, 3, 4, 4], [0, 0, 2, 2], [59, 39, 60, 40]]
-    assert ((got[5:, 2:] <= got[5:, :2]).any(1)).all()
+@pytest.mark.parametrize(
+    ("box", "touched", "truncated"),
+    [
+        ((1, 2, 5, 6), [1, 2, 5, 6], [1, 2, 5, 6]),
+        ((1.2, 2.9, 4.1, 5.01), [1, 2, 5, 6], [1, 2, 4, 5]),
+        ((1.2, 2.1, 1.9, 8.99), [1, 2, 2, 9], [1, 2, 2, 8]),
+        ((0.9, 2.0, 1.1, 3.0), [0, 2, 2, 3], [0, 2, 1, 3]),
+        ((3, 3, 3, 3), [3, 3, 4, 4], [3, 3, 4, 4]),
+        ((-9, -9, 2, 2), [0, 0, 2, 2], [0, 0, 2, 2]),
+        ((-0.7, -0.2, 0.6, 9.5), [0, 0, 1, 10], [0, 0, 1, 9]),
+        ((59, 39, 99, 99), [59, 39, 60, 40], [59, 39, 60, 40]),
+        ((59.9, 39.9, 60, 40), [59, 39, 60, 40], [59, 39, 60, 40]),
+        ((60, 0, 70, 5), None, None),
+        ((5, -7, 9, -1), None, None),
+        ((-0.7, 3, -0.2, 9), None, None),
+        ((1, 2, 5, np.nan), None, None),
+    ],
+)
+def test_pixels_of_a_box(box: tuple[float, ...], touched: list[int] | None, truncated: list[int] | None) -> None:
+    for function, expected in ((pixel_box, touched), (masked_box, truncated)):
+        got = function(np.array([box], float), np.array([HEIGHT]), np.array([WIDTH]))
+        if expected is None:
+            assert is_empty(got).all(), got
+        else:
+            assert got.tolist() == [expected]
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,15 @@ def scipy_region(
     return np.where((mask1 | mask2)[..., None], focused, blurred)
 
 
+def boxed(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """Black outside the box, with edges truncated as published; unlike there, at least one pixel remains."""
+    picture, (x1, y1, x2, y2) = Image.fromarray(image), map(int, box)
+    box = (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
+    out = Image.new("RGB", picture.size)
+    out.paste(picture.crop(box), box)
+    return np.asarray(out)
+
+
 def pillow_view(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the short side to `size`, bicubic with antialiasing, and crop the centre."""
     height, width = image.shape[:2]
@@ -294,14 +303,45 @@ def test_evaluation_views_equal_pillow(shape: tuple[int, int], size: int, backen
     got = render_views([torch.from_numpy(image)], views, size=size, backend=backend)
     assert got.shape == (5, 3, size, size)
 
-    x1, y1, x2, y2 = pixel_box(np.array([box]), np.array([height]), np.array([width]))[0]
-    boxed = np.zeros_like(image)
-    boxed[y1:y2, x1:x2] = image[y1:y2, x1:x2]
     region = scipy_region(image, *masks, 100.0, 2.0, "rgb")
-    for v, source, share in ((0, image, 1), (1, boxed, 1), (4, region, 0.999 if min(shape) > 1 else 0.9)):
-        assert_close(bytes_of(got[v]), pillow_view(source, size), views.describe(v), share=share)
+    share = 0.999 if min(shape) > 1 else 0.9
+    assert_close(bytes_of(got[4]), pillow_view(region, size), views.describe(4), share=share)
     # Without a truncation before it, the resize is bit-exact.
-    assert np.abs(bytes_of(got[0]) - pillow_view(image, size)).max() < 1e-2
+    for v, source in ((0, image), (1, boxed(image, box))):
+        assert np.abs(bytes_of(got[v]) - pillow_view(source, size)).max() < 1e-2, views.describe(v)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (10.0, 12.0, 30.0, 40.0),
+        (10.99, 12.01, 30.01, 40.99),
+        (-0.7, -0.99, 12.5, 59.999),  # as boxes within the slack of packing
+        (20.0, 0.0, 60.9, 0.9),
+        (33.3, 20.5, 33.9, 20.6),  # narrower than a pixel: the published view is black
+        (33.9, 20.5, 34.1, 40.0),
+        (-0.7, 10.0, 0.3, 20.0),
+        (5.0, 5.0, 5.0, 5.0),
+        (59.3, 59.3, 90.0, 70.0),
+    ],
+)
+def test_masked_objects_equal_the_published_ones(box: tuple[float, ...], backend: str) -> None:
+    image = make_image(60, 60) | 1  # not black anywhere
+    got = render_views([torch.from_numpy(image)], Views.of_scenes([scene(image, [box])]), size=60, backend=backend)
+    assert np.abs(bytes_of(got[1]) - boxed(image, box)).max() < 1e-2
+    assert (bytes_of(got[1]) > 0.5).any()
+
+
+def test_masked_objects_of_photos(backend: str) -> None:
+    if not PHOTOS.is_dir():
+        pytest.skip(f"no photos at {PHOTOS}: set SCENARIOCLIP_FAST_PHOTOS")
+    data = json.loads((PHOTOS / "metadata.json").read_text())["data"]
+    for entry in data[:: 16 if backend == "reference" else 4]:  # for the time of Pillow's views
+        image = np.array(Image.open(PHOTOS / entry["image_path"]).convert("RGB"))
+        boxes = [box for _, box in entry["objects"]]
+        got = render_views([torch.from_numpy(image)], Views.of_scenes([scene(image, boxes)]), backend=backend)
+        for view, box in zip(got[1:], boxes, strict=True):
+            assert np.abs(bytes_of(view) - pillow_view(boxed(image, box), 224)).max() < 1e-2, (entry["id"], box)
 
 
 @pytest.mark.parametrize("fast", FAST)
