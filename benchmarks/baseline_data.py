@@ -99,7 +99,8 @@ class PublishedScenes(Dataset[Levels]):
 
 def masked(pixels: NDArray[np.uint8], box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
     out = np.zeros_like(pixels)
-    inside = np.s_[int(box[1]) : int(np.ceil(box[3])), int(box[0]) : int(np.ceil(box[2]))]
+    x1, y1, x2, y2 = map(int, box)
+    inside = np.s_[y1:y2, x1:x2]
     out[inside] = pixels[inside]
     return out
 

@@ -157,7 +157,7 @@ def focused(image: Bytes, subject: NDArray[np.bool_], other: NDArray[np.bool_], 
     r1, r2 = np.exp(-(d1**2) / (2 * sigma**2)) * subject, np.exp(-(d2**2) / (2 * sigma**2)) * other
     both = np.where(d1 + d2 > 0, d1 + d2, 1)
     weight = r1 * (d2 / both) + r2 * (d1 / both)
-    blurred = ndimage.gaussian_filter(image, (2, 2, 0))
+    blurred = np.rint(ndimage.gaussian_filter(image, (2, 2, 0), output=np.float32)).astype(np.uint8)
     return np.where((subject | other)[..., None], (image * weight[..., None]).astype(np.uint8), blurred)
 
 
