@@ -1,6 +1,7 @@
 // scenarioclip_fast._native.host: work on Python and NumPy objects, without torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <optional>
@@ -10,6 +11,7 @@
 
 #include "jpeg.h"
 #include "rle.h"
+#include "segments.h"
 #include "views.h"
 
 namespace py = pybind11;
@@ -28,6 +30,33 @@ py::array_t<int64_t> rle_decompress(const py::bytes& counts) {
   py::array_t<int64_t> runs(static_cast<py::ssize_t>(scf::rle_count(text)));
   scf::rle_decompress(text, runs.mutable_data());
   return runs;
+}
+
+// A COCO string and a box for each of the distinct ids, or None for an id without pixels.
+py::list segment_masks(const Dense<uint8_t>& pixels, const std::vector<int64_t>& ids) {
+  if (pixels.ndim() != 3 || pixels.shape(2) != 3) {
+    throw std::invalid_argument("got pixels of another shape, expected [height, width, 3]");
+  }
+  std::vector<scf::Segment> segments;
+  std::vector<std::string> texts(ids.size());
+  {
+    const py::gil_scoped_release release;
+    segments = scf::find_segments(pixels.data(), pixels.shape(0), pixels.shape(1), ids);
+    for (size_t k = 0; k < ids.size(); ++k) {
+      const std::vector<int64_t>& runs = segments[k].runs;
+      if (!segments[k].empty()) texts[k] = scf::rle_compress(runs.data(), static_cast<int64_t>(runs.size()));
+    }
+  }
+  py::list found;
+  for (size_t k = 0; k < ids.size(); ++k) {
+    const auto& box = segments[k].box;
+    if (segments[k].empty()) {
+      found.append(py::none());
+    } else {
+      found.append(py::make_tuple(texts[k], py::make_tuple(box[0], box[1], box[2], box[3])));
+    }
+  }
+  return found;
 }
 
 py::object jpeg_header(const py::bytes& data) {
@@ -164,6 +193,10 @@ PYBIND11_MODULE(host, m) {
   m.def("rle_compress", &rle_compress, py::arg("runs"), "Encode run lengths, int64 [n], as COCO's string.");
   m.def("rle_decompress", &rle_decompress, py::arg("counts"),
         "Decode COCO's string to run lengths; ValueError if malformed.");
+  m.def(
+      "segment_masks", &segment_masks, py::arg("pixels"), py::arg("ids"),
+      "(COCO's string, (x1, y1, x2, y2)) of each of the distinct ids in a panoptic image, uint8 [H, W, 3]; None for an "
+      "id without pixels.");
   m.def("mask_table", &mask_table, py::arg("masks"), py::arg("sizes"),
         "(run lengths, where those of each mask begin) of RLE masks, int32 [R] and int64 [M + 1]; None if one is "
         "unusual or invalid.");

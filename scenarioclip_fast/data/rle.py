@@ -8,6 +8,7 @@ Source: the COCO API's `maskApi.c` (format only).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,50 @@ def mask_runs(
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first = [0, 0] if flat[0] else [0]
     return np.diff(np.concatenate([first, edges, [flat.size]]).astype(np.int64))
+
+
+def encode_segments(
+    pixels: NDArray[np.uint8],  # [H, W, 3]
+    ids: Sequence[int],
+) -> list[tuple[dict[str, Any], tuple[int, int, int, int]] | None]:
+    """Encode segments of a panoptic image, whose pixels hold the segment's id as R + 256 G + 65536 B.
+
+    Args:
+        ids: of the segments, distinct.
+
+    Returns:
+        The RLE and the bounding box (x1, y1, x2, y2, the last two exclusive) of each segment; None if it has no pixels.
+
+    Raises:
+        ValueError: wrong shape or dtype, or repeated ids.
+    """
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"got pixels of shape {list(pixels.shape)}, {pixels.dtype}, expected uint8 [H, W, 3]")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"got {len(ids)} ids with repetitions, expected distinct ids")
+    size = list(pixels.shape[:2])
+    if (host := native.host()) is not None:
+        found = host.segment_masks(pixels, list(ids))
+        return [None if one is None else ({"size": list(size), "counts": one[0]}, one[1]) for one in found]
+    height = size[0]
+    labels = pixels.transpose(1, 0, 2).reshape(-1, 3).astype(np.int64) @ [1, 256, 65536]  # in column order
+    starts = np.flatnonzero(np.diff(labels, prepend=-1))
+    ends = np.append(starts[1:], labels.size)
+    masks: list[tuple[dict[str, Any], tuple[int, int, int, int]] | None] = []
+    for segment in ids:
+        mine = labels[starts] == segment
+        if not mine.any():
+            masks.append(None)
+            continue
+        first, last = starts[mine], ends[mine] - 1  # of the segment's runs of ones
+        runs = np.diff(np.stack([first, last + 1], 1).ravel(), prepend=0)
+        runs = np.append(runs, labels.size - last[-1] - 1) if last[-1] + 1 < labels.size else runs
+        one_column = first // height == last // height
+        top = int(np.where(one_column, first % height, 0).min())
+        bottom = int(np.where(one_column, last % height, height - 1).max()) + 1
+        box = (int(first[0] // height), top, int(last[-1] // height) + 1, bottom)
+        masks.append(({"size": list(size), "counts": compress(runs)}, box))
+    return masks
 
 
 def compress(runs: NDArray[np.int64]) -> str:

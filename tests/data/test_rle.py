@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 
-MASKS = hnp.arrays(np.bool_, st.tuples(st.integers(1, 23), st.integers(1, 23)))
+MASKS_SHAPE = st.tuples(st.integers(1, 23), st.integers(1, 23))
+MASKS = hnp.arrays(np.bool_, MASKS_SHAPE)
 
 
 @pytest.fixture(params=["numpy", "native"], autouse=True, scope="module")
@@ -111,3 +112,50 @@ def test_any_bytes_decode_or_raise(codec: None, counts: bytes, height: int, widt
 def test_encode_rejects(mask: np.ndarray) -> None:
     with pytest.raises(ValueError, match="expected bool"):
         rle.encode(mask)
+
+
+def segment_pixels(labels: np.ndarray) -> np.ndarray:
+    return np.stack([labels >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
+
+
+# Ids that differ in one channel only.
+LABELS = hnp.arrays(np.int64, MASKS_SHAPE, elements=st.sampled_from([0, 1, 256, 65536, 0xFFFFFF]))
+
+
+@given(LABELS)
+@settings(max_examples=60, deadline=None)
+def test_segments_are_the_masks_of_their_ids(codec: None, labels: np.ndarray) -> None:
+    ids = [0xFFFFFF, 1, 256, 7, 65536]
+    for one, found in zip(ids, rle.encode_segments(segment_pixels(labels), ids), strict=True):
+        mask = labels == one
+        if not mask.any():
+            assert found is None
+            continue
+        assert found is not None
+        y, x = mask.nonzero()
+        assert found == (rle.encode(mask), (x.min(), y.min(), x.max() + 1, y.max() + 1))
+
+
+def test_segments_of_a_view_that_is_not_contiguous(codec: None) -> None:
+    labels = np.arange(24).reshape(4, 6) % 3
+    pixels = np.repeat(segment_pixels(labels), 2, axis=1)[:, ::2]
+    assert not pixels.flags.c_contiguous
+    ((code, _),) = rle.encode_segments(pixels, [2])  # type: ignore[misc]
+    assert code == rle.encode(labels == 2)
+
+
+def test_segments_of_an_empty_image(codec: None) -> None:
+    assert rle.encode_segments(np.zeros((0, 5, 3), np.uint8), [0, 1]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "ids", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), [1], r"\[4, 4\], uint8, expected uint8 \[H, W, 3\]"),
+        (np.zeros((4, 4, 3), np.int64), [1], "int64, expected uint8"),
+        (np.zeros((4, 4, 3), np.uint8), [1, 1], "got 2 ids with repetitions"),
+    ],
+)
+def test_unusable_segments(codec: None, pixels: np.ndarray, ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rle.encode_segments(pixels, ids)
