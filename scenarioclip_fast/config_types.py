@@ -8,17 +8,19 @@ import types
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from scenarioclip_fast.errors import UserError
 
-EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}
+EXPECTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def check_types(config: Any, prefix: str = "") -> None:
     """Check each field of a config dataclass against its annotation, in `__post_init__`.
 
-    NumPy scalars become Python's, paths become strings and lists become tuples, also in a frozen dataclass.
+    NumPy scalars become Python's, paths become strings unless the field is a Path, and lists become tuples, also in a
+    frozen dataclass.
 
     Raises:
         UserError: the first wrong value; the message gives its name after `prefix`, the value, and what was expected.
@@ -116,4 +118,8 @@ def _text(value: Any) -> str | None:
     return str(os.fsdecode(value)) if isinstance(value, str | os.PathLike) else None
 
 
-_SCALARS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _float, bool: _bool, str: _text}
+def _path(value: Any) -> Path | None:
+    return Path(value) if isinstance(value, str) and value else None
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _float, bool: _bool, str: _text, Path: _path}

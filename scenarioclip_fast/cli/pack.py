@@ -40,8 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; or data "
-        "set in another registered format",
+        help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; "
+        "annotations of PSG, COCO panoptic, Visual Genome or SWiG; or data set in another registered format",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
     parser.add_argument(
@@ -50,6 +50,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="auto",
         metavar="FORMAT",
         help="format of SOURCE: one of %(choices)s (default: auto, which detects it)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the images of a psg, coco-panoptic, visual-genome or swig data set are, and its panoptic PNGs "
+        "(default: beside the annotations, as the data set is published)",
+    )
+    parser.add_argument(
+        "--actions",
+        type=Path,
+        metavar="FILE",
+        help="the actions of a psg, coco-panoptic or visual-genome data set, which has none: JSON object of texts by "
+        "image id or file name, COCO captions_*.json, or a directory of these (default: scenes without an action)",
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(
@@ -102,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         force=args.force,
         max_pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
+        images=args.images,
+        actions=args.actions,
     )
     if report.up_to_date:
         print(report)

@@ -32,7 +32,7 @@ from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter, rejection_lines
-from scenarioclip_fast.data.sources.base import Reader, Source
+from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Source, SourceOptions, fingerprint_files
 from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
 from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
@@ -93,7 +93,7 @@ class PackOptions:
     val: float = 0.1
     test: float = 0.2
     split: str = "given"
-    max_pixels: int = MAX_PIXELS
+    source: SourceOptions = field(default_factory=SourceOptions)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -102,14 +102,17 @@ class PackOptions:
         if self.shard_size < 1:
             raise UserError(f"shard size: got {self.shard_size}, expected at least 1")
         check_fractions(self.val, self.test)
-        if self.max_pixels < 1:
-            raise UserError(f"max_pixels: got {self.max_pixels}, expected at least 1")
 
     def split_of(self, key: str, given: str | None) -> str:
-        """The split of a key: the one assigned by the data set, or else one chosen by a hash of the key."""
-        if given is not None and self.split == "given":
+        """The split of a key: the one assigned by the data set, or else one chosen by a hash of the key.
+
+        Of scenes that the data set keeps out of its test split (TRAINVAL), the fraction `val` goes to val.
+        """
+        if given not in (None, TRAINVAL) and self.split == "given":
             return given
         u = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+        if given == TRAINVAL and self.split == "given":
+            return "val" if u < self.val else "train"
         return "test" if u < self.test else "val" if u < self.test + self.val else "train"
 
     def fingerprint(self, source: Source) -> str | None:
@@ -118,7 +121,9 @@ class PackOptions:
         if found is None:
             return None
         fractions = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
-        options = [SCHEMA, _PACK_VERSION, self.shard_size, *fractions, self.split, self.max_pixels]
+        options = [SCHEMA, _PACK_VERSION, self.shard_size, *fractions, self.split, self.source.max_pixels]
+        if (actions := self.source.actions) is not None:
+            options.append(fingerprint_files(sorted(actions.glob("*.json")) if actions.is_dir() else [actions]))
         return hashlib.sha256(json.dumps([found, *options]).encode()).hexdigest()
 
 
@@ -135,6 +140,8 @@ def pack(
     force: bool = False,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
+    images: str | Path | None = None,
+    actions: str | Path | None = None,
 ) -> PackReport:
     """Check scenes and pack the valid ones.
 
@@ -157,18 +164,23 @@ def pack(
         force: write into a directory that holds other files, which are kept; pack even if up to date.
         progress: show a progress bar on a terminal, and log lines elsewhere.
         max_pixels: larger images are rejected.
+        images: directory of the images and panoptic PNGs, for formats that name them in an annotation file; None: where
+            such a data set usually has them.
+        actions: the actions of a data set that has none: a JSON object of texts by image id or file name, a COCO
+            captions file, or a directory of them.
 
     Raises:
         UserError: unusable source or directory, no disk space, or no valid scenes. Single bad entries do not raise:
             they are counted and listed in rejected.jsonl.
     """
     check_format(format)
-    options = PackOptions(shard_size, val, test, split, max_pixels)
+    read = SourceOptions(max_pixels, cast("Path | None", images), cast("Path | None", actions))
+    options = PackOptions(shard_size, val, test, split, read)
     if workers is not None and workers < 1:
         raise UserError(f"workers: got {workers}, expected at least 1")
     out = Path(out_dir)
     check_target(out, force)
-    data = _open(source, format, max_pixels)
+    data = _open(source, format, read)
     if out.resolve() in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
     run = _Run(data, out, options, options.fingerprint(data), workers, progress)
@@ -194,12 +206,14 @@ def pack(
     return _report(out, manifest)
 
 
-def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: str, max_pixels: int) -> Source:
+def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: str, options: SourceOptions) -> Source:
     if isinstance(source, (str, Path)):
-        return open_source([source], format, max_pixels=max_pixels)
+        return open_source([source], format, options)
     if isinstance(source, Sequence) and source and isinstance(source[0], (str, Path)):
-        return open_source(cast("Sequence[str | Path]", source), format, max_pixels=max_pixels)
-    return MemorySource(cast("Iterable[Scene]", source), max_pixels)
+        return open_source(cast("Sequence[str | Path]", source), format, options)
+    if unused := options.given():
+        raise UserError(f"{unused[0]}: scenes in memory do not use this option; remove it")
+    return MemorySource(cast("Iterable[Scene]", source), options.max_pixels)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from scenarioclip_fast.lazy import attach
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.sources.base import (
+        TRAINVAL,
         Reader,
         Scan,
         Source,
         SourceFormat,
+        SourceOptions,
         SplitOf,
         by_split,
         fingerprint_files,
@@ -21,16 +23,28 @@ else:
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "base": ["Reader", "Scan", "Source", "SourceFormat", "SplitOf", "by_split", "fingerprint_files"],
+            "base": [
+                "TRAINVAL",
+                "Reader",
+                "Scan",
+                "Source",
+                "SourceFormat",
+                "SourceOptions",
+                "SplitOf",
+                "by_split",
+                "fingerprint_files",
+            ],
             "registry": ["format_names", "open_source", "register"],
         },
     )
 
 __all__ = [
+    "TRAINVAL",
     "Reader",
     "Scan",
     "Source",
     "SourceFormat",
+    "SourceOptions",
     "SplitOf",
     "by_split",
     "fingerprint_files",

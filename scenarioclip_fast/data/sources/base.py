@@ -8,17 +8,56 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
+from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.check import BadEntry, CheckedScene, Rejection, safe_key
+from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.errors import UserError
 
 T = TypeVar("T")
 
+# A split that a data set may assign: not test, but either of the others, chosen by a hash of the key.
+TRAINVAL = "trainval"
+
 # Maps a scene's key and the split assigned by the data set (or None) to the scene's split.
 SplitOf = Callable[[str, str | None], str]
+
+LARGE = 2000  # entries from which worker processes pay off
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a data set. A format may use fields other than `max_pixels` only if its `accepts` lists them.
+
+    Attributes:
+        max_pixels: larger images are rejected.
+        images: directory of the images, if they are not where the format expects them.
+        actions: JSON file with the action of each image, or COCO captions; see `sources.actions`.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range, or a path does not exist.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    images: Path | None = None
+    actions: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.max_pixels < 1:
+            raise UserError(f"max_pixels: got {self.max_pixels}, expected at least 1")
+        if self.images is not None and not self.images.is_dir():
+            raise UserError(f"images: {self.images}: no such directory")
+        if self.actions is not None and not self.actions.exists():
+            raise UserError(f"actions: {self.actions}: no such file or directory")
+
+    def given(self) -> list[str]:
+        """The names of the fields that not every format uses and that are set."""
+        return [f.name for f in fields(self) if f.name != "max_pixels" and getattr(self, f.name) != f.default]
 
 
 @dataclass(frozen=True)
@@ -49,6 +88,9 @@ class Source(Protocol):
 
     Methods are called in the order `fingerprint`, `scan`, then `items`, `reader` and `total`.
     """
+
+    accepts: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `SourceOptions` that the format uses besides `max_pixels`; others are refused."""
 
     @property
     def directories(self) -> set[Path]:
@@ -99,7 +141,10 @@ class Source(Protocol):
 
 
 class SourceFormat(Protocol):
-    """What the registry holds for a format: usually a subclass of `Source` with these class members."""
+    """What the registry holds for a format: usually a subclass of `Source` with these class members.
+
+    It may also have `accepts`, as `Source` does.
+    """
 
     @property
     def expects(self) -> str:
@@ -110,8 +155,8 @@ class SourceFormat(Protocol):
         """Whether `paths` look like this format. Must be fast, and False for missing paths."""
         ...
 
-    def open(self, paths: Sequence[str | Path], max_pixels: int) -> Source:
-        """Open a data set whose images have at most `max_pixels` pixels.
+    def open(self, paths: Sequence[str | Path], options: SourceOptions) -> Source:
+        """Open a data set.
 
         Raises:
             UserError: not a usable data set of this format.
@@ -135,6 +180,15 @@ def by_split(items: Iterable[T], split_of: SplitOf, identify: Callable[[T], tupl
         groups[split_of(key, assigned)].append(item)
     for split in SPLITS:
         yield from groups[split]
+
+
+def shuffled(items: Iterable[T], name_of: Callable[[T], str]) -> list[T]:
+    """Sort items by a hash of their names.
+
+    Neighbours in an annotation file are often similar (same video, same photographer). This separates them for
+    sequential readers.
+    """
+    return sorted(items, key=lambda item: hashlib.sha256(name_of(item).encode("utf-8", "backslashreplace")).digest())
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from scenarioclip_fast.data.check import (
-    MAX_IMAGE_BYTES,
     MAX_ITEMS,
     BadEntry,
     CheckedScene,
@@ -31,14 +29,15 @@ from scenarioclip_fast.data.check import (
 )
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
-from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf, by_split
+from scenarioclip_fast.data.sources.annotations import four_numbers
+from scenarioclip_fast.data.sources.base import LARGE, Scan, Source, SourceOptions, SplitOf, by_split, shuffled
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
+from scenarioclip_fast.data.sources.files import read_file, safe_path
 from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 MASKS = "sam_results"  # the directory of mask files
-_LARGE = 2000  # entries from which worker processes pay off
 
 _log = logging.getLogger(__name__)
 
@@ -91,11 +90,11 @@ class PublishedSource(Source):
         return len(paths) == 1 and any(Path(paths[0]).glob("metadata*.json"))
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> PublishedSource:
+    def open(cls, paths: Sequence[str | Path], options: SourceOptions) -> PublishedSource:
         """Open the one directory in `paths`."""
         if len(paths) != 1:
             raise UserError(f"got {len(paths)} sources, expected one directory in the published layout")
-        return cls(paths[0], max_pixels)
+        return cls(paths[0], options.max_pixels)
 
     def _load(self, path: Path) -> Iterator[Entry]:
         content, record = load_json(path)
@@ -124,7 +123,7 @@ class PublishedSource(Source):
     @property
     def large(self) -> bool:
         """Whether worker processes pay off."""
-        return len(self.entries) >= _LARGE
+        return len(self.entries) >= LARGE
 
     def scan(self, workers: int, progress: bool) -> Scan:
         """Reject the entries whose id is assigned to another split."""
@@ -132,12 +131,7 @@ class PublishedSource(Source):
 
     def items(self, split_of: SplitOf) -> Iterator[Entry]:
         """Yield the entries split by split, shuffled within each split by a hash of the id."""
-        # Neighbours in a metadata file are often similar (same video, same photographer). Shuffling separates them for
-        # sequential readers.
-        shuffled = sorted(
-            self.entries, key=lambda entry: hashlib.sha256(entry.id.encode("utf-8", "backslashreplace")).digest()
-        )
-        return by_split(shuffled, split_of, lambda entry: (entry.id, entry.split))
+        return by_split(shuffled(self.entries, lambda entry: entry.id), split_of, lambda entry: (entry.id, entry.split))
 
     def fingerprint(self) -> str:
         """A hash of the metadata, the classes, and the sizes and times of the images and mask files."""
@@ -190,19 +184,7 @@ class PublishedReader:
         return CheckedScene(scene, size, bad + more)
 
     def _image(self, path: PurePosixPath) -> tuple[bytes, tuple[int, int]]:
-        try:
-            status = (self._directory / path).stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
-                raise BadEntry("missing_image", f"{path}: not a regular file")
-            if status.st_size > MAX_IMAGE_BYTES:
-                raise BadEntry(
-                    "image_too_large", f"{path}: got {status.st_size} bytes, expected at most {MAX_IMAGE_BYTES}"
-                )
-            data = (self._directory / path).read_bytes()
-        except OSError as error:
-            raise BadEntry("missing_image", f"{path}: {error.strerror}") from None
-        except UnicodeEncodeError as error:
-            raise BadEntry("unsafe_path", f"{path}: {error.reason}") from None
+        data = read_file(self._directory / path, str(path))
         return data, self._checker.image_size(data, f"{path}: ")
 
     def _objects(self, entry: Entry, bad: list[Rejection]) -> list[SceneObject | None]:
@@ -341,29 +323,14 @@ def _parse_entry(record: Any) -> tuple[str, PurePosixPath, str]:
     for name in ("objects", "relations"):
         if len(record[name]) > MAX_ITEMS:
             raise BadEntry("malformed_entry", f"got {len(record[name])} {name}, expected at most {MAX_ITEMS}")
-    return safe_key(str(record["id"])), _safe_path(record["image_path"]), action
-
-
-def _safe_path(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00]", name):
-        raise BadEntry("unsafe_path", f"{short(name)}: expected a path inside the data set's directory")
-    return path
+    return safe_key(str(record["id"])), safe_path(record["image_path"]), action
 
 
 def _parse_object(record: Any) -> SceneObject | None:
     if not isinstance(record, list) or len(record) != 2 or not isinstance(record[0], str):
         return None
-    name, box = normalise(record[0]), record[1]
-    if not name or not isinstance(box, list) or len(box) != 4:
-        return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box):
-        return None
-    try:
-        x1, y1, x2, y2 = (float(v) for v in box)
-    except OverflowError:
-        return None
-    return SceneObject(name, (x1, y1, x2, y2))
+    name, box = normalise(record[0]), four_numbers(record[1])
+    return SceneObject(name, box) if name and box is not None else None
 
 
 def _parse_triple(record: Any) -> tuple[str, str, str] | None:

@@ -15,10 +15,11 @@ from inspect import isclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from scenarioclip_fast.data.sources.sniff import describe
 from scenarioclip_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.data.sources.base import Source, SourceFormat
+    from scenarioclip_fast.data.sources.base import Source, SourceFormat, SourceOptions
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ ENTRY_POINTS = "scenarioclip_fast.sources"
 _FORMATS: dict[str, SourceFormat | str] = {
     "published": "scenarioclip_fast.data.sources.published:PublishedSource",
     "webdataset": "scenarioclip_fast.data.sources.webdataset:WebDatasetSource",
+    "psg": "scenarioclip_fast.data.sources.psg:PsgSource",
+    "coco-panoptic": "scenarioclip_fast.data.sources.coco_panoptic:CocoPanopticSource",
+    "visual-genome": "scenarioclip_fast.data.sources.visual_genome:VisualGenomeSource",
+    "swig": "scenarioclip_fast.data.sources.swig:SwigSource",
 }
 
 
@@ -82,19 +87,29 @@ def check_format(name: str) -> None:
         raise UserError(f"format: got {name!r}, expected one of {', '.join(format_names())}")
 
 
-def open_source(paths: str | Path | Sequence[str | Path], format: str = AUTO, *, max_pixels: int) -> Source:
+def open_source(
+    paths: str | Path | Sequence[str | Path], format: str = AUTO, options: SourceOptions | None = None
+) -> Source:
     """Open a data set on disk.
 
     Args:
         paths: path or paths of the data set; most formats expect a single directory.
         format: a registered name, or "auto" to detect the format.
-        max_pixels: larger images are rejected.
+        options: how to read it; None: the defaults.
 
     Raises:
-        UserError: no format or several recognise the paths, or the data set is unusable.
+        UserError: no format or several recognise the paths, the format does not use an option that is given, or the
+            data set is unusable.
     """
+    from scenarioclip_fast.data.sources.base import SourceOptions
+
+    options = options or SourceOptions()
     paths = [paths] if isinstance(paths, str | Path) else paths
-    return get_format(recognise(paths) if format == AUTO else format).open(paths, max_pixels)
+    name = recognise(paths) if format == AUTO else format
+    found = get_format(name)
+    if unused := [option for option in options.given() if option not in getattr(found, "accepts", ())]:
+        raise UserError(f"{unused[0]}: data sets of format {name!r} do not use this option; remove it")
+    return found.open(paths, options)
 
 
 def recognise(paths: Sequence[str | Path]) -> str:
@@ -113,6 +128,8 @@ def recognise(paths: Sequence[str | Path]) -> str:
     for path in paths:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or directory")
+        if what := describe(Path(path)):
+            raise UserError(f"{path}: these are {what}, not a data set of scenes")
     known = "; ".join(f"{name}: {source_format.expects}" for name, source_format in formats.items())
     raise UserError(f"{shown}: not a data set of a known format ({known})")
 

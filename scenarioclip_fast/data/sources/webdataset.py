@@ -37,7 +37,7 @@ from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene, scene_from_json
 from scenarioclip_fast.data.shards import SPLITS
-from scenarioclip_fast.data.sources.base import Scan, Source, SplitOf
+from scenarioclip_fast.data.sources.base import Scan, Source, SourceOptions, SplitOf
 from scenarioclip_fast.data.sources.classes import load_classes
 from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarIndex, index_tar, open_tar
 from scenarioclip_fast.data.texts import normalise
@@ -112,9 +112,9 @@ class WebDatasetSource(Source):
         return bool(paths) and all(find_tars(path) for path in paths)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> WebDatasetSource:
+    def open(cls, paths: Sequence[str | Path], options: SourceOptions) -> WebDatasetSource:
         """Open the tars in `paths`."""
-        return cls(paths[0] if len(paths) == 1 else paths, max_pixels)
+        return cls(paths[0] if len(paths) == 1 else paths, options.max_pixels)
 
     @property
     def total(self) -> int:

@@ -623,7 +623,7 @@ def test_large_zip_directories_are_rejected(tmp_path: Path) -> None:
 
 def test_large_files_are_not_read(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(data.npz, **data.arrays)
-    monkeypatch.setattr("scenarioclip_fast.data.sources.published.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
+    monkeypatch.setattr("scenarioclip_fast.data.sources.files.MAX_IMAGE_BYTES", data.image.stat().st_size - 1)
     scenes, (rejection,) = data.load()
     assert not scenes and rejection.reason == "image_too_large" and "bytes, expected at most" in rejection.detail
     monkeypatch.undo()

@@ -11,7 +11,16 @@ import pytest
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, pack
 from scenarioclip_fast.data.check import CheckedScene, SceneChecker
-from scenarioclip_fast.data.sources import Source, SplitOf, by_split, format_names, open_source, register, registry
+from scenarioclip_fast.data.sources import (
+    Source,
+    SourceOptions,
+    SplitOf,
+    by_split,
+    format_names,
+    open_source,
+    register,
+    registry,
+)
 from scenarioclip_fast.data.sources.memory import Indexed, MemoryReader
 from scenarioclip_fast.errors import UserError
 
@@ -35,7 +44,7 @@ class CountedSource(Source):
         return len(paths) == 1 and Path(paths[0], "count.txt").exists()
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], max_pixels: int) -> CountedSource:
+    def open(cls, paths: Sequence[str | Path], options: SourceOptions) -> CountedSource:
         return cls(Path(paths[0]))
 
     @property
@@ -87,12 +96,12 @@ def test_the_command_line_reads_the_registry(counted: Path, tmp_path: Path, caps
 def test_unrecognised_and_ambiguous_sources(counted: Path, tmp_path: Path) -> None:
     (counted / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"counted: recognised as webdataset and counted; choose one with --format"):
-        open_source([counted], max_pixels=1)
+        open_source([counted])
     with pytest.raises(UserError, match=r"none: no such file or directory$"):
-        open_source([tmp_path / "none"], max_pixels=1)
+        open_source([tmp_path / "none"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"\(published: .*; webdataset: .*; counted: a directory with count\.txt\)$"):
-        open_source([tmp_path / "empty"], max_pixels=1)
+        open_source([tmp_path / "empty"])
     with pytest.raises(UserError, match=f"format: got 'psq', expected one of {', '.join(format_names())}"):
         pack(counted, tmp_path / "out", format="psq")
 
@@ -123,7 +132,7 @@ def site(counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_formats_of_other_packages(counted: Path, site: Path) -> None:
     install(site, "other", f"other = {__name__}:CountedSource\n")
     assert "other" in format_names()
-    assert isinstance(open_source([counted], "other", max_pixels=1), CountedSource)
+    assert isinstance(open_source([counted], "other"), CountedSource)
 
 
 def test_registering_a_format_that_is_also_an_entry_point(counted: Path, site: Path) -> None:
@@ -142,7 +151,7 @@ def test_a_broken_package_does_not_break_the_others(
     install(site, "raising", "raising = raising:Source\n")
     install(site, "incomplete", "incomplete = pathlib:Path\n")
     install(site, "greedy", f"auto = {__name__}:CountedSource\npublished = {__name__}:CountedSource\n")
-    assert isinstance(open_source([counted], max_pixels=1), CountedSource)
+    assert isinstance(open_source([counted]), CountedSource)
     for expected in (
         "format 'absent': cannot import no_such_module:Source: ModuleNotFoundError",
         "format 'raising': cannot import raising:Source: RuntimeError: no licence",
@@ -154,7 +163,7 @@ def test_a_broken_package_does_not_break_the_others(
     assert format_names().count("auto") == 1
     for name, problem in (("absent", "cannot import"), ("raising", "no licence"), ("incomplete", "lacks expects")):
         with pytest.raises(UserError, match=f"format '{name}': .*{problem}"):
-            open_source([counted], name, max_pixels=1)
+            open_source([counted], name)
 
 
 def test_a_format_that_fails_to_inspect_a_source(
@@ -166,7 +175,7 @@ def test_a_format_that_fails_to_inspect_a_source(
             raise KeyError("count")
 
     register("failing", Failing)
-    assert isinstance(open_source([counted], max_pixels=1), CountedSource)
+    assert isinstance(open_source([counted]), CountedSource)
     assert "ignored: format 'failing' cannot inspect" in caplog.text
 
 
