@@ -15,7 +15,7 @@ CUTLASS := nvidia-cutlass==4.2.0.0
 RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,nvimgcodec,remote,tensorboard,parquet,bench,test,docs,lint,release
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 
 .PHONY: install demo test test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 

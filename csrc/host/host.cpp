@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "jpeg.h"
+#include "jpeg_scan.h"
 #include "rle.h"
 #include "segments.h"
 #include "views.h"
@@ -63,6 +64,17 @@ py::object jpeg_header(const py::bytes& data) {
   const auto header = scf::jpeg_header(static_cast<std::string_view>(data));
   if (!header) return py::none();
   return py::make_tuple(header->height, header->width, header->components);
+}
+
+py::object jpeg_damage(const py::bytes& data) {
+  const std::string_view bytes = data;
+  std::optional<std::string> damage;
+  {
+    const py::gil_scoped_release release;
+    damage = scf::JpegScans(bytes).damage();
+  }
+  if (!damage) return py::none();
+  return py::str(*damage);
 }
 
 // The run lengths of RLE masks of the given sizes: (int32 [R], int64 [M + 1]). None if a mask is not a dict with the
@@ -189,7 +201,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(host, m) {
-  m.doc() = "COCO run-length codec, JPEG header probe, plans of views, build info.";
+  m.doc() = "COCO run-length codec, JPEG header and damage, plans of views, build info.";
   m.def("rle_compress", &rle_compress, py::arg("runs"), "Encode run lengths, int64 [n], as COCO's string.");
   m.def("rle_decompress", &rle_decompress, py::arg("counts"),
         "Decode COCO's string to run lengths; ValueError if malformed.");
@@ -204,5 +216,7 @@ PYBIND11_MODULE(host, m) {
         py::arg("box"), py::arg("mask"), py::arg("mask_runs"), py::arg("mask_start"), py::arg("mask_size"),
         py::arg("shapes"), py::arg("size"), "The plan of views, int32 [V, 16]; None if one is invalid.");
   m.def("jpeg_header", &jpeg_header, py::arg("data"), "(height, width, components) as stored, EXIF ignored, or None.");
+  m.def("jpeg_damage", &jpeg_damage, py::arg("data"),
+        "The damage of a JPEG's entropy-coded data, empty if it is sound; None if its coding is not checked.");
   m.def("build_info", &build_info, "The compiler, the C++ standard and whether AVX2 is used.");
 }
