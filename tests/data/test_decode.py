@@ -60,9 +60,9 @@ def rotated_by_exif(image: Image.Image) -> bytes:
     return encoded(image, exif=exif.tobytes())
 
 
-def with_extra_bytes(data: bytes) -> bytes:
+def with_padding(data: bytes) -> bytes:
     end = data.rindex(b"\xff\xd9")
-    return data[:end] + b"\x00\x11\x22" + data[end:]
+    return data[:end] + bytes(3) + data[end:]
 
 
 GOOD = {
@@ -77,7 +77,7 @@ GOOD = {
     "restarts": encoded(picture(40, 56), restart_marker_blocks=2),
     "CMYK": encoded(picture(24, 40, "CMYK")),
     "EXIF rotation": rotated_by_exif(picture(30, 50)),
-    "extra bytes before the end": with_extra_bytes(encoded(picture(40, 40))),
+    "padding before the end": with_padding(encoded(picture(40, 40))),
     "data after the end": encoded(picture(40, 40)) + b"\x00" * 100 + b"trailer",
     "PNG": encoded(picture(20, 30), "PNG"),
     "PNG palette": encoded(picture(20, 30, "P"), "PNG"),
@@ -113,7 +113,7 @@ BAD = {
     "truncated in the data": (WHOLE[: len(WHOLE) // 2], "truncated"),
     "truncated before the end marker": (WHOLE[:-2], "truncated"),
     "second half zeroed": (WHOLE[: len(WHOLE) // 2] + bytes(len(WHOLE) // 2), "truncated"),
-    "damaged segment": (WHOLE[:20] + b"\0" * 20 + WHOLE[40:], "corrupt"),
+    "damaged segment": (WHOLE.replace(b"\xff\xdb\0\x43", b"\xff\xdb\xff\x43"), "truncated"),
     "bomb": (with_size(WHOLE, 20000, 20000), "too_large"),
     "no height": (with_size(WHOLE, 0, 20), "corrupt"),
     "PNG bomb": (huge_png(), "too_large"),

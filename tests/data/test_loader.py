@@ -389,10 +389,18 @@ def test_bad_scenes_are_replaced_counted_and_logged(damaged: Path, tmp_path: Pat
 
 # Only the decoder detects this: the header is intact.
 without_tables = damaged_image(lambda data: data.replace(b"\xff\xdb", b"\xff\xfe"))
+
+
+def without_height(data: bytes) -> bytes:
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + bytes(2) + data[at + 2 :]
+
+
 EVERY_DAMAGE = [
     *DAMAGE.values(),
     ("truncated", damaged_image(lambda data: data[:60])),
-    ("corrupt", damaged_image(lambda data: data[:20] + bytes(20) + data[40:])),
+    ("corrupt", damaged_image(without_height)),
+    ("undecodable", damaged_image(lambda data: data[:20] + bytes(20) + data[40:])),
     ("too_large", damaged_image(lambda data: b"\x89PNG\r\n\x1a\n" + bytes(8) + (20000).to_bytes(4, "big") * 2)),
     ("not_an_image", damaged_image(lambda data: b"")),
     ("undecodable", without_tables),

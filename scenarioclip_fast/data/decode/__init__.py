@@ -68,7 +68,8 @@ def make_decoder(
     - "torch" decodes on the CPU and copies pixels to the device, where the others copy JPEGs. It needs no further
       package.
 
-    A decoder that is named never falls back.
+    A decoder that is named never falls back. None checks the entropy-coded data of JPEGs in full, as `pack` does:
+    "torch" rejects what libjpeg-turbo warns of.
 
     Args:
         name: "auto" or one of DECODERS.
@@ -112,7 +113,7 @@ def _start(
 ) -> RunDecoder | TorchDecoder:
     """Create a decoder; on a GPU, try it as well, since DALI and torchvision touch the device only when they decode."""
     if not issubclass(kind, RunDecoder):
-        return kind(device, **options)
+        return kind(device, check_scans=False, **options)  # `pack` has checked the images
     try:
         decoder = kind(device, **options)
         if device.type == "cuda":
