@@ -79,6 +79,21 @@ def test_subclasses_become_plain_values_too() -> None:
         Circle(radius=10**400)
 
 
+def test_paths() -> None:
+    @dataclass(frozen=True)
+    class Source:
+        path: Path | None = None
+
+        def __post_init__(self) -> None:
+            check_types(self, "source.")
+
+    assert Source("a/b") == Source(Path("a/b")) and isinstance(Source("a").path, Path)  # type: ignore[arg-type]
+    assert Source().path is None
+    for value in ("", 3, b"a"):
+        with pytest.raises(UserError, match=r"source\.path: got .*, expected a path, or null"):
+            Source(value)  # type: ignore[arg-type]
+
+
 def sections(config: Any) -> list[Any]:
     return [config, *(part for f in fields(config) if is_dataclass(part := getattr(config, f.name)))]
 

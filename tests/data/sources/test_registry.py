@@ -196,3 +196,56 @@ def test_by_split_keeps_the_order() -> None:
     splits = {"a": "test", "b": "train", "c": "val", "d": "train"}
     items = by_split(["a", "b", "/", "c", "d"], lambda key, given: given or "train", lambda x: (x, splits.get(x)))
     assert list(items) == ["b", "/", "d", "c", "a"]
+
+
+@pytest.mark.parametrize("option", ["images", "actions"])
+def test_options_that_a_format_does_not_use(counted: Path, tmp_path: Path, option: str) -> None:
+    (counted / "images").mkdir()
+    with pytest.raises(
+        UserError, match=rf"^{option}: data sets of format 'counted' do not use this option; remove it$"
+    ):
+        pack(counted, tmp_path / "out", **{option: counted / "images"})
+    with pytest.raises(UserError, match=rf"^{option}: scenes in memory do not use this option; remove it$"):
+        pack(generate_scenes(1), tmp_path / "out", **{option: counted / "images"})
+
+
+def test_options_that_a_format_uses(counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[SourceOptions] = []
+
+    class Reading(CountedSource):
+        accepts = frozenset({"actions"})
+
+        @classmethod
+        def open(cls, paths: Sequence[str | Path], options: SourceOptions) -> CountedSource:
+            opened.append(options)
+            return super().open(paths, options)
+
+        def fingerprint(self) -> str:
+            return "unchanged"
+
+    monkeypatch.setitem(registry._FORMATS, "reading", Reading)
+    actions = tmp_path / "actions.json"
+    for content, up_to_date in (("{}", False), ("{}", True), ("{ }", False)):
+        if not actions.exists() or actions.read_text() != content:
+            actions.write_text(content)
+        report = pack(
+            counted, tmp_path / "out", format="reading", progress=False, actions=str(actions), max_pixels=1 << 20
+        )
+        assert report.up_to_date == up_to_date, "the pack depends on the file of actions, whatever the format"
+    assert set(opened) == {SourceOptions(1 << 20, None, actions)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_pixels": 0}, "max_pixels: got 0, expected at least 1"),
+        ({"max_pixels": 1.5}, r"max_pixels: got 1\.5, expected an integer"),
+        ({"images": "none"}, "images: none: no such directory"),
+        ({"images": __file__}, r"images: .*test_registry\.py: no such directory"),
+        ({"images": ""}, "images: got '', expected a path, or null"),
+        ({"actions": "none"}, "actions: none: no such file or directory"),
+    ],
+)
+def test_unusable_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SourceOptions(**options)
