@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_SHOWN = 10  # rejections printed; rejected.jsonl lists all of them
+_SHOWN = 10  # causes of rejections with an example; rejected.jsonl lists all rejections
 
 
 class _Formats:
@@ -65,6 +63,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the actions of a psg, coco-panoptic or visual-genome data set, which has none: JSON object of texts by "
         "image id or file name, COCO captions_*.json, or a directory of these (default: scenes without an action)",
     )
+    parser.add_argument(
+        "--boxes",
+        choices=("xyxy", "xywh", "normalised"),
+        help="boxes of the published layout and of KEY.json: corners in pixels (xyxy), corner and size in pixels "
+        "(xywh), or corners as fractions of the image's size (normalised) (default: xyxy, with an error if masks show "
+        "that this is wrong)",
+    )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(
         "--val",
@@ -96,12 +101,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--workers", type=int, metavar="N", help="worker processes (default: 1, or all cores for a large data set)"
     )
     parser.add_argument(
+        "--allow-empty-level",
+        action="store_true",
+        help="pack even if all objects or all relations were rejected",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="write into a directory with other files; pack even if up to date"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack the data set, and print the first rejections and the counts."""
+    """Pack the data set, and print an example of each cause of rejections, and the counts."""
     from scenarioclip_fast.data.config import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
 
@@ -118,15 +128,14 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=MAX_PIXELS if args.max_pixels is None else args.max_pixels,
         images=args.images,
         actions=args.actions,
+        boxes=args.boxes,
+        allow_empty_level=args.allow_empty_level,
     )
     if report.up_to_date:
         print(report)
         return 0
-    rejected = sum(report.rejected.values())
-    with (args.out / "rejected.jsonl").open(encoding="utf-8") as lines:
-        for row in map(json.loads, itertools.islice(lines, _SHOWN)):
-            print(f"rejected: {row['entry']}: {row['reason']}: {row['detail']}", file=sys.stderr)
-    if rejected > _SHOWN:
-        print(f"rejected: {rejected - _SHOWN} more in {args.out / 'rejected.jsonl'}", file=sys.stderr)
+    for cause in report.causes[:_SHOWN]:
+        more = f" (and {cause.count - 1} more)" if cause.count > 1 else ""
+        print(f"rejected: {cause.example}{more}", file=sys.stderr)
     print(report)
     return 0

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import Box, BoxEvidence, BoxFormat, to_corners
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, decode_checked
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
@@ -52,6 +55,18 @@ REASONS = {
     "relation_without_mask": "the mask of the relation's subject or object is missing or unusable",
 }
 
+# Reasons that drop one object, and those that drop one relation. The last two of these follow from other rejections.
+OBJECT_REASONS = frozenset({"malformed_object", "unknown_object", "box_outside"})
+CONSEQUENCES = frozenset({"relation_without_object", "relation_without_mask"})
+RELATION_REASONS = CONSEQUENCES | {
+    "malformed_relation",
+    "unknown_relation",
+    "relation_unknown_label",
+    "relation_with_itself",
+}
+KEEP_SCENE = OBJECT_REASONS | RELATION_REASONS | {"missing_masks", "bad_masks", "empty_mask", "bad_mask"}
+UNKNOWN = "classes.json does not list the text: add it, or remove classes.json to accept every text"
+
 # Boxes that exceed the image by up to this many pixels are clipped, not rejected: annotations are often rounded up.
 BOX_SLACK = 1.0
 
@@ -65,12 +80,14 @@ class Rejection:
     """A rejected part of a data set: `entry` locates it, `reason` is a key of REASONS.
 
     `entry` and `detail` are reduced to one printable line: text from a data set may be arbitrarily long or contain
-    terminal control sequences.
+    terminal control sequences. `hint` is the cause and the remedy, if they are known: the same text for all entries
+    that have this cause.
     """
 
     entry: str
     reason: str
     detail: str
+    hint: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entry", _line(self.entry))
@@ -89,12 +106,12 @@ def _line(text: str) -> str:
 
 
 class BadEntry(ValueError):
-    """The whole scene is unusable. `reason` is a key of REASONS."""
+    """The whole scene is unusable. `reason` is a key of REASONS; `hint` is as in `Rejection`."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, hint: str = "") -> None:
         assert reason in REASONS, reason
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail, hint)
+        self.reason, self.detail, self.hint = reason, detail, hint
 
 
 def safe_key(name: str, raw: str | None = None) -> str:
@@ -163,11 +180,12 @@ def short(value: object) -> str:
 
 @dataclass(frozen=True)
 class CheckedScene:
-    """A valid scene, its image size (H, W), and the parts of it that were rejected."""
+    """A valid scene, its image size (H, W), the parts of it that were rejected, and evidence about its boxes."""
 
     scene: Scene
     size: tuple[int, int]
     rejected: list[Rejection]
+    boxes: NDArray[np.float64] | None = None  # see `boxes.BoxEvidence`
 
 
 @contextmanager
@@ -187,10 +205,18 @@ class SceneChecker:
     Args:
         max_pixels: larger images are rejected.
         classes: the known "actions", "objects" and "relations"; None accepts any text.
+        boxes: the convention of the boxes; None: "xyxy", and evidence is collected in case it is another.
     """
 
-    def __init__(self, max_pixels: int = MAX_PIXELS, classes: Mapping[str, Collection[str]] | None = None) -> None:
+    def __init__(
+        self,
+        max_pixels: int = MAX_PIXELS,
+        classes: Mapping[str, Collection[str]] | None = None,
+        boxes: BoxFormat | None = "xyxy",
+    ) -> None:
         self._max_pixels = max_pixels
+        self._boxes = boxes
+        self._evidence = BoxEvidence() if boxes is None else None
         self._classes = None if classes is None else {level: frozenset(texts) for level, texts in classes.items()}
         self._decoder: TorchDecoder | None = None
 
@@ -235,12 +261,25 @@ class SceneChecker:
     def check_action(self, action: str | None) -> None:
         """Raise BadEntry if there is an action that is not a known class."""
         if action is not None and not self.is_known("actions", action):
-            raise BadEntry("unknown_action", f"{action!r} is not a known action")
+            raise BadEntry("unknown_action", f"{action!r} is not a known action", UNKNOWN)
 
-    def clean(self, scene: Scene, size: tuple[int, int], entry: str) -> CheckedScene:
-        """Drop the invalid parts of a scene and encode its masks; see `clean_scene`."""
-        clean, rejected = clean_scene(scene, size, entry, encode=True, classes=self._classes)
-        return CheckedScene(clean, size, rejected)
+    def corners(self, box: Box, size: tuple[int, int]) -> Box:
+        """Convert a box of the data set to x1, y1, x2, y2 in pixels of an image of `size` = (H, W)."""
+        return box if self._boxes is None else to_corners(box, self._boxes, size)
+
+    def clean(
+        self, scene: Scene, size: tuple[int, int], entry: str, *, corners: bool = False, encode: bool = True
+    ) -> CheckedScene:
+        """Drop the invalid parts of a scene and encode its masks; see `clean_scene`.
+
+        corners: the boxes have been converted by `corners`.
+        """
+        evidence = None if self._evidence is None else self._evidence.of(scene.objects, size)
+        if not corners:
+            objects = [replace(item, box=self.corners(item.box, size)) for item in scene.objects]
+            scene = replace(scene, objects=objects)
+        clean, rejected = clean_scene(scene, size, entry, encode=encode, classes=self._classes)
+        return CheckedScene(clean, size, rejected, evidence)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_decoder": None}
@@ -274,7 +313,8 @@ def clean_scene(
         if not reason and classes is not None and (text := scene.relation_text(k)) not in classes["relations"]:
             reason, detail = "unknown_relation", f"{text!r} is not a known relation"
         if reason:
-            bad.append(Rejection(f"{entry}: relation {k}", reason, detail))
+            hint = UNKNOWN if reason == "unknown_relation" else ""
+            bad.append(Rejection(f"{entry}: relation {k}", reason, detail, hint))
         else:
             relations.append(replace(relation, subject=kept[ends[0]], object=kept[ends[1]]))
     return replace(scene, objects=objects, relations=relations), bad
@@ -294,7 +334,7 @@ def _clean_objects(
     for i, item in enumerate(scene.objects):
         here = f"{entry}: object {i} ({item.name})"
         if classes is not None and item.name not in classes["objects"]:
-            bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
+            bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object", UNKNOWN))
             continue
         box = _clip_box(item.box, size)
         if box is None:

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from scenarioclip_fast.config_types import check_types
+from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
+from scenarioclip_fast.data.diagnosis import Cause, Diagnosis, Loss
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter, rejection_lines
@@ -41,11 +43,13 @@ from scenarioclip_fast.progress import progress as show_progress
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
 _PACK_VERSION = 2
+# A data set that was misunderstood is recognised after this many scenes, of at least this many objects or relations.
+_EARLY, _EARLY_ENTRIES = 512, 100
 
 
 @dataclass
 class PackReport:
-    """Summary of a pack: per split, the counts of `shard_writer.COUNTS`; and rejections by reason.
+    """Summary of a pack: per split, the counts of `shard_writer.COUNTS`; and rejections by reason and by cause.
 
     `ignored` counts tar members that belong to no scene, by suffix. `up_to_date`: an up-to-date pack existed, so
     nothing was written.
@@ -57,6 +61,8 @@ class PackReport:
     rejected: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     up_to_date: bool = False
+    causes: list[Cause] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{'':<6}  {'scenes':>8}  {'objects':>8}  {'relations':>9}"]
@@ -73,9 +79,10 @@ class PackReport:
                 f"{missing} of {total['relations']} relations have no masks: only data.relation_view=box and scene "
                 "use them"
             )
-        if self.rejected:
+        if self.causes:
             lines.append("rejected (details in rejected.jsonl):")
-            lines += [f"  {n:>8}  {reason}" for reason, n in self.rejected.items()]
+            lines += [f"  {cause.count:>8}  {cause.reason}: {cause.explanation}" for cause in self.causes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         if self.ignored:
             lines.append("ignored: " + ", ".join(f"{n} {suffix}" for suffix, n in self.ignored.items()))
         return "\n".join(lines)
@@ -122,6 +129,7 @@ class PackOptions:
             return None
         fractions = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
         options = [SCHEMA, _PACK_VERSION, self.shard_size, *fractions, self.split, self.source.max_pixels]
+        options.append(self.source.boxes or "xyxy")
         if (actions := self.source.actions) is not None:
             options.append(fingerprint_files(sorted(actions.glob("*.json")) if actions.is_dir() else [actions]))
         return hashlib.sha256(json.dumps([found, *options]).encode()).hexdigest()
@@ -142,6 +150,8 @@ def pack(
     max_pixels: int = MAX_PIXELS,
     images: str | Path | None = None,
     actions: str | Path | None = None,
+    boxes: BoxFormat | None = None,
+    allow_empty_level: bool = False,
 ) -> PackReport:
     """Check scenes and pack the valid ones.
 
@@ -168,13 +178,18 @@ def pack(
             such a data set usually has them.
         actions: the actions of a data set that has none: a JSON object of texts by image id or file name, a COCO
             captions file, or a directory of them.
+        boxes: convention of the boxes: corners in pixels ("xyxy"), corner and size in pixels ("xywh"), or corners as
+            fractions of the image's size ("normalised"). None: "xyxy", unless masks or sizes show that this is wrong,
+            which is an error.
+        allow_empty_level: pack even if all objects or all relations were rejected.
 
     Raises:
-        UserError: unusable source or directory, no disk space, or no valid scenes. Single bad entries do not raise:
-            they are counted and listed in rejected.jsonl.
+        UserError: unusable source or directory, no disk space, boxes in another convention, or no valid scenes, or no
+            valid object or relation although there are some. Single bad entries do not raise: they are counted and
+            listed in rejected.jsonl.
     """
     check_format(format)
-    read = SourceOptions(max_pixels, cast("Path | None", images), cast("Path | None", actions))
+    read = SourceOptions(max_pixels, cast("Path | None", images), cast("Path | None", actions), boxes)
     options = PackOptions(shard_size, val, test, split, read)
     if workers is not None and workers < 1:
         raise UserError(f"workers: got {workers}, expected at least 1")
@@ -183,7 +198,7 @@ def pack(
     data = _open(source, format, read)
     if out.resolve() in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
-    run = _Run(data, out, options, options.fingerprint(data), workers, progress)
+    run = _Run(data, out, options, options.fingerprint(data), workers, progress, allow_empty_level)
     with Stage(out) as stage:
         stage.complete_installation()
         if run.fingerprint is not None and not force and (manifest := find_up_to_date(out, run.fingerprint)):
@@ -211,9 +226,9 @@ def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: s
         return open_source([source], format, options)
     if isinstance(source, Sequence) and source and isinstance(source[0], (str, Path)):
         return open_source(cast("Sequence[str | Path]", source), format, options)
-    if unused := options.given():
+    if unused := [option for option in options.given() if option not in MemorySource.accepts]:
         raise UserError(f"{unused[0]}: scenes in memory do not use this option; remove it")
-    return MemorySource(cast("Iterable[Scene]", source), options.max_pixels)
+    return MemorySource(cast("Iterable[Scene]", source), options)
 
 
 @dataclass(frozen=True)
@@ -224,6 +239,7 @@ class _Run:
     fingerprint: str | None
     workers: int | None
     progress: bool
+    allow_empty_level: bool
 
     def log(self, message: str) -> None:
         if self.progress:
@@ -240,29 +256,88 @@ class _Run:
             if self.progress:
                 total = None if source.total is None else source.total - writer.end
                 packed = show_progress(packed, total, "packing", "scenes")
-            writer.write(packed)
+            tally = BoxTally()
+            writer.write(self._watched(packed, tally))
             if writer.scenes == 0:
                 raise self._no_scenes(scan.rejected + writer.rejected, scan.ignored)
-            return writer.finish(scan, source.classes, self.fingerprint)
+
+            def review(kept: Mapping[str, int], diagnosis: Diagnosis) -> list[str]:
+                listing = stage.path / "rejected.jsonl"
+                self._check_boxes(tally)
+                losses = self._check_losses(diagnosis.losses(kept), listing.read_bytes)
+                return [*scan.warnings, *(str(loss) for loss in losses if loss.is_large)]
+
+            return writer.finish(scan, source.classes, self.fingerprint, review)
+
+    def _watched(self, packed: Iterable[PackedItem], tally: BoxTally) -> Iterator[PackedItem]:
+        """Pass items on, and end early if the first ones show that the data set was misunderstood."""
+        rejected: list[Rejection] = []
+        kept = Counter[str]()
+        for i, item in enumerate(packed, 1):
+            tally.add(item.boxes)
+            if tally.is_early:
+                self._check_boxes(tally)
+            if i <= _EARLY:
+                rejected += item.rejected
+                kept.update(
+                    scenes=1, objects=len(item.texts.get("object", ())), relations=len(item.texts.get("relation", ()))
+                )
+            if i == _EARLY:
+                diagnosis = Diagnosis()
+                diagnosis.add(rejected)
+                losses = [loss for loss in diagnosis.losses(kept) if loss.found >= _EARLY_ENTRIES]
+                self._check_losses(losses, partial(_listing, rejected))
+            yield item
+
+    def _check_boxes(self, tally: BoxTally) -> None:
+        if (verdict := tally.verdict()) is not None:
+            raise UserError(f"{self.out}: {verdict}; --boxes xyxy packs them as they are")
+
+    def _check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
+        for loss in losses:
+            if loss.is_total and not self.allow_empty_level:
+                listing = self._list(rejections())
+                raise UserError(f"{self.out}: {loss}; see {listing}; --allow-empty-level packs what is left")
+        return losses
+
+    def _list(self, lines: bytes) -> Path:
+        """Write rejections next to `out`, which may hold an older pack."""
+        listing = self.out.absolute().with_name(f"{self.out.absolute().name}.rejected.jsonl")
+        listing.write_bytes(lines)
+        return listing
 
     def _no_scenes(self, rejected: list[Rejection], ignored: dict[str, int]) -> UserError:
-        # Written next to `out`, which may hold an older pack.
-        listing = self.out.absolute().with_name(f"{self.out.absolute().name}.rejected.jsonl")
-        listing.write_bytes(b"".join(rejection_lines(rejected)))
-        found = [f"{n} {reason}" for reason, n in sorted(Counter(r.reason for r in rejected).items())]
+        listing = self._list(_listing(rejected))
+        diagnosis = Diagnosis()
+        diagnosis.add(rejected)
+        found = [f"{c.count} {c.reason}{f' ({c.hint})' if c.hint else ''}" for c in diagnosis.causes()]
         found += [f"{n} {suffix} ignored" for suffix, n in ignored.items()]
         reasons = ", ".join(found) or "the source is empty"
         return UserError(f"{self.out}: no valid scenes to pack: {reasons}; see {listing}")
+
+
+def _listing(rejected: list[Rejection]) -> bytes:
+    return b"".join(rejection_lines(rejected))
 
 
 def _pack_item(reader: Reader, options: PackOptions, item: Any) -> PackedItem:
     try:
         checked = reader.read(item)
     except BadEntry as error:
-        return PackedItem(None, rejected=[Rejection(str(item), error.reason, error.detail)])
+        return PackedItem(None, rejected=[Rejection(str(item), error.reason, error.detail, error.hint)])
     return PackedItem.of(checked, options.split_of(checked.scene.key, checked.scene.split))
 
 
 def _report(out: Path, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
     splits = {split: {name: found[name] for name in COUNTS} for split, found in manifest["splits"].items()}
-    return PackReport(out, splits, manifest["vocabulary"], manifest["rejected"], manifest["ignored"], up_to_date)
+    causes = [Cause(**cause) for cause in manifest["causes"]]
+    return PackReport(
+        out,
+        splits,
+        manifest["vocabulary"],
+        manifest["rejected"],
+        manifest["ignored"],
+        up_to_date,
+        causes,
+        manifest["warnings"],
+    )

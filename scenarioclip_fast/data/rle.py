@@ -52,6 +52,35 @@ def area(rle: dict[str, Any]) -> int:
     return int(read_runs(rle)[2][1::2].sum())
 
 
+def bounds(
+    mask: Tensor | NDArray[Any] | dict[str, Any],  # bool [H, W], or RLE
+    size: tuple[int, int],
+) -> list[int] | None:
+    """The smallest box around the set pixels, x1, y1, x2, y2, the last two exclusive; None if there are none.
+
+    Raises:
+        ValueError: malformed RLE, or a mask of another size than `size` = (H, W).
+    """
+    if isinstance(mask, dict):
+        height, width, runs = read_runs(mask)
+        end = np.cumsum(runs)[: len(runs) // 2 * 2].reshape(-1, 2)
+        first, last = end[:, 0][runs[1::2] > 0], end[:, 1][runs[1::2] > 0] - 1
+        if (height, width) == size and len(first):
+            wraps = first // height != last // height  # covers whole columns, or the end of one and the start of next
+            top = np.where(wraps, 0, first % height).min()
+            bottom = np.where(wraps, height - 1, last % height).max()
+            return [int(first[0] // height), int(top), int(last[-1] // height) + 1, int(bottom) + 1]
+    else:
+        array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        height, width = array.shape if array.ndim == 2 else (-1, -1)
+        if (height, width) == size and array.any():
+            columns, rows = np.flatnonzero(array.any(0)), np.flatnonzero(array.any(1))
+            return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    if (height, width) != size:
+        raise ValueError(f"got a mask of {width} x {height}, expected {size[1]} x {size[0]}")
+    return None
+
+
 def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:
     """Read (H, W, run lengths) of an RLE; the lengths are >= 0 and sum to H * W.
 

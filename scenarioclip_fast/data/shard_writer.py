@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scenarioclip_fast.data.check import CheckedScene, Rejection
+from scenarioclip_fast.data.diagnosis import Diagnosis
 from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
@@ -34,6 +38,7 @@ class PackedItem:
     texts: dict[str, list[str]] = field(default_factory=dict)
     masked_relations: int = 0
     rejected: list[Rejection] = field(default_factory=list)
+    boxes: NDArray[np.float64] | None = None  # see `boxes.BoxEvidence`
 
     @classmethod
     def of(cls, checked: CheckedScene, split: str) -> PackedItem:
@@ -47,7 +52,7 @@ class PackedItem:
         }
         record = dump(scene_to_json(scene, checked.size))
         masked = sum(has_masks(scene, relation) for relation in scene.relations)
-        return cls(scene.key, split, scene.image, record, texts, masked, checked.rejected)
+        return cls(scene.key, split, scene.image, record, texts, masked, checked.rejected, checked.boxes)
 
 
 @dataclass
@@ -155,7 +160,7 @@ class ShardWriter:
             "counts": dict(zip(COUNTS, counts, strict=True)),
             "rows": shard.rows,
             "texts": shard.texts,
-            "rejected": [[r.entry, r.reason, r.detail] for r in rejected],
+            "rejected": [[r.entry, r.reason, r.detail, r.hint] for r in rejected],
         }
         self._wait()
         self._finishing = self._finisher.submit(self._stage.add, record)
@@ -170,11 +175,23 @@ class ShardWriter:
             if split == "train":
                 self._train[level].update(texts[level])
 
-    def finish(self, scan: Scan, classes: dict[str, list[str]] | None, fingerprint: str | None) -> dict[str, Any]:
-        """Write the remaining files, move the pack into place, and return its manifest."""
+    def finish(
+        self,
+        scan: Scan,
+        classes: dict[str, list[str]] | None,
+        fingerprint: str | None,
+        review: Callable[[Mapping[str, int], Diagnosis], list[str]],
+    ) -> dict[str, Any]:
+        """Write the remaining files, move the pack into place, and return its manifest.
+
+        Args:
+            review: called with the counts of all splits and with the rejections, before anything is moved; returns
+                warnings, or raises an error.
+        """
         self._wait()
         directory = self._stage.path
-        splits, reasons = self._write_index(scan.rejected)
+        splits, diagnosis = self._write_index(scan.rejected)
+        warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
         vocabulary = self._vocabulary(classes)
         vocabulary.save(directory / "vocabulary.json")
         names = ["index.json", "rejected.jsonl", "vocabulary.json"]
@@ -182,7 +199,9 @@ class ShardWriter:
             "schema": SCHEMA,
             "splits": splits,
             "vocabulary": {level: len(vocabulary.texts(level)) for level in LEVELS},
-            "rejected": dict(sorted(reasons.items())),
+            "rejected": diagnosis.reasons(),
+            "causes": [cause.to_json() for cause in diagnosis.causes()],
+            "warnings": warnings,
             "ignored": scan.ignored,
             "sha256": {name: sha256(directory / name) for name in names},
         }
@@ -192,11 +211,12 @@ class ShardWriter:
         self._stage.finish(manifest, names)
         return manifest
 
-    def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-        """Write index.json and rejected.jsonl shard by shard; return the manifest's splits, and counts by reason."""
+    def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Diagnosis]:
+        """Write index.json and rejected.jsonl shard by shard; return the manifest's splits, and the rejections."""
         directory = self._stage.path
         splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
-        reasons = Counter(r.reason for r in scanned + self.rejected)
+        diagnosis = Diagnosis()
+        diagnosis.add(scanned)
         with (directory / "index.json").open("wb") as index, (directory / "rejected.jsonl").open("wb") as listing:
             index.write(b'{"schema":%d,"shards":{' % SCHEMA)
             listing.writelines(rejection_lines(scanned))
@@ -208,11 +228,12 @@ class ShardWriter:
                     found[name] += record["counts"][name]
                 index.write(b"," * (i > 0) + dump({record["name"]: record["rows"]}).strip()[1:-1])
                 rejected = [Rejection(*row) for row in record["rejected"]]
-                reasons.update(r.reason for r in rejected)
+                diagnosis.add(rejected)
                 listing.writelines(rejection_lines(rejected))
+            diagnosis.add(self.rejected)
             listing.writelines(rejection_lines(self.rejected))
             index.write(b"}}\n")
-        return splits, reasons
+        return splits, diagnosis
 
     def _vocabulary(self, classes: dict[str, list[str]] | None) -> Vocabulary:
         if classes is None:
@@ -224,4 +245,5 @@ class ShardWriter:
 
 def rejection_lines(rejected: Iterable[Rejection]) -> Iterator[bytes]:
     """The lines of rejected.jsonl."""
-    return (dump({"entry": r.entry, "reason": r.reason, "detail": r.detail}) for r in rejected)
+    for r in rejected:
+        yield dump({"entry": r.entry, "reason": r.reason, "detail": r.detail} | ({"hint": r.hint} if r.hint else {}))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from scenarioclip_fast.config_types import check_types
+from scenarioclip_fast.data.boxes import BoxFormat
 from scenarioclip_fast.data.check import BadEntry, CheckedScene, Rejection, safe_key
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.shards import SPLITS
@@ -37,6 +38,8 @@ class SourceOptions:
         max_pixels: larger images are rejected.
         images: directory of the images, if they are not where the format expects them.
         actions: JSON file with the action of each image, or COCO captions; see `sources.actions`.
+        boxes: convention of the boxes, see `boxes.to_corners`; None: "xyxy", and packing ends with an error if the
+            masks show that it is another.
 
     Raises:
         UserError: a value has the wrong type or is out of range, or a path does not exist.
@@ -45,6 +48,7 @@ class SourceOptions:
     max_pixels: int = MAX_PIXELS
     images: Path | None = None
     actions: Path | None = None
+    boxes: BoxFormat | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -64,11 +68,13 @@ class SourceOptions:
 class Scan:
     """Findings about a data set from before its items are read.
 
-    `rejected` lists entries that are not among the items; `ignored` counts files that belong to no scene, by suffix.
+    `rejected` lists entries that are not among the items; `ignored` counts files that belong to no scene, by suffix;
+    `warnings` are about the data set as a whole, a line each.
     """
 
     rejected: list[Rejection] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Reader(Protocol):

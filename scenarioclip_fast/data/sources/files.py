@@ -9,6 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, short
 
+ABSOLUTE = 'file names are absolute: write them relative to the data set\'s directory, "images/0001.jpg"'
+BACKSLASHES = 'file names have backslashes: write "images/0001.jpg"'
+
 
 def safe_path(name: object) -> PurePosixPath:
     """Check that an annotation names a file inside the data set's directory.
@@ -20,7 +23,8 @@ def safe_path(name: object) -> PurePosixPath:
         raise BadEntry("malformed_entry", f"got {short(name)}, expected a file name")
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00]", name):
-        raise BadEntry("unsafe_path", f"{short(name)}: expected a path inside the data set's directory")
+        hint = BACKSLASHES if "\\" in name else ABSOLUTE if path.is_absolute() else ""
+        raise BadEntry("unsafe_path", f"{short(name)}: expected a path inside the data set's directory", hint)
     return path
 
 

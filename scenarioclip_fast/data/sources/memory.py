@@ -12,7 +12,7 @@ from torch import Tensor
 from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries, short
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
-from scenarioclip_fast.data.sources.base import Source, SplitOf
+from scenarioclip_fast.data.sources.base import Source, SourceOptions, SplitOf
 from scenarioclip_fast.requirements import require
 
 _QUALITY = 95  # JPEG quality for images given as pixels
@@ -32,8 +32,10 @@ class Indexed:
 class MemorySource(Source):
     """The scenes of an iterable, read in order and in this process; it has no fingerprint."""
 
-    def __init__(self, scenes: Iterable[Scene], max_pixels: int) -> None:
-        self._scenes, self._max_pixels = scenes, max_pixels
+    accepts = frozenset({"boxes"})
+
+    def __init__(self, scenes: Iterable[Scene], options: SourceOptions) -> None:
+        self._scenes, self._options = scenes, options
 
     @property
     def directories(self) -> set[Path]:
@@ -56,7 +58,7 @@ class MemorySource(Source):
 
     def reader(self) -> MemoryReader:
         """Create the reader of the scenes."""
-        return MemoryReader(SceneChecker(self._max_pixels))
+        return MemoryReader(SceneChecker(self._options.max_pixels, boxes=self._options.boxes))
 
 
 class MemoryReader:

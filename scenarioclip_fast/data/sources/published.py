@@ -17,17 +17,16 @@ from torch import Tensor
 
 from scenarioclip_fast.data.check import (
     MAX_ITEMS,
+    UNKNOWN,
     BadEntry,
     CheckedScene,
     Rejection,
     SceneChecker,
     assigned_splits,
-    clean_scene,
     safe_key,
     short,
     split_conflict,
 )
-from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.sources.annotations import four_numbers
 from scenarioclip_fast.data.sources.base import LARGE, Scan, Source, SourceOptions, SplitOf, by_split, shuffled
@@ -38,6 +37,16 @@ from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 MASKS = "sam_results"  # the directory of mask files
+
+_HINTS = {
+    "folder": 'image_path lacks the folder: write "images/0001.jpg"',
+    "index": "relations refer to objects by position: write [path, [subject, predicate, object]] with their names",
+    "label": 'a relation refers to its objects by their names in "objects", letter for letter',
+    "object": "objects are JSON objects: write [name, [x1, y1, x2, y2]]",
+    "padded": 'names of mask files are padded with zeros, ids are not: write the ids as in the files, "0001"',
+    "relation": "relations are JSON objects: write [path, [subject, predicate, object]]",
+}
+"""Cause and remedy of common mistakes, see `check.Rejection`."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +77,11 @@ class PublishedSource(Source):
         UserError: no such directory, no metadata, malformed JSON, or no entries.
     """
 
+    accepts = frozenset({"boxes"})
     expects = "a directory with metadata*.json"
 
-    def __init__(self, directory: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-        self.directory, self._max_pixels = Path(directory), max_pixels
+    def __init__(self, directory: str | Path, options: SourceOptions | None = None) -> None:
+        self.directory, self._options = Path(directory), options or SourceOptions()
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such directory; expected a data set in the published layout")
         files = sorted(self.directory.glob("metadata*.json"), key=lambda path: (_split_of(path) is None, path.name))
@@ -94,7 +104,7 @@ class PublishedSource(Source):
         """Open the one directory in `paths`."""
         if len(paths) != 1:
             raise UserError(f"got {len(paths)} sources, expected one directory in the published layout")
-        return cls(paths[0], options.max_pixels)
+        return cls(paths[0], options)
 
     def _load(self, path: Path) -> Iterator[Entry]:
         content, record = load_json(path)
@@ -148,7 +158,8 @@ class PublishedSource(Source):
 
     def reader(self, *, encode: bool = True) -> PublishedReader:
         """Create the reader; with `encode=False`, masks are bool [H, W] instead of RLE."""
-        return PublishedReader(self.directory, SceneChecker(self._max_pixels, self._classes), encode)
+        checker = SceneChecker(self._options.max_pixels, self._classes, self._options.boxes)
+        return PublishedReader(self.directory, checker, encode)
 
 
 class PublishedReader:
@@ -167,7 +178,7 @@ class PublishedReader:
         self._checker.check_action(action)
         image, size = self._image(image_path)
         bad: list[Rejection] = []
-        objects = self._objects(entry, bad)
+        objects = self._objects(entry, size, bad)
         masks = self._masks(entry, objects, size, bad)
         for item, mask in zip(objects, masks or [], strict=masks is not None):
             if item is not None:
@@ -180,23 +191,32 @@ class PublishedReader:
         caption = entry.record.get("dense_caption")
         caption = caption.strip() or None if isinstance(caption, str) else None
         scene = Scene(key, image, action, kept, relations, entry.split, caption)
-        scene, more = clean_scene(scene, size, str(entry), encode=self._encode)
-        return CheckedScene(scene, size, bad + more)
+        checked = self._checker.clean(scene, size, str(entry), corners=True, encode=self._encode)
+        return replace(checked, rejected=bad + checked.rejected)
 
     def _image(self, path: PurePosixPath) -> tuple[bytes, tuple[int, int]]:
-        data = read_file(self._directory / path, str(path))
+        try:
+            data = read_file(self._directory / path, str(path))
+        except BadEntry as error:
+            inside = self._directory / "images" / path.name
+            if error.reason == "missing_image" and path.parent.name != "images" and inside.is_file():
+                raise BadEntry(error.reason, error.detail, _HINTS["folder"]) from None
+            raise
         return data, self._checker.image_size(data, f"{path}: ")
 
-    def _objects(self, entry: Entry, bad: list[Rejection]) -> list[SceneObject | None]:
+    def _objects(self, entry: Entry, size: tuple[int, int], bad: list[Rejection]) -> list[SceneObject | None]:
         objects: list[SceneObject | None] = []
         for i, record in enumerate(entry.record["objects"]):
             here = f"{entry}: object {i}"
             item = _parse_object(record)
             if item is None:
-                bad.append(Rejection(here, "malformed_object", f"got {short(record)}"))
+                hint = _HINTS["object"] if isinstance(record, dict) else ""
+                bad.append(Rejection(here, "malformed_object", f"got {short(record)}", hint))
             elif not self._checker.is_known("objects", item.name):
-                bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object"))
+                bad.append(Rejection(here, "unknown_object", f"{item.name!r} is not a known object", UNKNOWN))
                 item = None
+            else:
+                item.box = self._checker.corners(item.box, size)
             objects.append(item)
         return objects
 
@@ -211,10 +231,21 @@ class PublishedReader:
             names = [None if item is None else item.name for item in objects]
             return list(read_masks(path, names, size))
         except FileNotFoundError:
-            bad.append(Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}"))
+            bad.append(
+                Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}", self._padded(path))
+            )
         except ValueError as error:
             bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {error}"))
         return None
+
+    def _padded(self, path: Path) -> str:
+        """The hint if there is a mask file for the same number as that of `path`, with another number of zeros."""
+        number = path.name.partition("_")[0]
+        if not number.isdecimal():
+            return ""
+        widths = (number.lstrip("0").rjust(width, "0") for width in range(1, 13))
+        found = any((path.parent / f"{name}{path.name[len(number) :]}").exists() for name in widths)
+        return _HINTS["padded"] if found else ""
 
     def _relations(
         self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection], usable: bool
@@ -226,15 +257,16 @@ class PublishedReader:
             here = f"{entry}: relation {k}"
             triple = _parse_triple(record)
             if triple is None:
-                bad.append(Rejection(here, "malformed_relation", f"got {short(record)}"))
+                bad.append(Rejection(here, "malformed_relation", f"got {short(record)}", _relation_hint(record)))
                 continue
             text = " ".join(triple)
             missing = [name for name in (triple[0], triple[2]) if name not in names]
             pair = _nearest_pair(objects, triple[0], triple[2])
             if missing:
-                bad.append(Rejection(here, "relation_unknown_label", f"{text!r}: no object {missing[0]!r}"))
+                detail = f"{text!r}: no object {missing[0]!r}"
+                bad.append(Rejection(here, "relation_unknown_label", detail, _HINTS["label"]))
             elif not self._checker.is_known("relations", text):
-                bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation"))
+                bad.append(Rejection(here, "unknown_relation", f"{text!r} is not a known relation", UNKNOWN))
             elif isinstance(pair, str):
                 bad.append(Rejection(here, pair, repr(text)))
             elif not usable:
@@ -278,7 +310,7 @@ def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Ite
             if found.scene.key in seen:
                 raise BadEntry("duplicate_id", f"an earlier entry has the id {found.scene.key}")
         except BadEntry as error:
-            report(Rejection(str(entry), error.reason, error.detail))
+            report(Rejection(str(entry), error.reason, error.detail, error.hint))
             continue
         seen.add(found.scene.key)
         for rejection in found.rejected:
@@ -341,6 +373,15 @@ def _parse_triple(record: Any) -> tuple[str, str, str] | None:
         return None
     subject, predicate, object_ = (normalise(word) for word in record[1])
     return (subject, predicate, object_) if subject and predicate and object_ else None
+
+
+def _relation_hint(record: Any) -> str:
+    """The hint for a relation that is a JSON object, or that refers to its objects by position."""
+    triple = record[1] if isinstance(record, list) and len(record) > 1 and isinstance(record[1], list) else record
+    if isinstance(record, dict):
+        return _HINTS["relation"]
+    by_index = isinstance(triple, list) and len(triple) == 3 and any(type(word) is int for word in triple)
+    return _HINTS["index"] if by_index else ""
 
 
 def _negatives(record: list[Any]) -> list[str]:

@@ -33,7 +33,6 @@ from scenarioclip_fast.data.check import (
     normalise_scene,
     split_conflict,
 )
-from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene, scene_from_json
 from scenarioclip_fast.data.shards import SPLITS
@@ -84,16 +83,17 @@ class WebDatasetSource(Source):
     Args:
         source: a directory, a tar, a glob pattern, or several paths of tars. The directory's classes.json, or the
             vocabulary of a pack in it, lists the known texts; otherwise every text is accepted.
-        max_pixels: larger images are rejected.
+        options: `max_pixels` and `boxes`.
 
     Raises:
         UserError: no such file, no tars, or a compressed tar.
     """
 
+    accepts = frozenset({"boxes"})
     expects = ".tar files of KEY.jpg and KEY.json"
 
-    def __init__(self, source: str | Path | Sequence[str | Path], max_pixels: int = MAX_PIXELS) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self, source: str | Path | Sequence[str | Path], options: SourceOptions | None = None) -> None:
+        self._options = options or SourceOptions()
         single = source if isinstance(source, (str, Path)) else None
         paths = sorted(set(map(Path, source))) if not isinstance(source, (str, Path)) else find_tars(source)
         if not paths:
@@ -114,7 +114,7 @@ class WebDatasetSource(Source):
     @classmethod
     def open(cls, paths: Sequence[str | Path], options: SourceOptions) -> WebDatasetSource:
         """Open the tars in `paths`."""
-        return cls(paths[0] if len(paths) == 1 else paths, options.max_pixels)
+        return cls(paths[0] if len(paths) == 1 else paths, options)
 
     @property
     def total(self) -> int:
@@ -179,15 +179,16 @@ class WebDatasetSource(Source):
 
     def reader(self) -> SampleReader:
         """Create the reader of the samples."""
-        return SampleReader([tar.path for tar in self._tars], self._classes, self._max_pixels)
+        checker = SceneChecker(self._options.max_pixels, self._classes, self._options.boxes)
+        return SampleReader([tar.path for tar in self._tars], checker)
 
 
 class SampleReader:
     """Reads single samples. Cheap to pickle: each process opens its own files."""
 
-    def __init__(self, paths: list[Path], classes: dict[str, list[str]] | None, max_pixels: int) -> None:
+    def __init__(self, paths: list[Path], checker: SceneChecker) -> None:
         self._paths = paths
-        self._checker = SceneChecker(max_pixels, classes)
+        self._checker = checker
         self._open: tuple[int, int] | None = None  # tar number, file descriptor
 
     def read(self, sample: Sample) -> CheckedScene:

@@ -71,7 +71,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def packed(source: Any, out: Path, **options: Any) -> tuple[PackReport, list[dict[str, str]]]:
-    report = pack(source, out, progress=False, **{"val": 0.0, "test": 0.0} | options)
+    report = pack(source, out, progress=False, **{"val": 0.0, "test": 0.0, "allow_empty_level": True} | options)
     return report, [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
 
 

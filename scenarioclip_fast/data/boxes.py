@@ -1,0 +1,191 @@
+"""Conventions of boxes: conversion to corners in pixels, and recognition of a convention that was not declared.
+
+A box that is read in the wrong convention is often still a valid box, and its object's views silently show something
+else. Masks tell: a box should fit the bounds of its object's mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.scene import SceneObject
+
+BoxFormat = Literal["xyxy", "xywh", "normalised"]
+Box = tuple[float, float, float, float]
+Array = NDArray[np.float64]
+
+# Boxes are loose, but of two conventions the right one fits far better than these bounds ask for.
+_FITS = 0.5  # intersection over union of a box and its mask's bounds
+_MOST = 0.8  # of the boxes fit in the right convention
+_FEW = 0.5  # of the boxes at most fit in a wrong one
+_VALID = 0.98  # without masks: of the boxes lie inside the image in the right convention
+_MIN_BOXES = 8
+_MAX_BOXES = 4096
+_SAME_SIZE = 0.05  # relative spread of a size that all images were resized to
+
+_SCENES = 256  # of each process are examined
+_OBJECTS = 8  # of each scene
+
+COLUMNS = 10  # of a row of evidence: box, bounds of its mask (NaN without a mask), width and height of the image
+
+
+def to_corners(box: Box, kind: BoxFormat, size: tuple[int, int]) -> Box:
+    """Convert a box to x1, y1, x2, y2 in pixels.
+
+    Args:
+        kind: "xyxy": corners in pixels; "xywh": corner, width and height in pixels; "normalised": corners as fractions
+            of the image's width and height.
+        size: (H, W) of the image.
+    """
+    a, b, c, d = box
+    if kind == "xywh":
+        return a, b, a + c, b + d
+    if kind == "normalised":
+        height, width = size
+        return a * width, b * height, c * width, d * height
+    return box
+
+
+class BoxEvidence:
+    """Compares boxes with masks, in the first scenes of a process. Picklable."""
+
+    def __init__(self) -> None:
+        self._left = _SCENES
+
+    def of(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> Array | None:  # [n, COLUMNS]
+        """The rows of a scene's objects; None once enough scenes have been seen.
+
+        Args:
+            objects: as the data set gives them.
+            size: (H, W) of the image.
+        """
+        if self._left == 0:
+            return None
+        self._left -= 1
+        rows = []
+        for item in objects[:_OBJECTS]:
+            try:
+                bounds = None if item.mask is None else rle.bounds(item.mask, size)
+                rows.append((*item.box, *(bounds or (np.nan,) * 4), size[1], size[0]))
+            except (KeyError, TypeError, ValueError):  # malformed: rejected elsewhere
+                continue
+        return np.array(rows, np.float64).reshape(-1, COLUMNS)
+
+
+class BoxTally:
+    """Collects evidence, and judges whether the boxes are corners in pixels."""
+
+    def __init__(self) -> None:
+        self._rows: list[Array] = []
+        self._boxes = 0
+        self.scenes = 0
+
+    def add(self, rows: Array | None) -> None:
+        """Add the rows of a scene."""
+        if rows is not None and self._boxes < _MAX_BOXES:
+            self._rows.append(rows)
+            self._boxes += len(rows)
+            self.scenes += 1
+
+    @property
+    def is_early(self) -> bool:
+        """Whether enough scenes for an early verdict have just been seen."""
+        return self.scenes == _SCENES
+
+    def verdict(self) -> str | None:
+        """What the boxes are instead of corners in pixels, and what to do; None if nothing speaks against corners."""
+        rows = np.concatenate([np.zeros((0, COLUMNS)), *self._rows])
+        rows = rows[np.isfinite(rows[:, :4]).all(1)]
+        masked = rows[np.isfinite(rows[:, 4])]
+        if len(masked) >= _MIN_BOXES:
+            return _by_masks(masked)
+        return _by_size(rows) if len(rows) >= _MIN_BOXES else None
+
+
+def _scaled(rows: Array) -> Array:  # [n, 4]
+    return rows[:, :4] * rows[:, [8, 9, 8, 9]]
+
+
+def _sized(box: Array) -> Array:  # [n, 4]
+    return np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+
+
+def _centred(box: Array) -> Array:  # [n, 4]
+    return np.concatenate([box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2], axis=1)
+
+
+_CORNERS = "x1, y1, x2, y2 in pixels"
+_CONVERT = f"convert them to {_CORNERS}"
+# (what the boxes are, conversion of the rows to corners in pixels, what to do)
+_CONVENTIONS: list[tuple[str, Callable[[Array], Array], str]] = [
+    ("x, y, width, height", lambda rows: _sized(rows[:, :4]), "pass --boxes xywh"),
+    ("x1, y1, x2, y2 as fractions of the image's size", _scaled, "pass --boxes normalised"),
+    ("x, y, width, height as fractions of the image's size", lambda rows: _sized(_scaled(rows)), _CONVERT),
+    ("centre, width and height", lambda rows: _centred(rows[:, :4]), _CONVERT),
+    ("centre, width and height as fractions of the image's size", lambda rows: _centred(_scaled(rows)), _CONVERT),
+    ("y1, x1, y2, x2", lambda rows: rows[:, [1, 0, 3, 2]], _CONVERT),
+]
+
+
+def _overlap(box: Array, bounds: Array) -> Array:  # [n, 4] each -> [n]
+    """Intersection over union; 0 for empty boxes."""
+    low, high = np.maximum(box[:, :2], bounds[:, :2]), np.minimum(box[:, 2:], bounds[:, 2:])
+    shared = (high - low).clip(0).prod(1)
+    union = (box[:, 2:] - box[:, :2]).clip(0).prod(1) + (bounds[:, 2:] - bounds[:, :2]).prod(1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _by_masks(rows: Array) -> str | None:
+    n, bounds = len(rows), rows[:, 4:8]
+    given = int((_overlap(rows[:, :4], bounds) >= _FITS).sum())
+    if given > _FEW * n:
+        return None
+    fits = [int((_overlap(convert(rows), bounds) >= _FITS).sum()) for _, convert, _ in _CONVENTIONS]
+    if max(fits) >= _MOST * n:
+        what, _, remedy = _CONVENTIONS[fits.index(max(fits))]
+        return f"{max(fits)} of {n} boxes fit their masks as {what}, {given} as {_CORNERS}: {remedy}"
+    scale = (rows[:, :4] * bounds).reshape(-1, 2, 2).sum(1) / (rows[:, :4] ** 2).reshape(-1, 2, 2).sum(1).clip(1e-9)
+    fitting = _overlap(rows[:, :4] * np.tile(scale, 2), bounds) >= _FITS
+    resized = rows[fitting, 8:10] / scale[fitting]
+    if fitting.sum() >= _MOST * n and (size := _common_size(resized)):
+        return (
+            f"{int(fitting.sum())} of {n} boxes fit their masks if they belong to images resized to {size}, {given} as "
+            "they are: scale them to the size of the images, which pack does not resize"
+        )
+    return None
+
+
+def _common_size(size: Array) -> str | None:  # [n, 2] width and height
+    """The size, or the length of a side, that most of the sizes have."""
+    width, height = np.median(size, axis=0)
+    longer, shorter = np.median(size.max(1)), np.median(size.min(1))
+    if _agrees(size[:, 0], width) and _agrees(size[:, 1], height):
+        return f"about {width:.0f} x {height:.0f} pixels"
+    if _agrees(size.max(1), longer):
+        return f"a longer side of about {longer:.0f} pixels"
+    return f"a shorter side of about {shorter:.0f} pixels" if _agrees(size.min(1), shorter) else None
+
+
+def _agrees(values: Array, middle: float) -> bool:
+    return bool((np.abs(values - middle) <= _SAME_SIZE * middle).mean() >= _MOST)
+
+
+def _by_size(rows: Array) -> str | None:
+    if (np.abs(rows[:, :4]) <= 1).all():
+        return f"all {len(rows)} boxes lie between 0 and 1: for fractions of the image's size, pass --boxes normalised"
+    given, sized = _valid(rows[:, :4], rows), _valid(_sized(rows[:, :4]), rows)
+    if given < _MOST * len(rows) and sized >= _VALID * len(rows):
+        return (
+            f"{sized} of {len(rows)} boxes are valid as x, y, width, height, {given} as {_CORNERS}: pass --boxes xywh"
+        )
+    return None
+
+
+def _valid(box: Array, rows: Array) -> int:
+    inside = (box[:, :2] >= -1).all(1) & (box[:, 2:] <= rows[:, 8:10] + 1).all(1)
+    return int((inside & (box[:, 2:] > box[:, :2]).all(1)).sum())
