@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterable
@@ -20,6 +21,13 @@ from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
+# What other data sets call them.
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
 # key, shard number, JPEG offset and size, JSON offset and size
 _IndexEntry = tuple[str, int, int, int, int, int]
 _OPEN_FILES = 256  # large data sets have more shards than the usual limit of 1024 open files per process
@@ -38,6 +46,20 @@ class BadSample(ValueError):
     def __str__(self) -> str:
         where = self.key if self.source is None else f"{self.key} of {self.source}"
         return f"{where}: {self.reason}: {self.detail}"
+
+
+def words_of(name: str) -> list[str]:
+    """Split a file name at "_", "-" and "."."""
+    return [word for word in re.split(r"[-_.]", name) if word]
+
+
+def split_named(word: str) -> str | None:
+    """The split that a word names, in any case and with or without a year: "Validation" or "train2017"; None: none.
+
+    >>> split_named("dev"), split_named("test2015"), split_named("trainval")
+    ('val', 'test', None)
+    """
+    return _SPLIT_OF_NAME.get(re.sub(r"(19|20)\d\d$", "", word.lower()))
 
 
 def is_packed(directory: str | Path) -> bool:

@@ -68,8 +68,11 @@ class SourceOptions:
 class Scan:
     """Findings about a data set from before its items are read.
 
-    `rejected` lists entries that are not among the items; `ignored` counts files that belong to no scene, by suffix;
-    `warnings` are about the data set as a whole, a line each.
+    Attributes:
+        rejected: entries that are not among the items.
+        ignored: counts of files that belong to no scene, by suffix.
+        warnings: a sentence for each thing that is usable but may not be what was meant, such as a file name that
+            assigns no split where others do; each names the file.
     """
 
     rejected: list[Rejection] = field(default_factory=list)

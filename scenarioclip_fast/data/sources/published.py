@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -28,6 +27,7 @@ from scenarioclip_fast.data.check import (
     split_conflict,
 )
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
+from scenarioclip_fast.data.shards import split_named, words_of
 from scenarioclip_fast.data.sources.annotations import four_numbers
 from scenarioclip_fast.data.sources.base import LARGE, Scan, Source, SourceOptions, SplitOf, by_split, shuffled
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
@@ -92,6 +92,12 @@ class PublishedSource(Source):
         if not entries:
             raise UserError(f"{directory}: the data set is empty: no entries in {', '.join(p.name for p in files)}")
         self.entries, self.conflicts = _resolve_splits(entries)
+        self.warnings = [
+            f"{path.name}: the suffix {short(_suffix(path))} does not name one split (train, val or test): "
+            "its scenes are split by the hash of their ids"
+            for path in files
+            if _suffix(path) and _split_of(path) is None
+        ]
         self._classes = load_classes(self.directory / "classes.json")
 
     @classmethod
@@ -136,8 +142,8 @@ class PublishedSource(Source):
         return len(self.entries) >= LARGE
 
     def scan(self, workers: int, progress: bool) -> Scan:
-        """Reject the entries whose id is assigned to another split."""
-        return Scan(self.conflicts)
+        """Reject the entries whose id is assigned to another split, and warn of files whose name assigns none."""
+        return Scan(self.conflicts, warnings=self.warnings)
 
     def items(self, split_of: SplitOf) -> Iterator[Entry]:
         """Yield the entries split by split, shuffled within each split by a hash of the id."""
@@ -279,8 +285,9 @@ class PublishedReader:
 def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None] | None = None) -> Iterator[Scene]:
     """Read every scene of a directory in the published layout.
 
-    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` assign a split, other `metadata*.json` do not;
-    an id in several splits stays in test, else in val. Texts are lower-cased. If several objects match a relation's
+    `metadata_train.json`, `metadata_val.json` and `metadata_test.json` assign a split (as do other names of the splits,
+    see `shards.split_named`), other `metadata*.json` do not, of which all but metadata.json are logged as a warning.
+    An id in several splits stays in test, else in val. Texts are lower-cased. If several objects match a relation's
     labels, the two objects with the nearest box centres are chosen.
 
     Args:
@@ -302,6 +309,8 @@ def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None]
 def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Iterator[Scene]:
     reader = source.reader(encode=False)
     seen: set[str] = set()
+    for warning in source.warnings:
+        _log.warning("%s", warning)
     for rejection in source.conflicts:
         report(rejection)
     for entry in source.entries:
@@ -409,5 +418,11 @@ def _distance(a: SceneObject | None, b: SceneObject | None) -> float:
 
 
 def _split_of(path: Path) -> str | None:
-    found = re.fullmatch(r"metadata.*_(train|val|test)", path.stem)
-    return found[1] if found else None
+    """The split that the last word of a metadata file's suffix names, numbers aside; None if there are others, too."""
+    words = [word for word in words_of(_suffix(path)) if not word.isdigit()]
+    splits = {split for word in words if (split := split_named(word))}
+    return split_named(words[-1]) if words and len(splits) == 1 else None
+
+
+def _suffix(path: Path) -> str:
+    return path.stem.removeprefix("metadata").lstrip("-_.")

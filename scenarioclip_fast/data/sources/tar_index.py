@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, safe_key, short
-from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.shards import split_named, words_of
 from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
 
@@ -27,7 +28,7 @@ _Extents = list[tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar on disk. `name` is relative to the common directory of all tars; its prefix determines `split`."""
+    """A tar on disk. `name` is relative to the common directory of all tars, and determines `split` (`_split_of`)."""
 
     path: Path
     name: str
@@ -65,8 +66,31 @@ def open_tar(path: Path, name: str) -> Tar:
     for magic, how in _COMPRESSED.items():
         if start.startswith(magic):
             raise _compressed(path, how)
-    prefix, dash, _ = path.name.partition("-")
-    return Tar(path, name, prefix if dash and prefix in SPLITS else None, status.st_size, status.st_mtime_ns)
+    return Tar(path, name, _split_of(name), status.st_size, status.st_mtime_ns)
+
+
+def split_warnings(tars: Sequence[Tar]) -> list[str]:
+    """A warning if some tars name a split and others do not, which may be a misspelling."""
+    without = [tar for tar in tars if tar.split is None]
+    if len(without) in (0, len(tars)):
+        return []
+    prefixes = list(dict.fromkeys(_prefix(tar.name) for tar in without))
+    shown = ", ".join(map(short, prefixes[:5])) + ", ..." * (len(prefixes) > 5)
+    named = next(tar.name for tar in tars if tar.split is not None)
+    return [
+        f"{len(without)} of {len(tars)} tars have a prefix that names no split ({shown}), unlike {short(named)}: "
+        "their scenes are split by the hash of their keys"
+    ]
+
+
+def _split_of(name: str) -> str | None:
+    """The split that the first word of a tar's name names, or else the innermost of its folders that names one."""
+    words = [_prefix(name), *reversed(PurePosixPath(name).parts[:-1])]
+    return next((split for word in words if (split := split_named(word))), None)
+
+
+def _prefix(name: str) -> str:
+    return next(iter(words_of(PurePosixPath(name).name)), "")
 
 
 def _compressed(path: Path, how: str) -> UserError:

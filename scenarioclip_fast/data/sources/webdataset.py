@@ -35,10 +35,10 @@ from scenarioclip_fast.data.check import (
 )
 from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Scene, scene_from_json
-from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.shards import SPLITS, split_named
 from scenarioclip_fast.data.sources.base import Scan, Source, SourceOptions, SplitOf
 from scenarioclip_fast.data.sources.classes import load_classes
-from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarIndex, index_tar, open_tar
+from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarIndex, index_tar, open_tar, split_warnings
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
@@ -63,11 +63,15 @@ class Sample:
 
 
 def find_tars(source: str | Path) -> list[Path]:
-    """List the tars that a directory, file name or glob pattern refers to, sorted by name."""
+    """List the tars that a directory, file name or glob pattern refers to, sorted by name.
+
+    Those of a directory include the tars in its subfolders that are named after a split ("val").
+    """
     suffixes = (".tar", *COMPRESSED_SUFFIXES)
     path = Path(source)
     if path.is_dir():
-        found = [entry for entry in path.iterdir() if entry.name.endswith(suffixes)]
+        folders = [path, *(entry for entry in path.iterdir() if split_named(entry.name) and entry.is_dir())]
+        found = [entry for folder in folders for entry in folder.iterdir() if entry.name.endswith(suffixes)]
     elif path.exists():
         found = [path] if path.name.endswith(suffixes) else []
     else:
@@ -76,7 +80,10 @@ def find_tars(source: str | Path) -> list[Path]:
 
 
 class WebDatasetSource(Source):
-    """WebDataset tars. A tar whose name starts with train-, val- or test- assigns that split.
+    """WebDataset tars.
+
+    A tar whose name starts with a split assigns it ("val-000.tar", "dev_000.tar"; see `shards.split_named`), as does
+    one in a folder of such a name below the common directory of all tars ("val/000.tar").
 
     A key in several splits stays in test, else in val.
 
@@ -98,7 +105,8 @@ class WebDatasetSource(Source):
         paths = sorted(set(map(Path, source))) if not isinstance(source, (str, Path)) else find_tars(source)
         if not paths:
             raise UserError(f"{single or 'the source'}: found no .tar, expected {self.expects}")
-        common = os.path.commonpath([path.absolute().parent for path in paths])
+        folders = [Path(single)] if single and Path(single).is_dir() else [path.parent for path in paths]
+        common = os.path.commonpath([folder.absolute() for folder in folders])
         self._tars = [open_tar(path, os.path.relpath(path, common)) for path in paths]
         self._indexes: list[TarIndex] = []
         self._assigned: dict[str, str] = {}  # key -> split, unless the tar names determine it
@@ -152,7 +160,7 @@ class WebDatasetSource(Source):
         for index in self._indexes:
             ignored.update(index.ignored)
         rejected = [rejection for index in self._indexes for rejection in index.rejected]
-        return Scan(rejected, dict(sorted(ignored.items())))
+        return Scan(rejected, dict(sorted(ignored.items())), split_warnings(self._tars))
 
     def _resolve_splits(self) -> None:
         """Give keys without a split the one that another tar assigns to them, and reject keys in several splits."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from scenarioclip_fast.data import Scene, load_reference, pack
 from scenarioclip_fast.data.check import REASONS, BadEntry, Rejection, safe_key
 from scenarioclip_fast.data.sources.masks_npz import MAX_MASK_BYTES, read_masks
+from scenarioclip_fast.data.sources.published import PublishedSource
 from scenarioclip_fast.errors import UserError
 
 HEIGHT, WIDTH = 40, 60
@@ -390,6 +391,46 @@ def test_boxes_rounded_up_are_clipped(data: Dataset) -> None:
     data.entry["objects"][1][1] = [-0.5, 20, 60.9, 40.4]
     (scene,), rejected = data.load()
     assert not rejected and scene.objects[1].box == (0, 20, 60, 40)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "split"),
+    [
+        ("_Training", "train"),
+        ("-train2017", "train"),
+        (".dev", "val"),
+        ("_VALID", "val"),
+        ("_openpsg_validation_2017", "val"),
+        ("_eval", "val"),
+        ("-evaluation", "val"),
+        ("_testing", "test"),
+        ("_test_0", "test"),
+        ("_foo", None),
+        ("2", None),
+        ("_trainval", None),
+        ("_test-dev", None),  # two of them: not guessed
+        ("_test_clean", None),
+    ],
+)
+def test_aliases_of_splits_and_warnings(
+    data: Dataset, suffix: str, split: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_split(data, **{suffix: [data.entry]})
+    source = PublishedSource(data.directory)
+    assert [entry.split for entry in source.entries] == [split]
+    shown = suffix.strip("_-.")
+    expected = [
+        f"metadata{suffix}.json: the suffix '{shown}' does not name one split (train, val or test): its scenes are "
+        "split by the hash of their ids"
+    ]
+    assert source.scan(1, False).warnings == ([] if split else expected)
+    assert [scene.split for scene in load_reference(data.directory)] == [split]
+    assert [record.message for record in caplog.records] == ([] if split else expected)
+
+
+def test_plain_metadata_is_no_reason_to_warn(data: Dataset) -> None:
+    data.load()
+    assert PublishedSource(data.directory).scan(1, False).warnings == []
 
 
 def test_duplicate_ids(data: Dataset) -> None:

@@ -165,6 +165,56 @@ def test_splits(many: Path, tmp_path: Path) -> None:
     assert {by_hash[f"0-{i}"] for i in range(12)} > {"train"}
 
 
+def test_aliases_of_splits(tmp_path: Path) -> None:
+    names = {
+        "Training-0.tar": "train",
+        "train2017_0.tar": "train",
+        "dev-0.tar": "val",
+        "VALID.0.tar": "val",
+        "eval-0.tar": "val",
+        "testing_0.tar": "test",
+        "validation/0.tar": "val",
+        "test2015/part-0.tar": "test",
+        "test/val-0.tar": "val",  # the name of the tar goes before that of its folder
+        "cc3m-0.tar": None,
+        "trains-0.tar": None,
+    }
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, sample(safe_key(name.replace("/", "_"))))
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "train-1.tar", [])
+    source = WebDatasetSource(tmp_path)
+    scan = source.scan(1, False)
+    found = {item.name: item.split for item in source.items(lambda _, split: split or "train")}
+    assert found == names, "tars in other folders are not part of a directory"
+    assert scan.warnings == [
+        "2 of 11 tars have a prefix that names no split ('cc3m', 'trains'), unlike 'Training-0.tar': their scenes are "
+        "split by the hash of their keys"
+    ]
+    of_list = WebDatasetSource([tmp_path / name for name in names])
+    of_list.scan(1, False)
+    assert {item.name: item.split for item in of_list.items(lambda _, split: split or "train")} == names
+
+
+@pytest.mark.parametrize("names", [["cc3m-0", "other"], ["train-0", "val-0"], ["train-0"]])
+def test_ordinary_prefixes_are_no_reason_to_warn(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / f"{name}.tar", sample(name))
+    assert WebDatasetSource(tmp_path).scan(1, False).warnings == []
+
+
+def test_a_directory_of_folders_of_splits(tmp_path: Path) -> None:
+    for split in ("train", "Validation"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        write(tmp_path / "set" / split / "000.tar", sample(split))
+    report, rejected = packed(tmp_path / "set", tmp_path / "out", test=1.0)
+    assert not rejected and [n["scenes"] for n in report.splits.values()] == [1, 1, 0]
+    (tmp_path / "set" / "train" / "000.tar").unlink()
+    report, _ = packed(tmp_path / "set", tmp_path / "val", test=1.0)
+    assert [n["scenes"] for n in report.splits.values()] == [0, 1, 0], "the folder counts without others beside it"
+
+
 def test_output_is_independent_of_workers(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(many, tmp_path / "1", shard_size=5, workers=1)
     monkeypatch.setattr(WebDatasetSource, "large", True)  # so that several processes read the headers
