@@ -21,6 +21,7 @@ from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops.view_batch import MAX_SIDE, check_renderable
 
 # reason -> description. The first group rejects a whole scene, the second drops one object, mask or relation.
 REASONS = {
@@ -36,7 +37,8 @@ REASONS = {
     "other_size": "the image size differs from the size in the record or annotation",
     "image_truncated": "the image is truncated",
     "image_corrupt": "the image is damaged",
-    "image_too_large": "the image exceeds the limit on pixels or bytes",
+    "image_too_large": "the image exceeds the limit on pixels, bytes or its longer side",
+    "image_too_narrow": "the image's longer side exceeds its shorter one too many times to be rendered",
     "image_not_an_image": "the file is not an image",
     "image_undecodable": "the image cannot be decoded",
     "unknown_action": "the action is not in classes.json",
@@ -242,7 +244,7 @@ class SceneChecker:
             where: prefix for the error's detail.
 
         Raises:
-            BadEntry: the image is damaged, not an image, or too large.
+            BadEntry: the image is damaged, not an image, too large or too narrow.
         """
         if self._decoder is None:
             self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
@@ -252,6 +254,11 @@ class SceneChecker:
             known = ("truncated", "corrupt", "too_large", "not_an_image")
             reason = f"image_{error.reason}" if error.reason in known else "image_undecodable"
             raise BadEntry(reason, f"{where}{error.detail}") from error
+        try:
+            check_renderable(height, width)
+        except ValueError as error:
+            reason = "image_too_large" if max(height, width) > MAX_SIDE else "image_too_narrow"
+            raise BadEntry(reason, f"{where}{error}") from None
         return height, width
 
     def is_known(self, level: str, text: str) -> bool:

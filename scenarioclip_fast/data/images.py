@@ -17,6 +17,7 @@ from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.preprocess import preprocess
 from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops.view_batch import check_renderable
 
 T = TypeVar("T")
 
@@ -117,9 +118,14 @@ def _decoded_batches(
         for (key, _), image in zip(chunk, decoder.decode([data for _, data in chunk]), strict=True):
             if isinstance(image, DecodeError):
                 on_skip(SkippedImage(key, str(image)))
-            else:
-                keys.append(key)
-                pixels.append(image)
+                continue
+            try:
+                check_renderable(*image.shape[:2])
+            except ValueError as error:
+                on_skip(SkippedImage(key, str(error)))
+                continue
+            keys.append(key)
+            pixels.append(image)
         if keys:
             none = torch.empty(0, dtype=torch.int64, device=decoder.device)
             no_action = torch.full((len(keys),), -1, device=decoder.device)

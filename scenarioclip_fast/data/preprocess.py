@@ -19,6 +19,7 @@ from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.ops.view_batch import check_renderable
 from scenarioclip_fast.ops.views import render_views
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def preprocess(
         [N, 3, size, size]; N = 1 for a single image.
 
     Raises:
-        UserError: a file cannot be read or decoded; the message names it.
+        UserError: a file cannot be read or decoded, or an image is too long or too narrow (see
+            `ops.view_batch.check_renderable`); the message names it.
         TypeError: not an image.
         ValueError: an array has the wrong shape or dtype, or `size` is not a positive integer.
     """
@@ -88,6 +90,11 @@ def _decode(images: list[Any], device: torch.device, max_pixels: int) -> list[Te
             if isinstance(result, DecodeError):
                 raise UserError(f"{names[i]}: {result}")
             decoded[i] = result
+    for i, result in decoded.items():
+        try:
+            check_renderable(*result.shape[:2])
+        except ValueError as error:
+            raise UserError(f"{names[i]}: {error}") from None
     return [decoded[i] for i in range(len(images))]
 
 

@@ -16,7 +16,7 @@ from scenarioclip_fast.data.decode import probe
 from scenarioclip_fast.data.scene import Mask, Scene
 from scenarioclip_fast.data.splitmix64 import mix, uniforms
 from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, MASKED, RELATION
-from scenarioclip_fast.ops.view_batch import ViewBatch, is_empty, pixel_box
+from scenarioclip_fast.ops.view_batch import ViewBatch, check_renderable, is_empty, pixel_box
 
 CROP_MARGIN = 0.1  # of the box's longer side, on each of the four sides
 # Config values -> kinds of views.
@@ -76,7 +76,8 @@ class Views(ViewBatch):
 
         Raises:
             ValueError: a focused relation without a mask, a mask that does not match its image, a box outside the
-                image, or an unreadable image header; the message names the scene and the object or relation.
+                image, an image too long or too narrow to render (see `check_renderable`), or an unreadable image
+                header; the message names the scene and the object or relation.
         """
         if object_view not in OBJECT_VIEWS:
             raise ValueError(f"object_view: got {object_view!r}, expected 'masked' or 'crop'")
@@ -84,6 +85,11 @@ class Views(ViewBatch):
             raise ValueError(f"relation_view: got {relation_view!r}, expected 'focused', 'box' or 'scene'")
         if sizes is None:
             sizes = [_image_size(scene) for scene in scenes]
+        for scene, size in zip(scenes, sizes, strict=True):
+            try:
+                check_renderable(*size)
+            except ValueError as error:
+                raise ValueError(f"scene {scene.key}: {error}") from None
         rows = _Rows(scenes, sizes)
         kind = np.array([GLOBAL, OBJECT_VIEWS[object_view], RELATION_VIEWS[relation_view]], np.int32)[rows.level]
         source = np.zeros((len(kind), 4), np.int64)

@@ -11,6 +11,20 @@ from torch import Tensor
 
 from scenarioclip_fast.kernels.views.reference import KIND_NAMES
 
+# A crop of a box as long as the image resizes a square of 1.2 times that length, with tables and rows in proportion: 86
+# MiB for one view at size 512 if the image has this side, 2.7 GB for one of a million pixels.
+MAX_SIDE = 1 << 15
+# Long side over short side. A view shows the central square of an image, here less than a thousandth of it.
+MAX_ASPECT = 1 << 10
+
+
+def check_renderable(height: int, width: int) -> None:
+    """Raise ValueError for an image too long or too narrow for `render_views` to make every kind of view of it."""
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"got an image of {width} x {height}, expected sides of at most {MAX_SIDE} pixels")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"got an image of {width} x {height}, expected a ratio of the sides of at most {MAX_ASPECT}")
+
 
 @dataclass(slots=True, eq=False)
 class ViewBatch:

@@ -159,6 +159,17 @@ def test_links_are_followed_and_broken_ones_listed(
     assert "unusable images skipped (1): gone.jpg (unreadable: " in capsys.readouterr().err
 
 
+def test_narrow_images_are_skipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "a.png")
+    Image.new("RGB", (2000, 1)).save(folder / "line.png")
+    assert run(place, folder, tmp_path / "out.npz") == 0
+    assert read(tmp_path / "out.npz")["keys"].tolist() == ["a.png"]
+    message = "unusable images skipped (1): line.png (got an image of 2000 x 1, expected a ratio of the sides of"
+    assert message in capsys.readouterr().err
+
+
 def test_file_names_that_are_not_utf_8(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     data = (place / "images" / "a.jpg").read_bytes()

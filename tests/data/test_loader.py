@@ -355,6 +355,25 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("width", "limit"), [(2000, "a ratio of the sides"), (40_000, "sides")])
+def test_scenes_that_cannot_be_rendered_do_not_end_the_run(tmp_path: Path, width: int, limit: str) -> None:
+    """Packs of other writers may contain them."""
+
+    def narrow(scene: Scene, record: dict[str, Any]) -> None:
+        out = io.BytesIO()
+        Image.new("RGB", (width, 1)).save(out, "JPEG")
+        scene.image, record["size"] = out.getvalue(), [1, width]
+
+    # Scenes 0, 4, ... have no objects.
+    shards = write_shards(tmp_path / "data", [make_scene(i) for i in range(20)], {4: narrow, 8: narrow})
+    found: list[BadSample] = []
+    with load(shards, 3, epochs=1, drop_last=False, max_bad_fraction=0.5, on_bad=lambda _, bad: found.extend(bad)) as s:
+        keys = [key for batch in s for key in batch.keys]
+    assert sorted(keys) == [f"s{i:04d}" for i in range(20) if i not in (4, 8)]
+    assert sorted((bad.key, bad.reason) for bad in found) == [("s0004", "bad_scene"), ("s0008", "bad_scene")]
+    assert f"got an image of {width} x 1, expected {limit} of at most" in found[0].detail
+
+
 REASONS = (
     {"s0047": "short_shard"}
     | {f"s{i:04d}": reason for i, (reason, _) in DAMAGE.items()}

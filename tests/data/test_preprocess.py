@@ -107,6 +107,16 @@ def test_errors_name_the_image(tmp_path: Path) -> None:
         ([good, tmp_path / "text.jpg"], UserError, r"text\.jpg: not_an_image: "),
         ([good, b"\xff\xd8\xff"], UserError, r"images\[1\]: truncated: "),
         ([good, Image.open(io.BytesIO(good.read_bytes()[:-60]))], UserError, r"images\[1\]: .*truncated"),
+        (
+            [good, np.zeros((1, 1025, 3), np.uint8)],
+            UserError,
+            r"images\[1\]: got an image of 1025 x 1, expected a ratio",
+        ),
+        (
+            [encoded(Image.new("L", (1, 40_000)))],
+            UserError,
+            r"images\[0\]: got an image of 1 x 40000, expected sides of",
+        ),
         ([good, 3], TypeError, r"images\[1\]: got a int, expected a path, "),
         (PIXELS[..., 0], ValueError, r"images\[0\]: got uint8 \[40, 61\], expected uint8 \[H, W, 3\]"),
         (PIXELS.astype(np.float32), ValueError, r"got float32 \[40, 61, 3\], expected uint8"),

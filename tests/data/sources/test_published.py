@@ -220,6 +220,11 @@ BAD_SCENES: dict[str, tuple[str, Callable[[Dataset], None]]] = {
         "image_not_an_image",
         _file(lambda data: (data.image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")),
     ),
+    "image too narrow": (
+        "image_too_narrow",
+        lambda data: (data.image.write_bytes(jpeg(1, 1025)), None)[1],
+    ),
+    "image too long": ("image_too_large", lambda data: (data.image.write_bytes(jpeg(33, 32_769)), None)[1]),
     "empty image": ("image_not_an_image", _file(lambda data: (data.image, b""))),
     "unknown action": ("unknown_action", lambda data: _classes(data, actions="sitting")),
     "very long unknown action": (
