@@ -33,6 +33,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Views, rle
 from scenarioclip_fast.data.decode import decode_with_pillow
+from scenarioclip_fast.data.scene import mask_pixels
 from scenarioclip_fast.dispatch import unavailable_reason
 from scenarioclip_fast.ops import render_views
 from scenarioclip_fast.ops.views import CLIP_MEAN, CLIP_STD, lower_views
@@ -103,9 +104,9 @@ def resized(scene: Scene, size: tuple[int, int]) -> Scene:
     new = np.array(size * 2)
     objects = []
     for entry in scene.objects:
-        mask = rle.decode(entry.mask) if isinstance(entry.mask, dict) else entry.mask
-        assert mask is not None
-        small = np.array(Image.fromarray(mask.numpy()).resize(size, Image.Resampling.NEAREST))
+        assert entry.mask is not None
+        mask = rle.decode(entry.mask).numpy() if isinstance(entry.mask, dict) else mask_pixels(entry.mask)
+        small = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         small[min(int(entry.box[1] * size[1] / old[1]), size[1] - 1), int(entry.box[0] * size[0] / old[0])] = True
         x1, y1, x2, y2 = (np.array(entry.box) * new / old).tolist()
         objects.append(SceneObject(entry.name, (x1, y1, x2, y2), rle.encode(small)))

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.boxes import Box, BoxEvidence, BoxFormat, to_corners
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, decode_checked
-from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
+from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject, mask_pixels
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
@@ -374,19 +373,20 @@ def _usable_mask(mask: Mask | None, size: tuple[int, int], encode: bool) -> tupl
     if mask is None:
         return None, "", ""
     try:
-        shape: Any = tuple(mask.shape) if isinstance(mask, Tensor) else tuple(mask["size"])
+        found = mask if isinstance(mask, dict) else mask_pixels(mask)
+        shape = tuple(found["size"]) if isinstance(found, dict) else found.shape
         if shape != size:
             return None, "bad_mask", f"got a mask of size {list(shape)}, expected the image size {list(size)}"
-        empty = not bool(mask.any()) if isinstance(mask, Tensor) else rle.area(mask) == 0
+        empty = rle.area(found) == 0 if isinstance(found, dict) else not found.any()
         if empty:
             return None, "empty_mask", "the mask has no set pixels; the object keeps its box"
-        return (_compressed(mask) if encode else mask), "", ""
+        return (_compressed(found) if encode else mask), "", ""
     except (KeyError, TypeError, ValueError) as error:
         return None, "bad_mask", str(error)
 
 
-def _compressed(mask: Mask) -> dict[str, Any]:
-    if isinstance(mask, Tensor):
+def _compressed(mask: NDArray[np.bool_] | dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(mask, dict):
         return rle.encode(mask)
     height, width, runs = rle.read_runs(mask)
     counts = mask["counts"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import DecodeError, make_decoder
-from scenarioclip_fast.data.scene import Mask, Scene, has_masks
+from scenarioclip_fast.data.scene import Mask, Scene, has_masks, mask_pixels
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
@@ -189,7 +189,7 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor, max_views: int) -> No
     picture = image.float().cpu() / 255
     for k, entry in enumerate(scene.objects):
         if entry.mask is not None:
-            mask = rle.decode(entry.mask) if isinstance(entry.mask, dict) else entry.mask.cpu()
+            mask = rle.decode(entry.mask) if isinstance(entry.mask, dict) else torch.tensor(mask_pixels(entry.mask))
             picture[mask] = 0.55 * picture[mask] + 0.45 * torch.tensor(to_rgb(COLOURS[k % len(COLOURS)]))
     axis.imshow(picture.numpy())
     height, width = image.shape[:2]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
@@ -13,8 +15,8 @@ from scenarioclip_fast.errors import UserError
 SCHEMA = 2  # of records and packs that are written
 READABLE = (1, 2)  # in schema 1, every scene has an action, and every relation two masks
 
-Mask = Tensor | dict[str, Any]
-"""bool [H, W], or COCO RLE {"size": [H, W], "counts": compressed string}."""
+Mask = Tensor | NDArray[Any] | dict[str, Any]
+"""Pixels [H, W], bool or uint8 (see `mask_pixels`), or COCO RLE {"size": [H, W], "counts": compressed string}."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +69,26 @@ class Scene:
 def has_masks(scene: Scene, relation: Relation) -> bool:
     """Whether subject and object both have a mask, as a focused region requires."""
     return scene.objects[relation.subject].mask is not None and scene.objects[relation.object].mask is not None
+
+
+def mask_pixels(mask: Tensor | NDArray[Any]) -> NDArray[np.bool_]:  # [H, W]
+    """Return the pixels of a mask that is not RLE: bool, or uint8 with the values 0 and 1, or 0 and 255.
+
+    Raises:
+        ValueError: another shape, type or value.
+    """
+    kind = str(mask.dtype).removeprefix("torch.") if isinstance(mask, Tensor | np.ndarray) else type(mask).__name__
+    if kind not in ("bool", "uint8") or mask.ndim != 2:
+        shape = f" {list(mask.shape)}" if isinstance(mask, Tensor | np.ndarray) else ""
+        raise ValueError(f"got a mask of {kind}{shape}, expected bool or uint8 [H, W], or RLE")
+    pixels: NDArray[Any] = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask
+    if kind == "uint8":
+        top = pixels.max(initial=0)
+        if top not in (0, 1, 255) or (top == 255 and ((pixels > 0) & (pixels < 255)).any()):
+            values = np.unique(pixels).tolist()
+            shown = ", ".join(map(str, values[:6])) + ", ..." * (len(values) > 6)
+            raise ValueError(f"got a mask of uint8 with the values {shown}; expected 0 and 1, or 0 and 255")
+    return pixels.astype(np.bool_, copy=False)
 
 
 def scene_to_json(scene: Scene, size: tuple[int, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from scenarioclip_fast import native
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import probe
-from scenarioclip_fast.data.scene import Mask, Scene
+from scenarioclip_fast.data.scene import Mask, Scene, mask_pixels
 from scenarioclip_fast.data.splitmix64 import mix, uniforms
 from scenarioclip_fast.kernels.views.reference import CROP, GLOBAL, MASKED, RELATION
 from scenarioclip_fast.ops.view_batch import ViewBatch, check_renderable, is_empty, pixel_box
@@ -85,9 +85,9 @@ class Views(ViewBatch):
             raise ValueError(f"relation_view: got {relation_view!r}, expected 'focused', 'box' or 'scene'")
         if sizes is None:
             sizes = [_image_size(scene) for scene in scenes]
-        for scene, size in zip(scenes, sizes, strict=True):
+        for scene, (height, width) in zip(scenes, sizes, strict=True):
             try:
-                check_renderable(*size)
+                check_renderable(height, width)
             except ValueError as error:
                 raise ValueError(f"scene {scene.key}: {error}") from None
         rows = _Rows(scenes, sizes)
@@ -228,10 +228,8 @@ class _MaskTable:
 def _runs(mask: Mask) -> tuple[int, int, NDArray[np.int64]]:
     if isinstance(mask, dict):
         return rle.read_runs(mask)
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"got {mask.dtype} {list(mask.shape)}, expected bool [H, W]")
-    height, width = mask.shape
-    return height, width, rle.mask_runs(mask.cpu().numpy())
+    pixels = mask_pixels(mask)
+    return *pixels.shape, rle.mask_runs(pixels)
 
 
 def _image_size(scene: Scene) -> tuple[int, int]:

@@ -198,7 +198,10 @@ MALFORMED: dict[str, tuple[str | None, Callable[[Scene], Any]]] = {
     "too many objects": ("malformed_entry", lambda s: replace(s, objects=s.objects * 1024)),
     "objects is None": ("malformed_entry", lambda s: replace(s, objects=None)),
     "box with three numbers": ("malformed_entry", lambda s: _of_one_object(s, box=(0, 0, 5))),
-    "NumPy mask": ("malformed_entry", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
+    "mask of floats": ("bad_mask", lambda s: _of_one_object(s, mask=np.ones((64, 64)))),
+    "mask of another size": ("bad_mask", lambda s: _of_one_object(s, mask=np.ones((8, 8), bool))),
+    "mask is a list": ("bad_mask", lambda s: _of_one_object(s, mask=[[True]])),
+    "mask with three values": ("bad_mask", lambda s: _of_one_object(s, mask=torch.arange(3, dtype=torch.uint8)[None])),
     "NumPy box": (None, lambda s: _of_one_object(s, box=tuple(np.float32([0, 0, 5.5, 5])))),
     "image with permuted axes": (
         None,
@@ -214,12 +217,39 @@ def test_a_malformed_scene_in_memory_does_not_affect_others(synthetic: list[Scen
     reason, change = MALFORMED[case]
     first, second = (replace(scene, split="train") for scene in synthetic[:2])
     report = pack_quietly([second, change(first), replace(second, key="last")], tmp_path / "out")
-    assert report.splits["train"]["scenes"] == 2 + (reason is None)
+    assert report.splits["train"]["scenes"] == 2 + (reason in (None, "bad_mask"))
     assert report.rejected == ({reason: 1} if reason else {})
     for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["entry"].startswith("scene 1") and row["detail"] and len(line) < 400
         assert (row["entry"] + row["detail"]).isprintable()
+
+
+def test_masks_as_pixels_of_every_type(synthetic: list[Scene], tmp_path: Path) -> None:
+    convert: list[Callable[[np.ndarray], Any]] = [
+        lambda mask: mask,
+        lambda mask: np.asfortranarray(mask),
+        lambda mask: mask[::-1].copy()[::-1],  # negative strides
+        lambda mask: mask.astype(np.uint8),
+        lambda mask: mask.astype(np.uint8) * 255,
+        lambda mask: torch.from_numpy(mask),
+        lambda mask: torch.from_numpy(mask.astype(np.uint8) * 255),
+    ]
+    scene = replace(synthetic[0], split="train")
+    assert scene.objects
+
+    def of(k: int) -> Scene:
+        objects = [replace(item, mask=convert[k](np.asarray(item.mask))) for item in scene.objects]
+        return replace(scene, key=f"s{k}", objects=objects)
+
+    report = pack_quietly(map(of, range(len(convert))), tmp_path / "out")
+    assert not report.rejected
+    shards = ShardSet(tmp_path / "out")
+    assert len(shards) == len(convert)
+    for i in range(len(convert)):
+        for item, original in zip(shards.read(i).objects, scene.objects, strict=True):
+            assert isinstance(item.mask, dict) and isinstance(original.mask, torch.Tensor)
+            assert torch.equal(decode(item.mask), original.mask)
 
 
 def test_bad_entries_are_rejected_and_counted(small_source: Path, tmp_path: Path, capsys: Any) -> None:

@@ -69,6 +69,37 @@ def test_rle_and_bool_masks_give_the_same_views() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("scale", [0, 1, 255])
+def test_masks_as_pixels_of_every_type(scale: int) -> None:
+    scene = make_scene()
+    expected = Views.of_scenes([scene])
+    for numpy in (False, True):
+        for entry, original in zip(scene.objects, make_scene().objects, strict=True):
+            assert isinstance(original.mask, torch.Tensor)
+            mask = original.mask.to(torch.uint8) * scale if scale else original.mask
+            entry.mask = mask.numpy() if numpy else mask
+        for a, b in zip(expected.tensors, Views.of_scenes([scene]).tensors, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((HEIGHT, WIDTH), np.float32), rf"float32 \[{HEIGHT}, {WIDTH}\], expected bool or uint8 \[H, W\]"),
+        (torch.ones(1, HEIGHT, WIDTH, dtype=torch.bool), r"bool \[1, 40, 60\], expected bool or uint8"),
+        (np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 2 + 1, "values 1, 2; expected 0 and 1, or"),
+        (np.full((HEIGHT, WIDTH), 7, np.uint8), "uint8 with the values 7; expected 0 and 1, or 0 and 255"),
+        (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8), r"values 0, 1, 2, 3, 4, 5, \.\.\.; exp"),
+        ([[True]], "list, expected bool or uint8"),
+    ],
+)
+def test_other_masks_are_named(mask: Any, message: str) -> None:
+    scene = make_scene("kitchen 7")
+    scene.objects[0].mask = mask
+    with pytest.raises(ValueError, match=f"kitchen 7, relation 0: mask of object 0: got a mask of .*{message}"):
+        Views.of_scenes([scene])
+
+
 def test_select_and_pickle() -> None:
     views = Views.of_scenes([make_scene()])
     relations = views.select(views.kind == 3)

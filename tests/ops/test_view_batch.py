@@ -41,7 +41,7 @@ def test_limits(longer: int, shorter: int, message: str | None) -> None:
 
 @pytest.mark.parametrize("shape", [(MAX_SIDE, MAX_SIDE // MAX_ASPECT), (1, MAX_ASPECT), (MAX_ASPECT, 1)])
 def test_the_most_extreme_images_are_rendered(shape: tuple[int, int]) -> None:
-    """Every kind of view has colours in [0, 1], and the whole of a grey image stays grey: no table or index is out of range."""
+    """No table or index is out of range: colours stay in [0, 1], and a grey image stays grey."""
     height, width = shape
     mask = rle.encode(torch.ones(shape, dtype=torch.bool))
     whole = SceneObject("line", (0, 0, width, height), mask)

@@ -11,14 +11,14 @@ from scenarioclip_fast.errors import UserError
 
 
 def load_json(path: Path) -> tuple[bytes, Any]:
-    """Return the content of a JSON file, raw and parsed.
+    """Return the content of a JSON file, raw and parsed; UTF-8, 16 or 32, with or without a byte order mark.
 
     Raises:
         UserError: the file cannot be read or parsed.
     """
     try:
         content = path.read_bytes()
-        return content, json.loads(content.decode("utf-8"))
+        return content, json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
 

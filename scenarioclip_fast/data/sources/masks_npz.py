@@ -20,12 +20,14 @@ from torch import Tensor
 
 from scenarioclip_fast.data.check import short
 from scenarioclip_fast.data.decode import MAX_PIXELS
+from scenarioclip_fast.data.scene import mask_pixels
 from scenarioclip_fast.data.texts import normalise
 
 MAX_MASK_BYTES = 1 << 30  # of all candidate masks of one scene
 MAX_NPZ_LISTING = 1 << 20  # bytes of a zip's central directory; an npz has about three members
 _ZIP_TAIL = 22 + 0xFFFF  # end-of-central-directory record plus the longest possible comment
-_KINDS = {"b": "bool", "U": "text", "f": "float"}
+# array -> the starts of accepted types in NumPy's notation, and their names
+_TYPES = {"mask": (("b1", "u1"), "bool or uint8"), "labels": (("U",), "text"), "score": (("f",), "float")}
 
 
 def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> Iterator[Tensor]:  # bool [H, W] each
@@ -45,11 +47,13 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
         with zipfile.ZipFile(path) as archive:
             labels = _read_labels(archive, n)
             scores = _read_scores(archive, n)
-            mask = _read_array(archive, "mask", "b", MAX_MASK_BYTES, (n, None, *size))
+            mask = _read_array(archive, "mask", MAX_MASK_BYTES, (n, None, *size), (n, *size))
     except (FileNotFoundError, ValueError, MemoryError):
         raise
     except Exception as error:  # zipfile raises many types on damaged files
         raise ValueError(f"not a readable npz ({type(error).__name__}: {str(error)[:100]})") from None
+    if mask.ndim == 3:
+        mask = mask[:, None]
     if mask.shape[1] == 0:
         raise ValueError(f"got mask {list(mask.shape)}, expected at least one candidate per object")
     if scores is None and mask.shape[1] > 1:
@@ -58,7 +62,7 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
         raise ValueError(f"got score {list(scores.shape)}, expected {list(mask.shape[:2])}")
     rows = _rows_of(names, labels)
     best = np.zeros(n, np.int64) if scores is None else np.where(np.isnan(scores), -np.inf, scores).argmax(1)
-    return (torch.from_numpy(mask[row, best[row]].copy()) for row in rows)
+    return (torch.from_numpy(mask_pixels(mask[row, best[row]]).copy()) for row in rows)
 
 
 def _check_archive(path: Path) -> None:
@@ -99,39 +103,40 @@ def _read_labels(archive: zipfile.ZipFile, n: int) -> list[str] | None:
     with _open(archive, "labels") as file:
         if _header(file, "labels")[2].hasobject:
             return None
-    labels = _read_array(archive, "labels", "U", 1 << 24, (n,))
+    labels = _read_array(archive, "labels", 1 << 24, (n,))
     return [normalise(str(label)) for label in labels]
 
 
 def _read_scores(archive: zipfile.ZipFile, n: int) -> NDArray[np.float64] | None:
     if "score.npy" not in archive.namelist():
         return None
-    scores = _read_array(archive, "score", "f", 1 << 24).astype(np.float64)
+    scores = _read_array(archive, "score", 1 << 24).astype(np.float64)
     return scores[:, None] if scores.ndim == 1 else scores
 
 
-def _read_array(
-    archive: zipfile.ZipFile, name: str, kind: str, limit: int, expected: tuple[int | None, ...] | None = None
-) -> NDArray[Any]:
-    """Read an array with dtype kind `kind`, at most `limit` bytes and shape `expected` (None: any extent)."""
+def _read_array(archive: zipfile.ZipFile, name: str, limit: int, *expected: tuple[int | None, ...]) -> NDArray[Any]:
+    """Read an array of at most `limit` bytes and, if given, one of the shapes `expected` (None: any extent)."""
     with _open(archive, name) as file:
         shape, fortran, dtype = _header(file, name)
-        if dtype.kind != kind or dtype.hasobject:
-            raise ValueError(f"got {name} of type {dtype}, expected {_KINDS[kind]}")
+        starts, types = _TYPES[name]
+        if not dtype.str[1:].startswith(starts) or dtype.hasobject:
+            raise ValueError(f"got {name} of type {dtype}, expected {types}")
         if len(shape) > 4 or not all(0 <= extent <= MAX_PIXELS for extent in shape):
             raise ValueError(f"got {name} of shape {list(shape)}, expected at most 4 axes of at most {MAX_PIXELS}")
         size = math.prod(shape) * dtype.itemsize
         if size > limit:
             raise ValueError(f"got {name} of {size} bytes, expected at most {limit}")
-        if expected is not None and (
-            len(shape) != len(expected) or any(e not in (None, s) for s, e in zip(shape, expected, strict=True))
-        ):
-            target = ", ".join("k" if extent is None else str(extent) for extent in expected)
-            raise ValueError(f"got {name} {list(shape)}, expected [{target}]")
+        if expected and not any(_matches(shape, target) for target in expected):
+            targets = (", ".join("k" if extent is None else str(extent) for extent in target) for target in expected)
+            raise ValueError(f"got {name} {list(shape)}, expected {' or '.join(f'[{target}]' for target in targets)}")
         data = file.read(size)
     if len(data) != size:
         raise ValueError(f"{name} ends after {len(data)} of {size} bytes")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _matches(shape: tuple[int, ...], target: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(target) and all(e in (None, s) for s, e in zip(shape, target, strict=True))
 
 
 def _open(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -134,11 +134,14 @@ def list_field(record: Any, name: str) -> list[Any]:
     return value
 
 
-def decode_png(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:  # [H, W, 3]
-    """Decode a panoptic PNG.
+def decode_png(
+    data: bytes, size: tuple[int, int], modes: tuple[str, ...] = ("RGB",)
+) -> NDArray[Any]:  # [H, W, 3], or [H, W] in a mode with one value per pixel
+    """Decode a panoptic PNG, or another one whose values are not colours.
 
     Args:
         size: the expected (H, W), checked before the pixels are decoded.
+        modes: the accepted modes of Pillow.
 
     Raises:
         ValueError: damaged, or of another size or mode.
@@ -152,8 +155,8 @@ def decode_png(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:  # [H, 
                 raise ValueError(
                     f"got a PNG of {image.width} x {image.height}, expected the image's {size[1]} x {size[0]}"
                 )
-            if image.mode != "RGB":
-                raise ValueError(f"got a PNG in mode {image.mode}, expected RGB")
+            if image.mode not in modes:
+                raise ValueError(f"got a PNG in mode {image.mode}, expected {' or '.join(modes)}")
             return np.asarray(image)
     except (ValueError, MemoryError):
         raise

@@ -33,10 +33,12 @@ from scenarioclip_fast.data.sources.base import LARGE, Scan, Source, SourceOptio
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.files import read_file, safe_path
 from scenarioclip_fast.data.sources.masks_npz import read_masks
+from scenarioclip_fast.data.sources.masks_png import find_png_masks, read_png_masks
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 
 MASKS = "sam_results"  # the directory of mask files
+_MISSING = b"none\n"  # the status of a file that does not exist
 
 _HINTS = {
     "folder": 'image_path lacks the folder: write "images/0001.jpg"',
@@ -152,14 +154,16 @@ class PublishedSource(Source):
     def fingerprint(self) -> str:
         """A hash of the metadata, the classes, and the sizes and times of the images and mask files."""
         digest = hashlib.sha256(json.dumps([self._files, self._classes]).encode())
+        masks = self.directory / MASKS
+        has_masks = masks.is_dir()
         for entry in self.entries:
             record = entry.record if isinstance(entry.record, dict) else {}
-            for path in (str(record.get("image_path")), f"sam_results/{record.get('id')}_grounding_sam.npz"):
-                try:
-                    status = os.stat(os.path.join(self.directory, path))
-                    digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-                except (OSError, ValueError):  # ValueError: not a valid file name
-                    digest.update(b"none\n")
+            name = str(record.get("id"))
+            npz = _status(masks / f"{name}_grounding_sam.npz")
+            digest.update(_status(self.directory / str(record.get("image_path"))) + npz)
+            if npz == _MISSING and has_masks and (pngs := find_png_masks(masks, name)) is not None:
+                for path in pngs if isinstance(pngs, list) else [pngs]:
+                    digest.update(f"{path.relative_to(masks)}\0".encode("utf-8", "surrogateescape") + _status(path))
         return digest.hexdigest()
 
     def reader(self, *, encode: bool = True) -> PublishedReader:
@@ -230,28 +234,26 @@ class PublishedReader:
         self, entry: Entry, objects: list[SceneObject | None], size: tuple[int, int], bad: list[Rejection]
     ) -> Sequence[Tensor | None] | None:
         """The masks of the objects, None for each in a data set without masks; None if the mask file is unusable."""
-        path = self._directory / MASKS / f"{entry.record['id']}_grounding_sam.npz"
-        if not objects or not path.parent.is_dir():
+        directory, name = self._directory / MASKS, str(entry.record["id"])
+        path = directory / f"{name}_grounding_sam.npz"
+        if not objects or not directory.is_dir():
             return [None] * len(objects)
         try:
-            names = [None if item is None else item.name for item in objects]
-            return list(read_masks(path, names, size))
+            try:
+                names = [None if item is None else item.name for item in objects]
+                return list(read_masks(path, names, size))
+            except FileNotFoundError:
+                if (pngs := find_png_masks(directory, name)) is None:
+                    raise
+                path = pngs if isinstance(pngs, Path) else pngs[0].parent
+                return read_png_masks(pngs, len(objects), size)
         except FileNotFoundError:
-            bad.append(
-                Rejection(str(entry), "missing_masks", f"no {path.relative_to(self._directory)}", self._padded(path))
-            )
+            detail = f"no {path.relative_to(self._directory)}, and no PNGs"
+            bad.append(Rejection(str(entry), "missing_masks", detail, _padded(directory, name)))
         except ValueError as error:
-            bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {error}"))
+            detail = error.detail if isinstance(error, BadEntry) else error
+            bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {detail}"))
         return None
-
-    def _padded(self, path: Path) -> str:
-        """The hint if there is a mask file for the same number as that of `path`, with another number of zeros."""
-        number = path.name.partition("_")[0]
-        if not number.isdecimal():
-            return ""
-        widths = (number.lstrip("0").rjust(width, "0") for width in range(1, 13))
-        found = any((path.parent / f"{name}{path.name[len(number) :]}").exists() for name in widths)
-        return _HINTS["padded"] if found else ""
 
     def _relations(
         self, entry: Entry, objects: list[SceneObject | None], bad: list[Rejection], usable: bool
@@ -291,8 +293,8 @@ def load_reference(metadata_dir: str | Path, on_bad: Callable[[Rejection], None]
     labels, the two objects with the nearest box centres are chosen.
 
     Args:
-        metadata_dir: directory with metadata*.json, images, sam_results/ID_grounding_sam.npz and, optionally,
-            classes.json.
+        metadata_dir: directory with metadata*.json, images, sam_results/ID_grounding_sam.npz (or PNGs, see
+            `sources.masks_png`) and, optionally, classes.json.
         on_bad: called with every rejection; None logs a warning.
 
     Yields:
@@ -325,6 +327,15 @@ def _scenes(source: PublishedSource, report: Callable[[Rejection], None]) -> Ite
         for rejection in found.rejected:
             report(rejection)
         yield found.scene
+
+
+def _status(path: Path) -> bytes:
+    """Size and modification time of a file, as a line."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: not a valid file name
+        return _MISSING
+    return f"{status.st_size} {status.st_mtime_ns}\n".encode()
 
 
 def _resolve_splits(entries: list[Entry]) -> tuple[list[Entry], list[Rejection]]:
@@ -382,6 +393,16 @@ def _parse_triple(record: Any) -> tuple[str, str, str] | None:
         return None
     subject, predicate, object_ = (normalise(word) for word in record[1])
     return (subject, predicate, object_) if subject and predicate and object_ else None
+
+
+def _padded(directory: Path, name: str) -> str:
+    """The hint if there are masks for the number `name` with another number of zeros."""
+    if not name.isdecimal():
+        return ""
+    others = {name.lstrip("0").rjust(width, "0") for width in range(1, 13)} - {name}
+    forms = ("_grounding_sam.npz", "_grounding_sam.png", "_grounding_sam", ".png", "")
+    found = any((directory / f"{other}{form}").exists() for other in others for form in forms)
+    return _HINTS["padded"] if found else ""
 
 
 def _relation_hint(record: Any) -> str:

@@ -35,6 +35,7 @@ def kind_of(path: Path) -> str | None:
         if (size := os.fstat(file.fileno()).st_size) > _ENDS:
             file.seek(max(_ENDS, size - _ENDS))
             ends += file.read(_ENDS)
+    ends = ends.replace(b"\0", b"")  # UTF-16
     # Quotation marks inside JSON strings are escaped, so these bytes are a whole string: nearly always a key.
     return next((kind for kind, keys in _KEYS.items() if any(b'"%b"' % key.encode() in ends for key in keys)), None)
 

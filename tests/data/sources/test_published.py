@@ -113,6 +113,29 @@ def test_masks_are_matched_by_label(data: Dataset) -> None:
     assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scale", [1, 255])
+@pytest.mark.parametrize("axes", [3, 4])
+def test_masks_as_bytes_and_one_per_object(data: Dataset, scale: int, axes: int) -> None:
+    masks = data.arrays["mask"].astype(np.uint8) * scale
+    data.arrays["mask"] = masks[:, 0] if axes == 3 else masks
+    if axes == 3 and scale == 1:
+        del data.arrays["score"]
+    (scene,), rejected = data.load()
+    assert not rejected
+    assert all(torch.equal(o.mask, torch.from_numpy(box_mask(BOXES[o.name]))) for o in scene.objects)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings_of_json(data: Dataset, encoding: str) -> None:
+    _classes(data)
+    data.load()
+    for name in ("metadata.json", "classes.json"):
+        path = data.directory / name
+        text = json.dumps(json.loads(path.read_text()) | {"note": "née"}, ensure_ascii=False)
+        path.write_bytes(text.encode(encoding))
+    assert [scene.key for scene in load_reference(data.directory)] == ["a"]
+
+
 def test_repeated_labels_resolve_to_the_nearest_pair(data: Dataset) -> None:
     boxes = [[0, 0, 10, 10], [30, 0, 40, 10], [44, 0, 54, 10], [11, 0, 21, 10]]
     names = ["cup", "plate", "cup", "cup"]  # distances to the plate: 30, 14, 19
@@ -242,6 +265,20 @@ PARTLY_BAD: dict[str, tuple[list[str], list[str], list[str], list[str], Callable
         [],
         [],
         _array(mask=np.ones((3, 1, 40, 61), bool)),
+    ),
+    "masks of bytes with three values": (
+        ["bad_masks", "relation_without_mask"],
+        list(BOXES),
+        [],
+        [],
+        _array(mask=np.full((3, HEIGHT, WIDTH), 7, np.uint8)),
+    ),
+    "masks of integers": (
+        ["bad_masks", "relation_without_mask"],
+        list(BOXES),
+        [],
+        [],
+        _array(mask=np.ones((3, 1, HEIGHT, WIDTH), np.int64)),
     ),
     "too few masks": (
         ["bad_masks", "relation_without_mask"],

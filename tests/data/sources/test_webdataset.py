@@ -272,6 +272,18 @@ def test_directories_globs_and_lists_of_tars(many: Path, tmp_path: Path, capsys:
     assert "rejected: y/0.tar: c: missing_record" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_encodings_of_json(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "set").mkdir()
+    content = json.dumps(record(action="née"), ensure_ascii=False).encode(encoding)
+    write(tmp_path / "set" / "a.tar", [("a.jpg", jpeg()), ("a.json", content)])
+    classes = {"actions": ["née"], "objects": ["Cat", "mat"], "relations": ["cat on mat"]}
+    (tmp_path / "set" / "classes.json").write_text(json.dumps(classes), encoding)
+    report, rejected = packed(tmp_path / "set", tmp_path / "out")
+    assert not rejected and report.vocabulary == {"global": 1, "object": 2, "relation": 1}
+    assert [scene.action for scene in scenes(tmp_path / "out")] == ["née"]
+
+
 def test_classes_of_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", [*sample("a"), *sample("b", action="jumping")])
     classes = {"actions": ["sleeping in", "flying"], "objects": ["Cat"], "relations": ["cat on mat"]}
