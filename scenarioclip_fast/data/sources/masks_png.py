@@ -21,9 +21,9 @@ from scenarioclip_fast.data.sources.files import read_file
 from scenarioclip_fast.data.sources.masks_npz import MAX_MASK_BYTES
 from scenarioclip_fast.data.sources.panoptic import decode_png
 
-_DEPTH_AT = 24  # in a PNG: the bits per value
-_EIGHT_BIT = ("L", "P")
-_LABELS = (*_EIGHT_BIT, "I;16", "I")  # I: 16 bits in older versions of Pillow
+# Modes of Pillow; I: 16 bits in its older versions.
+_MASK, _LABELS = ("1", "L"), ("L", "P", "I;16", "I")
+_DEPTH, _COLOUR_TYPE = 24, 25  # bytes of a PNG: the bits per value; 0 for grey
 
 
 def find_png_masks(directory: Path, scene: str) -> list[Path] | Path | None:
@@ -75,7 +75,11 @@ def _of_folder(paths: list[Path], n: int, size: tuple[int, int]) -> list[NDArray
         raise ValueError(f"got {names}, expected 0.png to {n - 1}.png, one for each of the {n} objects")
     masks = []
     for path in by_number:
-        pixels = _decode(path, size, ("1", "L"))
+        data = _read(path)
+        try:
+            pixels = decode_png(data, size, _MASK)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from None
         mask = pixels != 0
         values = pixels[mask]
         if values.size and values.min() != values.max():
@@ -86,9 +90,11 @@ def _of_folder(paths: list[Path], n: int, size: tuple[int, int]) -> list[NDArray
 
 def _of_labels(path: Path, n: int, size: tuple[int, int]) -> list[NDArray[np.bool_]]:
     # With several objects, one bit per pixel is a mask of something else.
-    labels = _decode(path, size, (*_LABELS, "1") if n == 1 else _LABELS)
+    labels = decode_png(data := _read(path), size, (*_LABELS, "1") if n == 1 else _LABELS)
     if n == 1 and (labels.dtype == np.bool_ or np.isin(labels, (0, 255)).all()):
         return [labels != 0]
+    if data[_COLOUR_TYPE] == 0 and data[_DEPTH] < 8:  # Pillow scales these to 0 to 255
+        raise ValueError(f"got a grey PNG of {data[_DEPTH]} bits per pixel, expected 8 or 16")
     if labels.min() < 0 or labels.max() > n:
         also = ", or 0 and 255" * (n == 1)
         raise ValueError(
@@ -97,17 +103,8 @@ def _of_labels(path: Path, n: int, size: tuple[int, int]) -> list[NDArray[np.boo
     return [labels == k + 1 for k in range(n)]
 
 
-def _decode(path: Path, size: tuple[int, int], modes: tuple[str, ...]) -> NDArray[np.generic]:  # [H, W]
-    data = read_file(path, path.name, missing="bad_masks", too_large="bad_masks")
-    pixels = decode_png(data, size, modes)
-    # Pillow scales grey values of 2 or 4 bits to 0 to 255, which changes labels.
-    if modes != ("1", "L") and pixels.dtype == np.uint8 and data[_DEPTH_AT] < 8 and not _has_palette(data):
-        raise ValueError(f"got a PNG of {data[_DEPTH_AT]} bits per pixel, expected 8 or 16")
-    return pixels
-
-
-def _has_palette(data: bytes) -> bool:
-    return data[_DEPTH_AT + 1] == 3  # the colour type
+def _read(path: Path) -> bytes:
+    return read_file(path, path.name, missing="bad_masks", too_large="bad_masks")
 
 
 def _values(pixels: NDArray[np.generic]) -> str:

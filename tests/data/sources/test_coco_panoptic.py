@@ -150,6 +150,8 @@ def test_recognising(coco: Coco, tmp_path: Path) -> None:
     renamed = coco.val.with_name("mine.json")
     coco.val.rename(renamed)
     assert recognise([renamed]) == "coco-panoptic"
+    renamed.write_bytes(renamed.read_text().encode("utf-16"))
+    assert recognise([renamed]) == "coco-panoptic"
     psg = tmp_path / "psg.json"
     psg.write_text('{"data": [{"pan_seg_file_name": "a.png", "segments_info": [{"isthing": 1}]}]}')
     with pytest.raises(UserError, match=r"psg.json: got a file of PSG.*expected COCO panoptic"):

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     ),
     "other size": (
         lambda data: [data.folder("a"), data.png("a/1.png", masks()[0][:, 1:])],
-        "sam_results/a: got a PNG of 59 x 40, expected the image's 60 x 40",
+        "sam_results/a: 1.png: got a PNG of 59 x 40, expected the image's 60 x 40",
     ),
     "several values": (
         lambda data: [data.folder("a"), data.png("a/2.png", labels().astype(np.uint8))],
@@ -172,7 +172,7 @@ BAD: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     ),
     "colours": (
         lambda data: [data.folder("a"), data.png("a/2.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))],
-        "sam_results/a: got a PNG in mode RGB, expected 1 or L",
+        "sam_results/a: 2.png: got a PNG in mode RGB, expected 1 or L",
     ),
     "label beyond the objects": (
         lambda data: data.png("a.png", (labels() + 1).astype(np.uint8)),
@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Dataset], Any], str]] = {
         lambda data: data.png("a.png", labels().T.astype(np.uint8).copy()),
         "sam_results/a.png: got a PNG of 40 x 60, expected the image's 60 x 40",
     ),
-    "scaled labels": (four_bits, "sam_results/a.png: got a PNG of 4 bits per pixel, expected 8 or 16"),
+    "scaled labels": (four_bits, "sam_results/a.png: got a grey PNG of 4 bits per pixel, expected 8 or 16"),
     "no PNG": (text, "sam_results/a.png: not a PNG"),
     "a pipe": (
         lambda data: [data.folder("a"), (data.sam / "a/1.png").unlink(), os.mkfifo(data.sam / "a/1.png")],
