@@ -256,7 +256,7 @@ def test_output_of_the_pack_version(tmp_path: Path) -> None:
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())
-    assert (packing._PACK_VERSION, digest.hexdigest()[:16]) == (3, "6b130c0e2901aa01")
+    assert (packing._PACK_VERSION, digest.hexdigest()[:16]) == (2, "6b130c0e2901aa01")
 
 
 def test_scenes_in_memory_are_packed_from_the_start(

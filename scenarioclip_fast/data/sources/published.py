@@ -248,8 +248,8 @@ class PublishedReader:
                 path = pngs if isinstance(pngs, Path) else pngs[0].parent
                 return read_png_masks(pngs, len(objects), size)
         except FileNotFoundError:
-            detail = f"no {path.relative_to(self._directory)}, and no PNGs"
-            bad.append(Rejection(str(entry), "missing_masks", detail, _padded(directory, name)))
+            missing = f"no {path.relative_to(self._directory)}, and no PNGs"
+            bad.append(Rejection(str(entry), "missing_masks", missing, _padded(directory, name)))
         except ValueError as error:
             detail = error.detail if isinstance(error, BadEntry) else error
             bad.append(Rejection(str(entry), "bad_masks", f"{path.relative_to(self._directory)}: {detail}"))
