@@ -53,8 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--images",
         type=Path,
         metavar="DIR",
-        help="where the images of a psg, coco-panoptic, visual-genome or swig data set are, and its panoptic PNGs "
-        "(default: beside the annotations, as the data set is published)",
+        help="directory that holds the images of a psg, coco-panoptic, visual-genome or swig data set, and the "
+        "panoptic PNGs (default: the places where the data set is usually unpacked, near the annotations)",
     )
     parser.add_argument(
         "--actions",
@@ -67,8 +67,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--boxes",
         choices=("xyxy", "xywh", "normalised"),
         help="boxes of the published layout and of KEY.json: corners in pixels (xyxy), corner and size in pixels "
-        "(xywh), or corners as fractions of the image's size (normalised) (default: xyxy, with an error if masks show "
-        "that this is wrong)",
+        "(xywh), or corners as fractions of the image's size (normalised) (default: xyxy; an error if masks or image "
+        "sizes show that this is wrong)",
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="scenes per shard (default: 1000)")
     parser.add_argument(

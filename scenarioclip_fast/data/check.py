@@ -110,7 +110,7 @@ class BadEntry(ValueError):
     """The whole scene is unusable. `reason` is a key of REASONS; `hint` is as in `Rejection`."""
 
     def __init__(self, reason: str, detail: str, hint: str = "") -> None:
-        assert reason in REASONS, reason
+        assert reason in REASONS, f"{reason!r} is not a key of {__name__}.REASONS: add it, with a description"
         super().__init__(reason, detail, hint)
         self.reason, self.detail, self.hint = reason, detail, hint
 

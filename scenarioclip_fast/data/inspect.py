@@ -47,13 +47,13 @@ class SplitStatistics:
 
     def __str__(self) -> str:
         objects, relations = sum(self.objects), sum(self.relations)
+        area = f"median area {_percent(np.median(self.mask_area))} of the image; " if self.mask_area else ""
         lines = [
             f"scenes     {self.scenes}"
             + (f"  (without an action: {self.without_action})" if self.without_action else ""),
             f"objects    {objects}  ({_spread(self.objects)} per scene)",
             f"relations  {relations}  ({_spread(self.relations)} per scene; scenes without: {self.relations.count(0)})",
-            f"masks      {len(self.mask_area)}  (median area {_percent(np.median(self.mask_area or [0]))} of the "
-            f"image; objects without: {self.without_mask})",
+            f"masks      {len(self.mask_area)}  ({area}objects without: {self.without_mask})",
             f"all black  {self.all_black} of {objects} masked object views "
             f"({_percent(self.all_black / max(objects, 1))}): "
             "the box is outside the centre crop; object_view=crop shows them",

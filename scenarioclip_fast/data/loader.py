@@ -236,8 +236,8 @@ class SceneLoader:
         if self.config.relation_view == "focused" and relations and not masked:
             raise UserError(
                 f"{self.shards.source}: none of the {relations} relations of the {self.shards.split} split has masks, "
-                "which data.relation_view=focused needs: set data.relation_view=box (or scene), or pack the scenes "
-                "with masks"
+                "which data.relation_view=focused needs: choose box or scene (eval and inspect: --relation-view), or "
+                "pack the scenes with masks"
             )
 
     def notes(self) -> list[str]:

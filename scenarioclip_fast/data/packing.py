@@ -170,7 +170,8 @@ def pack(
             key.
         split: "given" uses the split assigned by the data set, "hash" the hash of the key for all scenes.
         workers: processes that read the source; None: all cores for a large source, otherwise one. Scenes in memory are
-            packed in this process.
+            packed in this process. Worker processes import the calling script, which therefore needs
+            `if __name__ == "__main__":` around the call.
         force: write into a directory that holds other files, which are kept; pack even if up to date.
         progress: show a progress bar on a terminal, and log lines elsewhere.
         max_pixels: larger images are rejected.
@@ -208,16 +209,21 @@ def pack(
             run.log(
                 f"resuming after {stage.finished} finished shards"
                 if stage.finished
-                else "nothing to resume from the interrupted run: packing from the start"
+                else "nothing to resume from the interrupted run (no finished shard, or another source or options): "
+                "packing from the start"
             )
         try:
             manifest = run.fill(stage)
         except BaseException as error:
             if stage.resumable:
-                run.log(f"{stage.finished} finished shards are kept in {stage.path}: re-run the command to resume")
+                resume = "a run with the same source and options resumes after them"
+                if not isinstance(error, UserError):
+                    resume = "re-run the command to resume"
+                run.log(f"{stage.finished} finished shards are kept in {stage.path}: {resume}")
             if isinstance(error, OSError):
                 raise UserError(f"{error.filename or stage.path}: {error.strerror}") from error
             raise
+    run.listing.unlink(missing_ok=True)
     return _report(out, manifest)
 
 
@@ -300,11 +306,15 @@ class _Run:
                 raise UserError(f"{self.out}: {loss}; see {listing}; --allow-empty-level packs what is left")
         return losses
 
+    @property
+    def listing(self) -> Path:
+        """Where a run that fails lists its rejections: next to `out`, which may hold an older pack."""
+        out = self.out.absolute()
+        return out.with_name(f"{out.name}.rejected.jsonl")
+
     def _list(self, lines: bytes) -> Path:
-        """Write rejections next to `out`, which may hold an older pack."""
-        listing = self.out.absolute().with_name(f"{self.out.absolute().name}.rejected.jsonl")
-        listing.write_bytes(lines)
-        return listing
+        self.listing.write_bytes(lines)
+        return self.listing
 
     def _no_scenes(self, rejected: list[Rejection], ignored: dict[str, int]) -> UserError:
         listing = self._list(_listing(rejected))

@@ -48,7 +48,10 @@ def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: 
         while waiting:
             yield from _result(job, *waiting.popleft())
     except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died (killed, or out of memory?): try fewer workers") from error
+        raise RuntimeError(
+            "a worker process died: it was killed, ran out of memory (try fewer workers), or imported the calling "
+            'script, which must start workers under `if __name__ == "__main__":`'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -75,7 +75,7 @@ def embed_views(
     parts: dict[str, list[LevelFeatures]] = {level: [] for level in levels}
     keys: list[str] = []
     with evaluating(model):
-        for batch in progress(batches, desc=desc) if show_progress else batches:
+        for batch in progress(batches, desc=desc, unit="batches") if show_progress else batches:
             for level, (pixels, ids, scene) in level_views(batch, labelled=labelled).items():
                 if level in parts and len(ids):
                     image = torch.cat([model.encode_image(x, level).float() for x in pixels.split(_CHUNK)])

@@ -181,7 +181,7 @@ def zeroshot(
     """
     topk = check_topk(topk)
     if show_progress and world.is_main_process:
-        batches = progress(batches, desc=f"zero-shot, {split}")
+        batches = progress(batches, desc=f"zero-shot, {split}", unit="batches")
     scenes = 0
     with evaluating(model):
         texts = class_embeddings(model, vocabulary, levels)

@@ -83,8 +83,8 @@ def fewer_classes(source: Path) -> None:
 
 # cause -> (the damage, reason, remedy, part of the scenes that is rejected as a whole)
 CAUSES: dict[str, tuple[Callable[[Path], Any], str, str, bool]] = {
-    "padded mask files": (pad_masks, "missing_masks", "padded with zeros, ids are not", False),
-    "integer ids": (integer_ids, "missing_masks", "padded with zeros, ids are not", False),
+    "padded mask files": (pad_masks, "missing_masks", "differ in leading zeros", False),
+    "integer ids": (integer_ids, "missing_masks", "differ in leading zeros", False),
     "no folder": (move_images, "missing_image", 'lacks the folder: write "images/0001.jpg"', True),
     "backslashes": (
         lambda s: edit(s, lambda e: e.update(image_path=e["image_path"].replace("/", "\\"))),
@@ -140,10 +140,14 @@ def test_a_level_that_is_lost(source: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = ["pack", str(source), "--out", str(out), "--val", "0", "--test", "0"]
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert re.search(r"all \d+ relations were rejected: 10 missing_masks \(names of mask files are padded", line)
+    assert re.search(
+        r"all \d+ relations were rejected: 10 missing_masks \(the ids and the names of the mask files differ", line
+    )
     assert "see " in line and "--allow-empty-level packs what is left" in line
-    assert len((source.parent / "out.rejected.jsonl").read_text().splitlines()) > N and not out.exists()
+    listing = source.parent / "out.rejected.jsonl"
+    assert len(listing.read_text().splitlines()) > N and not out.exists()
     assert main([*arguments, "--allow-empty-level"]) == 0
+    assert not listing.exists(), "rejected.jsonl in the pack replaces it"
     assert "warning: all" in capsys.readouterr().out
 
 

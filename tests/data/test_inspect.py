@@ -47,6 +47,7 @@ def test_statistics() -> None:
     assert statistics.mask_area[:3] == [12 * 15 / 3200, 20 * 20 / 3200, 20 * 40 / 3200]
     assert statistics.all_black == 4  # the first and the last object of two scenes are outside the centre 40 x 40
     assert dict(statistics.bad) == {"short_shard": 1, "no_views": 1}
+    assert "median area" not in str(collect_statistics([lonely]))
     assert "4 of 8 masked object views" in str(statistics) and "1 short_shard" in str(statistics)
 
 

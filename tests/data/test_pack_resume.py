@@ -130,7 +130,7 @@ def test_a_changed_source_or_option_packs_from_the_start(
     mended.write_bytes(sorted((source / "images").iterdir())[1].read_bytes())
     assert len(list(stage.glob("*.tar"))) >= 3
     pack(source, out, shard_size=SHARD)
-    assert "nothing to resume from the interrupted run: packing from the start" in capsys.readouterr().err
+    assert "(no finished shard, or another source or options): packing from the start" in capsys.readouterr().err
     pack_quietly(source, tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     for options in ({"shard_size": 5}, {"val": 0.4}, {"split": "hash"}, {"max_pixels": 1 << 20}):

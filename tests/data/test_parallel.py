@@ -64,6 +64,15 @@ def test_a_dead_worker_is_detected() -> None:
         list(ordered_map(die_at_seven, range(20), 2))
 
 
+def test_a_script_without_a_main_guard_is_a_named_cause(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from scenarioclip_fast.data.parallel import ordered_map\nprint(list(ordered_map(abs, range(20), 2)))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode != 0 and 'under `if __name__ == "__main__":`' in done.stderr
+
+
 def test_workers_exit_when_the_parent_is_killed() -> None:
     code = (
         "import time\n"

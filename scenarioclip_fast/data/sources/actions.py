@@ -23,13 +23,18 @@ def load_actions(path: Path) -> dict[str, str]:
     """
     files = sorted(path.glob("captions_*.json")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path}: contains no captions_*.json; give a JSON file with the actions")
+        raise UserError(
+            f"{path}: contains no captions_*.json; give the directory that does, or a JSON file with the actions"
+        )
     actions: dict[str, str] = {}
     for file in files:
         _, record = load_json(file)
         actions.update(_captions(file, record) if _is_captions(record) else _mapping(file, record))
     if not actions:
-        raise UserError(f"{path}: contains no actions")
+        raise UserError(
+            f"{path}: contains no actions; expected {{image id or file name: action}}, or COCO captions whose image_id "
+            'is listed in "images"'
+        )
     return actions
 
 

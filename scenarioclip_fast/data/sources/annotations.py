@@ -183,7 +183,10 @@ def require_some(annotations: Path, folders: Folders, names: Iterable[object]) -
         if find(folders, name) is not None:
             return
         example = example or name
-    raise UserError(f"{annotations}: none of its files, such as {short(example)}, is in {folders}; see --images")
+    raise UserError(
+        f"{annotations}: none of its files, such as {short(example)}, is in {folders}; "
+        "pass the directory in which this path starts as --images"
+    )
 
 
 def with_actions(entries: list[Entry], path: Path | None) -> list[Entry]:
@@ -197,7 +200,10 @@ def with_actions(entries: list[Entry], path: Path | None) -> list[Entry]:
     actions = load_actions(path)
     found = [replace(entry, action=_action_of(entry, actions)) for entry in entries]
     if all(entry.action is None for entry in found):
-        raise UserError(f"{path}: none of its {len(actions)} actions is of an image of this data set")
+        raise UserError(
+            f"{path}: none of its {len(actions)} actions belongs to an image of this data set: got "
+            f"{short(next(iter(actions)))}, expected the id or file name of an image, such as {short(entries[0].id)}"
+        )
     return found
 
 

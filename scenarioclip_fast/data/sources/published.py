@@ -45,7 +45,8 @@ _HINTS = {
     "index": "relations refer to objects by position: write [path, [subject, predicate, object]] with their names",
     "label": 'a relation refers to its objects by their names in "objects", letter for letter',
     "object": "objects are JSON objects: write [name, [x1, y1, x2, y2]]",
-    "padded": 'names of mask files are padded with zeros, ids are not: write the ids as in the files, "0001"',
+    "padded": 'the ids and the names of the mask files differ in leading zeros: the id "0001", a string, '
+    'belongs to "0001_grounding_sam.npz"',
     "relation": "relations are JSON objects: write [path, [subject, predicate, object]]",
 }
 """Cause and remedy of common mistakes, see `check.Rejection`."""

@@ -175,7 +175,14 @@ def test_without_actions(psg: Psg, packed: Any) -> None:
         ("{}", "contains no actions"),
         ('{"7": 3}', "got 3 as the action of '7', expected text"),
         ('{"7": " "}', "got ' ' as the action of '7', expected text"),
-        ('{"8": "riding"}', "none of its 1 actions is of an image of this data set"),
+        (
+            '{"8": "riding"}',
+            r"none of its 1 actions belongs to .*: got '8', expected the id or file name of an image, such as '107902'",
+        ),
+        (
+            '{"images": [], "annotations": [{"id": 1, "image_id": 7, "caption": "a"}]}',
+            'no actions; .* listed in "images',
+        ),
         ('{"images": [], "annotations": [{"id": 1}]}', "malformed COCO captions"),
         ('{"images": [{"id": []}], "annotations": []}', "malformed COCO captions"),
         ("{", "not readable as JSON"),
@@ -388,7 +395,7 @@ def test_a_wrong_directory_of_images_is_one_error(psg: Psg, packed: Any, tmp_pat
         packed(psg.write(), images=tmp_path / "none")
     for png in psg.coco.glob("panoptic_*/*"):
         png.unlink()
-    with pytest.raises(UserError, match=r"such as 'panoptic_train2017/000000417720.png'.*see --images"):
+    with pytest.raises(UserError, match=r"such as 'panoptic_train2017/000000417720.png'.*as --images"):
         packed(psg.write())
 
 

@@ -196,7 +196,7 @@ def test_unusable_directories(swig: Swig, packed: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected the directory SWiG_jsons"):
         open_source(tmp_path, "swig")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"is in .*empty; see --images"):
+    with pytest.raises(UserError, match=r"is in .*empty; pass the directory .* as --images"):
         packed(swig.jsons, images=tmp_path / "empty")
     swig.content["dev"] = []
     with pytest.raises(UserError, match=r"dev.json: got \[\], expected \{image name: annotation\}"):

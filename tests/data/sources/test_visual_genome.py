@@ -195,7 +195,8 @@ def test_unusable_directories(vg: VisualGenome, packed: Any, tmp_path: Path) -> 
     vg.write()
     assert recognise([vg.root]) == "visual-genome"
     with pytest.raises(
-        UserError, match=r"objects.json: none of its files, such as '1.jpg', is in .*empty; see --images"
+        UserError,
+        match=r"objects.json: none of its files, such as '1.jpg', is in .*empty; pass the directory .* as --images",
     ):
         (tmp_path / "empty").mkdir()
         packed(vg.root, images=tmp_path / "empty")
