@@ -453,7 +453,9 @@ def test_errors_state_the_expected_input() -> None:
     with pytest.raises(ValueError, match="ids of level relation: got ids outside the vocabulary"):
         model(batch([0], [0], [5]))
     with pytest.raises(ValueError, match="ids of level global: got ids outside the vocabulary"):
-        model(batch([-1], [0], [0]))
+        model(batch([99], [0], [0]))
+    with pytest.raises(ValueError, match="ids of level object: got ids outside the vocabulary"):
+        model(batch([0], [-1], [0]))  # no action is -1; every object has a name
     with pytest.raises(ValueError, match=r"pixels: got 3 views, expected 1 \+ 1 \+ 2"):
         replace(batch([0], [0], [0]), relation_id=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="call set_vocabulary"):
