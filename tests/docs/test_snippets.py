@@ -1,9 +1,10 @@
-"""Runs the Python snippets of README.md and docs/quickstart.md."""
+"""Runs the Python snippets of README.md, docs/quickstart.md and docs/new-loss.md."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,29 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     exec(snippet("docs/quickstart.md"), names)
     assert names["image"].shape == (1, 128) and names["texts"].shape == (2, 128)
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 2], [2, 3, 0], [0, 0, 0]])
+def test_new_loss(rows: list[int]) -> None:
+    """Levels without rows add 0, and still give every parameter a gradient, which DDP waits for."""
+    names: dict[str, Any] = {}
+    exec(snippet("docs/new-loss.md"), names)
+    module = scf.losses.ScenarioLoss(contrastive=names["SigmoidLevelLoss"]())
+    image, text = ([torch.randn(n, 8, requires_grad=True) for n in rows] for _ in range(2))
+    embeddings = SimpleNamespace(
+        image=image, text=text, text_index=[torch.arange(n) for n in rows], teacher_image=None, action_scene=None
+    )
+    out = module(embeddings)
+    out["loss"].backward()
+    terms = [out[f"contrastive/{level}"] > 0 for level in ("global", "object", "relation")]
+    assert terms == [n > 0 for n in rows]
+    assert all(x.grad is not None for x in (*image, *text))
+    # the distillation has no parameter by default
+    assert {n: p.grad is not None and bool(p.grad.isfinite()) for n, p in module.named_parameters()} == dict.fromkeys(
+        (
+            f"contrastive.{kind}.{level}"
+            for kind in ("logit_scale", "bias")
+            for level in ("global", "object", "relation")
+        ),
+        True,
+    )
