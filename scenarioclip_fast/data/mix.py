@@ -177,12 +177,15 @@ class ShardMix:
             for shards, weight, count in zip(self.sets, self.mix.weights, self.mix.counts, strict=True)
         ]
 
-    def views_per_scene(self) -> float:
-        """The mean number of views of a scene over an epoch, by the manifests."""
+    def views_per_scene(self, need_masks: bool = False) -> float:
+        """The mean number of views of a scene over an epoch, by the manifests.
+
+        need_masks: leave out relations without masks.
+        """
+        relations = "masked_relations" if need_masks else "relations"
         views = 0.0
         for shards, size, count in zip(self.sets, self.mix.sizes, self.mix.counts, strict=True):
-            split = shards.manifest["splits"][self.split]
-            views += (split["objects"] + split["relations"]) * (count / max(size, 1))
+            views += (shards.count("objects") + shards.count(relations)) * (count / max(size, 1))
         return 1 + views / len(self.mix)
 
     def close(self) -> None:

@@ -287,7 +287,9 @@ class Trainer:
         if budget.epochs is not None:
             return ceil(budget.epochs * len(self.loader))
         if budget.views is not None:
-            return ceil(budget.views / (self.loader.shards.views_per_scene() * self.config.data.batch_size))
+            data = self.config.data
+            views = self.loader.shards.views_per_scene(need_masks=data.relation_view == "focused")
+            return ceil(budget.views / (views * data.batch_size))
         raise UserError("no budget: set one of train.steps, train.epochs and train.views")
 
     def _warnings(self) -> list[str]:

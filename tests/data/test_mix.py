@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from scenarioclip_fast.data import BadSample, Batch, Scene, SceneLoader, ShardMix, ShardSource, pack, scene_loader
+from scenarioclip_fast.data import (
+    BadSample,
+    Batch,
+    Scene,
+    SceneLoader,
+    ShardMix,
+    ShardSource,
+    generate_scenes,
+    pack,
+    scene_loader,
+)
 from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.scene import SceneObject
 from scenarioclip_fast.errors import UserError
@@ -258,6 +269,20 @@ def test_the_mean_number_of_views_is_that_of_an_epoch(first: str, tmp_path: Path
     with load(mix((first, 1), (bare, 3)), epochs=1) as loader:
         views = sum(len(batch.pixels) for batch in loader)
         assert loader.shards.views_per_scene() == views / 24 == 1.5
+
+
+def test_the_mean_number_of_views_counts_relations_with_masks_where_they_are_needed(tmp_path: Path) -> None:
+    scenes = [replace(scene, split=None) for scene in generate_scenes(12, seed=0)]
+    bare = [replace(s, objects=[replace(o, mask=None) for o in s.objects]) for s in scenes]
+    for name, of_set in (("masked", scenes), ("bare", bare)):
+        pack(of_set, tmp_path / name, val=0.0, test=0.0, progress=False)
+    sets = mix((str(tmp_path / "masked"), 1), (str(tmp_path / "bare"), 2))
+    means = {}
+    for view in ("focused", "box"):
+        with load(sets, epochs=1, relation_view=view) as loader:
+            means[view] = loader.shards.views_per_scene(need_masks=view == "focused")
+            assert means[view] * 36 == pytest.approx(sum(len(batch.pixels) for batch in loader), rel=1e-12)  # exact
+    assert means["focused"] < means["box"]
 
 
 def test_evaluation_loads_every_scene_once_whatever_the_weights(first: str, tmp_path: Path) -> None:
