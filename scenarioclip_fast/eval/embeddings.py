@@ -131,6 +131,8 @@ def embed(
         EmbeddingTable._writer(Path(out), force)
     if is_url(images) or is_packed(images):
         options = {"weights": weights, "batch_size": batch_size, "device": device, "decoder": decoder}
+        if level != "relation":  # their views are not embedded, and need no masks then
+            options["relation_view"] = "scene"
         with open_session(checkpoint, images, **options) as session:  # type: ignore[arg-type]
             start = time.monotonic()
             features = split_features(session, split or "test", [level], labelled=False)

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_shards(level: str, place: Path, tmp_path: Path) -> None:
     if level == "global":
         images = [s.image for s in scenes]
         torch.testing.assert_close(torch.from_numpy(found["embeddings"]), expected(place, images), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_shards_without_masks(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only relation views need masks."""
+    scenes = list(generate_scenes(6, seed=0, val=0.0, test=1.0))
+    bare = [replace(s, objects=[replace(o, mask=None) for o in s.objects]) for s in scenes]
+    for name, of_set in (("masked", scenes), ("bare", bare)):
+        pack(of_set, tmp_path / name)
+    for level in ("global", "object"):
+        for name in ("masked", "bare"):
+            assert run(place, tmp_path / name, tmp_path / f"{name}.npz", "--level", level, "--force") == 0
+        found, expected = read(tmp_path / "bare.npz"), read(tmp_path / "masked.npz")
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert run(place, tmp_path / "bare", tmp_path / "relations.npz", "--level", "relation") == 2
+    assert "none of the" in capsys.readouterr().err
 
 
 def test_parquet(place: Path, tmp_path: Path) -> None:
