@@ -240,7 +240,13 @@ class BaselineStep:
         self.optimizer = torch.optim.AdamW(groups, lr=2e-5, betas=(0.9, 0.999), eps=1e-8)
 
     def loss(self, batch: Any) -> Tensor:
-        """Unweighted sum of contrastive and distillation terms of a `scenarioclip_fast.data.Batch`."""
+        """Unweighted sum of contrastive and distillation terms of a `scenarioclip_fast.data.Batch`.
+
+        Raises:
+            ValueError: a scene has no action, which the published code requires.
+        """
+        if len(batch.host_ids[0]) < batch.num_scenes:
+            raise ValueError("batch: got scenes without an action, expected scenes with one, as the published code")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self._loss(batch)
 

@@ -163,7 +163,7 @@ class Workload:
             [scene.key for scene in scenes],
             rows.repeat_interleave(objects).to(pixels.device),
             rows.repeat_interleave(relations).to(pixels.device),
-            ids("global", [s.action for s in scenes if s.action is not None]),
+            ids("global", [s.action or "" for s in scenes]),  # benchmarked scenes have actions
             ids("object", [o.name for s in scenes for o in s.objects]),
             ids("relation", [s.relation_text(k) for s in scenes for k in range(len(s.relations))]),
         )

@@ -22,7 +22,7 @@ class Batch:
             default they are copied from the device, which synchronises once.
 
     Raises:
-        ValueError: the number of rows of `pixels` is not B + N_o + N_r.
+        ValueError: the number of rows of `pixels` is not B + N_o + N_r, or that of `action_id` is not B.
     """
 
     pixels: Tensor  # [V, 3, S, S]
@@ -38,6 +38,10 @@ class Batch:
         rows = (len(self.keys), self.object_id.shape[0], self.relation_id.shape[0])
         if self.pixels.shape[0] != sum(rows):
             raise ValueError(f"pixels: got {self.pixels.shape[0]} views, expected {rows[0]} + {rows[1]} + {rows[2]}")
+        if self.action_id.shape[0] != rows[0]:
+            raise ValueError(
+                f"action_id: got {self.action_id.shape[0]} ids, expected one per scene, {rows[0]}: -1 for no action"
+            )
         self.host = self.host or tuple(t.cpu() for t in self.tensors[1:])
 
     @property

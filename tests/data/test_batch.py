@@ -45,3 +45,10 @@ def test_moving_a_batch_keeps_the_host_index() -> None:
     assert all(a is b for a, b in zip(batch.host, batch.tensors[1:], strict=True))
     moved = batch.to("meta")
     assert moved.object_id.is_meta and torch.equal(moved.host_ids[1], batch.object_id)
+
+
+def test_every_scene_has_an_action_id() -> None:
+    """Ids of the scenes with an action alone would be taken for those of the first scenes."""
+    good = make([1, 1], [0, 0])
+    with pytest.raises(ValueError, match="action_id: got 1 ids, expected one per scene, 2: -1 for no action"):
+        Batch(*good.tensors[:1], good.keys, *good.tensors[1:3], good.action_id[:1], *good.tensors[4:])

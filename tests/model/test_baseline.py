@@ -96,3 +96,18 @@ def test_loss_and_every_gradient(stem: str) -> None:
     for level in LEVELS:
         got_scale = loss.contrastive.logit_scale[level].grad
         torch.testing.assert_close(got_scale, baseline.logit_scale[level].grad, rtol=1e-7, atol=1e-12)
+
+
+def test_the_baseline_refuses_scenes_without_an_action() -> None:
+    """As an index, -1 would be the last action."""
+    config = ModelConfig(
+        embed_dim=12,
+        vision=VisionConfig(16, 8, 24, 1, 3),
+        text=TextConfig(8, END + 1, 16, 1, 2),
+        freeze=FreezeConfig.nothing(),
+    )
+    baseline = BaselineStep(config, ScenarioCLIP(config), TOKENS, "cpu")
+    full = small_batch()
+    batch = Batch(full.pixels.float(), full.keys, *full.tensors[1:3], torch.tensor([0, -1, 0]), *full.tensors[4:])
+    with pytest.raises(ValueError, match="got scenes without an action"):
+        baseline.loss(batch)
