@@ -203,7 +203,7 @@ class SceneLoader:
                 f"{self.shards.source}: the {split} split has {scenes}, expected at least {self.order.global_batch} "
                 "(one global batch): pack more scenes, or reduce the batch size"
             )
-        self._check_masks()
+        self.shards.check_masks(config.relation_view)
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)
         self.epochs = 1 if epochs is None and not config.augment else epochs
@@ -230,15 +230,6 @@ class SceneLoader:
         self._closed = False
         # Weak, so that an abandoned iteration is garbage-collected and stops its threads.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
-
-    def _check_masks(self) -> None:
-        relations, masked = self.shards.count("relations"), self.shards.count("masked_relations")
-        if self.config.relation_view == "focused" and relations and not masked:
-            raise UserError(
-                f"{self.shards.source}: none of the {relations} relations of the {self.shards.split} split has masks, "
-                "which data.relation_view=focused needs: choose box or scene (eval and inspect: --relation-view), or "
-                "pack the scenes with masks"
-            )
 
     def notes(self) -> list[str]:
         """What the scenes of the split lack, a line each, for logs."""

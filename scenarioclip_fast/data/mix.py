@@ -105,6 +105,16 @@ class ShardMix:
         """A count of the split over all sets, each once: see `ShardSet.count`."""
         return sum(shards.count(name) for shards in self.sets)
 
+    def check_masks(self, relation_view: str) -> None:
+        """Raise UserError if `relation_view` needs masks, and no relation has any."""
+        relations, masked = self.count("relations"), self.count("masked_relations")
+        if relation_view == "focused" and relations and not masked:
+            raise UserError(
+                f"{self.source}: none of the {relations} relations of the {self.split} split has masks, which "
+                "data.relation_view=focused needs: choose box or scene (eval and inspect: --relation-view), or pack "
+                "the scenes with masks"
+            )
+
     def repetition(self, i: int, number: int) -> int:
         """A number for occurrence `number` of scene `i` in an epoch that differs from any other occurrence of its key.
 

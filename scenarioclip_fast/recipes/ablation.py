@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scenarioclip_fast.data.config import shard_sources
-from scenarioclip_fast.data.shards import ShardSet
+from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.eval.loading import SkippedScene, skipped_record
@@ -222,10 +222,8 @@ def _finished(variant: Variant) -> bool:
 
 
 def _check_data(data: DataSection, split: str) -> None:
-    sources = shard_sources(data.shards)
-    if not sum(len(ShardSet(source.path, split)) for source in sources):
-        where = ", ".join(source.path for source in sources)
-        raise UserError(f"{where}: the {split} split has no scenes; choose another one with --split")
+    for name in dict.fromkeys(("train", split)):
+        ShardMix(shard_sources(data.shards), name).check_masks(data.relation_view)
 
 
 def _check_directory(variant: Variant) -> None:

@@ -279,6 +279,17 @@ def test_overrides_may_precede_and_follow_options(capsys: pytest.CaptureFixture[
     assert "unrecognized arguments: optim.lr=1" in capsys.readouterr().err
 
 
+def test_data_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published relation view needs masks: the ablation ends before it trains anything."""
+    scenes = list(generate_scenes(12, seed=1))
+    for entry in (entry for scene in scenes for entry in scene.objects):
+        entry.mask = None
+    pack(scenes, tmp_path / "bare", progress=False)
+    assert main(["ablate", *SMALL, f"run.dir={tmp_path / 'run'}", str(tmp_path / "bare")]) == 2
+    assert "has masks, which data.relation_view=focused needs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_ablation_on_several_data_sets(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(generate_scenes(12, seed=1, val=0.0, test=0.0), tmp_path / "other", progress=False)
     data = f"data.shards=[{{path: {tmp_path / 'other'}, weight: 2}}, {shards}]"
