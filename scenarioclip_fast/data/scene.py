@@ -119,15 +119,15 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
         raise ValueError(f"scene {key}: got schema {schema!r}, expected {' or '.join(map(str, READABLE))}")
     try:
         height, width = (_integer(n) for n in record["size"])
-        objects = [_object_from_json(o, height, width) for o in record["objects"]]
-        relations = [_relation_from_json(r) for r in record["relations"]]
+        objects = [_object_from_json(o, height, width) for o in _list(record["objects"])]
+        relations = [_relation_from_json(r) for r in _list(record["relations"])]
         action = record["action"] if schema == 1 else record.get("action")
         caption, scores = record.get("caption"), record.get("scores")
         for text in (action if schema == 1 else action or "", caption or ""):
             _text(text)
         if scores is not None and not isinstance(scores, dict):
             raise TypeError(f"got scores of type {type(scores).__name__}, expected an object")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"scene {key}: malformed record ({type(error).__name__}: {error})") from error
     if any(not (0 <= i < len(objects)) for r in relations for i in (r.subject, r.object)):
         raise ValueError(
@@ -137,12 +137,12 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
 
 
 def _relation_from_json(record: Mapping[str, Any]) -> Relation:
-    negatives = [_text(text) for text in record.get("negatives", ())]
+    negatives = [_text(text) for text in _list(record.get("negatives", []))]
     return Relation(_integer(record["subject"]), _text(record["predicate"]), _integer(record["object"]), negatives)
 
 
 def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> SceneObject:
-    x1, y1, x2, y2 = (float(v) for v in record["box"])
+    x1, y1, x2, y2 = (float(v) for v in _list(record["box"]))
     mask = record["mask"]
     if mask is not None and list(mask["size"]) != [height, width]:
         raise ValueError(f"mask size {mask['size']} differs from the image size {[height, width]}")
@@ -153,6 +153,12 @@ def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"got {value!r}, expected an integer")
     return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"got a {type(value).__name__}, expected a list")
+    return list(value)
 
 
 def _text(value: Any) -> str:

@@ -59,7 +59,7 @@ def _captions(file: Path, record: dict[str, Any]) -> dict[str, str]:
         for row in sorted(record["annotations"], key=lambda row: int(row["id"])):
             if row["image_id"] in names and normalise(row["caption"]):
                 first.setdefault(names[row["image_id"]], row["caption"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: malformed COCO captions ({type(error).__name__}: {error}): expected images with id and "
             "file_name, annotations with id, image_id and caption"

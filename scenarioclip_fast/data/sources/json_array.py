@@ -80,9 +80,8 @@ class _Scanner:
             if symbol() != "[":
                 raise ValueError("expected [ at the start")
             self._skip(self._at + 1)
-            if symbol() == "]":
-                return
-            while True:
+            found = symbol()
+            while found != "]":
                 symbol()
                 while True:
                     try:
@@ -96,11 +95,13 @@ class _Scanner:
                 start = self._offset
                 self._skip(end)
                 yield Extent(start, self._offset - start), value
-                if (found := symbol()) == "]":
-                    return
-                if found != ",":
+                if (found := symbol()) not in (",", "]"):
                     raise ValueError(f"expected , or ] at byte {self._offset}, got {found!r}")
-                self._skip(self._at + 1)
+                if found == ",":
+                    self._skip(self._at + 1)
+            self._skip(self._at + 1)
+            if found := symbol():
+                raise ValueError(f"expected the end of the file at byte {self._offset}, got {found!r}")
 
     def _skip(self, end: int) -> None:
         part = self._text[self._at : end]

@@ -185,6 +185,7 @@ def test_without_actions(psg: Psg, packed: Any) -> None:
         ),
         ('{"images": [], "annotations": [{"id": 1}]}', "malformed COCO captions"),
         ('{"images": [{"id": []}], "annotations": []}', "malformed COCO captions"),
+        ('{"images": [], "annotations": [{"id": Infinity}]}', "malformed COCO captions"),
         ("{", "not readable as JSON"),
     ],
 )

@@ -253,7 +253,23 @@ def test_arrays_are_read_in_pieces(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[", "[1", "[1,", "[1,]", "[1 2]", '[{"a": 1', "[nul]", "[" * 100_000, "\udcff"]
+    "content",
+    [
+        "",
+        "{}",
+        "[",
+        "[1",
+        "[1,",
+        "[1,]",
+        "[1 2]",
+        '[{"a": 1',
+        "[nul]",
+        "[" * 100_000,
+        "\udcff",
+        "[] x",
+        "[1][2]",
+        "[1],",
+    ],
 )
 def test_damaged_arrays(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
