@@ -6,6 +6,8 @@ else. Masks tell: a box should fit the bounds of its object's mask.
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -21,14 +23,15 @@ Array = NDArray[np.float64]
 
 # Boxes are loose, but of two conventions the right one fits far better than these bounds ask for.
 _FITS = 0.5  # intersection over union of a box and its mask's bounds
+_WHOLE = 0.95  # intersection over union of the image and a box that stands for all of it
 _MOST = 0.8  # of the boxes fit in the right convention
 _FEW = 0.5  # of the boxes at most fit in a wrong one
 _VALID = 0.98  # without masks: of the boxes lie inside the image in the right convention
 _MIN_BOXES = 8
-_MAX_BOXES = 4096
+_HUGE = 1e9  # pixels: not a box in any convention, and its area may overflow
 _SAME_SIZE = 0.05  # relative spread of a size that all images were resized to
 
-_SCENES = 256  # of each process are examined
+_SCENES = 256  # are examined
 _OBJECTS = 8  # of each scene
 
 COLUMNS = 10  # of a row of evidence: box, bounds of its mask (NaN without a mask), width and height of the image
@@ -51,22 +54,25 @@ def to_corners(box: Box, kind: BoxFormat, size: tuple[int, int]) -> Box:
     return box
 
 
+_examined: Counter[str] = Counter()  # scenes, by the id of a `BoxEvidence`
+
+
 class BoxEvidence:
-    """Compares boxes with masks, in the first scenes of a process. Picklable."""
+    """Compares boxes with masks, in the first scenes of each process. Picklable, and pickled with every few scenes."""
 
     def __init__(self) -> None:
-        self._left = _SCENES
+        self._id = uuid.uuid4().hex
 
     def of(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> Array | None:  # [n, COLUMNS]
-        """The rows of a scene's objects; None once enough scenes have been seen.
+        """The rows of a scene's objects; None if it has none, or once enough scenes have been seen.
 
         Args:
             objects: as the data set gives them.
             size: (H, W) of the image.
         """
-        if self._left == 0:
+        if _examined[self._id] == _SCENES or not objects:
             return None
-        self._left -= 1
+        _examined[self._id] += 1
         rows = []
         for item in objects[:_OBJECTS]:
             try:
@@ -78,29 +84,27 @@ class BoxEvidence:
 
 
 class BoxTally:
-    """Collects evidence, and judges whether the boxes are corners in pixels."""
+    """Collects the evidence of the first scenes, and judges whether the boxes are corners in pixels."""
 
     def __init__(self) -> None:
-        self._rows: list[Array] = []
-        self._boxes = 0
-        self.scenes = 0
+        self._scenes: list[Array] = []
 
-    def add(self, rows: Array | None) -> None:
-        """Add the rows of a scene."""
-        if rows is not None and self._boxes < _MAX_BOXES:
-            self._rows.append(rows)
-            self._boxes += len(rows)
-            self.scenes += 1
+    def add(self, rows: Array | None) -> bool:
+        """Add the rows of a scene, and return whether they count: processes examine more scenes than are needed."""
+        if rows is None or self.is_full:
+            return False
+        self._scenes.append(rows)
+        return True
 
     @property
-    def is_early(self) -> bool:
-        """Whether enough scenes for an early verdict have just been seen."""
-        return self.scenes == _SCENES
+    def is_full(self) -> bool:
+        """Whether further scenes do not count."""
+        return len(self._scenes) == _SCENES
 
     def verdict(self) -> str | None:
         """What the boxes are instead of corners in pixels, and what to do; None if nothing speaks against corners."""
-        rows = np.concatenate([np.zeros((0, COLUMNS)), *self._rows])
-        rows = rows[np.isfinite(rows[:, :4]).all(1)]
+        rows = np.concatenate([np.zeros((0, COLUMNS)), *self._scenes])
+        rows = rows[(np.abs(rows[:, :4]) < _HUGE).all(1)]  # False for NaN
         masked = rows[np.isfinite(rows[:, 4])]
         if len(masked) >= _MIN_BOXES:
             return _by_masks(masked)
@@ -142,7 +146,9 @@ def _overlap(box: Array, bounds: Array) -> Array:  # [n, 4] each -> [n]
 
 def _by_masks(rows: Array) -> str | None:
     n, bounds = len(rows), rows[:, 4:8]
-    given = int((_overlap(rows[:, :4], bounds) >= _FITS).sum())
+    images = np.concatenate([np.zeros((n, 2)), rows[:, 8:10]], axis=1)
+    # Boxes that are the whole image are loose, not of another size: any mask of theirs is a scaled form of them.
+    given = int(((_overlap(rows[:, :4], bounds) >= _FITS) | (_overlap(rows[:, :4], images) >= _WHOLE)).sum())
     if given > _FEW * n:
         return None
     fits = [int((_overlap(convert(rows), bounds) >= _FITS).sum()) for _, convert, _ in _CONVENTIONS]

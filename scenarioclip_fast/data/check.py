@@ -196,7 +196,7 @@ def malformed_entries() -> Iterator[None]:
         yield
     except (BadEntry, UserError):
         raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BadEntry("malformed_entry", f"{type(error).__name__}: {error}") from error
 
 
@@ -285,6 +285,9 @@ class SceneChecker:
             objects = [replace(item, box=self.corners(item.box, size)) for item in scene.objects]
             scene = replace(scene, objects=objects)
         clean, rejected = clean_scene(scene, size, entry, encode=encode, classes=self._classes)
+        if self._boxes not in (None, "xyxy"):
+            hint = f"the boxes were read as --boxes {self._boxes} says: is it right?"
+            rejected = [replace(one, hint=hint) if one.reason == "box_outside" else one for one in rejected]
         return CheckedScene(clean, size, rejected, evidence)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -109,5 +109,5 @@ class Diagnosis:
         causes = self.causes()
         found = [cause for cause in causes if cause.reason in reasons]
         if found and found[0].reason in CONSEQUENCES:
-            found = [cause for cause in causes if cause.reason not in CONSEQUENCES | RELATION_REASONS] or found
+            found = [cause for cause in causes if cause.reason in KEEP_SCENE - RELATION_REASONS] or found
         return "; ".join(f"{cause.count} {cause.reason} ({cause.explanation})" for cause in found[:_SHOWN])

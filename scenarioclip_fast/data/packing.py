@@ -263,6 +263,9 @@ class _Run:
                 total = None if source.total is None else source.total - writer.end
                 packed = show_progress(packed, total, "packing", "scenes")
             tally = BoxTally()
+            # A run that declares what these boxes are may resume one that did not.
+            for rows in writer.resumed_boxes if self.options.source.boxes is None else ():
+                tally.add(rows)
             writer.write(self._watched(packed, tally))
             if writer.scenes == 0:
                 raise self._no_scenes(scan.rejected + writer.rejected, scan.ignored)
@@ -280,8 +283,9 @@ class _Run:
         rejected: list[Rejection] = []
         kept = Counter[str]()
         for i, item in enumerate(packed, 1):
-            tally.add(item.boxes)
-            if tally.is_early:
+            if not tally.add(item.boxes):
+                item.boxes = None  # not needed in the journal
+            elif tally.is_full:
                 self._check_boxes(tally)
             if i <= _EARLY:
                 rejected += item.rejected

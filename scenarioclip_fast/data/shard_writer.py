@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import CheckedScene, Rejection
 from scenarioclip_fast.data.diagnosis import Diagnosis
 from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
@@ -95,11 +96,14 @@ class ShardWriter:
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._finishing: Future[None] | None = None
         self.rejected: list[Rejection] = []  # since the last shard was closed
+        self._boxes: list[NDArray[np.float64]] = []  # likewise
+        self.resumed_boxes: list[NDArray[np.float64]] = []  # those of the resumed run
         self.end = 0
         for record in stage.records():
             self.end = record["end"]
             self._numbers[record["split"]] += 1
             self._keys.update(row[0] for row in record["rows"])
+            self.resumed_boxes += [np.array(rows, np.float64).reshape(-1, COLUMNS) for rows in record.get("boxes", [])]
             self._count(record["split"], record["texts"])
 
     def __enter__(self) -> ShardWriter:
@@ -123,9 +127,8 @@ class ShardWriter:
             if item.key is None:
                 self.rejected += item.rejected
             elif item.key in self._keys:
-                self.rejected.append(
-                    Rejection(item.key, "duplicate_id", "another scene with this id is already packed")
-                )
+                rejection = Rejection(item.key, "duplicate_id", "another scene with this id is already packed")
+                self._note([rejection], item.boxes)
             else:
                 self._add(item, i)
         for split in list(self._open):
@@ -140,18 +143,23 @@ class ShardWriter:
             self._numbers[item.split] += 1
             tar = tarfile.open(self._stage.path / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
             self._open[item.split] = _OpenShard(name, tar)
-        self.rejected += item.rejected
+        self._note(item.rejected, item.boxes)
         self._keys.add(item.key)
         shard = self._open[item.split]
         shard.add(item)
         if len(shard.rows) == self._size:
             self._close(item.split, i + 1)
 
+    def _note(self, rejected: list[Rejection], boxes: NDArray[np.float64] | None) -> None:
+        self.rejected += rejected
+        self._boxes += [] if boxes is None else [boxes]
+
     def _close(self, split: str, end: int) -> None:
         shard = self._open.pop(split)
         shard.tar.close()
         self._count(split, shard.texts)
         rejected, self.rejected = self.rejected, []
+        boxes, self._boxes = self._boxes, []
         counts = (len(shard.rows), *(shard.texts[level].total() for level in LEVELS), shard.masked_relations)
         record = {
             "split": split,
@@ -161,6 +169,7 @@ class ShardWriter:
             "rows": shard.rows,
             "texts": shard.texts,
             "rejected": [[r.entry, r.reason, r.detail, r.hint] for r in rejected],
+            "boxes": [rows.tolist() for rows in boxes],
         }
         self._wait()
         self._finishing = self._finisher.submit(self._stage.add, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from scenarioclip_fast.data import Scene, SceneObject, ShardSet, pack, rle
+from scenarioclip_fast.data import boxes as conventions
 from scenarioclip_fast.data.boxes import Box, to_corners
+from scenarioclip_fast.data.check import SceneChecker
+from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.errors import UserError
 
 H, W = 120, 160
@@ -109,14 +113,37 @@ def test_declared(name: Any, masks: bool, tmp_path: Path) -> None:
                 assert entry.box == pytest.approx(expected.box, abs=1e-9)
 
 
+def test_wrongly_declared(tmp_path: Path) -> None:
+    """Boxes that leave the image are reported with the declaration."""
+    for boxes in ("xywh", "normalised"):
+        report = pack(scenes(lambda box: box), tmp_path / boxes, boxes=boxes, allow_empty_level=True, progress=False)  # type: ignore[arg-type]
+        (cause,) = (cause for cause in report.causes if cause.reason == "box_outside")
+        assert cause.explanation == f"the boxes were read as --boxes {boxes} says: is it right?"
+        assert any(cause.explanation in warning for warning in report.warnings)
+
+
 def test_few_or_loose_boxes_are_not_judged(tmp_path: Path) -> None:
     """Boxes much larger than their masks, as of occluded objects, and a handful of odd ones."""
     loose = scenes(lambda box: (0.0, 0.0, W - 1.0, H - 1.0))
     pack(loose, tmp_path / "loose", progress=False)
+    middle = scenes(lambda box: box)
+    for item in (item for scene in middle for item in scene.objects):
+        item.box, item.mask = (0.0, 0.0, W, H), torch.zeros(H, W, dtype=torch.bool)
+        item.mask[H // 5 : H - H // 5, W // 5 : W - W // 5] = True
+    pack(middle, tmp_path / "middle", progress=False)
     few = [replace(scene, objects=scene.objects[:1]) for scene in scenes(xywh)]
     pack(few, tmp_path / "few", allow_empty_level=True, progress=False)
     mostly = [*scenes(lambda box: box), *(replace(s, key=f"odd{s.key}") for s in scenes(xywh)[:2])]
     pack(mostly, tmp_path / "mostly", progress=False)
+
+
+@pytest.mark.parametrize("value", [1e9, 1e200, 1.7e308, float("inf"), float("nan"), 5e-324])
+def test_absurd_boxes_are_rejected_without_warnings(
+    value: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    odd = [replace(s, key=f"odd{s.key}") for s in scenes(lambda box: (*box[:2], value, value))]
+    report = pack([*scenes(lambda box: box), *odd], tmp_path / "out", progress=False)
+    assert report.rejected == {"box_outside": 12} and not recwarn.list
 
 
 def test_an_early_error_writes_nothing(tmp_path: Path) -> None:
@@ -131,6 +158,46 @@ def test_an_early_error_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pass --boxes normalised"):
         pack(many(), tmp_path / "out", progress=False)
     assert read < 300 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shard_size", [1, 4, 1000])
+def test_repeating_the_command_does_not_pack(shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run judges the boxes of the finished shards, too; it ends only if the boxes are declared."""
+    write_published_layout(scenes(xywh), tmp_path / "set")
+    for workers in (1, 2, 1):
+        with pytest.raises(UserError, match=r"boxes fit their masks as x, y, width, height, . as .*--boxes xywh"):
+            pack(tmp_path / "set", tmp_path / "out", shard_size=shard_size, workers=workers, progress=False)
+    assert not (tmp_path / "out").exists()
+    images: list[bytes] = []
+    check = SceneChecker.image_size
+    monkeypatch.setattr(SceneChecker, "image_size", lambda self, *image: images.append(image[0]) or check(self, *image))
+    as_they_are = pack(
+        tmp_path / "set", tmp_path / "out", shard_size=shard_size, boxes="xyxy", allow_empty_level=True, progress=False
+    )
+    assert sum(split["scenes"] for split in as_they_are.splits.values()) == 6 and images == [], "resumed"
+    pack(tmp_path / "set", tmp_path / "out", shard_size=shard_size, boxes="xywh", progress=False)
+    assert len(images) == 6, "packed from the start"
+
+
+def test_only_the_first_scenes_are_judged_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a large data set: whatever the number of processes, and without a cost for each later scene."""
+    monkeypatch.setattr(conventions, "_SCENES", 20)
+    verdicts = []
+    judge = conventions.BoxTally.verdict
+    monkeypatch.setattr(conventions.BoxTally, "verdict", lambda tally: verdicts.append(judge(tally)))
+    many = [replace(scenes(xywh if i >= 20 else lambda box: box)[i % 6], key=f"s{i:02d}") for i in range(60)]
+    write_published_layout(many, tmp_path / "set")
+    for workers in (1, 2):
+        pack(tmp_path / "set", tmp_path / "out", workers=workers, val=0, test=0, force=True, progress=False)
+    assert verdicts == [None] * 4, "after the first scenes and at the end"
+
+
+def test_evidence_is_limited_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers receive a new copy with every chunk of scenes."""
+    monkeypatch.setattr(conventions, "_SCENES", 5)
+    evidence, (scene, *_) = conventions.BoxEvidence(), scenes(xywh)
+    rows = [pickle.loads(pickle.dumps(evidence)).of(scene.objects, (H, W)) for _ in range(8)]
+    assert [None if found is None else found.shape for found in rows] == [(2, conventions.COLUMNS)] * 5 + [None] * 3
 
 
 def test_to_corners() -> None:

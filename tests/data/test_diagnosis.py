@@ -73,6 +73,10 @@ def relation_dicts(source: Path) -> None:
     edit(source, change)
 
 
+def bare_triples(source: Path) -> None:
+    edit(source, lambda e: e.update(relations=[triple for _, triple in e["relations"]]))
+
+
 def other_labels(source: Path) -> None:
     edit(source, lambda e: e.update(relations=[[path, [f"the {s}", p, o]] for path, (s, p, o) in e["relations"]]))
 
@@ -101,6 +105,7 @@ CAUSES: dict[str, tuple[Callable[[Path], Any], str, str, bool]] = {
     "objects as dicts": (dicts, "malformed_object", "objects are JSON objects: write [name,", False),
     "relations by index": (by_index, "malformed_relation", "relations refer to objects by position", False),
     "relations as dicts": (relation_dicts, "malformed_relation", "relations are JSON objects", False),
+    "bare triples": (bare_triples, "malformed_relation", "relations lack the path of their PNG", False),
     "other labels": (other_labels, "relation_unknown_label", "by their names", False),
     "classes.json": (fewer_classes, "unknown_action", "add it, or remove classes.json", True),
 }
@@ -149,6 +154,14 @@ def test_a_level_that_is_lost(source: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*arguments, "--allow-empty-level"]) == 0
     assert not listing.exists(), "rejected.jsonl in the pack replaces it"
     assert "warning: all" in capsys.readouterr().out
+
+
+def test_a_lost_level_names_the_causes_of_its_own_entries(source: Path) -> None:
+    """Not those of whole scenes, whose entries are not counted."""
+    edit(source, lambda entry: entry.update(id="1"))
+    (source / "sam_results" / "1_grounding_sam.npz").unlink()
+    with pytest.raises(UserError, match=r"all \d+ relations were rejected: 1 missing_masks \([^;]*; see"):
+        packed(source, allow_empty_level=False)
 
 
 def test_a_level_that_loses_much(source: Path) -> None:

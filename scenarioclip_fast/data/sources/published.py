@@ -48,6 +48,7 @@ _HINTS = {
     "padded": 'the ids and the names of the mask files differ in leading zeros: the id "0001", a string, '
     'belongs to "0001_grounding_sam.npz"',
     "relation": "relations are JSON objects: write [path, [subject, predicate, object]]",
+    "triple": "relations lack the path of their PNG: write [path, [subject, predicate, object]]",
 }
 """Cause and remedy of common mistakes, see `check.Rejection`."""
 
@@ -407,10 +408,12 @@ def _padded(directory: Path, name: str) -> str:
 
 
 def _relation_hint(record: Any) -> str:
-    """The hint for a relation that is a JSON object, or that refers to its objects by position."""
+    """The hint for a relation that is a JSON object or a bare triple, or that refers to its objects by position."""
     triple = record[1] if isinstance(record, list) and len(record) > 1 and isinstance(record[1], list) else record
     if isinstance(record, dict):
         return _HINTS["relation"]
+    if isinstance(record, list) and len(record) == 3 and all(isinstance(word, str) for word in record):
+        return _HINTS["triple"]
     by_index = isinstance(triple, list) and len(triple) == 3 and any(type(word) is int for word in triple)
     return _HINTS["index"] if by_index else ""
 
