@@ -103,12 +103,26 @@ class BoxTally:
 
     def verdict(self) -> str | None:
         """What the boxes are instead of corners in pixels, and what to do; None if nothing speaks against corners."""
-        rows = np.concatenate([np.zeros((0, COLUMNS)), *self._scenes])
-        rows = rows[(np.abs(rows[:, :4]) < _HUGE).all(1)]  # False for NaN
-        masked = rows[np.isfinite(rows[:, 4])]
+        rows, masked = self._rows()
         if len(masked) >= _MIN_BOXES:
             return _by_masks(masked)
         return _by_size(rows) if len(rows) >= _MIN_BOXES else None
+
+    def doubt(self) -> str | None:
+        """A warning if most boxes miss their masks, in no convention that `verdict` recognises."""
+        _, masked = self._rows()
+        box, bounds = masked[:, :4], masked[:, 4:8]
+        area = (bounds[:, 2:] - bounds[:, :2]).prod(1)
+        missed = int((_shared(box, bounds) < _FITS * area).sum())
+        if len(masked) < _MIN_BOXES or missed <= _FEW * len(masked):
+            return None
+        return f"{missed} of {len(masked)} boxes do not contain half of their masks: check the boxes, and --boxes"
+
+    def _rows(self) -> tuple[Array, Array]:
+        """All rows with sensible boxes, and those of them with masks."""
+        rows = np.concatenate([np.zeros((0, COLUMNS)), *self._scenes])
+        rows = rows[(np.abs(rows[:, :4]) < _HUGE).all(1)]  # False for NaN
+        return rows, rows[np.isfinite(rows[:, 4])]
 
 
 def _scaled(rows: Array) -> Array:  # [n, 4]
@@ -136,10 +150,15 @@ _CONVENTIONS: list[tuple[str, Callable[[Array], Array], str]] = [
 ]
 
 
+def _shared(box: Array, bounds: Array) -> Array:  # [n, 4] each -> [n]
+    """The area of the intersection."""
+    low, high = np.maximum(box[:, :2], bounds[:, :2]), np.minimum(box[:, 2:], bounds[:, 2:])
+    return (high - low).clip(0).prod(1)
+
+
 def _overlap(box: Array, bounds: Array) -> Array:  # [n, 4] each -> [n]
     """Intersection over union; 0 for empty boxes."""
-    low, high = np.maximum(box[:, :2], bounds[:, :2]), np.minimum(box[:, 2:], bounds[:, 2:])
-    shared = (high - low).clip(0).prod(1)
+    shared = _shared(box, bounds)
     union = (box[:, 2:] - box[:, :2]).clip(0).prod(1) + (bounds[:, 2:] - bounds[:, :2]).prod(1) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 

@@ -274,7 +274,9 @@ class _Run:
                 listing = stage.path / "rejected.jsonl"
                 self._check_boxes(tally)
                 losses = self._check_losses(diagnosis.losses(kept), listing.read_bytes)
-                return [*scan.warnings, *(str(loss) for loss in losses if loss.is_large)]
+                doubt = tally.doubt()
+                large = [str(loss) for loss in losses if loss.is_large]
+                return [*scan.warnings, *([] if doubt is None else [doubt]), *large]
 
             return writer.finish(scan, source.classes, self.fingerprint, review)
 
@@ -301,13 +303,13 @@ class _Run:
 
     def _check_boxes(self, tally: BoxTally) -> None:
         if (verdict := tally.verdict()) is not None:
-            raise UserError(f"{self.out}: {verdict}; --boxes xyxy packs them as they are")
+            raise UserError(f"{verdict}; --boxes xyxy packs them as they are")
 
     def _check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
         for loss in losses:
             if loss.is_total and not self.allow_empty_level:
                 listing = self._list(rejections())
-                raise UserError(f"{self.out}: {loss}; see {listing}; --allow-empty-level packs what is left")
+                raise UserError(f"{loss}; see {listing}; --allow-empty-level packs what is left")
         return losses
 
     @property

@@ -146,6 +146,17 @@ def test_absurd_boxes_are_rejected_without_warnings(
     assert report.rejected == {"box_outside": 12} and not recwarn.list
 
 
+def test_boxes_that_miss_their_masks(tmp_path: Path) -> None:
+    """In no known convention, they are packed with a warning."""
+    rng = np.random.default_rng(0)
+    anywhere = [(x, y, x + 12.0, y + 9.0) for x, y in rng.uniform(0, (W - 12, H - 9), (12, 2)).tolist()]
+    found = iter(anywhere)
+    report = pack(scenes(lambda _: next(found)), tmp_path / "out", progress=False)
+    assert report.warnings == ["12 of 12 boxes do not contain half of their masks: check the boxes, and --boxes"]
+    loose = scenes(lambda box: (0.0, 0.0, W - 1.0, H - 1.0))
+    assert pack(loose, tmp_path / "loose", progress=False).warnings == []
+
+
 def test_an_early_error_writes_nothing(tmp_path: Path) -> None:
     read = 0
 
