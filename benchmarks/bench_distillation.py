@@ -144,6 +144,7 @@ def embeddings(device: str) -> SimpleNamespace:
         text_index=[torch.randint(u, (n,), generator=g).to(there) for n, u in zip(items, TEXTS, strict=True)],
         object_scene=scenes[0],
         relation_scene=scenes[1],
+        action_scene=None,
         teacher_image=rows(SCENES),
         teacher_object_text=rows(TEXTS[1]),
         teacher_relation_text=rows(TEXTS[2]),

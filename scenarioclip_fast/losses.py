@@ -227,22 +227,21 @@ class DistillationLoss(nn.Module):
         # All four terms in one call: the rows of all terms concatenated, and pairs of indices into them.
         students = [e.image[1], e.image[2], e.text[0]]
         teachers = [e.teacher_image, e.teacher_object_text, e.teacher_relation_text]
-        pairs = [(torch.arange(items, device=scene.device), scene, weight)]
+        student_index, teacher_index, weights = [torch.arange(items, device=scene.device)], [scene], [weight]
         if len(e.text[0]):
             action, known = _actions(e, scenes)
-            texts = [e.text_index[1] + scenes, e.text_index[2] + (scenes + len(e.teacher_object_text))]
-            known_weight = weight if known is None else weight * known[scene]
-            pairs.append((action[scene] + items, torch.cat(texts), known_weight))
-        student_index, teacher_index, weights = (torch.cat(x) for x in zip(*pairs, strict=True))
+            student_index.append((action + items)[scene])
+            teacher_index += [e.text_index[1] + scenes, e.text_index[2] + (scenes + len(e.teacher_object_text))]
+            weights.append(weight if known is None else weight * known[scene])
         temperature: Tensor | float = self.student_temperature
         if self.logit_scale is not None:
             temperature = (-self.logit_scale).exp().clamp(0.01, 1)
         return distillation_loss(
             torch.cat(students),
             torch.cat(teachers),
-            student_index,
-            teacher_index,
-            weights,
+            torch.cat(student_index),
+            torch.cat(teacher_index),
+            torch.cat(weights),
             student_temperature=temperature,
             teacher_temperature=self.teacher_temperature,
             backend=self.backend,

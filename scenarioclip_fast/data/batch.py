@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,14 +61,16 @@ class Batch:
     def host_ids(self) -> list[Tensor]:
         """Vocabulary ids of the three levels on the CPU: [N_a] of the scenes with an action, [N_o], [N_r]."""
         action, *others = self.host[2:]
-        return [action[action >= 0], *others]
+        known = action.numpy() >= 0
+        return [action if known.all() else torch.from_numpy(action.numpy()[known]), *others]
 
     @property
     def action_scene(self) -> Tensor | None:
         """The scenes that have an action, int64 [N_a] on the device of the batch; None: all of them."""
-        found = (self.host[2] >= 0).nonzero()[:, 0]
-        if len(found) == self.num_scenes:
+        known = self.host[2].numpy() >= 0
+        if known.all():
             return None
+        found = torch.from_numpy(np.flatnonzero(known))
         return found.pin_memory().to(self.pixels.device, non_blocking=True) if self.pixels.is_cuda else found
 
     @property
