@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.decode import DecodeError, make_decoder
-from scenarioclip_fast.data.scene import Mask, Scene, has_masks, mask_pixels
+from scenarioclip_fast.data.scene import Mask, Scene, mask_pixels, with_masks
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
@@ -71,7 +71,7 @@ def collect_statistics(scenes: Iterable[Scene | BadSample]) -> SplitStatistics:
             statistics.bad[scene.reason] += 1
             continue
         try:
-            views = Views.of_scenes([_with_masks(scene)])
+            views = Views.of_scenes([with_masks(scene)])
         except ValueError:
             statistics.bad["no_views"] += 1
             continue
@@ -263,7 +263,7 @@ def inspect_shards(
         if isinstance(scene, BadSample) or not isinstance(scene.image, bytes):
             continue
         image = decoder.decode([scene.image])[0]
-        scene = _with_masks(scene) if relation_view == "focused" else scene
+        scene = with_masks(scene) if relation_view == "focused" else scene
         if isinstance(image, DecodeError) or not _has_views(scene, relation_view):
             continue
         scene.image = image
@@ -275,11 +275,6 @@ def inspect_shards(
         sheet = out / "scenes.png"
         draw_sheet(chosen, sheet, size=size, object_view=object_view, relation_view=relation_view, blur=blur)
     return statistics
-
-
-def _with_masks(scene: Scene) -> Scene:
-    """The scene without the relations that have no focused region for lack of masks."""
-    return replace(scene, relations=[r for r in scene.relations if has_masks(scene, r)])
 
 
 def _has_views(scene: Scene, relation_view: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.remote import Closed
-from scenarioclip_fast.data.scene import Scene, has_masks
+from scenarioclip_fast.data.scene import Scene, with_masks
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.errors import UserError
 
@@ -86,7 +86,7 @@ class SampleReader:
         except Exception as error:  # damaged bytes can make the parsers raise anything
             return BadSample(key, "unreadable", f"{type(error).__name__}: {error}", source)
         if self._need_masks:
-            scene.relations = [r for r in scene.relations if has_masks(scene, r)]
+            scene = with_masks(scene)
         ids = self._shards.vocabulary
         try:
             return Sample(

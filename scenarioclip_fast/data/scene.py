@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,11 @@ def has_masks(scene: Scene, relation: Relation) -> bool:
     return scene.objects[relation.subject].mask is not None and scene.objects[relation.object].mask is not None
 
 
+def with_masks(scene: Scene) -> Scene:
+    """The scene without the relations that have no focused region for lack of masks."""
+    return replace(scene, relations=[r for r in scene.relations if has_masks(scene, r)])
+
+
 def mask_pixels(mask: Tensor | NDArray[Any]) -> NDArray[np.bool_]:  # [H, W]
     """Return the pixels of a mask that is not RLE: bool, or uint8 with the values 0 and 1, or 0 and 255.
 
@@ -121,10 +126,8 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
         height, width = (_integer(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in _list(record["objects"])]
         relations = [_relation_from_json(r) for r in _list(record["relations"])]
-        action = record["action"] if schema == 1 else record.get("action")
-        caption, scores = record.get("caption"), record.get("scores")
-        for text in (action if schema == 1 else action or "", caption or ""):
-            _text(text)
+        action = _text(record["action"]) if schema == 1 else _optional_text(record.get("action"))
+        caption, scores = _optional_text(record.get("caption")), record.get("scores")
         if scores is not None and not isinstance(scores, dict):
             raise TypeError(f"got scores of type {type(scores).__name__}, expected an object")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -165,6 +168,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"got a {type(value).__name__}, expected a string")
     return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
 
 
 def check_fractions(val: float, test: float) -> None:

@@ -155,7 +155,7 @@ def split_features(
     """
     world = session.world
     with session.loader(split) as loader:
-        path = None if cache is None else _cache_file(session, loader, split, [*levels, str(labelled)], Path(cache))
+        path = None if cache is None else _cache_file(session, loader, split, levels, labelled, Path(cache))
         kept = None if path is None or not world.is_main_process else _load(path)
         # Rank 0 decides for all ranks.
         if world.gather(kept is not None)[0]:
@@ -174,11 +174,13 @@ def split_features(
     return features
 
 
-def _cache_file(session: Session, loader: EvaluationLoader, split: str, kind: Sequence[str], directory: Path) -> Path:
+def _cache_file(
+    session: Session, loader: EvaluationLoader, split: str, levels: Sequence[str], labelled: bool, directory: Path
+) -> Path:
     digest = hashlib.sha256()
     data = session.data
     settings: list[object] = [session.model.config.vision.image_size, data.object_view, data.relation_view, data.blur]
-    settings += [loader.decoder.name, *kind]
+    settings += [loader.decoder.name, labelled, *levels]
     # A manifest contains the SHA-256 of every shard.
     digest.update(json.dumps([settings, *(shards.manifest for shards in loader.shards.sets)], sort_keys=True).encode())
     for path in session.trained.files:

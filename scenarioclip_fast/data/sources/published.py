@@ -28,7 +28,7 @@ from scenarioclip_fast.data.check import (
 )
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import split_named, words_of
-from scenarioclip_fast.data.sources.annotations import four_numbers
+from scenarioclip_fast.data.sources.annotations import four_numbers, id_text
 from scenarioclip_fast.data.sources.base import LARGE, Scan, Source, SourceOptions, SplitOf, by_split, shuffled
 from scenarioclip_fast.data.sources.classes import load_classes, load_json
 from scenarioclip_fast.data.sources.files import read_file, safe_path
@@ -67,8 +67,7 @@ class Entry:
     @property
     def id(self) -> str:
         """The original id; empty if it has an invalid type."""
-        name = self.record.get("id") if isinstance(self.record, dict) else None
-        return str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+        return id_text(self.record.get("id")) if isinstance(self.record, dict) else ""
 
     def __str__(self) -> str:
         return f"{self.file}: entry {self.position}" + (f" ({short(self.id)[1:-1]})" if self.id else "")

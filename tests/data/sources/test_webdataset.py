@@ -331,6 +331,7 @@ BAD_SAMPLES: dict[str, tuple[str, list[Member]]] = {
     "nested JSON": ("malformed_entry", [sample("a")[0], ("a.json", b"[" * 200_000)]),
     "a list": ("malformed_entry", [sample("a")[0], ("a.json", b"[]")]),
     "JSON in another format": ("malformed_entry", [sample("a")[0], ("a.json", b'{"caption": "a dog"}')]),
+    "an action that is no text": ("malformed_entry", sample("a", schema=2, action=0)),
     "another schema": ("malformed_entry", sample("a", schema=3)),
     "infinite size": ("malformed_entry", sample("a", size=[float("inf"), WIDTH])),
     "huge number": ("malformed_entry", sample("a", size=[10**400, WIDTH])),
