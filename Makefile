@@ -17,7 +17,7 @@ EXTRAS := train,eval,triton,dali,nvimgcodec,remote,tensorboard,parquet,bench,tes
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 
-.PHONY: install demo test test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
+.PHONY: install demo test faults test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
@@ -38,6 +38,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
+
+# Fault injection at full length: kills, bit flips, hostile files, damaged caches. `make test` runs a few trials of each.
+faults: install
+	SCENARIOCLIP_FAST_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/data/test_pack_resume.py -n $(JOBS) --dist loadfile
 
 # Install the sdist and the wheel in empty environments, as users do.
 test-install: install

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from campaign import trials
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, SceneObject, generate_scenes, pack, packing
@@ -31,7 +32,7 @@ from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.synthetic import write_published_layout
 
 # Number of random kills per kind of run; 20 takes minutes.
-KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "3"))
+KILLS = trials(3, 20)
 SHARD = 7
 
 

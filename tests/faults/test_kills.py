@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
 import signal
 import time
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from campaign import generator, trials
 from safetensors.torch import load_file
 
 from scenarioclip_fast.cli.train import STOPPED
@@ -23,7 +22,7 @@ from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
 Make = Callable[..., TrainConfig]
-KILLS = int(os.environ.get("SCENARIOCLIP_FAST_KILLS", "6"))
+KILLS = trials(6, 50)
 
 
 def rows(config: TrainConfig) -> list[dict[str, Any]]:
@@ -124,7 +123,7 @@ def test_a_failed_rank_reports_the_reason_to_the_others(small: Make, fork_server
 
 
 def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:
-    rng = random.Random(KILLS)
+    rng = generator("kills")
     budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
