@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from scenarioclip_fast.checksums import verify_sums
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.model.pretrained import read_scales
@@ -60,6 +61,7 @@ def open_checkpoint(
         why = "is an unfinished run: resume it with `train --resume`" if unfinished else "has no trained model"
         raise UserError(f"{path} {why}; expected RUN/model or a directory with model.safetensors and config.json")
     config = directory / "config.yaml"
+    verify_sums(directory, ["config.yaml", "vocabulary.json", *["teacher.safetensors"] * (weights == "teacher")])
     try:
         data = TrainConfig.load(config).data if config.is_file() else DataSection()
     except UserError as error:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,12 +198,22 @@ def _save(features: Features, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        require("safetensors.torch").save_file(tensors, partial, metadata={"keys": json.dumps(features.keys)})
+        keys = json.dumps(features.keys)
+        metadata = {"keys": keys, "sha256": _digest(keys, tensors)}
+        require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
     except (OSError, require("safetensors").SafetensorError) as error:  # the cache is optional
         print(f"warning: {path}: features not cached: {error}", file=sys.stderr)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _digest(keys: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(keys.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.numpy().data if value.numel() else b"")
+    return digest.hexdigest()
 
 
 def _load(path: Path) -> Features | None:
@@ -212,8 +222,11 @@ def _load(path: Path) -> Features | None:
         return None
     try:
         with require("safetensors").safe_open(path, "pt") as file:
-            keys = json.loads(file.metadata()["keys"])
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _digest(metadata["keys"], tensors):
+            raise ValueError("damaged: its contents differ from their checksum")
+        keys = json.loads(metadata["keys"])
     except Exception as error:  # damaged files can raise anything
         print(f"warning: {path}: not readable ({error}); recomputing the features", file=sys.stderr)
         return None

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from scenarioclip_fast.checksums import SUMS, verify_sums, write_sums
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model import convert
@@ -25,12 +27,13 @@ from scenarioclip_fast.model.files import find_weights, read_json, read_state, s
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
+MODEL_FILES = ("model.safetensors", "config.json")
 
 
 def save_pretrained(
     state: Mapping[str, Tensor], config: ModelConfig, directory: str | Path, scales: Mapping[str, float] | None = None
 ) -> None:
-    """Write `model.safetensors` and `config.json` into `directory`.
+    """Write `model.safetensors`, `config.json` and their checksums, `SHA256SUMS`, into `directory`.
 
     scales: the learned logit scale of each level; stored in config.json for exports.
 
@@ -47,6 +50,17 @@ def save_pretrained(
     safetensors.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     record = {"schema": SCHEMA, "model": config.to_dict(), "scales": factors}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    write_sums(directory, MODEL_FILES)
+
+
+def verify(directory: str | Path, names: Iterable[str] = MODEL_FILES) -> None:
+    """Compare files of a saved model with their checksums; warn if it has none, as those of earlier versions.
+
+    Raises:
+        UserError: a file is damaged or was changed.
+    """
+    if not verify_sums(Path(directory), names):
+        warnings.warn(f"{directory} has no {SUMS}, so damage to its files cannot be detected", stacklevel=2)
 
 
 def read_config(directory: str | Path) -> ModelConfig:

@@ -287,13 +287,20 @@ class ScenarioCLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
-        """Build the model that `save_pretrained` wrote into `directory`. Raises UserError if there is none."""
-        model = cls(pretrained.read_config(directory))
+        """Build the model that `save_pretrained` wrote into `directory`.
+
+        Raises:
+            UserError: there is none, or a file differs from its checksum in SHA256SUMS. A directory without SHA256SUMS
+                is loaded with a warning.
+        """
+        config = pretrained.read_config(directory)
+        pretrained.verify(directory)
+        model = cls(config)
         pretrained.load_saved(model, directory)
         return model
 
     def save_pretrained(self, directory: str | Path, scales: Mapping[str, float] | None = None) -> None:
-        """Write `model.safetensors`, every parameter once, and `config.json` into `directory`.
+        """Write `model.safetensors`, every parameter once, `config.json` and `SHA256SUMS` into `directory`.
 
         scales: the learned logit scale of each level; stored in config.json for exports.
         """

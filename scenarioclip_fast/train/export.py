@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from scenarioclip_fast.checksums import SUMS, write_sums
 from scenarioclip_fast.data import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed
@@ -40,6 +41,7 @@ def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: Train
             config.save(temporary / "config.yaml")
             if averages is not None:
                 save_teacher(averages, temporary / "teacher.safetensors")
+            write_sums(temporary, [path.name for path in temporary.iterdir() if path.name != SUMS])
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         except (OSError, require("safetensors").SafetensorError) as error:

@@ -27,6 +27,7 @@ from scenarioclip_fast.train.run_dir import checkpoints_of
 from scenarioclip_fast.train.state import RunState
 
 Resume = bool | str | Path  # True or "auto", "best", or a checkpoint's path
+_META_TYPES = {"step": int, "ranks": int, "teacher_step": int | None, "progress": dict, "config": dict}
 
 
 class Saver:
@@ -106,6 +107,8 @@ class Saver:
                 problems.append(str(error))
                 continue
             notes += [f"skipping a damaged checkpoint: {problem}" for problem in problems]
+            if not found.digests:
+                notes.append(f"{found.path} is of an earlier version, without checksums: damage cannot be detected")
             return [*notes, f"resumed from {found.path} at step {self.state.progress.step}"]
         if not paths:
             return [f"nothing to resume in {self.config.run.dir}: starting from step 0"]
@@ -151,6 +154,9 @@ class Saver:
         if isinstance(found, BadCheckpoint):
             raise found
         assert found is not None
+        for name, kind in _META_TYPES.items():
+            if not isinstance(found.meta.get(name), kind):
+                raise BadCheckpoint(f"{path}: {name}: got {found.meta.get(name)!r}, expected {kind}")
         return found
 
     def _load(self, found: Checkpoint) -> None:
@@ -162,10 +168,17 @@ class Saver:
         tensors = run.tensors()
         if meta["teacher_step"] is None:
             tensors = {name: t for name, t in tensors.items() if not name.startswith("teacher/")}
-        if missing := sorted(tensors.keys() - found.names):
+        if missing := sorted(tensors.keys() - found.tensors.keys()):
             raise UserError(
                 f"{found.path} lacks {len(missing)} tensors of this run, such as {missing[0]}: resume with the "
                 "settings it was saved with"
+            )
+        sizes = {name: (list(found.tensors[name][0]), list(t.shape)) for name, t in tensors.items()}
+        if differing := [name for name, (saved, own) in sizes.items() if saved != own]:
+            saved, own = sizes[differing[0]]
+            raise UserError(
+                f"{found.path}: {differing[0]} is {saved}, but {own} in this run ({len(differing)} tensors differ): "
+                "resume with the settings it was saved with"
             )
         moments = run.empty_optimizer_tensors(found.tensors)
         # With a different number of ranks, the order of scenes continues from rank 0's position.
@@ -173,11 +186,15 @@ class Saver:
         key = _rank_key(self.world.rank if same_ranks else 0)
         state: dict[str, Any] = {**tensors, **moments, key: ""}
         load(found, state, self.checkpoints.group)
-        rank_state = json.loads(state[key])
+        try:
+            rank_state = json.loads(state[key])
+            loader, random = rank_state["loader"], rank_state["random"]
+        except (ValueError, KeyError, TypeError) as error:  # only possible without checksums
+            raise BadCheckpoint(f"{found.path}: {key}: malformed ({type(error).__name__}: {error})") from None
         run.load_optimizer_tensors(moments)
-        run.loader.load_state_dict(rank_state["loader"])
+        run.loader.load_state_dict(loader)
         if same_ranks:
-            set_random_state(rank_state["random"])
+            set_random_state(random)
         if run.teacher is not None and meta["teacher_step"] is not None:
             run.teacher.step = meta["teacher_step"]
         elif run.teacher is not None:  # new in this run: start from the loaded model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -45,8 +45,9 @@ class Progress:
         return {**asdict(self), "recent_losses": list(self.recent_losses)}
 
     def load_dict(self, values: dict[str, Any]) -> None:
-        """Restore what `to_dict` returned."""
-        for name, value in values.items():
+        """Restore what `to_dict` returned; fields that an earlier version did not save keep their values."""
+        for name in (f.name for f in fields(self) if f.name in values):
+            value = values[name]
             setattr(self, name, deque(value, _BEST_OVER_STEPS) if name == "recent_losses" else value)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from campaign import generator, trials
+from campaign import flip_a_bit, generator, trials
 from safetensors.torch import load_file
 
 from scenarioclip_fast.cli.train import STOPPED
@@ -23,6 +23,7 @@ from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
 Make = Callable[..., TrainConfig]
 KILLS = trials(6, 50)
+DAMAGED = trials(2, 20)  # of the resumes after a kill, those that find the newest checkpoint damaged
 
 
 def rows(config: TrainConfig) -> list[dict[str, Any]]:
@@ -122,14 +123,14 @@ def test_a_failed_rank_reports_the_reason_to_the_others(small: Make, fork_server
     assert lines[1].startswith("error: rank 0 cannot continue: rank 1 ended with UserError: absent"), lines
 
 
-def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_server: Any) -> None:
+def test_random_kills_lose_nothing_beyond_the_last_intact_checkpoint(small: Make, fork_server: Any) -> None:
     rng = generator("kills")
     budget = ("train.steps=36", "train.checkpoint_every=3", "train.log_every=2", "run.timeout_s=10")
     reference = {}
     for ranks in (1, 2):
         reference[ranks] = small(*budget, run=f"full-{ranks}")
         fork_server.start(reference[ranks], ranks=ranks).finish()
-    killed, runs = 0, 0
+    killed, damaged, runs = 0, 0, 0
     while killed < KILLS:
         runs += 1
         ranks = 1 + runs % 2
@@ -138,6 +139,10 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
         codes: list[int | None] = []
         while codes != [0] * ranks:
             before = [examine(path).meta["step"] for path in checkpoints.paths()]  # all are complete
+            if len(before) > 1 and damaged < DAMAGED:
+                damaged += 1
+                flip_a_bit(rng.choice(sorted(checkpoints.paths()[0].iterdir())), rng)
+                del before[0]
             running = fork_server.start(config, "--resume", "auto", ranks=ranks)
             if killed < KILLS:
                 number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
@@ -151,7 +156,7 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
             out = running.text()
             assert None not in codes and "Traceback" not in out, out
             if resumed := re.search(r"resumed from \S+ at step (\d+)", out):
-                assert int(resumed[1]) == before[0]
+                assert int(resumed[1]) == before[0], out
             assert bool(before) == bool(resumed) or "parameters train" not in out
             if STOPPED in codes:
                 stopped = re.search(r"stopped by (SIGTERM|SIGUSR1) after step (\d+)", out)
@@ -160,3 +165,4 @@ def test_random_kills_lose_nothing_beyond_the_last_checkpoint(small: Make, fork_
                 assert leftovers(Path(config.run.dir)) == []
         assert leftovers(Path(config.run.dir)) == []
         assert_same_run(config, reference[ranks])
+    assert damaged == DAMAGED

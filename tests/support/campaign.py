@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 LONG = os.environ.get("SCENARIOCLIP_FAST_FAULTS") == "1"
 SEED = int(os.environ.get("SCENARIOCLIP_FAST_FAULTS_SEED", "0"))
@@ -17,3 +18,12 @@ def trials(short: int, long: int) -> int:
 def generator(name: str) -> random.Random:
     """The random numbers of the test `name`; the same in every run with the same SCENARIOCLIP_FAST_FAULTS_SEED."""
     return random.Random(f"{SEED} {name}")
+
+
+def flip_a_bit(path: Path, rng: random.Random) -> str:
+    """Flip a random bit of a file; return which."""
+    data = bytearray(path.read_bytes())
+    byte, bit = rng.randrange(len(data)), rng.randrange(8)
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+    return f"bit {bit} of byte {byte} of {path.name}"

@@ -16,6 +16,7 @@ from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.train import checkpoint
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.export import learned_scales
 from scenarioclip_fast.train.metrics import read_metrics
@@ -116,7 +117,9 @@ def test_resume_from_the_best(small: Make, capsys: pytest.CaptureFixture[str]) -
     config = small("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=3")
     Trainer(config).fit()
     file = meta_file(config, 2)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "loss": 0.0}))
+    edited = {**json.loads(file.read_text()), "loss": 0.0}
+    del edited["sha256"]
+    file.write_text(json.dumps({**edited, "sha256": checkpoint._digest_of(edited)}))
     assert Trainer(config, resume="best").fit().completed
     assert "step-00000002 at step 2" in capsys.readouterr().err
     assert steps(config) == [2, 4, 6]

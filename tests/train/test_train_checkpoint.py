@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_failing_to_remove_an_old_checkpoint_is_harmless(tmp_path: Path, monkeyp
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
+def test_pruning_keeps_files_of_others_and_never_follows_links(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    precious = tmp_path / "elsewhere"
+    precious.mkdir()
+    for name in ("meta.json", "__0_0.distcp"):  # names that are deleted in a checkpoint
+        (precious / name).touch()
+    first = save(checkpoints, 1, loss=2.0)
+    (first / "notes.txt").touch()
+    (checkpoints.directory / "step-00000002").symlink_to(precious)
+    (checkpoints.directory / ".writing-step-00000009-1").symlink_to(precious)
+    checkpoints.sweep()
+    for step in (3, 4):
+        save(checkpoints, step, loss=1.0)
+    assert names(precious) == ["__0_0.distcp", "meta.json"]
+    assert names(checkpoints.directory) == [".removing-step-00000001", "step-00000004"]
+    assert names(checkpoints.directory / ".removing-step-00000001") == ["notes.txt"]
+
+
 def test_the_first_new_checkpoint_removes_later_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=5)
     for step in (2, 4, 6):
@@ -137,7 +156,10 @@ def test_a_killed_writer_leaves_no_partial_checkpoint(
     elif moment == "before the rename":
         monkeypatch.setattr(checkpoint.os, "rename", die)
     # The process is killed before any clean-up.
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+    if moment == "while pruning":
+        monkeypatch.setattr(checkpoint.os, "rmdir", die)
+    else:
+        monkeypatch.setattr(checkpoint, "_delete", die)
     with pytest.raises((SystemExit, NotWritten)):
         save(checkpoints, 2)
     monkeypatch.undo()
@@ -158,7 +180,7 @@ def test_damage_is_reported(tmp_path: Path, damage: str) -> None:
     elif "garbage" in damage:
         file.write_bytes(b"\0" * file.stat().st_size)
     elif damage == "schema":
-        file.write_text(file.read_text().replace('"schema": 2', '"schema": 9'))
+        file.write_text(file.read_text().replace('"schema": 3', '"schema": 9'))
     else:
         file.unlink()
     with pytest.raises(BadCheckpoint, match="step-00000001") as caught:
@@ -195,5 +217,8 @@ def test_random_numbers_continue_after_a_round_trip(tmp_path: Path) -> None:
 def test_the_meta_file_is_plain_json(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path, keep=1), 3, progress={"scenes": 24})
     meta = json.loads((path / "meta.json").read_text())
-    assert (meta["schema"], meta["step"], meta["progress"]) == (2, 3, {"scenes": 24})
+    assert (meta["schema"], meta["step"], meta["progress"]) == (3, 3, {"scenes": 24})
     assert set(meta["files"]) == {"__0_0.distcp", ".metadata"}
+    for name, found in meta["files"].items():  # files of up to a piece have the digest that sha256sum prints
+        data = (path / name).read_bytes()
+        assert found == {"bytes": len(data), "sha256": [hashlib.sha256(data).hexdigest()]}
