@@ -56,8 +56,9 @@ def read_state(path: Path) -> State:
 def unpickle(path: Path) -> dict[str, Any]:
     """Read a pickled dictionary of tensors and plain values."""
     with warnings.catch_warnings():
-        # _guarded raises a clear error for such archives.
+        # _guarded raises a clear error for such files.
         warnings.filterwarnings("ignore", ".*looks like a TorchScript archive", UserWarning)
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
         record = _guarded(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
     if not isinstance(record, dict):
         raise UserError(f"{path}: got a {type(record).__name__}, expected a dictionary of tensors")
