@@ -25,7 +25,14 @@ from scenarioclip_fast.progress import progress
 KINDS = ("kernels", "data", "step")
 _PREFIX = "bench_"
 # Benchmark files not listed here measure kernels.
-_KIND_OF = {"data": "data", "pack": "data", "step": "step", "trainer": "step", "end_to_end": "step"}
+_KIND_OF = {
+    "data": "data",
+    "pack": "data",
+    "step": "step",
+    "trainer": "step",
+    "checkpoint": "step",
+    "end_to_end": "step",
+}
 _POLL_S = 0.2
 _TERMINATE_S = 10.0  # between SIGTERM and SIGKILL
 _NO_TESTS = 5  # pytest's exit code if no tests were collected: not an error here

@@ -223,7 +223,7 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
         BadCheckpoint: on every rank, if a file is damaged or any rank cannot read its part. `state` is unchanged in the
             first case; in the second, which files without checksums make possible, some tensors may have changed.
     """
-    _verify(checkpoint, group)
+    verify(checkpoint, group)
     texts = [name for name, value in state.items() if isinstance(value, str) and name in checkpoint.tensors]
     encoded = {name: torch.zeros(checkpoint.tensors[name][0], dtype=torch.uint8) for name in texts}
     tree = {_ROOT: state | encoded}
@@ -241,8 +241,12 @@ def load(checkpoint: Checkpoint, state: dict[str, Any], group: dist.ProcessGroup
         raise BadCheckpoint(f"{checkpoint.path}: {_reason(error)}") from error
 
 
-def _verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None) -> None:
-    """Compare all files with their checksums; each rank reads its share of the pieces."""
+def verify(checkpoint: Checkpoint, group: dist.ProcessGroup | None) -> None:
+    """Compare all files with their checksums; all ranks call it together, and each reads its share of the pieces.
+
+    Raises:
+        BadCheckpoint: on every rank, if a file is damaged. A checkpoint without checksums is not verified.
+    """
     if not checkpoint.digests:
         return
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
