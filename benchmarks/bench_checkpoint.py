@@ -90,3 +90,7 @@ def test_read(benchmark: Any, saved: Path, state: dict[str, Tensor], form: str) 
     benchmark.pedantic(READERS[form], (saved, into), rounds=ROUNDS, warmup_rounds=0 if WARM else 1)
     if form.startswith("load"):
         assert all(torch.equal(into[name], value) for name, value in state.items())
+
+
+def _load_plain(path: Path, into: dict[str, Tensor]) -> None:
+    load_plain({"run": into}, checkpoint_id=path, no_dist=True)
