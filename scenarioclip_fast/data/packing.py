@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
 from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory, is_regular, kind_of, status_of
 from scenarioclip_fast.progress import progress as show_progress
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
@@ -200,6 +202,11 @@ def pack(
     if out.resolve() in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
     run = _Run(data, out, options, options.fingerprint(data), workers, progress, allow_empty_level)
+    if (found := status_of(run.listing)) is not None and not stat.S_ISREG(found.st_mode):
+        raise UserError(
+            f"{run.listing}: got a {kind_of(found.st_mode)}, expected nothing or the list of an earlier run's "
+            "rejections; move it away, or choose another directory for the pack"
+        )
     with Stage(out) as stage:
         stage.complete_installation()
         if run.fingerprint is not None and not force and (manifest := find_up_to_date(out, run.fingerprint)):
@@ -223,7 +230,8 @@ def pack(
             if isinstance(error, OSError):
                 raise UserError(f"{error.filename or stage.path}: {error.strerror}") from error
             raise
-    run.listing.unlink(missing_ok=True)
+    if is_regular(run.listing):
+        run.listing.unlink()
     return _report(out, manifest)
 
 
@@ -271,9 +279,8 @@ class _Run:
                 raise self._no_scenes(scan.rejected + writer.rejected, scan.ignored)
 
             def review(kept: Mapping[str, int], diagnosis: Diagnosis) -> list[str]:
-                listing = stage.path / "rejected.jsonl"
                 self._check_boxes(tally)
-                losses = self._check_losses(diagnosis.losses(kept), listing.read_bytes)
+                losses = self._check_losses(diagnosis.losses(kept), partial(stage.read, "rejected.jsonl"))
                 doubt = tally.doubt()
                 large = [str(loss) for loss in losses if loss.is_large]
                 return [*scan.warnings, *([] if doubt is None else [doubt]), *large]
@@ -319,7 +326,8 @@ class _Run:
         return out.with_name(f"{out.name}.rejected.jsonl")
 
     def _list(self, lines: bytes) -> Path:
-        self.listing.write_bytes(lines)
+        with Directory(self.listing.parent.resolve()) as parent, parent.open(self.listing.name, "wb") as file:
+            file.write(lines)
         return self.listing
 
     def _no_scenes(self, rejected: list[Rejection], ignored: dict[str, int]) -> UserError:

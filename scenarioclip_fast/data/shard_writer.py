@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from scenarioclip_fast.data.diagnosis import Diagnosis
 from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
-from scenarioclip_fast.data.staging import Stage, dump, sha256
+from scenarioclip_fast.data.staging import Stage, dump
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.levels import LEVELS
 
@@ -59,6 +59,7 @@ class PackedItem:
 @dataclass
 class _OpenShard:
     name: str
+    file: IO[bytes]
     tar: tarfile.TarFile
     rows: list[list[Any]] = field(default_factory=list)
     texts: dict[str, Counter[str]] = field(default_factory=lambda: {level: Counter() for level in LEVELS})
@@ -75,6 +76,10 @@ class _OpenShard:
         for level, texts in item.texts.items():
             self.texts[level].update(texts)
         self.masked_relations += item.masked_relations
+
+    def close(self) -> None:
+        with self.file:
+            self.tar.close()
 
 
 class ShardWriter:
@@ -113,7 +118,7 @@ class ShardWriter:
         self._finisher.shutdown()  # waits for the shard in progress, so that it is kept
         for shard in self._open.values():
             with suppress(OSError):  # disk full: already reported
-                shard.tar.close()
+                shard.close()
 
     @property
     def scenes(self) -> int:
@@ -141,8 +146,9 @@ class ShardWriter:
                 self._close(split, i)
             name = f"{item.split}-{self._numbers[item.split]:06d}.tar"
             self._numbers[item.split] += 1
-            tar = tarfile.open(self._stage.path / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            self._open[item.split] = _OpenShard(name, tar)
+            file = self._stage.create(name)
+            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._open[item.split] = _OpenShard(name, file, tar)
         self._note(item.rejected, item.boxes)
         self._keys.add(item.key)
         shard = self._open[item.split]
@@ -156,7 +162,7 @@ class ShardWriter:
 
     def _close(self, split: str, end: int) -> None:
         shard = self._open.pop(split)
-        shard.tar.close()
+        shard.close()
         self._count(split, shard.texts)
         rejected, self.rejected = self.rejected, []
         boxes, self._boxes = self._boxes, []
@@ -198,11 +204,10 @@ class ShardWriter:
                 warnings, or raises an error.
         """
         self._wait()
-        directory = self._stage.path
         splits, diagnosis = self._write_index(scan.rejected)
         warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
         vocabulary = self._vocabulary(classes)
-        vocabulary.save(directory / "vocabulary.json")
+        self._write("vocabulary.json", vocabulary.to_json())
         names = ["index.json", "rejected.jsonl", "vocabulary.json"]
         manifest = {
             "schema": SCHEMA,
@@ -212,21 +217,24 @@ class ShardWriter:
             "causes": [cause.to_json() for cause in diagnosis.causes()],
             "warnings": warnings,
             "ignored": scan.ignored,
-            "sha256": {name: sha256(directory / name) for name in names},
+            "sha256": {name: self._stage.sha256(name) for name in names},
         }
         if fingerprint is not None:
-            (directory / "source.json").write_bytes(dump({"schema": SCHEMA, "fingerprint": fingerprint}))
+            self._write("source.json", {"schema": SCHEMA, "fingerprint": fingerprint})
             names.append("source.json")
         self._stage.finish(manifest, names)
         return manifest
 
+    def _write(self, name: str, record: Any) -> None:
+        with self._stage.create(name) as file:
+            file.write(dump(record))
+
     def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Diagnosis]:
         """Write index.json and rejected.jsonl shard by shard; return the manifest's splits, and the rejections."""
-        directory = self._stage.path
         splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
         diagnosis = Diagnosis()
         diagnosis.add(scanned)
-        with (directory / "index.json").open("wb") as index, (directory / "rejected.jsonl").open("wb") as listing:
+        with self._stage.create("index.json") as index, self._stage.create("rejected.jsonl") as listing:
             index.write(b'{"schema":%d,"shards":{' % SCHEMA)
             listing.writelines(rejection_lines(scanned))
             for i, record in enumerate(self._stage.records()):

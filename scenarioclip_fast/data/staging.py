@@ -14,37 +14,47 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
-import shutil
+import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from scenarioclip_fast.data.scene import READABLE, SCHEMA
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory, is_regular, kind_of, open_file, read_regular, sha256_of, status_of
 
-PACK_FILES = re.compile(r"(train|val|test)-\d{6,}\.tar|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
+SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
+PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
 INNER_STAGE = ".partial"
-_JOURNAL = "journal.jsonl"
+_JOURNAL, _WRITTEN_MANIFEST = "journal.jsonl", "manifest.tmp"
 
 
 class Stage:
     """The locked staging directory of one run. On exit, it is removed unless a later run can resume from it.
 
+    Only files that a pack writes are ever removed, and no symbolic link is followed.
+
     Raises:
-        UserError: another process is packing into `out`.
+        UserError: another process is packing into `out`, or there is something else at the path of the directory or in
+            it.
     """
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out.resolve(), self.directory_for(out)
         self.finished = 0  # shards in the journal
         self._fingerprint: str | None = None
-        self._lock = self._locked()
+        self._files = self._locked()
+        try:
+            self._check_files()
+        except BaseException:
+            self._files.close()
+            raise
 
     @staticmethod
     def directory_for(out: Path) -> Path:
@@ -55,41 +65,65 @@ class Stage:
     @classmethod
     def is_complete(cls, out: Path) -> bool:
         """Whether a complete pack is staged, because a run was killed while moving it to `out`."""
-        return (cls.directory_for(out) / "manifest.json").exists()
+        return is_regular(cls.directory_for(out) / "manifest.json")
 
-    def _locked(self) -> int:
+    def _locked(self) -> Directory:
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
-                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                self.path.mkdir(parents=True, exist_ok=True)
+                files = Directory(self.path)
             except FileNotFoundError:  # another run has just removed it
                 continue
+            except (FileExistsError, NotADirectoryError):
+                if (found := status_of(self.path)) is None:
+                    raise
+                raise UserError(
+                    f"{self.path}: got a {kind_of(found.st_mode)}, expected the directory of an unfinished pack; "
+                    "move it away, or choose another directory for the pack"
+                ) from None
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(files.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Another run may have removed the directory since it was opened.
-                if self.path.exists() and os.path.samestat(os.fstat(lock), self.path.stat()):
-                    return lock
+                found = status_of(self.path)
+                if found is not None and os.path.samestat(os.fstat(files.fd), found):
+                    return files
             except BlockingIOError:
-                os.close(lock)
+                files.close()
                 raise UserError(f"{self.out}: another process is packing into it") from None
-            os.close(lock)
+            files.close()
+
+    def _check_files(self) -> None:
+        """Raise UserError if the directory contains anything that a pack does not write."""
+        for name in self._files.names():
+            mode = status.st_mode if (status := self._files.status(name)) else stat.S_IFREG
+            if not _is_staged(name) or not stat.S_ISREG(mode):
+                raise UserError(
+                    f"{self.path / name}: got a {kind_of(mode)} that is not part of a pack, expected only the files of "
+                    "an unfinished pack here; move it away, or choose another directory for the pack"
+                )
 
     def __enter__(self) -> Stage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None or not self.resumable:
-            shutil.rmtree(self.path)
-        os.close(self._lock)
+            for name in filter(_is_staged, self._files.names()):
+                self._files.unlink(name)
+            with suppress(OSError):  # files of others have appeared in it: the next run names one
+                os.rmdir(self.path)
+        self._files.close()
 
     @property
     def resumable(self) -> bool:
         """Whether a later run can resume from this directory."""
-        return (self._fingerprint is not None and self.finished > 0) or self.is_complete(self.out)
+        return (self._fingerprint is not None and self.finished > 0) or self._has("manifest.json")
+
+    def _has(self, name: str) -> bool:
+        return self._files.status(name) is not None
 
     def complete_installation(self) -> None:
         """Finish moving a complete pack that an interrupted run left behind."""
-        if self.is_complete(self.out):
+        if self._has("manifest.json"):
             self.install()
 
     def resume(self, fingerprint: str | None) -> bool:
@@ -101,23 +135,22 @@ class Stage:
         Returns:
             Whether an interrupted run left a journal.
         """
-        journal = self.path / _JOURNAL
-        exists = journal.exists()
+        exists = self._has(_JOURNAL)
         kept: list[str] = []
         end = 0
         if exists and fingerprint is not None:
-            with journal.open("rb") as lines:
+            with self._files.open(_JOURNAL) as lines:
                 for line in lines:
                     name = self._intact(line, fingerprint, first=end == 0)
                     if name is None:
                         break
                     end += len(line)
                     kept.append(name)
-        for path in self.path.iterdir():
-            if path.name not in (*kept, _JOURNAL):
-                path.unlink()
+        for name in filter(_is_staged, self._files.names()):
+            if name not in (*kept, _JOURNAL):
+                self._files.unlink(name)
         self._fingerprint, self.finished = fingerprint, max(0, len(kept) - 1)
-        with journal.open("ab") as file:
+        with self._files.open(_JOURNAL, "ab") as file:
             file.truncate(end)
         if end == 0:
             self._append({"fingerprint": fingerprint})
@@ -133,38 +166,59 @@ class Stage:
             return None
         if first:
             return _JOURNAL if record.get("fingerprint") == fingerprint else None
-        path = self.path / str(record.get("name"))
-        return path.name if path.is_file() and path.stat().st_size == record.get("bytes") else None
+        name = str(record.get("name"))
+        status = self._files.status(name) if SHARD_NAME.fullmatch(name) else None
+        return name if status is not None and status.st_size == record.get("bytes") else None
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the records of finished shards, in order of completion."""
-        with (self.path / _JOURNAL).open("rb") as lines:
+        with self._files.open(_JOURNAL) as lines:
             next(lines)
             yield from map(json.loads, lines)
 
+    def create(self, name: str) -> IO[bytes]:
+        """Create a file of the pack."""
+        return self._files.open(name, "xb")
+
+    def read(self, name: str) -> bytes:
+        """The content of a file of the pack."""
+        with self._files.open(name) as file:
+            return bytes(file.read())
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a file of the pack in hex."""
+        with self._files.open(name) as file:
+            return sha256_of(file)
+
     def add(self, record: dict[str, Any]) -> None:
         """Add the finished shard record["name"] to the journal, with the state required to resume."""
-        path = self.path / record["name"]
-        _sync(path)
-        _sync(self.path)
-        self._append(record | {"sha256": sha256(path), "bytes": path.stat().st_size})
+        name = record["name"]
+        size = self._sync(name)
+        self._files.sync()
+        self._append(record | {"sha256": self.sha256(name), "bytes": size})
         self.finished += 1
 
     def _append(self, record: dict[str, Any]) -> None:
-        with (self.path / _JOURNAL).open("ab") as file:
+        with self._files.open(_JOURNAL, "ab") as file:
             file.write(dump(record))
             file.flush()
             os.fsync(file.fileno())
 
+    def _sync(self, name: str) -> int:
+        """Write a file to disk, and return its size in bytes."""
+        with self._files.open(name) as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
     def finish(self, manifest: dict[str, Any], names: list[str]) -> None:
         """Write the manifest of a complete pack, whose other small files are `names`, and move the pack into place."""
         for name in names:
-            _sync(self.path / name)
-        written = self.path / "manifest.tmp"
-        written.write_bytes(dump(manifest))
-        _sync(written)
-        os.replace(written, self.path / "manifest.json")
-        _sync(self.path)
+            self._sync(name)
+        with self.create(_WRITTEN_MANIFEST) as file:
+            file.write(dump(manifest))
+        self._sync(_WRITTEN_MANIFEST)
+        self._files.move(_WRITTEN_MANIFEST, self._files, "manifest.json")
+        self._files.sync()
         self.install()
 
     def install(self) -> None:
@@ -172,20 +226,31 @@ class Stage:
 
         The old manifest is removed first and the new one moved last, so a directory with a manifest is a complete pack.
         """
-        manifest = self.path / "manifest.json"
-        new = _files(json.loads(manifest.read_bytes()))
+        try:
+            new = _files_of(json.loads(self.read("manifest.json")))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.path / 'manifest.json'}: damaged, expected the manifest of a complete pack; remove the "
+                "directory to pack from the start"
+            ) from None
         self.out.mkdir(exist_ok=True)
-        (self.out / "manifest.json").unlink(missing_ok=True)
-        for path in list(self.out.iterdir()):
-            if PACK_FILES.fullmatch(path.name) and path.name not in new:
-                path.unlink()
-        for path in sorted(self.path.iterdir()):
-            if path.name in new:
-                os.replace(path, self.out / path.name)
-        _sync(self.out)
-        os.replace(manifest, self.out / "manifest.json")
-        _sync(self.out)
-        (self.path / _JOURNAL).unlink()
+        with Directory(self.out) as out:
+            out.unlink("manifest.json", missing_ok=True)
+            for name in out.names():
+                if PACK_FILES.fullmatch(name) and name not in new:
+                    out.unlink(name)
+            for name in self._files.names():
+                if PACK_FILES.fullmatch(name) and name in new:
+                    self._files.move(name, out)
+            out.sync()
+            self._files.move("manifest.json", out)
+            out.sync()
+        self._files.unlink(_JOURNAL)
+
+
+def _is_staged(name: str) -> bool:
+    """Whether a pack writes files of this name into its staging directory."""
+    return name in (_JOURNAL, _WRITTEN_MANIFEST) or PACK_FILES.fullmatch(name) is not None
 
 
 def _on_other_device(out: Path) -> bool:
@@ -210,6 +275,12 @@ def check_target(out: Path, force: bool) -> None:
         raise UserError(f"{out}: is a file; choose a directory for the pack")
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"{out}: not writable; choose another directory for the pack")
+    for path in sorted(out.iterdir()):  # a link to a file is only replaced
+        mode = path.lstat().st_mode
+        if PACK_FILES.fullmatch(path.name) and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise UserError(
+                f"{path}: got a {kind_of(mode)}, expected a file of a pack; move it away, or choose another directory"
+            )
     foreign = sorted(
         path.name for path in out.iterdir() if path.name != INNER_STAGE and not PACK_FILES.fullmatch(path.name)
     )
@@ -228,7 +299,7 @@ def check_target(out: Path, force: bool) -> None:
             )
     else:
         try:
-            schema = json.loads(manifest.read_bytes()).get("schema")
+            schema = json.loads(read_regular(manifest)).get("schema")
         except (ValueError, AttributeError):
             schema = None
         if schema not in READABLE:
@@ -240,8 +311,8 @@ def check_target(out: Path, force: bool) -> None:
 def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return the manifest of the pack in `out` if it is complete and has this fingerprint."""
     try:
-        manifest = json.loads((out / "manifest.json").read_bytes())
-        source = json.loads((out / "source.json").read_bytes())
+        manifest = json.loads(read_regular(out / "manifest.json"))
+        source = json.loads(read_regular(out / "source.json"))
         if manifest["schema"] != SCHEMA or source["fingerprint"] != fingerprint:
             return None
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -252,23 +323,15 @@ def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if intact else None
 
 
-def _files(manifest: dict[str, Any]) -> set[str]:
+def _files_of(manifest: dict[str, Any]) -> set[str]:
     shards = {shard["name"] for split in manifest["splits"].values() for shard in split["shards"]}
     return {*shards, *manifest["sha256"], "source.json"}
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_file(path) as file:
+        return sha256_of(file)
 
 
 def dump(record: Any) -> bytes:

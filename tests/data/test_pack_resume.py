@@ -304,10 +304,10 @@ def _other_mount(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     """Simulate that `out` is a mount point, into which nothing can be moved."""
 
     def across(move: Any) -> Any:
-        def moved(old: Any, new: Any) -> None:
+        def moved(old: Any, new: Any, **directories: int) -> None:
             if (out in Path(old).parents) != (out in Path(new).parents):
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(old))
-            move(old, new)
+            move(old, new, **directories)
 
         return moved
 
@@ -373,7 +373,8 @@ def test_unwritable_targets_are_detected_first(
 def run_children(*arguments: object) -> dict[str, Any]:
     """Run this file as a script, which imports the package once and kills forked children while they pack."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # of the support modules
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=paths)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
