@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import replacing
 
 FORMAT = 1
 FILE = "record.json"
@@ -149,9 +149,8 @@ class Record:
             r"\[\s+([-\d.e,\s]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text
         )  # one line per list of samples
         path = directory / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
         return path
 
 

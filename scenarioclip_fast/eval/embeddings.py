@@ -24,6 +24,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import Weights, open_checkpoint
 from scenarioclip_fast.eval.features import Features, embed_views, split_features
 from scenarioclip_fast.eval.session import open_session
+from scenarioclip_fast.files import replacing
 from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.output import prepare_file
 from scenarioclip_fast.progress import progress
@@ -66,15 +67,10 @@ class EmbeddingTable:
         """
         path = Path(path)
         write = self._writer(path, force)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                write(self, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("xb") as file:
+            write(self, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     @staticmethod
     def _writer(path: Path, force: bool) -> Callable[[EmbeddingTable, BinaryIO], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from scenarioclip_fast.distributed import World
 from scenarioclip_fast.eval.encoding import Encoder, check_finite, evaluating, level_views
 from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.session import Session
+from scenarioclip_fast.files import replacing
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
@@ -195,17 +195,14 @@ def _save(features: Features, path: Path) -> None:
         for level, rows in features.levels.items()
         for name in _FIELDS
     }
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         keys = json.dumps(features.keys)
         metadata = {"keys": keys, "sha256": _digest(keys, tensors)}
-        require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
     except (OSError, require("safetensors").SafetensorError) as error:  # the cache is optional
         print(f"warning: {path}: features not cached: {error}", file=sys.stderr)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(keys: str, tensors: Mapping[str, Tensor]) -> str:

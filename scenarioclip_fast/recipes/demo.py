@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.samples import SampleScene, predict_samples
 from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
+from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.requirements import require
@@ -250,11 +252,21 @@ def _prepare(out: Path, config: DemoConfig) -> Path:
     """Create the output directory, or remove the folders of an earlier demo; nothing else is ever removed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
+    if out.is_dir() and any(out.iterdir()) and not is_regular(out / _MARKER):
         raise UserError(f"{out} is not empty and was not written by a demo: choose another directory with --out")
     out.mkdir(parents=True, exist_ok=True)
-    for folder in _FOLDERS:
-        shutil.rmtree(out / folder, ignore_errors=True)
+    earlier = [(out / folder, found) for folder in _FOLDERS if (found := status_of(out / folder)) is not None]
+    for path, found in earlier:
+        if not stat.S_ISDIR(found.st_mode):
+            raise UserError(
+                f"{path}: got a {kind_of(found.st_mode)}, expected a directory of an earlier demo; move it away, or "
+                "choose another directory with --out"
+            )
+    for path, _ in earlier:
+        try:
+            shutil.rmtree(path)  # follows no links
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be removed ({error.strerror})") from None
     (out / _MARKER).write_text(json.dumps({"seed": config.seed, "scenes": config.scenes, "views": config.views}) + "\n")
     return out
 
