@@ -17,6 +17,7 @@ from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.preprocess import preprocess
 from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_file, read_regular
 from scenarioclip_fast.ops.view_batch import check_renderable
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ OnSkip = Callable[[SkippedImage], None]
 def find_images(source: str | Path) -> list[Path]:
     """List the image files and tars at or below `source`, sorted; hidden files are excluded.
 
-    Links are followed. Broken links to images are listed as well, so that reading reports them.
+    Links are followed. Broken links to images and named pipes are listed as well, so that reading reports them.
 
     Raises:
         UserError: `source` does not exist or contains no images.
@@ -54,14 +55,14 @@ def find_images(source: str | Path) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield the files and broken links below `root`, each folder once even if links lead to it again."""
+    """Yield everything but folders below `root`, each folder once even if links lead to it again."""
     seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        yield from (path for name in files if not (path := Path(folder, name)).exists() or path.is_file())
+        yield from (Path(folder, name) for name in files)
 
 
 def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
@@ -78,13 +79,13 @@ def read_images(source: str | Path, on_skip: OnSkip) -> Iterator[tuple[str, byte
             if path.suffix.lower() == ".tar":
                 yield from _read_tar(path, key, on_skip)
             else:
-                yield key, path.read_bytes()
+                yield key, read_regular(path)
         except OSError as error:
             on_skip(SkippedImage(key, f"unreadable: {error}"))
 
 
 def _read_tar(path: Path, key: str, on_skip: OnSkip) -> Iterator[tuple[str, bytes]]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for member in read_members(file, lambda detail: on_skip(SkippedImage(key, f"damaged tar: {detail}"))):
             name = Path(member.name)
             if member.isdir() or name.suffix.lower() not in SUFFIXES or name.name.startswith("."):

@@ -19,6 +19,7 @@ from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.ops.view_batch import check_renderable
 from scenarioclip_fast.ops.views import render_views
 
@@ -100,7 +101,7 @@ def _decode(images: list[Any], device: torch.device, max_pixels: int) -> list[Te
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.requirements import require
 
@@ -177,7 +178,7 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            record = json.loads(path.read_text("utf-8"))
+            record = json.loads(read_regular(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; `scenarioclip-fast pack` writes it") from None
         except (OSError, ValueError) as error:

@@ -103,7 +103,7 @@ def test_errors_name_the_image(tmp_path: Path) -> None:
     good.write_bytes(encoded(Image.fromarray(PIXELS)))
     for images, error, message in (
         (tmp_path / "gone.jpg", UserError, r"gone\.jpg: no such file"),
-        (tmp_path, UserError, r": Is a directory"),
+        (tmp_path, UserError, r": got a directory, expected a regular file"),
         ([good, tmp_path / "text.jpg"], UserError, r"text\.jpg: not_an_image: "),
         ([good, b"\xff\xd8\xff"], UserError, r"images\[1\]: truncated: "),
         ([good, Image.open(io.BytesIO(good.read_bytes()[:-60]))], UserError, r"images\[1\]: .*truncated"),

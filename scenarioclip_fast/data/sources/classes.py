@@ -8,6 +8,7 @@ from typing import Any
 
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import read_regular
 
 
 def load_json(path: Path) -> tuple[bytes, Any]:
@@ -17,7 +18,7 @@ def load_json(path: Path) -> tuple[bytes, Any]:
         UserError: the file cannot be read or parsed.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         return content, json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, short
+from scenarioclip_fast.files import open_file
 
 ABSOLUTE = 'file names are absolute: write them relative to the data set\'s directory, "images/0001.jpg"'
 BACKSLASHES = 'file names have backslashes: write "images/0001.jpg"'
@@ -73,12 +74,10 @@ def read_file(path: Path, name: str, *, missing: str = "missing_image", too_larg
         BadEntry: missing, not a regular file, or too large.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
-            raise BadEntry(missing, f"{name}: not a regular file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            raise BadEntry(too_large, f"{name}: got {status.st_size} bytes, expected at most {MAX_IMAGE_BYTES}")
-        return path.read_bytes()
+        with open_file(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_IMAGE_BYTES:
+                raise BadEntry(too_large, f"{name}: got {size} bytes, expected at most {MAX_IMAGE_BYTES}")
+            return bytes(file.read())
     except OSError as error:
         raise BadEntry(missing, f"{name}: {error.strerror}") from None
     except UnicodeEncodeError as error:

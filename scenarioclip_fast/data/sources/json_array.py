@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_file
 
 _CHUNK = 1 << 20  # bytes read at once
 _MAX_ELEMENT = 1 << 26  # characters; bounds what is read to find the end of a damaged element
@@ -43,7 +44,7 @@ def read_element(path: Path, extent: Extent) -> Any:
         UserError: the file has changed, or can no longer be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(extent.offset)
             return json.loads(file.read(extent.size))
     except (OSError, ValueError) as error:
@@ -59,7 +60,7 @@ class _Scanner:
 
     def elements(self) -> Iterator[tuple[Extent, Any]]:
         decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
 
             def fill() -> bool:
                 if self._end or len(self._text) - self._at > _MAX_ELEMENT:

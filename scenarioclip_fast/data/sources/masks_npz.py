@@ -6,8 +6,8 @@ Nothing is unpickled, and sizes in headers are checked before memory is allocate
 from __future__ import annotations
 
 import math
+import os
 import re
-import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +22,7 @@ from scenarioclip_fast.data.check import short
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.scene import mask_pixels
 from scenarioclip_fast.data.texts import normalise
+from scenarioclip_fast.files import NotRegularError, open_file
 
 MAX_MASK_BYTES = 1 << 30  # of all candidate masks of one scene
 MAX_NPZ_LISTING = 1 << 20  # bytes of a zip's central directory; an npz has about three members
@@ -43,13 +44,14 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
     """
     n = len(names)
     try:
-        _check_archive(path)
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(_checked(file)) as archive:
             labels = _read_labels(archive, n)
             scores = _read_scores(archive, n)
             mask = _read_array(archive, "mask", MAX_MASK_BYTES, (n, None, *size), (n, *size))
     except (FileNotFoundError, ValueError, MemoryError):
         raise
+    except NotRegularError as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # zipfile raises many types on damaged files
         raise ValueError(f"not a readable npz ({type(error).__name__}: {str(error)[:100]})") from None
     if mask.ndim == 3:
@@ -65,16 +67,12 @@ def read_masks(path: Path, names: list[str | None], size: tuple[int, int]) -> It
     return (torch.from_numpy(mask_pixels(mask[row, best[row]]).copy()) for row in rows)
 
 
-def _check_archive(path: Path) -> None:
+def _checked(file: IO[bytes]) -> IO[bytes]:
     """Reject archives with a large central directory, which zipfile reads into memory at once."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if status.st_size > MAX_MASK_BYTES:
-        raise ValueError(f"got {status.st_size} bytes, expected at most {MAX_MASK_BYTES}")
-    with path.open("rb") as file:
-        file.seek(max(0, status.st_size - _ZIP_TAIL))
-        tail = file.read()
+    if (size := os.fstat(file.fileno()).st_size) > MAX_MASK_BYTES:
+        raise ValueError(f"got {size} bytes, expected at most {MAX_MASK_BYTES}")
+    file.seek(max(0, size - _ZIP_TAIL))
+    tail = file.read()
     # Check every candidate end record, since readers differ in which one they use.
     ends = [match.start() for match in re.finditer(b"(?=PK\5\6)", tail)]
     directory = max((int.from_bytes(tail[end + 12 : end + 16], "little") for end in ends), default=0)
@@ -82,6 +80,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"got a zip directory of {directory} bytes, expected at most {MAX_NPZ_LISTING}")
     if b"PK\6\7" in tail:
         raise ValueError("got a zip64 archive, expected a plain zip")
+    return file
 
 
 def _rows_of(names: list[str | None], labels: list[str] | None) -> list[int]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_file
 
 _ENDS = 1 << 16  # bytes at each end: every key below is in the first or last entry of a list, or near the lists
 
@@ -30,7 +31,7 @@ def kind_of(path: Path) -> str | None:
     """The kind of a JSON annotation file: "psg", "coco-panoptic", "captions", "keypoints", "instances" or None."""
     if path.suffix != ".json" or not path.is_file():
         return None
-    with path.open("rb") as file:
+    with open_file(path) as file:
         ends = file.read(_ENDS)
         if (size := os.fstat(file.fileno()).st_size) > _ENDS:
             file.seek(max(_ENDS, size - _ENDS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stat
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, s
 from scenarioclip_fast.data.shards import split_named, words_of
 from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_file
 
 MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; enough for a thousand objects with masks
 COMPRESSED_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -56,10 +57,8 @@ def open_tar(path: Path, name: str) -> Tar:
     if path.name.endswith(COMPRESSED_SUFFIXES):
         raise _compressed(path, path.suffix)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a regular file, expected a tar")
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
             start = file.read(8)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -108,7 +107,7 @@ def index_tar(tar: Tar) -> TarIndex:
         _reject(index, tar, "the tar", "damaged_tar", f"{detail}; {len(found)} samples precede the damage")
 
     try:
-        with tar.path.open("rb") as file:
+        with open_file(tar.path) as file:
             for member in read_members(file, damaged):
                 if not member.isdir():
                     _add_member(tar, member, found, index)

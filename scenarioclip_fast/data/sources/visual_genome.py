@@ -44,6 +44,7 @@ from scenarioclip_fast.data.sources.files import Folders
 from scenarioclip_fast.data.sources.json_array import Extent, index_array, read_element
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.progress import progress as show_progress
 
 _LISTS = {"objects": "objects.json", "relationships": "relationships.json"}
@@ -242,7 +243,7 @@ def load_aliases(path: Path, mtime_ns: int) -> dict[str, str]:
     if mtime_ns == 0:
         return aliases
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_regular(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as text: {error}") from None
     for line in lines:

@@ -42,6 +42,7 @@ from scenarioclip_fast.data.sources.tar_index import COMPRESSED_SUFFIXES, TarInd
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_regular
 from scenarioclip_fast.progress import progress as show_progress
 
 _LARGE = 1 << 28  # bytes of tars from which worker processes pay off
@@ -222,7 +223,7 @@ class SampleReader:
         try:
             if self._open is None or self._open[0] != sample.tar:
                 self.close()
-                self._open = (sample.tar, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                self._open = (sample.tar, open_regular(path))
             data = os.pread(self._open[1], size, offset)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; is the file system still mounted?") from None

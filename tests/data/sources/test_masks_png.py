@@ -194,7 +194,7 @@ BAD: dict[str, tuple[Callable[[Dataset], Any], str]] = {
     "no PNG": (text, "sam_results/a.png: not a PNG"),
     "a pipe": (
         lambda data: [data.folder("a"), (data.sam / "a/1.png").unlink(), os.mkfifo(data.sam / "a/1.png")],
-        "sam_results/a: 1.png: not a regular file",
+        "sam_results/a: 1.png: got a named pipe, expected a regular file",
     ),
     "nothing": (lambda data: None, "no sam_results/a_grounding_sam.npz, and no PNGs"),
     "only relations": (

@@ -719,13 +719,13 @@ def test_pipes_do_not_block(data: Dataset) -> None:
     data.image.unlink()
     os.mkfifo(data.image)
     _, (rejection,) = data.load()
-    assert rejection.reason == "missing_image" and "not a regular file" in rejection.detail
+    assert rejection.reason == "missing_image" and "got a named pipe" in rejection.detail
     data.image.unlink()
     data.image.write_bytes(jpeg())
     data.npz.unlink()
     os.mkfifo(data.npz)
     _, rejected = data.load()
-    assert rejected[0].reason == "bad_masks" and "not a regular file" in rejected[0].detail
+    assert rejected[0].reason == "bad_masks" and "got a named pipe" in rejected[0].detail
 
 
 def test_lone_surrogates_are_dropped(data: Dataset) -> None:

@@ -502,7 +502,7 @@ def test_unusable_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (source / "metadata.json").unlink()
     assert "gone.tar: no such file or directory" in error(str(good), str(source / "gone.tar"))
     (source / "d.tar").mkdir()
-    assert "d.tar: not a regular file" in error(str(source))
+    assert "d.tar: got a directory, expected a regular file" in error(str(source))
     (source / "d.tar").rmdir()
     good.write_bytes(b"")
     assert "no valid scenes to pack: 1 damaged_tar" in error(str(source))
