@@ -134,6 +134,8 @@ class LoaderConfig:
     """Local directory that caches shards read from a URL; null: ~/.cache/scenarioclip-fast/shards."""
     shard_cache_gib: float = CACHE_GIB
     """Size limit of that directory, in GiB; shards that do not fit are read scene by scene."""
+    verify: bool = False
+    """Check the SHA-256 of a shard at its first read in each process; scenes of a damaged shard are bad samples."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected, based on their header."""
     max_bad_fraction: float = 0.1

@@ -194,6 +194,7 @@ class SceneLoader:
             split,
             shard_cache_dir=config.shard_cache_dir,
             shard_cache_gib=config.shard_cache_gib,
+            verify=config.verify,
         )
         mix = self.shards.mix
         self.order = Order(len(mix), batch_size, seed, rank, world_size, shuffle, drop_last, mix)

@@ -26,7 +26,7 @@ class ShardMix:
     Args:
         sources: at least one data set.
         split: "train", "val" or "test". Only in "train" must every set have scenes.
-        shard_cache_dir, shard_cache_gib: see `ShardSet`. The sets share the cache.
+        shard_cache_dir, shard_cache_gib, verify: see `ShardSet`. The sets share the cache.
 
     Attributes:
         sets: the data sets.
@@ -45,10 +45,11 @@ class ShardMix:
         *,
         shard_cache_dir: str | Path | None = None,
         shard_cache_gib: float = CACHE_GIB,
+        verify: bool = False,
     ) -> None:
-        cache: dict[str, Any] = {"shard_cache_dir": shard_cache_dir, "shard_cache_gib": shard_cache_gib}
+        options: dict[str, Any] = {"shard_cache_dir": shard_cache_dir, "shard_cache_gib": shard_cache_gib}
         self.split = split
-        self.sets = [ShardSet(source.path, split, **cache) for source in sources]
+        self.sets = [ShardSet(source.path, split, verify=verify, **options) for source in sources]
         self.mix = Mix(tuple(map(len, self.sets)), tuple(source.weight for source in sources))
         self.is_remote = any(shards.is_remote for shards in self.sets)
         self.keys = self.sets[0].keys if len(self.sets) == 1 else [key for shards in self.sets for key in shards.keys]

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scenarioclip_fast.data.shard_cache import ShardCache
+from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.requirements import require
 
@@ -186,28 +186,71 @@ class RemoteShard:
 class RemoteShards:
     """The shards of one split, cached or remote.
 
-    Threads fetch whole shards into the cache as long as there is room. A shard with a wrong checksum is not cached: its
-    scenes are read one by one, so that only damaged scenes are lost, as with a local shard.
+    Threads fetch whole shards into the cache as long as there is room, and hash cached shards that are not verified
+    (see `ShardCache`) before they are used. A cached shard that turns out to be damaged is fetched again; meanwhile,
+    its scenes are read one by one. So are those of a remote shard with a wrong checksum, which is not cached, so that
+    only damaged scenes are lost, as with a local shard.
+
+    Args:
+        store: of the shards.
+        shards: as listed in the manifest.
+        directory, limit: of the cache, see `ShardCache`.
+        rehash: hash also the cached shards that an earlier process verified.
     """
 
-    def __init__(self, store: Store, shards: list[RemoteShard], directory: Path, limit: int) -> None:
+    def __init__(
+        self, store: Store, shards: list[RemoteShard], directory: Path, limit: int, *, rehash: bool = False
+    ) -> None:
         self.store = store
         self._shards = shards
         self._cache = ShardCache(directory, limit)
         self._stop = threading.Event()
-        cached = self._cache.claim(shard.sha256 for shard in shards)
+        self._lock = threading.Lock()
+        self._usable: dict[str, int] = {}  # digests of verified shards in the cache -> their modification times
+        self._hashed: set[str] = set()  # those of them that this process read and hashed
+        self._suspects = {shard.sha256 for shard in shards} if rehash else set()
+        cached = self._cache.claim({shard.sha256: shard.size for shard in shards})
         self._cache.trim()
-        self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 not in cached and shard.size <= limit)
-        self._fetchers = [
-            threading.Thread(target=self._fetch_all, name="shards", daemon=True)
-            for _ in range(min(_FETCHERS, len(self._waiting)))
-        ]
-        for thread in self._fetchers:
-            thread.start()
+        for digest, verified in cached.items():
+            if verified and not rehash:
+                self._usable[digest] = verified_time(digest)
+        self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 in cached.keys() - self._usable.keys())
+        self._waiting.extend((0.0, shard) for shard in shards if shard.sha256 not in cached and shard.size <= limit)
+        self._fetchers: list[threading.Thread] = []
+        self._fetching = 0  # threads that are still going to look at `_waiting`
+        for _ in range(min(_FETCHERS, len(self._waiting))):
+            self._start_fetcher()
 
-    def path(self, shard: int) -> Path:
-        """The path of shard number `shard` in the cache; it may not exist yet."""
-        return self._cache.path(self._shards[shard].sha256)
+    def path(self, shard: int) -> Path | None:
+        """The path of shard number `shard` in the cache; None if it must not be used (yet)."""
+        digest = self._shards[shard].sha256
+        return self._cache.path(digest) if digest in self._usable else None
+
+    def is_unchanged(self, shard: int, status: os.stat_result) -> bool:
+        """Whether an open cached shard has not been written to since it was verified."""
+        expected = self._shards[shard]
+        return (status.st_size, status.st_mtime_ns) == (expected.size, self._usable.get(expected.sha256))
+
+    def suspect(self, shard: int, certain: bool) -> bool:
+        """Stop using a cached shard, and hash it in the background: it is fetched again if it is damaged.
+
+        Args:
+            certain: the shard has been changed or removed since it was verified.
+
+        Returns:
+            False: nothing is done, since this process has hashed the shard, and it is as the manifest says.
+        """
+        found = self._shards[shard]
+        with self._lock:
+            if not certain and found.sha256 in self._hashed:
+                return False
+            self._hashed.discard(found.sha256)
+            if self._usable.pop(found.sha256, None) is not None:  # the first thread that notices
+                self._suspects.add(found.sha256)
+                self._waiting.appendleft((0.0, found))
+                if self._fetching < _FETCHERS and not self._stop.is_set():
+                    self._start_fetcher()
+        return True
 
     def read(self, shard: int, start: int, end: int) -> bytes:
         """Read the bytes [start, end) of a remote shard, fewer at its end.
@@ -217,12 +260,22 @@ class RemoteShards:
         """
         return self.store.read(self._shards[shard].name, start, end)
 
+    def _start_fetcher(self) -> None:
+        self._fetching += 1
+        thread = threading.Thread(target=self._fetch_all, name="shards", daemon=True)
+        self._fetchers.append(thread)
+        thread.start()
+
+    def _next(self) -> tuple[float, RemoteShard] | None:
+        with self._lock:
+            if self._waiting and not self._stop.is_set():
+                return self._waiting.popleft()
+            self._fetching -= 1
+            return None
+
     def _fetch_all(self) -> None:
-        while not self._stop.is_set():
-            try:
-                due, shard = self._waiting.popleft()
-            except IndexError:
-                return
+        while (item := self._next()) is not None:
+            due, shard = item
             if self._stop.wait(max(0.0, due - time.monotonic())):
                 return
             try:
@@ -237,7 +290,7 @@ class RemoteShards:
                     self._waiting.append((time.monotonic() + _RETRY_FAILED_S, shard))
 
     def _fetch(self, shard: RemoteShard) -> None:
-        if self._cache.claim([shard.sha256]):  # fetched by another process
+        if self._use_cached(shard):  # fetched by another process, or not verified
             return
         for _ in range(2):
             descriptor = self._cache.reserve(shard.sha256, shard.size)
@@ -246,12 +299,33 @@ class RemoteShards:
             try:
                 if self._copy(shard, descriptor) == shard.sha256:
                     self._cache.commit(shard.sha256, descriptor)
+                    self._use(shard, verified_time(shard.sha256))
                     return
             except BaseException:
                 self._cache.drop(shard.sha256, descriptor)
                 raise
             self._cache.drop(shard.sha256, descriptor)
         _log.warning("%s: not cached: its checksum differs from the manifest's", self.store.where(shard.name))
+
+    def _use_cached(self, shard: RemoteShard) -> bool:
+        """Use a cached shard, after hashing it where that is necessary; whether there is an intact one."""
+        verified = self._cache.claim({shard.sha256: shard.size}).get(shard.sha256)
+        if verified is None:
+            return False
+        if verified and shard.sha256 not in self._suspects:
+            self._use(shard, verified_time(shard.sha256))
+            return True
+        time_ns = self._cache.verify(shard.sha256)
+        if time_ns is None:
+            return False
+        self._hashed.add(shard.sha256)
+        self._use(shard, time_ns)
+        return True
+
+    def _use(self, shard: RemoteShard, time_ns: int) -> None:
+        with self._lock:
+            self._suspects.discard(shard.sha256)
+            self._usable[shard.sha256] = time_ns
 
     def _copy(self, shard: RemoteShard, descriptor: int) -> str:
         """Download a shard, and return the SHA-256 of the received bytes."""
@@ -264,7 +338,8 @@ class RemoteShards:
 
     def close(self) -> None:
         """Stop the threads and waiting reads, and release the cache."""
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
         self.store.close()
         for thread in self._fetchers:
             thread.join()

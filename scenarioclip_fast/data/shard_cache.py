@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import re
+import stat
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import (
+    NotRegularError,
+    is_regular,
+    kind_of,
+    open_regular,
+    read_regular,
+    sha256_of,
+    status_of,
+)
 
 _log = logging.getLogger(__name__)
+
+
+_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_CLAIMS = re.compile(r"[0-9a-f]{32}\.claims")
 
 
 def default_cache_dir() -> Path:
@@ -23,10 +40,15 @@ def default_cache_dir() -> Path:
 class ShardCache:
     """Files on a local disk, named by their SHA-256 and shared by the processes of a host.
 
-        DIR/DIGEST.tar    a complete, verified file; its modification time is the time of last use
+        DIR/DIGEST.tar    a complete file; its access time is the time of last use
         DIR/DIGEST.part   a file being fetched, preallocated at full size and locked by its writer
         DIR/ID.claims     digests of the files that one process uses; locked while the process lives
         DIR/lock          held while any of these files changes
+
+    A verified file has the modification time `verified_time` of its digest. Writing to it changes that time, so a file
+    with this time need not be hashed again by later processes, and one that was damaged by a write is recognised.
+
+    Other files in the directory are left alone, and symbolic links in it are never followed.
 
     Args:
         directory: created if missing.
@@ -43,21 +65,59 @@ class ShardCache:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                self._claims_fd = os.open(self._claims, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                self._claims_fd = open_regular(self._claims, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
                 fcntl.flock(self._claims_fd, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"{directory}: cannot be used as shard cache ({error.strerror}); choose another directory"
+                f"{error.filename or directory}: cannot be used as shard cache ({error.strerror}); choose another "
+                "directory"
             ) from None
 
     def path(self, digest: str) -> Path:
         """The path of a complete file."""
         return self.directory / f"{digest}.tar"
 
-    def claim(self, digests: Iterable[str]) -> set[str]:
-        """Return those of `digests` that are cached, and protect their files from eviction until `close`."""
+    def claim(self, sizes: Mapping[str, int]) -> dict[str, bool]:
+        """Find cached files, and protect them from eviction until `close`. What cannot be such a file is removed.
+
+        Args:
+            sizes: digests of the files, and their sizes in bytes.
+
+        Returns:
+            The digests of cached files, and whether they are verified.
+        """
         with self._locked():
-            return {digest for digest in digests if self._claim(digest)}
+            return {d: status for d, size in sizes.items() if (status := self._claim(d, size)) is not None}
+
+    def verify(self, digest: str) -> int | None:
+        """Hash a cached file. One with another digest is removed, or one that is written to meanwhile.
+
+        Returns:
+            The modification time of the verified file, in ns; None: it was removed.
+
+        Raises:
+            BlockingIOError: another thread or process is hashing it.
+            OSError: it cannot be opened.
+        """
+        path = self.path(digest)
+        descriptor = open_regular(path, follow=False)
+        with open(descriptor, "rb") as file:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = os.fstat(descriptor).st_mtime_ns
+            try:
+                intact = sha256_of(file) == digest
+            except OSError:  # a bad block
+                intact = False
+            with self._locked():
+                status = os.fstat(descriptor)
+                if intact and status.st_mtime_ns == before:
+                    with suppress(PermissionError):  # a file of another user: hashed by every process
+                        os.utime(descriptor, ns=(status.st_atime_ns, verified_time(digest)))
+                    return os.fstat(descriptor).st_mtime_ns
+                if (found := status_of(path)) is not None and os.path.samestat(found, status):
+                    path.unlink()
+        _log.warning("%s: damaged, removed from the cache", path)
+        return None
 
     def trim(self) -> None:
         """Evict files in excess of `limit`, which may be lower than in an earlier run."""
@@ -72,15 +132,19 @@ class ShardCache:
 
         Raises:
             BlockingIOError: another process is fetching this file, or has just fetched it.
+            IsADirectoryError: the path of the file is a directory.
         """
         part = self._part(digest)
         with self._locked():
-            if _is_locked(part) or self.path(digest).exists():
+            found = status_of(self.path(digest))
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.path(digest)))
+            if _is_locked(part) or found is not None:
                 raise BlockingIOError(f"another process is writing {part.name}")
             part.unlink(missing_ok=True)  # left by a process that died
             if not self._make_room(size):
                 return None
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_regular(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 os.posix_fallocate(descriptor, 0, max(1, size))
@@ -91,15 +155,16 @@ class ShardCache:
         return descriptor
 
     def commit(self, digest: str, descriptor: int) -> None:
-        """Sync a filled file to disk, move it to its final name and claim it.
+        """Sync a file filled with verified content to disk, move it to its final name and claim it.
 
         Raises:
             OSError: writing failed; call `drop`.
         """
+        os.utime(descriptor, ns=(time.time_ns(), verified_time(digest)))
         os.fsync(descriptor)
         with self._locked():
             os.replace(self._part(digest), self.path(digest))
-            self._claim(digest)
+            self._claim(digest, os.fstat(descriptor).st_size)
         directory = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
@@ -118,8 +183,8 @@ class ShardCache:
             return
         with suppress(FileNotFoundError), self._locked():  # the directory may have been removed
             for digest in self._mine:
-                with suppress(FileNotFoundError):
-                    os.utime(self.path(digest))
+                if (status := status_of(self.path(digest))) is not None and stat.S_ISREG(status.st_mode):
+                    _set_used(self.path(digest), status)
             self._claims.unlink(missing_ok=True)
         os.close(self._claims_fd)
         self._claims_fd = -1
@@ -127,7 +192,7 @@ class ShardCache:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # Opened each time, so that the lock also excludes other threads of this process.
-        descriptor = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_regular(self.directory / "lock", os.O_RDWR | os.O_CREAT, follow=False)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -137,15 +202,22 @@ class ShardCache:
     def _part(self, digest: str) -> Path:
         return self.directory / f"{digest}.part"
 
-    def _claim(self, digest: str) -> bool:
-        try:
-            os.utime(self.path(digest))
-        except FileNotFoundError:
-            return False
+    def _claim(self, digest: str, size: int) -> bool | None:
+        """Claim a file, and return whether it is verified; None: there is none of this size."""
+        path = self.path(digest)
+        status = status_of(path)
+        if status is None or stat.S_ISDIR(status.st_mode):
+            return None
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            path.unlink()
+            what = f"a {kind_of(status.st_mode)} of {status.st_size} bytes"
+            _log.warning("%s: got %s, expected a shard of %d bytes: removed from the cache", path, what, size)
+            return None
+        _set_used(path, status)
         if digest not in self._mine:
             self._mine.add(digest)
             os.write(self._claims_fd, f"{digest}\n".encode())
-        return True
+        return status.st_mtime_ns == verified_time(digest)
 
     def _make_room(self, size: int) -> bool:
         """Evict files until `size` more bytes fit; if that is impossible, evict nothing."""
@@ -153,15 +225,14 @@ class ShardCache:
         evictable: list[tuple[int, int, Path]] = []
         used = 0
         for path in self.directory.iterdir():
-            if path.suffix not in (".tar", ".part"):
+            status = status_of(path) if _FILE.fullmatch(path.name) else None
+            if status is None or not stat.S_ISREG(status.st_mode):
                 continue
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                used += status.st_size
-                if path.suffix == ".tar" and path.stem not in claimed:
-                    evictable.append((status.st_mtime_ns, status.st_size, path))
-                if path.suffix == ".part" and not _is_locked(path):
-                    evictable.append((0, status.st_size, path))
+            used += status.st_size
+            if path.suffix == ".tar" and path.stem not in claimed:
+                evictable.append((status.st_atime_ns, status.st_size, path))
+            if path.suffix == ".part" and not _is_locked(path):
+                evictable.append((0, status.st_size, path))
         if size and used + size - sum(n for _, n, _ in evictable) > self.limit:
             return False
         for _, n, path in sorted(evictable):
@@ -174,18 +245,31 @@ class ShardCache:
     def _claimed(self) -> set[str]:
         """The digests claimed by live processes."""
         claimed: set[str] = set()
-        for path in self.directory.glob("*.claims"):
+        for path in self.directory.iterdir():
+            if not _CLAIMS.fullmatch(path.name) or not is_regular(path):
+                continue
             if _is_locked(path):
-                claimed.update(path.read_text().split())
+                claimed.update(read_regular(path, follow=False).decode("ascii", "replace").split())
             else:
                 path.unlink(missing_ok=True)
         return claimed
 
 
+def verified_time(digest: str) -> int:
+    """The modification time of a verified file, in ns: between 1987 and 2004, in whole seconds and even, which every
+    file system stores exactly."""
+    return (2**29 + 2 * int(digest[:7], 16)) * 10**9
+
+
+def _set_used(path: Path, status: os.stat_result) -> None:
+    with suppress(PermissionError):  # a file of another user
+        os.utime(path, ns=(time.time_ns(), status.st_mtime_ns), follow_symlinks=False)
+
+
 def _is_locked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = open_regular(path, follow=False)
+    except (FileNotFoundError, NotRegularError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import NotRegularError, open_regular, read_regular
 
 SPLITS = ("train", "val", "test")
 # What other data sets call them.
@@ -30,6 +31,7 @@ _SPLIT_NAMES = {
 _SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
 # key, shard number, JPEG offset and size, JSON offset and size
 _IndexEntry = tuple[str, int, int, int, int, int]
+_CHUNK = 1 << 20  # bytes hashed at once
 _OPEN_FILES = 256  # large data sets have more shards than the usual limit of 1024 open files per process
 
 
@@ -86,6 +88,9 @@ class ShardSet:
         shard_cache_dir: local cache of remote shards, which processes may share. None:
             ~/.cache/scenarioclip-fast/shards.
         shard_cache_gib: size limit of the cache in GiB; 0 disables it.
+        verify: hash each local shard when its first scene is read, and each cached shard before it is used, in every
+            process. The scenes of a local shard with another SHA-256 than in the manifest are BadSamples with the
+            reason "damaged_shard".
 
     Raises:
         UserError: no packed data set, or no such split, or the data set cannot be reached; at the first read, the cache
@@ -100,8 +105,9 @@ class ShardSet:
         *,
         shard_cache_dir: str | Path | None = None,
         shard_cache_gib: float = CACHE_GIB,
+        verify: bool = False,
     ) -> None:
-        self.source, self.split = str(source), split
+        self.source, self.split, self._verify = str(source), split, verify
         if split not in SPLITS:
             raise UserError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         if not 0 <= shard_cache_gib < math.inf:
@@ -120,6 +126,7 @@ class ShardSet:
         self._vocabulary: Vocabulary | None = None
         self._files: dict[int, _File] = {}
         self._fetching: RemoteShards | None = None
+        self._checks: dict[int, _Check] = {}
         self._lock = threading.Lock()
         if store is not None:
             self._check_ranges(store)
@@ -190,11 +197,35 @@ class ShardSet:
         """Read scene `i`: `image` holds JPEG bytes, masks are RLE.
 
         Raises:
-            BadSample: the scene is missing, truncated or malformed.
+            BadSample: the scene is missing, truncated or malformed, or its shard is not the one in the manifest.
         """
-        key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
+        shard = self._entries[i][1]
         try:
             file = self._open(shard)
+        except OSError as error:
+            raise self._unreadable(i, error) from error
+        if file is None or not self.is_remote:
+            if file is not None and self._verify and not self._is_intact(i, file):
+                detail = "its checksum differs from the manifest's; copy the shard again, or pack the data set again"
+                raise BadSample(self.keys[i], "damaged_shard", f"{self._shards[shard].name}: {detail}")
+            return self._read(i, file)
+        problem: BadSample | None = None
+        try:
+            scene = self._read(i, file)
+        except BadSample as error:
+            problem = error
+        changed = not self._remote().is_unchanged(shard, file.status())
+        if problem is None and not changed:
+            return scene
+        if not self._remote().suspect(shard, certain=changed) and problem is not None:
+            raise problem
+        self._forget(shard, file)
+        return self._read(i, None)
+
+    def _read(self, i: int, file: _File | None) -> Scene:
+        """Read scene `i` from the open file of its shard, or with a byte range from the store."""
+        key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
+        try:
             if file is not None:
                 image, record = file.read(jpg_offset, jpg_size), file.read(json_offset, json_size)
             else:  # one request, since `pack` writes them next to each other
@@ -205,8 +236,7 @@ class ShardSet:
                     for at, size in ((jpg_offset, jpg_size), (json_offset, json_size))
                 )
         except OSError as error:
-            name = self._shards[shard].name
-            raise BadSample(key, "unreadable_shard", f"{name}: {error.strerror or error}") from error
+            raise self._unreadable(i, error) from error
         for member, offset, size in ((image, jpg_offset, jpg_size), (record, json_offset, json_size)):
             if len(member) != size:
                 name = self._shards[shard].name
@@ -217,6 +247,23 @@ class ShardSet:
             raise BadSample(key, "bad_json", str(error)) from error
         scene.split = self.split
         return scene
+
+    def _unreadable(self, i: int, error: OSError) -> BadSample:
+        name = self._shards[self._entries[i][1]].name
+        return BadSample(self.keys[i], "unreadable_shard", f"{name}: {error.strerror or error}")
+
+    def _is_intact(self, i: int, file: _File) -> bool:
+        """Whether the shard of scene `i` has the SHA-256 of the manifest; hashed by the first thread that reads it."""
+        shard = self._entries[i][1]
+        with self._lock:
+            check = self._checks.setdefault(shard, _Check())
+        with check.lock:
+            if check.intact is None:
+                try:
+                    check.intact = file.sha256() == self._shards[shard].sha256
+                except OSError as error:
+                    raise self._unreadable(i, error) from error
+            return check.intact
 
     def close(self) -> None:
         """Close the shard files and stop fetching; the next read reopens them."""
@@ -232,18 +279,27 @@ class ShardSet:
             if (file := self._files.get(shard)) is not None:
                 return file
         path = self._remote().path(shard) if self.is_remote else Path(self.source, self._shards[shard].name)
+        if path is None:
+            return None
         try:
-            file = _File(path)
-        except FileNotFoundError:
-            if self.is_remote:
-                return None
-            raise
+            file = _File(path, follow=not self.is_remote)
+        except OSError as error:
+            if not self.is_remote:
+                raise
+            if isinstance(error, FileNotFoundError | NotRegularError):  # removed or replaced
+                self._remote().suspect(shard, certain=True)
+            return None
         with self._lock:
             if shard not in self._files:
                 if len(self._files) >= _OPEN_FILES:
                     del self._files[next(iter(self._files))]
                 self._files[shard] = file
             return self._files[shard]
+
+    def _forget(self, shard: int, file: _File) -> None:
+        with self._lock:
+            if self._files.get(shard) is file:
+                del self._files[shard]
 
     def _check_ranges(self, store: Store) -> None:
         try:
@@ -259,7 +315,7 @@ class ShardSet:
     def _remote(self) -> RemoteShards:
         with self._lock:
             if self._fetching is None:
-                self._fetching = RemoteShards(Store(self.source), self._shards, *self._cache)
+                self._fetching = RemoteShards(Store(self.source), self._shards, *self._cache, rehash=self._verify)
             return self._fetching
 
     def _where(self, name: str) -> str:
@@ -269,7 +325,7 @@ class ShardSet:
         """Read a small file; if it is remote, verify it against the manifest."""
         try:
             if store is None:
-                return Path(self.source, name).read_bytes()
+                return read_regular(Path(self.source, name))
             data = store.read(name)
         except FileNotFoundError:
             raise UserError(
@@ -299,19 +355,36 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_fetching", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_fetching", "_checks", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files, self._fetching, self._lock = {}, None, threading.Lock()
+        self._files, self._fetching, self._checks, self._lock = {}, None, {}, threading.Lock()
+
+
+class _Check:
+    """Whether a shard is intact; None if it has not been hashed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.intact: bool | None = None
 
 
 class _File:
     """An open shard, closed when neither the ShardSet nor a reading thread references it."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: Path, *, follow: bool) -> None:
+        self._descriptor = open_regular(path, follow=follow)
         self._size = os.fstat(self._descriptor).st_size
+
+    def status(self) -> os.stat_result:
+        return os.fstat(self._descriptor)
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for offset in range(0, self._size, _CHUNK):
+            digest.update(os.pread(self._descriptor, _CHUNK, offset))
+        return digest.hexdigest()
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, min(size, max(0, self._size - offset)), offset)
