@@ -1,6 +1,7 @@
 // Checks and allocation for kernels/add_layer_norm; compiled for the CPU library only.
 #include "kernels/add_layer_norm/add_layer_norm.h"
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -56,6 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const
   check_weights(weight, "weight", width);
   check_weights(bias, "bias", width);
   if (branch_bias) check_weights(*branch_bias, "branch_bias", width);
+  STD_TORCH_CHECK(branch || !branch_bias, "branch: got None with a branch_bias, expected a tensor");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), "eps: got ", eps, ", expected a finite number of at least 0");
   Tensor total =
       branch ? empty_like_device(x, {rows, width}, x.scalar_type()) : empty_like_device(x, {0}, x.scalar_type());
   Tensor normed = empty_like_device(x, {rows, width}, dtype);

@@ -36,7 +36,18 @@ std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student,          
   check_tensor(weight, "weight", 1, ScalarType::Float);
   check_size(teacher_index, "teacher_index", 0, student_index.size(0));
   check_size(weight, "weight", 0, student_index.size(0));
-  if (student_temperature) check_tensor(*student_temperature, "student_temperature", 0, ScalarType::Float);
+  if (student_temperature) {
+    check_tensor(*student_temperature, "student_temperature", 0, ScalarType::Float);
+  } else {
+    check_positive(student_temperature_value, "student_temperature_value");
+  }
+  check_positive(teacher_temperature, "teacher_temperature");
+#ifndef USE_CUDA  // values on a device are not read on the host; the kernel checks the indices that it uses
+  STD_TORCH_CHECK(!student_temperature || !(*student_temperature->const_data_ptr<float>() <= 0),
+                  "student_temperature: got a number that is not above 0");
+  check_indices(student_index.const_data_ptr<int64_t>(), student_index.numel(), "student_index", student.size(0));
+  check_indices(teacher_index.const_data_ptr<int64_t>(), teacher_index.numel(), "teacher_index", teacher.size(0));
+#endif
 
   const int64_t rows = student.size(0), student_derivatives = with_gradient ? rows * student.size(1) : 0;
   Tensor loss = empty_like_device(student, {}, ScalarType::Float);

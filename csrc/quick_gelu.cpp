@@ -88,8 +88,8 @@ Tensor backward_into(Tensor& out, const Tensor& grad, const Tensor& x, const std
 std::tuple<Tensor, Tensor> quick_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
                                                bool with_sums) {
   const bool single = is_float(x, "x");
-  check_tensor(grad, "grad", grad.dim(), x.scalar_type());
-  STD_TORCH_CHECK(grad.numel() == x.numel(), "grad: got ", grad.numel(), " elements, expected ", x.numel());
+  check_tensor(grad, "grad", x.dim(), x.scalar_type());
+  for (int64_t d = 0; d < x.dim(); ++d) check_size(grad, "grad", d, x.size(d));
   Tensor out = torch::stable::empty_like(x);
   const Tensor d_bias = single ? backward_into<float>(out, grad, x, bias, with_sums)
                                : backward_into<BFloat16>(out, grad, x, bias, with_sums);

@@ -5,9 +5,13 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+#include <string>
 #include <vector>
 
 #include "check.h"
+#include "kernels/views/check.h"
+#include "kernels/views/pixel.h"
 #include "parallel.h"
 
 #ifdef USE_CUDA
@@ -30,6 +34,8 @@ Image image_of(const Tensor& image) {
   check_tensor(image, "image", 3, ScalarType::Byte);
   check_size(image, "image", 2, 3);
   STD_TORCH_CHECK(image.size(0) > 0 && image.size(1) > 0, "image: got an empty image, expected at least one pixel");
+  STD_TORCH_CHECK(image.size(0) <= kMaxSide && image.size(1) <= kMaxSide, "image: got ", image.size(1), " x ",
+                  image.size(0), " pixels, expected sides of at most 2^24");
   return {image.const_data_ptr<uint8_t>(), image.size(0), image.size(1)};
 }
 
@@ -46,7 +52,8 @@ std::vector<uint32_t> blur_taps(const std::vector<int64_t>& weights) {
 }
 
 Region region_of(double sigma, const std::vector<uint32_t>& weights, bool published) {
-  return {static_cast<float>(sigma), weights.data(), static_cast<int64_t>(weights.size()) - 1, published};
+  check_positive(sigma, "sigma");
+  return {falloff_of(sigma), weights.data(), static_cast<int64_t>(weights.size()) - 1, published};
 }
 
 Tensor focused_region(const Tensor& image,         // [H, W, 3]
@@ -58,13 +65,18 @@ Tensor focused_region(const Tensor& image,         // [H, W, 3]
     check_tensor(*mask, "mask", 2, ScalarType::Bool);
     check_size(*mask, "mask", 0, source.height);
     check_size(*mask, "mask", 1, source.width);
+#ifndef USE_CUDA  // there, an empty mask is not looked for: nothing lies inside it
+    const auto* bytes = static_cast<const uint8_t*>(mask->const_data_ptr());
+    STD_TORCH_CHECK(std::any_of(bytes, bytes + mask->numel(), [](uint8_t byte) { return byte != 0; }),
+                    "mask: got an empty mask, expected at least one pixel");
+#endif
   }
   const std::vector<uint32_t> taps = blur_taps(weights);
   Tensor out = empty_like_device(image, {source.height, source.width, 3}, ScalarType::Byte);
   const RegionProblem problem{
       .image = source,
-      .subject_mask = subject_mask.const_data_ptr<bool>(),
-      .object_mask = object_mask.const_data_ptr<bool>(),
+      .subject_mask = static_cast<const uint8_t*>(subject_mask.const_data_ptr()),
+      .object_mask = static_cast<const uint8_t*>(object_mask.const_data_ptr()),
       .region = region_of(sigma, taps, published),
       .out = out.mutable_data_ptr<uint8_t>(),
   };
@@ -142,6 +154,7 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   check_size(augment, "augment", 1, kAugmentWidth);
   check_tensor(mask_runs, "mask_runs", 1, ScalarType::Int, false);
   check_tensor(mask_start, "mask_start", 1, ScalarType::Long, false);
+  STD_TORCH_CHECK(mask_start.size(0) > 0, "mask_start: got no numbers, expected one more than masks");
   STD_TORCH_CHECK(mean.size() == 3 && std.size() == 3, "mean, std: expected three numbers each");
   const int64_t views = plan.size(0), size = out.dim() == 4 ? out.size(2) : 0;
   STD_TORCH_CHECK(size > 0, "out: expected [V, 3, S, S], or [V, S, S, 3] with channels_last, with S > 0");
@@ -151,6 +164,9 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
   check_size(out, "out", channels_last ? 1 : 3, size);
   STD_TORCH_CHECK(images.empty() || out.get_device_index() == images[0].get_device_index(),
                   "out: expected on the device of the images");
+  const Memory written("out", out);
+  for (const Tensor& image : images) check_apart(written, {"images", image});
+  check_apart({written}, {{"plan", plan}, {"augment", augment}, {"mask_runs", mask_runs}, {"mask_start", mask_start}});
 
   const std::vector<uint32_t> taps = blur_taps(weights);
   RenderProblem problem{
@@ -174,6 +190,8 @@ void render_views(std::vector<Tensor> images,  // [H_i, W_i, 3]
     problem.mean[c] = static_cast<float>(mean[c]);
     problem.std[c] = static_cast<float>(std[c]);
   }
+  const std::string error = RenderChecker(problem, mask_runs.size(0)).error();
+  STD_TORCH_CHECK(error.empty(), "render_views: ", error);
 #ifdef USE_CUDA
   render_on_device(problem, out);
 #else

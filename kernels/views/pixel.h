@@ -1,6 +1,8 @@
 // The arithmetic of one pixel, one tap, one run, compiled for both the CPU and CUDA. Formulas: README.md.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -89,15 +91,34 @@ struct MaskSums {
   int64_t y = 0;
 };
 
-struct Centre {
-  float x;
-  float y;
+// A coordinate as whole pixels and a fraction, so that the distance of a pixel is 0 only where it is exactly 0: for a
+// tiny sigma, the weight there is 1 and anywhere else 0.
+struct Coordinate {
+  float whole;
+  float fraction;
+
+  SCF_HD float distance(float pixel) const { return pixel - whole - fraction; }
 };
 
+struct Centre {
+  Coordinate x;
+  Coordinate y;
+};
+
+SCF_HD Coordinate mean_coordinate(int64_t sum, int64_t area) {
+  const double total = static_cast<double>(sum), count = static_cast<double>(area);
+  const double whole = floor(total / count + 0.5);
+  return {static_cast<float>(whole), static_cast<float>((total - whole * count) / count)};
+}
+
 SCF_HD Centre centre_of(const MaskSums& sums) {
-  const double area = static_cast<double>(sums.area);
-  return {static_cast<float>(static_cast<double>(sums.x) / area),
-          static_cast<float>(static_cast<double>(sums.y) / area)};
+  return {mean_coordinate(sums.x, sums.area), mean_coordinate(sums.y, sums.area)};
+}
+
+// -1 / (2 sigma^2), finite also where the square underflows: 0 times it is 0, not NaN.
+inline float falloff_of(double sigma) {
+  const double falloff = -1 / (2 * sigma * sigma);
+  return falloff < -FLT_MAX ? -FLT_MAX : static_cast<float>(falloff);
 }
 
 SCF_HD int64_t sum_of_range(int64_t begin, int64_t end) { return (begin + end - 1) * (end - begin) / 2; }
@@ -116,7 +137,7 @@ SCF_HD void add_run(MaskSums& sums, int64_t begin, int64_t end, int64_t height) 
   }
 }
 
-// r_1 w_1 + r_2 w_2 of the focused region; `in` is 0 or 1, `falloff` is -1 / (2 sigma^2).
+// r_1 w_1 + r_2 w_2 of the focused region; `in` is 0 or 1, `falloff` that of falloff_of().
 SCF_HD float region_weight(float dx1, float dy1, float in1, float dx2, float dy2, float in2, float falloff) {
   const float square1 = dx1 * dx1 + dy1 * dy1;
   const float square2 = dx2 * dx2 + dy2 * dy2;

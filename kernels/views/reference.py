@@ -85,8 +85,9 @@ def region_weight(
 ) -> Tensor:  # [H, W] float64
     """r_1 w_1 + r_2 w_2 of the focused region; zero outside both masks."""
     d1, d2 = _distance(subject_mask), _distance(object_mask)
-    r1 = torch.exp(-d1.square() / (2 * sigma**2)) * subject_mask
-    r2 = torch.exp(-d2.square() / (2 * sigma**2)) * object_mask
+    # The square of sigma may underflow or overflow, that of a ratio only to a correct 0 or infinity.
+    r1 = torch.exp(-(d1 / sigma).square() / 2) * subject_mask
+    r2 = torch.exp(-(d2 / sigma).square() / 2) * object_mask
     both = d1 + d2
     return torch.where(both > 0, (r1 * d2 + r2 * d1) / both, (r1 + r2) / 2)
 
@@ -108,6 +109,8 @@ def focused_region(
     published: bool,
 ) -> Tensor:  # [H, W, 3] uint8
     """The composite of a relation: weighted inside the two masks, blurred outside."""
+    # A bool tensor may hold other bytes than 0 and 1, which arithmetic would use as they are.
+    subject_mask, object_mask = (mask.view(torch.uint8) != 0 for mask in (subject_mask, object_mask))
     weight = region_weight(subject_mask, object_mask, sigma)
     inside = (subject_mask | object_mask)[:, :, None]
     focused = (image * weight[:, :, None]).floor().to(torch.uint8)

@@ -125,14 +125,14 @@ __global__ void __launch_bounds__(kThreads) draw_masks(const MaskJob* jobs, cons
 
 // The same from a byte mask; the sums must be zero before the launch.
 __global__ void __launch_bounds__(kThreads)
-    pack_mask(const bool* mask, int64_t height, int64_t width, uint32_t* bits, MaskSums* total) {
+    pack_mask(const uint8_t* mask, int64_t height, int64_t width, uint32_t* bits, MaskSums* total) {
   __shared__ int64_t shared[kWarps];
   const int64_t words = words_of(width);
   MaskSums sums;
   for (int64_t word = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; word < height * words;
        word += int64_t{gridDim.x} * kWarps) {
     const int64_t y = word / words, x = (word - y * words) * 32 + threadIdx.x % 32;
-    const bool inside = x < width && mask[y * width + x];
+    const bool inside = x < width && mask[y * width + x] != 0;
     const uint32_t row = __ballot_sync(~0u, inside);
     if (threadIdx.x % 32 == 0) bits[word] = row;
     sums.area += inside;
@@ -196,8 +196,8 @@ __device__ uint32_t compose(const Composite& c, const Centre* centres, float fal
       return at<uint32_t>(scratch, c.blurred)[int64_t{y - c.window.y1} * c.window.stride() + (x - c.window.x1)];
     }
     const float column = static_cast<float>(x), row = static_cast<float>(y);
-    weight = region_weight(column - centres[0].x, row - centres[0].y, static_cast<float>(in1), column - centres[1].x,
-                           row - centres[1].y, static_cast<float>(in2), falloff);
+    weight = region_weight(centres[0].x.distance(column), centres[0].y.distance(row), static_cast<float>(in1),
+                           centres[1].x.distance(column), centres[1].y.distance(row), static_cast<float>(in2), falloff);
   }
   const uint8_t* rgb = c.pixels + 3 * pixel;
   const auto weighted = [&](int colour) { return static_cast<uint32_t>(static_cast<float>(rgb[colour]) * weight); };
@@ -449,8 +449,6 @@ BlurWeights blur_weights(const Region& region) {
   return weights;
 }
 
-float falloff_of(const Region& region) { return -1 / (2 * region.sigma * region.sigma); }
-
 const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -489,7 +487,7 @@ void render_wave(const RenderProblem& p, const RenderJobs& jobs, const Wave& wav
   }
   weigh<<<dim3(columns, 2, view_count), kThreads, 0, stream>>>(views, size, scratch);
   const dim3 horizontal(capped(blocks_for(max_rows, kHorizontalRows)), view_count, columns);
-  resize_across<<<horizontal, kThreads, 0, stream>>>(views, size, falloff_of(p.region), scratch);
+  resize_across<<<horizontal, kThreads, 0, stream>>>(views, size, p.region.falloff, scratch);
   const dim3 vertical(blocks_for(size, kVerticalRows), view_count, columns);
   resize_down<T><<<vertical, kThreads, 0, stream>>>(views, size, out, scratch);
   if (augmented_count > 0) {
@@ -536,7 +534,7 @@ const char* focused_region_cuda(const RegionProblem& p, uint8_t* scratch, cudaSt
   const RegionScratch at(p.image);
   const int64_t height = p.image.height, width = p.image.width;
   cudaMemsetAsync(scratch, 0, at.zeroed, stream);
-  const bool* masks[2] = {p.subject_mask, p.object_mask};
+  const uint8_t* masks[2] = {p.subject_mask, p.object_mask};
   for (int which = 0; which < 2; ++which) {
     pack_mask<<<capped(blocks_for(height * words_of(width), kWarps)), kThreads, 0, stream>>>(
         masks[which], height, width, reinterpret_cast<uint32_t*>(scratch + at.bits[which]),
@@ -561,7 +559,7 @@ const char* focused_region_cuda(const RegionProblem& p, uint8_t* scratch, cudaSt
       .sums = {at.sums[0], at.sums[1]},
   };
   const unsigned blocks = 8 * capped(blocks_for(height * width, 8 * kThreads));
-  compose_region<<<blocks, kThreads, 0, stream>>>(composite, falloff_of(p.region), scratch, p.out);
+  compose_region<<<blocks, kThreads, 0, stream>>>(composite, p.region.falloff, scratch, p.out);
   return launch_error();
 }
 

@@ -43,7 +43,7 @@ enum class PixelType { kFloat, kBFloat16, kHalf };
 constexpr int64_t kMaxBlurRadius = 256;
 
 struct Region {
-  float sigma;
+  float falloff;            // falloff_of(sigma), pixel.h
   const uint32_t* weights;  // [radius + 1], centre first, in units of 2^-24; the whole Gaussian sums to 1
   int64_t radius;           // at most kMaxBlurRadius
   bool published;           // blur the colour axis too, and truncate to bytes after each axis
@@ -58,8 +58,9 @@ struct Image {
 // Images, byte masks and `out` are on the device of the op; everything else is in host memory, also for CUDA.
 struct RegionProblem {
   Image image;
-  const bool* subject_mask;  // [height, width]
-  const bool* object_mask;   // [height, width]
+  // Bytes of bool tensors: any but 0 is true. Read as bool, a byte above 1 would be undefined behaviour.
+  const uint8_t* subject_mask;  // [height, width]
+  const uint8_t* object_mask;   // [height, width]
   Region region;
   uint8_t* out;  // [height, width, 3]
 };

@@ -217,13 +217,13 @@ class Blur {
 // Composites the weighted pixels of a focused region over a row of the blurred image.
 class Focus {
  public:
-  Focus(Centre subject, Centre object, float sigma, int64_t width)
-      : centres_{subject, object}, falloff_(-1 / (2 * sigma * sigma)), weight_(width + 4) {}
+  Focus(Centre subject, Centre object, float falloff, int64_t width)
+      : centres_{subject, object}, falloff_(falloff), weight_(width + 4) {}
 
   // All arguments cover the pixels `columns` of row y. Bit 0 of `masks` is the subject's, bit 1 the object's.
   void operator()(int64_t y, Range columns, const uint8_t* masks, const uint8_t* image_rgbx, uint8_t* out_rgbx) {
     const auto [first, second] = centres_;
-    const float dy1 = static_cast<float>(y) - first.y, dy2 = static_cast<float>(y) - second.y;
+    const float dy1 = first.y.distance(static_cast<float>(y)), dy2 = second.y.distance(static_cast<float>(y));
     Range span{0, columns.size()};
     while (span.begin < span.end && masks[span.begin] == 0) ++span.begin;
     while (span.begin < span.end && masks[span.end - 1] == 0) --span.end;
@@ -232,7 +232,7 @@ class Focus {
     for (int32_t i = static_cast<int32_t>(span.begin); i < static_cast<int32_t>(span.end); ++i) {
       const float x = static_cast<float>(static_cast<int32_t>(columns.begin) + i);
       const int32_t in = masks[i];
-      weight[i] = region_weight(x - first.x, dy1, static_cast<float>(in & 1), x - second.x, dy2,
+      weight[i] = region_weight(first.x.distance(x), dy1, static_cast<float>(in & 1), second.x.distance(x), dy2,
                                 static_cast<float>(in >> 1), falloff);
     }
     int64_t i = span.begin;
@@ -532,7 +532,7 @@ class Renderer {
   void resize_relation(const int32_t* plan, const int32_t* next, Area read) {
     const Area drawn = intersection(measure_masks(plan), read);
     draw_masks(plan, drawn);
-    Focus focus(centres_[0], centres_[1], p_.region.sigma, drawn.columns.size());
+    Focus focus(centres_[0], centres_[1], p_.region.falloff, drawn.columns.size());
     if (background_plan_ == nullptr || !same_geometry(plan, background_plan_)) {
       const bool share = next != nullptr && next[kKind] == kRelation && same_geometry(plan, next);
       background_plan_ = share ? plan : nullptr;
@@ -774,14 +774,14 @@ class Renderer {
   std::vector<float> colours_, blur_buffer_;
 };
 
-Centre centre_of_mask(const bool* mask, int64_t height, int64_t width) {
+Centre centre_of_mask(const uint8_t* mask, int64_t height, int64_t width) {
   MaskSums sums;
   for (int64_t y = 0; y < height; ++y, mask += width) {
     uint32_t count = 0;
     uint64_t sum_x = 0;
     for (int64_t x = 0; x < width; ++x) {
-      count += mask[x];
-      sum_x += mask[x] ? x : 0;
+      count += mask[x] != 0;
+      sum_x += mask[x] != 0 ? x : 0;
     }
     sums.area += count;
     sums.x += static_cast<int64_t>(sum_x);
@@ -800,14 +800,15 @@ void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
   parallel(height, 16, [&](int64_t begin, int64_t end) {
     const Range columns{0, width};
     Blur blur(p.image, p.region);
-    Focus focus(subject, object, p.region.sigma, width);
+    Focus focus(subject, object, p.region.falloff, width);
     std::vector<uint8_t> unblurred(4 * width + kSlack), out(4 * width + kSlack), masks(width + kSlack);
     for (int64_t y = begin; y < end; ++y) {
       const uint8_t* row = blur.row(y, columns);
       expand(row, width, out.data(), row + 3 * width + 16);
       expand(p.image.pixels + y * width * 3, width, unblurred.data(), end_of_image);
       for (int64_t x = 0; x < width; ++x) {
-        masks[x] = static_cast<uint8_t>(p.subject_mask[y * width + x] | p.object_mask[y * width + x] << 1);
+        masks[x] =
+            static_cast<uint8_t>((p.subject_mask[y * width + x] != 0) | (p.object_mask[y * width + x] != 0) << 1);
       }
       focus(y, columns, masks.data(), unblurred.data(), out.data());
       for (int64_t x = 0; x < width; ++x) std::memcpy(p.out + (y * width + x) * 3, out.data() + 4 * x, 3);
@@ -816,6 +817,7 @@ void focused_region_cpu(const RegionProblem& p, Parallel parallel) {
 }
 
 void render_views_cpu(const RenderProblem& p, Parallel parallel) {
+  if (p.views == 0) return;
   // Views by image, in their original order.
   std::vector<int64_t> starts(p.image_count + 1, 0), order(p.views);
   for (int64_t v = 0; v < p.views; ++v) ++starts[p.plan[v * kPlanWidth + kImage] + 1];
