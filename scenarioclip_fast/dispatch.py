@@ -176,6 +176,20 @@ def resolve(op: str, backend: str, device_type: str, *, dtype: str = "", work: i
     return name
 
 
+def choice(op: str, device_type: str, dtype: str = "") -> str:
+    """Describe what `resolve` returns here for an op without `backend=`, for calls of any size: one name, or several.
+
+    It tells processes apart whose environments or installations lead to other backends.
+    """
+    if (name := requested()[0]) != "auto":
+        names = [name]
+    else:
+        names = [resolve(op, "auto", device_type, dtype=dtype, work=work) for work in (0, 2**62)]
+    used = {name: BACKENDS[op][name].uses for name in names if name in BACKENDS[op]}
+    lacking = {name for name, needed in used.items() if needed and _missing(needed) is not None}
+    return ", ".join(name + f" without {used[name]}" * (name in lacking) for name in dict.fromkeys(names))
+
+
 def unavailable_reason(op: str, name: str, device_type: str, dtype: str = "") -> str | None:
     """Return None if backend `name` can run `op` on `device_type`, otherwise the reason why it cannot."""
     backend = BACKENDS[op].get(name)

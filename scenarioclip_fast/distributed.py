@@ -1,13 +1,16 @@
-"""The process groups of a run, and a watchdog that ends the run when a rank is lost."""
+"""The process groups of a run, a comparison of what its ranks were told, and a watchdog for lost ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,14 +19,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
+from scenarioclip_fast import __version__
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import TrainingFailed, UserError
 
 _worlds = itertools.count()
 _GRACE_S = 10.0  # time for a rank to exit by itself after another is lost
+_POLL_S = 1.0  # between looks at whether another rank has failed
+_NAMED = 3  # disagreements in a message
+_SAME_COMMAND = "start all ranks with the same command and the same installation"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None
     host: dist.ProcessGroup | None = None
+    comparison: RankComparison | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -68,6 +76,20 @@ class World:
         if self.group is not None:
             dist.barrier(group=self.group)
 
+    def check_same(self, values: Mapping[str, Any], remedy: str = _SAME_COMMAND) -> None:
+        """Compare values that must be the same on all ranks; all ranks call it, in the same order.
+
+        Args:
+            values: name -> value, of types that JSON knows; others are compared as text.
+            remedy: what to do about a disagreement.
+
+        Raises:
+            UserError: a value differs between ranks. Every rank raises the same error.
+            TrainingFailed: another rank has failed.
+        """
+        if self.comparison is not None:
+            self.comparison.check(values, remedy)
+
 
 def world_size() -> int:
     """The number of ranks that torchrun started; 1 without it.
@@ -86,31 +108,49 @@ def _from_environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device") -> Iterator[World]:
+def join_world(
+    device: str, timeout_s: float = 600.0, *, setting: str = "device", same: Mapping[str, Any] | None = None
+) -> Iterator[World]:
     """Join the world described by torchrun's variables or an initialised process group; leave it on exit.
 
     If a rank dies, never joins or is silent for `timeout_s`, the other ranks end: with TrainingFailed, which gives the
     cause, or, if blocked in a collective, with one error line and exit code 1.
+
+    Args:
+        device: see `pick_device`; on several ranks "cuda" is the GPU numbered LOCAL_RANK.
+        timeout_s: as above, in seconds.
+        setting: what an error calls the device.
+        same: values that must be the same on all ranks (see `World.check_same`), compared before the first collective.
+
+    Raises:
+        UserError: no such device, ranks that disagree, or two processes with the same RANK.
+        TrainingFailed: another rank has failed or never joined.
     """
-    local = _from_environment("LOCAL_RANK", 0)
     size = dist.get_world_size() if dist.is_initialized() else world_size()
-    target = pick_device(device, setting)
-    if target.type == "cuda":
-        target = pick_device(f"cuda:{local if size > 1 else target.index or 0}", setting)
     if size == 1:
+        target = _own_device(device, setting, size)
         # Random numbers and the synchronisation of checkpoint copies use the current device.
         with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
             yield World(0, 1, target, None)
         return
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
     if dist.is_initialized():  # by a launcher that monitors the ranks itself
-        yield _world(target, timeout_s)
+        target = _own_device(device, setting, size)
+        store = PrefixStore(f"world-{next(_worlds)}", _get_default_store())
+        comparison = RankComparison(store, dist.get_rank(), size, timeout_s)
+        comparison.check(_identity(size, target) | dict(same or {}), _SAME_COMMAND)
+        yield _world(target, timeout_s, comparison)
         return
-    store, rank = _rendezvous(size, timeout_s)
+    shared, rank = _rendezvous(size, timeout_s)
+    # The store may outlive a world: under torchrun it belongs to the whole job.
+    store = PrefixStore(f"world-{next(_worlds)}", shared)
     watchdog = RankWatchdog(store, rank, size, timeout_s)
     failed = True
     try:
+        if store.add(f"joined/{rank}", 1) > 1:
+            raise UserError(f"two processes have RANK={rank}: start the ranks with torchrun")
+        target = _own_device(device, setting, size)  # in here, so that its error reaches the other ranks
+        comparison = RankComparison(store, rank, size, timeout_s)
+        comparison.check(_identity(size, target) | dict(same or {}), _SAME_COMMAND)
         dist.init_process_group(
             "nccl" if target.type == "cuda" else "gloo",
             store=PrefixStore("collectives", store),
@@ -119,7 +159,7 @@ def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device"
             timeout=timedelta(seconds=timeout_s),
             device_id=target if target.type == "cuda" else None,
         )
-        world = _world(target, timeout_s)
+        world = _world(target, timeout_s, comparison)
         yield world
         watchdog.stop()
         world.barrier()  # no rank leaves while another still monitors its heartbeat
@@ -137,28 +177,110 @@ def join_world(device: str, timeout_s: float = 600.0, *, setting: str = "device"
             watchdog.linger()
 
 
-def _world(device: torch.device, timeout_s: float) -> World:
+def _own_device(device: str, setting: str, size: int) -> torch.device:
+    """Return this rank's device; a GPU becomes the current one if there are several ranks."""
+    target = pick_device(device, setting)
+    if target.type == "cuda":
+        local = _from_environment("LOCAL_RANK", 0)
+        target = pick_device(f"cuda:{local if size > 1 else target.index or 0}", setting)
+        if size > 1:
+            torch.cuda.set_device(target)
+    return target
+
+
+def _identity(size: int, device: torch.device) -> dict[str, Any]:
+    """What any two ranks must have in common.
+
+    The minor version of Python counts because ranks exchange pickles, whose contents depend on it.
+    """
+    return {
+        "WORLD_SIZE": size,
+        "scenarioclip-fast": __version__,
+        "torch": str(torch.__version__),
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "the type of the device": device.type,
+    }
+
+
+def _world(device: torch.device, timeout_s: float, comparison: RankComparison) -> World:
     # Separate groups: collectives of the loss, of the gradient buckets and of the checkpoint thread must not
     # interleave.
     timeout = timedelta(seconds=timeout_s)
     # The loss exchanges sizes and ids in host memory, so that nothing waits for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     groups = [dist.new_group(timeout=timeout, backend=name) for name in (backend, "gloo")]
-    return World(dist.get_rank(), dist.get_world_size(), device, *groups)
+    return World(dist.get_rank(), dist.get_world_size(), device, groups[0], groups[1], comparison)
 
 
 def _rendezvous(size: int, timeout_s: float) -> tuple[Store, int]:
     """Return the store of the rendezvous and this process's rank."""
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        # Not to wait for the other ranks here: `RankComparison` does, and notices ranks with another WORLD_SIZE.
+        store, rank, _ = next(rendezvous("env://?world_size=1", timeout=timedelta(seconds=timeout_s)))
     except ValueError as error:  # a variable is missing
         reason = _first_line(error).rpartition("rendezvous: ")[2]
         raise UserError(f"WORLD_SIZE is {size}, but {reason}: start the ranks with torchrun") from None
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise TrainingFailed(f"the rendezvous of {size} ranks at {address} failed: {_first_line(error)}") from None
-    # The store may outlive a world: under torchrun it belongs to the whole job.
-    return PrefixStore(f"world-{next(_worlds)}", store), rank
+    return store, rank
+
+
+class RankComparison:
+    """Compares values between the ranks through their store, before there is any process group.
+
+    Every rank publishes JSON and its digest, and reads the digests of all ranks; values are read only if these differ.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
+        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        self._round = 0
+
+    def check(self, values: Mapping[str, Any], remedy: str) -> None:
+        """See `World.check_same`."""
+        # Plain JSON, so that ranks with different versions of the package understand one another.
+        record = json.dumps(values, sort_keys=True, default=str)
+        prefix = f"compared-{self._round}"
+        self._store.set(f"{prefix}/values/{self._rank}", json.dumps(values, default=str))
+        self._store.set(f"{prefix}/digest/{self._rank}", hashlib.sha256(record.encode()).hexdigest())
+        end = time.monotonic() + self._timeout_s
+        first = self._read(f"{prefix}/digest", 0, end)
+        for rank in range(1, self._size):
+            # Rank by rank, since with different values of WORLD_SIZE some may never come.
+            if self._read(f"{prefix}/digest", rank, end) != first:
+                ours, theirs = (json.loads(self._read(f"{prefix}/values", r, end)) for r in (0, rank))
+                raise UserError(f"ranks disagree: {_differences(ours, theirs, rank)}: {remedy}")
+        self._round += 1
+
+    def _read(self, prefix: str, rank: int, end: float) -> str:
+        key = f"{prefix}/{rank}"
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=min(_POLL_S, self._timeout_s)))
+                return str(self._store.get(key).decode())
+            except dist.DistStoreError:  # a timeout
+                if self._store.check(["cause"]):  # by the RankWatchdog of another rank
+                    cause = self._store.get("cause").decode()
+                elif time.monotonic() > end:
+                    late = "has not joined" if self._round == 0 else "has not finished its preparations"
+                    cause = f"rank {rank} {late} after {self._timeout_s:g} s"
+                else:
+                    continue
+                raise TrainingFailed(f"rank {self._rank} cannot continue: {cause}") from None
+
+
+def _differences(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> str:
+    """Name the values of rank 0 that differ on another rank."""
+    absent = object()
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        value = values.get(key, absent)
+        return "absent" if value is absent else value if isinstance(value, str) else json.dumps(value)
+
+    keys = [key for key in {**first, **other} if first.get(key, absent) != other.get(key, absent)]
+    named = [f"{key} is {shown(first, key)} on rank 0 and {shown(other, key)} on rank {rank}" for key in keys[:_NAMED]]
+    more = len(keys) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more else "")
 
 
 class RankWatchdog:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _Outcome = tuple[Any, "list[Section]"]
 # Evaluations do the work shared by all ranks, and return a function that the main process calls after the others exit.
 _Finish = Callable[[], _Outcome]
+# Options of rank 0 alone, and those that `open_session` compares between ranks.
+_NOT_COMPARED = ("checkpoint", "shards", "device", "json", "report", "cache", "batch_size", "weights")
 # Options that override fields of the run's LoaderConfig.
 _LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib")
 
@@ -165,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         **{name: getattr(args, name) for name in _LOADER_OPTIONS},
     ) as session:
+        compared = {k: v for k, v in vars(args).items() if k not in (*_NOT_COMPARED, *_LOADER_OPTIONS)}
+        session.world.check_same({f"--{name.replace('_', '-')}": value for name, value in compared.items()})
         if session.world.is_main_process:
             _prepare_outputs(args)
         finish = _KINDS[args.kind](args, session)

@@ -130,6 +130,7 @@ def embed(
         if level != "relation":  # their views are not embedded, and need no masks then
             options["relation_view"] = "scene"
         with open_session(checkpoint, images, **options) as session:  # type: ignore[arg-type]
+            session.world.check_same({"--level": level, "--split": split})
             start = time.monotonic()
             features = split_features(session, split or "test", [level], labelled=False)
             seconds = time.monotonic() - start

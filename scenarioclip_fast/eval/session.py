@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_sources
-from scenarioclip_fast.data.shards import ShardSet
+from scenarioclip_fast.data.shards import ShardSet, digest
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.distributed import World, join_world
 from scenarioclip_fast.errors import UserError
@@ -19,6 +20,7 @@ from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.suggest import check_keywords
+from scenarioclip_fast.train import agreement
 from scenarioclip_fast.train.config import DataSection
 
 # Ranks wait for one another at the end of their shares, which may take different times.
@@ -101,13 +103,26 @@ def open_session(
     check_keywords("open_session", overrides, known)
     if batch_size < 1:
         raise UserError(f"batch size: got {batch_size}, expected at least 1")
-    with join_world(device, _TIMEOUT_S) as world:
+    same = {"the batch size": batch_size, "the choice of weights": weights, **agreement.loading(overrides)}
+    with join_world(device, _TIMEOUT_S, same=same) as world:
         trained = open_checkpoint(checkpoint, world.device, weights)
         given = {name: value for name, value in overrides.items() if value is not None}
         data = replace(trained.data, **(_LOADING | given))
-        vocabularies = [ShardSet(source.path).vocabulary for source in shard_sources(shards)]
+        sets = [ShardSet(source.path) for source in shard_sources(shards)]
+        vocabularies = [opened.vocabulary for opened in sets]
         vocabulary = Vocabulary.merge(vocabularies, [1.0] * len(vocabularies))
         cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
         if cut and world.is_main_process:
             print(cut, file=sys.stderr)
-        yield Session(trained, shards, world, batch_size, data, vocabulary)
+        session = Session(trained, shards, world, batch_size, data, vocabulary)
+        if world.size > 1:
+            _compare_ranks(world, session, sets)
+        yield session
+
+
+def _compare_ranks(world: World, session: Session, sets: list[ShardSet]) -> None:
+    world.check_same(agreement.weights(session.model), f"CHECKPOINT: {agreement.SAME_WEIGHTS}")
+    world.check_same(agreement.loading(asdict(session.data)))
+    manifests = [f"{digest([json.dumps(shards.manifest['splits'])]):08x}" for shards in sets]
+    contents = {"the checksum of the contents of SHARDS": manifests, **agreement.vocabulary(session.vocabulary)}
+    world.check_same(contents, agreement.SAME_DATA)

@@ -20,6 +20,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.flops import peak_flops, step_flops
 from scenarioclip_fast.model.fp8 import requantize
 from scenarioclip_fast.model.tokens import UniqueTexts
+from scenarioclip_fast.train import agreement
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.build import build_copies, build_loss, build_model, build_teacher, wrap
 from scenarioclip_fast.train.config import TrainConfig
@@ -120,9 +121,8 @@ class Trainer:
                 or the model cannot be written.
         """
         with ExitStack() as stack:
-            self.world = stack.enter_context(
-                join_world(self.config.run.device, self.config.run.timeout_s, setting="run.device")
-            )
+            run, same = self.config.run, agreement.settings(self.config, self.resume)
+            self.world = stack.enter_context(join_world(run.device, run.timeout_s, setting="run.device", same=same))
             stack.enter_context(use_backend(self.config.run.backend))
             stack.enter_context(matmul_precision(self.config.run.precision))
             stack.enter_context(attention_kernels())
@@ -192,8 +192,12 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.loader = stack.enter_context(self._make_loader())
         self.vocabulary = self.loader.vocabulary
+        if world.size > 1:
+            self._compare_ranks()
 
         self.model = build_model(config.model, self.vocabulary, world.device)
+        if config.model.init is not None and world.size > 1:
+            world.check_same(agreement.weights(self.model), f"model.init: {agreement.SAME_WEIGHTS}")
         self.loss = build_loss(config.loss, world)
         self.teacher = build_teacher(config, self.model)
         notes = convert(self.model, self.teacher, config, world)
@@ -249,6 +253,12 @@ class Trainer:
             dtype=torch.bfloat16 if self.config.run.precision == "bf16" else torch.float32,
             on_bad=BadSampleLog(self.run_dir / _BAD_SAMPLES),
         )
+
+    def _compare_ranks(self) -> None:
+        """Compare what the config does not determine: the data behind data.shards, and the choices of "auto"."""
+        self.world.check_same(agreement.data_sets(self.loader.shards), agreement.SAME_DATA)
+        dtype = "bfloat16" if self.config.run.precision == "bf16" else "float32"
+        self.world.check_same(agreement.backends(self.loader, dtype), agreement.SAME_BACKENDS)
 
     def _make_profile(self) -> StepProfile | None:
         """Create the profiler of train.profile, on the main process."""

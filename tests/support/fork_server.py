@@ -1,6 +1,6 @@
 """Run `scenarioclip-fast` in forks of a process that has imported everything, so that runs start fast.
 
-Each line of JSON is a request. {"args": [...], "env": {...}, "log": PATH, "keys": PATH or null,
+Each line of JSON is a request. {"args": [...], "env": {...}, "directory": PATH, "log": PATH, "keys": PATH or null,
 "poisoned": [STEP, ...], "file_limit": BYTES or null, "compile_backend": NAME or null} starts a run; the answer is its
 process id.
 {"wait": PID, "seconds": S} waits for one; the answer is its exit code (negative: the signal), or null after S seconds.
@@ -32,6 +32,7 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["env"])
+    os.chdir(request["directory"])
     if request["file_limit"] is not None:  # writing a larger file fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
     instrument(request["keys"], request["poisoned"], request["compile_backend"])

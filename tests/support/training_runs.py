@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,20 @@ class ForkServer:
         file_limit: int | None = None,
         keys: Path | None = None,
         compile_backend: str | None = None,
+        env: Mapping[str, str] | None = None,
+        last_env: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+        last_directory: Path | None = None,
+        command: Sequence[str] = ("train", "-c", "{config}"),
     ) -> Running:
         """Start a run.
 
         Args:
             last_rank, poisoned, file_limit: for the last rank only: extra options, steps (from 1) whose pixels are NaN,
                 and the file size in bytes beyond which writing fails.
+            env, directory: extra variables and the working directory of all ranks.
+            last_env, last_directory: those of the last rank, in place of `directory` and after `env`.
+            command: what each rank runs; "{config}" stands for the file of the config.
             keys: a file to which each step and rank appends its scenes.
             compile_backend: a Dynamo backend to use instead of Inductor, which takes minutes.
         """
@@ -136,8 +144,13 @@ class ForkServer:
             environment = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}} if ranks > 1 else {}
             last = rank == ranks - 1
             request = {
-                "args": ["train", "-c", str(path), *options, *(last_rank if last else ())],
-                "env": environment,
+                "args": [
+                    *(str(path) if x == "{config}" else x for x in command),
+                    *options,
+                    *(last_rank if last else ()),
+                ],
+                "env": {**environment, **(env or {}), **((last_env or {}) if last else {})},
+                "directory": str((last_directory if last else None) or directory or "."),
                 "log": str(log),
                 "keys": None if keys is None else str(keys),
                 "poisoned": list(poisoned) if last else [],

@@ -1,0 +1,270 @@
+"""Ranks that were not started alike end before the first step, with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaign import LONG
+from torch.distributed import HashStore
+from training_runs import SMALL
+
+from scenarioclip_fast.data import Scene, generate_scenes, pack
+from scenarioclip_fast.distributed import RankComparison
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.train.config import TrainConfig
+
+Make = Callable[..., TrainConfig]
+SHORT_S = 30  # far below run.timeout_s: ranks must not end by a timeout
+# The options of the last rank, and the named difference.
+SETTINGS: list[tuple[list[str], str]] = [
+    (["optim.lr=1e-2"], "optim.lr is 0.001 on rank 0 and 0.01 on rank 1"),
+    (["train.accumulate=2"], "train.accumulate is 1 on rank 0 and 2 on rank 1"),
+    (["model.text.width=64", "model.embed_dim=48"], "model.embed_dim is 32 on rank 0 and 48 on rank 1; model.text"),
+    (["train.parallel=fsdp"], "train.parallel is ddp on rank 0 and fsdp on rank 1"),
+    (["--resume"], "--resume is no on rank 0 and auto on rank 1"),
+]
+MORE_SETTINGS: list[tuple[list[str], str]] = [
+    (["run.seed=1"], "run.seed is 0 on rank 0 and 1 on rank 1"),
+    (["run.backend=reference"], "run.backend is auto on rank 0 and reference on rank 1"),
+    (["run.precision=bf16"], "run.precision is float32 on rank 0 and bf16 on rank 1"),
+    (["run.timeout_s=5"], "run.timeout_s is 600.0 on rank 0 and 5.0 on rank 1"),
+    (["run.dir=elsewhere"], "run.dir is "),
+    (["data.batch_size=16"], "data.batch_size is 8 on rank 0 and 16 on rank 1"),
+    (["data.relation_view=box"], "data.relation_view is focused on rank 0 and box on rank 1"),
+    (["model.vision.layers=2"], "model.vision.layers is 1 on rank 0 and 2 on rank 1"),
+    (["loss.distillation_scale=0"], "loss.distillation_scale is 1.0 on rank 0 and 0.0 on rank 1"),
+    (["optim.name=sgd"], "optim.name is adamw on rank 0 and sgd on rank 1"),
+    (["train.log_every=2"], "train.log_every is 3 on rank 0 and 2 on rank 1"),
+    (["train.checkpoint_every=2"], "train.checkpoint_every is 1000 on rank 0 and 2 on rank 1"),
+    (["train.steps=9"], "train.steps is 4 on rank 0 and 9 on rank 1"),
+    (["--resume", "best"], "--resume is no on rank 0 and best on rank 1"),
+    (["--resume", "absent/step-00000001"], "--resume is no on rank 0 and absent/step-00000001 on rank 1"),
+]
+
+
+def errors(running: Any, ranks: int = 2) -> list[str]:
+    """The error lines of a run that must end at once, on every rank, before the first step."""
+    started = time.monotonic()
+    codes = running.wait(SHORT_S)
+    text = running.text()
+    assert codes == [2] * ranks, (codes, text)
+    assert time.monotonic() - started < SHORT_S
+    assert "Traceback" not in text and "step 1/" not in text, text
+    return [line for line in text.splitlines() if line.startswith("error")]
+
+
+def assert_all_name(running: Any, difference: str, ranks: int = 2) -> None:
+    lines = errors(running, ranks)
+    assert len(lines) == ranks and len(set(lines)) == 1, lines
+    assert lines[0].startswith(f"error: ranks disagree: {difference}"), lines[0]
+
+
+@pytest.mark.parametrize(("options", "difference"), SETTINGS + MORE_SETTINGS * LONG)
+def test_ranks_with_different_settings(small: Make, fork_server: Any, options: list[str], difference: str) -> None:
+    config = small("train.steps=4")
+    assert_all_name(fork_server.start(config, ranks=2, last_rank=options), difference)
+    assert not (Path(config.run.dir) / "metrics.jsonl").exists()
+
+
+def test_ranks_that_resume_from_different_checkpoints(small: Make, fork_server: Any) -> None:
+    running = fork_server.start(small("train.steps=4"), "--resume", ranks=2, last_rank=["--resume", "best"])
+    assert_all_name(running, "--resume is auto on rank 0 and best on rank 1")
+
+
+def test_every_rank_names_the_one_of_three_that_differs(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=4", "data.batch_size=9")
+    running = fork_server.start(config, ranks=3, last_rank=["optim.lr=1"])
+    assert_all_name(running, "optim.lr is 0.001 on rank 0 and 1.0 on rank 2: start all ranks with", ranks=3)
+
+
+def test_many_differences_are_counted(small: Make, fork_server: Any) -> None:
+    options = ["run.seed=1", "optim.lr=1", "optim.eps=1", "optim.warmup=0", "optim.clip_norm=2"]
+    (line, _) = errors(fork_server.start(small("train.steps=4"), ranks=2, last_rank=options))
+    assert line.count(" on rank 0 and ") == 3 and "; and 2 more: start all ranks" in line
+
+
+def test_resources_of_a_rank_may_differ(small: Make, fork_server: Any, tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "link").symlink_to(shards)
+    own = ["data.threads=2", "data.prefetch=1", "data.cache_gib=1", f"data.shard_cache_dir={tmp_path}/cache"]
+    own += ["data.shard_cache_gib=1", f"data.shards={tmp_path / 'link'}", "run.device=auto"]
+    fork_server.start(small("train.steps=2"), ranks=2, last_rank=own).finish()
+
+
+def scenes(number: int) -> list[Scene]:
+    return [*generate_scenes(number, seed=0, val=0.0, test=0.0)]
+
+
+def packed(directory: Path, contents: Sequence[Scene]) -> Path:
+    pack(contents, directory)
+    return directory
+
+
+def reordered(directory: Path, shards: Path) -> None:
+    """The same scenes in another order of the index."""
+    directory.mkdir()
+    for path in shards.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    index = json.loads((directory / "index.json").read_text())
+    for entries in index["shards"].values():
+        entries.reverse()
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["scenes", "order", "contents"])
+def test_ranks_with_different_data(small: Make, fork_server: Any, tmp_path: Path, shards: Path, kind: str) -> None:
+    other, difference = tmp_path / "other", "checksum of the keys"
+    if kind == "order":
+        reordered(other, shards)
+    elif kind == "scenes":
+        packed(other, scenes(18))
+        difference = "number of scenes"
+    else:
+        packed(other, [replace(scene, image=255 - scene.image) for scene in scenes(20)])
+        difference = "checksum of the contents"
+    running = fork_server.start(small("train.steps=4"), ranks=2, last_rank=[f"data.shards={other}"])
+    assert_all_name(running, f"the {difference}")
+
+
+def test_ranks_with_different_mixes(small: Make, fork_server: Any, tmp_path: Path, shards: Path) -> None:
+    other = packed(tmp_path / "other", scenes(12))
+    config = small("train.steps=4", f"data.shards=[{{path: {shards}}}, {{path: {other}, weight: 2}}]")
+    weights = [f"data.shards=[{{path: {shards}}}, {{path: {other}, weight: 3}}]"]
+    running = fork_server.start(config, ranks=2, last_rank=weights)
+    assert_all_name(running, "the weights in data.shards is [1.0, 2.0] on rank 0 and [1.0, 3.0] on rank 1")
+
+
+def test_ranks_with_different_backends(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=4")
+    running = fork_server.start(config, ranks=2, last_env={"SCENARIOCLIP_FAST_BACKEND": "reference"})
+    lines = errors(running)
+    assert len(set(lines)) == 1 and re.search(r"the backend of \w+ is cpu on rank 0 and reference on rank 1", lines[0])
+
+
+def test_ranks_with_different_weights_to_start_from(small: Make, fork_server: Any, tmp_path: Path) -> None:
+    models = []
+    for seed in (0, 1):
+        config = small("train.steps=1", f"run.seed={seed}", run=f"seed-{seed}")
+        fork_server.start(config).finish()
+        models.append(Path(config.run.dir) / "model")
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    # The same relative path in two working directories, as with local copies on two hosts.
+    for name, model in zip("ab", models, strict=True):
+        (tmp_path / name / "model").symlink_to(model)
+    config = small("train.steps=2", "model.init=model")
+    running = fork_server.start(config, ranks=2, directory=tmp_path / "a", last_directory=tmp_path / "b")
+    assert_all_name(running, "the checksum of the weights is ")
+
+
+# Rank 0 of 3 keeps its store for some seconds for the third.
+@pytest.mark.parametrize(("first", "last"), [(2, 3), *[(3, 2)] * LONG])
+def test_ranks_with_different_world_sizes(small: Make, fork_server: Any, first: int, last: int) -> None:
+    environment = {"WORLD_SIZE": str(last)}
+    config = small("train.steps=4", "data.batch_size=12")
+    running = fork_server.start(config, ranks=2, env={"WORLD_SIZE": str(first)}, last_env=environment)
+    assert_all_name(running, f"WORLD_SIZE is {first} on rank 0 and {last} on rank 1")
+
+
+def test_two_processes_with_the_same_rank(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=4", "data.batch_size=12")
+    running = fork_server.start(config, ranks=3, last_env={"RANK": "1"})
+    codes = running.wait(SHORT_S)
+    assert sorted(codes) == [1, 1, 2], running.text()
+    assert "error: two processes have RANK=1" in running.text()
+
+
+def test_a_rank_that_never_joins(small: Make, fork_server: Any) -> None:
+    config = small("train.steps=4", "data.batch_size=12", "run.timeout_s=4")
+    running = fork_server.start(config, ranks=2, env={"WORLD_SIZE": "3"})
+    assert running.wait(SHORT_S) == [1, 1]
+    lines = [line for line in running.text().splitlines() if line.startswith("error")]
+    assert len(lines) == 2 and all("rank 2 has" in line for line in lines), lines
+
+
+def test_a_rank_without_its_device_ends_the_others(small: Make, fork_server: Any) -> None:
+    running = fork_server.start(small("train.steps=4"), ranks=2, last_rank=["run.device=nowhere"])
+    assert running.wait(SHORT_S) == [1, 2]
+    assert "error: rank 0 cannot continue: rank 1 ended with UserError: run.device: got 'nowhere'" in running.text()
+
+
+EVALUATIONS: list[tuple[list[str], str]] = [
+    (["--batch-size", "3"], "the batch size is 64 on rank 0 and 3 on rank 1"),
+    (["--top", "2"], "--top is [1, 5, 10] on rank 0 and [2] on rank 1"),
+    (["--blur", "reference"], "data.blur is null on rank 0 and reference on rank 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A trained model."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    config = TrainConfig.of({}, [*SMALL, f"data.shards={shards}", f"run.dir={run}", "train.steps=1"])
+    fork_server.start(config).finish()
+    return config
+
+
+def evaluation(config: TrainConfig, kind: str = "zeroshot") -> list[str]:
+    return ["eval", kind, config.run.dir, str(config.data.shards), "--split", "train", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("options", "difference"), EVALUATIONS)
+def test_evaluations_with_different_options(
+    trained: TrainConfig, fork_server: Any, options: list[str], difference: str
+) -> None:
+    running = fork_server.start(trained, ranks=2, command=evaluation(trained), last_rank=options)
+    assert_all_name(running, difference)
+
+
+def test_evaluations_of_different_models_and_data(
+    trained: TrainConfig, small: Make, fork_server: Any, tmp_path: Path, shards: Path
+) -> None:
+    other = small("train.steps=1", "run.seed=1", run="other")
+    fork_server.start(other).finish()
+    for name, model, data in (("a", trained.run.dir, shards), ("b", other.run.dir, shards)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run").symlink_to(model)
+        (tmp_path / name / "shards").symlink_to(data)
+    command = ["eval", "zeroshot", "run", "shards", "--split", "train", "--device", "cpu"]
+    places = {"directory": tmp_path / "a", "last_directory": tmp_path / "b"}
+    assert_all_name(fork_server.start(other, ranks=2, command=command, **places), "the checksum of the weights is ")
+    for name, target in (("run", trained.run.dir), ("shards", packed(tmp_path / "pack", scenes(9)))):
+        (tmp_path / "b" / name).unlink()
+        (tmp_path / "b" / name).symlink_to(target)
+    running = fork_server.start(other, ranks=2, command=command, **places)
+    assert_all_name(running, "the checksum of the contents of SHARDS is ")
+
+
+def test_embeddings_of_different_splits(trained: TrainConfig, fork_server: Any, tmp_path: Path) -> None:
+    command = ["embed", trained.run.dir, str(trained.data.shards), "--device", "cpu", "--out", str(tmp_path / "x.npz")]
+    running = fork_server.start(trained, "--split", "train", ranks=2, command=command, last_rank=["--split", "val"])
+    assert_all_name(running, "--split is train on rank 0 and val on rank 1")
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_versions_of_the_package_that_compare_different_keys() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=SHORT_S))
+    values: list[dict[str, Any]] = [
+        {"scenarioclip-fast": "0.1.0", "old": 1},
+        {"scenarioclip-fast": "0.2.0", "new": [2]},
+    ]
+
+    def compare(rank: int) -> str:
+        with pytest.raises(UserError) as raised:
+            RankComparison(store, rank, 2, SHORT_S).check(values[rank], "install one version")
+        return str(raised.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = set(pool.map(compare, range(2)))
+    assert found == {
+        "ranks disagree: version is 0.1.0 on rank 0 and 0.2.0 on rank 1; old is 1 on rank 0 and absent on rank 1; "
+        "new is absent on rank 0 and [2] on rank 1: install one version"
+    }
