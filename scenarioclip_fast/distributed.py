@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from scenarioclip_fast import __version__
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.terminal import warn
 
 _worlds = itertools.count()
 _GRACE_S = 10.0  # time for a rank to exit by itself after another is lost
@@ -374,7 +374,7 @@ class RankWatchdog:
         if cause is None or self._stopped.wait(_GRACE_S):
             return
         if not self._diagnosed:
-            print(f"error: rank {self._rank} cannot continue: {cause}", file=sys.stderr, flush=True)
+            warn(f"error: rank {self._rank} cannot continue: {cause}")
         os._exit(1)
 
 

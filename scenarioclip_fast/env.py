@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from scenarioclip_fast import dispatch, native
 from scenarioclip_fast.requirements import OPTIONAL, import_problem, triton_interprets, unsupported_torch
+from scenarioclip_fast.terminal import echo
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def collect() -> Report:
 
 def report() -> None:
     """Print the table of versions, devices and backends, as `scenarioclip-fast doctor` does."""
-    print(collect())
+    echo(collect(), lines=True)
 
 
 def _module_version(module: str, distribution: str) -> str:

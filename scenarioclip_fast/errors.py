@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from scenarioclip_fast.terminal import printable
+
 
 class UserError(ValueError):
-    """An invalid path, file, data set, config, backend name or workspace size. Exit code 2."""
+    """An invalid path, file, data set, config, backend name or workspace size. Exit code 2.
+
+    `str` gives one line without control characters, which names and messages of others may contain.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class MissingDependencyError(ImportError):
@@ -17,3 +25,6 @@ class InstallationError(ImportError):
 
 class TrainingFailed(RuntimeError):
     """The run cannot continue; the message names the setting to change. Exit code 1."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TextIO, TypeVar
 
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import echo, printable, unguarded
 
 T = TypeVar("T")
 
@@ -36,7 +37,9 @@ def progress(
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if out.isatty():
-        yield from require("tqdm").tqdm(iterable, total=total, desc=desc, unit=unit, file=out, dynamic_ncols=True)
+        yield from require("tqdm").tqdm(
+            iterable, total=total, desc=printable(desc), unit=unit, file=unguarded(out), dynamic_ncols=True
+        )
         return
     start = last = time.monotonic()
     done = 0
@@ -47,8 +50,8 @@ def progress(
         now = time.monotonic()
         if done != total and now - last >= _INTERVAL_S and (total is None or done % step == 0 or now - last > 60):
             last = now
-            print(f"{desc}: {_count(done, total)} {unit}, {now - start:.0f} s", file=out, flush=True)
-    print(f"{desc}: {_count(done, total)} {unit}, {time.monotonic() - start:.1f} s", file=out, flush=True)
+            echo(f"{desc}: {_count(done, total)} {unit}, {now - start:.0f} s", file=out)
+    echo(f"{desc}: {_count(done, total)} {unit}, {time.monotonic() - start:.1f} s", file=out)
 
 
 def _count(done: int, total: int | None) -> str:

@@ -21,6 +21,7 @@ from scenarioclip_fast.bench import machine
 from scenarioclip_fast.bench.record import FILE, Part, Record, Result, Unmeasured, read_record
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.terminal import warn
 
 KINDS = ("kernels", "data", "step")
 _PREFIX = "bench_"
@@ -129,9 +130,9 @@ def measure(
         record = record.with_part(part)
         record.write(out)
         for failure in part.failed:
-            print(f"failed: {failure.name}: {failure.reason.splitlines()[0]}", file=sys.stderr)
+            warn(f"failed: {failure.name}: {failure.reason.splitlines()[0]}")
         if part.note:
-            print(f"{name}: {part.note}", file=sys.stderr)
+            warn(f"{name}: {part.note}")
     return Record(record.machine, record.parts, out.resolve().name), out
 
 

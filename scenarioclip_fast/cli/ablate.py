@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from scenarioclip_fast.cli.train import add_config_argument
+from scenarioclip_fast.terminal import echo
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     variants = plan_ablation(args.config, overrides, names or DEFAULT_VARIANTS, custom)
     ablation = run_ablation(variants, args.split, args.batch_size)
     if ablation.is_main_process:
-        print(ablation)
-        print(f"report: {ablation.report}")
+        echo(ablation, lines=True)
+        echo(f"report: {ablation.report}")
         if ablation.stopped_by:
-            print(f"stopped by {ablation.stopped_by}: re-run the command to resume")
+            echo(f"stopped by {ablation.stopped_by}: re-run the command to resume")
     return STOPPED if ablation.stopped_by else 1 if ablation.failures else 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from scenarioclip_fast.terminal import echo, warn
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,17 +69,17 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.report:
         records = [read_record(path) for path in args.report]
-        print(f"report: {write_report(records, args.out)}")
+        echo(f"report: {write_report(records, args.out)}")
         return 0
     require("pytest")
     record, out = measure(args.what, args.out, device=args.device, limit=args.limit, rehearse=args.rehearse)
-    print(markdown([record]))
-    print(f"record: {out / FILE}")
+    echo(markdown([record]), lines=True)
+    echo(f"record: {out / FILE}")
     try:
-        print(f"report: {write_report([record], out)}")
+        echo(f"report: {write_report([record], out)}")
     except MissingDependencyError as error:  # the record is written
-        print(f"no report: {error}", file=sys.stderr)
+        warn(f"no report: {error}")
     failed = [part.name for part in record.parts if not part.ok]
     if failed:
-        print(f"error: benchmarks failed: {', '.join(failed)} (reasons: {out / FILE})", file=sys.stderr)
+        warn(f"error: benchmarks failed: {', '.join(failed)} (reasons: {out / FILE})")
     return int(bool(failed))

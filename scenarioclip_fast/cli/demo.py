@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.terminal import echo
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -27,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo and print its accuracies."""
     from scenarioclip_fast.recipes.demo import DemoConfig, run_demo
 
-    print(run_demo(DemoConfig(args.out, args.seed, args.scenes, args.views, args.device)))
+    echo(run_demo(DemoConfig(args.out, args.seed, args.scenes, args.views, args.device)), lines=True)
     return 0

@@ -8,6 +8,7 @@ from typing import get_args
 
 from scenarioclip_fast.data.config import DecoderName
 from scenarioclip_fast.levels import LEVELS
+from scenarioclip_fast.terminal import echo
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if table.keys:
         images = len(set(table.keys))
         rows, width = table.embeddings.shape
-        print(
+        echo(
             f"wrote {args.out}: {rows} {table.level} embeddings of width {width} from {images} images, "
             f"{len(table.skipped)} skipped; {images / max(table.seconds, 1e-9):.1f} images/s"
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from scenarioclip_fast.data.config import Blur, DecoderName, ObjectView, RelationView
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.output import prepare_directory, prepare_file
+from scenarioclip_fast.terminal import echo
 
 if TYPE_CHECKING:
     from scenarioclip_fast.eval.session import Session
@@ -181,7 +182,7 @@ def _write(args: argparse.Namespace, session: Session, result: Any, sections: li
     from scenarioclip_fast.eval.loading import skipped_record
     from scenarioclip_fast.report.page import Report
 
-    print(result)
+    echo(result, lines=True)
     if args.json is not None:
         record = {**result.to_dict(), "skipped": skipped_record(session.skipped)}
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -191,7 +192,7 @@ def _write(args: argparse.Namespace, session: Session, result: Any, sections: li
         if session.skipped:
             lead += f" Unusable scenes skipped: {len(session.skipped)}."
         page = Report(f"{args.checkpoint}{teacher}, {args.split} split", lead, sections)
-        print(f"report: {page.write(args.report / 'report.html')}")
+        echo(f"report: {page.write(args.report / 'report.html')}")
 
 
 def _prepare_outputs(args: argparse.Namespace) -> None:

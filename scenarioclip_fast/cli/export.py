@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.terminal import echo
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -47,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.to == "safetensors":
             trained.model.save_pretrained(args.out, trained.scales)
-            print(f"wrote {args.out / 'model.safetensors'}")
+            echo(f"wrote {args.out / 'model.safetensors'}")
         else:
             for level, folder in zip(LEVELS, folders, strict=True):
                 export_hf(trained.model, folder, level, trained.scales.get(level, CLIP_INITIAL_SCALE))
-                print(f"wrote {folder}: a CLIPModel, with the rest of its head in projection.safetensors")
+                echo(f"wrote {folder}: a CLIPModel, with the rest of its head in projection.safetensors")
     except require("safetensors").SafetensorError as error:
         raise UserError(f"{args.out} not written: {error}") from None
     return 0

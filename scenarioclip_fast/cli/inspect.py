@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from scenarioclip_fast.data.config import Blur, ObjectView, RelationView
+from scenarioclip_fast.terminal import echo
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
         blur=args.blur,
         seed=args.seed,
     )
-    print(statistics)
-    print(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
+    echo(statistics, lines=True)
+    echo(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
     return 0
 
 

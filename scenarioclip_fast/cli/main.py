@@ -20,6 +20,7 @@ from scenarioclip_fast.dispatch import BackendError
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError, TrainingFailed, UserError
 from scenarioclip_fast.requirements import check_installed, missing_dependency
 from scenarioclip_fast.suggest import nearest
+from scenarioclip_fast.terminal import echo, guarded_streams, warn
 
 # Each module has add_parser(subparsers) and run(args) -> exit code, and imports heavy packages inside run.
 COMMANDS = (
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports invalid usage in one line, with the closest valid choice."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        warn(f"error: {message} (see `{self.prog} --help`)")
         sys.exit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -59,7 +60,7 @@ class _PrintCompletion(argparse.Action):
     ) -> None:
         from scenarioclip_fast.cli.completion import script
 
-        print(script(build_parser(), shell))
+        echo(script(build_parser(), shell), lines=True)
         parser.exit()
 
 
@@ -91,9 +92,15 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         if getattr(sys, name) is None:  # closed by the caller: `command >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     os.environ["MPLBACKEND"] = "agg"  # figures are files; matplotlib's import fails on an unknown name, as in notebooks
+    with guarded_streams():
+        return _run_reporting(sys.argv[1:] if argv is None else argv, prog)
+
+
+def _run_reporting(argv: Sequence[str], prog: str) -> int:
+    """Run one command, and report its errors."""
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else argv, prog)
+            return _run(argv, prog)
         finally:
             sys.stdout.flush()  # raises BrokenPipeError here, not while Python exits
     except (UserError, BackendError, MissingDependencyError, InstallationError) as error:
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError) as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has exited: not an error, but nothing more can be written.
@@ -171,7 +178,7 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    warn(f"error: {message}")
     return code
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from scenarioclip_fast.terminal import echo, warn
 
 _SHOWN = 10  # causes of rejections with an example; rejected.jsonl lists all rejections
 
@@ -132,10 +133,10 @@ def run(args: argparse.Namespace) -> int:
         allow_empty_level=args.allow_empty_level,
     )
     if report.up_to_date:
-        print(report)
+        echo(report, lines=True)
         return 0
     for cause in report.causes[:_SHOWN]:
         more = f" (and {cause.count - 1} more)" if cause.count > 1 else ""
-        print(f"rejected: {cause.example}{more}", file=sys.stderr)
-    print(report)
+        warn(f"rejected: {cause.example}{more}")
+    echo(report, lines=True)
     return 0

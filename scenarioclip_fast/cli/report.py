@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.terminal import echo
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -34,6 +36,6 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out or (Path(args.runs[0]) / "report" if len(args.runs) == 1 else Path("report"))
     title = args.title or ", ".join(run.name for run in runs)
     report = compare_runs(runs, out, title, f"Source: {', '.join(map(str, args.runs))}.")
-    print(text_table(*summary_table(runs), names=1))
-    print(f"report: {report.write(out / 'report.html')}")
+    echo(text_table(*summary_table(runs), names=1), lines=True)
+    echo(f"report: {report.write(out / 'report.html')}")
     return 0

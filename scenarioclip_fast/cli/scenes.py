@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.terminal import echo
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -33,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         args.n, args.out, seed=args.seed, val=args.val, test=args.test, workers=args.workers
     )
     for name, scenes in counts.items():
-        print(f"{args.out / name}: {scenes} scene{'s' * (scenes != 1)}")
+        echo(f"{args.out / name}: {scenes} scene{'s' * (scenes != 1)}")
     return 0

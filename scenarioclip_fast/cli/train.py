@@ -8,6 +8,7 @@ from typing import Any
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.suggest import nearest
+from scenarioclip_fast.terminal import echo
 
 # EX_TEMPFAIL: stopped by a signal with all state saved, so a batch system can requeue the run with --resume.
 STOPPED = 75
@@ -30,7 +31,7 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         from scenarioclip_fast.train.config_reference import text
 
-        print(parser.format_help(), text(), sep="\n")
+        echo(f"{parser.format_help()}\n{text()}", lines=True)
         parser.exit()
 
 
@@ -89,14 +90,14 @@ def run(args: argparse.Namespace) -> int:
             from scenarioclip_fast.train.optim import optimizer_factory
 
             optimizer_factory(config.optim.name)
-        print(config.to_yaml(), end="")
+        echo(config.to_yaml().rstrip("\n"), lines=True)
         return 0
     from scenarioclip_fast.train.trainer import Trainer
 
     trainer = Trainer(config, resume=args.resume)
     result = trainer.fit()
     if trainer.world.is_main_process:
-        print(result.summary())
+        echo(result.summary(), lines=True)
     return 0 if result.completed else STOPPED
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from scenarioclip_fast.data.shards import BadSample
+from scenarioclip_fast.terminal import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 class BadSampleLog:
@@ -36,4 +36,5 @@ class BadSampleLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError as error:
-            _log.warning("cannot write %s: %s; lost records:\n%s", self.path, error, lines.rstrip())
+            lost = ", ".join(lines.splitlines())
+            _log.warning("cannot write %s: %s; lost records: [%s]", self.path, error, lost)

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, kind_of, status_of
 from scenarioclip_fast.progress import progress as show_progress
+from scenarioclip_fast.terminal import printable, warn
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
 _PACK_VERSION = 2
@@ -84,9 +84,9 @@ class PackReport:
         if self.causes:
             lines.append("rejected (details in rejected.jsonl):")
             lines += [f"  {cause.count:>8}  {cause.reason}: {cause.explanation}" for cause in self.causes]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [printable(f"warning: {warning}") for warning in self.warnings]
         if self.ignored:
-            lines.append("ignored: " + ", ".join(f"{n} {suffix}" for suffix, n in self.ignored.items()))
+            lines.append(printable("ignored: " + ", ".join(f"{n} {suffix}" for suffix, n in self.ignored.items())))
         return "\n".join(lines)
 
 
@@ -257,7 +257,7 @@ class _Run:
 
     def log(self, message: str) -> None:
         if self.progress:
-            print(message, file=sys.stderr)
+            warn(message)
 
     def fill(self, stage: Stage) -> dict[str, Any]:
         """Write the complete pack into the staging directory, move it into place, and return its manifest."""

@@ -14,7 +14,6 @@ Each scene is thus transferred at most twice in the first epoch; later epochs fe
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import queue
 import random
@@ -28,6 +27,7 @@ from pathlib import Path
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import get_logger
 
 CACHE_GIB = 32.0
 
@@ -36,7 +36,7 @@ _CHUNK = 8 << 20  # bytes per request of a shard; lost if the connection breaks
 _FETCHERS = 4  # shards fetched concurrently
 _POLL_S = 2.0  # polling interval for a shard that another process fetches
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def is_url(source: str | Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import stat
@@ -24,8 +23,9 @@ from scenarioclip_fast.files import (
     sha256_of,
     status_of,
 )
+from scenarioclip_fast.terminal import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 _FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")

@@ -20,6 +20,7 @@ from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import NotRegularError, open_regular, read_regular
+from scenarioclip_fast.terminal import printable
 
 SPLITS = ("train", "val", "test")
 # What other data sets call them.
@@ -47,7 +48,7 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         where = self.key if self.source is None else f"{self.key} of {self.source}"
-        return f"{where}: {self.reason}: {self.detail}"
+        return printable(f"{where}: {self.reason}: {self.detail}")
 
 
 def words_of(name: str) -> list[str]:

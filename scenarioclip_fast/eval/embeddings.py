@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.output import prepare_file
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import warn
 
 _MAX_LISTED = 10  # skipped images in the warning
 
@@ -179,7 +179,7 @@ def _embed_files(
     if skipped:
         listed = ", ".join(f"{image.key} ({image.reason})" for image in skipped[:_MAX_LISTED])
         more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
-        print(f"warning: unusable images skipped ({len(skipped)}): {listed}{more}", file=sys.stderr)
+        warn(f"warning: unusable images skipped ({len(skipped)}): {listed}{more}")
     rows = features.levels.get("global")
     image = torch.empty(0, trained.model.config.embed_dim) if rows is None else rows.image.cpu()
     return EmbeddingTable("global", features.keys, image, skipped=skipped, seconds=seconds)

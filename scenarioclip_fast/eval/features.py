@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import warn
 
 _CHUNK = 256  # views embedded at once
 _ROWS = 1 << 16  # rows of each rank per exchange
@@ -202,7 +202,7 @@ def _save(features: Features, path: Path) -> None:
         with replacing(path) as partial:
             require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
     except (OSError, require("safetensors").SafetensorError) as error:  # the cache is optional
-        print(f"warning: {path}: features not cached: {error}", file=sys.stderr)
+        warn(f"warning: {path}: features not cached: {error}")
 
 
 def _digest(keys: str, tensors: Mapping[str, Tensor]) -> str:
@@ -225,8 +225,8 @@ def _load(path: Path) -> Features | None:
             raise ValueError("damaged: its contents differ from their checksum")
         keys = json.loads(metadata["keys"])
     except Exception as error:  # damaged files can raise anything
-        print(f"warning: {path}: not readable ({error}); recomputing the features", file=sys.stderr)
+        warn(f"warning: {path}: not readable ({error}); recomputing the features")
         return None
-    print(f"features read from {path}", file=sys.stderr)
+    warn(f"features read from {path}")
     found = [level for level in LEVELS if f"{level}.image" in tensors]
     return Features(keys, {level: LevelFeatures(*(tensors[f"{level}.{name}"] for name in _FIELDS)) for level in found})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
+from scenarioclip_fast.terminal import warn
 
 _MAX_LISTED = 3  # scenes listed in a message
 # A single rank aborts only above this fraction; `max_bad_fraction` is checked over all ranks at the end.
@@ -89,7 +89,7 @@ class EvaluationLoader(SceneLoader):
             self.skipped += new
             if self._world.is_main_process:
                 about = f"{len(new)} of the {scenes} scenes of the {self._split} split cannot be used and are skipped"
-                print(f"warning: {about}: {_list_scenes(new)}", file=sys.stderr)
+                warn(f"warning: {about}: {_list_scenes(new)}")
 
     def _record(self, epoch: int, samples: Sequence[BadSample]) -> None:
         for bad in samples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from scenarioclip_fast.eval.encoding import SINGLE_PROCESS
 from scenarioclip_fast.eval.loading import EvaluationLoader, SkippedScene
 from scenarioclip_fast.model import ScenarioCLIP, TokenTable
 from scenarioclip_fast.suggest import check_keywords
+from scenarioclip_fast.terminal import warn
 from scenarioclip_fast.train import agreement
 from scenarioclip_fast.train.config import DataSection
 
@@ -113,7 +113,7 @@ def open_session(
         vocabulary = Vocabulary.merge(vocabularies, [1.0] * len(vocabularies))
         cut = TokenTable(vocabulary, trained.model.config.text).describe_truncated()
         if cut and world.is_main_process:
-            print(cut, file=sys.stderr)
+            warn(cut)
         session = Session(trained, shards, world, batch_size, data, vocabulary)
         if world.size > 1:
             _compare_ranks(world, session, sets)

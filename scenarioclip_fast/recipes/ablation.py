@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from scenarioclip_fast.recipes.variants import Variant, differences
 from scenarioclip_fast.report.accuracy import MATCH_TITLES
 from scenarioclip_fast.report.comparison import accuracy_table, compare_runs, summary_table
 from scenarioclip_fast.report.runs import RESULT, Run, read_run
+from scenarioclip_fast.terminal import printable, warn
 from scenarioclip_fast.train.config import DataSection, TrainConfig
 from scenarioclip_fast.train.trainer import Trainer
 
@@ -103,7 +103,7 @@ class Ablation:
         kept = [row for row in summary if row[0].startswith(("loss", "contrastive", "views/s"))]
         rows += [[row[0], "", *(row[i] for i in order)] for row in kept]
         table = text_table(head, rows, names=1) if self.results else "nothing to compare yet"
-        failed = [f"{name} failed: {error}" for name, error in self.failures.items()]
+        failed = [printable(f"{name} failed: {error}") for name, error in self.failures.items()]
         return "\n".join([table, *failed])
 
 
@@ -239,4 +239,4 @@ def _check_directory(variant: Variant) -> None:
 
 def _log(world: World, text: str) -> None:
     if world.is_main_process:
-        print(text, file=sys.stderr, flush=True)
+        warn(text)

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import printable, warn
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
@@ -99,7 +99,7 @@ class DemoResult:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         total = sum(self.seconds.values())
-        return f"{self.trained.only('own')}\n\n{total:.0f} s in total: {parts}\nreport: {self.report}"
+        return f"{self.trained.only('own')}\n\n{total:.0f} s in total: {parts}\nreport: {printable(self.report)}"
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
@@ -242,7 +242,7 @@ class _StepTimer:
 
     @contextmanager
     def step(self, name: str, what: str) -> Iterator[None]:
-        print(f"[{len(self.seconds) + 1}/{self.steps}] {name}: {what}", file=sys.stderr, flush=True)
+        warn(f"[{len(self.seconds) + 1}/{self.steps}] {name}: {what}")
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
+
+from scenarioclip_fast.terminal import printable
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -72,25 +74,25 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f"<title>{escape(self.title)}</title>"
+            f"<title>{_escape(self.title)}</title>"
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{_STYLE}</style></head>\n<body><main>\n<h1>{escape(self.title)}</h1>"
-            f'<p class="lead">{escape(self.lead)}</p>\n{cards}\n</main></body></html>\n',
+            f"<style>{_STYLE}</style></head>\n<body><main>\n<h1>{_escape(self.title)}</h1>"
+            f'<p class="lead">{_escape(self.lead)}</p>\n{cards}\n</main></body></html>\n',
             encoding="utf-8",
         )
         return path
 
 
 def _card(section: Section) -> str:
-    heading = f"<h2>{escape(section.title)}</h2>"
+    heading = f"<h2>{_escape(section.title)}</h2>"
     parts = [f"<details><summary>{heading}</summary>" if section.folded else heading]
     if section.rows:
         parts.append(_table(section))
     if section.picture is not None:
         data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
-        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+        parts.append(f'<img alt="{_escape(section.title)}" src="data:image/png;base64,{data}">')
     if section.note:
-        note = re.sub("`([^`]+)`", r"<code>\1</code>", escape(section.note))
+        note = re.sub("`([^`]+)`", r"<code>\1</code>", _escape(section.note))
         parts.append(f'<p class="note">{note}</p>')
     if section.folded:
         parts.append("</details>")
@@ -115,7 +117,11 @@ def _is_number(cell: str) -> bool:
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:
     marked = []
     for column, (cell, right) in enumerate(zip(cells, numeric, strict=True)):
-        text = f"<b>{escape(cell)}</b>" if column in strong else escape(cell)
+        text = f"<b>{_escape(cell)}</b>" if column in strong else _escape(cell)
         edge = ' class="n"' if right else ""
         marked.append(f"<{tag}{edge}>{text}</{tag}>")
     return f"<tr>{''.join(marked)}</tr>"
+
+
+def _escape(text: str) -> str:
+    return html.escape(printable(text, lines=True))  # browsers obey overrides of the text direction too

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from scenarioclip_fast.config_types import to_yaml_text
 from scenarioclip_fast.model.config import PRESETS, ModelConfig, flat
+from scenarioclip_fast.terminal import echo
 from scenarioclip_fast.train.config import PRESET_KEY, TrainConfig
 from scenarioclip_fast.train.config_parse import ALIASES
 
@@ -175,4 +176,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    echo(markdown().rstrip("\n"), lines=True)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from scenarioclip_fast.terminal import echo, printable, unguarded
+
 # Columns that depend on the clock and the machine; repeating a run reproduces all others.
 TIMINGS = ("scenes_per_s", "views_per_s", "tflop_per_s", "mfu", "data_wait", "memory_gib")
 _LINE_EVERY_S = 5.0
@@ -44,7 +46,7 @@ class MetricsLog:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, initial=start, desc="training", unit="step", file=self._out, dynamic_ncols=True
+                total=total, initial=start, desc="training", unit="step", file=unguarded(self._out), dynamic_ncols=True
             )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -59,7 +61,7 @@ class MetricsLog:
     def log(self, text: str) -> None:
         """Print one line, above the progress bar."""
         if self._bar is not None:
-            self._bar.write(text, file=self._out)
+            self._bar.write(printable(text), file=unguarded(self._out))
         else:
             self._print(text)
 
@@ -97,7 +99,7 @@ class MetricsLog:
 
     def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):  # redirected to a full disk, or the terminal is closed
-            print(text, file=self._out, flush=True)
+            echo(text, file=self._out)
 
     def _show(self, row: Mapping[str, Any], steps: int) -> None:
         if self._bar is not None:

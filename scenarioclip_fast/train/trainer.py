@@ -20,6 +20,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.flops import peak_flops, step_flops
 from scenarioclip_fast.model.fp8 import requantize
 from scenarioclip_fast.model.tokens import UniqueTexts
+from scenarioclip_fast.terminal import printable
 from scenarioclip_fast.train import agreement
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.build import build_copies, build_loss, build_model, build_teacher, wrap
@@ -76,11 +77,10 @@ class FitResult:
             f"mean loss {self.first_loss:.4f}" + f" -> {self.last_loss:.4f}" * (self.first_loss != self.last_loss),
         ]
         if self.skipped:
-            lines.append(
-                f"skipped steps: {self.skipped} with a non-finite loss or gradient, see {self.run_dir / SKIPPED_FILE}"
-            )
+            where = printable(self.run_dir / SKIPPED_FILE)
+            lines.append(f"skipped steps: {self.skipped} with a non-finite loss or gradient, see {where}")
         if self.model_dir is not None:
-            lines.append(f"model: {self.model_dir}")
+            lines.append(printable(f"model: {self.model_dir}"))
         else:
             lines.append("run the same command with --resume to continue")
         return "\n".join(lines)

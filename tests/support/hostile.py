@@ -471,7 +471,13 @@ def wrong_values() -> Iterator[tuple[str, str, str, Any]]:
     for column, numbers in columns.items():
         for bad in (*numbers, -(2**31), 2**31 - 1):
             yield "render_views", "plan", f"{bad} in column {column}", put((3, column), bad)
-    for column, numbers in ((0, (math.nan,)), (1, (math.inf,)), (2, (-math.inf,)), (3, (math.nan, 1e30)), (4, (math.inf,))):
+    for column, numbers in (
+        (0, (math.nan,)),
+        (1, (math.inf,)),
+        (2, (-math.inf,)),
+        (3, (math.nan, 1e30)),
+        (4, (math.inf,)),
+    ):
         for bad in numbers:
             yield "render_views", "augment", f"{bad} in column {column}", put((1, column), bad)
     for bad in (-1, 2**31 - 1, -(2**31), 300):

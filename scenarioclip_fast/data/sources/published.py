@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.data.sources.masks_png import find_png_masks, read_png_masks
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import get_logger
 
 MASKS = "sam_results"  # the directory of mask files
 _MISSING = b"none\n"  # the status of a file that does not exist
@@ -52,7 +52,7 @@ _HINTS = {
 }
 """Cause and remedy of common mistakes, see `check.Rejection`."""
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

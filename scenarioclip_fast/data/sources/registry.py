@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from inspect import isclass
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, cast
 
 from scenarioclip_fast.data.sources.sniff import describe
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import get_logger
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.sources.base import Source, SourceFormat, SourceOptions
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 AUTO = "auto"
 ENTRY_POINTS = "scenarioclip_fast.sources"
