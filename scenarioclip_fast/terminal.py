@@ -29,6 +29,15 @@ def printable(text: object, *, lines: bool = False) -> str:
     return escaped if lines else escaped.replace("\n", "\\n")
 
 
+def short(value: object) -> str:
+    """The repr of a value for error messages, truncated to 80 characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # the latter: Python formats no integer of more than 4,300 digits
+        text = f"a {type(value).__name__} {'of too many digits' if isinstance(value, int) else 'nested too deeply'}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def echo(text: object = "", *, file: TextIO | None = None, lines: bool = False) -> None:
     """Print a line, `printable` and in the encoding of the stream; all output of the package to a terminal passes here.
 

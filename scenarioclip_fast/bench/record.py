@@ -30,6 +30,7 @@ from typing import Any
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import replacing
+from scenarioclip_fast.parsing import parse_json
 
 FORMAT = 1
 FILE = "record.json"
@@ -165,7 +166,7 @@ def read_record(path: str | Path) -> Record:
     if not file.is_file():
         raise UserError(f"{path}: no record here, expected a directory that holds {FILE}, or that file")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         if content["format"] != FORMAT:
             raise UserError(f"{file}: got format {content['format']!r}, expected {FORMAT}: made by another version")
         machine = content["machine"]

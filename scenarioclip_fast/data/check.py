@@ -21,6 +21,7 @@ from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.ops.view_batch import MAX_SIDE, check_renderable
+from scenarioclip_fast.terminal import short
 
 # reason -> description. The first group rejects a whole scene, the second drops one object, mask or relation.
 REASONS = {
@@ -168,15 +169,6 @@ def normalise_scene(scene: Scene) -> Scene:
     if action == "" or not all(texts):
         raise BadEntry("malformed_entry", "the action, a name, a predicate or a negative is empty")
     return replace(scene, action=action, objects=objects, relations=relations)
-
-
-def short(value: object) -> str:
-    """The repr of a value for error messages, truncated to 80 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} nested too deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import NotRegularError, open_regular, read_regular
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import printable
 
 SPLITS = ("train", "val", "test")
@@ -243,7 +243,7 @@ class ShardSet:
                 name = self._shards[shard].name
                 raise BadSample(key, "short_shard", f"{name}: got {len(member)} of {size} bytes at {offset}")
         try:
-            scene = scene_from_json(key, image, json.loads(record))
+            scene = scene_from_json(key, image, parse_json(record, strict=False))
         except ValueError as error:
             raise BadSample(key, "bad_json", str(error)) from error
         scene.split = self.split
@@ -340,7 +340,7 @@ class ShardSet:
 
     def _read_json(self, name: str, store: Store | None) -> dict[str, Any]:
         try:
-            record = json.loads(self._read_file(name, store))
+            record = parse_json(self._read_file(name, store), strict=name != "index.json")
         except UserError:
             raise
         except ValueError as error:

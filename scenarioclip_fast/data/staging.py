@@ -28,6 +28,7 @@ from typing import IO, Any
 from scenarioclip_fast.data.scene import READABLE, SCHEMA
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, kind_of, open_file, read_regular, sha256_of, status_of
+from scenarioclip_fast.parsing import parse_json
 
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
 PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
@@ -159,7 +160,7 @@ class Stage:
     def _intact(self, line: bytes, fingerprint: str, first: bool) -> str | None:
         """The file name that a journal line refers to (the first line: the journal itself); None if unusable."""
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = parse_json(line) if line.endswith(b"\n") else {}
         except ValueError:
             return None
         if not isinstance(record, dict):
@@ -299,7 +300,7 @@ def check_target(out: Path, force: bool) -> None:
             )
     else:
         try:
-            schema = json.loads(read_regular(manifest)).get("schema")
+            schema = parse_json(read_regular(manifest)).get("schema")
         except (ValueError, AttributeError):
             schema = None
         if schema not in READABLE:
@@ -311,8 +312,8 @@ def check_target(out: Path, force: bool) -> None:
 def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return the manifest of the pack in `out` if it is complete and has this fingerprint."""
     try:
-        manifest = json.loads(read_regular(out / "manifest.json"))
-        source = json.loads(read_regular(out / "source.json"))
+        manifest = parse_json(read_regular(out / "manifest.json"))
+        source = parse_json(read_regular(out / "source.json"))
         if manifest["schema"] != SCHEMA or source["fingerprint"] != fingerprint:
             return None
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]

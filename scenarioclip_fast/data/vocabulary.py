@@ -12,6 +12,7 @@ from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.levels import LEVELS, check_level
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require
 
 SCHEMA = 1
@@ -178,7 +179,7 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            record = json.loads(read_regular(path))
+            record = parse_json(read_regular(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; `scenarioclip-fast pack` writes it") from None
         except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from scenarioclip_fast.eval.session import Session
 from scenarioclip_fast.files import replacing
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops.collectives import exchange, gather_rows
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import warn
@@ -223,7 +224,7 @@ def _load(path: Path) -> Features | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata["sha256"] != _digest(metadata["keys"], tensors):
             raise ValueError("damaged: its contents differ from their checksum")
-        keys = json.loads(metadata["keys"])
+        keys = parse_json(metadata["keys"])
     except Exception as error:  # damaged files can raise anything
         warn(f"warning: {path}: not readable ({error}); recomputing the features")
         return None

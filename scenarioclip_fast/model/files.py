@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.convert import State, shorten
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require
 
 _INDEX = ".index.json"  # of a sharded checkpoint
@@ -79,7 +79,7 @@ def state_dict_of(record: dict[str, Any], path: Path) -> State:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from scenarioclip_fast.eval.loading import SkippedScene, skipped_record
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.recipes.variants import Variant, differences
 from scenarioclip_fast.report.accuracy import MATCH_TITLES
 from scenarioclip_fast.report.comparison import accuracy_table, compare_runs, summary_table
@@ -205,7 +206,7 @@ def _stored_result(path: Path, variant: Variant, split: str) -> ZeroShotResult |
     try:
         if path.stat().st_mtime < (variant.directory / "model" / "model.safetensors").stat().st_mtime:
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
         result, skipped = ZeroShotResult.from_dict(data), data["skipped"]["count"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

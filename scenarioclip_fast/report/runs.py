@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from scenarioclip_fast.eval.negatives import CHANCE, KINDS
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model.config import flat
+from scenarioclip_fast.parsing import parse_json, parse_yaml
 from scenarioclip_fast.progress import progress
-from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
@@ -120,13 +119,12 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    yaml = require("yaml")
     if not path.is_file():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return flat(values) if isinstance(values, Mapping) else {}
 
 
@@ -136,7 +134,7 @@ def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str,
     skipped: dict[str, int] = {}
     for path in sorted(directory.glob("*.json")):
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_bytes())
             count = int(data.get("skipped", {"count": 0})["count"])
             if "match" in data["rows"][0]:
                 results[path.stem] = ZeroShotResult.from_dict(data)

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from scenarioclip_fast.checksums import PIECE, piece_digest
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.train.checkpoint_files import INDEX, Planner, Reader, Writer, read_index
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -302,7 +303,7 @@ def _reason(error: BaseException) -> str:
 def _read_meta(path: Path) -> dict[str, Any]:
     """Read meta.json. Raises BadCheckpoint if it is damaged or of another schema, or any error if malformed."""
     try:
-        record: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
+        record: dict[str, Any] = parse_json((path / _META).read_bytes(), strict=False)
     except ValueError as error:
         raise BadCheckpoint(f"{path}: {_META}: damaged, not readable as JSON ({error})") from None
     schema, digest = record["schema"], record.pop("sha256", None)

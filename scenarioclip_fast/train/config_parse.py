@@ -6,7 +6,6 @@ by their type hints, so a new field needs no change here.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from scenarioclip_fast.config_types import EXPECTED, to_builtin, to_yaml_text
 from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
-from scenarioclip_fast.requirements import require
+from scenarioclip_fast.parsing import parse_yaml
 from scenarioclip_fast.suggest import nearest
+from scenarioclip_fast.terminal import short
 
 C = TypeVar("C")
 
@@ -64,47 +64,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not UTF-8 or YAML, or is not a mapping.
     """
-    yaml = require("yaml")
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _unique_key_loader())
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
         if isinstance(values, dict):
             values = plain(values)
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the config {path}: byte {error.start} is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror or error}") from None
-    except _DuplicateKeyError as error:
-        raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # an impossible date; an alias of itself, or very deep nesting
-        raise UserError(f"{path} is not a config: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: got {_kind(values)}, expected a mapping of config sections")
     return values or {}
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-@functools.cache
-def _unique_key_loader() -> Any:
-    """Return PyYAML's safe loader, except that a repeated key is an error: PyYAML silently keeps the last value."""
-    yaml = require("yaml")
-
-    class UniqueKeyLoader(yaml.SafeLoader):  # type: ignore[name-defined]
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            lines: dict[str, int] = {}
-            for name, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
-                if name in lines:
-                    raise _DuplicateKeyError(f"key {name!r} occurs in line {lines[name]} and again in line {line}")
-                lines[name] = line
-            return super().construct_mapping(node, deep)
-
-    return UniqueKeyLoader
 
 
 def parse_override(text: str) -> tuple[list[str], RawValue]:
@@ -258,13 +232,10 @@ def _choice(key: str, choices: Sequence[Any], value: Any) -> Any:
 
 
 def _scalar(key: str, text: str) -> Any:
-    yaml = require("yaml")
     try:
-        return yaml.load(text, _unique_key_loader())
-    except _DuplicateKeyError as error:
-        raise UserError(f"{key}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError):  # the latter two: an impossible date, very deep nesting
-        raise UserError(f"{key}: got {str(text)!r}, which is not a YAML value") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{key}: got {short(str(text))}, which is not a YAML value: {error}") from None
 
 
 def _number(value: Any) -> float | None:
@@ -284,7 +255,7 @@ def _wrong_type(key: str, target: Any, value: Any) -> UserError:
 
 
 def _describe(value: Any) -> str:
-    return repr(str(value)) if isinstance(value, str) else f"{value!r} ({_kind(value)})"
+    return short(str(value)) if isinstance(value, str) else f"{short(value)} ({_kind(value)})"
 
 
 def _kind(value: Any) -> str:

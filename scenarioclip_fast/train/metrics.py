@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import echo, printable, unguarded
 
 # Columns that depend on the clock and the machine; repeating a run reproduces all others.
@@ -130,7 +131,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     for line in Path(path).read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
+            row = parse_json(line)
             if line.endswith(b"\n") and isinstance(row, dict) and "step" in row:
                 rows.append(row)
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require
 
 
@@ -87,6 +87,6 @@ def load_teacher(model: ScenarioCLIP, path: Path) -> None:
 
 def _is_scenarioclip(path: Path) -> bool:
     try:
-        return "variant" in json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]
+        return "variant" in parse_json((path / "config.json").read_bytes())["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -256,7 +256,7 @@ def test_damaged_lines_are_skipped(make_run: MakeRun) -> None:
         (lambda run: (run / "metrics.jsonl").unlink(), "contains no runs: expected metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\nnonsense\n"), "metrics.jsonl: not the metrics of a run"),
         (lambda run: (run / "metrics.jsonl").write_text("[1, 2]\n"), "metrics.jsonl: not the metrics of a run"),
-        (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml is not YAML"),
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml: not YAML"),
     ],
 )
 def test_errors(make_run: MakeRun, broken: Callable[[Path], object], message: str) -> None:

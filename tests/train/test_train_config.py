@@ -134,7 +134,7 @@ def test_a_saved_config_loads_unchanged(tmp_path: Path) -> None:
         ("data.shards={path: a}", r"^data\.shards: got a mapping, expected a path, or a list such as"),
         ("data.shards=[{path: a, weight: 0}]", r"^data\.shards\[0\]\.weight: got 0, expected above 0"),
         ("data.shards=[{path: a, weight: nan}]", r"^data\.shards\[0\]\.weight: got nan, expected a finite number"),
-        ("data.shards=[{path: a, weight: 1, weight: 2}]", r"^data\.shards: key 'weight' occurs in line 1 and again"),
+        ("data.shards=[{path: a, weight: 1, weight: 2}]", r"^data\.shards: got .*: key 'weight' occurs in line 1 and again"),
         ("data.shards=[b, {path: a, wieght: 2}]", r"^data\.shards\[1\]: unknown key 'wieght': did you mean weight\?"),
         ("a,", r"got 'a,', expected key=value: quote a list that contains spaces"),  # of data.shards=[a, b], unquoted
         ("train.compile=[", r"train\.compile: got '\[', which is not a YAML value"),
@@ -272,7 +272,7 @@ def test_a_repeated_key_of_a_file_is_an_error(text: str, message: str, tmp_path:
 @pytest.mark.parametrize("text", ["run: &a {seed: *a}\n", "optim: {lr: 2015-13-45}\n", "optim: " + 3000 * "["])
 def test_yaml_that_cannot_be_read_is_one_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"config\.yaml is not (a config|YAML)"):
+    with pytest.raises(UserError, match=r"config\.yaml: (not YAML|nested|month)"):
         TrainConfig.load(tmp_path / "config.yaml")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.check import short
 from scenarioclip_fast.data.sources.classes import load_json
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import short
 
 
 def load_actions(path: Path) -> dict[str, str]:

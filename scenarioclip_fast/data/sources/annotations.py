@@ -14,7 +14,6 @@ from scenarioclip_fast.data.check import (
     SceneChecker,
     normalise_scene,
     safe_key,
-    short,
 )
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
 from scenarioclip_fast.data.sources.actions import load_actions
@@ -31,6 +30,7 @@ from scenarioclip_fast.data.sources.classes import load_json
 from scenarioclip_fast.data.sources.files import Folders, read_file
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import short
 
 Box = tuple[float, float, float, float]
 
@@ -156,7 +156,7 @@ def load_lists(path: Path, names: Sequence[str]) -> tuple[dict[str, Any], list[l
     Raises:
         UserError: unreadable, or without one of these lists.
     """
-    _, record = load_json(path)
+    _, record = load_json(path, strict=False)
     lists = [record.get(name) if isinstance(record, dict) else None for name in names]
     for name, found in zip(names, lists, strict=True):
         if not isinstance(found, list):

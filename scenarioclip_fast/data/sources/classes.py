@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
+from scenarioclip_fast.parsing import parse_json
 
 
-def load_json(path: Path) -> tuple[bytes, Any]:
+def load_json(path: Path, *, strict: bool = True) -> tuple[bytes, Any]:
     """Return the content of a JSON file, raw and parsed; UTF-8, 16 or 32, with or without a byte order mark.
+
+    strict: see `parse_json`; False: for scenes.
 
     Raises:
         UserError: the file cannot be read or parsed.
     """
     try:
         content = read_regular(path)
-        return content, json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
+        return content, parse_json(content, strict=strict)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 

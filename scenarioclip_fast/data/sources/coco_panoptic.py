@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.check import SceneChecker, short
+from scenarioclip_fast.data.check import SceneChecker
 from scenarioclip_fast.data.sources.annotations import (
     AnnotatedSource,
     Box,
@@ -31,6 +31,7 @@ from scenarioclip_fast.data.sources.files import Folders
 from scenarioclip_fast.data.sources.panoptic import PanopticReader, plain_name
 from scenarioclip_fast.data.sources.sniff import kind_of, require_kind
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import short
 
 
 class CocoPanopticSource(AnnotatedSource):

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, short
+from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry
 from scenarioclip_fast.files import open_file
+from scenarioclip_fast.terminal import short
 
 ABSOLUTE = 'file names are absolute: write them relative to the data set\'s directory, "images/0001.jpg"'
 BACKSLASHES = 'file names have backslashes: write "images/0001.jpg"'

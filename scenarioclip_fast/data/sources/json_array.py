@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import open_file
+from scenarioclip_fast.parsing import DECODER, parse_json
 
 _CHUNK = 1 << 20  # bytes read at once
 _MAX_ELEMENT = 1 << 26  # characters; bounds what is read to find the end of a damaged element
@@ -46,7 +46,7 @@ def read_element(path: Path, extent: Extent) -> Any:
     try:
         with open_file(path) as file:
             file.seek(extent.offset)
-            return json.loads(file.read(extent.size))
+            return parse_json(file.read(extent.size), strict=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the file was changed while packing: {error}") from None
 
@@ -59,7 +59,7 @@ class _Scanner:
         self._end = False
 
     def elements(self) -> Iterator[tuple[Extent, Any]]:
-        decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+        decoder, utf8 = DECODER, codecs.getincrementaldecoder("utf-8")()
         with open_file(self._path) as file:
 
             def fill() -> bool:

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenarioclip_fast.data.check import short
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.scene import mask_pixels
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.files import NotRegularError, open_file
+from scenarioclip_fast.terminal import short
 
 MAX_MASK_BYTES = 1 << 30  # of all candidate masks of one scene
 MAX_NPZ_LISTING = 1 << 20  # bytes of a zip's central directory; an npz has about three members

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenarioclip_fast.data.check import short
 from scenarioclip_fast.data.sources.files import read_file
 from scenarioclip_fast.data.sources.masks_npz import MAX_MASK_BYTES
 from scenarioclip_fast.data.sources.panoptic import decode_png
+from scenarioclip_fast.terminal import short
 
 # Modes of Pillow; I: 16 bits in its older versions.
 _MASK, _LABELS = ("1", "L"), ("L", "P", "I;16", "I")

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries, short
+from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Source, SourceOptions, SplitOf
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import short
 
 _QUALITY = 95  # JPEG quality for images given as pixels
 

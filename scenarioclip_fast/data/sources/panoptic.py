@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data import rle
-from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries, short
+from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries
 from scenarioclip_fast.data.sources.annotations import Box, Entry, SceneBuilder, load_image
 from scenarioclip_fast.data.sources.files import Folders, read_file
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import short
 
 MAX_ID = (1 << 24) - 1  # of a segment: three bytes
 

@@ -22,7 +22,6 @@ from scenarioclip_fast.data.check import (
     SceneChecker,
     assigned_splits,
     safe_key,
-    short,
     split_conflict,
 )
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
@@ -35,7 +34,7 @@ from scenarioclip_fast.data.sources.masks_npz import read_masks
 from scenarioclip_fast.data.sources.masks_png import find_png_masks, read_png_masks
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.terminal import get_logger
+from scenarioclip_fast.terminal import get_logger, short
 
 MASKS = "sam_results"  # the directory of mask files
 _MISSING = b"none\n"  # the status of a file that does not exist
@@ -116,7 +115,7 @@ class PublishedSource(Source):
         return cls(paths[0], options)
 
     def _load(self, path: Path) -> Iterator[Entry]:
-        content, record = load_json(path)
+        content, record = load_json(path, strict=False)
         data = record.get("data") if isinstance(record, dict) else None
         if not isinstance(data, list):
             raise UserError(f'{path}: got {short(record)}, expected {{"data": [entries]}}')

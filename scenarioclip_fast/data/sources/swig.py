@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries, short
+from scenarioclip_fast.data.check import BadEntry, CheckedScene, SceneChecker, malformed_entries
 from scenarioclip_fast.data.sources.annotations import (
     AnnotatedSource,
     Entry,
@@ -31,6 +31,7 @@ from scenarioclip_fast.data.sources.base import SourceOptions
 from scenarioclip_fast.data.sources.classes import load_json
 from scenarioclip_fast.data.sources.files import Folders
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import short
 
 _SPACE = "imsitu_space.json"
 _FILES = {"train.json": "train", "dev.json": "val", "test.json": "test"}
@@ -75,7 +76,7 @@ class SwigSource(AnnotatedSource):
             )
         entries: list[Entry] = []
         for file in files:
-            _, record = load_json(file)
+            _, record = load_json(file, strict=False)
             if not isinstance(record, dict):
                 raise UserError(f"{file}: got {short(record)}, expected {{image name: annotation}}")
             entries += [_entry(file.name, name, one, nouns, verbs) for name, one in record.items()]

@@ -12,11 +12,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, safe_key, short
+from scenarioclip_fast.data.check import MAX_IMAGE_BYTES, BadEntry, Rejection, safe_key
 from scenarioclip_fast.data.shards import split_named, words_of
 from scenarioclip_fast.data.tars import read_members, special_kind
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import open_file
+from scenarioclip_fast.terminal import short
 
 MAX_RECORD_BYTES = 1 << 24  # of a KEY.json; enough for a thousand objects with masks
 COMPRESSED_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")

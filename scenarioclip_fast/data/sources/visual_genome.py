@@ -25,7 +25,6 @@ from scenarioclip_fast.data.check import (
     Rejection,
     SceneChecker,
     malformed_entries,
-    short,
 )
 from scenarioclip_fast.data.sources.annotations import (
     AnnotatedSource,
@@ -46,6 +45,7 @@ from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.progress import progress as show_progress
+from scenarioclip_fast.terminal import short
 
 _LISTS = {"objects": "objects.json", "relationships": "relationships.json"}
 _LARGE = 1 << 23  # bytes of objects.json, about 2,000 images, from which worker processes pay off

@@ -43,6 +43,7 @@ from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import open_regular
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
 
 _LARGE = 1 << 28  # bytes of tars from which worker processes pay off
@@ -247,7 +248,7 @@ class SampleReader:
 def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, int]]:
     """Parse a record into a scene with normalised texts, and the (H, W) in the record."""
     try:
-        record = json.loads(content)
+        record = parse_json(content, strict=False)
         scene = normalise_scene(scene_from_json(key, image, record))
         height, width = (int(n) for n in record["size"])
     except BadEntry:

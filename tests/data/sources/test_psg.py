@@ -185,7 +185,7 @@ def test_without_actions(psg: Psg, packed: Any) -> None:
         ),
         ('{"images": [], "annotations": [{"id": 1}]}', "malformed COCO captions"),
         ('{"images": [{"id": []}], "annotations": []}', "malformed COCO captions"),
-        ('{"images": [], "annotations": [{"id": Infinity}]}', "malformed COCO captions"),
+        ('{"images": [], "annotations": [{"id": Infinity}]}', "not readable as JSON: got the number inf"),
         ("{", "not readable as JSON"),
     ],
 )
