@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_file, open_regular, read_regular, sha256_of
 
 PIECE = 64 << 20  # bytes, so that several cores, or ranks, verify one file
 SUMS = "SHA256SUMS"
@@ -48,7 +49,7 @@ def piece_digest(path: Path, piece: int) -> str:
     digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
     view = memoryview(buffer)
     at, end = piece * PIECE, (piece + 1) * PIECE
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     try:
         while at < end and (read := os.preadv(descriptor, [view[: end - at]], at)):
             digest.update(view[:read])
@@ -60,8 +61,8 @@ def piece_digest(path: Path, piece: int) -> str:
 
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_file(path) as file:
+        return sha256_of(file)
 
 
 def write_sums(directory: Path, names: Iterable[str]) -> None:
@@ -78,7 +79,7 @@ def verify_sums(directory: Path, names: Iterable[str]) -> bool:
     """
     sums = directory / SUMS
     try:
-        lines = sums.read_bytes().decode("utf-8").splitlines()
+        lines = read_regular(sums).decode("utf-8").splitlines()
     except FileNotFoundError:
         return False
     except ValueError:

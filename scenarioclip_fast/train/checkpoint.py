@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from scenarioclip_fast.checksums import PIECE, piece_digest
+from scenarioclip_fast.files import Directory
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.train.checkpoint_files import INDEX, Planner, Reader, Writer, read_index
 
@@ -360,14 +361,10 @@ def _delete(path: Path) -> None:
         if path.is_symlink():
             path.unlink()
             return
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            for name in os.listdir(descriptor):
-                if _FILES.fullmatch(name):
-                    os.unlink(name, dir_fd=descriptor)
-        finally:
-            os.close(descriptor)
-        os.rmdir(path)
+        with Directory(path) as directory:
+            for name in filter(_FILES.fullmatch, directory.names()):
+                directory.unlink(name)
+        path.rmdir()
 
 
 def _do_nothing() -> None:

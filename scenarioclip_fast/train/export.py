@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -12,13 +13,17 @@ from scenarioclip_fast.checksums import SUMS, write_sums
 from scenarioclip_fast.data import Vocabulary
 from scenarioclip_fast.distributed import World
 from scenarioclip_fast.errors import TrainingFailed
+from scenarioclip_fast.files import Directory
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import ScenarioCLIP
+from scenarioclip_fast.model.pretrained import MODEL_FILES
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.sharding import whole_tensor
 from scenarioclip_fast.train.state import RunState
 from scenarioclip_fast.train.weights import save_teacher
+
+_FILES = frozenset({*MODEL_FILES, SUMS, "vocabulary.json", "config.yaml", "teacher.safetensors"})
 
 
 def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: TrainConfig, world: World) -> None:
@@ -34,22 +39,46 @@ def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: Train
     if world.is_main_process:
         temporary = directory.with_name(f".writing-{directory.name}")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _clear(temporary)
             temporary.mkdir()
             model.save_pretrained(temporary, learned_scales(run.loss))
             vocabulary.save(temporary / "vocabulary.json")
             config.save(temporary / "config.yaml")
             if averages is not None:
                 save_teacher(averages, temporary / "teacher.safetensors")
-            write_sums(temporary, [path.name for path in temporary.iterdir() if path.name != SUMS])
-            shutil.rmtree(directory, ignore_errors=True)
-            temporary.rename(directory)
+            write_sums(temporary, [path.name for path in temporary.iterdir()])
+            _install(temporary, directory)
         except (OSError, require("safetensors").SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _clear(temporary)
             raise TrainingFailed(
                 f"{directory} not written: {error}; the last checkpoint is intact: free some space, then --resume"
             ) from error
     world.barrier()
+
+
+def _install(temporary: Path, directory: Path) -> None:
+    """Move the files to `directory`, whose other files stay: checksums first, so that a mixture is not loaded."""
+    if not directory.exists():
+        temporary.rename(directory)
+        return
+    for name in (SUMS, *sorted(_FILES - {SUMS})):
+        if (temporary / name).exists():
+            os.replace(temporary / name, directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
+    temporary.rmdir()
+
+
+def _clear(temporary: Path) -> None:
+    """Remove what a killed export left, and nothing else."""
+    if temporary.is_symlink():
+        temporary.unlink()
+    elif temporary.exists():
+        with Directory(temporary) as found:
+            for name in _FILES.intersection(found.names()):
+                found.unlink(name)
+        temporary.rmdir()
 
 
 def learned_scales(loss: ScenarioLoss) -> dict[str, float]:

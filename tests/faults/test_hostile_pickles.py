@@ -171,6 +171,7 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, change: Callable[[Metadat
         restore(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_tensor_that_is_a_pickle_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints")
     file, attack = tmp_path / "sentinel", io.BytesIO()

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from scenarioclip_fast import native
-from scenarioclip_fast.data import rle
 from scenarioclip_fast.kernels.views import reference
 from torch import Tensor
+
+from scenarioclip_fast import native
+from scenarioclip_fast.data import rle
 
 Arguments = dict[str, Any]
 OPS = torch.ops.scenarioclip_fast_C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import TrainingFailed, UserError
+from scenarioclip_fast.eval.checkpoint import open_checkpoint
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import ScenarioCLIP
 from scenarioclip_fast.train import checkpoint
@@ -179,3 +181,49 @@ def test_resume_on_a_gpu(small: Make) -> None:
     Trainer(resumed, resume=meta_file(full, 2).parent).fit()
     # the order of float32 sums varies from run to run, and steps amplify the difference
     assert losses(resumed) == pytest.approx(losses(full)[2:], rel=1e-3)
+
+
+def test_an_export_keeps_files_of_others(small: Make, tmp_path: Path) -> None:
+    config = small("train.steps=1", "loss.distillation_scale=0")
+    run = Path(config.run.dir)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "model.safetensors").touch()
+    run.mkdir()
+    (run / ".writing-model").symlink_to(elsewhere)  # as if left by a killed export
+    Trainer(config).fit()
+    (run / "model" / "notes.txt").touch()
+    (run / "model" / "teacher.safetensors").touch()
+    Trainer(small("train.steps=2", "loss.distillation_scale=0"), resume=True).fit()
+    assert sorted(path.name for path in (run / "model").iterdir()) == [
+        "SHA256SUMS",
+        "config.json",
+        "config.yaml",
+        "model.safetensors",
+        "notes.txt",
+        "vocabulary.json",
+    ]
+    assert not os.path.lexists(run / ".writing-model") and (elsewhere / "model.safetensors").exists()
+    open_checkpoint(run)
+
+
+def test_an_export_that_is_killed_halfway_is_not_loaded(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("train.steps=1")
+    Trainer(config).fit()
+    replace, done = os.replace, []
+
+    def die_late(source: Any, target: Any) -> None:
+        if Path(target).parent.name == "model":
+            if done:
+                raise SystemExit
+            done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die_late)
+    with pytest.raises(SystemExit):
+        Trainer(small("train.steps=2"), resume=True).fit()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="damaged or changed"):
+        open_checkpoint(Path(config.run.dir))
+    Trainer(small("train.steps=2"), resume=True).fit()
+    open_checkpoint(Path(config.run.dir))

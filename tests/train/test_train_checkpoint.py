@@ -157,7 +157,7 @@ def test_a_killed_writer_leaves_no_partial_checkpoint(
         monkeypatch.setattr(checkpoint.os, "rename", die)
     # The process is killed before any clean-up.
     if moment == "while pruning":
-        monkeypatch.setattr(checkpoint.os, "rmdir", die)
+        monkeypatch.setattr(Path, "rmdir", die)
     else:
         monkeypatch.setattr(checkpoint, "_delete", die)
     with pytest.raises((SystemExit, NotWritten)):
