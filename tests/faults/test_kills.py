@@ -8,6 +8,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from campaign import flip_a_bit, generator, trials
 from safetensors.torch import load_file
 
 from scenarioclip_fast.cli.train import STOPPED
-from scenarioclip_fast.train.checkpoint import Checkpoints, examine
+from scenarioclip_fast.train.checkpoint import BadCheckpoint, Checkpoints, examine, verify
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
@@ -49,6 +50,16 @@ def wait_until(condition: Callable[[], bool], running: Any, seconds: float = 60)
 
 def leftovers(run: Path) -> list[Path]:
     return [path for path in run.rglob(".*") if path.name.startswith((".writing", ".removing"))]
+
+
+def intact(checkpoints: Checkpoints) -> list[int]:
+    """The steps of the checkpoints that can be resumed, newest first."""
+    steps = []
+    for path in checkpoints.paths():
+        with suppress(BadCheckpoint):
+            verify(examine(path), None)
+            steps.append(examine(path).meta["step"])
+    return steps
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -138,11 +149,12 @@ def test_random_kills_lose_nothing_beyond_the_last_intact_checkpoint(small: Make
         checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=2)
         codes: list[int | None] = []
         while codes != [0] * ranks:
-            before = [examine(path).meta["step"] for path in checkpoints.paths()]  # all are complete
+            before = intact(checkpoints)
             if len(before) > 1 and damaged < DAMAGED:
-                damaged += 1
-                flip_a_bit(rng.choice(sorted(checkpoints.paths()[0].iterdir())), rng)
-                del before[0]
+                newest = checkpoints.directory / f"step-{before[0]:08d}"
+                flip_a_bit(rng.choice(sorted(newest.iterdir())), rng)
+                damaged += len(before) > len(intact(checkpoints))  # not by a flip in white space
+                before = intact(checkpoints)
             running = fork_server.start(config, "--resume", "auto", ranks=ranks)
             if killed < KILLS:
                 number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
