@@ -10,14 +10,16 @@ ONLY   ?=
 TOTAL  ?= 480
 PREBUILT ?=
 FACTOR ?= 1
+SECONDS ?= 60
 JOBS   ?= auto
 CUTLASS := nvidia-cutlass==4.2.0.0
 RECORD ?= benchmarks/records/{date}-{device}
 EXTRAS := train,eval,triton,dali,nvimgcodec,remote,tensorboard,parquet,bench,test,docs,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
+FUZZ := $(wildcard tests/fuzz/*.h tests/fuzz/*.cpp)
 
-.PHONY: install demo test faults test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
+.PHONY: install demo test faults fuzz test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
@@ -43,6 +45,10 @@ test: install
 faults: install
 	SCENARIOCLIP_FAST_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/data/test_pack_resume.py -n $(JOBS) --dist loadfile
 
+# Fuzz the native code with AddressSanitizer and UndefinedBehaviorSanitizer, in build/fuzz.
+fuzz: $(VENV)/packages
+	$(BIN)/python tests/fuzz/fuzz.py --seconds '$(SECONDS)'
+
 # Install the sdist and the wheel in empty environments, as users do.
 test-install: install
 	$(BIN)/python .ci/check_install.py
@@ -65,12 +71,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE) $(FUZZ)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(NATIVE) $(FUZZ)
 
 # The documentation site, in build/site; every warning is an error.
 docs: install

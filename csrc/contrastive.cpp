@@ -11,7 +11,8 @@
 
 #include "kernels/contrastive/arguments.h"
 
-// The backend "cuda": arguments are checked in kernels/contrastive/arguments.h.
+// The backend "cuda": arguments are checked in kernels/contrastive/arguments.h. What tensors on the device hold is not
+// read here: the kernels skip positives and partners that do not exist, and check offsets (kernels/device_check.h).
 namespace scf {
 namespace {
 
@@ -43,6 +44,9 @@ Argument argument(const Tensor& tensor, const char* name) {
   for (int64_t d = 0; d < out.dim && d < 2; ++d) {
     out.size[d] = tensor.size(d);
     out.stride[d] = tensor.stride(d);
+  }
+  if (tensor.numel() > 0 && out.dim <= 2) {
+    check_storage(tensor, name, (out.size[0] - 1) * out.stride[0] + (out.size[1] - 1) * out.stride[1]);
   }
   return out;
 }

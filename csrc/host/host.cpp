@@ -90,22 +90,30 @@ py::object mask_table(const py::list& masks, const Dense<int64_t>& sizes) {
   };
   std::vector<std::string_view> texts;
   std::vector<py::object> owners;  // keep the texts alive if another thread changes a mask meanwhile
+  // The value of a key; a null pointer without it. Comparing keys may run any code, so that nothing is only borrowed.
+  const auto value_of = [](const py::object& mask, const py::str& key) {
+    PyObject* value = PyDict_GetItemWithError(mask.ptr(), key.ptr());
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(value);
+  };
   for (py::size_t m = 0; m < masks.size(); ++m) {
-    PyObject* mask = PyList_GET_ITEM(masks.ptr(), static_cast<py::ssize_t>(m));
-    if (!PyDict_CheckExact(mask)) return py::none();
-    PyObject* size = PyDict_GetItemWithError(mask, size_key.ptr());
-    PyObject* counts = PyDict_GetItemWithError(mask, counts_key.ptr());
-    if (size == nullptr || counts == nullptr) return py::none();
-    if (!(PyList_CheckExact(size) || PyTuple_CheckExact(size)) || PySequence_Fast_GET_SIZE(size) != 2) {
+    if (static_cast<py::ssize_t>(m) >= sizes.shape(0)) return py::none();  // the list has grown
+    const auto mask = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(masks.ptr(), static_cast<py::ssize_t>(m)));
+    if (!PyDict_CheckExact(mask.ptr())) return py::none();
+    const py::object size = value_of(mask, size_key), counts_object = value_of(mask, counts_key);
+    PyObject* counts = counts_object.ptr();
+    if (!size || !counts_object) return py::none();
+    if (!(PyList_CheckExact(size.ptr()) || PyTuple_CheckExact(size.ptr())) ||
+        PySequence_Fast_GET_SIZE(size.ptr()) != 2) {
       return py::none();
     }
     const int64_t* expected = sizes.data(static_cast<py::ssize_t>(m));
     for (int side = 0; side < 2; ++side) {
-      if (!is_number(PySequence_Fast_GET_ITEM(size, side), expected[side])) {
+      if (!is_number(PySequence_Fast_GET_ITEM(size.ptr(), side), expected[side])) {
         return py::none();
       }
     }
-    owners.push_back(py::reinterpret_borrow<py::object>(counts));
+    owners.push_back(counts_object);
     if (PyBytes_CheckExact(counts)) {
       texts.emplace_back(PyBytes_AS_STRING(counts), static_cast<size_t>(PyBytes_GET_SIZE(counts)));
     } else if (PyUnicode_CheckExact(counts) && PyUnicode_IS_ASCII(counts)) {
@@ -154,7 +162,11 @@ py::object lower_views(const Dense<int32_t>& kind, const Dense<int64_t>& image, 
   for (const py::handle shape : shapes) {
     if (!PyTuple_Check(shape.ptr()) || PyTuple_GET_SIZE(shape.ptr()) != 3) return py::none();
     int64_t side[3];
-    for (int k = 0; k < 3; ++k) side[k] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), k));
+    for (int k = 0; k < 3; ++k) {
+      PyObject* number = PyTuple_GET_ITEM(shape.ptr(), k);
+      if (!PyLong_Check(number)) return py::none();  // converting it may run any code
+      side[k] = PyLong_AsLongLong(number);
+    }
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     if (side[0] < 1 || side[1] < 1 || side[2] != 3) return py::none();
     sides.insert(sides.end(), side, side + 2);
@@ -163,7 +175,7 @@ py::object lower_views(const Dense<int32_t>& kind, const Dense<int64_t>& image, 
       .kind = kind.data(),
       .image = image.data(),
       .source = source.data(),
-      .stretch = stretch.data(),
+      .stretch = reinterpret_cast<const uint8_t*>(stretch.data()),
       .box = box.data(),
       .mask = mask.data(),
       .mask_runs = mask_runs.data(),

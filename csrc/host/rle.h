@@ -15,6 +15,9 @@ inline std::string rle_compress(const int64_t* runs, int64_t count) {
   std::string text;
   text.reserve(count * 3);
   for (int64_t i = 0; i < count; ++i) {
+    if (runs[i] < 0 || runs[i] > kMaxRun) {
+      throw std::invalid_argument("got a run of " + std::to_string(runs[i]) + " pixels, expected 0 to 2^28");
+    }
     int64_t rest = i > 2 ? runs[i] - runs[i - 2] : runs[i];
     bool more = true;
     while (more) {

@@ -114,7 +114,7 @@ struct ViewArrays {
   const int32_t* kind;        // [views]
   const int64_t* image;       // [views]
   const int32_t* source;      // [views, 4]
-  const bool* stretch;        // [views]
+  const uint8_t* stretch;     // [views] bytes of an array of bool: any but 0 is true
   const double* box;          // [views, 4]
   const int64_t* mask;        // [views, 2]
   const int32_t* mask_runs;   // [runs]
@@ -172,7 +172,7 @@ class ViewLowering {
     const int64_t* shape = v_.shape + 2 * image;
     row[0] = kind;
     row[1] = static_cast<int32_t>(image);
-    return lower_source(v_.source + 4 * v, v_.stretch[v], shape, row + 2) &&
+    return lower_source(v_.source + 4 * v, v_.stretch[v] != 0, shape, row + 2) &&
            lower_box(kind, v_.box + 4 * v, shape, row + 10) && lower_masks(kind, v_.mask + 2 * v, shape, row + 14);
   }
 

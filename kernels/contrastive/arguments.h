@@ -303,11 +303,13 @@ inline std::string check_finish(const FinishArguments& a, FinishProblem& problem
   problem.rows = rows, problem.partner_rows = a.partners.size[0], problem.width = width;
   problem.positives = check.positives(a.of_texts ? Argument{} : a.index, a.first, rows);
   problem.order = problem.offsets = nullptr;
+  problem.order_size = 0;
   if (a.of_texts) {
     check.require(static_cast<bool>(a.index) == static_cast<bool>(a.offsets),
                   "got only one of order and offsets, expected both or neither");
     if (a.index && a.offsets) {
       problem.order = check.contiguous<const int64_t>(a.index, Type::kLong, {-1});
+      problem.order_size = a.index.size[0];
       problem.offsets = check.contiguous<const int64_t>(a.offsets, Type::kLong, {rows + 1});
     }
   }

@@ -4,6 +4,7 @@
 
 #include "kernels/contrastive/arithmetic.h"
 #include "kernels/contrastive/contrastive.h"
+#include "kernels/device_check.h"
 
 namespace scf {
 namespace {
@@ -155,6 +156,7 @@ __global__ void __launch_bounds__(kGroups == 1 ? kFinishWidth / kFinishEntries :
   const bool whole = first + kFinishEntries <= p.width;
   float gradient[kFinishEntries] = {}, entries[kFinishEntries] = {};
   const int64_t begin = p.order != nullptr ? p.offsets[row] : 0, end = p.order != nullptr ? p.offsets[row + 1] : 1;
+  SCF_DEVICE_CHECK(p.order == nullptr || (begin >= 0 && end <= p.order_size));
 #pragma unroll 4
   for (int64_t position = begin + threadIdx.y; position < end; position += kGroups) {
     const int64_t partner = p.order != nullptr ? p.order[position] : positive_column(p.positives, row);

@@ -134,6 +134,7 @@ struct FinishProblem {
   Positives positives;
   const int64_t* order;    // [positives], or null
   const int64_t* offsets;  // [rows + 1], or null
+  int64_t order_size;      // of `order`
   const float* gain;       // [rows], or [partner_rows] if gain_of_partner
   bool gain_of_partner;
   const float* scale;  // [1]

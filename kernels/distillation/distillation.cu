@@ -3,6 +3,7 @@
 // The last block to finish adds up the contributions of all rows in row order.
 #include <cstdint>
 
+#include "kernels/device_check.h"
 #include "kernels/distillation/distillation.h"
 #include "kernels/distillation/pair.h"
 
@@ -50,7 +51,9 @@ __device__ T block_reduce(T value, Op op, T* shared /* [kWarps] */) {
 __device__ void add_pair(const DistillationProblem& p, int64_t pair, const float* row,
                          float inverse_student_temperature, float* targets, PairSums& sums) {
   const int width = static_cast<int>(p.width), lane = threadIdx.x % 32;
-  const float* teacher = p.teacher + p.teacher_index[pair] * p.width;
+  const int64_t teacher_row = p.teacher_index[pair];
+  SCF_DEVICE_CHECK(teacher_row >= 0 && teacher_row < p.teachers);
+  const float* teacher = p.teacher + teacher_row * p.width;
   const float inverse_temperature = 1 / p.teacher_temperature;
   float largest = -INFINITY;
   for (int j = lane; j < width; j += 32) largest = Max()(teacher[j], largest);

@@ -94,7 +94,8 @@ class BlurSums {
   void store_once(bool published, int16_t* to) const {
     Int8 lanes[2];
     for (int i = 0; i < 2; ++i) {
-      const auto sum = reinterpret_cast<Unsigned8>((high_[i] << kLowBits) + low_[i]);
+      // Up to 255 * 2^24, which signed lanes do not hold.
+      const auto sum = (reinterpret_cast<Unsigned8>(high_[i]) << kLowBits) + reinterpret_cast<Unsigned8>(low_[i]);
       const Unsigned8 rounded =
           published ? sum >> kBlurBits << kBlurPassBits : (sum + kHalf) >> (kBlurBits - kBlurPassBits);
       lanes[i] = reinterpret_cast<Int8>(rounded) - kMiddle;

@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -394,12 +395,13 @@ def exempt(name: str, key: str, what: str) -> bool:
     return (name, key, what) in VALID
 
 
+COUNTS = ("one more", "one less", "none")
 VALID = {
-    *(("contrastive_cpu_exponentials", "values", f"{what} in {dim}") for what in ("one more", "one less", "none") for dim in (0, 1)),
+    *(("contrastive_cpu_exponentials", "values", f"{what} in {dim}") for what in COUNTS for dim in (0, 1)),
     ("contrastive_cpu_gradients", "source", "expanded"),
     ("distillation_forward", "student", "one more in 0"),
     ("distillation_forward", "teacher", "one more in 0"),
-    *(("quick_gelu_forward", "x", f"{what} in 0") for what in ("one more", "one less", "none")),
+    *(("quick_gelu_forward", "x", f"{what} in 0") for what in COUNTS),
     ("quick_gelu_forward", "x", "another dimension"),
     ("quick_gelu_forward", "x", "torch.bfloat16"),
     ("render_views", "out", "torch.bfloat16"),
@@ -532,7 +534,7 @@ def behaviour(name: str, build: Callable[[], Arguments], must_raise: bool) -> st
 def child(calls: list[Call], to: int) -> NoReturn:
     """Make calls; write one line for each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    used = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for each in calls:
         signal.alarm(SECONDS)
