@@ -24,7 +24,7 @@ _Finish = Callable[[], _Outcome]
 # Options of rank 0 alone, and those that `open_session` compares between ranks.
 _NOT_COMPARED = ("checkpoint", "shards", "device", "json", "report", "cache", "batch_size", "weights")
 # Options that override fields of the run's LoaderConfig.
-_LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib")
+_LOADER_OPTIONS = ("decoder", "object_view", "relation_view", "blur", "shard_cache_dir", "shard_cache_gib", "verify")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -140,6 +140,11 @@ def _common() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shard-cache-gib", type=float, metavar="GIB", help="size limit of that cache (default: as in training)"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="check the SHA-256 of every shard (default: as in training)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its figures")

@@ -35,6 +35,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the selection of scenes (default: 0)"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="check the SHA-256 of every shard; unusable: scenes of damaged_shard"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         relation_view=args.relation_view,
         blur=args.blur,
         seed=args.seed,
+        verify=args.verify,
     )
     echo(statistics, lines=True)
     echo(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")

@@ -233,8 +233,11 @@ def inspect_shards(
     relation_view: str = "focused",
     blur: str = "rgb",
     seed: int = 0,
+    verify: bool = False,
 ) -> SplitStatistics:
     """Collect statistics of a split, and write `histograms.png` and `scenes.png` (randomly chosen scenes) to `out`.
+
+    With `verify`, the scenes of shards with another SHA-256 than in the manifest are unusable (see `ShardSet`).
 
     Raises:
         UserError: no packed data set, no usable scenes in the split, or an argument is out of range.
@@ -249,7 +252,7 @@ def inspect_shards(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a directory for the pictures")
     require("matplotlib")  # before all scenes are read
-    shards = ShardSet(directory, split)
+    shards = ShardSet(directory, split, verify=verify)
     statistics = collect_statistics(
         read_scenes(shards, progress(range(len(shards)), total=len(shards), desc="counting", unit="scenes"))
     )

@@ -227,9 +227,10 @@ class RemoteShards:
         return self._cache.path(digest) if digest in self._usable else None
 
     def is_unchanged(self, shard: int, status: os.stat_result) -> bool:
-        """Whether an open cached shard has not been written to since it was verified."""
+        """Whether an open cached shard has been neither written to nor removed since it was verified."""
         expected = self._shards[shard]
-        return (status.st_size, status.st_mtime_ns) == (expected.size, self._usable.get(expected.sha256))
+        written = (status.st_size, status.st_mtime_ns) != (expected.size, self._usable.get(expected.sha256))
+        return not written and status.st_nlink > 0
 
     def suspect(self, shard: int, certain: bool) -> bool:
         """Stop using a cached shard, and hash it in the background: it is fetched again if it is damaged.

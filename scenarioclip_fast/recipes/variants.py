@@ -33,6 +33,7 @@ _NOT_AFFECTING_WEIGHTS = {
     "data.cache_gib",
     "data.shard_cache_dir",
     "data.shard_cache_gib",
+    "data.verify",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
