@@ -46,7 +46,7 @@ def status_of(path: str | Path, dir_fd: int | None = None) -> os.stat_result | N
     """The status of a path, of a symbolic link itself; None if there is no such file."""
     try:
         return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
