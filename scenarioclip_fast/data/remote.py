@@ -218,8 +218,9 @@ class RemoteShards:
         self._waiting.extend((0.0, shard) for shard in shards if shard.sha256 not in cached and shard.size <= limit)
         self._fetchers: list[threading.Thread] = []
         self._fetching = 0  # threads that are still going to look at `_waiting`
-        for _ in range(min(_FETCHERS, len(self._waiting))):
-            self._start_fetcher()
+        with self._lock:
+            for _ in range(min(_FETCHERS, len(self._waiting))):
+                self._start_fetcher()
 
     def path(self, shard: int) -> Path | None:
         """The path of shard number `shard` in the cache; None if it must not be used (yet)."""

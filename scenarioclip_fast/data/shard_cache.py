@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -28,6 +29,8 @@ from scenarioclip_fast.terminal import get_logger
 _log = get_logger(__name__)
 
 
+_libc = ctypes.CDLL(None)
+_UTIME_NOW, _UTIME_OMIT, _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = (1 << 30) - 1, (1 << 30) - 2, -100, 0x100  # Linux
 _FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
 _CLAIMS = re.compile(r"[0-9a-f]{32}\.claims")
 
@@ -183,8 +186,8 @@ class ShardCache:
             return
         with suppress(FileNotFoundError), self._locked():  # the directory may have been removed
             for digest in self._mine:
-                if (status := status_of(self.path(digest))) is not None and stat.S_ISREG(status.st_mode):
-                    _set_used(self.path(digest), status)
+                if is_regular(self.path(digest)):
+                    _set_used(self.path(digest))
             self._claims.unlink(missing_ok=True)
         os.close(self._claims_fd)
         self._claims_fd = -1
@@ -213,7 +216,7 @@ class ShardCache:
             what = f"a {kind_of(status.st_mode)} of {status.st_size} bytes"
             _log.warning("%s: got %s, expected a shard of %d bytes: removed from the cache", path, what, size)
             return None
-        _set_used(path, status)
+        _set_used(path)
         if digest not in self._mine:
             self._mine.add(digest)
             os.write(self._claims_fd, f"{digest}\n".encode())
@@ -261,9 +264,10 @@ def verified_time(digest: str) -> int:
     return (2**29 + 2 * int(digest[:7], 16)) * 10**9
 
 
-def _set_used(path: Path, status: os.stat_result) -> None:
-    with suppress(PermissionError):  # a file of another user
-        os.utime(path, ns=(time.time_ns(), status.st_mtime_ns), follow_symlinks=False)
+def _set_used(path: Path) -> None:
+    """Set only the access time: `os.utime` would also set the modification time, and hide a write just before."""
+    times = (ctypes.c_long * 4)(0, _UTIME_NOW, 0, _UTIME_OMIT)  # two struct timespec
+    _libc.utimensat(_AT_FDCWD, os.fsencode(path), times, _AT_SYMLINK_NOFOLLOW)  # fails on a file of another user
 
 
 def _is_locked(path: Path) -> bool:

@@ -277,10 +277,11 @@ def check_target(out: Path, force: bool) -> None:
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"{out}: not writable; choose another directory for the pack")
     for path in sorted(out.iterdir()):  # a link to a file is only replaced
-        mode = path.lstat().st_mode
-        if PACK_FILES.fullmatch(path.name) and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        found = status_of(path) if PACK_FILES.fullmatch(path.name) else None
+        if found is not None and not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
             raise UserError(
-                f"{path}: got a {kind_of(mode)}, expected a file of a pack; move it away, or choose another directory"
+                f"{path}: got a {kind_of(found.st_mode)}, expected a file of a pack; move it away, or choose another "
+                "directory"
             )
     foreign = sorted(
         path.name for path in out.iterdir() if path.name != INNER_STAGE and not PACK_FILES.fullmatch(path.name)

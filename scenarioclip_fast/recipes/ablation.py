@@ -188,9 +188,10 @@ def _evaluate(
             data.shards,
             device=str(world.device),
             batch_size=batch_size,
-            # An earlier call may have trained the run with another shard cache.
+            # An earlier call may have trained the run with other settings.
             shard_cache_dir=data.shard_cache_dir,
             shard_cache_gib=data.shard_cache_gib,
+            verify=data.verify,
         ) as session,
         session.loader(split) as loader,
     ):
