@@ -19,7 +19,7 @@ from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.data.staging import Stage
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import NotRegularError, open_regular
+from scenarioclip_fast.files import Directory, NotRegularError, open_regular
 from scenarioclip_fast.recipes.demo import DemoConfig, _prepare
 
 KINDS = ["symbolic link", "broken link", "named pipe", "socket", "directory"]
@@ -354,6 +354,21 @@ def test_the_demo_clears_only_its_own_folders(kind: str, victim: Path, tmp_path:
     with pytest.raises(UserError, match="not written by a demo"):
         _prepare(out, DemoConfig())
     assert (victim / "notes.txt").read_text() == "precious notes.txt"
+
+
+@pytest.mark.parametrize("mode", ["rb", "wb", "ab", "xb"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_a_directory_are_not_reached_through_links(mode: str, kind: str, victim: Path, tmp_path: Path) -> None:
+    make_special(tmp_path / "name", kind, victim / "notes.txt")
+    before = snapshot(tmp_path)
+    expected = "symbolic link" if kind == "broken link" else kind
+    with Directory(tmp_path) as directory, bounded(10, *[tmp_path / "name"] * (kind == "named pipe")):
+        with pytest.raises(NotRegularError, match=f"got a {expected}, expected a regular file") as caught:
+            directory.open("name", mode)
+        assert caught.value.filename == str(tmp_path / "name") and snapshot(tmp_path) == before
+        if kind != "directory":
+            directory.unlink("name")
+    assert snapshot(victim).keys() == {"journal.jsonl", "train-000000.tar", "notes.txt"}
 
 
 def test_a_link_that_replaces_a_checked_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
