@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from scenarioclip_fast import __version__
+from scenarioclip_fast import __version__, forks
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import TrainingFailed, UserError
 from scenarioclip_fast.terminal import warn
@@ -145,6 +145,7 @@ def join_world(
     store = PrefixStore(f"world-{next(_worlds)}", shared)
     watchdog = RankWatchdog(store, rank, size, timeout_s)
     failed = True
+    origin = forks.Origin()
     try:
         if store.add(f"joined/{rank}", 1) > 1:
             raise UserError(f"two processes have RANK={rank}: start the ranks with torchrun")
@@ -165,16 +166,19 @@ def join_world(
         world.barrier()  # no rank leaves while another still monitors its heartbeat
         failed = False
     except BaseException as error:
+        if not origin.is_here:  # the failure of a forked process is not this rank's
+            raise
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed) and _is_collective_error(error):
             raise TrainingFailed(f"rank {rank} cannot continue: {watchdog.diagnose(error)}") from error
         watchdog.announce(f"rank {rank} ended with {type(error).__name__}: {_first_line(error)}")
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # NCCL may wait for lost ranks here; the watchdog bounds the wait
-        watchdog.stop()
-        if failed:
-            watchdog.linger()
+        if origin.is_here:
+            if dist.is_initialized():
+                dist.destroy_process_group()  # NCCL may wait for lost ranks here; the watchdog bounds the wait
+            watchdog.stop()
+            if failed:
+                watchdog.linger()
 
 
 def _own_device(device: str, setting: str, size: int) -> torch.device:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from scenarioclip_fast import requirements
+from scenarioclip_fast import forks, requirements  # noqa: F401  # forks: OpenMP must survive them
 
 FOLDER = Path(__file__).parent / "_native"
 REBUILD = "reinstall from a source tree (`make install`)"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_sources
 from scenarioclip_fast.data.decode import Decoder, make_decoder
@@ -231,6 +232,10 @@ class SceneLoader:
         self._closed = False
         # Weak, so that an abandoned iteration is garbage-collected and stops its threads.
         self._iteration: Callable[[], Generator[Batch, None, None] | None] = lambda: None
+        forks.register(self)
+
+    def _after_fork(self) -> None:
+        self._iteration = lambda: None  # another thread may be running it in the parent
 
     def notes(self) -> list[str]:
         """What the scenes of the split lack, a line each, for logs."""
@@ -322,6 +327,7 @@ class SceneLoader:
         """Yield the batches of one iteration; consuming one advances the state and reports its bad scenes."""
         steps = self._plan(self._state)
         depth = self._prefetch
+        origin = forks.Origin()
         with Prefetcher(steps, depth, self.shards.close) if depth else nullcontext(steps) as source:
             for step, build in source:
                 self._report(step)
@@ -331,6 +337,7 @@ class SceneLoader:
                         tensor.record_stream(torch.cuda.current_stream(tensor.device))
                 self._state = step.after
                 yield batch
+                origin.check("this iteration", "begin another one")
 
     def _report(self, step: _Step) -> None:
         self.bad.update(sample.reason for sample in step.bad)

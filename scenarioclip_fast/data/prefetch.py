@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from scenarioclip_fast import forks
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,6 +33,7 @@ class Prefetcher(Generic[T, R]):
         self._ready: queue.Queue[tuple[T, Callable[[], R]] | BaseException | None] = queue.Queue(depth)
         self._stopped = threading.Event()
         self._renderer = ThreadPoolExecutor(1, "render")
+        self._origin = forks.Origin()
         self._thread = threading.Thread(target=self._run, args=(steps,), name="load", daemon=True)
         self._thread.start()
 
@@ -52,6 +55,7 @@ class Prefetcher(Generic[T, R]):
         return self
 
     def __next__(self) -> tuple[T, Callable[[], R]]:
+        self._origin.check("this iteration", "begin another one")
         while True:
             try:
                 item = self._ready.get(timeout=1.0)
@@ -69,6 +73,8 @@ class Prefetcher(Generic[T, R]):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._origin.is_here:
+            return
         self._stopped.set()
         while not self._ready.empty():  # unblocks a thread that waits on a full queue
             self._ready.get_nowait()

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.requirements import require
@@ -91,6 +92,7 @@ class Store:
         except ValueError as error:
             raise UserError(f"{url}: not a URL that fsspec can open ({error})") from None
         self._closed = threading.Event()
+        self._origin = forks.Origin()
         self._retry_at: dict[str, float] = {}  # failed file -> earliest time of the next attempt
         self._failing = False  # no read has succeeded since the last one failed
 
@@ -105,6 +107,7 @@ class Store:
             OSError: the file does not exist, or every attempt failed. Such a file is not requested again for a minute,
                 and until a read succeeds, every other file gets a single attempt, so that reads fail fast.
         """
+        self._origin.check(f"the connection to {self.url}", "open it again")  # as fsspec would, after some attempts
         if time.monotonic() < self._retry_at.get(name, 0):
             raise OSError(f"not reachable; the next attempt is at most {_RETRY_FAILED_S:g} s away")
         attempts = 1 if self._failing else self.attempts
@@ -205,6 +208,7 @@ class RemoteShards:
         self._shards = shards
         self._cache = ShardCache(directory, limit)
         self._stop = threading.Event()
+        self._origin = forks.Origin()
         self._lock = threading.Lock()
         self._usable: dict[str, int] = {}  # digests of verified shards in the cache -> their modification times
         self._hashed: set[str] = set()  # those of them that this process read and hashed
@@ -340,6 +344,8 @@ class RemoteShards:
 
     def close(self) -> None:
         """Stop the threads and waiting reads, and release the cache."""
+        if not self._origin.is_here:
+            return
         with self._lock:
             self._stop.set()
         self.store.close()

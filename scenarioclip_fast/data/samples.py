@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.remote import Closed
@@ -23,7 +24,7 @@ from scenarioclip_fast.errors import UserError
 
 _REMOTE_READS = 32  # concurrent
 # Errors that are not caused by a scene and end the run.
-_FATAL = (MemoryError, ImportError, Closed)
+_FATAL = (MemoryError, ImportError, Closed, forks.ForkedError)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class SampleReader:
         self._shards = shards
         self._need_masks = need_masks
         self._threads = max(_REMOTE_READS, threads) if shards.is_remote else threads
+        self._after_fork()
+        forks.register(self)
+
+    def _after_fork(self) -> None:
         self._pool = ThreadPoolExecutor(self._threads, "read")
 
     def read_ahead(self, indices: npt.NDArray[np.int64], batch_size: int) -> Iterator[Sample | BadSample]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import (
     NotRegularError,
@@ -53,6 +54,8 @@ class ShardCache:
 
     Other files in the directory are left alone, and symbolic links in it are never followed.
 
+    A forked process has no claims and no files being fetched: those remain its parent's.
+
     Args:
         directory: created if missing.
         limit: maximum total size in bytes, including files being fetched. Files in use are never evicted.
@@ -63,18 +66,43 @@ class ShardCache:
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
-        self._mine: set[str] = set()
-        self._claims = directory / f"{uuid.uuid4().hex}.claims"
+        self._descriptors: set[int] = set()  # locked ones
+        self._forget()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                self._claims_fd = open_regular(self._claims, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-                fcntl.flock(self._claims_fd, fcntl.LOCK_EX)
+                self._open_claims()
         except OSError as error:
             raise UserError(
                 f"{error.filename or directory}: cannot be used as shard cache ({error.strerror}); choose another "
                 "directory"
             ) from None
+        forks.register(self)
+
+    def _forget(self) -> None:
+        self._mine: set[str] = set()
+        self._claims = self.directory / f"{uuid.uuid4().hex}.claims"
+        self._claims_fd = -1
+
+    def _open_claims(self) -> None:
+        self._claims_fd = self._open(self._claims, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        fcntl.flock(self._claims_fd, fcntl.LOCK_EX)
+
+    def _after_fork(self) -> None:
+        # A lock lasts until every process has closed its descriptor: otherwise those of a dead parent would remain.
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._forget()
+
+    def _open(self, path: Path, flags: int) -> int:
+        descriptor = open_regular(path, flags, follow=False)
+        self._descriptors.add(descriptor)
+        return descriptor
+
+    def _close(self, descriptor: int) -> None:
+        self._descriptors.discard(descriptor)
+        os.close(descriptor)
 
     def path(self, digest: str) -> Path:
         """The path of a complete file."""
@@ -147,7 +175,7 @@ class ShardCache:
             part.unlink(missing_ok=True)  # left by a process that died
             if not self._make_room(size):
                 return None
-            descriptor = open_regular(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            descriptor = self._open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 os.posix_fallocate(descriptor, 0, max(1, size))
@@ -173,12 +201,12 @@ class ShardCache:
             os.fsync(directory)
         finally:
             os.close(directory)
-        os.close(descriptor)
+        self._close(descriptor)
 
     def drop(self, digest: str, descriptor: int) -> None:
         """Discard a reserved file."""
         self._part(digest).unlink(missing_ok=True)
-        os.close(descriptor)
+        self._close(descriptor)
 
     def close(self) -> None:
         """Release all claims."""
@@ -189,18 +217,19 @@ class ShardCache:
                 if is_regular(self.path(digest)):
                     _set_used(self.path(digest))
             self._claims.unlink(missing_ok=True)
-        os.close(self._claims_fd)
+        self._close(self._claims_fd)
         self._claims_fd = -1
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # Opened each time, so that the lock also excludes other threads of this process.
-        descriptor = open_regular(self.directory / "lock", os.O_RDWR | os.O_CREAT, follow=False)
+        descriptor = self._open(self.directory / "lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # not only closed: a process forked meanwhile has it open
+            self._close(descriptor)
 
     def _part(self, digest: str) -> Path:
         return self.directory / f"{digest}.part"
@@ -218,6 +247,8 @@ class ShardCache:
             return None
         _set_used(path)
         if digest not in self._mine:
+            if self._claims_fd < 0:  # after a fork
+                self._open_claims()
             self._mine.add(digest)
             os.write(self._claims_fd, f"{digest}\n".encode())
         return status.st_mtime_ns == verified_time(digest)
@@ -277,6 +308,7 @@ def _is_locked(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # as in `_locked`
     except BlockingIOError:
         return True
     finally:

@@ -7,12 +7,12 @@ import hashlib
 import math
 import os
 import re
-import threading
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import default_cache_dir
@@ -128,7 +128,8 @@ class ShardSet:
         self._files: dict[int, _File] = {}
         self._fetching: RemoteShards | None = None
         self._checks: dict[int, _Check] = {}
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
+        forks.register(self)
         if store is not None:
             self._check_ranges(store)
 
@@ -266,6 +267,9 @@ class ShardSet:
                     raise self._unreadable(i, error) from error
             return check.intact
 
+    def _after_fork(self) -> None:
+        self._fetching = None  # its threads are the parent's, and so are its claims in the cache
+
     def close(self) -> None:
         """Close the shard files and stop fetching; the next read reopens them."""
         with self._lock:
@@ -360,14 +364,15 @@ class ShardSet:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files, self._fetching, self._checks, self._lock = {}, None, {}, threading.Lock()
+        self._files, self._fetching, self._checks, self._lock = {}, None, {}, forks.Lock()
+        forks.register(self)
 
 
 class _Check:
     """Whether a shard is intact; None if it has not been hashed."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.Lock()
         self.intact: bool | None = None
 
 

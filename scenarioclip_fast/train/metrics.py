@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import echo, printable, unguarded
 
@@ -40,6 +41,7 @@ class MetricsLog:
         _truncate(self.path, start)
         self._rows = open(self.path, "ab", buffering=0)  # noqa: SIM115
         self._unwritten, self._write_failed = b"", False
+        self._origin = forks.Origin()
         self._board = _summary_writer(directory / "tensorboard", start) if tensorboard else None
         self._bar: Any = None
         self._last_line = -math.inf
@@ -54,6 +56,7 @@ class MetricsLog:
         """Append rows, each with a "step"; non-finite numbers become null."""
         if not rows:
             return
+        self._origin.check("the metrics log", "write metrics in the process that trains")
         self._unwritten += "".join(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows).encode()
         self._append()
         self._add_to_board(rows)
@@ -61,12 +64,14 @@ class MetricsLog:
 
     def log(self, text: str) -> None:
         """Print one line, above the progress bar."""
-        if self._bar is not None:
+        if self._bar is not None and self._origin.is_here:
             self._bar.write(printable(text), file=unguarded(self._out))
         else:
             self._print(text)
 
     def close(self) -> None:
+        if not self._origin.is_here:
+            return
         self._append()
         self._rows.close()
         if self._board is not None:

@@ -253,8 +253,8 @@ def test_versions_of_the_package_that_compare_different_keys() -> None:
     store = HashStore()
     store.set_timeout(timedelta(seconds=SHORT_S))
     values: list[dict[str, Any]] = [
-        {"scenarioclip-fast": "0.1.0", "old": 1},
-        {"scenarioclip-fast": "0.2.0", "new": [2]},
+        {"version": "0.1.0", "old": 1},
+        {"version": "0.2.0", "new": [2]},
     ]
 
     def compare(rank: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenarioclip_fast import native
+from scenarioclip_fast import forks, native
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.requirements import require
 
@@ -33,7 +32,7 @@ _BARE_MARKERS = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # not followed by a
 # TIFF tags, and a value of the second.
 _BITS, _PHOTOMETRIC, _COMPRESSION, _PLANAR, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 262, 259, 284, 339, 530
 _YCBCR = 6
-_PILLOW_LIMIT = threading.Lock()
+_PILLOW_LIMIT = forks.Lock()
 
 
 class DecodeError(ValueError):

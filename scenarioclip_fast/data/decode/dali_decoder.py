@@ -66,7 +66,7 @@ class DaliDecoder(RunDecoder):
         pipeline.build()
         self._pipeline, self._capacity = pipeline, capacity
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Destroy the pipeline and release the memory of DALI's pools."""
         if self._pipeline is not None:
             self._pipeline = None

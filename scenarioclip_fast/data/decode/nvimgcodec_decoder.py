@@ -62,7 +62,7 @@ class NvimgcodecDecoder(RunDecoder):
         stream.synchronize()  # before the library frees its images
         return copies
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Release the library's threads and memory."""
         self._decoder = None
 

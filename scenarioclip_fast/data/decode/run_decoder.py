@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.decode.base import DecodeError, catch_error, decode_with_pillow, probe, thread_count
 from scenarioclip_fast.requirements import require
@@ -23,6 +23,7 @@ _SAMPLE = bytes.fromhex(
     "0000ffc40014010100000000000000000000000000000006ffc40014110100000000000000000000000000000000ffda000c0301000211"
     "0311003f00b802054fffd9"
 )
+_ORIGINS: dict[str, forks.Origin] = {}  # library -> where it was first used
 _SAMPLE_SHAPE, _SAMPLE_COLOUR, _TOLERANCE = (16, 16, 3), (200, 120, 40), 4
 
 
@@ -33,7 +34,7 @@ class RunDecoder(ABC):
     leaves the end marker intact may not be detected, as these libraries do not always report it; `pack` rejects such
     images. Threads may share a decoder, but decode one after the other: the libraries crash or hang otherwise.
 
-    Subclasses define `_open`, `_run` and `close`.
+    Subclasses define `_open`, `_run` and `_close`. In a forked process, decoding raises ForkedError.
 
     Args:
         device: where decoded images are placed.
@@ -68,8 +69,20 @@ class RunDecoder(ABC):
     ) -> None:
         self.device, self.threads = torch.device(device), thread_count(threads)
         self.max_pixels, self.run_pixels = max_pixels, run_pixels
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
+        self._check_origin()
         self._open()
+        _ORIGINS.setdefault(self.library, forks.Origin())
+        forks.register(self)
+
+    def _check_origin(self) -> None:
+        # A new decoder in a forked process may hang as well, once a parent has started the library.
+        if (origin := _ORIGINS.get(self.library)) is not None:
+            origin.check(self.library, "use the decoder torch, or start processes with the method spawn")
+
+    def _after_fork(self) -> None:
+        for thing in vars(self).values():
+            forks.keep(thing)
 
     def __str__(self) -> str:
         version = getattr(require(self.module), "__version__", "")
@@ -77,6 +90,7 @@ class RunDecoder(ABC):
         return f"{self.name} ({'; '.join(filter(None, (library, self.passed_over)))})"
 
     def decode(self, images: Sequence[bytes]) -> list[Tensor | DecodeError]:
+        self._check_origin()
         with self._lock:
             return self._decode(images)
 
@@ -151,8 +165,14 @@ class RunDecoder(ABC):
         if apart is None or apart > _TOLERANCE:
             raise RuntimeError("it decodes a test image to wrong pixels")
 
-    @abstractmethod
     def close(self) -> None:
+        """Release the library's threads and memory."""
+        origin = _ORIGINS.get(self.library)
+        if origin is None or origin.is_here:
+            self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
         """Release the library's threads and memory."""
 
 

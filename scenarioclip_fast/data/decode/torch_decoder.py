@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.decode.base import (
     DecodeError,
@@ -71,8 +72,12 @@ class TorchDecoder:
         self.max_pixels = max_pixels
         self._decode_jpeg: Any = require(self.module).decode_jpeg
         self._threads = thread_count(threads)
-        self._pool = ThreadPoolExecutor(self._threads, "decode") if self._threads > 1 else None
         self._slabs = SlabPool() if self.device.type == "cpu" else PinnedSlabs(self.device)
+        self._after_fork()
+        forks.register(self)
+
+    def _after_fork(self) -> None:
+        self._pool = ThreadPoolExecutor(self._threads, "decode") if self._threads > 1 else None
 
     def __str__(self) -> str:
         threads = f"{self._threads} threads" if self._threads > 1 else "one thread"

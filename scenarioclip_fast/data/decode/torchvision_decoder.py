@@ -39,5 +39,5 @@ class TorchvisionDecoder(RunDecoder):
         decoded = io.decode_jpeg(encoded, mode=io.ImageReadMode.RGB, device=self.device)
         return [image.permute(1, 2, 0).contiguous() for image in decoded]
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Do nothing: torchvision keeps its decoder until the process ends."""
