@@ -31,6 +31,7 @@ from typing import Any
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import replacing
 from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.terminal import short
 
 FORMAT = 1
 FILE = "record.json"
@@ -168,7 +169,9 @@ def read_record(path: str | Path) -> Record:
     try:
         content = parse_json(file.read_bytes())
         if content["format"] != FORMAT:
-            raise UserError(f"{file}: got format {content['format']!r}, expected {FORMAT}: made by another version")
+            raise UserError(
+                f"{file}: got format {short(content['format'])}, expected {FORMAT}: made by another version"
+            )
         machine = content["machine"]
         if not isinstance(machine["versions"], dict) or not {"kind", "device"} <= machine.keys():
             raise ValueError("machine: expected kind, device and versions")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import short
 
 SCHEMA = 2  # of records and packs that are written
 READABLE = (1, 2)  # in schema 1, every scene has an action, and every relation two masks
@@ -121,7 +122,7 @@ def scene_from_json(key: str, image: bytes | Tensor, record: Mapping[str, Any]) 
     """
     schema = record.get("schema") if isinstance(record, Mapping) else None
     if schema not in READABLE:
-        raise ValueError(f"scene {key}: got schema {schema!r}, expected {' or '.join(map(str, READABLE))}")
+        raise ValueError(f"scene {key}: got schema {short(schema)}, expected {' or '.join(map(str, READABLE))}")
     try:
         height, width = (_integer(n) for n in record["size"])
         objects = [_object_from_json(o, height, width) for o in _list(record["objects"])]
@@ -154,7 +155,7 @@ def _object_from_json(record: Mapping[str, Any], height: int, width: int) -> Sce
 
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"got {value!r}, expected an integer")
+        raise TypeError(f"got {short(value)}, expected an integer")
     return value
 
 

@@ -20,7 +20,7 @@ from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import NotRegularError, open_regular, read_regular
 from scenarioclip_fast.parsing import parse_json
-from scenarioclip_fast.terminal import printable
+from scenarioclip_fast.terminal import printable, short
 
 SPLITS = ("train", "val", "test")
 # What other data sets call them.
@@ -352,7 +352,9 @@ class ShardSet:
         got = record.get("schema") if isinstance(record, dict) else type(record).__name__
         if got not in READABLE:
             expected = " or ".join(map(str, READABLE))
-            raise UserError(f"{self._where(name)}: got schema {got!r}, expected {expected}; pack the data set again")
+            raise UserError(
+                f"{self._where(name)}: got schema {short(got)}, expected {expected}; pack the data set again"
+            )
         return dict(record)
 
     def __del__(self) -> None:

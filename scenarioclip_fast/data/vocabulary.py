@@ -14,6 +14,7 @@ from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import short
 
 SCHEMA = 1
 START_OF_TEXT, END_OF_TEXT, CONTEXT_LENGTH = 49406, 49407, 77
@@ -198,7 +199,7 @@ class Vocabulary:
         """
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{where}: got schema {got!r}, expected {SCHEMA}; pack the data set again")
+            raise UserError(f"{where}: got schema {short(got)}, expected {SCHEMA}; pack the data set again")
         try:
             counts = {
                 level: dict(zip(record[level]["texts"], record[level]["train_counts"], strict=True)) for level in LEVELS

@@ -25,6 +25,7 @@ from scenarioclip_fast.model.config import Activation, ModelConfig
 from scenarioclip_fast.model.convert import EncoderWeights, State, shorten
 from scenarioclip_fast.model.files import find_weights, read_json, read_state, state_dict_of, unpickle
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import short
 
 SCHEMA = 1
 MODEL_FILES = ("model.safetensors", "config.json")
@@ -71,7 +72,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     record = read_json(path)
     if record.get("schema") != SCHEMA or "model" not in record:
         raise UserError(
-            f"{path}: got schema {record.get('schema')!r}, expected {SCHEMA} and a key 'model'; "
+            f"{path}: got schema {short(record.get('schema'))}, expected {SCHEMA} and a key 'model'; "
             "use from_clip for a plain CLIP, from_reference for a checkpoint of the method's published code"
         )
     with _errors_prefixed_by(path):

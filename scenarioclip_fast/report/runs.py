@@ -14,8 +14,9 @@ from scenarioclip_fast.eval.negatives import CHANCE, KINDS
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model.config import flat
-from scenarioclip_fast.parsing import parse_json, parse_yaml
+from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress
+from scenarioclip_fast.train.config_parse import read_yaml
 from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"
@@ -119,13 +120,7 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    return flat(values) if isinstance(values, Mapping) else {}
+    return flat(read_yaml(path)) if path.is_file() else {}
 
 
 def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str, Scores], dict[str, int]]:
