@@ -123,6 +123,10 @@ def _run_reporting(argv: Sequence[str], prog: str) -> int:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return _fail(f"{error.filename}: {error.strerror}")
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail(
+                f"{error.filename or 'while reading'}: {error.strerror}: raise the limit with `ulimit -n 4096`"
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return _fail(f"{error.filename or 'while writing'}: {error.strerror}", 1)

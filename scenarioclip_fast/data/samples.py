@@ -17,6 +17,7 @@ from torch import Tensor
 from scenarioclip_fast import forks
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.mix import ShardMix
+from scenarioclip_fast.data.open_files import exhausted_error, is_exhausted
 from scenarioclip_fast.data.remote import Closed
 from scenarioclip_fast.data.scene import Scene, with_masks
 from scenarioclip_fast.data.shards import BadSample
@@ -89,6 +90,8 @@ class SampleReader:
         except (UserError, *_FATAL):  # UserError: the cache of remote shards is unusable
             raise
         except Exception as error:  # damaged bytes can make the parsers raise anything
+            if is_exhausted(error):
+                raise exhausted_error(self._shards.source) from error
             return BadSample(key, "unreadable", f"{type(error).__name__}: {error}", source)
         if self._need_masks:
             scene = with_masks(scene)
@@ -154,6 +157,8 @@ class SampleDecoder:
         except _FATAL:
             raise
         except Exception as error:
+            if is_exhausted(error):
+                raise exhausted_error(self.decoder.name) from error
             if len(images) > 1:  # find the image that caused the error
                 return [self._decode([image])[0] for image in images]
             return [DecodeError("decoder_failed", f"{type(error).__name__}: {error}")]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast import forks
+from scenarioclip_fast.data.open_files import OPEN_FILES, File, exhausted_error, is_exhausted
 from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import NotRegularError, open_regular, read_regular
+from scenarioclip_fast.files import NotRegularError, read_regular
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import printable, short
 
@@ -32,8 +33,6 @@ _SPLIT_NAMES = {
 _SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
 # key, shard number, JPEG offset and size, JSON offset and size
 _IndexEntry = tuple[str, int, int, int, int, int]
-_CHUNK = 1 << 20  # bytes hashed at once
-_OPEN_FILES = 256  # large data sets have more shards than the usual limit of 1024 open files per process
 
 
 class BadSample(ValueError):
@@ -125,7 +124,7 @@ class ShardSet:
         self._shards, self._entries = self._parse_index(self._read_json("index.json", store))
         self.keys = [entry[0] for entry in self._entries]
         self._vocabulary: Vocabulary | None = None
-        self._files: dict[int, _File] = {}
+        self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
         self._fetching: RemoteShards | None = None
         self._checks: dict[int, _Check] = {}
         self._lock = forks.Lock()
@@ -221,10 +220,10 @@ class ShardSet:
             return scene
         if not self._remote().suspect(shard, certain=changed) and problem is not None:
             raise problem
-        self._forget(shard, file)
+        self._files.forget(self._owner, shard, file)
         return self._read(i, None)
 
-    def _read(self, i: int, file: _File | None) -> Scene:
+    def _read(self, i: int, file: File | None) -> Scene:
         """Read scene `i` from the open file of its shard, or with a byte range from the store."""
         key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
         try:
@@ -250,11 +249,13 @@ class ShardSet:
         scene.split = self.split
         return scene
 
-    def _unreadable(self, i: int, error: OSError) -> BadSample:
+    def _unreadable(self, i: int, error: OSError) -> Exception:
         name = self._shards[self._entries[i][1]].name
+        if is_exhausted(error):  # no fault of the scene
+            return exhausted_error(self._where(name))
         return BadSample(self.keys[i], "unreadable_shard", f"{name}: {error.strerror or error}")
 
-    def _is_intact(self, i: int, file: _File) -> bool:
+    def _is_intact(self, i: int, file: File) -> bool:
         """Whether the shard of scene `i` has the SHA-256 of the manifest; hashed by the first thread that reads it."""
         shard = self._entries[i][1]
         with self._lock:
@@ -273,38 +274,24 @@ class ShardSet:
     def close(self) -> None:
         """Close the shard files and stop fetching; the next read reopens them."""
         with self._lock:
-            fetching = self._fetching
-            self._files, self._fetching = {}, None
+            fetching, self._fetching = self._fetching, None
+        self._files.close(self._owner)
         if fetching is not None:
             fetching.close()
 
-    def _open(self, shard: int) -> _File | None:
+    def _open(self, shard: int) -> File | None:
         """The open file of a shard; None if it is not on this machine yet."""
-        with self._lock:
-            if (file := self._files.get(shard)) is not None:
-                return file
         path = self._remote().path(shard) if self.is_remote else Path(self.source, self._shards[shard].name)
         if path is None:
             return None
         try:
-            file = _File(path, follow=not self.is_remote)
+            return self._files.open(self._owner, shard, path, follow=not self.is_remote)
         except OSError as error:
-            if not self.is_remote:
+            if not self.is_remote or is_exhausted(error):
                 raise
             if isinstance(error, FileNotFoundError | NotRegularError):  # removed or replaced
                 self._remote().suspect(shard, certain=True)
             return None
-        with self._lock:
-            if shard not in self._files:
-                if len(self._files) >= _OPEN_FILES:
-                    del self._files[next(iter(self._files))]
-                self._files[shard] = file
-            return self._files[shard]
-
-    def _forget(self, shard: int, file: _File) -> None:
-        with self._lock:
-            if self._files.get(shard) is file:
-                del self._files[shard]
 
     def _check_ranges(self, store: Store) -> None:
         try:
@@ -362,11 +349,14 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_fetching", "_checks", "_lock")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("_files", "_owner", "_fetching", "_checks", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files, self._fetching, self._checks, self._lock = {}, None, {}, forks.Lock()
+        self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
+        self._fetching, self._checks, self._lock = None, {}, forks.Lock()
         forks.register(self)
 
 
@@ -376,27 +366,3 @@ class _Check:
     def __init__(self) -> None:
         self.lock = forks.Lock()
         self.intact: bool | None = None
-
-
-class _File:
-    """An open shard, closed when neither the ShardSet nor a reading thread references it."""
-
-    def __init__(self, path: Path, *, follow: bool) -> None:
-        self._descriptor = open_regular(path, follow=follow)
-        self._size = os.fstat(self._descriptor).st_size
-
-    def status(self) -> os.stat_result:
-        return os.fstat(self._descriptor)
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for offset in range(0, self._size, _CHUNK):
-            digest.update(os.pread(self._descriptor, _CHUNK, offset))
-        return digest.hexdigest()
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._descriptor, min(size, max(0, self._size - offset)), offset)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)

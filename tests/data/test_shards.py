@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scenarioclip_fast.data import BadSample, Scene, ShardSet, generate_scenes, pack
-from scenarioclip_fast.data import shards as shards_module
+from scenarioclip_fast.data import BadSample, Scene, ShardSet, generate_scenes, open_files, pack
 from scenarioclip_fast.data.rle import decode
 from scenarioclip_fast.errors import UserError
 
@@ -67,7 +66,8 @@ def test_threads_and_pickled_copies_can_read(packed: Path) -> None:
 def test_the_number_of_open_files_is_bounded(
     synthetic: dict[str, Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "_OPEN_FILES", 3)
+    monkeypatch.setattr(open_files, "_MOST", 3)
+    monkeypatch.setattr(open_files.OPEN_FILES, "most", 3)
     pack(list(synthetic.values()), tmp_path / "many", shard_size=2, val=0, test=0, progress=False)
     shards = ShardSet(tmp_path / "many")
 

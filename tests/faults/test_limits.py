@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import re
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +35,13 @@ from scenarioclip_fast.train.config import TrainConfig
 SECONDS = 30  # a command on a tiny input takes less than one; a hang takes minutes
 LONGEST = 5000  # characters of an error
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def laughs(first: str, later: str) -> bytes:
+    """YAML of 20 anchors that each stand for ten of the one before."""
+    lines = [f"a{i}: &a{i} " + later.format(", ".join([f"*a{i - 1}"] * 10)) for i in range(1, 20)]
+    return "\n".join([f"a0: &a0 {first}", *lines]).encode()
+
 
 TEXTS: dict[str, bytes] = {
     "empty": b"",
@@ -63,13 +74,9 @@ TEXTS: dict[str, bytes] = {
     "closed objects": b'{"a":' * 900 + b"1" + b"}" * 900,
     "long text": b'{"schema": "' + b"x" * (1 << 20) + b'"}',
     "escape": b'{"schema": "\\u001b[2J\\u202e\\u009b"}',
-    "laughs": "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20))]).encode(),
-    "merged laughs": "\n".join(
-        ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 20))]
-    ).encode(),
-    "key laughs": "\n".join(
-        ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 20)), "? *a19\n: 1"]
-    ).encode(),
+    "laughs": laughs("[x]", "[{}]"),
+    "merged laughs": laughs("{x: 1}", "{{<<: [{}]}}"),
+    "key laughs": laughs("[x]", "[{}]") + b"\n? *a19\n: 1",
     "alias chain": "\n".join(
         ["a0: &a0 [x]", *(f"a{i}: &a{i} {'[' * 50}*a{i - 1}{']' * 50}" for i in range(1, 100))]
     ).encode(),
@@ -494,3 +501,84 @@ def test_hostile_values_are_one_error(name: str, world: World, capsys: pytest.Ca
             feed(world, name, content, capsys)
         except BaseException as error:
             raise AssertionError(f"{name}: {content[:3000]!r}") from error
+
+
+def run_limited(code: str, soft: int, hard: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process that may have so many open files."""
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+    command = [sys.executable, "-c", limit + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packs of 600 scenes each, one scene per shard: 20 scenes, whose shards have several names."""
+    few = tmp_path_factory.mktemp("few")
+    pack(generate_scenes(20, seed=3, val=0.0, test=0.0), few, shard_size=1, progress=False)
+    root = tmp_path_factory.mktemp("many")
+    manifest, index = (json.loads((few / f"{name}.json").read_text()) for name in ("manifest", "index"))
+    shards = manifest["splits"]["train"]["shards"]
+    for part in range(2):
+        folder = root / str(part)
+        folder.mkdir()
+        found = {"shards": [], "index": {}}
+        for i in range(SHARDS // 2):
+            shard = shards[i % 20]
+            name = f"train-{i:06d}.tar"
+            os.link(few / shard["name"], folder / name)
+            found["shards"].append(shard | {"name": name})
+            found["index"][name] = [[f"{part}-{i}", *row[1:]] for row in index["shards"][shard["name"]]]
+        content = copy.deepcopy(manifest)
+        content["splits"]["train"] |= {"shards": found["shards"], "scenes": SHARDS // 2}
+        (folder / "manifest.json").write_text(json.dumps(content))
+        (folder / "index.json").write_text(json.dumps(index | {"shards": found["index"]}))
+        shutil.copy(few / "vocabulary.json", folder)
+    return root
+
+
+SHARDS = 2000
+EPOCH = """
+from scenarioclip_fast.data import LoaderConfig, SceneLoader
+paths, decoder = sys.argv[1:-1], sys.argv[-1]
+config = LoaderConfig(augment=False, decoder=decoder, threads=8, relation_view="scene", prefetch=2)
+loaders = [SceneLoader(paths, 50, config, size=8, epochs=1, seed=i) for i in range(2)]
+keys = [set(), set()]
+for batches in zip(*loaders):
+    for seen, batch in zip(keys, batches):
+        seen.update(batch.keys)
+print(*map(len, keys), *(sum(loader.bad.values()) for loader in loaders), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard", "raised"), [(64, 64, 64), (64, 100_000, 4096)])
+def test_a_mix_of_2000_shards_with_64_open_files(many_shards: Path, soft: int, hard: int, raised: int) -> None:
+    """Two loaders of a process share the limit."""
+    hard = min(hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    done = run_limited(EPOCH, soft, hard, many_shards / "0", many_shards / "1", "torch")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(SHARDS), str(SHARDS), "0", "0", str(raised)]
+
+
+EXHAUSTED = """
+import os
+from scenarioclip_fast.data import ShardSet
+shards = ShardSet(sys.argv[1])
+shards.read(0)
+taken = []
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+shards.read(1)  # closes the first shard
+shards.close()
+taken.append(os.open(os.devnull, os.O_RDONLY))
+shards.read(1)
+"""
+
+
+def test_no_file_can_be_opened(many_shards: Path) -> None:
+    done = run_limited(EXHAUSTED, 64, 64, many_shards / "0")
+    line = done.stderr.splitlines()[-1]
+    assert "UserError" in line and "too many open files, the limit of this process is 64" in line
+    assert "ulimit -n 4096" in line and "line 16" in done.stderr, done.stderr
