@@ -138,6 +138,8 @@ class LoaderConfig:
     """Check the SHA-256 of a shard at its first read in each process; scenes of a damaged shard are bad samples."""
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected, based on their header."""
+    max_batch_gib: float = 8.0
+    """Limit on the decoded images of a batch, in GiB. A batch that exceeds it ends the run before it is decoded."""
     max_bad_fraction: float = 0.1
     """Fraction of unusable scenes above which the run ends with an error."""
 
@@ -149,6 +151,7 @@ class LoaderConfig:
         _check(self.cache_gib >= 0, "cache_gib", self.cache_gib, "at least 0")
         _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")
         _check(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
+        _check(self.max_batch_gib > 0, "max_batch_gib", self.max_batch_gib, "above 0")
         _check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
 
 

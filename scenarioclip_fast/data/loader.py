@@ -225,7 +225,9 @@ class SceneLoader:
         self._prefetch = ahead if config.prefetch is None else config.prefetch
         threads = thread_count(config.threads)
         decoder = make_decoder(config.decoder, self.device, threads=threads, max_pixels=config.max_pixels)
-        self._decoder = SampleDecoder(decoder, int(config.cache_gib * 2**30))
+        self._decoder = SampleDecoder(
+            decoder, int(config.cache_gib * 2**30), config.max_batch_gib * 2**30, config.max_pixels
+        )
         self._reader = SampleReader(self.shards, threads, need_masks=config.relation_view == "focused")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._state = _State()
@@ -374,7 +376,7 @@ class SceneLoader:
         views = None
         while views is None:
             while not self._too_many_bad(cursor) and (read := cursor.take(self.order.batch_size - len(samples))):
-                decoded, failed = self._decoder.decode(read)
+                decoded, failed = self._decoder.decode(read, samples)
                 samples += decoded
                 bad += failed
                 cursor.bad += len(failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast import forks
+from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.decode import DecodeError, Decoder
+from scenarioclip_fast.data.decode.base import decoded_size
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.open_files import exhausted_error, is_exhausted
 from scenarioclip_fast.data.remote import Closed
@@ -123,24 +126,39 @@ class SampleDecoder:
         decoder: owned by this object.
         cache_bytes: memory on the decoder's device for cached images. Images are never evicted: as every scene recurs
             in each epoch, replacing them would hardly help.
+        batch_bytes: memory for the images of a batch.
+        max_pixels: the decoder rejects larger images.
     """
 
-    def __init__(self, decoder: Decoder, cache_bytes: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache_bytes: int, batch_bytes: float = math.inf, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.decoder = decoder
+        self._batch_bytes, self._max_pixels = batch_bytes, max_pixels
         self.cache: dict[int, Tensor] = {}
         self._cache_left = cache_bytes
         self._stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
-    def decode(self, read: Sequence[Sample | BadSample]) -> tuple[list[Sample], list[BadSample]]:
-        """Decode the good samples; those whose image cannot be decoded are added to the bad ones."""
+    def decode(
+        self, read: Sequence[Sample | BadSample], decoded: Sequence[Sample] = ()
+    ) -> tuple[list[Sample], list[BadSample]]:
+        """Decode the good samples; those whose image cannot be decoded are added to the bad ones.
+
+        Args:
+            decoded: the samples of the same batch that have been decoded.
+
+        Raises:
+            UserError: the images of the batch would exceed the limit; nothing has been allocated.
+        """
         samples, bad = partition(read)
+        self._check_size(samples, decoded)
         missing = {sample.index: sample.scene.image for sample in samples if sample.index not in self.cache}
         with synchronised(self._stream):
             images = self._decode([*missing.values()])
-        decoded = dict(zip(missing, images, strict=True))
+        pixels = dict(zip(missing, images, strict=True))
         good = []
         for sample in samples:
-            image = decoded[sample.index] if sample.index in decoded else self.cache[sample.index]
+            image = pixels[sample.index] if sample.index in pixels else self.cache[sample.index]
             if isinstance(image, DecodeError):
                 bad.append(BadSample(sample.scene.key, image.reason, image.detail, sample.source))
                 continue
@@ -150,6 +168,31 @@ class SampleDecoder:
             sample.scene.image = image
             good.append(sample)
         return good, bad
+
+    def _check_size(self, samples: Sequence[Sample], decoded: Sequence[Sample]) -> None:
+        """Compare the batch with its limit; cached images count too, since a batch must not depend on the cache."""
+        if (len(samples) + len(decoded)) * self._max_pixels * 3 <= self._batch_bytes:
+            return
+        sizes = [(self._size(sample), sample) for sample in (*decoded, *samples)]
+        total = sum(height * width * 3 for (height, width), _ in sizes)
+        if total > self._batch_bytes:
+            (height, width), largest = max(sizes, key=lambda found: math.prod(found[0]))
+            where = f" of {largest.source}" if largest.source else ""
+            limit = f"more than max_batch_gib = {self._batch_bytes / 2**30:g}"
+            raise UserError(
+                f"the decoded images of a batch of {len(sizes)} scenes take {total / 2**30:.3g} GiB, {limit}; the "
+                f"largest, {largest.scene.key}{where}, has {width} x {height} pixels: pack the data set again with a "
+                "lower --max-pixels or smaller images, lower data.batch_size, or raise data.max_batch_gib"
+            )
+
+    def _size(self, sample: Sample) -> tuple[int, int]:
+        if sample.index in self.cache:
+            height, width = self.cache[sample.index].shape[:2]
+        elif isinstance(image := sample.scene.image, bytes):
+            height, width = decoded_size(image, self._max_pixels)
+        else:
+            height, width = image.shape[:2]
+        return height, width
 
     def _decode(self, images: list[Any]) -> list[Tensor | DecodeError]:
         try:

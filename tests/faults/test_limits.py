@@ -22,13 +22,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from campaign import generator, trials
 from PIL import Image
 
 from scenarioclip_fast import ScenarioCLIP
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import generate_scenes, pack
+from scenarioclip_fast.data import Scene, SceneObject, generate_scenes, pack, scene_loader
+from scenarioclip_fast.data.samples import SampleDecoder
 from scenarioclip_fast.data.synthetic import write_published_layout
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
 from scenarioclip_fast.train.config import TrainConfig
 
@@ -582,3 +585,69 @@ def test_no_file_can_be_opened(many_shards: Path) -> None:
     line = done.stderr.splitlines()[-1]
     assert "UserError" in line and "too many open files, the limit of this process is 64" in line
     assert "ulimit -n 4096" in line and "line 16" in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def large_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven scenes of 64 x 64 pixels and one of 4096 x 1024."""
+    scenes = []
+    for i in range(8):
+        stream = BytesIO()
+        shape = (1024, 4096, 3) if i == 5 else (64, 64, 3)
+        Image.fromarray(np.zeros(shape, np.uint8)).save(stream, "JPEG")
+        objects = [SceneObject("thing", (0, 0, 60, 60))]
+        key = "panorama" if i == 5 else f"scene{i}"
+        scenes.append(Scene(key, stream.getvalue(), "standing", objects, split="train"))
+    directory = tmp_path_factory.mktemp("large")
+    pack(scenes, directory, progress=False, allow_empty_level=True)
+    return directory
+
+
+@pytest.mark.parametrize("cached", [0.0, 0.1])
+def test_a_batch_that_exceeds_its_limit_is_not_decoded(
+    large_images: Path, cached: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (7 * 64 * 64 + 4096 * 1024) * 3
+    options: dict[str, Any] = {"augment": False, "size": 16, "shuffle": False, "cache_gib": cached}
+    options["relation_view"] = "scene"
+    with scene_loader(large_images, 8, max_batch_gib=size / 2**30, **options) as loader:
+        assert sum(len(batch.keys) for batch in loader) == 8
+        assert sum(len(batch.keys) for batch in loader) == 8, "also from the cache"
+    decoded: list[int] = []
+
+    def decode(self: SampleDecoder, images: list[bytes]) -> list[Any]:
+        decoded.append(len(images))
+        return [torch.zeros(64, 64, 3, dtype=torch.uint8) for _ in images]
+
+    monkeypatch.setattr(SampleDecoder, "_decode", decode)  # the check needs no decoder
+    with (
+        scene_loader(large_images, 8, max_batch_gib=(size - 1) / 2**30, **options) as loader,
+        pytest.raises(UserError, match=r"8 scenes take 0\.0118 GiB, .* panorama, has 4096 x 1024"),
+    ):
+        next(iter(loader))
+    assert not decoded
+
+
+def test_replacements_of_bad_scenes_count(large_images: Path, tmp_path: Path) -> None:
+    """The rest of a batch is decoded after the first scenes of it turned out to be bad."""
+    broken = tmp_path / "broken"
+    shutil.copytree(large_images, broken)
+    index = json.loads((broken / "index.json").read_text())
+    ((name, entries),) = index["shards"].items()
+    order = [entry[0] for entry in entries]
+    offset, count = entries[0][1:3]
+    with (broken / name).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"x" * count)
+    assert order[0] != "panorama"
+    options: dict[str, Any] = {"augment": False, "size": 16, "shuffle": False, "max_bad_fraction": 1.0}
+    options["relation_view"] = "scene"
+    ahead = order.index("panorama")  # the batch is full with the panorama in place of the broken scene
+    limit = ((ahead - 1) * 64 * 64 + 4096 * 1024) * 3
+    with scene_loader(broken, ahead, max_batch_gib=limit / 2**30, **options) as loader:
+        assert len(next(iter(loader)).keys) == ahead
+    with (
+        scene_loader(broken, ahead, max_batch_gib=(limit - 1) / 2**30, **options) as loader,
+        pytest.raises(UserError, match="panorama"),
+    ):
+        next(iter(loader))

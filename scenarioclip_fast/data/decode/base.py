@@ -104,6 +104,28 @@ def probe(data: bytes, max_pixels: int = MAX_PIXELS) -> Header | None:
     return header
 
 
+def decoded_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The (height, width) that an image declares, without decoding it; (0, 0) if a decoder would reject it."""
+    try:
+        if data.startswith(_JPEG_START):
+            header, _ = _jpeg_header(data)
+            size = header.height, header.width
+        elif (found := probe(data)) is not None:
+            size = found.height, found.width
+        else:
+            require("PIL")
+            import PIL.Image
+
+            _raise_pillow_limit(max_pixels)
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                size = image.height, image.width
+    except MemoryError:
+        raise
+    except Exception:  # the decoder says what is wrong
+        return 0, 0
+    return size if size[0] * size[1] <= max_pixels else (0, 0)
+
+
 def _jpeg_header(data: bytes) -> tuple[Header, int]:
     """Return the frame header, and the offset just past the first scan header."""
     header = None
