@@ -23,6 +23,7 @@ from scenarioclip_fast.ops.view_batch import is_empty, masked_box
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import printable
 
 COLOURS = ("#d9483b", "#2f7fc1", "#3f8f63", "#d9a036", "#7a5ba8", "#c2578f", "#4aa3a3", "#8a6d3b")
 GREY = "#6b7480"
@@ -203,9 +204,9 @@ def _draw_overview(axis: Any, scene: Scene, image: Tensor, max_views: int) -> No
         x, edge = (x2 - 1, "right") if leftwards else (x1, "left")
         below = "top" if inside else "bottom"
         name = entry.name.replace("$", r"\$")
-        axis.text(x, y1, name, color="white", fontsize=6, ha=edge, va=below, bbox=label, clip_on=True)
+        axis.text(x, y1, _wrapped(name, 100), color="white", fontsize=6, ha=edge, va=below, bbox=label, clip_on=True)
     axis.set_axis_off()
-    axis.set_title(f"{scene.key}: {_wrapped(scene.action or '(no action)', 36)}", fontsize=9, loc="left")
+    axis.set_title(f"{_wrapped(scene.key, 100)}: {_wrapped(scene.action or '(no action)', 36)}", fontsize=9, loc="left")
     counts = [(len(scene.objects), max_views, "objects"), (len(scene.relations), max_views + 1, "relations")]
     truncated = [f"views of {shown} of {total} {what}" for total, shown, what in counts if total > shown]
     note = "; ".join([f"{width} x {height}", *truncated])
@@ -219,7 +220,7 @@ def _draw_view(axis: Any, picture: Tensor, text: str, colour: str) -> None:
 
 def _wrapped(text: str, width: int) -> str:
     # An unescaped dollar sign starts Matplotlib mathtext.
-    return "\n".join(textwrap.wrap(text, width)[:3]).replace("$", r"\$")
+    return "\n".join(textwrap.wrap(printable(text), width)[:3]).replace("$", r"\$")
 
 
 def inspect_shards(

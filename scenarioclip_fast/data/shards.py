@@ -64,6 +64,12 @@ def split_named(word: str) -> str | None:
     return _SPLIT_OF_NAME.get(re.sub(r"(19|20)\d\d$", "", word.lower()))
 
 
+def _key(value: Any) -> str:
+    """Return a key of an index; raise ValueError if it contains a lone surrogate, as file names may."""
+    str(value).encode()
+    return str(value)
+
+
 def is_packed(directory: str | Path) -> bool:
     """Whether `directory` is a local packed data set."""
     return (Path(directory) / "manifest.json").is_file()
@@ -139,11 +145,11 @@ class ShardSet:
                 for shard in self.manifest["splits"][self.split]["shards"]
             ]
             entries = [
-                (str(key), number, int(jo), int(js), int(to), int(ts))
+                (_key(key), number, int(jo), int(js), int(to), int(ts))
                 for number, shard in enumerate(shards)
                 for key, jo, js, to, ts in index["shards"][shard.name]
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.source}: malformed index ({type(error).__name__}: {error}); pack the data set again"
             ) from None

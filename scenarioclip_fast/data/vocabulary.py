@@ -206,8 +206,9 @@ class Vocabulary:
             }
             tokens = {level: [[int(t) for t in ids] for ids in record[level]["tokens"]] for level in LEVELS}
             actions, objects, relations = (record[level]["texts"] for level in LEVELS)
+            "".join((*actions, *objects, *relations)).encode()  # raises ValueError on a lone surrogate
             vocabulary = cls(actions, objects, relations, counts)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: malformed vocabulary ({type(error).__name__}: {error})") from None
         if any(vocabulary._texts[level] != record[level]["texts"] for level in LEVELS):
             raise UserError(f"{where}: the texts are unsorted or not distinct; pack the data set again")

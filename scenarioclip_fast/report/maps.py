@@ -10,6 +10,7 @@ import numpy as np
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.tsne import EmbeddingMap
 from scenarioclip_fast.report.style import GRID, canvas
+from scenarioclip_fast.terminal import printable
 
 _MARKERS = "os^Dv"  # one for every ten colours
 
@@ -32,7 +33,7 @@ def scatter_map(found: EmbeddingMap, out: Path) -> Path:
                 marker=_MARKERS[i // 10 % len(_MARKERS)],
                 edgecolor="white",
                 linewidth=0.4,
-                label=f"{textwrap.shorten(name, 34, placeholder='…')}  ({own.sum()})",
+                label=f"{textwrap.shorten(printable(name), 34, placeholder='…')}  ({own.sum()})",
             )
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")

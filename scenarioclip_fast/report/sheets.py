@@ -10,6 +10,7 @@ from typing import Any
 from scenarioclip_fast.eval.samples import Prediction, SampleScene
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.report.style import AMBER, COLOURS, CORRECT, CROSS, MUTED, TICK, WRONG, canvas
+from scenarioclip_fast.terminal import printable
 
 _HEADINGS = {"global": "Action: global view", "object": "Object views", "relation": "Relation views"}
 
@@ -100,11 +101,13 @@ def _caption_below(axes: Any, prediction: Prediction) -> None:
     if prediction.held_out:
         tag = {"facecolor": AMBER, "edgecolor": "none", "boxstyle": "round,pad=0.25"}
         axes.text(0.97, 0.95, "held out", transform=axes.transAxes, ha="right", va="top", fontsize=6, bbox=tag)
-    truth = textwrap.shorten(prediction.truth, 38, placeholder="\u2026")
+    truth = textwrap.shorten(printable(prediction.truth), 38, placeholder="\u2026")
     axes.text(0, -0.035, truth, transform=axes.transAxes, va="top", fontsize=6.9, fontweight="bold")
     for line, (text, score) in enumerate(prediction.top_texts):
         correct = text == prediction.truth
-        guess = textwrap.shorten(f"{TICK if correct else CROSS} {score:.2f} {text}", 40, placeholder="\u2026")
+        guess = textwrap.shorten(
+            printable(f"{TICK if correct else CROSS} {score:.2f} {text}"), 40, placeholder="\u2026"
+        )
         y = -0.115 - 0.075 * line
         axes.text(0, y, guess, transform=axes.transAxes, va="top", fontsize=6.5, color=CORRECT if correct else WRONG)
 
@@ -116,7 +119,7 @@ def _caption_beside(axes: Any, prediction: Prediction, colour: str) -> None:
     for y, (text, score, rank) in enumerate(lines):
         true = text == prediction.truth
         axes.barh(y, max(score, 0.0), 0.8, color=CORRECT if true else colour, alpha=0.45 if true else 0.18)
-        name = textwrap.shorten(f"{rank}. {text}", 38, placeholder="…")
+        name = textwrap.shorten(printable(f"{rank}. {text}"), 38, placeholder="…")
         mark = TICK if true and rank == 1 else CROSS if rank == 1 else ""
         weight = "bold" if true else "normal"
         axes.text(0.01, y, f"{mark} {name}".strip(), va="center", fontsize=7, fontweight=weight)
