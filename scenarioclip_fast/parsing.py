@@ -33,7 +33,8 @@ def parse_json(content: bytes | str, *, strict: bool = True) -> Any:
     """Parse a JSON text; bytes: UTF-8, 16 or 32, with or without a byte order mark.
 
     Args:
-        strict: refuse numbers that are not finite or need more than 64 bits, and nesting of more than 100 levels. False: for the scenes of a data set, which are checked one by one.
+        strict: refuse numbers that are not finite or need more than 64 bits, and nesting of more than 100 levels.
+            False: for the scenes of a data set, which are checked one by one.
 
     Raises:
         ValueError: not such a text, or an object has a key twice.
