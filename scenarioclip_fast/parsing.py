@@ -33,7 +33,7 @@ def parse_json(content: bytes | str, *, strict: bool = True) -> Any:
     """Parse a JSON text; bytes: UTF-8, 16 or 32, with or without a byte order mark.
 
     Args:
-        strict: refuse numbers that are not finite or need more than 64 bits, and nesting of more than 100 levels.
+        strict: refuse numbers that are not finite or need more than 64 bits, and more than 100 levels of nesting.
             False: for the scenes of a data set, which are checked one by one.
 
     Raises:
@@ -48,6 +48,11 @@ def parse_json(content: bytes | str, *, strict: bool = True) -> Any:
     if strict:
         _check(value)
     return value
+
+
+def are_numbers(*values: Any) -> bool:
+    """Whether all parsed values are numbers."""
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def is_shallow(value: Any, depth: int = MAX_DEPTH) -> bool:

@@ -30,7 +30,7 @@ from typing import Any
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import replacing
-from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.parsing import are_numbers, parse_json
 from scenarioclip_fast.terminal import short
 
 FORMAT = 1
@@ -183,16 +183,24 @@ def read_record(path: str | Path) -> Record:
 def _part(content: dict[str, Any]) -> Part:
     if not all(isinstance(content[key], str) for key in ("name", "command", "commit", "started", "note")):
         raise ValueError("a part's name, command, commit, start or note is not a string")
+    if not are_numbers(content["seconds"]) or not isinstance(content["exit"], int | None):
+        raise ValueError(f"part {content['name']}: seconds or exit is not a number")
     if not content["name"] or Path(content["name"]).name != content["name"]:
         raise ValueError(f"part: got the name {content['name']!r}, expected a valid file name")
     if not all(isinstance(content[key], dict) for key in ("before", "after")):
         raise ValueError(f"part {content['name']}: before or after is not a mapping")
     lists = {
         "results": [_result(r) for r in content["results"]],
-        "left_out": [Unmeasured(**a) for a in content["left_out"]],
-        "failed": [Unmeasured(**a) for a in content["failed"]],
+        "left_out": [_unmeasured(a) for a in content["left_out"]],
+        "failed": [_unmeasured(a) for a in content["failed"]],
     }
     return Part(**{**content, **lists})
+
+
+def _unmeasured(content: dict[str, Any]) -> Unmeasured:
+    if not all(isinstance(text, str) for text in content.values()):
+        raise ValueError("a benchmark that was not measured: expected texts")
+    return Unmeasured(**content)
 
 
 def _result(content: dict[str, Any]) -> Result:

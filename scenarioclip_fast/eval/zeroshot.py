@@ -34,6 +34,7 @@ from scenarioclip_fast.eval.encoding import (
 from scenarioclip_fast.eval.ranking import check_topk, random_hit_rate
 from scenarioclip_fast.eval.tables import TASKS, text_table
 from scenarioclip_fast.levels import LEVELS
+from scenarioclip_fast.parsing import are_numbers
 from scenarioclip_fast.progress import progress
 
 Match = Literal["own", "any_in_image"]
@@ -80,12 +81,23 @@ class ZeroShotResult:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ZeroShotResult:
-        """Invert `to_dict`, also after a round trip through JSON (where keys are strings)."""
+        """Invert `to_dict`, also after a round trip through JSON (where keys are strings).
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError: `data` is not such a record.
+        """
 
         def row(entry: dict[str, Any]) -> Accuracy:
             by_k = {name: {int(k): value for k, value in entry[name].items()} for name in ("top", "chance")}
-            return Accuracy(**{**entry, **by_k})
+            found = Accuracy(**{**entry, **by_k})
+            known = found.level in LEVELS and found.match in MATCHES and found.subset in ("all", "seen", "held_out")
+            numbers = (found.views, found.classes, *found.top.values(), *found.chance.values())
+            if not known or not are_numbers(*numbers) or not {*data["topk"]} == {*found.top} == {*found.chance}:
+                raise ValueError("malformed row of a zero-shot result")
+            return found
 
+        if not isinstance(data["split"], str) or not are_numbers(data["scenes"], *data["topk"]):
+            raise ValueError("malformed zero-shot result")
         return cls(data["split"], data["scenes"], tuple(data["topk"]), [row(entry) for entry in data["rows"]])
 
     def __str__(self) -> str:

@@ -192,4 +192,4 @@ def _number(value: float | None, form: str) -> str:
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key, _NONE)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)

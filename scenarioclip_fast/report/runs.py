@@ -14,7 +14,7 @@ from scenarioclip_fast.eval.negatives import CHANCE, KINDS
 from scenarioclip_fast.eval.tables import TASKS
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model.config import flat
-from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.parsing import are_numbers, parse_json
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.train.config_parse import read_yaml
 from scenarioclip_fast.train.metrics import read_metrics
@@ -58,7 +58,7 @@ class Run:
         if not self.rows:
             return "no steps yet"
         total = self.config.get("train.steps")  # None if the budget is in epochs or views
-        of_total = f" of {total:,}" if total else ""
+        of_total = f" of {total:,}" if isinstance(total, int) else ""
         unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if self.idle >= s or s == 1)
         return f"step {self.rows[-1]['step']:,}{of_total}, {self.idle / seconds:.0f} {unit} ago"
 
@@ -91,7 +91,7 @@ def read_run(directory: Path, name: str) -> Run:
     """
     path = directory / METRICS
     try:
-        rows = [row for row in read_metrics(path) if "views" in row]
+        rows = [row for row in read_metrics(path) if isinstance(row.get("views"), int)]
         if not rows and b"\n" in path.read_bytes():
             raise UserError(f"{path}: not the metrics of a run: no line has a step and its number of views")
         idle = time.time() - path.stat().st_mtime
@@ -135,6 +135,8 @@ def _read_results(directory: Path) -> tuple[dict[str, ZeroShotResult], dict[str,
                 results[path.stem] = ZeroShotResult.from_dict(data)
                 title = zeroshot_title(path.stem)
             elif scores := _scores(data):
+                if not are_numbers(*(number for pair in scores[1].values() for number in pair)):
+                    continue
                 title = f"{scores[0]}, {data['split']} split"
                 other_results[title] = scores[1]
             else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from scenarioclip_fast import forks
-from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.parsing import are_numbers, parse_json
 from scenarioclip_fast.terminal import echo, printable, unguarded
 
 # Columns that depend on the clock and the machine; repeating a run reproduces all others.
@@ -137,7 +137,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in Path(path).read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             row = parse_json(line)
-            if line.endswith(b"\n") and isinstance(row, dict) and "step" in row:
+            good = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+            if good and are_numbers(*(value for value in row.values() if value is not None)):
                 rows.append(row)
     return rows
 

@@ -35,7 +35,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
 from scenarioclip_fast.train.config import TrainConfig
 
-SECONDS = 30  # a command on a tiny input takes less than one; a hang takes minutes
+SECONDS = 60  # a command on a tiny input takes less than two; a hang takes minutes
 LONGEST = 5000  # characters of an error
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -339,10 +339,11 @@ class World:
         root = self.root
         directory = root / "pack"
         pack(generate_scenes(8, seed=0, val=0.0, test=0.25), directory, progress=False)
+        drawn = ["--split", "train", "--scenes", "1", "--size", "32", "--out", root / "inspected"]
         for name in ("manifest", "index", "vocabulary"):
             file = directory / f"{name}.json"
             valid = json.loads(file.read_text())
-            self.add(f"pack {name}", file, valid, "inspect", directory, "--split", "train", "--out", root / "inspected")
+            self.add(f"pack {name}", file, valid, "inspect", directory, *drawn)
         config = ModelConfig.preset("tiny").to_dict()
         config["embed_dim"] = config["vision"]["width"] = config["text"]["width"] = 32
         config["vision"] |= {"layers": 1, "image_size": 32}
@@ -374,7 +375,7 @@ class World:
         row |= {"skipped": 0, "lr": 1e-3, "views": 50, "scenes_per_s": 10.0, "views_per_s": 100.0, "data_wait": 0.25}
         row |= {"tflop_per_s": 0.1, "bad_samples": 0, "distillation": 0.0, "memory_gib": 1.0}
         accuracy = {"level": "global", "match": "own", "subset": "all", "views": 8, "classes": 8}
-        result = {"split": "test", "scenes": 8, "ks": [1, 5]}
+        result = {"split": "test", "scenes": 8, "topk": [1, 5]}
         result["rows"] = [accuracy | {"top": {"1": 0.5, "5": 0.7}, "chance": {"1": 0.1, "5": 0.6}}]
         report = ["report", run, "--out", root / "reported"]
         (root / "run").mkdir()
