@@ -115,11 +115,20 @@ def _bool(value: Any) -> bool | None:
 
 
 def _text(value: Any) -> str | None:
-    return str(os.fsdecode(value)) if isinstance(value, str | os.PathLike) else None
+    text = str(os.fsdecode(value)) if isinstance(value, str | os.PathLike) else None
+    return text if text is None or _is_file_name(text) else None
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether the operating system accepts the characters of a text, which may be a path: YAML can represent others."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _path(value: Any) -> Path | None:
-    return Path(value) if isinstance(value, str) and value else None
+    return Path(value) if isinstance(value, str) and value and _is_file_name(value) else None
 
 
 _SCALARS: dict[Any, Callable[[Any], Any]] = {int: _integer, float: _float, bool: _bool, str: _text, Path: _path}

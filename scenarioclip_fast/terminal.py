@@ -77,7 +77,7 @@ def guarded_streams() -> Iterator[None]:
     sys.stdout, sys.stderr = (cast(TextIO, _GuardedStream(stream)) for stream in before)
     try:
         yield
-    except BaseException:
+    except Exception:
         sys.excepthook = _print_exception  # it is called when the streams have been restored
         raise
     finally:

@@ -653,3 +653,12 @@ def test_replacements_of_bad_scenes_count(large_images: Path, tmp_path: Path) ->
         pytest.raises(UserError, match="panorama"),
     ):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+@pytest.mark.parametrize("section", ["run", "data"])
+def test_a_path_that_no_file_can_have(section: str, path: str) -> None:
+    key = {"run": "dir", "data": "shard_cache_dir"}[section]
+    with pytest.raises(UserError, match=rf"^{section}\.{key}: got .*, expected text"):
+        TrainConfig.of({section: {key: path}})
+    assert TrainConfig.of({section: {key: "\udcff"}}), "a byte that is not UTF-8"
