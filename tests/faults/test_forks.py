@@ -367,15 +367,15 @@ def test_claims_of_a_cache_after_a_fork(tmp_path: Path) -> None:
         cache.commit(name, descriptor)
     before = cache._claims.read_text()
 
-    def claim() -> tuple[set[str], set[str], str]:
+    def claim() -> tuple[dict[str, bool], set[str], str]:
         own = ShardCache(tmp_path, 100)  # as another object would see the claims
-        found = cache.claim([digest])
+        found = cache.claim({digest: 10})
         claimed = own._claimed()
         cache.close()
         return found, claimed, cache._claims.name
 
     found, claimed, name = in_child(claim)
-    assert found == {digest} and claimed == {digest, other}
+    assert found == {digest: True} and claimed == {digest, other}
     assert name != cache._claims.name and not (tmp_path / name).exists()
     assert cache._claims.read_text() == before and is_locked(cache._claims)
     cache.close()

@@ -20,7 +20,7 @@ from campaign import generator, trials
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import LoaderConfig, ShardSet, ShardSource, generate_scenes, pack, scene_loader
-from scenarioclip_fast.data import shards as shards_module
+from scenarioclip_fast.data.open_files import File
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.loading import EvaluationLoader
@@ -51,14 +51,14 @@ def damaged(packed: Path, tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each file, by its inode, is hashed."""
     counts: Counter[int] = Counter()
-    sha256 = shards_module._File.sha256
+    sha256 = File.sha256
 
     def counted(file: Any) -> str:
         counts[file.status().st_ino] += 1
         time.sleep(0.02)  # for other threads to arrive
         return sha256(file)
 
-    monkeypatch.setattr(shards_module._File, "sha256", counted)
+    monkeypatch.setattr(File, "sha256", counted)
     return counts
 
 
@@ -146,7 +146,7 @@ def test_a_shard_is_hashed_once_per_process(packed: Path, hashed: Counter[int]) 
 
 def test_hashing_does_not_block_other_shards(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashing, done = threading.Event(), threading.Event()
-    sha256, first = shards_module._File.sha256, (packed / "train-000000.tar").stat().st_ino
+    sha256, first = File.sha256, (packed / "train-000000.tar").stat().st_ino
 
     def slow(file: Any) -> str:
         if file.status().st_ino == first:
@@ -154,7 +154,7 @@ def test_hashing_does_not_block_other_shards(packed: Path, monkeypatch: pytest.M
             assert done.wait(20)
         return sha256(file)
 
-    monkeypatch.setattr(shards_module._File, "sha256", slow)
+    monkeypatch.setattr(File, "sha256", slow)
     with closing(ShardSet(packed, verify=True)) as shards, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(shards.read, i) for i in range(2)]
         assert hashing.wait(20)
