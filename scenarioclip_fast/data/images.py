@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from scenarioclip_fast import forks
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.preprocess import preprocess
@@ -135,8 +136,10 @@ def _decoded_batches(
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
     """Compute the next item in a thread while the consumer works on the current one."""
+    origin = forks.Origin()
     with ThreadPoolExecutor(1, "images") as pool:
         pending = pool.submit(next, items, None)
         while (item := pending.result()) is not None:
             pending = pool.submit(next, items, None)
             yield item
+            origin.check("this iteration", "begin another one")

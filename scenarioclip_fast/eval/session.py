@@ -123,6 +123,7 @@ def open_session(
 def _compare_ranks(world: World, session: Session, sets: list[ShardSet]) -> None:
     world.check_same(agreement.weights(session.model), f"CHECKPOINT: {agreement.SAME_WEIGHTS}")
     world.check_same(agreement.loading(asdict(session.data)))
+    world.check_same(agreement.backends(world.device.type), agreement.SAME_BACKENDS)
     manifests = [f"{digest([json.dumps(shards.manifest['splits'])]):08x}" for shards in sets]
     contents = {"the checksum of the contents of SHARDS": manifests, **agreement.vocabulary(session.vocabulary)}
     world.check_same(contents, agreement.SAME_DATA)

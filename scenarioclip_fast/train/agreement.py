@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from scenarioclip_fast import dispatch
-from scenarioclip_fast.data import SceneLoader, Vocabulary
+from scenarioclip_fast.data import Vocabulary
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model.config import flat
@@ -70,10 +70,9 @@ def vocabulary(texts: Vocabulary) -> dict[str, Any]:
     return {"the checksum of the vocabulary": f"{zlib.crc32(contents.encode()):08x}"}
 
 
-def backends(loader: SceneLoader, dtype: str) -> dict[str, Any]:
-    """The backend of each op on the loader's device, and the decoder, whose choices depend on what is installed."""
-    chosen = {f"the backend of {op}": dispatch.choice(op, loader.device.type, dtype) for op in dispatch.BACKENDS}
-    return {**chosen, "the decoder": loader.decoder.name}
+def backends(device_type: str, dtype: str = "float32") -> dict[str, Any]:
+    """The backend of each op, whose choice depends on what is installed."""
+    return {f"the backend of {op}": dispatch.choice(op, device_type, dtype) for op in dispatch.BACKENDS}
 
 
 def weights(module: nn.Module) -> dict[str, Any]:

@@ -258,7 +258,8 @@ class Trainer:
         """Compare what the config does not determine: the data behind data.shards, and the choices of "auto"."""
         self.world.check_same(agreement.data_sets(self.loader.shards), agreement.SAME_DATA)
         dtype = "bfloat16" if self.config.run.precision == "bf16" else "float32"
-        self.world.check_same(agreement.backends(self.loader, dtype), agreement.SAME_BACKENDS)
+        chosen = {**agreement.backends(self.world.device.type, dtype), "the decoder": self.loader.decoder.name}
+        self.world.check_same(chosen, agreement.SAME_BACKENDS)
 
     def _make_profile(self) -> StepProfile | None:
         """Create the profiler of train.profile, on the main process."""

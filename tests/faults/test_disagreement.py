@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -247,6 +251,34 @@ def test_embeddings_of_different_splits(trained: TrainConfig, fork_server: Any, 
     running = fork_server.start(trained, "--split", "train", ranks=2, command=command, last_rank=["--split", "val"])
     assert_all_name(running, "--split is train on rank 0 and val on rank 1")
     assert not (tmp_path / "x.npz").exists()
+
+
+LAUNCHED = """
+import os, sys
+import torch.distributed as dist
+from scenarioclip_fast.distributed import join_world
+os.environ["RANK"] = "0" if os.fork() else "1"
+dist.init_process_group("gloo")
+for same in ({"lr": 1}, {"lr": int(os.environ["RANK"])}):
+    try:
+        with join_world("cpu", 30, same=same) as world:
+            world.barrier()
+            sys.stdout.write("agreed\\n")
+    except ValueError as error:
+        sys.stdout.write(f"{error}\\n")
+sys.stdout.flush()
+dist.barrier()  # rank 0 hosts the store
+"""
+
+
+def test_ranks_whose_process_group_exists_already() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHED], env={**os.environ, **place}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("agreed\n") == 2, done.stderr
+    assert done.stdout.count("ranks disagree: lr is 0 on rank 0 and 1 on rank 1") == 2, done.stdout + done.stderr
 
 
 def test_versions_of_the_package_that_compare_different_keys() -> None:

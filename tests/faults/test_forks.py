@@ -29,6 +29,7 @@ from scenarioclip_fast import forks
 from scenarioclip_fast.data import LoaderConfig, scene_loader
 from scenarioclip_fast.data.decode import DECODERS, DecodeError, make_decoder
 from scenarioclip_fast.data.decode.run_decoder import RunDecoder
+from scenarioclip_fast.data.images import image_batches
 from scenarioclip_fast.data.shard_cache import ShardCache
 from scenarioclip_fast.data.shards import ShardSet
 from scenarioclip_fast.errors import MissingDependencyError
@@ -185,6 +186,16 @@ def jpeg(size: int = 64) -> bytes:
     file = io.BytesIO()
     PIL.Image.fromarray(np.arange(size * size * 3, dtype=np.uint8).reshape(size, size, 3)).save(file, "JPEG")
     return file.getvalue()
+
+
+def test_batches_of_image_files_raise_in_the_child() -> None:
+    decoder = make_decoder("torch", threads=2)
+    images = [(str(i), jpeg()) for i in range(12)]
+    batches = image_batches(iter(images), decoder, batch_size=2, size=32, on_skip=print)
+    next(batches)
+    assert_forked_error(in_child(lambda: next(batches)))
+    assert [batch.keys for batch in batches] == [[str(i), str(i + 1)] for i in range(2, 12, 2)]
+    decoder.close()
 
 
 @pytest.mark.parametrize("name", DECODERS)
