@@ -7,22 +7,26 @@ another thread held is never released, and a `flock` is shared with the parent. 
 - what cannot be replaced (an iteration under way, the threads of a library) has an `Origin`, whose `check` raises
   ForkedError at once in the child;
 - OpenMP's threads, which PyTorch and the kernels on a CPU use, are ended before a fork and start again when needed, in
-  parent and child: GNU's OpenMP waits for them forever otherwise.
+  parent and child: GNU's OpenMP waits for them forever otherwise;
+- a fork waits for imports in other threads.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 _OMP_PAUSE_HARD = 2  # omp_pause_hard of omp.h: end the threads
+_IMPORT_S = 10.0  # at most; an import may itself wait for the thread that forks
 
 _generation = 0  # forks between the first process that imported this and this one
 
@@ -97,7 +101,23 @@ def _end_openmp_threads() -> Callable[[int], int] | None:
     return found
 
 
+def _wait_for_imports() -> None:
+    """Wait until no other thread imports a module: in the child, its lock would be held forever.
+
+    PyTorch imports its compiler, which takes a second, at the first call of an op. CPython frees only the global import
+    lock in the child; the locks of modules are private to importlib.
+    """
+    locks = getattr(importlib._bootstrap, "_module_locks", {})
+    end = time.monotonic() + _IMPORT_S
+    while time.monotonic() < end:
+        owners = {getattr(reference(), "owner", None) for reference in list(locks.values())}
+        if owners <= {None, threading.get_ident()}:
+            return
+        time.sleep(0.001)
+
+
 def _before_fork() -> None:
+    _wait_for_imports()
     if "torch._C" in sys.modules and (end := _end_openmp_threads()) is not None:
         end(_OMP_PAUSE_HARD)
 

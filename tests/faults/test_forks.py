@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import io
 import multiprocessing
 import os
@@ -302,6 +303,16 @@ def test_a_lock_held_by_another_thread_is_free_in_the_child() -> None:
     assert in_child(take) == "free"
     assert not lock._lock.acquire(blocking=False)  # still held in the parent
     done.set()
+    thread.join()
+
+
+def test_a_module_that_another_thread_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thread = threading.Thread(target=lambda: importlib.import_module("slow_module"))
+    thread.start()
+    time.sleep(0.2)
+    assert in_child(lambda: importlib.import_module("slow_module").__name__) == "slow_module"
     thread.join()
 
 
