@@ -1,5 +1,8 @@
 // The schemas of all compiled ops. Kernels are registered in the file of their op. Fake kernels and autograd belong to
-// the Python ops that call these (scenarioclip_fast/ops); nothing else may call them.
+// the Python ops that call these (scenarioclip_fast/ops); nothing else should call them. Called with anything, they
+// raise an error or return, without reading or writing out of bounds (tests/faults/test_raw_ops.py). Values on a device
+// are the exception, because the host does not read them: kernels check the indices that they use, and an invalid one
+// either has no effect or ends the kernel with an assertion (kernels/device_check.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(scenarioclip_fast_C, m) {

@@ -82,6 +82,10 @@ def write_seeds(folder: Path) -> None:
         out = io.BytesIO()
         image.convert(options.pop("mode", "RGB")).save(out, "JPEG", **options)
         (folder / "jpeg" / name).write_bytes(out.getvalue())
+        if name == "optimized":  # with little memory before the entropy-coded data
+            data = out.getvalue()
+            frame = data.index(b"\xff\xc0")
+            (folder / "jpeg" / "bare").write_bytes(data[:2] + data[frame:])
     for name, text in {
         "usual": "52203",
         "runs": "PXi=0d0nN2M3NOmd00O1N2O",

@@ -242,7 +242,7 @@ void check_finish(int64_t width, int64_t shift, bool of_texts, bool index, bool 
   p.out = out.data(), p.dots = dots.data();
   p.positives.first = kFirst;
   if (index && of_texts) {
-    p.order = order.data(), p.offsets = offsets.data();
+    p.order = order.data(), p.offsets = offsets.data(), p.order_size = static_cast<int64_t>(order.size());
   } else if (index) {
     p.positives.index = of_row.data();
   }
