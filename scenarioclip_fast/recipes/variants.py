@@ -34,6 +34,7 @@ _NOT_AFFECTING_WEIGHTS = {
     "data.shard_cache_dir",
     "data.shard_cache_gib",
     "data.verify",
+    "data.max_batch_gib",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",

@@ -21,7 +21,7 @@ from scenarioclip_fast.train.checkpoint import (
     load,
     share,
 )
-from scenarioclip_fast.train.config import OptimSection, TrainConfig
+from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.random_state import random_state, set_random_state
 from scenarioclip_fast.train.run_dir import checkpoints_of
 from scenarioclip_fast.train.state import RunState
@@ -204,7 +204,7 @@ class Saver:
 
     def _compare(self, found: Checkpoint) -> list[str]:
         """Return a line if the run's settings changed; raise UserError for a different model or optimizer."""
-        before = {"optim.name": OptimSection.name, **flat(found.meta["config"])}  # absent in old checkpoints
+        before = {**flat(TrainConfig().to_dict()), **flat(found.meta["config"])}  # an earlier version may lack keys
         now = flat(self.config.to_dict())
         changed = {
             key: f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"

@@ -35,6 +35,15 @@ def meta_file(config: TrainConfig, step: int) -> Path:
     return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}" / "meta.json"
 
 
+def edit_meta(config: TrainConfig, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the metadata of a checkpoint, with its checksum."""
+    file = meta_file(config, step)
+    meta = json.loads(file.read_text())
+    del meta["sha256"]
+    change(meta)
+    file.write_text(json.dumps({**meta, "sha256": checkpoint._digest_of(meta)}))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_timed_checkpoints_are_saved_at_log_intervals(small: Make, fork_server: Any, ranks: int) -> None:
     # 6 ms, less than two steps: due at every log interval (rank 0 decides), and never in between
@@ -118,10 +127,7 @@ def test_only_learned_scales_are_saved_with_the_model() -> None:
 def test_resume_from_the_best(small: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = small("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=3")
     Trainer(config).fit()
-    file = meta_file(config, 2)
-    edited = {**json.loads(file.read_text()), "loss": 0.0}
-    del edited["sha256"]
-    file.write_text(json.dumps({**edited, "sha256": checkpoint._digest_of(edited)}))
+    edit_meta(config, 2, lambda meta: meta.update(loss=0.0))
     assert Trainer(config, resume="best").fit().completed
     assert "step-00000002 at step 2" in capsys.readouterr().err
     assert steps(config) == [2, 4, 6]
@@ -144,6 +150,16 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(small: Make) ->
     ):
         Trainer(config, resume="auto").fit()
     assert steps(config) == [2, 4]
+
+
+def test_settings_that_an_earlier_version_lacked_have_not_changed(
+    small: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("train.steps=2")
+    Trainer(config).fit()
+    edit_meta(config, 2, lambda meta: meta["config"]["data"].pop("verify"))
+    assert Trainer(small("train.steps=3"), resume=True).fit().completed
+    assert "settings changed since the checkpoint: train.steps was 2, is now 3\n" in capsys.readouterr().err
 
 
 def test_resume_with_and_without_a_teacher(small: Make) -> None:
