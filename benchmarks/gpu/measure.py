@@ -87,6 +87,7 @@ TESTS = {
     "tests/ops/test_quick_gelu.py": 1,
     "tests/ops/test_short_attention.py": 2,
     "tests/test_native.py": 1,
+    "tests/faults/test_raw_ops.py": 1,
 }
 PARALLEL_TESTS = 8
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # per process: the checks share the cores

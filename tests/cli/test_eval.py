@@ -235,6 +235,7 @@ def test_data_settings_of_the_run_are_used(
     shutil.copytree(place / "model", run / "model")
     data = {"blur": "reference", "relation_view": "focused", "object_view": "crop", "decoder": "torch"}
     data |= {"shard_cache_dir": str(tmp_path / "near"), "shard_cache_gib": 1.0, "max_bad_fraction": 0.02}
+    (run / "model" / "SHA256SUMS").unlink()
     TrainConfig.of({"data": data}).save(run / "model" / "config.yaml")
     pixels = {}
     for blur in (None, "reference", "rgb"):
@@ -264,6 +265,7 @@ def test_remote_shards_use_the_configured_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     run, near, nearer = (tmp_path / name for name in ("run", "near", "nearer"))
     shutil.copytree(place / "model", run / "model")
+    (run / "model" / "SHA256SUMS").unlink()
     TrainConfig.of({"data": {"shard_cache_dir": str(near)}}).save(run / "model" / "config.yaml")
     features = tmp_path / "features"
     probe = ["eval", "probe", str(run), (place / "shards").as_uri(), "--device", "cpu", "--cache", str(features)]

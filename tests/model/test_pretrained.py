@@ -542,6 +542,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     state = safetensors.load_file(tmp_path / "model.safetensors")
     extra = {"more": torch.zeros(1)} | {k: v for k, v in state.items() if k != "text.object.head.norm.bias"}
     safetensors.save_file(extra, tmp_path / "model.safetensors")
+    (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"missing text.object.head.norm.bias; unexpected more$"):
         ScenarioCLIP.from_pretrained(tmp_path)
     torch.save([1, 2], tmp_path / "list.pt")
