@@ -1,4 +1,4 @@
-"""The process groups of a run, a comparison of what its ranks were told, and a watchdog for lost ranks."""
+"""The process groups of a run, a comparison of their settings, and a watchdog for lost ranks."""
 
 from __future__ import annotations
 

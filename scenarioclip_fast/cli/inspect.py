@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--seed", type=int, default=0, metavar="N", help="random seed of the selection of scenes (default: 0)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="check the SHA-256 of every shard; unusable: scenes of damaged_shard"
+        "--verify", action="store_true", help="check the SHA-256 of every shard; scenes of damaged ones are unusable"
     )
 
 

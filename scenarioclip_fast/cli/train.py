@@ -65,7 +65,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         const=True,
         default=False,
         metavar="auto|best|PATH",
-        help="resume from the newest valid checkpoint in run.dir, or start a new run if there is none (auto, the "
+        help="resume from the newest intact checkpoint in run.dir, or start a new run if there is none (auto, the "
         "default without a value); from the checkpoint with the lowest loss (best); or from PATH, a checkpoint or "
         "another run directory",
     )

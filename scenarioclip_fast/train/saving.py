@@ -112,9 +112,7 @@ class Saver:
             return [*notes, f"resumed from {found.path} at step {self.state.progress.step}"]
         if not paths:
             return [f"nothing to resume in {self.config.run.dir}: starting from step 0"]
-        remedy = (
-            "set another run.dir to start over" if _is_auto(resume) else "expected auto, best, or a checkpoint's path"
-        )
+        remedy = "set another run.dir to start over" if _is_auto(resume) else "use auto, best or another checkpoint"
         raise UserError(f"--resume: no readable checkpoint: {'; '.join(problems)}; {remedy}")
 
     def _finish(self, consequence: str = "; training continues", last: bool = False) -> None:
