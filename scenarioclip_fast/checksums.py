@@ -66,8 +66,8 @@ def file_digest(path: Path) -> str:
 
 
 def write_sums(directory: Path, names: Iterable[str]) -> None:
-    """Write SHA256SUMS, as sha256sum does, for the named files of `directory`."""
-    lines = [f"{file_digest(directory / name)}  {name}\n" for name in sorted(names)]
+    """Write SHA256SUMS, as sha256sum does, for the named files of `directory` but not for itself."""
+    lines = [f"{file_digest(directory / name)}  {name}\n" for name in sorted({*names} - {SUMS})]
     (directory / SUMS).write_text("".join(lines), "utf-8")
 
 

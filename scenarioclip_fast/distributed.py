@@ -28,7 +28,7 @@ from scenarioclip_fast.terminal import warn
 
 _worlds = itertools.count()
 _GRACE_S = 10.0  # time for a rank to exit by itself after another is lost
-_POLL_S = 1.0  # between looks at whether another rank has failed
+_POLL_S = 0.3  # at most, between looks at what other ranks have published
 _NAMED = 3  # disagreements in a message
 _SAME_COMMAND = "start all ranks with the same command and the same installation"
 
@@ -257,20 +257,19 @@ class RankComparison:
         self._round += 1
 
     def _read(self, prefix: str, rank: int, end: float) -> str:
-        key = f"{prefix}/{rank}"
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=min(_POLL_S, self._timeout_s)))
-                return str(self._store.get(key).decode())
-            except dist.DistStoreError:  # a timeout
-                if self._store.check(["cause"]):  # by the RankWatchdog of another rank
-                    cause = self._store.get("cause").decode()
-                elif time.monotonic() > end:
-                    late = "has not joined" if self._round == 0 else "has not finished its preparations"
-                    cause = f"rank {rank} {late} after {self._timeout_s:g} s"
-                else:
-                    continue
-                raise TrainingFailed(f"rank {self._rank} cannot continue: {cause}") from None
+        key, pause = f"{prefix}/{rank}", 0.001
+        while not self._store.check([key]):  # Store.wait logs a warning when it times out
+            if self._store.check(["cause"]):  # by the RankWatchdog of another rank
+                cause = self._store.get("cause").decode()
+            elif time.monotonic() > end:
+                late = "has not joined" if self._round == 0 else "has not finished its preparations"
+                cause = f"rank {rank} {late} after {self._timeout_s:g} s"
+            else:
+                time.sleep(pause)
+                pause = min(1.5 * pause, _POLL_S)
+                continue
+            raise TrainingFailed(f"rank {self._rank} cannot continue: {cause}")
+        return str(self._store.get(key).decode())
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> str:
@@ -370,7 +369,8 @@ class RankWatchdog:
                 if beat != seen:
                     seen, since = beat, now
                 elif now - since > self._timeout_s:
-                    self.announce(f"rank {watched} has sent no heartbeat for {now - since:.0f} s")
+                    late = "sent no heartbeat for" if seen else "not joined in"
+                    self.announce(f"rank {watched} has {late} {now - since:.0f} s")
                 cause = self._cause()
             except RuntimeError:
                 cause = self._lost_store()

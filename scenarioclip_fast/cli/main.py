@@ -11,7 +11,10 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from scenarioclip_fast import __version__
@@ -92,8 +95,26 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         if getattr(sys, name) is None:  # closed by the caller: `command >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     os.environ["MPLBACKEND"] = "agg"  # figures are files; matplotlib's import fails on an unknown name, as in notebooks
-    with guarded_streams():
+    with guarded_streams(), _plain_warnings():
         return _run_reporting(sys.argv[1:] if argv is None else argv, prog)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings of this package as one line, without the line of code that they are about."""
+    package, default = str(Path(__file__).parents[1]), warnings.formatwarning
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        ours = filename.startswith(package)
+        return f"warning: {message}\n" if ours else default(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = default
 
 
 def _run_reporting(argv: Sequence[str], prog: str) -> int:

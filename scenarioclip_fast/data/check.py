@@ -32,7 +32,7 @@ REASONS = {
     "unsafe_path": "the path of a file is absolute or escapes the directory",
     "unsafe_member": "the tar member is a link or a device, or its name is absolute or escapes the directory",
     "damaged_tar": "the file is not a tar, is damaged or has no end marker; members after the damage are lost",
-    "missing_image": "the image file does not exist",
+    "missing_image": "the image does not exist, or is not a regular file",
     "missing_record": "the tar has an image with this key but no .json",
     "other_size": "the image size differs from the size in the record or annotation",
     "image_truncated": "the image is truncated",

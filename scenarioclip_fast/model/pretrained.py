@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ def save_pretrained(
     safetensors.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     record = {"schema": SCHEMA, "model": config.to_dict(), "scales": factors}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it private
     write_sums(directory, MODEL_FILES)
 
 

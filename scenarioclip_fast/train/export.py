@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def export(directory: Path, run: RunState, vocabulary: Vocabulary, config: Train
             config.save(temporary / "config.yaml")
             if averages is not None:
                 save_teacher(averages, temporary / "teacher.safetensors")
+                shutil.copymode(temporary / "config.json", temporary / "teacher.safetensors")
             write_sums(temporary, [path.name for path in temporary.iterdir()])
             _install(temporary, directory)
         except (OSError, require("safetensors").SafetensorError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,8 @@ def test_an_export_keeps_files_of_others(small: Make, tmp_path: Path) -> None:
     ]
     assert not os.path.lexists(run / ".writing-model") and (elsewhere / "model.safetensors").exists()
     open_checkpoint(run)
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=run / "model", check=True)
+    assert {path.stat().st_mode for path in (run / "model").iterdir()} == {(run / "config.yaml").stat().st_mode}
 
 
 def test_an_export_that_is_killed_halfway_is_not_loaded(small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
