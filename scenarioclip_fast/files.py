@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,25 @@ def read_regular(path: str | Path, *, follow: bool = True) -> bytes:
     """The content of a regular file; raises OSError like `open_regular`."""
     with open(path, "rb", opener=lambda name, flags: open_regular(name, flags, follow=follow)) as file:
         return file.read()
+
+
+def check_expansion(file: Any) -> None:
+    """Raise ValueError if an open zip archive expands to more than its size; `torch.save` compresses nothing.
+
+    Compressed or overlapping records could expand a thousandfold. Other files pass.
+    """
+    start = file.tell()
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                expanded = sum(record.file_size for record in archive.infolist())
+            size = file.seek(0, os.SEEK_END)
+            if expanded > size:
+                raise ValueError(f"its {size} bytes expand to {expanded}, expected uncompressed tensors")
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"a damaged zip archive: {error}") from None
+    finally:
+        file.seek(start)
 
 
 def sha256_of(file: IO[bytes]) -> str:

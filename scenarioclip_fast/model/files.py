@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import check_expansion, open_file
 from scenarioclip_fast.model.convert import State, shorten
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require
@@ -59,10 +60,16 @@ def unpickle(path: Path) -> dict[str, Any]:
         # _guarded raises a clear error for such files.
         warnings.filterwarnings("ignore", ".*looks like a TorchScript archive", UserWarning)
         warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-        record = _guarded(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
+        record = _guarded(lambda: _load(path), path)
     if not isinstance(record, dict):
         raise UserError(f"{path}: got a {type(record).__name__}, expected a dictionary of tensors")
     return record
+
+
+def _load(path: Path) -> Any:
+    with open_file(path) as file:
+        check_expansion(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def state_dict_of(record: dict[str, Any], path: Path) -> State:

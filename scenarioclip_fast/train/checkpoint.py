@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from scenarioclip_fast.checksums import PIECE, piece_digest
-from scenarioclip_fast.files import Directory
+from scenarioclip_fast.files import Directory, read_regular
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.train.checkpoint_files import INDEX, Planner, Reader, Writer, read_index
 
@@ -304,7 +304,7 @@ def _reason(error: BaseException) -> str:
 def _read_meta(path: Path) -> dict[str, Any]:
     """Read meta.json. Raises BadCheckpoint if it is damaged or of another schema, or any error if malformed."""
     try:
-        record: dict[str, Any] = parse_json((path / _META).read_bytes(), strict=False)
+        record: dict[str, Any] = parse_json(read_regular(path / _META), strict=False)
     except ValueError as error:
         raise BadCheckpoint(f"{path}: {_META}: damaged, not readable as JSON ({error})") from None
     schema, digest = record["schema"], record.pop("sha256", None)
@@ -330,7 +330,7 @@ def _encode(text: str) -> Tensor:
 def _loss(path: Path) -> float:
     try:
         return float(_read_meta(path)["loss"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return float("inf")
 
 

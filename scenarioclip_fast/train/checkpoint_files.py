@@ -6,16 +6,17 @@ wrote. Both are read here by unpicklers that admit only the types that they need
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from scenarioclip_fast.checksums import PieceHash
+from scenarioclip_fast.files import check_expansion
 
 INDEX = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -55,14 +57,38 @@ _ADMITTED = {
 }
 
 
+# Opcodes of an index. The others could call what is on the stack or allocate what a length claims.
+_OPCODES = [
+    getattr(pickle, name)[0]
+    for name in (
+        "APPEND", "APPENDS", "BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE", "BUILD", "EMPTY_DICT",
+        "EMPTY_LIST", "EMPTY_TUPLE", "FRAME", "GLOBAL", "INT", "LONG1", "LONG_BINGET", "LONG_BINPUT", "MARK", "MEMOIZE",
+        "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "REDUCE", "SETITEM", "SETITEMS", "SHORT_BINUNICODE",
+        "STACK_GLOBAL", "STOP", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "UNICODE",
+    )
+]  # fmt: skip
+
 # In Python, because C's version does not let opcodes be overridden.
 _PythonUnpickler: Any = pickle._Unpickler
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, a number or numbers: hashing deeply nested tuples overflows C's stack."""
+    if isinstance(value, tuple):
+        return all(isinstance(number, int) for number in value)
+    return value is None or isinstance(value, str | int)
+
+
+def _is_key(key: Any) -> bool:
+    if isinstance(key, MetadataIndex):
+        return isinstance(key.fqn, str) and isinstance(key.offset, torch.Size | None)
+    return isinstance(key, str)
 
 
 class _IndexUnpickler(_PythonUnpickler):
     """Admits the types of an index, none of which does anything when it is created."""
 
-    dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in _ADMITTED:
@@ -71,13 +97,47 @@ class _IndexUnpickler(_PythonUnpickler):
             return found
         raise pickle.UnpicklingError(f"it contains {module}.{name}, and reading it could run code")
 
+    def refuse(self) -> None:
+        raise pickle.UnpicklingError("it contains an opcode that an index does not have, and could run code")
+
     def load_build(self) -> None:
-        target = self.stack[-2]
-        if isinstance(target, type) or callable(target):  # BUILD can set attributes, also those of a class
-            raise pickle.UnpicklingError(f"it changes {target!r}, and reading it could run code")
+        target, state = self.stack[-2:]
+        # BUILD can also set attributes of classes, functions and members of enumerations, and special methods.
+        if isinstance(target, type) or not is_dataclass(target):
+            raise pickle.UnpicklingError(f"it changes {type(target).__name__}, and reading it could run code")
+        unpacked = isinstance(state, dict) and state.keys() <= {f.name for f in fields(target)}
+        if not (unpacked or hasattr(type(target), "__setstate__")):
+            raise pickle.UnpicklingError(f"it contains a malformed {type(target).__name__}")
         super().load_build()
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_reduce(self) -> None:
+        self._check_arguments()
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        self._check_arguments()
+        super().load_newobj()
+
+    def _check_arguments(self) -> None:
+        if not (isinstance(self.stack[-1], tuple) and all(map(_is_plain, self.stack[-1]))):
+            raise pickle.UnpicklingError(f"it creates {self.stack[-2]!r} from unexpected arguments")
+
+    def load_setitem(self) -> None:
+        self._check_keys([self.stack[-2]])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(map(_is_key, keys)):
+            raise pickle.UnpicklingError("it contains unexpected keys")
+
+    dispatch |= dict.fromkeys(_PythonUnpickler.dispatch, refuse)
+    dispatch |= {code: _PythonUnpickler.dispatch[code] for code in _OPCODES}
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj}
+    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
 
 def read_index(path: Path, sizes: dict[str, int]) -> Metadata:
@@ -94,17 +154,25 @@ def read_index(path: Path, sizes: dict[str, int]) -> Metadata:
     if not isinstance(index, Metadata):
         raise ValueError(f"{INDEX} is a {type(index).__name__}, expected {Metadata.__name__}")
     stored: dict[str, int] = {}  # bytes of each entry
+    left = dict(sizes)
     for key, where in index.storage_data.items():
-        if not isinstance(key, MetadataIndex) or where.transform_descriptors:
-            raise ValueError(f"{INDEX}: unexpected storage of {key}")
+        if not isinstance(key, MetadataIndex) or not _is_key(key) or where.transform_descriptors:
+            raise ValueError(f"{INDEX}: unexpected storage of {type(key).__name__}")
+        if not all(map(_is_plain, (where.relative_path, where.offset, where.length))):
+            raise ValueError(f"{INDEX}: unexpected storage of {key.fqn}")
         if not 0 <= where.offset <= where.offset + where.length <= sizes.get(where.relative_path, -1):
             raise ValueError(f"{INDEX}: {key.fqn} extends past the end of {where.relative_path}")
         stored[key.fqn] = stored.get(key.fqn, 0) + where.length
+        left[where.relative_path] -= where.length
+    if min(left.values(), default=0) < 0:  # many entries in the same bytes could claim any amount of memory
+        raise ValueError(f"{INDEX}: entries overlap")
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata) or not isinstance(name, str):
             raise ValueError(f"{INDEX}: {name} is a {type(entry).__name__}, expected a tensor")
         # Memory is allocated by these sizes.
         if isinstance(entry, TensorStorageMetadata):
+            if not (isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)):
+                raise ValueError(f"{INDEX}: {name}: unexpected size or dtype")
             size = prod(entry.size) * entry.properties.dtype.itemsize
             if min(entry.size, default=0) < 0 or size > stored.get(name, 0):
                 raise ValueError(f"{INDEX}: {name} of {list(entry.size)} has only {stored.get(name, 0)} bytes on disk")
@@ -122,6 +190,37 @@ class Reader(FileSystemReader):
         index = read_index(Path(self.path) / INDEX, self._sizes)
         index.storage_meta = StorageMeta(load_id=self.load_id)
         return index
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        check_expansion(_Part(file, sinfo.offset, sinfo.length))
+        return super()._slice_file(file, sinfo)
+
+
+class _Part(io.RawIOBase):
+    """Bytes of an open file, as a file; torch's own view of an entry cannot seek from the end."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = (0, self._at, self._size)[whence] + offset
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class Planner(DefaultLoadPlanner):

@@ -10,14 +10,22 @@ import pickletools
 import shutil
 import sys
 import types
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.errors import UserError
@@ -89,6 +97,11 @@ def test_no_entry_is_pickled_as_an_object(tmp_path: Path) -> None:
     assert set(examine(path).tensors) == {"model/w", "rank/0"}  # BytesStorageMetadata would be missing here
 
 
+METADATA = b"\x80\x04c" + Metadata.__module__.encode() + b"\nMetadata\n)\x81"
+ENCODING = b"\x80\x04c" + Metadata.__module__.encode() + b"\n_MEM_FORMAT_ENCODING\nI0\n\x85R"
+NESTED = b")" + b"\x85" * 1_000_000  # hashing it would overflow the stack of C
+PROPERTIES = TensorProperties()
+BOMB: Any = ([None], 1 << 50)  # the product is a list
 INDEXES: dict[str, Callable[[Path], bytes]] = {
     "a call": lambda file: pickle.dumps(Attack(file)),
     "a call inside an index": lambda file: pickle.dumps(Metadata({}, planner_data=Attack(file), storage_data={})),
@@ -104,6 +117,13 @@ INDEXES: dict[str, Callable[[Path], bytes]] = {
     "an empty file": lambda file: b"",
     "a text": lambda file: b"{}",
     "a huge allocation": lambda file: b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b".",
+    "another huge allocation": lambda file: b"\x80\x05\x96" + (1 << 50).to_bytes(8, "little") + b".",
+    "a change to a constant": lambda file: ENCODING + b"}Vhacked\nI1\nsb.",
+    "a special method": lambda file: METADATA + b"}V__setstate__\ncpathlib\nPosixPath\nsb.",
+    "a key nested deeply": lambda file: METADATA + b"}" + NESTED + b"Nssb.",
+    "an argument nested deeply": lambda file: b"ctorch.serialization\n_get_layout\n" + NESTED + b"\x85R.",
+    "a set of deeply nested tuples": lambda file: b"(" + NESTED + b"\x91.",
+    "a size that is a list": lambda file: pickle.dumps(Metadata({"a": TensorStorageMetadata(PROPERTIES, BOMB, [])})),
     "unusual storage": lambda file: pickle.dumps(Metadata({}, storage_data={"a": 1}, storage_meta=StorageMeta())),
 }
 
@@ -132,6 +152,7 @@ def test_an_index_that_is_not_one_is_refused(tmp_path: Path, kind: str) -> None:
         restore(path)
     assert "\n" not in str(caught.value)
     assert not file.exists()
+    assert not hasattr(_MEM_FORMAT_ENCODING(0), "hacked")
     assert not hasattr(Metadata, "hacked") and not hasattr(torch.serialization._get_layout, "hacked")
 
 
@@ -162,7 +183,15 @@ def name_a_transform(index: Metadata) -> None:
         where.transform_descriptors = ["stream.zstd"]
 
 
-@pytest.mark.parametrize("change", [leave_the_directory, exceed_the_file, claim_terabytes, name_a_transform])
+def claim_the_same_bytes(index: Metadata) -> None:
+    key, where = next(iter(index.storage_data.items()))
+    index.storage_data |= {replace(key, offset=torch.Size([i])): where for i in range(1000)}
+
+
+LIES = [leave_the_directory, exceed_the_file, claim_terabytes, name_a_transform, claim_the_same_bytes]
+
+
+@pytest.mark.parametrize("change", LIES)
 def test_an_index_that_lies_is_refused(tmp_path: Path, change: Callable[[Metadata], None]) -> None:
     path = save(tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "secret").write_bytes((path / "__0_0.distcp").read_bytes())
@@ -183,6 +212,33 @@ def test_a_tensor_that_is_a_pickle_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match="step-00000001") as caught:
             restore(path)
         assert "\n" not in str(caught.value) and not file.exists()
+
+
+def expanding() -> bytes:
+    """A pickle of a tensor whose archive expands two hundredfold or more."""
+    plain, small = io.BytesIO(), io.BytesIO()
+    torch.save(torch.zeros(1 << 18), plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert len(small.getvalue()) * 200 < len(plain.getvalue())
+    assert torch.load(io.BytesIO(small.getvalue()), weights_only=True).numel() == 1 << 18
+    return small.getvalue()
+
+
+def test_compressed_tensors_are_refused(tmp_path: Path) -> None:
+    path, data = save(tmp_path / "checkpoints"), expanding()
+    index = pickle.loads((path / ".metadata").read_bytes())
+    where = next(where for key, where in index.storage_data.items() if key.fqn == "run.model/w")
+    kept = (path / "__0_0.distcp").read_bytes()
+    where.offset, where.length = len(kept), len(data)
+    forge(path, "__0_0.distcp", kept + data)
+    forge(path, ".metadata", pickle.dumps(index))
+    with pytest.raises(BadCheckpoint, match=r"step-00000001: its \d+ bytes expand to 1\d{6}"):
+        restore(path)
+    (tmp_path / "weights.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"weights.bin: .*its \d+ bytes expand to 1\d{6}"):
+        ScenarioCLIP.from_reference(tmp_path / "weights.bin")
 
 
 def set_storage(index: Metadata, length: int) -> None:

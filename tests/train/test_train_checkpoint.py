@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints.paths()] == ["step-100000000", "step-00000010", "step-00000007"]
     assert checkpoints.best() == tmp_path / "step-00000007"
     assert len(names(tmp_path)) == 3
+
+
+def test_neighbours_that_are_not_checkpoints_are_not_waited_for(tmp_path: Path) -> None:
+    first = save(Checkpoints(tmp_path, 2), 1, loss=1.0)
+    for step, text in ((2, None), (3, '{"schema": 2, "loss": 1' + "0" * 400 + "}")):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        meta = tmp_path / f"step-{step:08d}" / "meta.json"
+        os.mkfifo(meta) if text is None else meta.write_text(text)
+    assert Checkpoints(tmp_path, 2).best() == first
 
 
 def test_failing_to_remove_an_old_checkpoint_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
