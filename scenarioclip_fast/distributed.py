@@ -95,9 +95,12 @@ def world_size() -> int:
     """The number of ranks that torchrun started; 1 without it.
 
     Raises:
-        UserError: WORLD_SIZE is not a number.
+        UserError: WORLD_SIZE is not a number above 0.
     """
-    return _from_environment("WORLD_SIZE", 1)
+    size = _from_environment("WORLD_SIZE", 1)
+    if not size:
+        raise UserError("WORLD_SIZE: got 0, expected a number above 0, as torchrun sets it")
+    return size
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -147,6 +150,8 @@ def join_world(
     failed = True
     origin = forks.Origin()
     try:
+        if not 0 <= rank < size:
+            raise UserError(f"RANK: got {rank}, expected 0 to {size - 1}, as WORLD_SIZE is {size}")
         if store.add(f"joined/{rank}", 1) > 1:
             raise UserError(f"two processes have RANK={rank}: start the ranks with torchrun")
         target = _own_device(device, setting, size)  # in here, so that its error reaches the other ranks
@@ -258,7 +263,7 @@ class RankComparison:
 
     def _read(self, prefix: str, rank: int, end: float) -> str:
         key, pause = f"{prefix}/{rank}", 0.001
-        while not self._store.check([key]):  # Store.wait logs a warning when it times out
+        while not self._store.check([key]):  # not `wait`, whose every timeout torch logs in two lines
             if self._store.check(["cause"]):  # by the RankWatchdog of another rank
                 cause = self._store.get("cause").decode()
             elif time.monotonic() > end:

@@ -132,7 +132,9 @@ def run_ablation(variants: Sequence[Variant], split: str = "test", batch_size: i
         _check_data(variant.config.data, split)
         _check_directory(variant)
     ablation = Ablation(first.directory.parent, split, variants)
-    with join_world(first.config.run.device, setting="run.device") as world:
+    run = first.config.run
+    same = {"the variants": [v.name for v in variants], "--split": split, "--batch-size": batch_size}
+    with join_world(run.device, run.timeout_s, setting="run.device", same=same) as world:
         ablation.is_main_process = world.is_main_process
         for variant in variants:
             for name in variant.aliases:

@@ -27,6 +27,7 @@ from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.data.packing import pack
 from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.devices import pick_device
+from scenarioclip_fast.distributed import world_size
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import open_checkpoint
 from scenarioclip_fast.eval.loading import EvaluationLoader
@@ -106,9 +107,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
     """Run the demo; writes `report.html`, figures and `result.json` to `config.out`.
 
     Raises:
-        UserError: `config.out` is not empty and was not written by a demo.
+        UserError: `config.out` is not empty and was not written by a demo, or there are several ranks.
         KeyboardInterrupt: a signal stopped training.
     """
+    if world_size() > 1:
+        raise UserError(f"the demo runs in one process: got WORLD_SIZE={world_size()}; start it without torchrun")
     require("matplotlib")  # before the training
     device = pick_device(config.device)
     out = _prepare(config.out, config)

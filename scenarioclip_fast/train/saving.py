@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,7 @@ class Saver:
             best = self.checkpoints.best()
             paths = [] if best is None else [best]
         else:
-            path = Path(str(resume))
+            path = Path(os.path.abspath(str(resume)))  # ranks may have other working directories
             paths = Checkpoints(path / "checkpoints", 1).paths() or [path]
         return self.world.gather(paths)[0]
 

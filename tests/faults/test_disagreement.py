@@ -185,6 +185,54 @@ def test_two_processes_with_the_same_rank(small: Make, fork_server: Any) -> None
     assert "error: two processes have RANK=1" in running.text()
 
 
+@pytest.mark.parametrize("rank", ["2", "-1"])
+def test_a_rank_outside_the_world(small: Make, fork_server: Any, rank: str) -> None:
+    running = fork_server.start(small("train.steps=4"), ranks=2, last_env={"RANK": rank})
+    assert running.wait(SHORT_S) == [1, 2]
+    assert f"error: RANK: got {rank}, expected 0 to 1, as WORLD_SIZE is 2" in running.text()
+    assert f"rank 0 cannot continue: rank {rank} ended with UserError" in running.text()
+
+
+def test_a_world_without_ranks(small: Make, fork_server: Any) -> None:
+    running = fork_server.start(small("train.steps=4"), env={"WORLD_SIZE": "0"})
+    assert "error: WORLD_SIZE: got 0, expected a number above 0" in running.finish(2)
+
+
+def test_an_ablation_with_different_variants(small: Make, fork_server: Any) -> None:
+    command = ["ablate", "-c", "{config}", "--split", "train"]
+    variants = ["--variants", "full", "no-distillation"]
+    running = fork_server.start(
+        small("train.steps=1"), *variants, ranks=2, command=command, last_rank=["relation-boxes"]
+    )
+    assert_all_name(running, 'the variants is ["full", "no-distillation"] on rank 0 and ["full", "no-distillation", ')
+
+
+def test_an_ablation_does_not_wait_longer_than_its_runs(small: Make, fork_server: Any) -> None:
+    command = ["ablate", "-c", "{config}", "--split", "train"]
+    config = small("train.steps=1", "run.timeout_s=4")
+    running = fork_server.start(config, ranks=2, command=command, last_rank=["--variants", "unknown"])
+    assert running.wait(SHORT_S) == [1, 2]
+    text = running.text()
+    assert "error: rank 0 cannot continue: rank 1 has" in text and "waitForInput" not in text
+
+
+def test_a_demo_of_several_ranks(small: Make, fork_server: Any, tmp_path: Path) -> None:
+    command = ["demo", "--out", str(tmp_path / "demo")]
+    running = fork_server.start(small(), ranks=2, command=command)
+    assert running.finish(2).count("error: the demo runs in one process") == 2
+
+
+def test_ranks_in_different_directories_resume_from_the_same_path(
+    small: Make, fork_server: Any, tmp_path: Path
+) -> None:
+    fork_server.start(small("train.steps=1", run="first")).finish()
+    path = "first/checkpoints/step-00000001"
+    running = fork_server.start(
+        small("train.steps=2"), "--resume", path, ranks=2, directory=tmp_path, last_directory=Path("/")
+    )
+    assert f"resumed from {tmp_path / path} at step 1" in running.finish()
+
+
 def test_a_rank_that_never_joins(small: Make, fork_server: Any) -> None:
     config = small("train.steps=4", "data.batch_size=12", "run.timeout_s=4")
     running = fork_server.start(config, ranks=2, env={"WORLD_SIZE": "3"})
