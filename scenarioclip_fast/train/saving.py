@@ -25,7 +25,7 @@ from scenarioclip_fast.train.checkpoint import (
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.random_state import random_state, set_random_state
 from scenarioclip_fast.train.run_dir import checkpoints_of
-from scenarioclip_fast.train.state import RunState
+from scenarioclip_fast.train.state import Progress, RunState
 
 Resume = bool | str | Path  # True or "auto", "best", or a checkpoint's path
 _META_TYPES = {"step": int, "ranks": int, "teacher_step": int | None, "progress": dict, "config": dict}
@@ -156,6 +156,10 @@ class Saver:
         for name, kind in _META_TYPES.items():
             if not isinstance(found.meta.get(name), kind):
                 raise BadCheckpoint(f"{path}: {name}: got {found.meta.get(name)!r}, expected {kind}")
+        try:
+            Progress().load_dict(found.meta["progress"])
+        except TypeError as error:
+            raise BadCheckpoint(f"{path}: {error}") from None
         return found
 
     def _load(self, found: Checkpoint) -> None:

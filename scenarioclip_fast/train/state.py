@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from scenarioclip_fast.data import SceneLoader
 from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
+from scenarioclip_fast.parsing import are_numbers
 from scenarioclip_fast.train.checkpoint import TensorEntry
 from scenarioclip_fast.train.optim import trained_parameters
 
@@ -45,9 +46,16 @@ class Progress:
         return {**asdict(self), "recent_losses": list(self.recent_losses)}
 
     def load_dict(self, values: dict[str, Any]) -> None:
-        """Restore what `to_dict` returned; fields that an earlier version did not save keep their values."""
+        """Restore what `to_dict` returned; fields that an earlier version did not save keep their values.
+
+        Raises:
+            TypeError: a value is not a number, or not a list of numbers, as it should be.
+        """
         for name in (f.name for f in fields(self) if f.name in values):
             value = values[name]
+            is_count = isinstance(getattr(self, name), int)
+            if not (isinstance(value, int) if is_count else isinstance(value, list) and are_numbers(*value)):
+                raise TypeError(f"progress.{name}: expected {'an integer' if is_count else 'a list of numbers'}")
             setattr(self, name, deque(value, _BEST_OVER_STEPS) if name == "recent_losses" else value)
 
 

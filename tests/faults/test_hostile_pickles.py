@@ -282,6 +282,19 @@ def test_resuming_from_a_hostile_run_ends_with_one_line(small: Make, tmp_path: P
     assert "\n" not in str(caught.value) and not file.exists()
 
 
+@pytest.mark.parametrize(("key", "value"), [("step", "x"), ("recent_losses", 5), ("first_losses", [None])])
+def test_progress_that_is_malformed_is_refused(small: Make, key: str, value: Any) -> None:
+    config = small("train.steps=1")
+    Trainer(config).fit()
+    path = Path(config.run.dir) / "checkpoints" / "step-00000001"
+    meta = json.loads((path / "meta.json").read_text())
+    meta["progress"][key] = value
+    (path / "meta.json").write_text(json.dumps(meta))
+    forge(path, ".metadata", (path / ".metadata").read_bytes())
+    with pytest.raises(UserError, match=f"no readable checkpoint: .*progress.{key}: expected a"):
+        Trainer(config, resume=True).fit()
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "open_clip_pytorch_model.bin"])
 def test_weights_that_run_code_are_refused(small: Make, tmp_path: Path, name: str, capsys: Any) -> None:
     directory, file = tmp_path / "clip", tmp_path / "sentinel"
