@@ -87,7 +87,10 @@ def verify_sums(directory: Path, names: Iterable[str]) -> bool:
     matches = [_LINE.fullmatch(line) for line in lines]
     listed = {match[2]: match[1] for match in matches if match is not None}
     if len(listed) != len(lines):
-        raise UserError(f"{sums}: damaged: expected lines of a SHA-256 and a file name; copy the directory again")
+        raise UserError(
+            f"{sums}: damaged, or not in the format of sha256sum: expected lines of a SHA-256, two spaces and a file "
+            "name; copy the directory again, or remove this file"
+        )
     for name in names:
         path = directory / name
         if name in listed and not path.exists():

@@ -195,9 +195,14 @@ class Saver:
         except (ValueError, KeyError, TypeError) as error:  # only possible without checksums
             raise BadCheckpoint(f"{found.path}: {key}: malformed ({type(error).__name__}: {error})") from None
         run.load_optimizer_tensors(moments)
-        run.loader.load_state_dict(loader)
-        if same_ranks:
-            set_random_state(random)
+        try:
+            run.loader.load_state_dict(loader)
+            if same_ranks:
+                set_random_state(random)
+        except UserError:
+            raise
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise BadCheckpoint(f"{found.path}: {key}: malformed ({type(error).__name__}: {error})") from None
         if run.teacher is not None and meta["teacher_step"] is not None:
             run.teacher.step = meta["teacher_step"]
         elif run.teacher is not None:  # new in this run: start from the loaded model
