@@ -263,8 +263,11 @@ class RankComparison:
 
     def _read(self, prefix: str, rank: int, end: float) -> str:
         key, pause = f"{prefix}/{rank}", 0.001
-        while not self._store.check([key]):  # not `wait`, whose every timeout torch logs in two lines
-            if self._store.check(["cause"]):  # by the RankWatchdog of another rank
+        while True:  # not Store.wait, whose every timeout torch logs in two lines
+            failed = self._store.check(["cause"])  # by the RankWatchdog of another rank, which may have published first
+            if self._store.check([key]):
+                return str(self._store.get(key).decode())
+            if failed:
                 cause = self._store.get("cause").decode()
             elif time.monotonic() > end:
                 late = "has not joined" if self._round == 0 else "has not finished its preparations"
@@ -274,7 +277,6 @@ class RankComparison:
                 pause = min(1.5 * pause, _POLL_S)
                 continue
             raise TrainingFailed(f"rank {self._rank} cannot continue: {cause}")
-        return str(self._store.get(key).decode())
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> str:
@@ -374,7 +376,8 @@ class RankWatchdog:
                 if beat != seen:
                     seen, since = beat, now
                 elif now - since > self._timeout_s:
-                    late = "sent no heartbeat for" if seen else "not joined in"
+                    joined = self._store.check([f"joined/{watched}"])
+                    late = "sent no heartbeat for" if joined else "not joined in"
                     self.announce(f"rank {watched} has {late} {now - since:.0f} s")
                 cause = self._cause()
             except RuntimeError:
