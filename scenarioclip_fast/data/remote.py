@@ -218,7 +218,8 @@ class RemoteShards:
         for digest, verified in cached.items():
             if verified and not rehash:
                 self._usable[digest] = verified_time(digest)
-        self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 in cached.keys() - self._usable.keys())
+        unverified = cached.keys() - self._usable.keys()
+        self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 in unverified)
         self._waiting.extend((0.0, shard) for shard in shards if shard.sha256 not in cached and shard.size <= limit)
         self._fetchers: list[threading.Thread] = []
         self._fetching = 0  # threads that are still going to look at `_waiting`

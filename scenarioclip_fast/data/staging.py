@@ -25,9 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from scenarioclip_fast.checksums import file_digest
 from scenarioclip_fast.data.scene import READABLE, SCHEMA
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, is_regular, kind_of, open_file, read_regular, sha256_of, status_of
+from scenarioclip_fast.files import Directory, is_regular, kind_of, read_regular, sha256_of, status_of
 from scenarioclip_fast.parsing import parse_json
 
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
@@ -320,7 +321,7 @@ def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
             return None
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         intact = all((out / shard["name"]).stat().st_size == shard["bytes"] for shard in shards)
-        intact = intact and all(sha256(out / name) == digest for name, digest in manifest["sha256"].items())
+        intact = intact and all(file_digest(out / name) == digest for name, digest in manifest["sha256"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if intact else None
@@ -329,12 +330,6 @@ def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
 def _files_of(manifest: dict[str, Any]) -> set[str]:
     shards = {shard["name"] for split in manifest["splits"].values() for shard in split["shards"]}
     return {*shards, *manifest["sha256"], "source.json"}
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hex."""
-    with open_file(path) as file:
-        return sha256_of(file)
 
 
 def dump(record: Any) -> bytes:
