@@ -199,7 +199,8 @@ def _save(features: Features, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         keys = json.dumps(features.keys)
-        metadata = {"keys": keys, "sha256": _digest(keys, tensors)}
+        # One entry: safetensors writes several in random order, and equal features should be equal files.
+        metadata = {"features": json.dumps({"keys": keys, "sha256": _digest(keys, tensors)})}
         with replacing(path) as partial:
             require("safetensors.torch").save_file(tensors, partial, metadata=metadata)
     except (OSError, require("safetensors").SafetensorError) as error:  # the cache is optional
@@ -220,11 +221,11 @@ def _load(path: Path) -> Features | None:
         return None
     try:
         with require("safetensors").safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            record = parse_json(file.metadata()["features"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _digest(metadata["keys"], tensors):
+        if record["sha256"] != _digest(record["keys"], tensors):
             raise ValueError("damaged: its contents differ from their checksum")
-        keys = parse_json(metadata["keys"])
+        keys = parse_json(record["keys"])
     except Exception as error:  # damaged files can raise anything
         warn(f"warning: {path}: not readable ({error}); recomputing the features")
         return None
