@@ -61,9 +61,9 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 def _words() -> dict[str, Sequence[str]]:
     """What arguments without `choices` accept, by the argument's name."""
     from scenarioclip_fast.bench.runner import KINDS, benchmark_files
+    from scenarioclip_fast.config_parse import packaged_configs
     from scenarioclip_fast.data.shards import SPLITS
     from scenarioclip_fast.recipes.variants import VARIANTS
-    from scenarioclip_fast.train.config_parse import packaged_configs
     from scenarioclip_fast.train.config_reference import sections
 
     return {

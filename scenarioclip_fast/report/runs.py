@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scenarioclip_fast.config_parse import read_yaml
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.negatives import CHANCE, KINDS
 from scenarioclip_fast.eval.tables import TASKS
@@ -16,7 +17,6 @@ from scenarioclip_fast.eval.zeroshot import ZeroShotResult
 from scenarioclip_fast.model.config import flat
 from scenarioclip_fast.parsing import are_numbers, parse_json
 from scenarioclip_fast.progress import progress
-from scenarioclip_fast.train.config_parse import read_yaml
 from scenarioclip_fast.train.metrics import read_metrics
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.yaml", "zeroshot.json"

@@ -11,12 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from scenarioclip_fast.config_types import check_types, expand_user
-from scenarioclip_fast.data.config import LoaderConfig, ShardSource, shard_sources
-from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model.config import PRESETS, ModelConfig
-from scenarioclip_fast.requirements import require
-from scenarioclip_fast.train.config_parse import (
+from scenarioclip_fast.config_parse import (
     build,
     convert,
     find_config,
@@ -27,6 +22,11 @@ from scenarioclip_fast.train.config_parse import (
     set_value,
     with_lists,
 )
+from scenarioclip_fast.config_types import check_types, expand_user
+from scenarioclip_fast.data.config import LoaderConfig, ShardSource, shard_sources
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.model.config import PRESETS, ModelConfig
+from scenarioclip_fast.requirements import require
 
 _BUDGETS = ("steps", "epochs", "views")
 PRESET_KEY = "model.preset"

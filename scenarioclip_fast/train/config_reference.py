@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from scenarioclip_fast.config_parse import ALIASES
 from scenarioclip_fast.config_types import to_yaml_text
 from scenarioclip_fast.model.config import PRESETS, ModelConfig, flat
 from scenarioclip_fast.terminal import echo
 from scenarioclip_fast.train.config import PRESET_KEY, TrainConfig
-from scenarioclip_fast.train.config_parse import ALIASES
 
 _PRESET_MEANING = "Base architecture, which the other model keys modify."
 _INTRODUCTION = """\

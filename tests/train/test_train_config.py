@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
+from scenarioclip_fast.config_parse import dotted_keys, packaged_configs
 from scenarioclip_fast.data import ShardSource
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.model.config import ModelConfig
 from scenarioclip_fast.train import config_reference
 from scenarioclip_fast.train.config import ModelSection, TrainConfig
-from scenarioclip_fast.train.config_parse import dotted_keys, packaged_configs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

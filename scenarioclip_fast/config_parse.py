@@ -7,6 +7,7 @@ by their type hints, so a new field needs no change here.
 from __future__ import annotations
 
 import importlib.resources
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -14,9 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from scenarioclip_fast.config_types import EXPECTED, to_builtin, to_yaml_text
-from scenarioclip_fast.data.config import LoaderConfig
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.model.config import FreezeConfig, ModelConfig, TextConfig, VisionConfig
 from scenarioclip_fast.parsing import parse_yaml
 from scenarioclip_fast.suggest import nearest
 from scenarioclip_fast.terminal import short
@@ -201,10 +200,10 @@ def _section(key: str, cls: type[C], value: Any, known: Sequence[str]) -> C:
     try:
         return cls(**converted)
     except UserError as error:
-        if issubclass(cls, ModelConfig | VisionConfig | TextConfig | FreezeConfig):
-            raise UserError(f"model.{error}") from None  # the model's errors name fields relative to the model section
-        if issubclass(cls, LoaderConfig):
-            raise UserError(f"{key}.{error}") from None
+        # A class that is also used outside a config names its fields relative to its section, or to the one around it.
+        section, field = key.partition(".")[0], re.split(r"[:. \[]", str(error), maxsplit=1)[0]
+        if f"{section}.{field}" in known:
+            raise UserError(f"{section}.{error}") from None
         raise
 
 
@@ -214,7 +213,7 @@ def _unknown(key: str, siblings: list[str], known: Sequence[str]) -> UserError:
     if key in known:  # `run.seed: 1` in a file
         section = key.rpartition(".")[0]
         return UserError(f"unknown config key {key!r}: write it as {name} in the section {section}")
-    near = [ALIASES[name]] if name in ALIASES else [k for k in known if k.rpartition(".")[2] == name]
+    near = [ALIASES[name]] if ALIASES.get(name) in known else [k for k in known if k.rpartition(".")[2] == name]
     if found := near[0] if near else nearest(key, known):
         return UserError(f"unknown config key {key}: did you mean {found}?")
     return UserError(
