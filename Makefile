@@ -14,7 +14,7 @@ SECONDS ?= 60
 JOBS   ?= auto
 CUTLASS := nvidia-cutlass==4.2.0.0
 RECORD ?= benchmarks/records/{date}-{device}
-EXTRAS := train,eval,triton,dali,nvimgcodec,remote,tensorboard,parquet,bench,test,docs,lint,release
+EXTRAS := train,eval,triton,dali,nvimgcodec,remote,generate,tensorboard,parquet,bench,test,docs,lint,release
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 FUZZ := $(wildcard tests/fuzz/*.h tests/fuzz/*.cpp)

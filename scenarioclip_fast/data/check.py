@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.boxes import Box, BoxEvidence, BoxFormat, to_corners
@@ -229,7 +230,12 @@ class SceneChecker:
         return self.clean(scene, size, entry)
 
     def image_size(self, image: bytes, where: str = "") -> tuple[int, int]:
-        """Decode an image to verify that it is intact, and return its (H, W).
+        """Decode an image to verify that it is intact, and return its (H, W); see `decode`."""
+        height, width = self.decode(image, where).shape[:2]
+        return height, width
+
+    def decode(self, image: bytes, where: str = "") -> Tensor:  # uint8 [H, W, 3]
+        """Decode an image.
 
         Args:
             where: prefix for the error's detail.
@@ -240,17 +246,18 @@ class SceneChecker:
         if self._decoder is None:
             self._decoder = TorchDecoder(threads=1, max_pixels=self._max_pixels)
         try:
-            height, width = decode_checked(self._decoder, image).shape[:2]
+            pixels = decode_checked(self._decoder, image)
         except DecodeError as error:
             known = ("truncated", "corrupt", "too_large", "not_an_image")
             reason = f"image_{error.reason}" if error.reason in known else "image_undecodable"
             raise BadEntry(reason, f"{where}{error.detail}") from error
+        height, width = pixels.shape[:2]
         try:
             check_renderable(height, width)
         except ValueError as error:
             reason = "image_too_large" if max(height, width) > MAX_SIDE else "image_too_narrow"
             raise BadEntry(reason, f"{where}{error}") from None
-        return height, width
+        return pixels
 
     def is_known(self, level: str, text: str) -> bool:
         """Whether `text` is a known class of `level`: "actions", "objects" or "relations"."""

@@ -138,7 +138,7 @@ class PackOptions:
 
 
 def pack(
-    source: str | Path | Sequence[str | Path] | Iterable[Scene],
+    source: str | Path | Sequence[str | Path] | Source | Iterable[Scene],
     out_dir: str | Path,
     *,
     format: str = "auto",
@@ -163,7 +163,7 @@ def pack(
 
     Args:
         source: a data set on disk (a path, a glob pattern or a list of them, in any format of `sources.registry`); or
-            scenes, whose images are encoded bytes, or pixels, which are encoded as JPEG.
+            scenes, whose images are encoded bytes, or pixels, which are encoded as JPEG; or a `sources.Source`.
         out_dir: created, or replaced if it holds a pack of this schema. Files are moved into it when the pack is
             complete.
         format: a registered format ("published", "webdataset", ...), or "auto" to recognise it.
@@ -235,11 +235,15 @@ def pack(
     return _report(out, manifest)
 
 
-def _open(source: str | Path | Sequence[str | Path] | Iterable[Scene], format: str, options: SourceOptions) -> Source:
+def _open(
+    source: str | Path | Sequence[str | Path] | Source | Iterable[Scene], format: str, options: SourceOptions
+) -> Source:
     if isinstance(source, (str, Path)):
         return open_source([source], format, options)
     if isinstance(source, Sequence) and source and isinstance(source[0], (str, Path)):
         return open_source(cast("Sequence[str | Path]", source), format, options)
+    if isinstance(source, Source):
+        return source
     if unused := [option for option in options.given() if option not in MemorySource.accepts]:
         raise UserError(f"{unused[0]}: scenes in memory do not use this option; remove it")
     return MemorySource(cast("Iterable[Scene]", source), options)

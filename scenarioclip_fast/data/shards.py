@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,11 @@ class ShardSet:
         name = "vocabulary.json"
         record = self._read_json(name, Store(self.source) if self.is_remote else None)
         return Vocabulary.from_json(record, self._where(name))
+
+    def locations(self) -> Iterator[tuple[str, str, int, int, tuple[int, int]]]:
+        """Yield the key of each scene, the name of its shard, offset and size of its image, and those of its record."""
+        for key, shard, offset, size, *record in self._entries:
+            yield key, self._shards[shard].name, offset, size, (record[0], record[1])
 
     def read(self, i: int) -> Scene:
         """Read scene `i`: `image` holds JPEG bytes, masks are RLE.

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.boxes import BoxFormat
@@ -92,6 +92,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """A data set that is read item by item. Subclasses inherit the defaults below.
 

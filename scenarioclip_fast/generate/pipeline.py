@@ -1,0 +1,428 @@
+"""Runs the stages over units of images, in this process or in worker processes, and resumes.
+
+DIR/generate.json       settings that the records depend on
+DIR/images.jsonl        the images, see `images`
+DIR/STAGE/*.jsonl       records, see `records`
+DIR/runs.jsonl          per run and stage: images, seconds and counts
+DIR/rejected.jsonl      {"stage", "key", "part", "reason", "detail"} per rejected image, object or relation
+DIR/shards/             the packed data set
+DIR/published/          the same in the published layout, on request
+DIR/report.html, review.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scenarioclip_fast.data.images import SkippedImage
+from scenarioclip_fast.data.packing import PackReport, pack
+from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.devices import pick_device
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import open_regular, read_regular, replacing
+from scenarioclip_fast.generate.config import STAGES, GenerateConfig, fingerprint
+from scenarioclip_fast.generate.factory import make_stage, prepare_context
+from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
+from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, results
+from scenarioclip_fast.generate.source import CuratedSource
+from scenarioclip_fast.generate.stages import Outcome, Stage, Work
+from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.progress import progress as show_progress
+from scenarioclip_fast.suggest import nearest
+from scenarioclip_fast.terminal import short, warn
+
+MODEL_STAGES = STAGES[:-1]  # those with records of their own
+_EXPENSIVE = ("caption", "ground", "segment")
+_SCHEMA = 1
+_EARLY = 32  # outcomes after which a stage that rejects all images for one reason ends
+_LISTED = 5  # skipped files in a warning
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a process needs to run a stage on a unit. Picklable.
+
+    Attributes:
+        directory: of the run.
+        name: of the stage.
+        device: auto, cpu, cuda or cuda:N.
+        context: what the stage found in the records of all units, see `stages.prepare_context`.
+    """
+
+    directory: Path
+    name: str
+    config: GenerateConfig
+    device: str
+    context: Any = None
+
+    @property
+    def records(self) -> Path:
+        return self.directory / self.name
+
+    def make_stage(self) -> Stage:
+        """Create the stage; the model is loaded when it runs."""
+        return make_stage(self.name, self.config, self.device, self.context)
+
+    def file(self, unit: Unit) -> tuple[UnitFile, dict[str, dict[str, Any]]]:
+        """The file of a unit, and the records of the stages before, by key and stage.
+
+        Raises:
+            UserError: the stage before has not finished the unit.
+        """
+        settings = fingerprint(getattr(self.config, self.name))
+        before = MODEL_STAGES[: MODEL_STAGES.index(self.name)]
+        if not before:
+            keys = [item.key for item in unit.items]
+            return UnitFile(self.records, unit.number, hash_of([settings, self.context, keys]), keys), {}
+        records: dict[str, dict[str, Any]] = {}
+        found: dict[str, Outcome] = {}
+        for stage in before:
+            path = self.directory / stage / f"{unit.number:06d}.jsonl"
+            if not path.is_file():
+                raise UserError(f"{self.name}: {path} does not exist; finish the stage {stage} first (--stages)")
+            found = results(path)
+            for key, outcome in found.items():
+                records.setdefault(key, {})[stage] = outcome.result
+        keys = [item.key for item in unit.items if item.key in found and not found[item.key].reason]
+        inputs = hash_of([settings, self.context, content_hash(path)])
+        return UnitFile(self.records, unit.number, inputs, keys), records
+
+
+def process(job: Job, stage: Stage, units: Iterable[Unit]) -> Iterator[Outcome]:
+    """Run a stage on units, skipping finished images; yields the outcomes as they come."""
+    files: dict[int, UnitFile] = {}
+    unit_of: dict[str, int] = {}
+
+    def works() -> Iterator[Work]:
+        for unit in units:
+            file, records = job.file(unit)
+            if file.is_finished():
+                continue
+            missing = set(file.resume())
+            if not missing:
+                file.finish()
+                continue
+            files[unit.number] = file
+            for item in unit.items:
+                if item.key in missing:
+                    unit_of[item.key] = unit.number
+                    yield Work(item, records.get(item.key, {}))
+
+    try:
+        for outcome in stage.run(works()):
+            number = unit_of.pop(outcome.key)
+            if files[number].append(outcome):
+                files.pop(number).finish()
+            yield outcome
+    finally:
+        for file in files.values():
+            file.close()
+
+
+@dataclass
+class StageReport:
+    """What a stage did in this run.
+
+    Attributes:
+        images: that it processed in this run.
+        rejected: of these, by reason.
+        counts: see `stages.Stage`.
+    """
+
+    name: str
+    images: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, outcome: Outcome) -> None:
+        self.images += 1
+        if outcome.reason:
+            self.rejected[outcome.reason] += 1
+
+    def __str__(self) -> str:
+        rate = f"{self.images / self.seconds:.1f} images/s" if self.images and self.seconds else ""
+        parts = [f"{self.images} images", rate]
+        parts += [f"{value:.4g} {name}" for name, value in self.counts.items() if value]
+        parts += [f"{n} {reason}" for reason, n in self.rejected.most_common()]
+        return f"{self.name:<8} {', '.join(part for part in parts if part)}"
+
+
+_of_process: tuple[Job, Stage] | None = None
+
+
+def _stage_of_process(job: Job) -> Stage:
+    """The stage of the last unit if it was of the same job, so that a model is loaded once."""
+    global _of_process
+    if _of_process is None or _of_process[0] != job:
+        if _of_process is not None:
+            _of_process[1].close()
+        _of_process = job, job.make_stage()
+    return _of_process[1]
+
+
+def process_unit(job: Job, unit: Unit) -> StageReport:
+    """Run a stage on one unit in a worker process, which keeps the stage for the next one."""
+    numbers = multiprocessing.current_process()._identity
+    if job.device == "auto" and numbers and (count := torch.cuda.device_count()):
+        job = replace(job, device=f"cuda:{(numbers[-1] - 1) % count}")
+    stage = _stage_of_process(job)
+    before = Counter(stage.counts)
+    report = StageReport(job.name)
+    for outcome in process(job, stage, [unit]):
+        report.add(outcome)
+    report.counts = Counter(stage.counts)
+    report.counts.subtract(before)
+    return report
+
+
+@dataclass
+class GenerateReport:
+    """The stages that ran, and the packed data set."""
+
+    directory: Path
+    stages: list[StageReport] = field(default_factory=list)
+    packed: PackReport | None = None
+
+    def __str__(self) -> str:
+        lines = [str(stage) for stage in self.stages]
+        return "\n".join(lines + ([str(self.packed)] if self.packed else []))
+
+
+def generate(
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    config: GenerateConfig | None = None,
+    *,
+    stages: Sequence[str] = STAGES,
+    device: str = "auto",
+    workers: int = 1,
+    unit_size: int = 128,
+    redo: Sequence[str] = (),
+    progress: bool = True,
+) -> GenerateReport:
+    """Turn images into a packed data set of scenes. Repeat the call to resume.
+
+    Args:
+        images: folders, image files, tars, lists of paths and packed data sets; none: those of an earlier run.
+        out: created; must be empty or of an earlier run.
+        config: models and settings; None: the defaults, which name models on a hub but no vision-language model.
+        stages: which stages to run, in the order of STAGES.
+        device: auto, cpu, cuda or cuda:N; with several workers, auto gives each a GPU in turn.
+        workers: processes; each loads the models. The results do not depend on their number, except for the rounding
+            of models on GPUs.
+        unit_size: images that are stored together, a multiple of the batch sizes.
+        redo: stages whose records are discarded first.
+        progress: show progress.
+
+    Raises:
+        UserError: no images, a setting is invalid or differs from that of the records in `out`, a stage cannot go on,
+            or no image is left. Finished records are kept.
+    """
+    run = _Run(Path(out), config or GenerateConfig(), device, workers, progress)
+    run.check(stages, redo, unit_size)
+    with run.opened():
+        for name in redo:
+            clear(run.out / name)
+        units = run.list_units([images] if isinstance(images, str | Path) else images, unit_size)
+        run.settle(stages)
+        report = GenerateReport(run.out)
+        for name in MODEL_STAGES:
+            if name in stages:
+                report.stages.append(run.stage(name, units))
+        if "pack" in stages:
+            report.packed = run.pack(units)
+        return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    out: Path
+    config: GenerateConfig
+    device: str
+    workers: int
+    progress: bool
+
+    def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int) -> None:
+        """Check the arguments before anything is read."""
+        for name in (*stages, *redo):
+            if name not in STAGES:
+                near = nearest(name, STAGES)
+                hint = f"did you mean {near}?" if near else f"expected {', '.join(STAGES)}"
+                raise UserError(f"stage {name!r}: {hint}")
+        if self.workers < 1:
+            raise UserError(f"workers: got {self.workers}, expected at least 1")
+        if unit_size < 1:
+            raise UserError(f"unit size: got {unit_size}, expected at least 1")
+        if self.device != "auto":
+            pick_device(self.device)
+        if "caption" in stages and not self.config.caption.model:
+            raise UserError(
+                "caption.model: got nothing, expected a vision-language model: --vlm-url URL --vlm-model NAME for one "
+                "on a server, or --vlm-model PATH for one in this process"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Create the directory, and keep other processes out of it."""
+        marker = self.out / "generate.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; choose a directory")
+        if self.out.is_dir() and any(self.out.iterdir()) and not marker.is_file():
+            raise UserError(f"{self.out}: not empty and not written by generate; choose another directory")
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"{self.out}: another process is generating into this directory") from None
+        try:
+            if not marker.is_file():
+                self._write_marker({})
+            yield
+        finally:
+            os.close(lock)
+
+    def list_units(self, sources: Sequence[str | Path], unit_size: int) -> list[Unit]:
+        """Read the list of images, and append new ones."""
+        path = self.out / "images.jsonl"
+        units = read_list(path)
+        items: list[Item] = []
+        skipped: list[SkippedImage] = []
+        known = [item for unit in units for item in unit.items]
+        listed = list_images(sources, known)
+        for found in show_progress(listed, None, "listing", "images") if self.progress and sources else listed:
+            skipped.append(found) if isinstance(found, SkippedImage) else items.append(found)
+        if skipped:
+            shown = "; ".join(f"{one.key}: {one.reason}" for one in skipped[:_LISTED])
+            warn(f"warning: {len(skipped)} files skipped: {shown}{'; ...' if len(skipped) > _LISTED else ''}")
+        if items:
+            units += divide(items, unit_size, units[-1].number + 1 if units else 0)
+            write_list(units, path)
+        if not units:
+            raise UserError(f"{self.out}: no images; name a folder, tars, a list or a packed data set")
+        return units
+
+    def settle(self, stages: Sequence[str]) -> None:
+        """Record the settings of the stages to run.
+
+        Raises:
+            UserError: finished records of a stage were made with others.
+        """
+        marker = self.out / "generate.json"
+        try:
+            found: dict[str, Any] = parse_json(read_regular(marker))["stages"]
+            for name in _EXPENSIVE:
+                now = fingerprint(getattr(self.config, name))
+                before = found.get(name, now)
+                has_records = (self.out / name).is_dir() and any((self.out / name).iterdir())
+                changed = [key for key, value in now.items() if before.get(key, value) != value]
+                if name in stages and has_records and changed:
+                    key = changed[0]
+                    raise UserError(
+                        f"{name}.{key}: got {short(now[key])}, but {self.out} has records made with "
+                        f"{short(before[key])}; use that, another --out, or --redo {name} to discard them"
+                    )
+                if name in stages:
+                    found[name] = now
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{marker}: damaged ({error})") from None
+        self._write_marker(found)
+
+    def _write_marker(self, settings: dict[str, Any]) -> None:
+        with replacing(self.out / "generate.json") as new:
+            new.write_text(json.dumps({"schema": _SCHEMA, "stages": settings}, indent=1) + "\n")
+
+    def stage(self, name: str, units: list[Unit]) -> StageReport:
+        """Run a stage on all units."""
+        start = time.perf_counter()
+        job = Job(self.out.absolute(), name, self.config, self.device, prepare_context(name, self.config, self.out))
+        report = StageReport(name)
+        todo = [unit for unit in units if not job.file(unit)[0].is_finished()]
+        try:
+            if self.workers > 1 and len(todo) > 1 and not self._is_remote(name):
+                self._in_workers(job, todo, report)
+            else:
+                self._here(job, todo, report)
+        finally:
+            report.seconds = time.perf_counter() - start
+            self._log(report)
+        if not any(not r.reason for unit in units for r in results(job.records / f"{unit.number:06d}.jsonl").values()):
+            raise UserError(f"{name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
+        return report
+
+    def _is_remote(self, name: str) -> bool:
+        """Whether the work is done by a server, which one process keeps busy."""
+        return name == "caption" and bool(self.config.caption.url)
+
+    def _here(self, job: Job, units: list[Unit], report: StageReport) -> None:
+        stage = job.make_stage()
+        try:
+            outcomes = process(job, stage, units)
+            total = sum(len(unit.items) for unit in units)
+            first: list[Outcome] = []
+            for outcome in show_progress(outcomes, total, job.name, "images") if self.progress else outcomes:
+                report.add(outcome)
+                if len(first) < _EARLY:
+                    first.append(outcome)
+                    _check_first(job.name, first)
+        finally:
+            report.counts = Counter(stage.counts)
+            stage.close()
+
+    def _in_workers(self, job: Job, units: list[Unit], report: StageReport) -> None:
+        parts = ordered_map(partial(process_unit, job), units, min(self.workers, len(units)), chunk=1)
+        for part in show_progress(parts, len(units), job.name, "units") if self.progress else parts:
+            report.images += part.images
+            report.rejected += part.rejected
+            report.counts += part.counts
+
+    def _log(self, report: StageReport) -> None:
+        record = {"stage": report.name, "images": report.images, "seconds": round(report.seconds, 3)}
+        record |= {"counts": dict(report.counts), "rejected": dict(report.rejected)}
+        with open(self.out / "runs.jsonl", "a", encoding="ascii", opener=open_regular) as file:
+            file.write(json.dumps(record) + "\n")
+
+    def pack(self, units: list[Unit]) -> PackReport:
+        """Write the packed data set, and list the rejections of all stages."""
+        options = self.config.pack
+        source = CuratedSource(self.out, units)
+        source.write_rejections(self.out / "rejected.jsonl")
+        return pack(
+            source,
+            self.out / "shards",
+            shard_size=options.shard_size,
+            val=options.val,
+            test=options.test,
+            workers=self.workers,
+            progress=self.progress,
+        )
+
+
+def _check_first(name: str, outcomes: Sequence[Outcome]) -> None:
+    reasons = {outcome.reason for outcome in outcomes}
+    if len(outcomes) == _EARLY and len(reasons) == 1 and "" not in reasons:
+        raise UserError(
+            f"{name}: the first {_EARLY} images were all rejected: {reasons.pop()}: {outcomes[0].detail}; "
+            "nothing is lost: correct the cause and re-run the command"
+        )
+
+
+def _reasons(rejected: Counter[str]) -> str:
+    return ": " + ", ".join(f"{n} {reason}" for reason, n in rejected.most_common()) if rejected else ""

@@ -1,0 +1,183 @@
+"""Records of a stage: one file of JSON lines per unit of work, appended to while the unit is in progress.
+
+    DIR/STAGE/000000.jsonl           a finished unit: a header, then one record per image, in the order of the list
+    DIR/STAGE/000001.jsonl.partial   a unit in progress: the same, in the order in which the images were finished
+
+A record is {"key", "result"} or {"key", "rejected": {"reason", "detail", "retry"}}. The header holds a hash of what the
+unit depends on: the settings of the stage, and the finished files of the stages before. A file with another hash is not
+used, so that a unit is computed anew when anything before it changed. A finished file depends only on its inputs, not
+on the order of the images or on interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory, open_regular, replacing
+from scenarioclip_fast.generate.stages import Outcome
+from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.terminal import short
+
+KEPT = b'{"key":"%s","result":'
+"""How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
+
+_NAME = re.compile(r"\d{6}\.jsonl(\.partial)?")
+
+
+def _dump(record: Any) -> bytes:
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+class UnitFile:
+    """The records of one unit of a stage.
+
+    Args:
+        directory: of the stage.
+        unit: number of the unit.
+        inputs: hash of what the unit depends on.
+        keys: of the unit's images that reach this stage, in order.
+    """
+
+    def __init__(self, directory: Path, unit: int, inputs: str, keys: Sequence[str]) -> None:
+        self.path = directory / f"{unit:06d}.jsonl"
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self._header = {"unit": unit, "inputs": inputs, "images": len(keys)}
+        self._keys = list(keys)
+        self._finished: set[str] = set()
+        self._file: IO[bytes] | None = None
+
+    def is_finished(self) -> bool:
+        """Whether the finished file exists, with the same inputs and without images that are to be tried again."""
+        if not self.path.is_file():
+            return False
+        header, records = read_unit(self.path)
+        return header == self._header and not any(r.retry for r in records)
+
+    def resume(self) -> list[str]:
+        """Prepare to append, and return the keys of the images that are not finished, in order."""
+        kept: dict[str, bytes] = {}
+        for path in (self.path, self.partial):
+            if path.is_file():
+                header, records = read_unit(path, complete=path == self.path)
+                if header == self._header:
+                    kept |= {r.key: _dump(_to_json(r)) for r in records if not r.retry}
+        kept = {key: kept[key] for key in self._keys if key in kept}
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.partial) as new:  # drops the damaged end of a killed run
+            new.write_bytes(_dump(self._header) + b"".join(kept.values()))
+        self._finished = set(kept)
+        return [key for key in self._keys if key not in self._finished]
+
+    def append(self, outcome: Outcome) -> bool:
+        """Append an outcome in one write; True if it was the last one of the unit."""
+        if outcome.key not in self._finished:
+            if self._file is None:
+                self._file = open(self.partial, "ab", buffering=0, opener=open_regular)  # noqa: SIM115
+            self._file.write(_dump(_to_json(outcome)))
+            self._finished.add(outcome.key)
+        return len(self._finished) == len(self._keys)
+
+    def finish(self) -> None:
+        """Replace the partial file by the finished one."""
+        self.close()
+        _, records = read_unit(self.partial)
+        found = {r.key: r for r in records}
+        with replacing(self.path) as new, new.open("xb") as file:
+            file.write(_dump(self._header))
+            file.writelines(_dump(_to_json(found[key])) for key in self._keys)
+            file.flush()
+            os.fsync(file.fileno())
+        self.partial.unlink()
+
+    def close(self) -> None:
+        """Close the file in progress."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _to_json(outcome: Outcome) -> dict[str, Any]:
+    if not outcome.reason:
+        return {"key": outcome.key, "result": outcome.result}
+    retry = {"retry": True} if outcome.retry else {}
+    return {"key": outcome.key, "rejected": {"reason": outcome.reason, "detail": outcome.detail, **retry}}
+
+
+def _from_json(record: Any) -> Outcome:
+    if "result" in record:
+        return Outcome(str(record["key"]), dict(record["result"]))
+    rejected = record["rejected"]
+    return Outcome(
+        str(record["key"]), {}, str(rejected["reason"]), str(rejected["detail"]), bool(rejected.get("retry"))
+    )
+
+
+def read_unit(path: Path, *, complete: bool = False) -> tuple[dict[str, Any], list[Outcome]]:
+    """Read the header and the outcomes of a file.
+
+    Args:
+        complete: raise an error for a damaged line; otherwise the file ends before it.
+
+    Raises:
+        UserError: a damaged line.
+    """
+    header: dict[str, Any] = {}
+    found: list[Outcome] = []
+    with open(path, "rb", opener=open_regular) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("the line is cut off")
+                record = parse_json(line)
+                if number == 1:
+                    header = dict(record)
+                else:
+                    found.append(_from_json(record))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if complete:
+                    text = short(line.decode("utf-8", "replace"))
+                    raise UserError(f"{path}: line {number} is damaged ({error}): {text}; remove the file") from None
+                break
+    return header, found
+
+
+def results(path: Path) -> dict[str, Outcome]:
+    """The outcomes of a finished file by key; empty if there is none."""
+    return {r.key: r for r in read_unit(path, complete=True)[1]} if path.is_file() else {}
+
+
+def unit_files(directory: Path) -> list[Path]:
+    """The finished files of a stage, in order."""
+    return sorted(path for path in directory.glob("*.jsonl") if _NAME.fullmatch(path.name))
+
+
+def all_outcomes(directory: Path) -> Iterator[Outcome]:
+    """All outcomes of a stage's finished files, in order."""
+    for path in unit_files(directory):
+        yield from read_unit(path, complete=True)[1]
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a finished file; of nothing if there is none."""
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+def clear(directory: Path) -> None:
+    """Remove the files of a stage; other files are kept."""
+    if directory.is_dir():
+        with Directory(directory) as opened:
+            for name in opened.names():
+                if _NAME.fullmatch(name):
+                    opened.unlink(name)
+
+
+def hash_of(parts: Iterable[Any]) -> str:
+    """A hash of JSON values."""
+    return hashlib.sha256(json.dumps(list(parts), sort_keys=True).encode()).hexdigest()
