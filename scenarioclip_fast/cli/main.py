@@ -29,6 +29,7 @@ from scenarioclip_fast.terminal import echo, guarded_streams, warn
 COMMANDS = (
     "demo",
     "scenes",
+    "generate",
     "pack",
     "inspect",
     "train",

@@ -159,9 +159,10 @@ def _list_packed(source: Path) -> Iterator[Item]:
 
 
 def _new_key(item: Item, taken: Collection[str]) -> str:
-    """The key of a packed scene or the stem of a file; a hash is appended in folders and tars, and if it is taken."""
-    stem = item.key or re.sub(r"[/\\\x00-\x1f\x7f]", "_", str(Path(item.name).with_suffix("")))[-MAX_KEY // 2 :]
-    key = safe_key(stem, None if item.key or "/" not in item.name else item.name)
+    """The key of a packed scene or the stem of a file, with a hash if it is in a folder or tar, odd, or taken."""
+    name = item.key or str(Path(item.name).with_suffix(""))
+    stem = re.sub(r"[/\\\x00-\x1f\x7f]", "_", name)[-MAX_KEY // 2 :]
+    key = safe_key(stem, name)
     return safe_key(stem, f"{item.path}:{item.offset}") if key in taken else key
 
 

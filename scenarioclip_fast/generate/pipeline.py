@@ -16,6 +16,8 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,21 +30,22 @@ from typing import Any
 import torch
 
 from scenarioclip_fast.data.images import SkippedImage
-from scenarioclip_fast.data.packing import PackReport, pack
+from scenarioclip_fast.data.packing import PackOptions, PackReport, pack
 from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import open_regular, read_regular, replacing
+from scenarioclip_fast.files import kind_of, open_regular, read_regular, replacing, status_of
 from scenarioclip_fast.generate.config import STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.factory import make_stage, prepare_context
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, results
-from scenarioclip_fast.generate.source import CuratedSource
+from scenarioclip_fast.generate.source import CuratedSource, published_scenes
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
 from scenarioclip_fast.suggest import nearest
-from scenarioclip_fast.terminal import short, warn
+from scenarioclip_fast.terminal import printable, short, warn
 
 MODEL_STAGES = STAGES[:-1]  # those with records of their own
 _EXPENSIVE = ("caption", "ground", "segment")
@@ -102,33 +105,92 @@ class Job:
 
 
 def process(job: Job, stage: Stage, units: Iterable[Unit]) -> Iterator[Outcome]:
-    """Run a stage on units, skipping finished images; yields the outcomes as they come."""
-    files: dict[int, UnitFile] = {}
-    unit_of: dict[str, int] = {}
+    """Run a stage on units, skipping finished images; yields the outcomes as they come.
+
+    Raises:
+        UserError: the first images were all rejected for one reason, or see `Stage.run`.
+    """
+    store = _Store(job.name)
 
     def works() -> Iterator[Work]:
         for unit in units:
             file, records = job.file(unit)
             if file.is_finished():
+                store.trust()
                 continue
             missing = set(file.resume())
             if not missing:
                 file.finish()
                 continue
-            files[unit.number] = file
+            store.open(file, missing)
             for item in unit.items:
                 if item.key in missing:
-                    unit_of[item.key] = unit.number
                     yield Work(item, records.get(item.key, {}))
 
     try:
         for outcome in stage.run(works()):
-            number = unit_of.pop(outcome.key)
-            if files[number].append(outcome):
-                files.pop(number).finish()
+            store.add(outcome)
             yield outcome
+        store.end()
     finally:
-        for file in files.values():
+        store.close()
+
+
+class _Store:
+    """Appends outcomes to the files of their units.
+
+    Rejections before the first image that is not rejected are held back: if there are only these, something else is
+    wrong, and the next run tries the images again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._file_of: dict[str, UnitFile] = {}  # by the key of an unfinished image
+        self._held: list[Outcome] = []
+        self._trusted = False
+
+    def open(self, file: UnitFile, missing: Iterable[str]) -> None:
+        """Expect the outcomes of the missing images of a unit."""
+        self._file_of |= dict.fromkeys(missing, file)
+        if file.has_results:
+            self.trust()
+
+    def add(self, outcome: Outcome) -> None:
+        """Store an outcome."""
+        if not outcome.reason:
+            self.trust()
+        if self._trusted:
+            self._keep(outcome)
+            return
+        self._held.append(outcome)
+        reasons = {one.reason for one in self._held}
+        if len(self._held) == _EARLY and len(reasons) == 1:
+            raise UserError(
+                f"{self._name}: the first {_EARLY} images were all rejected: {outcome.reason}: {outcome.detail}; "
+                "correct the cause and re-run the command"
+            )
+
+    def trust(self) -> None:
+        """Keep rejections from here on: an image was not rejected."""
+        self._trusted = True
+        for outcome in self._held:
+            self._keep(outcome)
+        self._held.clear()
+
+    def end(self) -> None:
+        """Keep what was held back, to be tried again."""
+        for outcome in self._held:
+            self._keep(replace(outcome, retry=True))
+        self._held.clear()
+
+    def _keep(self, outcome: Outcome) -> None:
+        file = self._file_of.pop(outcome.key)
+        if file.append(outcome):
+            file.finish()
+
+    def close(self) -> None:
+        """Close the files of unfinished units."""
+        for file in self._file_of.values():
             file.close()
 
 
@@ -196,10 +258,13 @@ class GenerateReport:
     directory: Path
     stages: list[StageReport] = field(default_factory=list)
     packed: PackReport | None = None
+    pages: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [str(stage) for stage in self.stages]
-        return "\n".join(lines + ([str(self.packed)] if self.packed else []))
+        lines += [str(self.packed)] if self.packed else []
+        lines += [printable(f"wrote {path}") for path in self.pages]
+        return "\n".join(lines)
 
 
 def generate(
@@ -212,6 +277,8 @@ def generate(
     workers: int = 1,
     unit_size: int = 128,
     redo: Sequence[str] = (),
+    review: int = 50,
+    coco: str | Path | None = None,
     progress: bool = True,
 ) -> GenerateReport:
     """Turn images into a packed data set of scenes. Repeat the call to resume.
@@ -226,6 +293,8 @@ def generate(
             of models on GPUs.
         unit_size: images that are stored together, a multiple of the batch sizes.
         redo: stages whose records are discarded first.
+        review: scenes on the review page; 0: no page.
+        coco: COCO file to write.
         progress: show progress.
 
     Raises:
@@ -243,8 +312,10 @@ def generate(
         for name in MODEL_STAGES:
             if name in stages:
                 report.stages.append(run.stage(name, units))
+        source = CuratedSource(run.out, units)
+        source.write_rejections(run.out / "rejected.jsonl")
         if "pack" in stages:
-            report.packed = run.pack(units)
+            report.packed = run.pack(source)
         return report
 
 
@@ -376,12 +447,8 @@ class _Run:
         try:
             outcomes = process(job, stage, units)
             total = sum(len(unit.items) for unit in units)
-            first: list[Outcome] = []
             for outcome in show_progress(outcomes, total, job.name, "images") if self.progress else outcomes:
                 report.add(outcome)
-                if len(first) < _EARLY:
-                    first.append(outcome)
-                    _check_first(job.name, first)
         finally:
             report.counts = Counter(stage.counts)
             stage.close()
@@ -399,11 +466,15 @@ class _Run:
         with open(self.out / "runs.jsonl", "a", encoding="ascii", opener=open_regular) as file:
             file.write(json.dumps(record) + "\n")
 
-    def pack(self, units: list[Unit]) -> PackReport:
-        """Write the packed data set, and list the rejections of all stages."""
+    def pack(self, source: CuratedSource) -> PackReport | None:
+        """Write the data set in the layouts that were asked for; None: not packed."""
         options = self.config.pack
-        source = CuratedSource(self.out, units)
-        source.write_rejections(self.out / "rejected.jsonl")
+        if not source.scenes:
+            raise UserError(f"pack: {self.out} has no curated scenes; run the stage curate first (--stages)")
+        if options.layout in ("published", "both"):
+            self._write_published(source)
+        if options.layout == "published":
+            return None
         return pack(
             source,
             self.out / "shards",
@@ -414,14 +485,21 @@ class _Run:
             progress=self.progress,
         )
 
-
-def _check_first(name: str, outcomes: Sequence[Outcome]) -> None:
-    reasons = {outcome.reason for outcome in outcomes}
-    if len(outcomes) == _EARLY and len(reasons) == 1 and "" not in reasons:
-        raise UserError(
-            f"{name}: the first {_EARLY} images were all rejected: {reasons.pop()}: {outcomes[0].detail}; "
-            "nothing is lost: correct the cause and re-run the command"
+    def _write_published(self, source: CuratedSource) -> None:
+        """Write the published layout into a new directory, and move it into place."""
+        final, partial = self.out / "published", self.out / ".published.partial"
+        options = PackOptions(val=self.config.pack.val, test=self.config.pack.test)
+        for path in (partial, final):
+            if (status := status_of(path)) is not None:
+                if not stat.S_ISDIR(status.st_mode):
+                    raise UserError(f"{path}: got a {kind_of(status.st_mode)}, expected a directory of an earlier run")
+                shutil.rmtree(path)
+        scenes = published_scenes(source, options.split_of)
+        total = len(source.scenes)
+        write_published_layout(
+            show_progress(scenes, total, "writing the published layout", "scenes") if self.progress else scenes, partial
         )
+        partial.rename(final)
 
 
 def _reasons(rejected: Counter[str]) -> str:

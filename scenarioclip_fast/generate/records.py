@@ -43,6 +43,9 @@ class UnitFile:
         unit: number of the unit.
         inputs: hash of what the unit depends on.
         keys: of the unit's images that reach this stage, in order.
+
+    Attributes:
+        has_results: whether an image was finished, and not rejected, before `resume`.
     """
 
     def __init__(self, directory: Path, unit: int, inputs: str, keys: Sequence[str]) -> None:
@@ -51,6 +54,7 @@ class UnitFile:
         self._header = {"unit": unit, "inputs": inputs, "images": len(keys)}
         self._keys = list(keys)
         self._finished: set[str] = set()
+        self.has_results = False
         self._file: IO[bytes] | None = None
 
     def is_finished(self) -> bool:
@@ -62,16 +66,17 @@ class UnitFile:
 
     def resume(self) -> list[str]:
         """Prepare to append, and return the keys of the images that are not finished, in order."""
-        kept: dict[str, bytes] = {}
+        kept: dict[str, Outcome] = {}
         for path in (self.path, self.partial):
             if path.is_file():
                 header, records = read_unit(path, complete=path == self.path)
                 if header == self._header:
-                    kept |= {r.key: _dump(_to_json(r)) for r in records if not r.retry}
+                    kept |= {r.key: r for r in records if not r.retry}
         kept = {key: kept[key] for key in self._keys if key in kept}
+        self.has_results = any(not r.reason for r in kept.values())
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.partial) as new:  # drops the damaged end of a killed run
-            new.write_bytes(_dump(self._header) + b"".join(kept.values()))
+            new.write_bytes(_dump(self._header) + b"".join(_dump(_to_json(r)) for r in kept.values()))
         self._finished = set(kept)
         return [key for key in self._keys if key not in self._finished]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -141,3 +142,13 @@ def curated_scene(key: str, record: dict[str, Any]) -> Scene:
         return scene_from_json(key, b"", {"schema": 2, **record})
     except ValueError as error:
         raise BadEntry("malformed_entry", str(error)) from None
+
+
+def published_scenes(source: CuratedSource, split_of: SplitOf) -> Iterator[Scene]:
+    """The scenes with their images and splits; unusable images, which `pack` lists, are left out."""
+    reader = source.reader()
+    for item in source.items(split_of):
+        with contextlib.suppress(BadEntry):
+            scene = reader.read(item).scene
+            scene.split = split_of(scene.key, scene.split)
+            yield scene

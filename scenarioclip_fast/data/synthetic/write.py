@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.parallel import ordered_map
-from scenarioclip_fast.data.scene import Scene, check_fractions
+from scenarioclip_fast.data.scene import Mask, Scene, check_fractions
 from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.progress import progress
@@ -32,7 +34,8 @@ def write_published_layout(
     and `sam_results/KEY_grounding_sam.npz`.
 
     Args:
-        scenes: with images as uint8 [H, W, 3] or JPEG bytes, and a bool mask for every object.
+        scenes: with images as uint8 [H, W, 3] or encoded bytes, and masks as bool [H, W] or RLE; None is written as a
+            mask without pixels.
         out_dir: created if missing; must be empty.
         classes: "actions", "objects" and "relations" of classes.json; None: all texts that occur.
 
@@ -97,7 +100,9 @@ def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
             image.numpy(), quality=QUALITY, colorspace="RGB", colorsubsampling="444"
         )
     (out / "images" / f"{key}.jpg").write_bytes(image)
-    masks = [np.asarray(o.mask, dtype=bool) for o in scene.objects]
+    known = [None if o.mask is None else _pixels(o.mask) for o in scene.objects]
+    size = next((mask.shape for mask in known if mask is not None), (1, 1))
+    masks = [np.zeros(size, dtype=bool) if mask is None else mask for mask in known]
     np.savez_compressed(
         out / "sam_results" / f"{key}_grounding_sam.npz",
         mask=np.stack(masks)[:, None] if masks else np.zeros((0, 1, 1, 1), dtype=bool),
@@ -108,6 +113,7 @@ def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
         [
             f"sam_results/{key}/{key}_relations_{k}.png",
             [scene.objects[r.subject].name, r.predicate, scene.objects[r.object].name],
+            *([r.negatives] if r.negatives else []),
         ]
         for k, r in enumerate(scene.relations)
     ]
@@ -115,9 +121,14 @@ def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
         "id": key,
         "image_path": f"images/{key}.jpg",
         "action": scene.action,
+        **({} if scene.caption is None else {"dense_caption": scene.caption}),
         "objects": [[o.name, list(o.box)] for o in scene.objects],
         "relations": relations,
     }
+
+
+def _pixels(mask: Mask) -> NDArray[np.bool_]:  # [H, W]
+    return rle.decode(mask).numpy() if isinstance(mask, dict) else np.asarray(mask, dtype=bool)
 
 
 def _write_metadata(
@@ -139,9 +150,9 @@ def _classes(entries: Iterator[dict[str, Any]]) -> dict[str, list[str]]:
     objects: set[str] = set()
     relations: set[str] = set()
     for entry in entries:
-        actions.add(entry["action"])
+        actions |= {entry["action"]} - {None}
         objects.update(name for name, _ in entry["objects"])
-        relations.update(" ".join(triple) for _, triple in entry["relations"])
+        relations.update(" ".join(relation[1]) for relation in entry["relations"])
     return {"actions": sorted(actions), "objects": sorted(objects), "relations": sorted(relations)}
 
 

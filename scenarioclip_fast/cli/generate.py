@@ -1,0 +1,131 @@
+"""`scenarioclip-fast generate`: scenes from raw images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from scenarioclip_fast.terminal import echo
+
+_STAGES = ("caption", "ground", "segment", "curate", "pack")  # generate.config.STAGES, which imports torch
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="turn raw images into a packed data set of scenes",
+        description="Asks a vision-language model for the action, objects and relations of each image, finds boxes and "
+        "masks, curates them and packs the scenes into DIR/shards. Re-run the command to resume.",
+        epilog="Settings (--set KEY=VALUE) are listed in docs/generation.md.",
+    )
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGES",
+        help="folders, image files, tars, text files with a path per line, or packed data sets; none: the images of "
+        "an earlier run in DIR",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    parser.add_argument(
+        "--stages", metavar="LIST", help=f"stages to run, separated by commas (default: {','.join(_STAGES)})"
+    )
+    parser.add_argument("--redo", metavar="LIST", help="stages whose records are discarded first, separated by commas")
+    models = parser.add_argument_group("models, by path or hub id")
+    models.add_argument("--vlm-url", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    models.add_argument(
+        "--vlm-model",
+        metavar="NAME",
+        help="model on the server; without --vlm-url, a Qwen2.5-VL or Qwen3-VL checkpoint; given: the annotations "
+        "of a packed data set",
+    )
+    models.add_argument(
+        "--detector",
+        metavar="NAME",
+        help="GroundingDINO, MM-GroundingDINO or OWLv2 checkpoint, MODULE:CLASS, or given "
+        "(default: IDEA-Research/grounding-dino-base)",
+    )
+    models.add_argument(
+        "--segmenter", metavar="NAME", help="SAM or SAM 2 checkpoint, or MODULE:CLASS (default: facebook/sam-vit-huge)"
+    )
+    parser.add_argument("--published", action="store_true", help="the published prompt, thresholds and rules")
+    parser.add_argument(
+        "--invert-colours", action="store_true", help="show the detector and segmenter inverted images, as published"
+    )
+    parser.add_argument(
+        "--decisions", metavar="FILE", help="decisions.json of the review page, or corrected COCO annotations"
+    )
+    parser.add_argument(
+        "--layout", choices=("packed", "published", "both"), help="layout of the data set (default: packed)"
+    )
+    parser.add_argument("--coco", type=Path, metavar="FILE", help="write the scenes as COCO annotations as well")
+    parser.add_argument(
+        "--review", type=int, default=50, metavar="N", help="scenes on the page DIR/review.html (default: 50)"
+    )
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as ground.box_threshold=0.3"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes (default: 1)")
+    parser.add_argument(
+        "--unit-size", type=int, default=128, metavar="N", help="images that are stored together (default: 128)"
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run on a Ray cluster: ADDRESS, or the one of this machine, or a new local one",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stages, write the pages and print the counts."""
+    from scenarioclip_fast.generate import generate
+    from scenarioclip_fast.generate.config import PUBLISHED, GenerateConfig
+
+    trees = [*([PUBLISHED] if args.published else []), _settings(args)]
+    config = (
+        GenerateConfig.of(*trees, overrides=args.set)
+        if args.config is None
+        else GenerateConfig.load(args.config, *trees, overrides=args.set)
+    )
+    report = generate(
+        args.images,
+        args.out,
+        config,
+        stages=_names(args.stages) if args.stages is not None else _STAGES,
+        device=args.device,
+        workers=args.workers,
+        unit_size=args.unit_size,
+        redo=_names(args.redo or ""),
+        review=args.review,
+        coco=args.coco,
+    )
+    echo(report, lines=True)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that have an option of their own."""
+    given = [
+        ("caption", "url", args.vlm_url),
+        ("caption", "model", args.vlm_model),
+        ("ground", "model", args.detector),
+        ("segment", "model", args.segmenter),
+        ("curate", "decisions", args.decisions),
+        ("pack", "layout", args.layout),
+        ("ground", "invert", args.invert_colours or None),
+        ("segment", "invert", args.invert_colours or None),
+    ]
+    tree: dict[str, Any] = {}
+    for section, name, value in given:
+        if value is not None:
+            tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
