@@ -16,6 +16,7 @@ from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.errors import UserError
 
 STAGES = ("caption", "ground", "segment", "curate", "pack")
+"""The stages, in order."""
 
 GIVEN = "given"
 """As a model: use the annotations of a packed data set, such as the boxes of one without masks."""

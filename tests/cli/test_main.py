@@ -79,7 +79,7 @@ def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     [
         ("", "the following arguments are required: COMMAND"),
         ("trian", "argument COMMAND: got 'trian': did you mean train?"),
-        ("zzz", "argument COMMAND: got 'zzz', expected one of demo, scenes, pack, "),
+        ("zzz", "argument COMMAND: got 'zzz', expected one of demo, scenes, generate, pack, "),
         ("doctor --fast", "unrecognized arguments: --fast (see `scenarioclip-fast doctor --help`)"),
         ("doctor now", "unrecognized arguments: now"),
         ("eval zerosht RUN SHARDS", "argument KIND: got 'zerosht': did you mean zeroshot?"),
