@@ -25,7 +25,7 @@ from scenarioclip_fast.generate.stages import Outcome
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import short
 
-KEPT = b'{"key":"%s","result":'
+KEPT = re.compile(rb'\{"key":"([\w-]+)","result":')
 """How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
 
 _NAME = re.compile(r"\d{6}\.jsonl(\.partial)?")

@@ -83,9 +83,8 @@ class CuratedSource(Source):
             path, offset = self._file("curate", unit), 0
             if path.is_file():
                 for line in open_file(path):
-                    key = parse_json(line).get("key")
-                    if key in items and line.startswith(KEPT % key.encode()):
-                        yield CuratedItem(items[key], path, offset, len(line))
+                    if (found := KEPT.match(line)) and (item := items.get(found[1].decode())):
+                        yield CuratedItem(item, path, offset, len(line))
                     offset += len(line)
 
     def fingerprint(self) -> str:
