@@ -1,0 +1,1 @@
+"""Masks for the boxes of each image."""
