@@ -214,6 +214,7 @@ setup(
         PACKAGE: ["py.typed"],
         f"{PACKAGE}._native": ["*.so", "build.json"],
         f"{PACKAGE}.configs": ["*.yaml"],
+        f"{PACKAGE}.generate.curate": ["*.json"],
     },
     include_package_data=False,
     # An extension makes setuptools run build_ext and tag the wheel as platform-specific; CMake builds it.

@@ -63,13 +63,8 @@ def bounds(
     """
     if isinstance(mask, dict):
         height, width, runs = read_runs(mask)
-        end = np.cumsum(runs)[: len(runs) // 2 * 2].reshape(-1, 2)
-        first, last = end[:, 0][runs[1::2] > 0], end[:, 1][runs[1::2] > 0] - 1
-        if (height, width) == size and len(first):
-            wraps = first // height != last // height  # covers whole columns, or the end of one and the start of next
-            top = np.where(wraps, 0, first % height).min()
-            bottom = np.where(wraps, height - 1, last % height).max()
-            return [int(first[0] // height), int(top), int(last[-1] // height) + 1, int(bottom) + 1]
+        if (height, width) == size:
+            return run_bounds(height, runs)
     else:
         array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
         height, width = array.shape if array.ndim == 2 else (-1, -1)
@@ -79,6 +74,27 @@ def bounds(
     if (height, width) != size:
         raise ValueError(f"got a mask of {width} x {height}, expected {size[1]} x {size[0]}")
     return None
+
+
+def run_bounds(height: int, runs: NDArray[np.int64]) -> list[int] | None:  # [runs]
+    """`bounds` of run lengths, of a mask of `height` rows."""
+    end = np.cumsum(runs)[: len(runs) // 2 * 2].reshape(-1, 2)
+    filled = runs[1::2] > 0
+    if not filled.any():
+        return None
+    first, last = end[:, 0][filled], end[:, 1][filled] - 1
+    wraps = first // height != last // height  # covers whole columns, or the end of one and the start of the next
+    top = np.where(wraps, 0, first % height).min()
+    bottom = np.where(wraps, height - 1, last % height).max()
+    return [int(first[0] // height), int(top), int(last[-1] // height) + 1, int(bottom) + 1]
+
+
+def shared_area(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:  # [runs] each
+    """Count the pixels that are set in both of two masks of one size, given as run lengths."""
+    end, count = np.cumsum(a), np.cumsum(np.where(np.arange(len(a)) & 1, a, 0))
+    # Set pixels of `a` before each edge of `b`: linear within a run, with slope 0 or 1, hence exact in float64.
+    edges = np.interp(np.cumsum(b), np.concatenate([[0], end]), np.concatenate([[0], count]))
+    return int(np.diff(edges)[::2].sum())
 
 
 def read_runs(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.int64]]:

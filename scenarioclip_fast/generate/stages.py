@@ -17,7 +17,8 @@ from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.images import Item
 
-# reason -> description of rejected images; the reasons of `data.check.REASONS` for images are used as well.
+# reason -> description of rejected images, objects and relations; the reasons of `data.check.REASONS` for images are
+# used as well.
 REASONS = {
     "image_changed": "the image is missing, unreadable or has another size than when it was listed",
     "server_error": "the server failed, also when the request was repeated",
@@ -33,7 +34,21 @@ REASONS = {
     "no_masks": "the segmenter found none of the objects",
     "too_few_relations": "fewer relations were left than curate.min_relations",
     "not_annotated": "the image has no record to take annotations from",
-    "rejected_by_hand": "rejected on the review page",
+    "rejected_by_hand": "rejected on the review page, or removed from an exported COCO file",
+    "unnamed_object": "the object's name is empty",
+    "low_box_score": "the detector's score is below curate.min_box_score",
+    "low_mask_score": "the mask's predicted IoU is below curate.min_mask_score",
+    "no_mask": "the object has no mask",
+    "small_mask": "the mask is smaller than curate.min_mask_pixels or curate.min_mask_fraction",
+    "mask_not_in_box": "the mask's bounds and the box differ more than curate.min_agreement allows",
+    "duplicate_object": "the mask is that of a better object of the same name, which takes over the relations",
+    "unused_object": "no relation uses the object",
+    "unknown_end": "no object has the name of the relation's subject or object",
+    "end_dropped": "the relation's subject or object was dropped",
+    "same_ends": "the relation's subject and object are one object, or too near to each other",
+    "empty_predicate": "the relation's predicate is empty",
+    "long_predicate": "the relation's predicate is a sentence",
+    "duplicate_relation": "an earlier relation has the same ends and predicate",
 }
 
 

@@ -269,7 +269,7 @@ class PublishedReader:
                 continue
             text = " ".join(triple)
             missing = [name for name in (triple[0], triple[2]) if name not in names]
-            pair = _nearest_pair(objects, triple[0], triple[2])
+            pair = nearest_pair(objects, triple[0], triple[2])
             if missing:
                 detail = f"{text!r}: no object {missing[0]!r}"
                 bad.append(Rejection(here, "relation_unknown_label", detail, _HINTS["label"]))
@@ -423,7 +423,7 @@ def _negatives(record: list[Any]) -> list[str]:
     return [normalise(text) for text in texts if isinstance(text, str) and normalise(text)]
 
 
-def _nearest_pair(objects: list[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:
+def nearest_pair(objects: Sequence[SceneObject | None], subject: str, object_: str) -> tuple[int, int] | str:
     """The two distinct objects with these names and the nearest box centres, or the reason if there are none."""
     ends = [[i for i, item in enumerate(objects) if item is not None and item.name == n] for n in (subject, object_)]
     if not all(ends):

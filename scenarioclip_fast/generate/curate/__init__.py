@@ -1,0 +1,1 @@
+"""Curation: names, doubtful objects and relations, decisions made by hand, negatives, and merging of classes."""

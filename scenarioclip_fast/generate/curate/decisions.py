@@ -1,0 +1,248 @@
+"""Decisions made by hand: those of the review page, or a COCO file that was corrected in an annotation tool.
+
+    {"schema": 1, "scenes": {KEY: {
+        "scene": "accept" | "reject",
+        "action": text,
+        "objects": {ID: {"reject": true} | {"name": text}},
+        "relations": {ID: {"reject": true} | {"predicate": text}}}}}
+
+IDs are those of the curated record, and all members are optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scenarioclip_fast.data.texts import normalise
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import read_regular
+from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, is_coco, read_coco, same_box
+from scenarioclip_fast.generate.curate.rules import Draft, Link, Mask, Thing, box_overlap
+from scenarioclip_fast.parsing import parse_json
+from scenarioclip_fast.suggest import nearest
+from scenarioclip_fast.terminal import short
+
+_STALE = "the decisions are of another run, or of records that have changed since; make them again"
+_TEXTS = {"objects": "name", "relations": "predicate"}
+_MATCH = 0.5  # IoU from which an annotation without an id is taken for an object
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions of a file.
+
+    Attributes:
+        path: of the file, for messages.
+        digest: of its content.
+        scenes: by key.
+    """
+
+    path: str
+    digest: str
+    scenes: Mapping[str, Mapping[str, Any] | Correction]
+
+    def check_keys(self, keys: Collection[str]) -> None:
+        """Raise UserError if there is a decision for an image that is not among those of the run."""
+        for key in self.scenes:
+            if key not in keys:
+                raise UserError(f"{self.path}: scene {short(key)}: the run has no such image; {_STALE}")
+
+    def apply(self, draft: Draft, records: Mapping[str, Any], min_agreement: float) -> bool | None:
+        """Apply the decisions for a scene to its draft.
+
+        Args:
+            records: of the stages caption and ground.
+            min_agreement: a mask that agrees less with a corrected box is dropped, unless it was corrected too.
+
+        Returns:
+            Whether the scene is accepted (True) or rejected (False); None if that was not decided.
+
+        Raises:
+            UserError: a decision for an object or relation that the records do not have.
+        """
+        found = self.scenes.get(draft.key)
+        if found is None:
+            return None
+        try:
+            if isinstance(found, Correction):
+                _correct(draft, found, records, min_agreement)
+                return None
+            _decide(draft, found, records)
+        except _Stale as error:
+            raise UserError(f"{self.path}: scene {draft.key}: {error}") from None
+        return {"accept": True, "reject": False}.get(found.get("scene", ""))
+
+
+def read_decisions(path: str) -> Decisions:
+    """Read a file of decisions, or a COCO file.
+
+    Raises:
+        UserError: unreadable or malformed; the message names the scene.
+    """
+    where = f"curate.decisions: {path}"
+    try:
+        data = read_regular(path)
+        content = parse_json(data, strict=False)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if is_coco(content):
+        return Decisions(where, digest, {one.key: one for one in read_coco(where, content)})
+    scenes = content.get("scenes") if isinstance(content, dict) else None
+    if not isinstance(scenes, dict) or content.get("schema") != 1:
+        raise UserError(f'{where}: got {short(content)}, expected {{"schema": 1, "scenes": {{...}}}} or a COCO file')
+    return Decisions(where, digest, {key: _checked(f"{where}: scene {key}", one) for key, one in scenes.items()})
+
+
+def _checked(where: str, decision: Any) -> dict[str, Any]:
+    """Check the decisions for a scene, and normalise the new texts."""
+    _check_members(where, decision, ("scene", "action", *_TEXTS))
+    if decision.get("scene", "accept") not in ("accept", "reject"):
+        raise UserError(f'{where}: got {short(decision["scene"])} as "scene", expected accept or reject')
+    checked: dict[str, Any] = dict(decision)
+    if "action" in decision:
+        checked["action"] = _text(where, decision, "action")
+    for part, text in _TEXTS.items():
+        values = decision.get(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: got {short(values)} as {part!r}, expected an object")
+        checked[part] = {}
+        for number, value in values.items():
+            here = f"{where}: {part} {number}"
+            _check_members(here, value, ("reject", text))
+            if not (number.isascii() and number.isdecimal() and len(number) < 10):
+                raise UserError(f"{here}: got {short(number)}, expected an id of the curated record")
+            if not isinstance(value.get("reject", False), bool):
+                raise UserError(f'{here}: got {short(value["reject"])} as "reject", expected true')
+            new = {text: _text(here, value, text)} if text in value else {}
+            checked[part][int(number)] = {**value, **new}
+    return checked
+
+
+def _check_members(where: str, value: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: got {short(value)}, expected an object")
+    for name in value:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else f"expected {', '.join(known)}"
+            raise UserError(f"{where}: unknown member {short(name)}: {hint}")
+
+
+def _text(where: str, value: Mapping[str, Any], name: str) -> str:
+    text = value[name]
+    found = normalise(text) if isinstance(text, str) else ""
+    if not found:
+        raise UserError(f"{where}: got {short(text)} as {name!r}, expected a text")
+    return found
+
+
+class _Stale(ValueError):
+    pass
+
+
+def _decide(draft: Draft, decision: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+    """Apply the decisions of the review page; those for parts that the rules drop have no effect."""
+    totals = {"objects": len(records["ground"]["objects"]), "relations": len(records["caption"]["relations"])}
+    for part, total in totals.items():
+        for number in decision[part]:
+            if number >= total:
+                raise _Stale(f"{part} {number}: the records have {total} {part}; {_STALE}")
+    draft.action = decision.get("action", draft.action)
+    for link in list(draft.links):
+        one = decision["relations"].get(link.id, {})
+        if one.get("reject"):
+            draft.drop_link(link, "rejected_by_hand")
+        link.predicate = one.get("predicate", link.predicate)
+    for thing in list(draft.things.values()):
+        one = decision["objects"].get(thing.id, {})
+        if one.get("reject"):
+            draft.drop_thing(thing.id, "rejected_by_hand")
+        thing.name = one.get("name", thing.name)
+
+
+def _correct(draft: Draft, correction: Correction, records: Mapping[str, Any], min_agreement: float) -> None:
+    """Make the objects and relations those of a COCO file."""
+    if correction.size != draft.size:
+        raise _Stale(f"got an image of {correction.size}, expected {draft.size} (height, width)")
+    if correction.packed and records["caption"].get("ends") is None:
+        raise _Stale("the file was exported from a packed data set; export it from the run")
+    draft.action = correction.texts.get("action", draft.action)
+    draft.caption = correction.texts.get("caption", draft.caption)
+    ids = _ids(draft, correction, len(records["ground"]["objects"]))
+    for number in [number for number in draft.things if number not in ids]:
+        draft.drop_thing(number, "rejected_by_hand")
+    for known, annotation in zip(ids, correction.annotations, strict=True):
+        _update(draft, known, annotation, min_agreement)
+    draft.things = dict(sorted(draft.things.items()))
+    if correction.relations is not None:
+        _relate(draft, correction, ids, len(records["caption"]["relations"]))
+
+
+def _ids(draft: Draft, correction: Correction, total: int) -> list[int]:
+    """The id of the object that each annotation is, new ones after the `total` of ground's."""
+    found = [one.object for one in correction.annotations]
+    if not correction.identified:  # the tool kept no ids: by place
+        pairs = [
+            (-box_overlap(one.box, thing.box), one.name != thing.name, k, thing.id)
+            for k, one in enumerate(correction.annotations)
+            for thing in draft.things.values()
+        ]
+        for overlap, _, k, candidate in sorted(pairs):
+            if -overlap >= _MATCH and found[k] is None and candidate not in found:
+                found[k] = candidate
+    free = max([total - 1, *(one for one in found if one is not None)]) + 1
+    ids: list[int] = []
+    for one in found:
+        ids.append(free if one is None else one)
+        free += one is None
+    if free > IDS:
+        raise _Stale(f"got object {max(ids)}, expected ids below {IDS}")
+    return ids
+
+
+def _update(draft: Draft, number: int, annotation: Annotation, min_agreement: float) -> None:
+    mask = None if annotation.mask is None else Mask(annotation.mask)
+    thing = draft.things.get(number)
+    if thing is None:
+        draft.things[number] = Thing(number, annotation.name, list(annotation.box), mask, (1.0, 1.0))
+        return
+    thing.name = annotation.name
+    if not same_box(thing.box, annotation.box):
+        thing.box = list(annotation.box)
+        if mask is None and thing.mask is not None and thing.mask.bounds is not None:
+            agrees = box_overlap(thing.box, thing.mask.bounds) >= min_agreement
+            thing.mask = thing.mask if agrees else None
+    thing.mask = mask or thing.mask
+
+
+def _relate(draft: Draft, correction: Correction, ids: list[int], total: int) -> None:
+    """Make the relations those of a COCO file, without those whose ends it has not."""
+    before = {link.id: link for link in draft.links}
+    after: dict[int, Link] = {}
+    free = max([total - 1, *(one.relation for one in correction.relations or [] if one.relation is not None)]) + 1
+    for one in correction.relations or []:
+        ends = [None if end is None else ids[end] for end in (one.subject, one.object)]
+        old = None if one.relation is None else before.get(one.relation)
+        if one.relation is None:  # of the tool's: the same ends are the same relation
+            same = (link for link in before.values() if [link.subject, link.object] == ends and link.id not in after)
+            old = next(same, None)
+        if old is not None:
+            ends = [new if new is not None else kept for new, kept in zip(ends, (old.subject, old.object), strict=True)]
+        subject, object_ = ends
+        if subject is None or object_ is None or subject == object_:
+            continue
+        number = old.id if old is not None else free if one.relation is None or one.relation in after else one.relation
+        free += number == free
+        after[number] = Link(number, subject, one.predicate, object_)
+    for number, link in before.items():
+        if number not in after:
+            draft.drop_link(link, "rejected_by_hand")
+    draft.links = [after[number] for number in sorted(after)]
+    if free > IDS:
+        raise _Stale(f"got {free} relations, expected at most {IDS}")
