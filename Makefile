@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 GPU_VENV := .venv-gpu
 TRITON_VENV := .venv-triton
+RAY_VENV := .venv-ray
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
@@ -19,7 +20,7 @@ EXTRAS := train,eval,triton,dali,nvimgcodec,remote,generate,tensorboard,parquet,
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 FUZZ := $(wildcard tests/fuzz/*.h tests/fuzz/*.cpp)
 
-.PHONY: install demo test faults fuzz test-install test-triton lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
+.PHONY: install demo test faults fuzz test-install test-triton test-ray lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
@@ -39,7 +40,7 @@ demo: install
 	$(BIN)/scenarioclip-fast demo --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest tests --ignore tests/ray -n $(JOBS) --dist loadfile
 
 # Fault injection at full length: kills, bit flips, hostile files, damaged caches. `make test` runs a few trials of each.
 faults: install
@@ -59,12 +60,18 @@ test-triton: install $(TRITON_VENV)/packages
 	  tests/ops/test_add_layer_norm.py tests/ops/test_quick_gelu.py tests/ops/test_short_attention.py \
 	  -k "triton or compile or launches" -n $(JOBS) --dist loadfile
 
-# An environment that sees the packages of .venv, with another Triton.
-$(TRITON_VENV)/packages: $(VENV)/packages
-	$(PYTHON) -m venv --clear --without-pip $(TRITON_VENV)
+# Generation on a Ray cluster of two nodes on this machine. One process: the tests share the cluster.
+test-ray: install $(RAY_VENV)/packages
+	$(RAY_VENV)/bin/python -m pytest tests/ray
+
+# Environments that see the packages of .venv, with another Triton, or with Ray.
+$(TRITON_VENV)/packages: PACKAGES := --no-deps "triton>=3.6,<3.7"
+$(RAY_VENV)/packages: PACKAGES := "ray[data]>=2.50,<3"
+$(TRITON_VENV)/packages $(RAY_VENV)/packages: $(VENV)/packages
+	$(PYTHON) -m venv --clear --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
-	  > "$$($(TRITON_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(PIP) --python $(TRITON_VENV)/bin/python install --quiet --no-deps "triton>=3.6,<3.7"
+	  > "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(PIP) --python $(@D)/bin/python install --quiet $(PACKAGES)
 	touch $@
 
 lint: install

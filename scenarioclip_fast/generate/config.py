@@ -191,6 +191,31 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """The actors of each stage on a Ray cluster (`--ray`)."""
+
+    caption: int = field(default=0, metadata=_RUN)
+    """Actors; 0: as many as the cluster has GPUs for, or CPUs; 4 with a server, which share `caption.concurrency`."""
+    ground: int = field(default=0, metadata=_RUN)
+    """Actors; 0: as many as the cluster has GPUs for, or CPUs."""
+    segment: int = field(default=0, metadata=_RUN)
+    """Actors; 0: as many as the cluster has GPUs for, or CPUs."""
+    curate: int = field(default=0, metadata=_RUN)
+    """Actors; 0: as many as the cluster has CPUs for."""
+    gpus: float = field(default=0.0, metadata=_RUN)
+    """GPUs per actor that runs a model; 0: 1, or a part if the cluster has fewer GPUs than stages with models."""
+    cpus: float = field(default=1.0, metadata=_RUN)
+    """CPUs per actor, at most; less if the cluster has fewer CPUs than actors."""
+    retries: int = field(default=4, metadata=_RUN)
+    """Repetitions of a unit whose worker or node died."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "ray.")
+        _at_least("ray", self, 0, *STAGES[:-1], "gpus", "retries")
+        _above_0("ray", self, "cpus")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """All sections."""
 
@@ -199,6 +224,7 @@ class GenerateConfig:
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     pack: PackConfig = field(default_factory=PackConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         check_types(self)

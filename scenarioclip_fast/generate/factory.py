@@ -11,10 +11,22 @@ from scenarioclip_fast.generate.given import GivenBoxes, GivenCaptions
 from scenarioclip_fast.generate.stages import Stage
 
 
+def _module(name: str) -> Any:
+    return importlib.import_module(f"scenarioclip_fast.generate.{name}.stage")
+
+
+def _is_given(name: str, config: GenerateConfig) -> bool:
+    return name in ("caption", "ground") and getattr(config, name).model == GIVEN
+
+
+def needs_context(name: str, config: GenerateConfig) -> bool:
+    """Whether a stage starts only when the stages before have finished all units."""
+    return not _is_given(name, config) and hasattr(_module(name), "prepare")
+
+
 def prepare_context(name: str, config: GenerateConfig, directory: Path) -> Any:
     """What a stage needs to know of the records of all units before: JSON, on which its results depend; or None."""
-    module = importlib.import_module(f"scenarioclip_fast.generate.{name}.stage")
-    return module.prepare(config, directory) if hasattr(module, "prepare") else None
+    return _module(name).prepare(config, directory) if needs_context(name, config) else None
 
 
 def make_stage(name: str, config: GenerateConfig, device: str, context: Any = None) -> Stage:
@@ -25,10 +37,7 @@ def make_stage(name: str, config: GenerateConfig, device: str, context: Any = No
         device: auto, cpu, cuda or cuda:N.
         context: of `prepare_context`.
     """
-    if name == "caption" and config.caption.model == GIVEN:
-        return GivenCaptions()
-    if name == "ground" and config.ground.model == GIVEN:
-        return GivenBoxes()
-    module = importlib.import_module(f"scenarioclip_fast.generate.{name}.stage")
-    stage: Stage = module.make(config, device, context)
+    if _is_given(name, config):
+        return GivenCaptions() if name == "caption" else GivenBoxes()
+    stage: Stage = _module(name).make(config, device, context)
     return stage

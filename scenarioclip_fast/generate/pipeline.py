@@ -13,6 +13,7 @@ DIR/report.html, review.html
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,18 +37,20 @@ from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import kind_of, open_regular, read_regular, replacing, status_of
-from scenarioclip_fast.generate.config import STAGES, GenerateConfig, fingerprint
-from scenarioclip_fast.generate.factory import make_stage, prepare_context
+from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
+from scenarioclip_fast.generate.ray_run import RayCluster
 from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, results
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
+from scenarioclip_fast.requirements import require
 from scenarioclip_fast.suggest import nearest
 from scenarioclip_fast.terminal import printable, short, warn
 
 MODEL_STAGES = STAGES[:-1]  # those with records of their own
+FACTORY = "scenarioclip_fast.generate.factory"
 _EXPENSIVE = ("caption", "ground", "segment")
 _SCHEMA = 1
 _EARLY = 32  # outcomes after which a stage that rejects all images for one reason ends
@@ -62,7 +65,9 @@ class Job:
         directory: of the run.
         name: of the stage.
         device: auto, cpu, cuda or cuda:N.
-        context: what the stage found in the records of all units, see `stages.prepare_context`.
+        context: what the stage found in the records of all units, see `factory.prepare_context`.
+        factory: the module whose functions create the stages, see `factory`.
+        attempt: see `records.UnitFile`.
     """
 
     directory: Path
@@ -70,6 +75,20 @@ class Job:
     config: GenerateConfig
     device: str
     context: Any = None
+    factory: str = FACTORY
+    attempt: str = ""
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the stage runs a model, on a GPU if there is one."""
+        section = getattr(self.config, self.name)
+        model_here = section.model != GIVEN and not self.is_remote if self.name in _EXPENSIVE else False
+        return model_here and self.device != "cpu"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the work is done by a server, which one process keeps busy."""
+        return self.name == "caption" and bool(self.config.caption.url) and self.config.caption.model != GIVEN
 
     @property
     def records(self) -> Path:
@@ -77,7 +96,9 @@ class Job:
 
     def make_stage(self) -> Stage:
         """Create the stage; the model is loaded when it runs."""
-        return make_stage(self.name, self.config, self.device, self.context)
+        factory = importlib.import_module(self.factory)
+        stage: Stage = factory.make_stage(self.name, self.config, self.device, self.context)
+        return stage
 
     def file(self, unit: Unit) -> tuple[UnitFile, dict[str, dict[str, Any]]]:
         """The file of a unit, and the records of the stages before, by key and stage.
@@ -89,7 +110,8 @@ class Job:
         before = MODEL_STAGES[: MODEL_STAGES.index(self.name)]
         if not before:
             keys = [item.key for item in unit.items]
-            return UnitFile(self.records, unit.number, hash_of([settings, self.context, keys]), keys), {}
+            inputs = hash_of([settings, self.context, keys])
+            return UnitFile(self.records, unit.number, inputs, keys, self.attempt), {}
         records: dict[str, dict[str, Any]] = {}
         found: dict[str, Outcome] = {}
         for stage in before:
@@ -101,7 +123,11 @@ class Job:
                 records.setdefault(key, {})[stage] = outcome.result
         keys = [item.key for item in unit.items if item.key in found and not found[item.key].reason]
         inputs = hash_of([settings, self.context, content_hash(path)])
-        return UnitFile(self.records, unit.number, inputs, keys), records
+        return UnitFile(self.records, unit.number, inputs, keys, self.attempt), records
+
+    def is_finished(self, unit: Unit) -> bool:
+        """Whether nothing is left to do for a unit; raises UserError like `file`."""
+        return self.file(unit)[0].is_finished()
 
 
 def process(job: Job, stage: Stage, units: Iterable[Unit]) -> Iterator[Outcome]:
@@ -215,6 +241,12 @@ class StageReport:
         if outcome.reason:
             self.rejected[outcome.reason] += 1
 
+    def merge(self, part: StageReport) -> None:
+        """Add what another process did."""
+        self.images += part.images
+        self.rejected += part.rejected
+        self.counts += part.counts
+
     def __str__(self) -> str:
         rate = f"{self.images / self.seconds:.1f} images/s" if self.images and self.seconds else ""
         parts = [f"{self.images} images", rate]
@@ -241,14 +273,27 @@ def process_unit(job: Job, unit: Unit) -> StageReport:
     numbers = multiprocessing.current_process()._identity
     if job.device == "auto" and numbers and (count := torch.cuda.device_count()):
         job = replace(job, device=f"cuda:{(numbers[-1] - 1) % count}")
-    stage = _stage_of_process(job)
-    before = Counter(stage.counts)
-    report = StageReport(job.name)
-    for outcome in process(job, stage, [unit]):
-        report.add(outcome)
-    report.counts = Counter(stage.counts)
-    report.counts.subtract(before)
+    report, error = attempt_unit(job, unit)
+    if error is not None:
+        raise error
     return report
+
+
+def attempt_unit(job: Job, unit: Unit) -> tuple[StageReport, Exception | None]:
+    """Like `process_unit`, and return the error that ended it."""
+    report = StageReport(job.name)
+    try:
+        stage = _stage_of_process(job)
+        before = Counter(stage.counts)
+        try:
+            for outcome in process(job, stage, [unit]):
+                report.add(outcome)
+        finally:
+            report.counts = Counter(stage.counts)
+            report.counts.subtract(before)
+    except Exception as error:
+        return report, error
+    return report, None
 
 
 @dataclass
@@ -280,6 +325,8 @@ def generate(
     review: int = 50,
     coco: str | Path | None = None,
     progress: bool = True,
+    ray: str | None = None,
+    factory: str = FACTORY,
 ) -> GenerateReport:
     """Turn images into a packed data set of scenes. Repeat the call to resume.
 
@@ -296,12 +343,18 @@ def generate(
         review: scenes on the review page; 0: no page.
         coco: COCO file to write.
         progress: show progress.
+        ray: run the stages on a Ray cluster, whose machines must all see `out` and the images at the same paths:
+            HOST:6379, ray://HOST:10001, auto (the running cluster of this machine), local (a new one), or empty (the
+            running one, else a new one). Packing stays in this process.
+        factory: module that creates the stages instead of `generate.factory`, with the same functions; every process
+            must be able to import it.
 
     Raises:
+        MissingDependencyError: `ray` is given, and Ray is not installed.
         UserError: no images, a setting is invalid or differs from that of the records in `out`, a stage cannot go on,
             or no image is left. Finished records are kept.
     """
-    run = _Run(Path(out), config or GenerateConfig(), device, workers, progress)
+    run = _Run(Path(out), config or GenerateConfig(), device, workers, progress, ray, factory)
     run.check(stages, redo, unit_size)
     with run.opened():
         for name in redo:
@@ -309,9 +362,11 @@ def generate(
         units = run.list_units([images] if isinstance(images, str | Path) else images, unit_size)
         run.settle(stages)
         report = GenerateReport(run.out)
-        for name in MODEL_STAGES:
-            if name in stages:
-                report.stages.append(run.stage(name, units))
+        names = [name for name in MODEL_STAGES if name in stages]
+        if ray is None:
+            report.stages += [run.stage(name, units) for name in names]
+        elif names:
+            report.stages += run.stages_on_ray(ray, names, units)
         source = CuratedSource(run.out, units)
         source.write_rejections(run.out / "rejected.jsonl")
         if "pack" in stages:
@@ -326,6 +381,8 @@ class _Run:
     device: str
     workers: int
     progress: bool
+    ray: str | None
+    factory: str
 
     def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int) -> None:
         """Check the arguments before anything is read."""
@@ -338,13 +395,18 @@ class _Run:
             raise UserError(f"workers: got {self.workers}, expected at least 1")
         if unit_size < 1:
             raise UserError(f"unit size: got {unit_size}, expected at least 1")
-        if self.device != "auto":
+        if self.ray is not None:
+            if self.device not in ("auto", "cpu", "cuda"):
+                raise UserError(f"device: got {self.device!r}, expected auto, cpu or cuda: Ray assigns the GPUs")
+        elif self.device != "auto":
             pick_device(self.device)
         if "caption" in stages and not self.config.caption.model:
             raise UserError(
                 "caption.model: got nothing, expected a vision-language model: --vlm-url URL --vlm-model NAME for one "
                 "on a server, or --vlm-model PATH for one in this process"
             )
+        if self.ray is not None:
+            require("ray")
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -423,24 +485,68 @@ class _Run:
     def stage(self, name: str, units: list[Unit]) -> StageReport:
         """Run a stage on all units."""
         start = time.perf_counter()
-        job = Job(self.out.absolute(), name, self.config, self.device, prepare_context(name, self.config, self.out))
+        job = self._job(name)
         report = StageReport(name)
-        todo = [unit for unit in units if not job.file(unit)[0].is_finished()]
+        todo = [unit for unit in units if not job.is_finished(unit)]
         try:
-            if self.workers > 1 and len(todo) > 1 and not self._is_remote(name):
+            if self.workers > 1 and len(todo) > 1 and not job.is_remote:
                 self._in_workers(job, todo, report)
             else:
                 self._here(job, todo, report)
         finally:
             report.seconds = time.perf_counter() - start
             self._log(report)
-        if not any(not r.reason for unit in units for r in results(job.records / f"{unit.number:06d}.jsonl").values()):
-            raise UserError(f"{name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
+        _check_left(job, units, report)
         return report
 
-    def _is_remote(self, name: str) -> bool:
-        """Whether the work is done by a server, which one process keeps busy."""
-        return name == "caption" and bool(self.config.caption.url)
+    def _job(self, name: str) -> Job:
+        context = importlib.import_module(self.factory).prepare_context(name, self.config, self.out)
+        return Job(self.out.absolute(), name, self.config, self.device, context, self.factory)
+
+    def stages_on_ray(self, address: str, names: Sequence[str], units: list[Unit]) -> list[StageReport]:
+        """Run stages on all units: in one pass through all of them, as far as none needs all units of the one before.
+
+        With several stages in a pass, the seconds of each are those of the pass.
+        """
+        needs_context = importlib.import_module(self.factory).needs_context
+        reports: list[StageReport] = []
+        with RayCluster(address, self.out.absolute(), [units[0].items[0].path]) as cluster:
+            passes: list[list[str]] = []
+            for name in names:
+                before = MODEL_STAGES[MODEL_STAGES.index(name) - 1]
+                streams = passes and passes[-1][-1] == before and not needs_context(name, self.config)
+                passes[-1].append(name) if streams else passes.append([name])
+            for one in passes:
+                reports += self._pass_on_ray(cluster, one, units)
+        return reports
+
+    def _pass_on_ray(self, cluster: RayCluster, names: Sequence[str], units: list[Unit]) -> list[StageReport]:
+        start = time.perf_counter()
+        jobs = [self._job(name) for name in names]
+        todo = [unit for unit in units if not _all_finished(jobs, unit)]
+        before = [_tally(job, todo, retried=False) for job in jobs]
+        reports = [StageReport(name) for name in names]
+        try:
+            with closing(cluster.run(jobs, todo, attempt_unit)) as done:
+                rows = show_progress(done, len(todo), ", ".join(names), "units") if self.progress else done
+                for parts, error in rows:
+                    for report, part in zip(reports, parts, strict=False):
+                        report.merge(part)
+                    if error is not None:
+                        raise error
+        finally:
+            for job, report, earlier in zip(jobs, reports, before, strict=True):
+                # Counted in the records, because what a killed worker did has not been reported.
+                report.rejected = _tally(job, todo, retried=True)
+                report.rejected.subtract(earlier)
+                report.images = report.rejected.total()
+                del report.rejected[""]
+                report.rejected = +report.rejected
+                report.seconds = time.perf_counter() - start
+                self._log(report)
+        for job, report in zip(jobs, reports, strict=True):
+            _check_left(job, units, report)
+        return reports
 
     def _here(self, job: Job, units: list[Unit], report: StageReport) -> None:
         stage = job.make_stage()
@@ -456,9 +562,7 @@ class _Run:
     def _in_workers(self, job: Job, units: list[Unit], report: StageReport) -> None:
         parts = ordered_map(partial(process_unit, job), units, min(self.workers, len(units)), chunk=1)
         for part in show_progress(parts, len(units), job.name, "units") if self.progress else parts:
-            report.images += part.images
-            report.rejected += part.rejected
-            report.counts += part.counts
+            report.merge(part)
 
     def _log(self, report: StageReport) -> None:
         record = {"stage": report.name, "images": report.images, "seconds": round(report.seconds, 3)}
@@ -500,6 +604,32 @@ class _Run:
             show_progress(scenes, total, "writing the published layout", "scenes") if self.progress else scenes, partial
         )
         partial.rename(final)
+
+
+def _check_left(job: Job, units: Iterable[Unit], report: StageReport) -> None:
+    if not any(not r.reason for unit in units for r in results(job.records / f"{unit.number:06d}.jsonl").values()):
+        raise UserError(f"{job.name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
+
+
+def _all_finished(jobs: Sequence[Job], unit: Unit) -> bool:
+    if not jobs[0].is_finished(unit):  # raises UserError if the stage before has not finished the unit
+        return False
+    try:
+        return all(job.is_finished(unit) for job in jobs[1:])
+    except UserError:  # the same for a stage before that is one of `jobs`
+        return False
+
+
+def _tally(job: Job, units: Iterable[Unit], *, retried: bool) -> Counter[str]:
+    """The number of outcomes by reason of rejection, which is empty for the others."""
+    counts: Counter[str] = Counter()
+    for unit in units:
+        try:
+            file = job.file(unit)[0]
+        except UserError:  # the stage before has not finished the unit
+            continue
+        counts.update(outcome.reason for outcome in file.found(retried=retried).values())
+    return counts
 
 
 def _reasons(rejected: Counter[str]) -> str:

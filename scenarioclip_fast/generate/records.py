@@ -2,6 +2,7 @@
 
     DIR/STAGE/000000.jsonl           a finished unit: a header, then one record per image, in the order of the list
     DIR/STAGE/000001.jsonl.partial   a unit in progress: the same, in the order in which the images were finished
+    DIR/STAGE/000001.jsonl.partial-ID  the same, of one of several processes that may process the unit at once
 
 A record is {"key", "result"} or {"key", "rejected": {"reason", "detail", "retry"}}. The header holds a hash of what the
 unit depends on: the settings of the stage, and the finished files of the stages before. A file with another hash is not
@@ -28,7 +29,7 @@ from scenarioclip_fast.terminal import short
 KEPT = re.compile(rb'\{"key":"([\w-]+)","result":')
 """How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
 
-_NAME = re.compile(r"\d{6}\.jsonl(\.partial)?")
+_NAME = re.compile(r"\d{6}\.jsonl(\.partial(-[0-9a-f]+)?)?")
 
 
 def _dump(record: Any) -> bytes:
@@ -43,14 +44,16 @@ class UnitFile:
         unit: number of the unit.
         inputs: hash of what the unit depends on.
         keys: of the unit's images that reach this stage, in order.
+        attempt: hexadecimal id of this process where others may process the unit at the same time: each appends to a
+            file of its own, and the first to finish wins.
 
     Attributes:
         has_results: whether an image was finished, and not rejected, before `resume`.
     """
 
-    def __init__(self, directory: Path, unit: int, inputs: str, keys: Sequence[str]) -> None:
+    def __init__(self, directory: Path, unit: int, inputs: str, keys: Sequence[str], attempt: str = "") -> None:
         self.path = directory / f"{unit:06d}.jsonl"
-        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.partial = self.path.with_name(f"{self.path.name}.partial{attempt and f'-{attempt}'}")
         self._header = {"unit": unit, "inputs": inputs, "images": len(keys)}
         self._keys = list(keys)
         self._finished: set[str] = set()
@@ -59,47 +62,72 @@ class UnitFile:
 
     def is_finished(self) -> bool:
         """Whether the finished file exists, with the same inputs and without images that are to be tried again."""
-        if not self.path.is_file():
-            return False
-        header, records = read_unit(self.path)
-        return header == self._header and not any(r.retry for r in records)
+        return self._is_complete() and not any(r.retry for r in read_unit(self.path)[1])
+
+    def _is_complete(self) -> bool:
+        """Whether the finished file exists, with the same inputs."""
+        return self.path.is_file() and read_unit(self.path)[0] == self._header
+
+    def _partials(self) -> list[Path]:
+        """The files in progress, also of other processes, living or killed."""
+        return sorted(self.path.parent.glob(f"{self.path.name}.partial*"))
+
+    def found(self, *, retried: bool = False) -> dict[str, Outcome]:
+        """The outcomes so far with the same inputs, by key and in order.
+
+        Args:
+            retried: include those that are to be tried again.
+        """
+        kept: dict[str, Outcome] = {}
+        for path in (self.path, *self._partials()):
+            try:
+                header, records = read_unit(path, complete=path == self.path)
+            except FileNotFoundError:  # another process finished the unit
+                continue
+            if header == self._header:
+                kept |= {r.key: r for r in records if retried or not r.retry}
+        return {key: kept[key] for key in self._keys if key in kept}
 
     def resume(self) -> list[str]:
         """Prepare to append, and return the keys of the images that are not finished, in order."""
-        kept: dict[str, Outcome] = {}
-        for path in (self.path, self.partial):
-            if path.is_file():
-                header, records = read_unit(path, complete=path == self.path)
-                if header == self._header:
-                    kept |= {r.key: r for r in records if not r.retry}
-        kept = {key: kept[key] for key in self._keys if key in kept}
+        kept = self.found()
         self.has_results = any(not r.reason for r in kept.values())
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.partial) as new:  # drops the damaged end of a killed run
-            new.write_bytes(_dump(self._header) + b"".join(_dump(_to_json(r)) for r in kept.values()))
+            self.close()
+            self._file = open(new, "xb", buffering=0)  # noqa: SIM115
+            self._file.write(_dump(self._header) + b"".join(_dump(_to_json(r)) for r in kept.values()))
         self._finished = set(kept)
         return [key for key in self._keys if key not in self._finished]
 
     def append(self, outcome: Outcome) -> bool:
         """Append an outcome in one write; True if it was the last one of the unit."""
         if outcome.key not in self._finished:
-            if self._file is None:
-                self._file = open(self.partial, "ab", buffering=0, opener=open_regular)  # noqa: SIM115
+            assert self._file is not None, "append after resume"
             self._file.write(_dump(_to_json(outcome)))
             self._finished.add(outcome.key)
         return len(self._finished) == len(self._keys)
 
     def finish(self) -> None:
-        """Replace the partial file by the finished one."""
+        """Replace the partial files by the finished one, unless another process has finished the unit meanwhile.
+
+        Its file stays then: later stages may have read it.
+        """
         self.close()
-        _, records = read_unit(self.partial)
-        found = {r.key: r for r in records}
-        with replacing(self.path) as new, new.open("xb") as file:
-            file.write(_dump(self._header))
-            file.writelines(_dump(_to_json(found[key])) for key in self._keys)
-            file.flush()
-            os.fsync(file.fileno())
-        self.partial.unlink()
+        if not self.is_finished():
+            try:
+                found = {r.key: r for r in read_unit(self.partial)[1]}
+            except FileNotFoundError:
+                if self._is_complete():  # by another process, with images that are to be tried again
+                    return
+                raise
+            with replacing(self.path) as new, new.open("xb") as file:
+                file.write(_dump(self._header))
+                file.writelines(_dump(_to_json(found[key])) for key in self._keys)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in self._partials():
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file in progress."""

@@ -14,7 +14,7 @@ import simplejpeg
 from scenarioclip_fast.data import ShardSet, generate_scenes, load_reference, rle
 from scenarioclip_fast.data.scene import Scene, scene_to_json
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.generate import GenerateConfig, Outcome, Work, generate, pipeline
+from scenarioclip_fast.generate import GenerateConfig, Outcome, Work, factory, generate, pipeline
 from scenarioclip_fast.generate.records import all_outcomes
 
 N = 30
@@ -92,8 +92,8 @@ class Models:
 @pytest.fixture
 def models(truth: dict[str, Scene], monkeypatch: pytest.MonkeyPatch) -> Models:
     made = Models(truth)
-    monkeypatch.setattr(pipeline, "make_stage", made.make)
-    monkeypatch.setattr(pipeline, "prepare_context", lambda name, config, out: None)
+    monkeypatch.setattr(factory, "make_stage", made.make)
+    monkeypatch.setattr(factory, "prepare_context", lambda name, config, out: None)
     return made
 
 

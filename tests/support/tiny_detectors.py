@@ -12,7 +12,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is fir
 import torch
 import torch.nn.functional as F
 
-WORDS = "a red blue ball dog cat frisbee grass person the tree car bus on mat ##s ##t".split()
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "ball",
+    "dog",
+    "cat",
+    "frisbee",
+    "grass",
+    "person",
+    "the",
+    "tree",
+    "car",
+    "bus",
+    "on",
+    "mat",
+    "##s",
+    "##t",
+]
 
 
 def _vocabulary() -> list[str]:
@@ -71,7 +89,9 @@ def grounding_dino(folder: Path, *, mm: bool = False, max_text_len: int = 64, sc
     model = getattr(model_class, "_from_config", model_class)(config)
     with torch.no_grad():
         model.model.text_projection.weight.mul_(scale)
-    processor = tf.GroundingDinoProcessor(_pil(tf, "GroundingDinoImageProcessor", {"shortest_edge": 64, "longest_edge": 128}), _bert(folder))
+    processor = tf.GroundingDinoProcessor(
+        _pil(tf, "GroundingDinoImageProcessor", {"shortest_edge": 64, "longest_edge": 128}), _bert(folder)
+    )
     return _save(folder, model, processor)
 
 
@@ -211,7 +231,9 @@ class Sam2Images:
         return {"pixel_values": (torch.cat(resized) / 255 - mean) / std}
 
     def post_process_masks(self, masks: list[torch.Tensor], sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-        return [F.interpolate(m, s, mode="bilinear", align_corners=False) > 0 for m, s in zip(masks, sizes, strict=True)]
+        return [
+            F.interpolate(m, s, mode="bilinear", align_corners=False) > 0 for m, s in zip(masks, sizes, strict=True)
+        ]
 
 
 def _pil(tf: Any, name: str, size: dict[str, int], **options: Any) -> Any:
