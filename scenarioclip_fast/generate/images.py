@@ -173,6 +173,11 @@ class Unit:
     number: int
     items: tuple[Item, ...]
 
+    @property
+    def file_name(self) -> str:
+        """The name of its file in the directory of a stage."""
+        return f"{self.number:06d}.jsonl"
+
 
 def divide(items: Sequence[Item], size: int, first: int = 0) -> list[Unit]:
     """Divide items into units of `size`, numbered from `first`."""

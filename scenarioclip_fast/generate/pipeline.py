@@ -40,7 +40,7 @@ from scenarioclip_fast.files import kind_of, open_regular, read_regular, replaci
 from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.ray_run import RayCluster
-from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, results
+from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, is_finished, results
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
 from scenarioclip_fast.parsing import parse_json
@@ -106,28 +106,32 @@ class Job:
         Raises:
             UserError: the stage before has not finished the unit.
         """
-        settings = fingerprint(getattr(self.config, self.name))
+        inputs = self._inputs(unit)
         before = MODEL_STAGES[: MODEL_STAGES.index(self.name)]
-        if not before:
-            keys = [item.key for item in unit.items]
-            inputs = hash_of([settings, self.context, keys])
-            return UnitFile(self.records, unit.number, inputs, keys, self.attempt), {}
         records: dict[str, dict[str, Any]] = {}
-        found: dict[str, Outcome] = {}
+        found: dict[str, Outcome] = {item.key: Outcome(item.key) for item in unit.items}
         for stage in before:
-            path = self.directory / stage / f"{unit.number:06d}.jsonl"
-            if not path.is_file():
-                raise UserError(f"{self.name}: {path} does not exist; finish the stage {stage} first (--stages)")
-            found = results(path)
+            found = results(self.directory / stage / unit.file_name)
             for key, outcome in found.items():
                 records.setdefault(key, {})[stage] = outcome.result
         keys = [item.key for item in unit.items if item.key in found and not found[item.key].reason]
-        inputs = hash_of([settings, self.context, content_hash(path)])
         return UnitFile(self.records, unit.number, inputs, keys, self.attempt), records
+
+    def _inputs(self, unit: Unit) -> str:
+        """A hash of what the records of a unit depend on."""
+        settings = fingerprint(getattr(self.config, self.name))
+        at = MODEL_STAGES.index(self.name)
+        if at == 0:
+            return hash_of([settings, self.context, [item.key for item in unit.items]])
+        path = self.directory / MODEL_STAGES[at - 1] / unit.file_name
+        if not path.is_file():
+            stage = MODEL_STAGES[at - 1]
+            raise UserError(f"{self.name}: {path} does not exist; finish the stage {stage} first (--stages)")
+        return hash_of([settings, self.context, content_hash(path)])
 
     def is_finished(self, unit: Unit) -> bool:
         """Whether nothing is left to do for a unit; raises UserError like `file`."""
-        return self.file(unit)[0].is_finished()
+        return is_finished(self.records / unit.file_name, self._inputs(unit))
 
 
 def process(job: Job, stage: Stage, units: Iterable[Unit]) -> Iterator[Outcome]:
@@ -140,10 +144,10 @@ def process(job: Job, stage: Stage, units: Iterable[Unit]) -> Iterator[Outcome]:
 
     def works() -> Iterator[Work]:
         for unit in units:
-            file, records = job.file(unit)
-            if file.is_finished():
+            if job.is_finished(unit):
                 store.trust()
                 continue
+            file, records = job.file(unit)
             missing = set(file.resume())
             if not missing:
                 file.finish()
@@ -607,7 +611,7 @@ class _Run:
 
 
 def _check_left(job: Job, units: Iterable[Unit], report: StageReport) -> None:
-    if not any(not r.reason for unit in units for r in results(job.records / f"{unit.number:06d}.jsonl").values()):
+    if not any(not r.reason for unit in units for r in results(job.records / unit.file_name).values()):
         raise UserError(f"{job.name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
 
 

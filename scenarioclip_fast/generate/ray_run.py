@@ -115,9 +115,9 @@ class StageActor:
             return row
         unit: Unit = pickle.loads(row["unit"])
         if self.previous:
-            await_files([self.previous / f"{unit.number:06d}.jsonl"])
+            await_files([self.previous / unit.file_name])
         # A file per process and unit, which remains if the process dies: `UnitFile` appends to it.
-        name = f"{unit.number:06d}.jsonl.partial-"
+        name = f"{unit.file_name}.partial-"
         trace = self.job.records / f"{name}{self.job.attempt}"
         died = sum(path != trace for path in self.job.records.glob(f"{name}{self.run}*"))
         if died > self.job.config.ray.retries:
@@ -320,7 +320,7 @@ class RayCluster:
             with contextlib.closing(iter(dataset.iter_rows())) as done:  # stops the actors
                 for row in done:
                     unit = pickle.loads(row["unit"])
-                    finished += [] if row["error"] else [job.records / f"{unit.number:06d}.jsonl" for job in jobs]
+                    finished += [] if row["error"] else [job.records / unit.file_name for job in jobs]
                     yield pickle.loads(row["reports"]), pickle.loads(row["error"]) if row["error"] else None
             await_files(finished)
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, open_regular, replacing
+from scenarioclip_fast.files import Directory, open_regular, read_regular, replacing
 from scenarioclip_fast.generate.stages import Outcome
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import short
 
+_RETRY = b'"retry":true'  # in texts, quotes are escaped
 KEPT = re.compile(rb'\{"key":"([\w-]+)","result":')
 """How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
 
@@ -54,19 +55,12 @@ class UnitFile:
     def __init__(self, directory: Path, unit: int, inputs: str, keys: Sequence[str], attempt: str = "") -> None:
         self.path = directory / f"{unit:06d}.jsonl"
         self.partial = self.path.with_name(f"{self.path.name}.partial{attempt and f'-{attempt}'}")
-        self._header = {"unit": unit, "inputs": inputs, "images": len(keys)}
+        self._inputs = inputs
+        self._header = {"unit": unit, "inputs": inputs}
         self._keys = list(keys)
         self._finished: set[str] = set()
         self.has_results = False
         self._file: IO[bytes] | None = None
-
-    def is_finished(self) -> bool:
-        """Whether the finished file exists, with the same inputs and without images that are to be tried again."""
-        return self._is_complete() and not any(r.retry for r in read_unit(self.path)[1])
-
-    def _is_complete(self) -> bool:
-        """Whether the finished file exists, with the same inputs."""
-        return self.path.is_file() and read_unit(self.path)[0] == self._header
 
     def _partials(self) -> list[Path]:
         """The files in progress, also of other processes, living or killed."""
@@ -114,11 +108,13 @@ class UnitFile:
         Its file stays then: later stages may have read it.
         """
         self.close()
-        if not self.is_finished():
+        if not is_finished(self.path, self._inputs):
             try:
                 found = {r.key: r for r in read_unit(self.partial)[1]}
             except FileNotFoundError:
-                if self._is_complete():  # by another process, with images that are to be tried again
+                if is_finished(
+                    self.path, self._inputs, retried=True
+                ):  # by another process, with images that are to be tried again
                     return
                 raise
             with replacing(self.path) as new, new.open("xb") as file:
@@ -179,6 +175,16 @@ def read_unit(path: Path, *, complete: bool = False) -> tuple[dict[str, Any], li
                     raise UserError(f"{path}: line {number} is damaged ({error}): {text}; remove the file") from None
                 break
     return header, found
+
+
+def is_finished(path: Path, inputs: str, *, retried: bool = False) -> bool:
+    """Whether a finished file exists, with these inputs and, unless `retried`, without images to be tried again."""
+    try:
+        data = read_regular(path)
+    except FileNotFoundError:
+        return False
+    header = data.partition(b"\n")[0]
+    return f'"inputs":"{inputs}"'.encode() in header and (retried or _RETRY not in data)
 
 
 def results(path: Path) -> dict[str, Outcome]:

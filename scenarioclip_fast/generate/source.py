@@ -111,7 +111,7 @@ class CuratedSource(Source):
                             file.write(json.dumps({"stage": stage, "key": outcome.key, **part}) + "\n")
 
     def _file(self, stage: str, unit: Unit) -> Path:
-        return self.directory / stage / f"{unit.number:06d}.jsonl"
+        return self.directory / stage / unit.file_name
 
 
 class CuratedReader:

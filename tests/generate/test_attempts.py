@@ -19,7 +19,7 @@ from scenarioclip_fast.generate.config import GenerateConfig
 from scenarioclip_fast.generate.images import Item, Unit
 from scenarioclip_fast.generate.pipeline import Job, generate, process_unit
 from scenarioclip_fast.generate.ray_run import Pool, StageActor, plan_pools
-from scenarioclip_fast.generate.records import UnitFile, clear
+from scenarioclip_fast.generate.records import UnitFile, clear, is_finished
 from scenarioclip_fast.generate.stages import Outcome
 
 KEYS = ["a", "b", "c"]
@@ -91,7 +91,7 @@ def test_the_first_to_finish_wins_with_images_to_retry(tmp_path: Path) -> None:
     assert later.resume() == ["a"]
     assert later.append(Outcome("a", {"now": 1}))
     later.finish()
-    assert attempt(tmp_path, "").is_finished()
+    assert is_finished(later.path, "inputs")
     assert attempt(tmp_path, "").found()["a"].result == {"now": 1}
 
 
