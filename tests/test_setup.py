@@ -34,6 +34,16 @@ def test_every_package_is_installed(setup: dict[str, Any]) -> None:
     assert set(setup["arguments"]["packages"]) == names
 
 
+def test_data_files_are_installed(setup: dict[str, Any]) -> None:
+    """What the package reads from beside its modules."""
+    patterns = setup["arguments"]["package_data"]
+    files = {path for path in (ROOT / "scenarioclip_fast").rglob("*.json") if path.name != "build.json"}
+    assert ROOT / "scenarioclip_fast" / "generate" / "curate" / "antonyms.json" in files
+    for path in files:
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert any(path.match(pattern) for pattern in patterns.get(package, [])), path
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

@@ -173,6 +173,11 @@ def box_to_coco(box: Sequence[float]) -> list[float]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
+def clip_box(box: Sequence[float], size: Sequence[int]) -> list[float]:
+    """The part of a box, x1, y1, x2, y2, in an image of `size` = [H, W]."""
+    return [max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[1])), min(box[3], float(size[0]))]
+
+
 def same_box(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two boxes differ by no more than a tool's rounding."""
     return all(abs(x - y) <= _TOLERANCE for x, y in zip(a, b, strict=True))
@@ -184,7 +189,7 @@ class Annotation:
 
     Attributes:
         object: id of the object in the run; None: unknown, or drawn by hand.
-        box: x1, y1, x2, y2.
+        box: x1, y1, x2, y2; a part of it is in the image.
         mask: RLE; None: the file has none.
     """
 
@@ -287,8 +292,8 @@ class _Reader:
         table: dict[int, dict[str, Any]] = {}
         for value in values:
             number = value.get("id") if isinstance(value, dict) else None
-            if type(number) is not int or number in table:
-                raise _Malformed(f"{part}: got {short(value)}, expected an object with an integer id of its own")
+            if type(number) is not int or number < 0 or number in table:
+                raise _Malformed(f"{part}: got {short(value)}, expected an object with an id of its own, at least 0")
             table[number] = value
         return table
 
@@ -306,8 +311,9 @@ class _Reader:
         tables = [("annotation", self._annotations, annotations), ("relation", self._relations or {}, relations)]
         for kind, table, found in tables:
             for number, value in table.items():
-                if (image := value.get("image_id")) not in found:
-                    raise _Malformed(f"{kind} {number}: no image {short(image)}")
+                image = _reference(value, "image_id")
+                if image not in found:
+                    raise _Malformed(f"{kind} {number}: no image {short(value.get('image_id'))}")
                 found[image].append(number)
         corrections = [self._image(i, annotations[i], relations[i]) for i in self._images]
         identified = any(a.object is not None for one in corrections for a in one.annotations)
@@ -358,7 +364,7 @@ class _Reader:
 
     def _annotation(self, number: int, key: str, size: list[int], known: set[int]) -> Annotation:
         value, where = self._annotations[number], f"annotation {number}"
-        name = self._categories.get(value.get("category_id"))  # type: ignore[arg-type]
+        name = self._categories.get(_reference(value, "category_id"))
         if name is None:
             raise _Malformed(f"{where}: no category {short(value.get('category_id'))}")
         mask = self._mask(where, value.get("segmentation"), size)
@@ -371,8 +377,9 @@ class _Reader:
             raise _Malformed(f"{where}: got {short(bbox)} as bbox, expected [x, y, width, height]")
         else:
             x1, y1, x2, y2 = bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]
-        box = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
-        if not (box[2] > box[0] and box[3] > box[1]):
+        box = float(x1), float(y1), float(x2), float(y2)
+        inside = clip_box(box, size)
+        if not (inside[2] > inside[0] and inside[3] > inside[1]):
             raise _Malformed(f"{where}: the box {short(bbox)} is empty in an image of {size[1]} x {size[0]}")
         found = self._id(number, value, key, "object")
         found = None if found in known else found  # a copy is a new object
@@ -383,7 +390,7 @@ class _Reader:
     def _relation(self, number: int, key: str, position: Mapping[int, int]) -> Relating:
         value = (self._relations or {})[number]
         predicate = self._text(f"relation {number}", value, "predicate")
-        ends = [position.get(value.get(end)) for end in ("subject_id", "object_id")]  # type: ignore[arg-type]
+        ends = [position.get(_reference(value, end)) for end in ("subject_id", "object_id")]
         return Relating(self._id(number, value, key, "relation"), ends[0], predicate, ends[1])
 
     @staticmethod
@@ -404,6 +411,12 @@ class _Reader:
             return rle.encode(mask) if mask.any() else None
         except ValueError as error:
             raise _Malformed(f"{where}: segmentation: {error}") from None
+
+
+def _reference(value: Mapping[str, Any], name: str) -> int:
+    """The id in a member; -1, which is no id, if it is no integer."""
+    found = value.get(name)
+    return found if type(found) is int else -1
 
 
 def _attribute(value: Mapping[str, Any], name: str) -> Any:

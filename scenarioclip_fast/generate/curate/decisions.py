@@ -19,7 +19,7 @@ from typing import Any
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
-from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, is_coco, read_coco, same_box
+from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, clip_box, is_coco, read_coco, same_box
 from scenarioclip_fast.generate.curate.rules import Draft, Link, Mask, Thing, box_overlap
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.suggest import nearest
@@ -209,12 +209,13 @@ def _ids(draft: Draft, correction: Correction, total: int) -> list[int]:
 def _update(draft: Draft, number: int, annotation: Annotation, min_agreement: float) -> None:
     mask = None if annotation.mask is None else Mask(annotation.mask)
     thing = draft.things.get(number)
+    box = clip_box(annotation.box, draft.size)
     if thing is None:
-        draft.things[number] = Thing(number, annotation.name, list(annotation.box), mask, (1.0, 1.0))
+        draft.things[number] = Thing(number, annotation.name, box, mask, (1.0, 1.0))
         return
     thing.name = annotation.name
     if not same_box(thing.box, annotation.box):
-        thing.box = list(annotation.box)
+        thing.box = box
         if mask is None and thing.mask is not None and thing.mask.bounds is not None:
             agrees = box_overlap(thing.box, thing.mask.bounds) >= min_agreement
             thing.mask = thing.mask if agrees else None
