@@ -13,23 +13,8 @@ import torch
 import torch.nn.functional as F
 
 WORDS = [
-    "a",
-    "red",
-    "blue",
-    "ball",
-    "dog",
-    "cat",
-    "frisbee",
-    "grass",
-    "person",
-    "the",
-    "tree",
-    "car",
-    "bus",
-    "on",
-    "mat",
-    "##s",
-    "##t",
+    *("a", "red", "blue", "ball", "dog", "cat", "frisbee", "grass", "person", "the", "tree", "car", "bus", "on", "mat"),
+    *("##s", "##t"),
 ]
 
 
@@ -86,12 +71,13 @@ def grounding_dino(folder: Path, *, mm: bool = False, max_text_len: int = 64, sc
         num_queries=20,
         max_text_len=max_text_len,
     )
-    model = getattr(model_class, "_from_config", model_class)(config)
+    model = model_class(config)
     with torch.no_grad():
         model.model.text_projection.weight.mul_(scale)
-    processor = tf.GroundingDinoProcessor(
-        _pil(tf, "GroundingDinoImageProcessor", {"shortest_edge": 64, "longest_edge": 128}), _bert(folder)
-    )
+        for layer in {id(head.layers[-1]): head.layers[-1] for head in model.bbox_embed}.values():
+            layer.weight.normal_(std=0.5)  # zero otherwise: the boxes would be those of the grid
+    image_processor = _pil(tf, "GroundingDinoImageProcessor", {"shortest_edge": 64, "longest_edge": 128})
+    processor = tf.GroundingDinoProcessor(image_processor, _bert(folder))
     return _save(folder, model, processor)
 
 
@@ -169,7 +155,7 @@ def sam(folder: Path) -> Path:
         mask_size={"longest_edge": 16},
         mask_pad_size={"height": 16, "width": 16},
     )
-    return _save(folder, tf.SamModel(config), tf.SamProcessor(image_processor))
+    return _save(folder, _enlarged(tf.SamModel(config)), tf.SamProcessor(image_processor))
 
 
 def sam2(folder: Path) -> Path:
@@ -183,7 +169,7 @@ def sam2(folder: Path) -> Path:
                 hidden_size=16,
                 num_attention_heads=1,
                 image_size=[64, 64],
-                blocks_per_stage=[1, 1, 1, 1],
+                blocks_per_stage=[1, 2, 1, 1],
                 embed_dim_per_stage=[16, 32, 64, 128],
                 num_attention_heads_per_stage=[1, 1, 2, 4],
                 global_attention_blocks=[2],
@@ -203,7 +189,7 @@ def sam2(folder: Path) -> Path:
             "iou_head_hidden_dim": 16,
         },
     )
-    tf.Sam2Model(config).save_pretrained(folder)
+    _enlarged(tf.Sam2Model(config)).save_pretrained(folder)
     processor = {
         "image_processor_type": "Sam2ImageProcessor",
         "processor_class": "Sam2Processor",
@@ -236,9 +222,18 @@ class Sam2Images:
         ]
 
 
+def _enlarged(model: Any) -> Any:
+    """Larger weights: with those of the initialisation, all masks of a segmenter are alike."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and "positional" not in name:
+                weight.mul_(8)
+    return model
+
+
 def _pil(tf: Any, name: str, size: dict[str, int], **options: Any) -> Any:
-    """The image processor on Pillow, which needs no torchvision; older versions have none of that name."""
-    return getattr(tf, f"{name}Pil", None) and getattr(tf, f"{name}Pil")(size=size, **options)
+    """The image processor on Pillow, which needs no torchvision."""
+    return getattr(tf, f"{name}Pil")(size=size, **options)
 
 
 def _save(folder: Path, model: Any, processor: Any) -> Path:

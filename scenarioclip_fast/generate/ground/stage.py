@@ -138,14 +138,14 @@ class GroundStage:
         unnamed = Counter(box.name for box in boxes if box.name not in one.names)
         kept = suppress([box for box in boxes if box.name in one.names], config.nms)
         if not kept:
-            others = f"; {unnamed.total()} boxes without a name" if unnamed else ""
+            others = f"; without a name: {_count(unnamed.total())}" if unnamed else ""
             detail = f"asked for {short(', '.join(one.names))}, threshold {config.box_threshold:g}{others}"
             return Outcome(one.work.key, reason="no_boxes", detail=detail)
         result: dict[str, Any] = {"objects": [{"name": n, "box": list(box), "score": s} for n, box, s in kept]}
         if unnamed:
             detail = "the detector's phrase is none of the names that were asked for"
             result["rejected"] = [
-                {"part": f"{n} {'box' if n == 1 else 'boxes'} ({name})", "reason": "unnamed", "detail": detail}
+                {"part": f"{_count(n)} ({name})", "reason": "unnamed", "detail": detail}
                 for name, n in sorted(unnamed.items())
             ]
         return Outcome(one.work.key, result)
@@ -160,6 +160,10 @@ def _early(work: Work) -> Outcome | None:
     if not _names(work):
         return Outcome(work.key, reason="no_objects")
     return None if work.records["caption"]["relations"] else Outcome(work.key, reason="no_relations")
+
+
+def _count(boxes: int) -> str:
+    return f"{boxes} {'box' if boxes == 1 else 'boxes'}"
 
 
 def _take(waiting: list[_Loaded], size: int) -> list[_Loaded]:

@@ -49,11 +49,12 @@ class TransformersSegmenter:
         )
         pixels = inputs["pixel_values"]
         # SAM keeps the aspect ratio and pads; SAM 2 resizes to a square.
-        resized = inputs.get("reshaped_input_sizes", [pixels.shape[-2:]] * len(images))
+        resized = inputs["reshaped_input_sizes"].tolist() if "reshaped_input_sizes" in inputs else None
         embeddings = self._model.get_image_embeddings(pixels.to(self._device, self._model.dtype))
         prompts = []
         for i, of_image in enumerate(boxes):
-            scale = np.array(resized[i], np.float64)[::-1] / padded[i].shape[1::-1]
+            height, width = resized[i] if resized else pixels.shape[-2:]
+            scale = np.array([width, height], np.float64) / padded[i].shape[1::-1]
             prompts += [(i, np.array(box, np.float64) * np.tile(scale, 2)) for box in of_image]
         found = iter(self._batches.run(partial(self._decode, embeddings), prompts))
         results: list[list[tuple[dict[str, Any] | None, float]]] = []
