@@ -4,6 +4,7 @@ VENV   := .venv
 GPU_VENV := .venv-gpu
 TRITON_VENV := .venv-triton
 RAY_VENV := .venv-ray
+BROWSER_VENV := .venv-browser
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 OUT    ?= runs/gpu
@@ -20,7 +21,7 @@ EXTRAS := train,eval,triton,dali,nvimgcodec,remote,generate,tensorboard,parquet,
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/host/*.cpp csrc/host/*.h kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*/*.h kernels/*/*/*.cu)
 FUZZ := $(wildcard tests/fuzz/*.h tests/fuzz/*.cpp)
 
-.PHONY: install demo test faults fuzz test-install test-triton test-ray lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
+.PHONY: install demo test faults fuzz test-install test-triton test-ray test-browser lint format docs wheel bench record gpu gpu-pack gpu-rehearse clean
 
 install: $(VENV)/native
 
@@ -64,10 +65,15 @@ test-triton: install $(TRITON_VENV)/packages
 test-ray: install $(RAY_VENV)/packages
 	$(RAY_VENV)/bin/python -m pytest tests/ray
 
-# Environments that see the packages of .venv, with another Triton, or with Ray.
+# The review page in Chromium: the one on PATH, or CHROMIUM.
+test-browser: install $(BROWSER_VENV)/packages
+	$(BROWSER_VENV)/bin/python -m pytest tests/browser
+
+# Environments that see the packages of .venv, with another Triton, with Ray, or with Playwright but without its browsers.
 $(TRITON_VENV)/packages: PACKAGES := --no-deps "triton>=3.6,<3.7"
 $(RAY_VENV)/packages: PACKAGES := "ray[data]>=2.50,<3"
-$(TRITON_VENV)/packages $(RAY_VENV)/packages: $(VENV)/packages
+$(BROWSER_VENV)/packages: PACKAGES := "playwright>=1.50"
+$(TRITON_VENV)/packages $(RAY_VENV)/packages $(BROWSER_VENV)/packages: $(VENV)/packages
 	$(PYTHON) -m venv --clear --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 	  > "$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"

@@ -215,6 +215,7 @@ setup(
         f"{PACKAGE}._native": ["*.so", "build.json"],
         f"{PACKAGE}.configs": ["*.yaml"],
         f"{PACKAGE}.generate.curate": ["*.json"],
+        f"{PACKAGE}.generate": ["review.*"],
     },
     include_package_data=False,
     # An extension makes setuptools run build_ext and tag the wheel as platform-specific; CMake builds it.

@@ -46,6 +46,13 @@ assert not unwanted, unwanted
 assert not any(name.startswith(("scenarioclip_fast.train", "scenarioclip_fast.data")) for name in sys.modules)
 """
 
+# The files of the review page are installed.
+REVIEW = """
+from scenarioclip_fast.generate.review import page_parts
+
+assert all(page_parts("run"))
+"""
+
 TYPES = """
 import torch
 from typing_extensions import assert_type
@@ -117,6 +124,7 @@ def check_losses(env: Environment) -> None:
 
 def check_commands(env: Environment) -> None:
     """Run the README's sequence of commands, with the extra `train`."""
+    env("python", "-c", REVIEW)
     train = ["train", "-c", "tiny", "data.shards=shards", "data.batch_size=4", "train.steps=3"]
     env("scenarioclip-fast", "scenes", "--out", "scenes", "-n", "40")
     env("scenarioclip-fast", "pack", "scenes", "--out", "shards")
