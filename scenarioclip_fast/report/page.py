@@ -21,7 +21,7 @@ p.lead { color: #55606c; margin: 0 0 1.4rem; }
 section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; padding: 1.2rem 1.4rem;
           margin: 0 0 1.2rem; }
 img { max-width: 100%; height: auto; display: block; }
-.scroll + img { margin-top: 1rem; }
+.scroll + .scroll { margin-top: 1rem; }
 table { border-collapse: collapse; min-width: 55%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
 th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
@@ -30,6 +30,10 @@ p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
 .scroll { overflow-x: auto; }
 summary { cursor: pointer; } summary h2 { display: inline; }
 details[open] summary { margin-bottom: .6rem; }
+@media (max-width: 640px) {
+  body { padding: 1rem .5rem; } section { padding: .9rem; }
+  .scroll img { max-width: none; width: 760px; } td:not(.n) { min-width: 6rem; }
+}
 """
 
 
@@ -90,7 +94,8 @@ def _card(section: Section) -> str:
         parts.append(_table(section))
     if section.picture is not None:
         data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
-        parts.append(f'<img alt="{_escape(section.title)}" src="data:image/png;base64,{data}">')
+        image = f'<img alt="{_escape(section.title)}" src="data:image/png;base64,{data}">'
+        parts.append(f'<div class="scroll">{image}</div>')
     if section.note:
         note = re.sub("`([^`]+)`", r"<code>\1</code>", _escape(section.note))
         parts.append(f'<p class="note">{note}</p>')
