@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,19 +31,16 @@ class Example:
 
     Attributes:
         record: of the stage `curate`.
-        scene: the same, with the decoded image, uint8 [H, W, 3].
+        scene: the same.
+        image: uint8 [H, W, 3].
         regions: the focused region of each relation, uint8 [side, side, 3]; None if a mask is missing.
     """
 
     item: CuratedItem
     record: dict[str, Any]
     scene: Scene
+    image: Tensor
     regions: list[Tensor | None]
-
-    @property
-    def image(self) -> Tensor:  # uint8 [H, W, 3]
-        assert isinstance(self.scene.image, Tensor)
-        return self.scene.image
 
 
 def choose(scenes: Sequence[CuratedItem], count: int, seed: int) -> list[CuratedItem]:
@@ -72,30 +69,30 @@ class ExampleReader:
         try:
             record = item.read()
             scene = curated_scene(item.item.key, record)
-            scene.image = self._checker.decode(item.item.read())
+            image = self._checker.decode(item.item.read())
         except OSError as error:
             raise BadEntry("missing_image", str(error.strerror or error)) from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, BadEntry):
                 raise
             raise BadEntry("malformed_entry", f"{type(error).__name__}: {error}") from None
-        size = list(scene.image.shape[:2])
+        size = list(image.shape[:2])
         if size != list(record["size"]):
             raise BadEntry("other_size", f"got an image of {size}, expected {record['size']} as in the record")
         try:
-            return Example(item, record, scene, _regions(scene))
+            return Example(item, record, scene, image, _regions(scene, image))
         except ValueError as error:
             raise BadEntry("malformed_entry", str(error)) from None
 
 
-def _regions(scene: Scene) -> list[Tensor | None]:
-    shown = with_masks(scene)
-    rendered = iter(())
+def _regions(scene: Scene, image: Tensor) -> list[Tensor | None]:
+    shown = with_masks(replace(scene, image=image))
+    rendered: Iterator[Tensor] = iter(())
     if shown.relations:
         views = Views.of_scenes([shown])
         views = views.select(torch.arange(len(views) - len(shown.relations), len(views)))
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        pixels = render_views([shown.image], views, size=REGION_SIDE, mean=mean, std=std)
+        pixels = render_views([image], views, size=REGION_SIDE, mean=mean, std=std)
         rendered = iter((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
     kept = {id(relation) for relation in shown.relations}
     return [next(rendered) if id(relation) in kept else None for relation in scene.relations]
@@ -110,14 +107,14 @@ def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
 def shrink_image(image: Tensor, side: int) -> Any:  # uint8 [H, W, 3] -> PIL image
     """Reduce the longer side of an image to `side` pixels if it is longer."""
     pillow = require("PIL.Image")
-    height, width = shrunk_size(*image.shape[:2], side)
+    height, width = shrunk_size(image.shape[0], image.shape[1], side)
     return pillow.fromarray(image.cpu().numpy()).resize((width, height), pillow.Resampling.LANCZOS)
 
 
 def shrink_mask(mask: Any, side: int) -> Tensor:  # RLE -> bool [h, w]
     """Reduce a mask like `shrink_image`; a mask that is not empty stays so."""
     pixels = rle.decode(mask)
-    size = shrunk_size(*pixels.shape, side)
+    size = shrunk_size(pixels.shape[0], pixels.shape[1], side)
     if size == tuple(pixels.shape):
         return pixels
     share = functional.adaptive_avg_pool2d(pixels[None].float(), size)[0]

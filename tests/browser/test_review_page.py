@@ -1,4 +1,4 @@
-"""The review page in Chromium, opened from a file: keyboard, mouse, narrow screens, hostile texts. `make test-browser` runs it."""
+"""The review page in Chromium, opened from a file. `make test-browser` runs these tests, `make test` skips them."""
 
 from __future__ import annotations
 
@@ -192,8 +192,11 @@ def test_mouse(page: Any, tmp_path: Path) -> None:
 def test_masks_are_drawn(page: Any) -> None:
     """The tinted pixels are those of the masks, which the page decodes by itself."""
     drawn = page.evaluate(
-        """() => { const c = document.getElementById("masks"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height);
-        let n = 0; for (let i = 3; i < d.data.length; i += 4) n += d.data[i] > 0; return [c.height, c.width, n]; }"""
+        """() => {
+        const {width, height} = document.getElementById("masks");
+        const {data} = document.getElementById("masks").getContext("2d").getImageData(0, 0, width, height);
+        return [height, width, data.filter((value, i) => i % 4 === 3 && value > 0).length];
+        }"""
     )
     scene = json.loads(page.text_content("#scene-0"))
     union = sum(rle.decode({"size": scene["size"], "counts": o["mask"]}).int() for o in scene["objects"]) > 0
@@ -241,7 +244,7 @@ def test_narrow_screen_and_names(browser: Any, path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         for element in page.locator("button:visible, select:visible, input:visible").all():
             name = element.evaluate(
-                "e => e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels[0]?.textContent.trim())"
+                "e => e.getAttribute('aria-label') || e.textContent.trim() || e.labels[0]?.textContent.trim()"
             )
             assert name
             assert element.bounding_box()["height"] >= 24  # WCAG 2.2, target size (minimum)

@@ -110,7 +110,8 @@ def test_relations_without_masks_have_no_region(tmp_path: Path) -> None:
 
 
 def test_hostile_texts_stay_data(tmp_path: Path) -> None:
-    evil = '</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&lt;{{script}}{{policy}}"\u2028\ud800\x1b[2J\u202e'
+    evil = '</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>&lt;{{script}}{{policy}}"'
+    evil += "\u2028\ud800\x1b[2J\u202e"
 
     def change(i: int, records: Records) -> None:
         scene = records["curate"]["scene"]
