@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         redo=_names(args.redo or ""),
         review=args.review,
         coco=args.coco,
+        ray=args.ray,
     )
     echo(report, lines=True)
     return 0

@@ -37,10 +37,13 @@ from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import kind_of, open_regular, read_regular, replacing, status_of
+from scenarioclip_fast.generate.coco import write_coco
 from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.ray_run import RayCluster
 from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, is_finished, results
+from scenarioclip_fast.generate.review import write_review
+from scenarioclip_fast.generate.run_report import write_run_report
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
 from scenarioclip_fast.parsing import parse_json
@@ -302,17 +305,17 @@ def attempt_unit(job: Job, unit: Unit) -> tuple[StageReport, Exception | None]:
 
 @dataclass
 class GenerateReport:
-    """The stages that ran, and the packed data set."""
+    """The stages that ran, the packed data set, and other files that were written."""
 
     directory: Path
     stages: list[StageReport] = field(default_factory=list)
     packed: PackReport | None = None
-    pages: list[Path] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [str(stage) for stage in self.stages]
         lines += [str(self.packed)] if self.packed else []
-        lines += [printable(f"wrote {path}") for path in self.pages]
+        lines += [printable(f"wrote {path}") for path in self.written]
         return "\n".join(lines)
 
 
@@ -359,7 +362,7 @@ def generate(
             or no image is left. Finished records are kept.
     """
     run = _Run(Path(out), config or GenerateConfig(), device, workers, progress, ray, factory)
-    run.check(stages, redo, unit_size)
+    run.check(stages, redo, unit_size, review)
     with run.opened():
         for name in redo:
             clear(run.out / name)
@@ -375,6 +378,14 @@ def generate(
         source.write_rejections(run.out / "rejected.jsonl")
         if "pack" in stages:
             report.packed = run.pack(source)
+        if source.scenes:
+            if coco is not None:
+                write_coco(run.out, coco)
+                report.written.append(Path(coco))
+            if review:
+                page = write_review(run.out, units, run.out / "review.html", scenes=review)
+                report.written.append(page)
+            report.written.append(write_run_report(run.out, run.out / "report.html"))
         return report
 
 
@@ -388,7 +399,7 @@ class _Run:
     ray: str | None
     factory: str
 
-    def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int) -> None:
+    def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int, review: int) -> None:
         """Check the arguments before anything is read."""
         for name in (*stages, *redo):
             if name not in STAGES:
@@ -397,6 +408,8 @@ class _Run:
                 raise UserError(f"stage {name!r}: {hint}")
         if self.workers < 1:
             raise UserError(f"workers: got {self.workers}, expected at least 1")
+        if review < 0:
+            raise UserError(f"review: got {review}, expected at least 0 scenes")
         if unit_size < 1:
             raise UserError(f"unit size: got {unit_size}, expected at least 1")
         if self.ray is not None:
