@@ -351,8 +351,8 @@ def generate(
         coco: COCO file to write.
         progress: show progress.
         ray: run the stages on a Ray cluster, whose machines must all see `out` and the images at the same paths:
-            HOST:6379, ray://HOST:10001, auto (the running cluster of this machine), local (a new one), or empty (the
-            running one, else a new one). Packing stays in this process.
+            HOST:6379, auto (the running cluster of this machine), local (a new one), or empty (the running one, else
+            a new one). Packing stays in this process.
         factory: module that creates the stages instead of `generate.factory`, with the same functions; every process
             must be able to import it.
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 import sys
 import time
 import traceback
@@ -188,6 +189,11 @@ class RayCluster:
         self._stack.close()
 
     def _connect(self) -> None:
+        if self._address.startswith("ray://"):
+            raise UserError(
+                f"ray: got {self._address}, a server of Ray Client, which is not supported; run the command on a "
+                "machine of the cluster, with auto or HOST:6379"
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self._address in ("", "local"):
@@ -196,13 +202,17 @@ class RayCluster:
         # Ray Data starts actors in a way that Ray's core reports as an error (ray-project/ray#53727).
         os.environ["RAY_BACKEND_LOG_LEVEL"] = level or "fatal"
         try:
+            host, colon, port = self._address.rpartition(":")
+            if colon:  # Ray waits for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             with _stderr_closed():  # to the message that this variable is set
                 self._ray.init(self._address or None, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = "on this machine" if self._address in ("", "auto", "local") else f"at {self._address}"
             raise UserError(
                 f"ray: cannot connect to a Ray cluster {where} ({_first_line(error)}); start one with `ray start "
-                "--head`, give HOST:6379 or ray://HOST:10001, or `local` to use this machine"
+                "--head`, give its HOST:6379, or `local` to use this machine; a cluster with authentication needs the "
+                "same RAY_AUTH_TOKEN here"
             ) from error
         finally:
             if level is None:

@@ -56,8 +56,8 @@ class StandIn:
         for work in works:
             folder = Path(work.item.path).parent.parent
             node = ""
-            if getattr(sys.modules.get("ray"), "is_initialized", bool)():
-                node = sys.modules["ray"].get_runtime_context().get_node_id()
+            if (ray := sys.modules.get("ray")) and ray.is_initialized():
+                node = ray.get_runtime_context().get_node_id()
             step = {"stage": self.name, "key": work.key, "pid": os.getpid(), "node": node, "device": device}
             step["visible"] = os.environ.get("CUDA_VISIBLE_DEVICES")
             with open(folder / "trace", "a") as file:
