@@ -30,7 +30,7 @@ _IDENTIFYING = ("caption", "ground")  # the stages whose records number objects 
 
 
 def write_review(directory: Path, units: Sequence[Unit], out: Path, *, scenes: int, seed: int = 0) -> Path:
-    """Write the review page, about 100 KB per scene.
+    """Write the review page: up to 100 KB per photo, and 15 KB per relation.
 
     Args:
         directory: of the run.

@@ -248,3 +248,30 @@ def test_narrow_screen_and_names(browser: Any, path: Path) -> None:
             )
             assert name
             assert element.bounding_box()["height"] >= 24  # WCAG 2.2, target size (minimum)
+
+
+CONTRAST = """selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()).map(e => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  let behind = e;
+  while (numbers(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const [a, b] = [numbers(getComputedStyle(e).color), numbers(getComputedStyle(behind).backgroundColor)].map(light);
+  return [e.textContent.slice(0, 40), (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
+})"""
+
+
+def test_contrast(page: Any) -> None:
+    """All texts, also of pressed buttons, stand out from their background as WCAG 2.2 AA demands."""
+    keys(page, "j", "r", "k", "a", "k", "2", "x", "1", "e")
+    retype(page, "thing")
+    for state in ("accept", "reject"):
+        for key in ("", "2", "Shift+1"):
+            keys(page, *filter(None, [key]))
+            texts = page.evaluate(
+                CONTRAST, "button, .badge, .note, .number, .text, .was, .box.on span, h1, h2, #count, #name"
+            )
+            assert len(texts) > 20
+            assert {text: ratio for text, ratio in texts if ratio < 4.5} == {}, state
+        keys(page, "j")
