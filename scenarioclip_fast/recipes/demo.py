@@ -8,13 +8,7 @@ shared, six encoders, EMA teacher, distillation), evaluates on held-out scenes, 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shutil
-import stat
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -34,11 +28,11 @@ from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.samples import SampleScene, predict_samples
 from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
-from scenarioclip_fast.files import is_regular, kind_of, status_of
+from scenarioclip_fast.recipes.steps import StepTimer, cores, prepare_directory
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.requirements import require
-from scenarioclip_fast.terminal import printable, warn
+from scenarioclip_fast.terminal import printable
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import read_metrics
 from scenarioclip_fast.train.trainer import FitResult, Trainer
@@ -114,10 +108,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
         raise UserError(f"the demo runs in one process: got WORLD_SIZE={world_size()}; start it without torchrun")
     require("matplotlib")  # before the training
     device = pick_device(config.device)
-    out = _prepare(config.out, config)
-    timer = _StepTimer(6)
+    options = {"seed": config.seed, "scenes": config.scenes, "views": config.views}
+    out = prepare_directory(config.out, _MARKER, _FOLDERS, options)
+    timer = StepTimer(6)
     with timer.step("generating", f"{config.scenes:,} scenes in the published layout"):
-        generate_published_layout(config.scenes, out / "scenes", seed=config.seed, workers=_cores())
+        generate_published_layout(config.scenes, out / "scenes", seed=config.seed, workers=cores())
     with timer.step("packing", "checks, run-length masks, shards"):
         packed = pack(out / "scenes", out / "shards")
     first, scenes = ceil(config.views * PRETRAIN_FRACTION), packed.splits["train"]["scenes"]
@@ -231,48 +226,6 @@ def _facts(
         **counts,
         **speeds,
         "seconds": ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items()),
-        "environment": f"{platform.machine()}, {_cores()} cores, torch {torch.__version__}, "
+        "environment": f"{platform.machine()}, {cores()} cores, torch {torch.__version__}, "
         f"scenarioclip-fast {__version__}",
     }
-
-
-class _StepTimer:
-    """Logs each step of the pipeline and records its duration."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str, what: str) -> Iterator[None]:
-        warn(f"[{len(self.seconds) + 1}/{self.steps}] {name}: {what}")
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-def _prepare(out: Path, config: DemoConfig) -> Path:
-    """Create the output directory, or remove the folders of an earlier demo; nothing else is ever removed."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose a directory")
-    if out.is_dir() and any(out.iterdir()) and not is_regular(out / _MARKER):
-        raise UserError(f"{out} is not empty and was not written by a demo: choose another directory with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    earlier = [(out / folder, found) for folder in _FOLDERS if (found := status_of(out / folder)) is not None]
-    for path, found in earlier:
-        if not stat.S_ISDIR(found.st_mode):
-            raise UserError(
-                f"{path}: got a {kind_of(found.st_mode)}, expected a directory of an earlier demo; move it away, or "
-                "choose another directory with --out"
-            )
-    for path, _ in earlier:
-        try:
-            shutil.rmtree(path)  # follows no links
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be removed ({error.strerror})") from None
-    (out / _MARKER).write_text(json.dumps({"seed": config.seed, "scenes": config.scenes, "views": config.views}) + "\n")
-    return out
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

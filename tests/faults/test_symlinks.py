@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.data.staging import Stage
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, NotRegularError, open_regular
-from scenarioclip_fast.recipes.demo import DemoConfig, _prepare
+from scenarioclip_fast.recipes.steps import prepare_directory
 
 KINDS = ["symbolic link", "broken link", "named pipe", "socket", "directory"]
 # Every name that a pack writes into its staging directory.
@@ -337,22 +338,23 @@ def test_the_cache_directory_may_be_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["symbolic link", "regular file", "named pipe"])
 def test_the_demo_clears_only_its_own_folders(kind: str, victim: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    _prepare(out, DemoConfig())
+    prepare = partial(prepare_directory, out, "demo.json", ("scenes", "shards"), {"seed": 0})
+    prepare()
     (out / "scenes").mkdir()
     make_special(out / "shards", kind, victim)
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=f"shards: got a {kind}, expected a directory of an earlier demo"):
-        _prepare(out, DemoConfig())
+        prepare()
     assert snapshot(tmp_path) == before
     (out / "shards").unlink()
     (out / "shards").mkdir()
     (out / "shards" / "linked").symlink_to(victim)
-    _prepare(out, DemoConfig())
+    prepare()
     assert sorted(os.listdir(out)) == ["demo.json"] and len(os.listdir(victim)) == 3
     (out / "demo.json").unlink()
     (out / "demo.json").symlink_to(victim / "notes.txt")
     with pytest.raises(UserError, match="not written by a demo"):
-        _prepare(out, DemoConfig())
+        prepare()
     assert (victim / "notes.txt").read_text() == "precious notes.txt"
 
 
