@@ -119,11 +119,16 @@ class Images:
 
     def decoded(self, work: Work) -> Tensor | Outcome:  # uint8 [H, W, 3]
         """The pixels of an image, or its rejection."""
+        found = self.both(work)
+        return found if isinstance(found, Outcome) else found[1]
+
+    def both(self, work: Work) -> tuple[bytes, Tensor] | Outcome:
+        """The encoded bytes and the pixels of an image, which is read once; or its rejection."""
         data = self.encoded(work)
         if isinstance(data, Outcome):
             return data
         try:
-            return self._checker.decode(data)
+            return data, self._checker.decode(data)
         except BadEntry as error:
             return Outcome(work.key, reason=error.reason, detail=error.detail)
 

@@ -91,6 +91,31 @@ def test_the_image_tokens_match_the_patches(checkpoint: Path, tmp_path: Path) ->
     assert "<|vision_start|><|image_pad|><|vision_end|>" in model._prompt
 
 
+def test_the_inputs_are_those_of_the_whole_processor(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torchvision, the class can be created only with its check of the part for videos left out."""
+    import transformers
+    from transformers.processing_utils import ProcessorMixin
+
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: object)
+    model = local._Model(CaptionConfig(model=str(checkpoint)), torch.device("cpu"))
+    name = "Qwen3VLProcessor" if "qwen3" in checkpoint.name else "Qwen2_5_VLProcessor"
+    whole = getattr(transformers, name)(model._processor.image_processor, model._processor.tokenizer, None)
+    images = [Image.open(work.item.path) for work in write_works(tmp_path, SIZES)]
+    options = {"text": [model._prompt] * len(images), "images": images, "padding": True, "return_tensors": "pt"}
+    found = local._ImageTextProcessor(
+        model._processor.image_processor, model._processor.tokenizer, model._model.config.image_token_id
+    )(**options)
+    expected = whole(**options)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # Used as it is where it loads.
+    model._processor = whole
+    answers = model.answer(images[:2])
+    assert all(not isinstance(one, ValueError) for one in answers)
+
+
 def test_the_stage_with_a_random_model(checkpoint: Path, tmp_path: Path) -> None:
     works = write_works(tmp_path, SIZES)
     Path(works[1].item.path).write_bytes(b"x" * works[1].item.size)

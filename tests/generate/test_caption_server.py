@@ -233,10 +233,10 @@ def test_exhausted_retries_are_tried_again_by_the_next_run(works: list[Work], fa
 
 def test_timeout(works: list[Work]) -> None:
     slow = next(iter(answers_for(works[:1])))
-    with StubServer(answers_for(works), faults=lambda _, sha: Fault.slow(1.0) if sha == slow else None) as server:
-        found = run(captions(server, timeout_s=0.2, retries=1), works[:3])
+    with StubServer(answers_for(works), faults=lambda _, sha: Fault.slow(1.5) if sha == slow else None) as server:
+        found = run(captions(server, timeout_s=0.5, retries=1), works[:3])
     assert found[works[0].key] == Outcome(
-        works[0].key, reason="server_timeout", detail="no answer within 0.2 s", retry=True
+        works[0].key, reason="server_timeout", detail="no answer within 0.5 s", retry=True
     )
     assert not found[works[1].key].reason
 
@@ -440,14 +440,14 @@ def test_requests_in_flight(works: list[Work]) -> None:
             pulled += 1
             yield work
 
-    with StubServer(answers_for(works), faults=lambda *_: Fault.slow(0.1)) as server:
+    with StubServer(answers_for(works), faults=lambda *_: Fault.slow(0.2)) as server:
         outcomes = captions(server, concurrency=8).run(source())
         start = time.perf_counter()
         next(outcomes)
         assert pulled <= 16
         assert len(list(outcomes)) == 39
-        # 40 answers of .1 s, 8 at a time: .5 s, 4 s one by one.
-        assert time.perf_counter() - start < 2
+        # 40 answers of .2 s, 8 at a time: 1 s; 8 s one by one.
+        assert time.perf_counter() - start < 4
         assert server.most_in_flight == 8
 
 
