@@ -13,6 +13,7 @@ import pytest
 import tiny_detectors
 import torch
 from generate_works import SIZES, caption, make_works, run
+from tiny_detectors import one_thread  # noqa: F401
 
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.generate.config import GenerateConfig

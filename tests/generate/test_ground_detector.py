@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_detectors
 import torch
-from generate_works import SIZES
+from generate_works import SIZES, make_images
+from tiny_detectors import one_thread  # noqa: F401
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GroundConfig
@@ -39,11 +40,6 @@ def make(path: Path, **options: Any) -> TransformersDetector:
     return TransformersDetector(GroundConfig(model=str(path), **{"box_threshold": 0.1, **options}), CPU)
 
 
-def images() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in SIZES]
-
-
 def assert_close(got: list[Box], expected: list[Box]) -> None:
     assert [box.name for box in got] == [box.name for box in expected]
     for one, other in zip(got, expected, strict=True):
@@ -57,11 +53,11 @@ def test_boxes_are_those_of_the_processor(checkpoints: dict[str, Path], kind: st
     import transformers as tf
 
     detector = make(checkpoints[kind])
-    found = detector.detect(images(), NAMES)
+    found = detector.detect(make_images(), NAMES)
     names = "Owlv2Processor" if kind == "owl" else "GroundingDinoProcessor"
     processor = getattr(tf, names).from_pretrained(checkpoints[kind])
     compared = 0
-    for image, asked, boxes in zip(images(), NAMES, found, strict=True):
+    for image, asked, boxes in zip(make_images(), NAMES, found, strict=True):
         if image.shape[0] > 16 * image.shape[1]:
             continue  # padded first
         text = [asked] if kind == "owl" else ". ".join(asked) + "."
@@ -92,14 +88,23 @@ def test_boxes_are_those_of_the_processor(checkpoints: dict[str, Path], kind: st
 
 
 @pytest.mark.parametrize("kind", ["dino", "mm", "owl"])
+def test_boxes_are_those_of_the_image(checkpoints: dict[str, Path], kind: str) -> None:
+    """With these weights, scores depend on the image by far more than rounding, so that the other tests can tell."""
+    first, _, other = make_images()[:3]
+    found = make(checkpoints[kind], box_threshold=0.0).detect([first, other], [["dog"]] * 2)
+    scores = [np.array([box.score for box in boxes]) for boxes in found]
+    assert len(scores[0]) == len(scores[1]) and np.abs(scores[0] - scores[1]).max() > 10 * SCORE
+
+
+@pytest.mark.parametrize("kind", ["dino", "mm", "owl"])
 def test_results_do_not_depend_on_the_batch(checkpoints: dict[str, Path], kind: str) -> None:
     detector = make(checkpoints[kind], text_threshold=0.1)
-    alone = [detector.detect([image], [asked])[0] for image, asked in zip(images(), NAMES, strict=True)]
+    alone = [detector.detect([image], [asked])[0] for image, asked in zip(make_images(), NAMES, strict=True)]
     assert sum(map(len, alone)) > 10
     for size in (3, 8):
         for start in range(0, len(SIZES), size):
             part = slice(start, start + size)
-            for got, expected in zip(detector.detect(images()[part], NAMES[part]), alone[part], strict=True):
+            for got, expected in zip(detector.detect(make_images()[part], NAMES[part]), alone[part], strict=True):
                 assert_close(got, expected)
 
 
@@ -108,7 +113,7 @@ def test_results_do_not_depend_on_the_batch(checkpoints: dict[str, Path], kind: 
 def test_other_precisions_run(checkpoints: dict[str, Path], kind: str, dtype: Any) -> None:
     detector = make(checkpoints[kind], dtype=dtype, box_threshold=0.0)
     assert detector._model.dtype == getattr(torch, dtype)
-    assert all(len(boxes) > 0 for boxes in detector.detect(images()[:2], NAMES[:2]))
+    assert all(len(boxes) > 0 for boxes in detector.detect(make_images()[:2], NAMES[:2]))
 
 
 def test_long_prompts_are_split(tmp_path: Path) -> None:
@@ -128,11 +133,34 @@ def test_long_prompts_are_split(tmp_path: Path) -> None:
                 tokens[owner].append(int(token))
     tokenizer = detector._texts.tokenizer
     assert [tokenizer.decode(ids) for ids in tokens] == names
-    (boxes,) = detector.detect(images()[:1], [names])
+    (boxes,) = detector.detect(make_images()[:1], [names])
     for name, prompt in [(names[0], prompts[0]), (names[-1], prompts[-1])]:
         alone = [names[i] for i in sorted(set(prompt.owners.tolist()) - {-1})]
-        (expected,) = detector.detect(images()[:1], [alone])
+        (expected,) = detector.detect(make_images()[:1], [alone])
         assert_close([b for b in boxes if b.name == name], [b for b in expected if b.name == name])
+
+
+@pytest.mark.parametrize("limit", range(6, 30))
+def test_no_prompt_exceeds_the_limit(checkpoints: dict[str, Path], limit: int) -> None:
+    phrases = make(checkpoints["dino"])._texts
+    phrases.limit = limit
+    names = [name for names in NAMES for name in names]
+    prompts = phrases.prompts(names)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    assert max(lengths) <= limit
+    assert {int(n) for p in prompts for n in p.owners} == {-1, *range(len(names))}
+    for length, after in zip(lengths, prompts[1:], strict=False):  # the next name would not have fitted
+        first = after.owners[1]
+        assert length + (after.owners == first).sum() + 1 > limit
+
+
+def test_images_of_one_size_share_a_batch(checkpoints: dict[str, Path]) -> None:
+    detector, sizes = make(checkpoints["dino"]), []
+    detector._model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["pixel_values"].shape)), with_kwargs=True
+    )
+    detector.detect(make_images(), NAMES)
+    assert sizes[0] == (3, 3, 64, 85) and sizes[1] == (2, 3, 64, 64) and len(sizes) == 5
 
 
 @pytest.mark.parametrize("kind", ["dino", "owl"])
@@ -143,7 +171,7 @@ def test_a_name_longer_than_the_limit_is_asked_for_in_pieces(checkpoints: dict[s
     owners = np.concatenate([p.owners for p in prompts])
     assert (owners == 0).sum() >= (80 if kind == "dino" else 2)
     assert all(p.ids.shape[-1] <= detector._texts.limit for p in prompts)
-    (boxes,) = detector.detect(images()[:1], [[name, "dog"]])
+    (boxes,) = detector.detect(make_images()[:1], [[name, "dog"]])
     assert {box.name for box in boxes} <= {name, "dog", ""}
     assert name in {box.name for box in boxes}
 
@@ -183,7 +211,7 @@ def test_names_cannot_spell_special_tokens(checkpoints: dict[str, Path], kind: s
         end = detector._texts.tokenizer.eos_token_id
         assert (prompt.ids == end).sum(1).tolist() == [1, 1]
         assert prompt.owners.tolist() == [0, 2]
-    assert detector.detect(images()[:2], [["?", "."] if kind == "dino" else ["<|endoftext|>"], ["dog"]])[0] == []
+    assert detector.detect(make_images()[:2], [["?", "."] if kind == "dino" else ["<|endoftext|>"], ["dog"]])[0] == []
 
 
 # "[CLS] a red ball . ball . dog . [SEP]"
@@ -214,7 +242,7 @@ def test_no_boxes_no_names() -> None:
 
 def test_thresholds(checkpoints: dict[str, Path]) -> None:
     def found(**options: float) -> list[Box]:
-        return make(checkpoints["dino"], **options).detect(images()[:1], NAMES[:1])[0]
+        return make(checkpoints["dino"], **options).detect(make_images()[:1], NAMES[:1])[0]
 
     low, high = found(box_threshold=0.1), found(box_threshold=0.99)
     assert high == [box for box in low if box.score > 0.99] and 0 < len(high) < len(low)

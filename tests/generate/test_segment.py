@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tiny_detectors
 import torch
-from generate_works import SIZES, grounded, make_works, run
+from generate_works import SIZES, grounded, make_images, make_works, run
+from tiny_detectors import one_thread  # noqa: F401
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.errors import UserError
@@ -51,11 +52,6 @@ def processor_of_sam2(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(tf.Sam2Processor, "from_pretrained", stand_in)
 
 
-def images() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in SIZES]
-
-
 def load(path: Path, **options: Any) -> TransformersSegmenter:
     return TransformersSegmenter(SegmentConfig(model=str(path), **options), CPU)
 
@@ -78,9 +74,9 @@ def test_masks_are_those_of_the_model(
 
     monkeypatch.setattr(transformers_segmenter, "_MASK_PIXELS", step)
     segmenter = load(checkpoints[kind])
-    found = segmenter.segment(images(), BOXES)
+    found = segmenter.segment(make_images(), BOXES)
     different = set()
-    for image, boxes, masks in zip(images(), BOXES, found, strict=True):
+    for image, boxes, masks in zip(make_images(), BOXES, found, strict=True):
         height, width = image.shape[:2]
         assert len(masks) == len(boxes)
         if height > 16 * width:
@@ -107,13 +103,22 @@ def test_masks_are_those_of_the_model(
 
 
 @pytest.mark.parametrize("kind", ["sam", "sam2"])
+def test_masks_are_those_of_the_image(checkpoints: dict[str, Path], kind: str) -> None:
+    """With these weights, masks depend on the image by far more than rounding, so that the other tests can tell."""
+    first, _, other = make_images()[:3]
+    found = load(checkpoints[kind]).segment([first, other], [BOXES[0]] * 2)
+    for (a, _), (b, _) in zip(*found, strict=True):
+        assert (rle.decode(a) != rle.decode(b)).float().mean() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam2"])
 def test_results_do_not_depend_on_the_batch(checkpoints: dict[str, Path], kind: str) -> None:
-    alone = [load(checkpoints[kind]).segment([i], [b])[0] for i, b in zip(images(), BOXES, strict=True)]
+    alone = [load(checkpoints[kind]).segment([i], [b])[0] for i, b in zip(make_images(), BOXES, strict=True)]
     for size, boxes_per_batch in [(3, 64), (3, 2), (8, 5), (1, 1)]:
         segmenter = load(checkpoints[kind], boxes_per_batch=boxes_per_batch)
         for start in range(0, len(SIZES), size):
             part = slice(start, start + size)
-            for got, expected in zip(segmenter.segment(images()[part], BOXES[part]), alone[part], strict=True):
+            for got, expected in zip(segmenter.segment(make_images()[part], BOXES[part]), alone[part], strict=True):
                 assert_same_masks(got, expected)
 
 
@@ -125,7 +130,7 @@ def test_images_are_encoded_once(checkpoints: dict[str, Path], monkeypatch: pyte
     decoder.register_forward_pre_hook(
         lambda module, args, kwargs: decoded.append(len(kwargs["image_embeddings"])), with_kwargs=True
     )
-    segmenter.segment(images(), BOXES)
+    segmenter.segment(make_images(), BOXES)
     assert (encoded, decoded) == ([8], [4, 4, 4])  # 12 boxes of 8 images
 
 
@@ -148,7 +153,7 @@ def test_the_first_of_equal_masks_is_taken(checkpoints: dict[str, Path], monkeyp
 def test_other_precisions_run(checkpoints: dict[str, Path], kind: str, dtype: Any) -> None:
     segmenter = load(checkpoints[kind], dtype=dtype)
     assert segmenter._model.dtype == getattr(torch, dtype)
-    assert [len(masks) for masks in segmenter.segment(images(), BOXES)] == [len(boxes) for boxes in BOXES]
+    assert [len(masks) for masks in segmenter.segment(make_images(), BOXES)] == [len(boxes) for boxes in BOXES]
 
 
 class Fixed:

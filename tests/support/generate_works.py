@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from scenarioclip_fast.generate.images import Item
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
 
 SIZES = [(96, 128), (64, 64), (96, 128), (120, 90), (64, 64), (96, 128), (200, 4), (70, 128)]  # H, W
+
+
+def make_images() -> list[torch.Tensor]:
+    """Images of SIZES, uint8 [H, W, 3]: smooth noise, which differs from image to image on the scale of a patch."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.rand(1, 3, 4, 4, generator=generator) for _ in SIZES]
+    smooth = [F.interpolate(n, size, mode="bicubic")[0] for n, size in zip(noise, SIZES, strict=True)]
+    return [(image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).contiguous() for image in smooth]
 
 
 def make_works(folder: Path, records: Sequence[dict[str, Any]], sizes: Sequence[tuple[int, int]] = SIZES) -> list[Work]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +18,15 @@ WORDS = [
     *("a", "red", "blue", "ball", "dog", "cat", "frisbee", "grass", "person", "the", "tree", "car", "bus", "on", "mat"),
     *("##s", "##t"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For models this small, threads mostly wait for each other: on busy cores, tests take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _vocabulary() -> list[str]:
@@ -137,6 +148,7 @@ def sam(folder: Path) -> Path:
             "global_attn_indexes": [1],
             "mlp_dim": 64,
             "num_pos_feats": 8,
+            "initializer_range": 0.02,  # 1e-10 by default: images would not matter
         },
         prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
         mask_decoder_config={
