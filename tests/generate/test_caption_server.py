@@ -458,7 +458,14 @@ def test_outcomes_come_as_they_are_finished(works: list[Work]) -> None:
     assert keys[-1] == works[0].key
 
 
-def test_closing_does_not_wait_for_answers(works: list[Work]) -> None:
+def wait_for_threads() -> None:
+    deadline = time.monotonic() + 20
+    while any(thread.name == "caption" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "threads of a stage that ended"
+        time.sleep(0.02)
+
+
+def test_closing_does_not_wait_for_answers(works: list[Work], capsys: pytest.CaptureFixture[str]) -> None:
     slow = set(list(answers_for(works))[1:])
     with StubServer(answers_for(works), faults=lambda _, sha: Fault.slow(5) if sha in slow else None) as server:
         outcomes = captions(server).run(iter(works))
@@ -467,6 +474,8 @@ def test_closing_does_not_wait_for_answers(works: list[Work]) -> None:
         outcomes.close()  # type: ignore[attr-defined]
         assert time.perf_counter() - start < 1.5  # half a second for the threads
         assert server.requests <= 5
+    wait_for_threads()
+    assert not capsys.readouterr().err  # they end without a word
 
 
 def test_an_error_of_the_source_ends_the_threads(works: list[Work]) -> None:
@@ -474,14 +483,9 @@ def test_an_error_of_the_source_ends_the_threads(works: list[Work]) -> None:
         yield from works[:5]
         raise UserError("no more")
 
-    before = threading.active_count()
     with StubServer(answers_for(works)) as server, pytest.raises(UserError, match="no more"):
         list(captions(server).run(source()))
-    for _ in range(100):
-        if threading.active_count() <= before:
-            break
-        time.sleep(0.02)
-    assert threading.active_count() <= before
+    wait_for_threads()
 
 
 def test_backoff_ends_with_the_stage(works: list[Work]) -> None:

@@ -138,7 +138,9 @@ class _Session:
 
     def run(self, works: Iterator[Work]) -> Iterator[Outcome]:
         # Daemons: a thread that waits for the server must not delay the end of the process, as an executor's would.
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._config.concurrency)]
+        self._threads = [
+            threading.Thread(target=self._work, name="caption", daemon=True) for _ in range(self._config.concurrency)
+        ]
         for thread in self._threads:
             thread.start()
         pending = 0
@@ -243,6 +245,8 @@ class _Session:
             try:
                 answer = self._request(body)
             except _Failure as error:
+                if self._stop.is_set():  # the connection was closed by `close`
+                    raise _Stopped from None
                 if attempt == self._config.retries:
                     raise
                 delay = _delay(attempt, error.retry_after)
