@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--views", type=int, metavar="N", help="training budget in views (default: 120000); training only"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto); training only")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores); generation only")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1); generation only")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from scenarioclip_fast.generate.drawn.scores import Annotations, Scores, Truth, 
 from scenarioclip_fast.generate.drawn.vlm_server import Corruption, StubServer
 from scenarioclip_fast.generate.pipeline import GenerateReport, generate
 from scenarioclip_fast.progress import progress
-from scenarioclip_fast.recipes.steps import StepTimer, cores, prepare_directory
+from scenarioclip_fast.recipes.steps import StepTimer, prepare_directory
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import printable
 
@@ -55,7 +55,7 @@ class GenerationDemoConfig:
     out: Path = Path("runs/generation-demo")
     seed: int = 0
     scenes: int = 1000
-    workers: int = field(default_factory=cores)
+    workers: int = 1  # more pay off with several thousand scenes: starting them takes seconds per stage
 
     def __post_init__(self) -> None:
         if self.scenes < MIN_SCENES:
@@ -140,7 +140,8 @@ def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
     with timer.step("generating", f"all stages on the pictures; {CORRUPT:.0%} of the answers are corrupted"):
         server = StubServer(answers(drawings), corrupt=CORRUPT, seed=config.seed, vary=True)
         with server:
-            report = generate(out / "images", out / "data", settings(server), device="cpu", workers=config.workers)
+            models = settings(server.url, server.model)
+            report = generate(out / "images", out / "data", models, device="cpu", workers=config.workers)
     with timer.step("scoring", "against the exact annotations"):
         corruptions = {one.key: server.corruption_of(one.sha) for one in drawings}
         truth = {one.key: one.truth(corruptions[one.key]) for one in drawings}
@@ -161,9 +162,9 @@ def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
     return result
 
 
-def settings(server: StubServer, *trees: dict[str, Any]) -> GenerateConfig:
-    """The settings of the pipeline, for the models of drawn scenes; `trees` override them."""
-    return GenerateConfig.of(SETTINGS, {"caption": {"url": server.url, "model": server.model}}, *trees)
+def settings(url: str, model: str) -> GenerateConfig:
+    """The settings of the pipeline for drawn scenes, with a model on a server."""
+    return GenerateConfig.of(SETTINGS, {"caption": {"url": url, "model": model}})
 
 
 @dataclass(frozen=True)
