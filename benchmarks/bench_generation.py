@@ -100,7 +100,7 @@ def test_all_stages(benchmark: Any, drawn: Drawn, workers: int) -> None:
 
 
 def peak_memory(images: Path, out: Path, server: StubServer, workers: int) -> list[float]:
-    """The peak resident sets of a run in a process of its own, MiB: of that process, and of its largest worker."""
+    """The peak resident sets of a run in a process of its own, MiB: of that process, and of its largest child."""
     command = [sys.executable, "-c", _CHILD, str(images), str(out), server.url, server.model, str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
                 listed = root / f"{n}.txt"
                 listed.write_text("".join(f"images/{one.key}.jpg\n" for one in drawings[:n]))
                 peaks.append(peak_memory(listed, root / f"{n} images", server, args.workers))
-                print(f"{n:>7,} images: {peaks[-1][0]:.0f} MiB, workers {peaks[-1][1]:.0f} MiB", flush=True)
+                print(f"{n:>7,} images: {peaks[-1][0]:.0f} MiB, children {peaks[-1][1]:.0f} MiB", flush=True)
         growth = (max(peaks[1]) - max(peaks[0])) * 1024 / (args.images - FEWER)
         print(f"{growth:.2f} KiB per image")
     return 0

@@ -123,7 +123,7 @@ def _percent(value: float | None) -> str:
 def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
     """Run the demo.
 
-    Writes, to `config.out`: `images/`, `truth.jsonl` with their annotations, `data/` with the generation run, and
+    Writes, to `config.out`: `images/`, `truth.jsonl` with their annotations, `data/` with the run and its pages, and
     `result.json` with the scores.
 
     Raises:

@@ -46,6 +46,7 @@ def test_everything_is_written(demo: Path, result: dict[str, Any]) -> None:
     assert list(result["stages"]) == ["caption", "ground", "segment", "curate"]
     packed = [ShardSet(demo / "data" / "shards", split) for split in ("train", "val", "test")]
     assert {key for shards in packed for key in shards.keys} < keys
+    assert all((demo / "data" / page).is_file() for page in ("report.html", "review.html"))
 
 
 def test_scores(result: dict[str, Any]) -> None:
