@@ -1,0 +1,160 @@
+"""`scenarioclip-fast generate` as a whole: killed processes, worker processes, and the real model classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_detectors
+from tiny_detectors import one_thread  # noqa: F401  # a fixture
+
+from scenarioclip_fast.cli.main import main
+from scenarioclip_fast.data import ShardSet
+from scenarioclip_fast.generate.drawn.vlm_server import StubServer
+from scenarioclip_fast.generate.records import all_outcomes
+from scenarioclip_fast.recipes.generation_demo import answers, draw
+
+N = 48
+DRAWN = [
+    *("--detector", "scenarioclip_fast.generate.drawn.detector:DrawnDetector"),
+    *("--segmenter", "scenarioclip_fast.generate.drawn.segmenter:DrawnSegmenter"),
+    *("--set", "ground.nms=0.8", "--unit-size", "16", "--review", "0", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, StubServer]]:
+    """A folder of drawn scenes, and a server that knows them and takes its time."""
+    folder = tmp_path_factory.mktemp("drawn") / "images"
+    with StubServer(answers(draw(N, folder, seed=3)), vary=True) as server:
+        yield folder, server
+
+
+def arguments(images: Path, server: StubServer, out: Path, *options: str) -> list[str]:
+    return ["generate", str(images), "--out", str(out), "--vlm-url", server.url, "--vlm-model", server.model, *options]
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in (out / "shards").iterdir()}
+    assert {"train-000000.tar", "index.json", "manifest.json", "vocabulary.json"} <= files.keys()
+    return files
+
+
+def lines(out: Path) -> int:
+    """The records so far, finished or not."""
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("*/*.jsonl*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def whole(images: tuple[Path, StubServer], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(arguments(*images, out, *DRAWN)) == 0
+    return out
+
+
+def test_killed_processes_resume_to_the_same_shards(
+    images: tuple[Path, StubServer], whole: Path, tmp_path: Path
+) -> None:
+    out, rng = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-m", "scenarioclip_fast", *arguments(*images, out, *DRAWN)]
+    points = sorted(rng.sample(range(1, lines(whole)), 5))
+    for point in points:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and (not out.is_dir() or lines(out) < point):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(command[3:]) == 0
+    assert shards(out) == shards(whole)
+
+
+def test_worker_processes_write_the_same_shards(
+    images: tuple[Path, StubServer], whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(*images, tmp_path / "out", *DRAWN, "--workers", "2")) == 0
+    assert shards(tmp_path / "out") == shards(whole)
+    assert "segment: 3/3 units" in capfd.readouterr().err
+
+
+def test_a_second_run_is_a_no_op(
+    images: tuple[Path, StubServer], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, requests = shards(whole), images[1].requests
+    assert main(arguments(*images, whole, *DRAWN)) == 0
+    assert shards(whole) == before and images[1].requests == requests
+    assert "up to date" in capsys.readouterr().err
+
+
+def test_the_real_classes_work_together(
+    images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights find boxes and masks of no meaning, so that nothing may be dropped for what they are."""
+    detector, segmenter = tiny_detectors.grounding_dino(tmp_path / "dino"), tiny_detectors.sam(tmp_path / "sam")
+    settings = ["ground.box_threshold=0", "ground.text_threshold=0", "ground.nms=0.99", "curate.min_agreement=0"]
+    settings += ["curate.match=0.3", "curate.max_overlap=1", "curate.min_mask_pixels=1"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    models = ["--detector", str(detector), "--segmenter", str(segmenter), "--device", "cpu", "--review", "3"]
+    assert main(arguments(*images, tmp_path / "out", *models, *options, "--layout", "both")) == 0
+    out = capsys.readouterr().out
+    assert "boxes" in out and "masks" in out and (tmp_path / "out/review.html").is_file()
+    assert sum(len(ShardSet(tmp_path / "out/shards", split)) for split in ("train", "val", "test")) > 0
+    assert main(["pack", str(tmp_path / "out/published"), "--out", str(tmp_path / "again")]) == 0
+
+
+def test_boxes_of_a_packed_data_set_get_masks(images: tuple[Path, StubServer], whole: Path, tmp_path: Path) -> None:
+    shards_ = str(whole / "shards")
+    given = ["--vlm-model", "given", "--detector", "given", *DRAWN[2:], "--out", str(tmp_path / "out")]
+    assert main(["generate", shards_, *given]) == 0
+    segmented = {one.key: one.result for one in all_outcomes(tmp_path / "out/segment")}
+    packed = {}
+    for split in ("train", "val", "test"):
+        for set_ in (ShardSet(shards_, split),):
+            packed |= {key: set_.read(i) for i, key in enumerate(set_.keys)}
+    assert segmented.keys() == packed.keys()
+    for key, scene in packed.items():
+        assert [one["mask"] is not None for one in segmented[key]["objects"]] == [True] * len(scene.objects)
+    again = ShardSet(tmp_path / "out/shards", "train")
+    scene = again.read(0)
+    assert scene.relations == packed[scene.key].relations and scene.split == packed[scene.key].split
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vlm-model", "other", "--stages", "caption"], "caption.model: got 'other'"),
+        (["--set", "ground.treshold=1"], "unknown config key ground.treshold"),
+        (["--set", "ground.nms=2"], "ground.nms: got 2, expected 0 to 1"),
+        (["--stages", "caption,detect"], "stage 'detect'"),
+        (["--decisions", "none.json", "--stages", "curate"], "none.json"),
+        (["-c", "none.yaml"], "none.yaml"),
+        (["--detector", "no.module:Detector", "--stages", "ground"], "ground.model"),
+        (["--workers", "0"], "workers: got 0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    images: tuple[Path, StubServer],
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    os.symlink(whole, tmp_path / "out")
+    assert main(["generate", str(images[0]), "--out", str(tmp_path / "out"), *options]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_run_says_what_it_rejected(images: tuple[Path, StubServer], whole: Path) -> None:
+    listed = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
+    assert listed and all(one.keys() == {"stage", "key", "part", "reason", "detail"} for one in listed)
