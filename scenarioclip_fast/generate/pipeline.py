@@ -383,8 +383,10 @@ def generate(
                 write_coco(run.out, coco)
                 report.written.append(Path(coco))
             if review:
-                page = write_review(run.out, units, run.out / "review.html", scenes=review)
-                report.written.append(page)
+                try:
+                    report.written.append(write_review(run.out, units, run.out / "review.html", scenes=review))
+                except UserError as error:  # the images cannot be read, and the data set is complete
+                    warn(f"warning: no review page: {error}")
             report.written.append(write_run_report(run.out, run.out / "report.html"))
         return report
 
