@@ -288,7 +288,8 @@ def _draw_tail(found: _Statistics, out: Path) -> Path:
         axes.set_xlabel("rank")
         axes.set_ylabel("occurrences")
         axes.grid(color=GRID)
-        axes.legend(loc="upper right")
+        if axes.lines:
+            axes.legend(loc="upper right")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
             axis.set_minor_formatter(lambda value, _: "")

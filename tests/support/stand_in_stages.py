@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from simplejpeg import encode_jpeg
+
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig
@@ -27,11 +30,11 @@ MODELS = {"caption": {"model": "none"}, "ground": {"model": "none"}, "segment": 
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """Files that are listed as images."""
+    """Small images, each of another grey."""
     images = folder / "images"
     images.mkdir(parents=True)
     for number in range(count):
-        (images / f"{number:03d}.jpg").write_bytes(b"%d" % number)
+        (images / f"{number:03d}.jpg").write_bytes(encode_jpeg(np.full((8, 8, 3), number, np.uint8)))
     return images
 
 
