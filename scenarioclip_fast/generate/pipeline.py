@@ -41,7 +41,7 @@ from scenarioclip_fast.generate.coco import write_coco
 from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.ray_run import RayCluster
-from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, hash_of, is_finished, results
+from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, has_files, hash_of, is_finished, results
 from scenarioclip_fast.generate.review import write_review
 from scenarioclip_fast.generate.run_report import write_run_report
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
@@ -364,10 +364,10 @@ def generate(
     run = _Run(Path(out), config or GenerateConfig(), device, workers, progress, ray, factory)
     run.check(stages, redo, unit_size, review)
     with run.opened():
+        units = run.list_units([images] if isinstance(images, str | Path) else images, unit_size)
+        run.settle(stages, redo)
         for name in redo:
             clear(run.out / name)
-        units = run.list_units([images] if isinstance(images, str | Path) else images, unit_size)
-        run.settle(stages)
         report = GenerateReport(run.out)
         names = [name for name in MODEL_STAGES if name in stages]
         if ray is None:
@@ -408,6 +408,8 @@ class _Run:
                 near = nearest(name, STAGES)
                 hint = f"did you mean {near}?" if near else f"expected {', '.join(STAGES)}"
                 raise UserError(f"stage {name!r}: {hint}")
+        if unused := [name for name in redo if name not in stages]:
+            raise UserError(f"redo: got {unused[0]}, which is not among the stages to run ({', '.join(stages)})")
         if self.workers < 1:
             raise UserError(f"workers: got {self.workers}, expected at least 1")
         if review < 0:
@@ -469,7 +471,7 @@ class _Run:
             raise UserError(f"{self.out}: no images; name a folder, tars, a list or a packed data set")
         return units
 
-    def settle(self, stages: Sequence[str]) -> None:
+    def settle(self, stages: Sequence[str], redo: Sequence[str]) -> None:
         """Record the settings of the stages to run.
 
         Raises:
@@ -481,7 +483,7 @@ class _Run:
             for name in _EXPENSIVE:
                 now = fingerprint(getattr(self.config, name))
                 before = found.get(name, now)
-                has_records = (self.out / name).is_dir() and any((self.out / name).iterdir())
+                has_records = name not in redo and has_files(self.out / name)
                 changed = [key for key, value in now.items() if before.get(key, value) != value]
                 if name in stages and has_records and changed:
                     key = changed[0]
@@ -586,7 +588,7 @@ class _Run:
     def _log(self, report: StageReport) -> None:
         record = {"stage": report.name, "images": report.images, "seconds": round(report.seconds, 3)}
         record |= {"counts": dict(report.counts), "rejected": dict(report.rejected)}
-        with open(self.out / "runs.jsonl", "a", encoding="ascii", opener=open_regular) as file:
+        with open(self.out / "runs.jsonl", "a", encoding="ascii", opener=_append) as file:
             file.write(json.dumps(record) + "\n")
 
     def pack(self, source: CuratedSource) -> PackReport | None:
@@ -649,6 +651,10 @@ def _tally(job: Job, units: Iterable[Unit], *, retried: bool) -> Counter[str]:
             continue
         counts.update(outcome.reason for outcome in file.found(retried=retried).values())
     return counts
+
+
+def _append(path: str, flags: int) -> int:
+    return open_regular(path, flags, follow=False)
 
 
 def _reasons(rejected: Counter[str]) -> str:

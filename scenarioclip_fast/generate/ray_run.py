@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from scenarioclip_fast.errors import InstallationError, MissingDependencyError, UserError
 from scenarioclip_fast.generate.images import Unit
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import get_logger
 
 if TYPE_CHECKING:
     from scenarioclip_fast.generate.pipeline import Job, StageReport
@@ -231,7 +232,7 @@ class RayCluster:
         before = {name: getattr(context, name) for name in settings if hasattr(context, name)}
         handlers = [
             (handler, handler.level)
-            for handler in logging.getLogger("ray.data").handlers
+            for handler in get_logger("ray.data").handlers
             if type(handler).__name__ == "PlainRayHandler"
         ]
         for name in before:

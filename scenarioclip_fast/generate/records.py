@@ -30,7 +30,7 @@ _RETRY = b'"retry":true'  # in texts, quotes are escaped
 KEPT = re.compile(rb'\{"key":"([\w-]+)","result":')
 """How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
 
-_NAME = re.compile(r"\d{6}\.jsonl(\.partial(-[0-9a-f]+)?)?")
+_NAME = re.compile(r"\d{6}\.jsonl(\.partial(-[0-9a-f]+)?)?|\.\d{6}\.jsonl[^/]*\.[0-9a-f]{32}\.partial")
 
 
 def _dump(record: Any) -> bytes:
@@ -206,6 +206,11 @@ def all_outcomes(directory: Path) -> Iterator[Outcome]:
 def content_hash(path: Path) -> str:
     """The SHA-256 of a finished file; of nothing if there is none."""
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+def has_files(directory: Path) -> bool:
+    """Whether a directory has files of a stage."""
+    return directory.is_dir() and any(_NAME.fullmatch(path.name) for path in directory.iterdir())
 
 
 def clear(directory: Path) -> None:
