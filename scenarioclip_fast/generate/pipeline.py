@@ -459,8 +459,14 @@ class _Run:
         skipped: list[SkippedImage] = []
         known = [item for unit in units for item in unit.items]
         listed = list_images(sources, known)
+        # With DIR below IMAGES, what earlier runs wrote is not listed.
+        own = os.path.join(os.path.realpath(self.out), "")
+        inside = any(own.startswith(os.path.join(os.path.realpath(source), "")) for source in sources)
         for found in show_progress(listed, None, "listing", "images") if self.progress and sources else listed:
-            skipped.append(found) if isinstance(found, SkippedImage) else items.append(found)
+            if isinstance(found, SkippedImage):
+                skipped.append(found)
+            elif not inside or not os.path.realpath(found.path).startswith(own):
+                items.append(found)
         if skipped:
             shown = "; ".join(f"{one.key}: {one.reason}" for one in skipped[:_LISTED])
             warn(f"warning: {len(skipped)} files skipped: {shown}{'; ...' if len(skipped) > _LISTED else ''}")

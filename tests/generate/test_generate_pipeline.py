@@ -326,3 +326,44 @@ def test_the_published_layout(images: Path, truth: dict[str, Scene], models: Mod
         assert all((a.mask == b.mask).all() for a, b in zip(scene.objects, truth[key].objects, strict=True))
     splits = {scene.split for scene in found.values()}
     assert splits == {"train", "val", "test"}
+
+
+def test_a_directory_inside_the_images_is_not_listed(images: Path, models: Models, tmp_path: Path) -> None:
+    config = GenerateConfig.of(CONFIG, {"pack": {"layout": "both"}})
+    run(images, images / "out", config)
+    before = (images / "out/images.jsonl").read_bytes()
+    report = run(images, images / "out", config)
+    assert (images / "out/images.jsonl").read_bytes() == before
+    assert [stage.images for stage in report.stages] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": "none"}, "no such file"),
+        ({"stages": ["curate", "pack"]}, "redo: got caption, which is not among the stages to run"),
+        ({"config": {"ground": {"box_threshold": 0.5}}}, r"ground\.box_threshold: got 0\.5"),
+    ],
+)
+def test_redo_discards_nothing_if_something_else_is_wrong(
+    images: Path, models: Models, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    run(images, out)
+    before = files(out)
+    options = {"redo": ["caption"], "stages": change.get("stages", pipeline.STAGES)}
+    config = GenerateConfig.of(CONFIG, change.get("config", {}))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / change["images"] if "images" in change else images, out, config, **options)
+    assert files(out) == before
+
+
+def test_a_temporary_file_of_a_killed_run_is_no_record(images: Path, models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(images, out, stages=["caption"])
+    (out / "ground").mkdir()
+    left = out / "ground" / f".000000.jsonl.{'0' * 32}.partial"
+    left.touch()
+    config = GenerateConfig.of(CONFIG, {"ground": {"box_threshold": 0.5}})
+    run(images, out, config, redo=["ground"], stages=["ground"])
+    assert not left.exists()
