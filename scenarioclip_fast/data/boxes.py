@@ -54,6 +54,18 @@ def to_corners(box: Box, kind: BoxFormat, size: tuple[int, int]) -> Box:
     return box
 
 
+def clip_box(box: Sequence[float], size: Sequence[int]) -> Box:
+    """The part of a box, x1, y1, x2, y2, inside an image of `size` = (H, W); x2 <= x1 or y2 <= y1 if there is none."""
+    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[1])), min(box[3], float(size[0]))
+
+
+def box_overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes x1, y1, x2, y2; 0 if the union is empty."""
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = sum(max(0.0, one[2] - one[0]) * max(0.0, one[3] - one[1]) for one in (a, b)) - shared
+    return shared / union if union > 0 else 0.0
+
+
 _examined: Counter[str] = Counter()  # scenes, by the id of a `BoxEvidence`
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scenarioclip_fast.data import rle
-from scenarioclip_fast.data.boxes import Box, BoxEvidence, BoxFormat, to_corners
+from scenarioclip_fast.data.boxes import Box, BoxEvidence, BoxFormat, clip_box, to_corners
 from scenarioclip_fast.data.decode import MAX_PIXELS, DecodeError, TorchDecoder, decode_checked
 from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject, mask_pixels
 from scenarioclip_fast.data.shards import SPLITS
@@ -366,7 +366,7 @@ def _clip_box(
         return None
     if min(x1, y1) < -BOX_SLACK or x2 > width + BOX_SLACK or y2 > height + BOX_SLACK:
         return None
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    x1, y1, x2, y2 = clip_box((x1, y1, x2, y2), size)
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import clip_box
 from scenarioclip_fast.data.check import MAX_ITEMS
 from scenarioclip_fast.data.shards import is_packed
 from scenarioclip_fast.data.texts import normalise
@@ -171,11 +172,6 @@ def _relations(one: _Exported) -> Iterator[dict[str, Any]]:
 def box_to_coco(box: Sequence[float]) -> list[float]:
     """x1, y1, x2, y2 -> x, y, width, height."""
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-
-
-def clip_box(box: Sequence[float], size: Sequence[int]) -> list[float]:
-    """The part of a box, x1, y1, x2, y2, in an image of `size` = [H, W]."""
-    return [max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[1])), min(box[3], float(size[0]))]
 
 
 def same_box(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.generate.config import PUBLISHED, GenerateConfig
-from scenarioclip_fast.generate.curate.rules import Mask, box_overlap, similar_name
+from scenarioclip_fast.generate.curate.rules import Mask, similar_name
 from scenarioclip_fast.generate.curate.stage import make
 from scenarioclip_fast.generate.images import Item
 from scenarioclip_fast.generate.source import curated_scene

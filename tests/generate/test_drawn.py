@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import Scene, generate_scenes, rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.data.synthetic import COLOURS, KINDS
 from scenarioclip_fast.generate.config import GroundConfig, SegmentConfig
 from scenarioclip_fast.generate.drawn.detector import DrawnDetector, parse_name
 from scenarioclip_fast.generate.drawn.parts import candidates, find_parts
-from scenarioclip_fast.generate.drawn.scores import box_overlap, mask_overlap
+from scenarioclip_fast.generate.drawn.scores import mask_overlap
 from scenarioclip_fast.generate.drawn.segmenter import DrawnSegmenter
 from scenarioclip_fast.generate.drawn.shapes import _COVERED, _GRID
 from scenarioclip_fast.generate.ground.boxes import Box

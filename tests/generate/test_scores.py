@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scenarioclip_fast.data import generate_scenes, rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.generate.drawn.scores import (
     Annotations,
     Scores,
@@ -18,7 +19,6 @@ from scenarioclip_fast.generate.drawn.scores import (
     after_curation,
     annotations_of,
     before_curation,
-    box_overlap,
     mask_overlap,
     match_objects,
     score_run,

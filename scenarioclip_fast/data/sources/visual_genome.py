@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scenarioclip_fast.data.boxes import clip_box
 from scenarioclip_fast.data.check import (
     BadEntry,
     CheckedScene,
@@ -206,10 +207,9 @@ class _Scene:
 
 def _clip(box: Box | None, size: tuple[int, int]) -> Box | None:
     """Clip a box, which may reach far beyond the image: annotators drew on scaled images."""
-    height, width = size
     if box is None or not all(map(math.isfinite, box)):
         return box  # rejected with the scene
-    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
+    return clip_box(box, size)
 
 
 def _id_of(item: Any, key: str) -> str:

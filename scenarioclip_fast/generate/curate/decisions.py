@@ -16,11 +16,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from scenarioclip_fast.data.boxes import box_overlap, clip_box
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
-from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, clip_box, is_coco, read_coco, same_box
-from scenarioclip_fast.generate.curate.rules import Draft, Link, Mask, Thing, box_overlap
+from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, is_coco, read_coco, same_box
+from scenarioclip_fast.generate.curate.rules import Draft, Link, Mask, Thing
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.suggest import nearest
 from scenarioclip_fast.terminal import short
@@ -209,7 +210,7 @@ def _ids(draft: Draft, correction: Correction, total: int) -> list[int]:
 def _update(draft: Draft, number: int, annotation: Annotation, min_agreement: float) -> None:
     mask = None if annotation.mask is None else Mask(annotation.mask)
     thing = draft.things.get(number)
-    box = clip_box(annotation.box, draft.size)
+    box = list(clip_box(annotation.box, draft.size))
     if thing is None:
         draft.things[number] = Thing(number, annotation.name, box, mask, (1.0, 1.0))
         return

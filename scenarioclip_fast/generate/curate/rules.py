@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.data.scene import SceneObject
 from scenarioclip_fast.data.sources.published import nearest_pair
 from scenarioclip_fast.data.texts import normalise
@@ -45,13 +46,6 @@ class Mask:
             return 0.0
         shared = rle.shared_area(self.runs, other.runs)
         return shared / (self.area + other.area - shared)
-
-
-def box_overlap(a: Box, b: Box) -> float:
-    """IoU of two boxes; 0 if the union is empty."""
-    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = sum(max(0.0, one[2] - one[0]) * max(0.0, one[3] - one[1]) for one in (a, b)) - shared
-    return shared / union if union > 0 else 0.0
 
 
 @dataclass

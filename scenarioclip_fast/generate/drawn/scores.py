@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.data.scene import Scene
+from scenarioclip_fast.generate.curate.rules import Mask
 from scenarioclip_fast.generate.records import results, unit_files
 
 LEAST_IOU = 0.5
@@ -143,21 +145,9 @@ def _right_relations(found: Annotations, true: Annotations, match: Mapping[int, 
     return {position[triple] for triple in ends if triple in position}
 
 
-def box_overlap(a: Box, b: Box) -> float:
-    """IoU of two boxes; 0 if they are empty."""
-    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if union > 0 else 0.0
-
-
 def mask_overlap(a: dict[str, Any] | None, b: dict[str, Any] | None) -> float:
     """IoU of two COCO RLEs of one size; 0 if one is missing or both are empty."""
-    if a is None or b is None:
-        return 0.0
-    runs = [rle.read_runs(one)[2] for one in (a, b)]
-    shared = rle.shared_area(*runs)
-    union = sum(int(one[1::2].sum()) for one in runs) - shared
-    return shared / union if union else 0.0
+    return 0.0 if a is None or b is None else Mask(a).overlap(Mask(b))
 
 
 def annotations_of(scene: Scene) -> Annotations:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import rle
+from scenarioclip_fast.data.boxes import box_overlap
 from scenarioclip_fast.generate.config import SegmentConfig
-from scenarioclip_fast.generate.drawn.parts import Part, candidates, find_parts
+from scenarioclip_fast.generate.drawn.parts import candidates, find_parts
 
 
 class DrawnSegmenter:
@@ -43,8 +44,8 @@ def _segment(image: Tensor, boxes: list[list[float]]) -> list[tuple[dict[str, An
     parts = candidates(find_parts(image))
     masks: list[tuple[dict[str, Any] | None, float]] = []
     for box in boxes:
-        best = max(parts, key=lambda part: (_iou(part, box), part.area), default=None)
-        score = _iou(best, box) if best else 0.0
+        best = max(parts, key=lambda part: (box_overlap(part.box, box), part.area), default=None)
+        score = box_overlap(best.box, box) if best else 0.0
         if best is None or score == 0:
             masks.append((None, 0.0))
             continue
@@ -54,9 +55,3 @@ def _segment(image: Tensor, boxes: list[list[float]]) -> list[tuple[dict[str, An
         inside[y1:y2, x1:x2] = mask[y1:y2, x1:x2]
         masks.append((rle.encode(inside), score))
     return masks
-
-
-def _iou(part: Part, box: list[float]) -> float:
-    (a1, b1, a2, b2), (x1, y1, x2, y2) = part.box, box
-    shared = max(0.0, min(a2, x2) - max(a1, x1)) * max(0.0, min(b2, y2) - max(b1, y1))
-    return shared / ((a2 - a1) * (b2 - b1) + (x2 - x1) * (y2 - y1) - shared)
