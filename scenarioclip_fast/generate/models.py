@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import Dtype
 from scenarioclip_fast.generate.stages import Images, Outcome, Work, load_class
@@ -178,6 +179,54 @@ class FittingBatches:
             if len(part) == 1:
                 raise
             return None
+
+
+class ModelStage:
+    """What the stages with a model in this process share: the model is loaded when they first run.
+
+    Args:
+        config: the section of the stage.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: Any, device: str) -> None:
+        self._config, self._device = config, device
+        self._model: Any = None
+        self._batches = FittingBatches(f"{self.name}.batch_size", config.batch_size)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class VisionStage(ModelStage):
+    """A stage with a detector or segmenter: a class of the user's own, or one of transformers."""
+
+    def _load(self, method: str, standard: Callable[[Any, torch.device], Any]) -> None:
+        """Load the model, if that was not done; a class of the user's own must have the method."""
+        if self._model is None:
+            device = pick_device(self._device)
+            custom = load_custom(self._config.model, f"{self.name}.model", method, self._config, device)
+            self._model = custom or standard(self._config, device)
+
+    def _run_batch(self, function: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T], image: Tensor) -> list[R]:
+        """The results of a batch, whose first image is `image` [H, W, 3].
+
+        Raises:
+            UserError: one image does not fit into the memory.
+        """
+        try:
+            return self._batches.run(function, batch)
+        except torch.OutOfMemoryError:
+            height, width = image.shape[:2]
+            raise UserError(
+                f"{self.name}.model: {self._config.model} does not fit into the memory with one image of "
+                f"{width} x {height}; choose a smaller one, or {self.name}.dtype=bfloat16"
+            ) from None
 
 
 def limit_aspect(image: Tensor) -> Tensor:  # uint8 [H, W, 3]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +14,14 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.caption.answer import outcome_of
 from scenarioclip_fast.generate.caption.prompt import picture, prompt_text
 from scenarioclip_fast.generate.config import CaptionConfig
-from scenarioclip_fast.generate.stages import Images, Outcome, Work
+from scenarioclip_fast.generate.models import ModelStage, decode_ahead
+from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.requirements import require
 
 _EXPECTED = "expected a path or hub id of a Qwen2.5-VL or Qwen3-VL checkpoint"
 
 
-class LocalCaptions:
+class LocalCaptions(ModelStage):
     """The stage `caption` with a model in this process: batched greedy generation.
 
     Args:
@@ -31,10 +31,8 @@ class LocalCaptions:
     name: ClassVar[str] = "caption"
 
     def __init__(self, config: CaptionConfig, device: str) -> None:
-        self._config, self._device = config, device
-        self._batch_size = config.batch_size
+        super().__init__(config, device)
         self._counts: Counter[str] = Counter()
-        self._model: _Model | None = None
 
     @property
     def counts(self) -> dict[str, float]:
@@ -47,47 +45,35 @@ class LocalCaptions:
         Raises:
             UserError: the model cannot be loaded, or its memory does not suffice for one image.
         """
-        images = Images()
-        works = iter(works)
-        while batch := list(islice(works, self._batch_size)):
-            usable: list[tuple[Work, Tensor]] = []
-            for work in batch:
-                found = images.decoded(work)
-                if isinstance(found, Outcome):
-                    yield found
-                else:
-                    usable.append((work, found))
-            while usable:
-                part = usable[: self._batch_size]
-                outcomes = self._captions(part)
-                if outcomes is not None:
-                    yield from outcomes
-                    usable = usable[len(part) :]
+        size = self._config.batch_size
+        batch: list[tuple[Work, Tensor]] = []
+        for work, image in decode_ahead(works, lambda work: None, size):
+            if isinstance(image, Outcome):
+                yield image
+                continue
+            batch.append((work, image))
+            if len(batch) == size:
+                yield from self._captions(batch)
+                batch = []
+        if batch:
+            yield from self._captions(batch)
 
-    def close(self) -> None:
-        """Free the model."""
-        self._model = None
-
-    def _captions(self, part: list[tuple[Work, Tensor]]) -> list[Outcome] | None:
-        """The outcomes of a batch; None if it was too large, in which case the batch size was halved."""
+    def _captions(self, batch: Sequence[tuple[Work, Tensor]]) -> list[Outcome]:
         if self._model is None:
             self._model = _Model(self._config, pick_device(self._device))
-        pictures = [picture(pixels, self._config) for _, pixels in part]
         try:
-            answers = self._model.answer(pictures)
+            answers = self._batches.run(self._answer, [pixels for _, pixels in batch])
         except torch.OutOfMemoryError as error:
-            problem = str(error).splitlines()[0]
-        else:
-            return [self._outcome(work, pixels, answer) for (work, pixels), answer in zip(part, answers, strict=True)]
-        # Outside of the handler, whose exception keeps the tensors of the failed batch alive.
-        if len(part) == 1:
             raise UserError(
                 f"caption.batch_size: out of memory even at 1, with caption.image_side={self._config.image_side} and "
-                f"caption.max_tokens={self._config.max_tokens} ({problem}): use a smaller model, or --vlm-url URL"
-            )
-        torch.cuda.empty_cache()
-        self._batch_size = max(1, len(part) // 2)
-        return None
+                f"caption.max_tokens={self._config.max_tokens} ({str(error).splitlines()[0]}): use a smaller model, or "
+                "--vlm-url URL"
+            ) from None
+        return [self._outcome(work, pixels, answer) for (work, pixels), answer in zip(batch, answers, strict=True)]
+
+    def _answer(self, images: Sequence[Tensor]) -> list[_Answer | ValueError]:
+        answers: list[_Answer | ValueError] = self._model.answer([picture(image, self._config) for image in images])
+        return answers
 
     def _outcome(self, work: Work, pixels: Tensor, answer: _Answer | ValueError) -> Outcome:
         if isinstance(answer, ValueError):

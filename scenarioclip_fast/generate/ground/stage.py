@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig, GroundConfig
 from scenarioclip_fast.generate.ground.boxes import Box, clip, suppress
 from scenarioclip_fast.generate.ground.transformers_detector import TransformersDetector
-from scenarioclip_fast.generate.models import FittingBatches, decode_ahead, load_custom
+from scenarioclip_fast.generate.models import VisionStage, decode_ahead
 from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.terminal import short
 
@@ -62,7 +61,7 @@ class _Loaded(NamedTuple):
     names: list[str]
 
 
-class GroundStage:
+class GroundStage(VisionStage):
     """Finds the boxes.
 
     Args:
@@ -72,15 +71,12 @@ class GroundStage:
     name: ClassVar[str] = "ground"
 
     def __init__(self, config: GroundConfig, device: str) -> None:
+        super().__init__(config, device)
         self.counts: dict[str, float] = {"boxes": 0}
-        self._config, self._device = config, device
-        self._detector: Detector | None = None
-        self._batches = FittingBatches("ground.batch_size", config.batch_size)
 
     def run(self, works: Iterator[Work]) -> Iterator[Outcome]:
         """Yield the boxes of each image."""
-        if self._detector is None:
-            self._detector = self._load()
+        self._load("detect", TransformersDetector)
         waiting: list[_Loaded] = []
         for work, image in decode_ahead(works, _early, self._config.batch_size):
             if isinstance(image, Outcome):
@@ -92,37 +88,18 @@ class GroundStage:
         while waiting:
             yield from self._detect(_take(waiting, self._config.batch_size))
 
-    def close(self) -> None:
-        """Free the model."""
-        self._detector = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _load(self) -> Detector:
-        device = pick_device(self._device)
-        custom: Detector | None = load_custom(self._config.model, "ground.model", "detect", self._config, device)
-        return custom or TransformersDetector(self._config, device)
-
     def _is_full(self, waiting: Sequence[_Loaded]) -> bool:
         pixels = sum(one.image.shape[0] * one.image.shape[1] for one in waiting)
         return len(waiting) >= _WINDOW * self._config.batch_size or pixels >= _WINDOW_PIXELS
 
     def _detect(self, batch: Sequence[_Loaded]) -> list[Outcome]:
-        try:
-            found = self._batches.run(self._call, batch)
-        except torch.OutOfMemoryError:
-            height, width = batch[0].image.shape[:2]
-            raise UserError(
-                f"ground.model: {self._config.model} does not fit into the memory with one image of "
-                f"{width} x {height}; choose a smaller one, or ground.dtype=bfloat16"
-            ) from None
+        found = self._run_batch(self._call, batch, batch[0].image)
         outcomes = [self._outcome(one, boxes) for one, boxes in zip(batch, found, strict=True)]
         self.counts["boxes"] += sum(len(outcome.result.get("objects", ())) for outcome in outcomes)
         return outcomes
 
     def _call(self, batch: Sequence[_Loaded]) -> list[list[Box]]:
-        assert self._detector is not None
-        found = self._detector.detect([one.image for one in batch], [one.names for one in batch])
+        found: list[list[Box]] = self._model.detect([one.image for one in batch], [one.names for one in batch])
         where = f"ground.model: {self._config.model}: detect returned"
         if not isinstance(found, list) or len(found) != len(batch):
             count = f"{len(found)} lists" if isinstance(found, list) else short(found)

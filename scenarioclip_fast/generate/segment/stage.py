@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from scenarioclip_fast.data import rle
-from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig, SegmentConfig
-from scenarioclip_fast.generate.models import FittingBatches, decode_ahead, load_custom
+from scenarioclip_fast.generate.models import VisionStage, decode_ahead
 from scenarioclip_fast.generate.segment.transformers_segmenter import TransformersSegmenter
 from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.terminal import short
@@ -61,7 +60,7 @@ class _Loaded(NamedTuple):
     boxes: list[Corners]
 
 
-class SegmentStage:
+class SegmentStage(VisionStage):
     """Finds the masks.
 
     Args:
@@ -71,15 +70,12 @@ class SegmentStage:
     name: ClassVar[str] = "segment"
 
     def __init__(self, config: SegmentConfig, device: str) -> None:
+        super().__init__(config, device)
         self.counts: dict[str, float] = {"masks": 0}
-        self._config, self._device = config, device
-        self._segmenter: Segmenter | None = None
-        self._batches = FittingBatches("segment.batch_size", config.batch_size)
 
     def run(self, works: Iterator[Work]) -> Iterator[Outcome]:
         """Yield the masks of each image."""
-        if self._segmenter is None:
-            self._segmenter = self._load()
+        self._load("segment", TransformersSegmenter)
         batch: list[_Loaded] = []
         for work, image in decode_ahead(works, _early, self._config.batch_size):
             if isinstance(image, Outcome):
@@ -92,31 +88,13 @@ class SegmentStage:
         if batch:
             yield from self._segment(batch)
 
-    def close(self) -> None:
-        """Free the model."""
-        self._segmenter = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _load(self) -> Segmenter:
-        device = pick_device(self._device)
-        custom: Segmenter | None = load_custom(self._config.model, "segment.model", "segment", self._config, device)
-        return custom or TransformersSegmenter(self._config, device)
-
     def _segment(self, batch: Sequence[_Loaded]) -> list[Outcome]:
-        try:
-            found = self._batches.run(self._call, batch)
-        except torch.OutOfMemoryError:
-            height, width = batch[0].image.shape[:2]
-            raise UserError(
-                f"segment.model: {self._config.model} does not fit into the memory with one image of "
-                f"{width} x {height}; choose a smaller one, or segment.dtype=bfloat16"
-            ) from None
+        found = self._run_batch(self._call, batch, batch[0].image)
         return [self._outcome(one, masks) for one, masks in zip(batch, found, strict=True)]
 
     def _call(self, batch: Sequence[_Loaded]) -> list[list[tuple[Mask, float]]]:
-        assert self._segmenter is not None
-        found = self._segmenter.segment([one.image for one in batch], [one.boxes for one in batch])
+        images, boxes = [one.image for one in batch], [one.boxes for one in batch]
+        found: list[list[tuple[Mask, float]]] = self._model.segment(images, boxes)
         where = f"segment.model: {self._config.model}: segment returned"
         if not isinstance(found, list) or len(found) != len(batch):
             count = f"{len(found)} lists" if isinstance(found, list) else short(found)
