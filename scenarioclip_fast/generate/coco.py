@@ -113,7 +113,7 @@ def _scenes(directory: Path, kind: str) -> Iterator[_Exported]:
         return
     number = 0
     for unit in read_list(directory / "images.jsonl"):
-        found = results(directory / "curate" / f"{unit.number:06d}.jsonl")
+        found = results(directory / "curate" / unit.file_name)
         for number, item in enumerate(unit.items, start=number + 1):  # noqa: B020
             if item.key in found and not found[item.key].reason:
                 yield _Exported(number, item, found[item.key].result["scene"])

@@ -22,7 +22,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,16 @@ from scenarioclip_fast.generate.coco import write_coco
 from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.ray_run import RayCluster
-from scenarioclip_fast.generate.records import UnitFile, clear, content_hash, has_files, hash_of, is_finished, results
+from scenarioclip_fast.generate.records import (
+    UnitFile,
+    clear,
+    content_hash,
+    has_files,
+    has_results,
+    hash_of,
+    is_finished,
+    results,
+)
 from scenarioclip_fast.generate.review import write_review
 from scenarioclip_fast.generate.run_report import write_run_report
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
@@ -119,6 +128,11 @@ class Job:
                 records.setdefault(key, {})[stage] = outcome.result
         keys = [item.key for item in unit.items if item.key in found and not found[item.key].reason]
         return UnitFile(self.records, unit.number, inputs, keys, self.attempt), records
+
+    def outcomes(self, unit: Unit, *, retried: bool) -> Iterable[Outcome]:
+        """The outcomes of a unit so far, see `UnitFile.found`; raises UserError like `file`."""
+        keys = [item.key for item in unit.items]
+        return UnitFile(self.records, unit.number, self._inputs(unit), keys).found(retried=retried).values()
 
     def _inputs(self, unit: Unit) -> str:
         """A hash of what the records of a unit depend on."""
@@ -634,7 +648,7 @@ class _Run:
 
 
 def _check_left(job: Job, units: Iterable[Unit], report: StageReport) -> None:
-    if not any(not r.reason for unit in units for r in results(job.records / unit.file_name).values()):
+    if not any(has_results(job.records / unit.file_name) for unit in units):
         raise UserError(f"{job.name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
 
 
@@ -651,11 +665,8 @@ def _tally(job: Job, units: Iterable[Unit], *, retried: bool) -> Counter[str]:
     """The number of outcomes by reason of rejection, which is empty for the others."""
     counts: Counter[str] = Counter()
     for unit in units:
-        try:
-            file = job.file(unit)[0]
-        except UserError:  # the stage before has not finished the unit
-            continue
-        counts.update(outcome.reason for outcome in file.found(retried=retried).values())
+        with suppress(UserError):  # the stage before has not finished the unit
+            counts.update(outcome.reason for outcome in job.outcomes(unit, retried=retried))
     return counts
 
 

@@ -20,13 +20,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from scenarioclip_fast.checksums import file_digest
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, open_regular, read_regular, replacing
 from scenarioclip_fast.generate.stages import Outcome
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import short
 
-_RETRY = b'"retry":true'  # in texts, quotes are escaped
+# In texts, quotes are escaped.
+_RETRY = b'"retry":true'
+_REJECTED, _NONE_REJECTED = b'"rejected":', b'"rejected":[]'
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 KEPT = re.compile(rb'\{"key":"([\w-]+)","result":')
 """How the line of an image that was not rejected starts; keys are ASCII without quotes, see `check.safe_key`."""
 
@@ -112,9 +116,8 @@ class UnitFile:
             try:
                 found = {r.key: r for r in read_unit(self.partial)[1]}
             except FileNotFoundError:
-                if is_finished(
-                    self.path, self._inputs, retried=True
-                ):  # by another process, with images that are to be tried again
+                # Another process may have finished it, with images that are to be tried again.
+                if is_finished(self.path, self._inputs, retried=True):
                     return
                 raise
             with replacing(self.path) as new, new.open("xb") as file:
@@ -169,12 +172,16 @@ def read_unit(path: Path, *, complete: bool = False) -> tuple[dict[str, Any], li
                     header = dict(record)
                 else:
                     found.append(_from_json(record))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except _MALFORMED as error:
                 if complete:
-                    text = short(line.decode("utf-8", "replace"))
-                    raise UserError(f"{path}: line {number} is damaged ({error}): {text}; remove the file") from None
+                    raise _damaged(path, number, line, error) from None
                 break
     return header, found
+
+
+def _damaged(path: Path, number: int, line: bytes, error: Exception) -> UserError:
+    text = short(line.decode("utf-8", "replace"))
+    return UserError(f"{path}: line {number} is damaged ({error}): {text}; remove the file")
 
 
 def is_finished(path: Path, inputs: str, *, retried: bool = False) -> bool:
@@ -192,6 +199,32 @@ def results(path: Path) -> dict[str, Outcome]:
     return {r.key: r for r in read_unit(path, complete=True)[1]} if path.is_file() else {}
 
 
+def has_results(path: Path) -> bool:
+    """Whether a finished file has an image that was not rejected; the records are not parsed."""
+    if not path.is_file():
+        return False
+    with open(path, "rb", opener=open_regular) as file:
+        return any(KEPT.match(line) for line in file)
+
+
+def rejections(path: Path) -> Iterator[Outcome]:
+    """The outcomes of a finished file that were rejected, as a whole or in parts; the others are not parsed.
+
+    Raises:
+        UserError: a damaged line.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb", opener=open_regular) as file:
+        for number, line in enumerate(file, start=1):
+            if _REJECTED in line and _NONE_REJECTED not in line:
+                try:
+                    outcome = _from_json(parse_json(line))
+                except _MALFORMED as error:
+                    raise _damaged(path, number, line, error) from None
+                yield outcome
+
+
 def unit_files(directory: Path) -> list[Path]:
     """The finished files of a stage, in order."""
     return sorted(path for path in directory.glob("*.jsonl") if _NAME.fullmatch(path.name))
@@ -205,7 +238,7 @@ def all_outcomes(directory: Path) -> Iterator[Outcome]:
 
 def content_hash(path: Path) -> str:
     """The SHA-256 of a finished file; of nothing if there is none."""
-    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+    return file_digest(path) if path.is_file() else hashlib.sha256().hexdigest()
 
 
 def has_files(directory: Path) -> bool:

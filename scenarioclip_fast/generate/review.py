@@ -17,9 +17,10 @@ from typing import Any
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.data.check import BadEntry
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import open_file, replacing
+from scenarioclip_fast.files import replacing
 from scenarioclip_fast.generate.examples import Example, ExampleReader, choose, jpeg_uri, shrink_image, shrink_mask
 from scenarioclip_fast.generate.images import Unit
+from scenarioclip_fast.generate.records import content_hash
 from scenarioclip_fast.generate.source import CuratedItem, CuratedSource
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import printable, warn
@@ -73,10 +74,9 @@ def run_id(directory: Path, units: Sequence[Unit]) -> str:
     for unit in units:
         digest.update(json.dumps([item.key for item in unit.items]).encode())
         for stage in _IDENTIFYING:
-            path = directory / stage / f"{unit.number:06d}.jsonl"
+            path = directory / stage / unit.file_name
             if path.is_file():
-                with open_file(path) as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(bytes.fromhex(content_hash(path)))
     return digest.hexdigest()[:16]
 
 

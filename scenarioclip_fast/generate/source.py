@@ -18,7 +18,7 @@ from scenarioclip_fast.data.sources.base import LARGE, Source, SplitOf, by_split
 from scenarioclip_fast.files import open_file, replacing
 from scenarioclip_fast.generate.config import STAGES
 from scenarioclip_fast.generate.images import Item, Unit
-from scenarioclip_fast.generate.records import KEPT, content_hash, results
+from scenarioclip_fast.generate.records import KEPT, content_hash, rejections
 from scenarioclip_fast.parsing import parse_json
 
 
@@ -104,7 +104,7 @@ class CuratedSource(Source):
         with replacing(path) as new, new.open("x", encoding="ascii") as file:
             for unit in self._units:
                 for stage in STAGES[:-1]:
-                    for outcome in results(self._file(stage, unit)).values():
+                    for outcome in rejections(self._file(stage, unit)):
                         parts = [{"part": "image", "reason": outcome.reason, "detail": outcome.detail}]
                         parts = parts if outcome.reason else outcome.result.get("rejected", [])
                         for part in parts:
