@@ -38,6 +38,12 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def one_line(text: object) -> str:
+    """A text of several lines as one of at most 300 characters, for error messages."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
 def echo(text: object = "", *, file: TextIO | None = None, lines: bool = False) -> None:
     """Print a line, `printable` and in the encoding of the stream; all output of the package to a terminal passes here.
 

@@ -18,6 +18,7 @@ from scenarioclip_fast.data.check import BadEntry, SceneChecker
 from scenarioclip_fast.data.config import MAX_PIXELS
 from scenarioclip_fast.data.scene import Scene, with_masks
 from scenarioclip_fast.data.views import Views
+from scenarioclip_fast.generate.images import shrunk_size
 from scenarioclip_fast.generate.source import CuratedItem, curated_scene
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.requirements import require
@@ -96,12 +97,6 @@ def _regions(scene: Scene, image: Tensor) -> list[Tensor | None]:
         rendered = iter((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
     kept = {id(relation) for relation in shown.relations}
     return [next(rendered) if id(relation) in kept else None for relation in scene.relations]
-
-
-def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """The size (H, W) of an image whose longer side is reduced to `side` if it is longer."""
-    scale = min(1.0, side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def shrink_image(image: Tensor, side: int) -> Any:  # uint8 [H, W, 3] -> PIL image

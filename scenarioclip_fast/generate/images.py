@@ -166,6 +166,12 @@ def _new_key(item: Item, taken: Collection[str]) -> str:
     return safe_key(stem, f"{item.path}:{item.offset}") if key in taken else key
 
 
+def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size (H, W) of an image whose longer side is reduced to `side` if it is longer."""
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 @dataclass(frozen=True)
 class Unit:
     """A unit of work: images that are processed and stored together."""

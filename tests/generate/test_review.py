@@ -19,8 +19,8 @@ from PIL import Image
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.generate.examples import choose, shrink_mask, shrunk_size
-from scenarioclip_fast.generate.images import read_list
+from scenarioclip_fast.generate.examples import choose, shrink_mask
+from scenarioclip_fast.generate.images import read_list, shrunk_size
 from scenarioclip_fast.generate.review import run_id, write_review
 from scenarioclip_fast.generate.source import CuratedSource
 from scenarioclip_fast.ops import focused_region

@@ -17,6 +17,7 @@ from scenarioclip_fast.generate.config import CaptionConfig
 from scenarioclip_fast.generate.models import ModelStage, decode_ahead
 from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.requirements import require
+from scenarioclip_fast.terminal import one_line
 
 _EXPECTED = "expected a path or hub id of a Qwen2.5-VL or Qwen3-VL checkpoint"
 
@@ -110,9 +111,7 @@ class _Model:
         except torch.OutOfMemoryError:
             raise UserError(f"caption.model: {config.model} does not fit into the memory of {device}") from None
         except Exception as error:  # of many types: no such path, another architecture, missing files, a GPU needed
-            line = " ".join(str(error).split())
-            line = line if len(line) <= 300 else f"{line[:297]}..."
-            raise UserError(f"caption.model: cannot load {config.model} ({line}); {_EXPECTED}") from None
+            raise UserError(f"caption.model: cannot load {config.model} ({one_line(error)}); {_EXPECTED}") from None
         self._processor.tokenizer.padding_side = "left"  # answers begin where prompts end
         ends = model.generation_config.eos_token_id
         self._ends = torch.tensor([end for end in (ends if isinstance(ends, list) else [ends]) if end is not None])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from scenarioclip_fast.generate.config import CaptionConfig
+from scenarioclip_fast.generate.images import shrunk_size
 from scenarioclip_fast.requirements import require
 
 if TYPE_CHECKING:
@@ -100,5 +101,5 @@ def _sent_size(height: int, width: int, config: CaptionConfig) -> tuple[int, int
     """Width and height, in the order of Pillow."""
     if config.prompt == "published":
         return _PUBLISHED_SIDE, _PUBLISHED_SIDE
-    scale = min(1.0, config.image_side / max(height, width))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    height, width = shrunk_size(height, width, config.image_side)
+    return width, height

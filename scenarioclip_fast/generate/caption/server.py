@@ -23,12 +23,11 @@ from scenarioclip_fast.generate.caption.prompt import answer_schema, encoded_pic
 from scenarioclip_fast.generate.config import CaptionConfig
 from scenarioclip_fast.generate.stages import Images, Outcome, Work
 from scenarioclip_fast.requirements import require
-from scenarioclip_fast.terminal import warn
+from scenarioclip_fast.terminal import one_line, warn
 
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 600.0
 _CONNECT_S = 10.0
-_MAX_DETAIL = 300  # characters of a server's message
 _PASSING = (408, 409, 429)  # and 5xx
 
 _CONTEXT = re.compile(r"context.?(length|size|window)|max_model_len|maximum model length", re.IGNORECASE)
@@ -296,17 +295,17 @@ class _Session:
             detail = f"no {'connection' if connecting else 'answer'} within {self._config.timeout_s:g} s"
             raise _Failure("server_timeout", detail, unreachable=connecting) from None
         except api.APIConnectionError as error:
-            raise _Failure("server_error", _line(error.__cause__ or error), unreachable=True) from None
+            raise _Failure("server_error", one_line(error.__cause__ or error), unreachable=True) from None
         except api.APIStatusError as error:
             self._refused(error, body)
             return None
         except (api.APIError, ValueError) as error:  # the body is not JSON
-            raise _Failure("server_error", f"not a chat completion: {_line(error)}") from None
+            raise _Failure("server_error", f"not a chat completion: {one_line(error)}") from None
         return self._content(completion)
 
     def _refused(self, error: Any, body: dict[str, Any]) -> None:
         """Handle a status that is an error; returns if an option was refused, which is then left out."""
-        status, message = error.status_code, _line(_message(error))
+        status, message = error.status_code, one_line(_message(error))
         detail = f"status {status}: {message}"
         if status in _PASSING or status >= 500:
             raise _Failure("server_error", detail, _retry_after(error.response.headers)) from None
@@ -358,8 +357,8 @@ class _Session:
         if finish == "length":
             raise _Refusal("answer_truncated", "caption.max_tokens were used up before the answer")
         if refusal or finish == "content_filter":
-            raise _Refusal("request_refused", _line(refusal or "content filter"))
-        raise _Failure("server_error", f"got no text in {_line(completion)}")
+            raise _Refusal("request_refused", one_line(refusal or "content filter"))
+        raise _Failure("server_error", f"got no text in {one_line(completion)}")
 
 
 def _response_format(config: CaptionConfig) -> dict[str, Any] | None:
@@ -402,11 +401,6 @@ def _message(error: Any) -> str:
     if isinstance(body, dict):
         return str(body.get("message") or body.get("detail") or body)
     return str(body) if body else str(error)
-
-
-def _line(text: object) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= _MAX_DETAIL else f"{line[: _MAX_DETAIL - 3]}..."
 
 
 def _number(value: object) -> int:
