@@ -80,15 +80,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
-def parse_override(text: str) -> tuple[list[str], RawValue]:
-    """Split `dotted.key=value` into the path of the key and its value."""
+def parse_override(text: str, example: str = "optim.lr=1e-4") -> tuple[list[str], RawValue]:
+    """Split `dotted.key=value` into the path of the key and its value; errors show `example`."""
     key, equals, value = text.partition("=")
     if not equals and Path(text).suffix in (".yaml", ".yml"):
         raise UserError(f"got {text!r}, expected key=value: did you mean -c {text}?")
     if not equals and text.endswith((",", "]", "}")):
         raise UserError(f"got {text!r}, expected key=value: quote a list that contains spaces, 'train.profile=[3, 5]'")
     if not equals or not key.strip():
-        raise UserError(f"got {text!r}, expected key=value, for example optim.lr=1e-4")
+        raise UserError(f"got {text!r}, expected key=value, for example {example}")
     return key.strip().split("."), RawValue(value.strip())
 
 

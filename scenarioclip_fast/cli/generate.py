@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scenarioclip_fast.terminal import echo
+from scenarioclip_fast.config_parse import merge, parse_override, plain, read_yaml, set_value
+from scenarioclip_fast.config_types import to_yaml_text
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.terminal import echo, warn
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.generate.config import GenerateConfig
 
 _STAGES = ("caption", "ground", "segment", "curate", "pack")  # generate.config.STAGES, which imports torch
 
@@ -18,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="turn raw images into a packed data set of scenes",
         description="Asks a vision-language model for the action, objects and relations of each image, finds boxes and "
         "masks, curates them and packs the scenes into DIR/shards. Re-run the command to resume.",
-        epilog="Settings (--set KEY=VALUE) are listed in docs/generation.md.",
+        epilog="DIR keeps the settings, and a later run uses them unless told otherwise. --print-config shows all of "
+        "them; docs/generation.md explains them.",
     )
     parser.add_argument(
         "images",
@@ -27,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="folders, image files, tars, text files with a path per line, or packed data sets; none: the images of "
         "an earlier run in DIR",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory")
     parser.add_argument(
         "--stages", metavar="LIST", help=f"stages to run, separated by commas (default: {','.join(_STAGES)})"
     )
@@ -67,6 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as ground.box_threshold=0.3"
     )
+    parser.add_argument("--print-config", action="store_true", help="print the resulting settings as YAML, and exit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes (default: 1)")
     parser.add_argument(
@@ -83,20 +92,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages, write the pages and print the counts."""
+    config = _config(args)
+    if args.print_config:
+        echo(config.to_yaml().rstrip("\n"), lines=True)
+        return 0
+    if args.out is None:
+        raise UserError("--out: got nothing, expected the output directory")
+    stages = _names(args.stages) if args.stages is not None else _STAGES
+    if args.decisions is not None and "curate" not in stages:
+        raise UserError("--decisions: applied by the stage curate, which does not run; add curate to --stages")
     from scenarioclip_fast.generate import generate
-    from scenarioclip_fast.generate.config import PUBLISHED, GenerateConfig
 
-    trees = [*([PUBLISHED] if args.published else []), _settings(args)]
-    config = (
-        GenerateConfig.of(*trees, overrides=args.set)
-        if args.config is None
-        else GenerateConfig.load(args.config, *trees, overrides=args.set)
-    )
     report = generate(
         args.images,
         args.out,
         config,
-        stages=_names(args.stages) if args.stages is not None else _STAGES,
+        stages=stages,
         device=args.device,
         workers=args.workers,
         unit_size=args.unit_size,
@@ -107,6 +118,36 @@ def run(args: argparse.Namespace) -> int:
     )
     echo(report, lines=True)
     return 0
+
+
+def _config(args: argparse.Namespace) -> GenerateConfig:
+    """The settings of the last run in DIR, with those of the preset, the file, the options and --set, in this order."""
+    from scenarioclip_fast.generate.config import PUBLISHED, GenerateConfig
+
+    saved: dict[str, Any] = {}
+    if args.out is not None:
+        from scenarioclip_fast.generate.run_directory import RunDirectory
+
+        saved = RunDirectory(args.out).settings()
+    given: dict[str, Any] = {}
+    for tree in (PUBLISHED if args.published else {}, read_yaml(args.config) if args.config else {}, _settings(args)):
+        given = merge(given, plain(tree))
+    if args.vlm_model is not None and args.vlm_url is None and args.vlm_model != saved.get("caption", {}).get("model"):
+        given = merge({"caption": {"url": ""}}, given)  # a model in this process, not on the server of the last run
+    config = GenerateConfig.of(saved, given, overrides=args.set)
+    if saved:
+        for text in args.set:
+            set_value(given, *parse_override(text))
+        defaults = asdict(GenerateConfig())
+        kept = [
+            f"{section}.{name}={to_yaml_text(value)}"
+            for section, values in asdict(config).items()
+            for name, value in values.items()
+            if name not in given.get(section, {}) and value != defaults[section][name]
+        ]
+        if kept:
+            warn(f"settings of the last run in {args.out}: {' '.join(kept)}")
+    return config
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

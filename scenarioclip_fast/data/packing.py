@@ -31,7 +31,7 @@ from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.diagnosis import Cause, Diagnosis, Loss
-from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.data.parallel import Workers, ordered_map
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter, rejection_lines
 from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Source, SourceOptions, fingerprint_files
@@ -146,7 +146,7 @@ def pack(
     val: float = 0.1,
     test: float = 0.2,
     split: str = "given",
-    workers: int | None = None,
+    workers: int | Workers | None = None,
     force: bool = False,
     progress: bool = True,
     max_pixels: int = MAX_PIXELS,
@@ -171,9 +171,9 @@ def pack(
         val, test: fractions of the scenes without an assigned split that go to these splits, chosen by a hash of the
             key.
         split: "given" uses the split assigned by the data set, "hash" the hash of the key for all scenes.
-        workers: processes that read the source; None: all cores for a large source, otherwise one. Scenes in memory are
-            packed in this process. Worker processes import the calling script, which therefore needs
-            `if __name__ == "__main__":` around the call.
+        workers: processes that read the source, or `parallel.Workers`; None: all cores for a large source, otherwise
+            one. Scenes in memory are packed in this process. Worker processes import the calling script, which
+            therefore needs `if __name__ == "__main__":` around the call.
         force: write into a directory that holds other files, which are kept; pack even if up to date.
         progress: show a progress bar on a terminal, and log lines elsewhere.
         max_pixels: larger images are rejected.
@@ -194,7 +194,7 @@ def pack(
     check_format(format)
     read = SourceOptions(max_pixels, cast("Path | None", images), cast("Path | None", actions), boxes)
     options = PackOptions(shard_size, val, test, split, read)
-    if workers is not None and workers < 1:
+    if isinstance(workers, int) and workers < 1:
         raise UserError(f"workers: got {workers}, expected at least 1")
     out = Path(out_dir)
     check_target(out, force)
@@ -255,7 +255,7 @@ class _Run:
     out: Path
     options: PackOptions
     fingerprint: str | None
-    workers: int | None
+    workers: int | Workers | None
     progress: bool
     allow_empty_level: bool
 
@@ -266,11 +266,12 @@ class _Run:
     def fill(self, stage: Stage) -> dict[str, Any]:
         """Write the complete pack into the staging directory, move it into place, and return its manifest."""
         source = self.source
-        processes = (self.workers or (len(os.sched_getaffinity(0)) if source.large else 1)) if source.parallel else 1
+        workers = (self.workers or (len(os.sched_getaffinity(0)) if source.large else 1)) if source.parallel else 1
         with ShardWriter(stage, self.options.shard_size, ordered=self.fingerprint is not None) as writer:
-            scan = source.scan(processes if source.large else 1, self.progress)
+            count = workers.count if isinstance(workers, Workers) else workers
+            scan = source.scan(count if source.large else 1, self.progress)
             items = islice(source.items(self.options.split_of), writer.end, None)
-            packed = ordered_map(partial(_pack_item, source.reader(), self.options), items, processes)
+            packed = ordered_map(partial(_pack_item, source.reader(), self.options), items, workers)
             if self.progress:
                 total = None if source.total is None else source.total - writer.end
                 packed = show_progress(packed, total, "packing", "scenes")

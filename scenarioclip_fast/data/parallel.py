@@ -22,38 +22,81 @@ _CHUNK = 8
 _AHEAD = 4  # chunks in flight per worker
 
 
-def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int, chunk: int = _CHUNK) -> Iterator[B]:
-    """Like `map(job, items)`, in `workers` processes, `chunk` items at a time; in this process if `workers` is 1.
+class Workers:
+    """Worker processes that serve several maps; the first map starts them. They exit with this process, even if it is
+    killed.
 
-    The workers exit with this process, even if it is killed.
+    Args:
+        count: at least 1. With one worker, maps run in this process.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the processes when they have finished what they are doing."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _submit(self, job: Callable[[A], B], items: list[A]) -> Future[list[B]]:
+        if self._pool is None:
+            # Spawn, because forking a process that has used torch's threads may hang the child. This starts Python's
+            # resource tracker, which unblocks interrupts.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_initialise)
+        with _block_interrupts():  # the first call starts the processes
+            return self._pool.submit(partial(_run, job), items)
+
+    def map(self, job: Callable[[A], B], items: Iterable[A], chunk: int = _CHUNK) -> Iterator[B]:
+        """Like `map(job, items)`, `chunk` items at a time.
+
+        Raises:
+            RuntimeError: a worker process died; the workers can no longer be used.
+        """
+        if self.count <= 1:
+            yield from map(job, items)
+            return
+        source = iter(items)
+        waiting: deque[tuple[list[A], Future[list[B]]]] = deque()
+        try:
+            for items_ in iter(lambda: list(itertools.islice(source, chunk)), []):
+                waiting.append((items_, self._submit(job, items_)))
+                if len(waiting) > _AHEAD * self.count:
+                    yield from _result(job, *waiting.popleft())
+            while waiting:
+                yield from _result(job, *waiting.popleft())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process died: it was killed, ran out of memory (try fewer workers), or imported the calling "
+                'script, which must start workers under `if __name__ == "__main__":`'
+            ) from error
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def ordered_map(job: Callable[[A], B], items: Iterable[A], workers: int | Workers, chunk: int = _CHUNK) -> Iterator[B]:
+    """Like `map(job, items)`, in worker processes, `chunk` items at a time; in this process with one worker.
+
+    Args:
+        workers: how many are started, and stopped at the end; or those to use.
 
     Raises:
         RuntimeError: a worker process died.
     """
-    if workers <= 1:
-        yield from map(job, items)
+    if isinstance(workers, Workers):
+        yield from workers.map(job, items, chunk)
         return
-    source = iter(items)
-    chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
-    # Spawn, because forking a process that has used torch's threads may hang the child.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise)
-    waiting: deque[tuple[list[A], Future[list[B]]]] = deque()
-    try:
-        for items_ in chunks:
-            with _block_interrupts():
-                waiting.append((items_, pool.submit(partial(_run, job), items_)))
-            if len(waiting) > _AHEAD * workers:
-                yield from _result(job, *waiting.popleft())
-        while waiting:
-            yield from _result(job, *waiting.popleft())
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died: it was killed, ran out of memory (try fewer workers), or imported the calling "
-            'script, which must start workers under `if __name__ == "__main__":`'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with Workers(workers) as pool:
+        yield from pool.map(job, items, chunk)
 
 
 def _run(job: Callable[[A], B], chunk: Sequence[A]) -> list[B]:

@@ -6,22 +6,38 @@ whose other fields changed refuses to continue (see `fingerprint`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from scenarioclip_fast.config_parse import build, dotted_keys, merge, parse_override, read_yaml, set_value
 from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.requirements import require
 
 STAGES = ("caption", "ground", "segment", "curate", "pack")
 """The stages, in order."""
+
+RECORDED = STAGES[:-1]
+"""The stages that have records."""
+
+EXPENSIVE = ("caption", "ground", "segment")
+"""The stages whose records are never discarded unasked, because models made them."""
 
 GIVEN = "given"
 """As a model: use the annotations of a packed data set, such as the boxes of one without masks."""
 
 _RUN: Any = {"run": True}
+
+# Settings that may be paths.
+_PATHS = {
+    "caption": ("model",),
+    "ground": ("model",),
+    "segment": ("model",),
+    "curate": ("embedder", "antonyms", "decisions"),
+}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -241,7 +257,7 @@ class GenerateConfig:
             tree = merge(tree, part)
         known = list(dotted_keys(cls))
         for text in overrides:
-            path, value = parse_override(text)
+            path, value = parse_override(text, "ground.box_threshold=0.3")
             set_value(tree, path, value)
         return build(cls, tree, known)
 
@@ -249,6 +265,24 @@ class GenerateConfig:
     def load(cls, path: str | Path, *trees: Mapping[str, Any], overrides: Iterable[str] = ()) -> GenerateConfig:
         """Like `of`, with a YAML file first."""
         return cls.of(read_yaml(path), *trees, overrides=overrides)
+
+    def with_absolute_paths(self) -> GenerateConfig:
+        """Make paths that exist absolute, so that the settings also hold for runs from other directories."""
+        changed = {}
+        for section, names in _PATHS.items():
+            part = getattr(self, section)
+            if part is self.caption and part.url:  # the name of a model on the server
+                continue
+            paths = {name: os.path.expanduser(getattr(part, name)) for name in names}
+            changed[section] = replace(
+                part, **{name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
+            )
+        return replace(self, **changed)
+
+    def to_yaml(self) -> str:
+        """The YAML text that `load` reads."""
+        text: str = require("yaml").safe_dump(asdict(self), sort_keys=False)
+        return text
 
 
 PUBLISHED: dict[str, Any] = {

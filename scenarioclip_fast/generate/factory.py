@@ -29,6 +29,17 @@ def prepare_context(name: str, config: GenerateConfig, directory: Path) -> Any:
     return _module(name).prepare(config, directory) if needs_context(name, config) else None
 
 
+def check_stage(name: str, config: GenerateConfig) -> None:
+    """Check that the model of a stage exists and is of a known kind, as far as that is known without loading it.
+
+    Raises:
+        UserError: it does not exist, or is of another kind.
+        MissingDependencyError: the package that loads it is not installed.
+    """
+    if not _is_given(name, config) and hasattr(module := _module(name), "check"):
+        module.check(config)
+
+
 def make_stage(name: str, config: GenerateConfig, device: str, context: Any = None) -> Stage:
     """Create a stage.
 

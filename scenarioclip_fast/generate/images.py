@@ -5,6 +5,7 @@ The list is a file of JSON lines, one per image. A later run appends images that
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,6 +22,9 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import open_file, read_regular, replacing
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import short
+
+RUN_FILE = "generate.json"
+"""A directory with this file is that of a run."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def _read_range(path: str, offset: int, size: int) -> bytes:
 
 
 def list_images(sources: Sequence[str | Path], known: Iterable[Item] = ()) -> Iterator[Item | SkippedImage]:
-    """List images in a fixed order, without reading them.
+    """List images in a fixed order, without reading them. What `generate` wrote below a folder is left out.
 
     Args:
         sources: folders, image files, tars, text files (.txt, .lst) with a path per line, relative to the file's
@@ -86,7 +90,7 @@ def list_images(sources: Sequence[str | Path], known: Iterable[Item] = ()) -> It
         Items, or what was skipped: damaged tars, links in tars, files that do not exist.
 
     Raises:
-        UserError: a source does not exist or has no images.
+        UserError: a source does not exist, has no images, or is the directory of a run.
     """
     keys = {item.key for item in known}
     places = {(item.path, item.offset) for item in known}
@@ -106,9 +110,22 @@ def _list_source(source: Path) -> Iterator[Item | SkippedImage]:
         yield from _list_packed(source)
     elif source.is_file() and source.suffix.lower() in (".txt", ".lst"):
         yield from _list_lines(source)
+    elif (source / RUN_FILE).is_file():
+        raise UserError(
+            f"{source}: is the output of generate; name {source / 'shards'} for its data set, or leave out IMAGES to "
+            "continue the run"
+        )
     else:
         root = source.parent if source.is_file() else source
-        for path in find_images(source):
+
+        @functools.cache
+        def of_run(folder: Path) -> bool:
+            return folder not in (root, folder.parent) and ((folder / RUN_FILE).is_file() or of_run(folder.parent))
+
+        paths = [path for path in find_images(source) if not of_run(path.parent)]
+        if not paths:
+            raise UserError(f"{source}: no images found besides those that generate wrote")
+        for path in paths:
             yield from _list_file(path, path.relative_to(root).as_posix())
 
 

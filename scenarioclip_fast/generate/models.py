@@ -39,13 +39,32 @@ def load_custom(model: str, setting: str, method: str, config: Any, device: torc
     Raises:
         UserError: it cannot be imported, is no class, or lacks the method.
     """
+    found = find_custom(model, setting, method)
+    return None if found is None else found(config, device)
+
+
+def find_custom(model: str, setting: str, method: str) -> Any:
+    """The class named by MODULE:CLASS, see `load_custom`; None if `model` is not of this form."""
     found = load_class(model, setting)
     if found is None:
         return None
     if not isinstance(found, type) or not callable(getattr(found, method, None)):
         what = "has no method" if isinstance(found, type) else "is no class with a method"
         raise UserError(f"{setting}: {model} {what} {method}; see the heading 'Boxes and masks' of docs/generation.md")
-    return found(config, device)
+    return found
+
+
+def check_model(model: str, setting: str, method: str, kinds: Mapping[str, tuple[str, str, str]]) -> None:
+    """Check, without loading it, that a model can be loaded: a class of one's own, or a checkpoint of transformers.
+
+    Args: see `load_custom` and `load_checkpoint`.
+
+    Raises:
+        UserError: there is no such class or checkpoint, or it is of another kind.
+        MissingDependencyError: transformers is not installed.
+    """
+    if find_custom(model, setting, method) is None:
+        read_config(model, setting, kinds)
 
 
 def load_checkpoint(
@@ -66,18 +85,7 @@ def load_checkpoint(
         MissingDependencyError: transformers is not installed.
     """
     transformers = require("transformers")
-    known = ", ".join(dict.fromkeys(kind for kind, _, _ in kinds.values()))
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-        raise UserError(f"{setting}: got {name}, but there is no such directory; expected a checkpoint of {known}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:
-        raise UserError(
-            f"{setting}: cannot load {name} ({_first_line(error)}); expected the directory or hub id of a checkpoint "
-            f"of {known}, and a network to download from a hub"
-        ) from error
-    if config.model_type not in kinds:
-        raise UserError(f"{setting}: {name} is a checkpoint of {config.model_type}, expected {known}")
+    config = read_config(name, setting, kinds)
     try:
         _, model_class, processor_class = kinds[config.model_type]
         processor = getattr(transformers, processor_class).from_pretrained(name)
@@ -96,6 +104,24 @@ def load_checkpoint(
     if missing := sorted(info["missing_keys"]):
         _log.warning(f"{setting}: {name} lacks {len(missing)} weights, which are random now: {', '.join(missing[:3])}")
     return config.model_type, processor, model
+
+
+def read_config(name: str, setting: str, kinds: Mapping[str, tuple[str, str, str]]) -> Any:
+    """The transformers config of a checkpoint, see `load_checkpoint`."""
+    transformers = require("transformers")
+    known = ", ".join(dict.fromkeys(kind for kind, _, _ in kinds.values()))
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise UserError(f"{setting}: got {name}, but there is no such directory; expected a checkpoint of {known}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"{setting}: cannot load {name} ({_first_line(error)}); expected the directory or hub id of a checkpoint "
+            f"of {known}, and a network to download from a hub"
+        ) from error
+    if config.model_type not in kinds:
+        raise UserError(f"{setting}: {name} is a checkpoint of {config.model_type}, expected {known}")
+    return config
 
 
 def _first_line(error: Exception) -> str:

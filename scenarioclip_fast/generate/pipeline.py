@@ -1,7 +1,6 @@
 """Runs the stages over units of images, in this process or in worker processes, and resumes.
 
-DIR/generate.json       settings that the records depend on
-DIR/images.jsonl        the images, see `images`
+DIR/generate.json, images.jsonl: see `run_directory`
 DIR/STAGE/*.jsonl       records, see `records`
 DIR/runs.jsonl          per run and stage: images, seconds and counts
 DIR/rejected.jsonl      {"stage", "key", "part", "reason", "detail"} per rejected image, object or relation
@@ -12,17 +11,15 @@ DIR/report.html, review.html
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import multiprocessing
-import os
 import shutil
 import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,43 +27,39 @@ from typing import Any
 
 import torch
 
-from scenarioclip_fast.data.images import SkippedImage
 from scenarioclip_fast.data.packing import PackOptions, PackReport, pack
-from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.data.parallel import Workers
 from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import kind_of, open_regular, read_regular, replacing, status_of
+from scenarioclip_fast.files import kind_of, open_regular, status_of
 from scenarioclip_fast.generate.coco import write_coco
-from scenarioclip_fast.generate.config import GIVEN, STAGES, GenerateConfig, fingerprint
-from scenarioclip_fast.generate.images import Item, Unit, divide, list_images, read_list, write_list
+from scenarioclip_fast.generate.config import EXPENSIVE, GIVEN, RECORDED, STAGES, GenerateConfig, fingerprint
+from scenarioclip_fast.generate.images import Unit
 from scenarioclip_fast.generate.ray_run import RayCluster
 from scenarioclip_fast.generate.records import (
     UnitFile,
     clear,
     content_hash,
-    has_files,
     has_results,
     hash_of,
     is_finished,
+    rejections,
     results,
 )
 from scenarioclip_fast.generate.review import write_review
+from scenarioclip_fast.generate.run_directory import RunDirectory
 from scenarioclip_fast.generate.run_report import write_run_report
 from scenarioclip_fast.generate.source import CuratedSource, published_scenes
 from scenarioclip_fast.generate.stages import Outcome, Stage, Work
-from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.suggest import nearest
-from scenarioclip_fast.terminal import printable, short, warn
+from scenarioclip_fast.terminal import printable, warn
 
-MODEL_STAGES = STAGES[:-1]  # those with records of their own
 FACTORY = "scenarioclip_fast.generate.factory"
-_EXPENSIVE = ("caption", "ground", "segment")
-_SCHEMA = 1
+_LARGE = {"curate": 10_000}  # images that take longer than starting a worker
 _EARLY = 32  # outcomes after which a stage that rejects all images for one reason ends
-_LISTED = 5  # skipped files in a warning
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ class Job:
     def uses_gpu(self) -> bool:
         """Whether the stage runs a model, on a GPU if there is one."""
         section = getattr(self.config, self.name)
-        model_here = section.model != GIVEN and not self.is_remote if self.name in _EXPENSIVE else False
+        model_here = section.model != GIVEN and not self.is_remote if self.name in EXPENSIVE else False
         return model_here and self.device != "cpu"
 
     @property
@@ -119,7 +112,7 @@ class Job:
             UserError: the stage before has not finished the unit.
         """
         inputs = self._inputs(unit)
-        before = MODEL_STAGES[: MODEL_STAGES.index(self.name)]
+        before = RECORDED[: RECORDED.index(self.name)]
         records: dict[str, dict[str, Any]] = {}
         found: dict[str, Outcome] = {item.key: Outcome(item.key) for item in unit.items}
         for stage in before:
@@ -137,12 +130,12 @@ class Job:
     def _inputs(self, unit: Unit) -> str:
         """A hash of what the records of a unit depend on."""
         settings = fingerprint(getattr(self.config, self.name))
-        at = MODEL_STAGES.index(self.name)
+        at = RECORDED.index(self.name)
         if at == 0:
             return hash_of([settings, self.context, [item.key for item in unit.items]])
-        path = self.directory / MODEL_STAGES[at - 1] / unit.file_name
+        path = self.directory / RECORDED[at - 1] / unit.file_name
         if not path.is_file():
-            stage = MODEL_STAGES[at - 1]
+            stage = RECORDED[at - 1]
             raise UserError(f"{self.name}: {path} does not exist; finish the stage {stage} first (--stages)")
         return hash_of([settings, self.context, content_hash(path)])
 
@@ -271,7 +264,7 @@ class StageReport:
     def __str__(self) -> str:
         rate = f"{self.images / self.seconds:.1f} images/s" if self.images and self.seconds else ""
         parts = [f"{self.images} images", rate]
-        parts += [f"{value:.4g} {name}" for name, value in self.counts.items() if value]
+        parts += [f"{_number(value)} {name}" for name, value in self.counts.items() if value]
         parts += [f"{n} {reason}" for reason, n in self.rejected.most_common()]
         return f"{self.name:<8} {', '.join(part for part in parts if part)}"
 
@@ -354,7 +347,8 @@ def generate(
     Args:
         images: folders, image files, tars, lists of paths and packed data sets; none: those of an earlier run.
         out: created; must be empty or of an earlier run.
-        config: models and settings; None: the defaults, which name models on a hub but no vision-language model.
+        config: models and settings; None: those of the last run in `out`, or the defaults, which name models on a hub
+            but no vision-language model. Relative paths of files and directories that exist become absolute.
         stages: which stages to run, in the order of STAGES.
         device: auto, cpu, cuda or cuda:N; with several workers, auto gives each a GPU in turn.
         workers: processes; each loads the models. The results do not depend on their number, except for the rounding
@@ -375,34 +369,19 @@ def generate(
         UserError: no images, a setting is invalid or differs from that of the records in `out`, a stage cannot go on,
             or no image is left. Finished records are kept.
     """
-    run = _Run(Path(out), config or GenerateConfig(), device, workers, progress, ray, factory)
-    run.check(stages, redo, unit_size, review)
-    with run.opened():
-        units = run.list_units([images] if isinstance(images, str | Path) else images, unit_size)
-        run.settle(stages, redo)
-        for name in redo:
-            clear(run.out / name)
-        report = GenerateReport(run.out)
-        names = [name for name in MODEL_STAGES if name in stages]
-        if ray is None:
-            report.stages += [run.stage(name, units) for name in names]
-        elif names:
-            report.stages += run.stages_on_ray(ray, names, units)
-        source = CuratedSource(run.out, units)
-        source.write_rejections(run.out / "rejected.jsonl")
-        if "pack" in stages:
-            report.packed = run.pack(source)
-        if source.scenes:
-            if coco is not None:
-                write_coco(run.out, coco)
-                report.written.append(Path(coco))
-            if review:
-                try:
-                    report.written.append(write_review(run.out, units, run.out / "review.html", scenes=review))
-                except UserError as error:  # the images cannot be read, and the data set is complete
-                    warn(f"warning: no review page: {error}")
-            report.written.append(write_run_report(run.out, run.out / "report.html"))
-        return report
+    directory = RunDirectory(Path(out))
+    config = (config or GenerateConfig.of(directory.settings())).with_absolute_paths()
+    with Workers(workers) as pool:
+        run = _Run(directory.path, config, device, pool, progress, ray, factory)
+        run.check(stages, redo, unit_size, review)
+        with directory.opened():
+            sources = [images] if isinstance(images, str | Path) else images
+            units = directory.list_units(sources, unit_size, progress=progress)
+            run.check_models(stages, redo, units)
+            directory.settle(config, stages, redo)
+            for name in redo:
+                clear(run.out / name)
+            return run.run(stages, units, review, coco)
 
 
 @dataclass(frozen=True)
@@ -410,10 +389,41 @@ class _Run:
     out: Path
     config: GenerateConfig
     device: str
-    workers: int
+    workers: Workers
     progress: bool
     ray: str | None
     factory: str
+
+    def run(self, stages: Sequence[str], units: list[Unit], review: int, coco: str | Path | None) -> GenerateReport:
+        """Run the stages, and write the lists and pages."""
+        report = GenerateReport(self.out)
+        names = [name for name in RECORDED if name in stages]
+        source = CuratedSource(self.out, units)
+        try:
+            if self.ray is None:
+                report.stages += [self.stage(name, units) for name in names]
+            elif names:
+                report.stages += self.stages_on_ray(self.ray, names, units)
+        except UserError:
+            with suppress(OSError, UserError):  # records that cannot be read, for one: the first error is to be seen
+                source.write_rejections(self.out / "rejected.jsonl")
+            raise
+        source.write_rejections(self.out / "rejected.jsonl")
+        if "pack" in stages:
+            if source.scenes and "curate" not in stages:
+                self._check_curated(units)
+            report.packed = self.pack(source)
+        if source.scenes:
+            if coco is not None:
+                write_coco(self.out, coco)
+                report.written.append(Path(coco))
+            if review:
+                try:
+                    report.written.append(write_review(self.out, units, self.out / "review.html", scenes=review))
+                except UserError as error:  # the images cannot be read, and the data set is complete
+                    warn(f"warning: no review page: {error}")
+            report.written.append(write_run_report(self.out, self.out / "report.html"))
+        return report
 
     def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int, review: int) -> None:
         """Check the arguments before anything is read."""
@@ -424,8 +434,8 @@ class _Run:
                 raise UserError(f"stage {name!r}: {hint}")
         if unused := [name for name in redo if name not in stages]:
             raise UserError(f"redo: got {unused[0]}, which is not among the stages to run ({', '.join(stages)})")
-        if self.workers < 1:
-            raise UserError(f"workers: got {self.workers}, expected at least 1")
+        if self.workers.count < 1:
+            raise UserError(f"workers: got {self.workers.count}, expected at least 1")
         if review < 0:
             raise UserError(f"review: got {review}, expected at least 0 scenes")
         if unit_size < 1:
@@ -443,85 +453,22 @@ class _Run:
         if self.ray is not None:
             require("ray")
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Create the directory, and keep other processes out of it."""
-        marker = self.out / "generate.json"
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out}: is a file; choose a directory")
-        if self.out.is_dir() and any(self.out.iterdir()) and not marker.is_file():
-            raise UserError(f"{self.out}: not empty and not written by generate; choose another directory")
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"{self.out}: another process is generating into this directory") from None
-        try:
-            if not marker.is_file():
-                self._write_marker({})
-            yield
-        finally:
-            os.close(lock)
+    def check_models(self, stages: Sequence[str], redo: Sequence[str], units: Iterable[Unit]) -> None:
+        """Check the models of later stages before the first one runs, which may take days."""
+        check = importlib.import_module(self.factory).check_stage
+        for name in EXPENSIVE:
+            missing = any(not (self.out / name / unit.file_name).exists() for unit in units)
+            if name in stages and (missing or name in redo):
+                check(name, self.config)
 
-    def list_units(self, sources: Sequence[str | Path], unit_size: int) -> list[Unit]:
-        """Read the list of images, and append new ones."""
-        path = self.out / "images.jsonl"
-        units = read_list(path)
-        items: list[Item] = []
-        skipped: list[SkippedImage] = []
-        known = [item for unit in units for item in unit.items]
-        listed = list_images(sources, known)
-        # With DIR below IMAGES, what earlier runs wrote is not listed.
-        own = os.path.join(os.path.realpath(self.out), "")
-        inside = any(own.startswith(os.path.join(os.path.realpath(source), "")) for source in sources)
-        for found in show_progress(listed, None, "listing", "images") if self.progress and sources else listed:
-            if isinstance(found, SkippedImage):
-                skipped.append(found)
-            elif not inside or not os.path.realpath(found.path).startswith(own):
-                items.append(found)
-        if skipped:
-            shown = "; ".join(f"{one.key}: {one.reason}" for one in skipped[:_LISTED])
-            warn(f"warning: {len(skipped)} files skipped: {shown}{'; ...' if len(skipped) > _LISTED else ''}")
-        if items:
-            units += divide(items, unit_size, units[-1].number + 1 if units else 0)
-            write_list(units, path)
-        if not units:
-            raise UserError(f"{self.out}: no images; name a folder, tars, a list or a packed data set")
-        return units
-
-    def settle(self, stages: Sequence[str], redo: Sequence[str]) -> None:
-        """Record the settings of the stages to run.
-
-        Raises:
-            UserError: finished records of a stage were made with others.
-        """
-        marker = self.out / "generate.json"
-        try:
-            found: dict[str, Any] = parse_json(read_regular(marker))["stages"]
-            for name in _EXPENSIVE:
-                now = fingerprint(getattr(self.config, name))
-                before = found.get(name, now)
-                has_records = name not in redo and has_files(self.out / name)
-                changed = [key for key, value in now.items() if before.get(key, value) != value]
-                if name in stages and has_records and changed:
-                    key = changed[0]
-                    raise UserError(
-                        f"{name}.{key}: got {short(now[key])}, but {self.out} has records made with "
-                        f"{short(before[key])}; use that, another --out, or --redo {name} to discard them"
-                    )
-                if name in stages:
-                    found[name] = now
-        except UserError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{marker}: damaged ({error})") from None
-        self._write_marker(found)
-
-    def _write_marker(self, settings: dict[str, Any]) -> None:
-        with replacing(self.out / "generate.json") as new:
-            new.write_text(json.dumps({"schema": _SCHEMA, "stages": settings}, indent=1) + "\n")
+    def _check_curated(self, units: list[Unit]) -> None:
+        job = self._job("curate")
+        left = sum(not job.is_finished(unit) for unit in units)
+        if left:
+            raise UserError(
+                f"pack: {left} of {len(units)} units of images are not curated, or their captions, boxes, masks or "
+                "decisions have changed since; add curate to --stages"
+            )
 
     def stage(self, name: str, units: list[Unit]) -> StageReport:
         """Run a stage on all units."""
@@ -530,9 +477,10 @@ class _Run:
         report = StageReport(name)
         todo = [unit for unit in units if not job.is_finished(unit)]
         try:
-            if self.workers > 1 and len(todo) > 1 and not job.is_remote:
+            images = sum(len(unit.items) for unit in todo)
+            if self.workers.count > 1 and len(todo) > 1 and not job.is_remote and images >= _LARGE.get(name, 0):
                 self._in_workers(job, todo, report)
-            else:
+            elif todo:
                 self._here(job, todo, report)
         finally:
             report.seconds = time.perf_counter() - start
@@ -554,7 +502,7 @@ class _Run:
         with RayCluster(address, self.out.absolute(), [units[0].items[0].path]) as cluster:
             passes: list[list[str]] = []
             for name in names:
-                before = MODEL_STAGES[MODEL_STAGES.index(name) - 1]
+                before = RECORDED[RECORDED.index(name) - 1]
                 streams = passes and passes[-1][-1] == before and not needs_context(name, self.config)
                 passes[-1].append(name) if streams else passes.append([name])
             for one in passes:
@@ -601,7 +549,7 @@ class _Run:
             stage.close()
 
     def _in_workers(self, job: Job, units: list[Unit], report: StageReport) -> None:
-        parts = ordered_map(partial(process_unit, job), units, min(self.workers, len(units)), chunk=1)
+        parts = self.workers.map(partial(process_unit, job), units, chunk=1)
         for part in show_progress(parts, len(units), job.name, "units") if self.progress else parts:
             report.merge(part)
 
@@ -647,9 +595,15 @@ class _Run:
         partial.rename(final)
 
 
-def _check_left(job: Job, units: Iterable[Unit], report: StageReport) -> None:
-    if not any(has_results(job.records / unit.file_name) for unit in units):
-        raise UserError(f"{job.name}: all images were rejected{_reasons(report.rejected)}; see {job.records}")
+def _check_left(job: Job, units: Sequence[Unit], report: StageReport) -> None:
+    if any(has_results(job.records / unit.file_name) for unit in units):
+        return
+    found = (outcome for unit in units for outcome in rejections(job.records / unit.file_name) if outcome.reason)
+    example = next((f", for example {one.key}: {one.detail or one.reason}" for one in found), "")
+    raise UserError(
+        f"{job.name}: all images were rejected{_reasons(report.rejected)}{example}; see "
+        f"{job.directory / 'rejected.jsonl'}"
+    )
 
 
 def _all_finished(jobs: Sequence[Job], unit: Unit) -> bool:
@@ -668,6 +622,10 @@ def _tally(job: Job, units: Iterable[Unit], *, retried: bool) -> Counter[str]:
         with suppress(UserError):  # the stage before has not finished the unit
             counts.update(outcome.reason for outcome in job.outcomes(unit, retried=retried))
     return counts
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def _append(path: str, flags: int) -> int:

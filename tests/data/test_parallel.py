@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarioclip_fast.data.parallel import ordered_map
+from scenarioclip_fast.data.parallel import Workers, ordered_map
 
 
 def triple(n: int) -> int:
@@ -57,6 +57,24 @@ def test_results_are_ordered() -> None:
 def test_errors_propagate() -> None:
     with pytest.raises(ValueError, match="seven"):
         list(ordered_map(raise_at_seven, range(20), 2))
+
+
+def process_id(n: int) -> int:
+    return os.getpid()
+
+
+def test_maps_share_workers() -> None:
+    with Workers(2) as workers:
+        first = set(ordered_map(process_id, range(20), workers, chunk=1))
+        with pytest.raises(ValueError, match="seven"):
+            list(workers.map(raise_at_seven, range(20)))
+        second = set(workers.map(process_id, range(20), chunk=1))
+        unfinished = workers.map(triple, range(1000))
+        assert next(unfinished) == 0
+        unfinished.close()
+        assert list(workers.map(triple, range(3))) == [0, 3, 6]
+        assert os.getpid() not in first | second and len(first | second) <= 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in first | second)
 
 
 def test_a_dead_worker_is_detected() -> None:

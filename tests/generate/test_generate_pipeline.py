@@ -18,6 +18,7 @@ from scenarioclip_fast.generate import GenerateConfig, Outcome, Work, factory, g
 from scenarioclip_fast.generate.records import all_outcomes
 
 N = 30
+DRAWN = "scenarioclip_fast.generate.drawn.detector:DrawnDetector"
 
 
 class Killed(Exception):
@@ -53,7 +54,7 @@ class FakeStage:
             return {"objects": [{"name": o.name, "box": list(o.box), "score": 1.0} for o in scene.objects]}
         for entry, o in zip(record["objects"], scene.objects, strict=True):
             entry["mask"] = rle.encode(o.mask)
-        assert set(work.records) == set(pipeline.MODEL_STAGES[: pipeline.MODEL_STAGES.index(self.name)])
+        assert set(work.records) == set(pipeline.RECORDED[: pipeline.RECORDED.index(self.name)])
         return {"scene": record, "rejected": []} if self.name == "curate" else {"objects": record["objects"]}
 
     def close(self) -> None:
@@ -86,7 +87,9 @@ class Models:
         return self.made[name]
 
     def calls(self) -> dict[str, int]:
-        return {name: int(stage.counts["calls"]) for name, stage in self.made.items()}
+        """Images by stage since the last call, or since the stage was last made."""
+        made, self.made = self.made, {}
+        return {name: int(made[name].counts["calls"]) if name in made else 0 for name in pipeline.RECORDED}
 
 
 @pytest.fixture
@@ -94,6 +97,7 @@ def models(truth: dict[str, Scene], monkeypatch: pytest.MonkeyPatch) -> Models:
     made = Models(truth)
     monkeypatch.setattr(factory, "make_stage", made.make)
     monkeypatch.setattr(factory, "prepare_context", lambda name, config, out: None)
+    monkeypatch.setattr(factory, "check_stage", lambda name, config: None)
     return made
 
 
@@ -113,7 +117,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 def test_a_run_packs_what_the_models_say(images: Path, truth: dict[str, Scene], models: Models, tmp_path: Path) -> None:
     report = run(images, tmp_path / "out")
-    assert [(stage.name, stage.images) for stage in report.stages] == [(name, N) for name in pipeline.MODEL_STAGES]
+    assert [(stage.name, stage.images) for stage in report.stages] == [(name, N) for name in pipeline.RECORDED]
     assert sum(report.packed.splits[split]["scenes"] for split in report.packed.splits) == N
     for split in ("train", "val", "test"):
         shards = ShardSet(tmp_path / "out/shards", split)
@@ -122,22 +126,23 @@ def test_a_run_packs_what_the_models_say(images: Path, truth: dict[str, Scene], 
             assert scene.action == truth[key].action
             assert [o.name for o in scene.objects] == [o.name for o in truth[key].objects]
             assert scene.image == (images / f"{key}.jpg").read_bytes()
+    assert set(models.calls().values()) == {N}
     again = run(images, tmp_path / "out")
-    assert again.packed.up_to_date and models.calls() == dict.fromkeys(pipeline.MODEL_STAGES, 0)
+    assert again.packed.up_to_date and models.calls() == dict.fromkeys(pipeline.RECORDED, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_killed_run_resumes_to_the_same_bytes(images: Path, models: Models, tmp_path: Path, seed: int) -> None:
     run(images, tmp_path / "whole")
     rng = random.Random(seed)
-    left = {name: rng.randrange(1, N) for name in pipeline.MODEL_STAGES}
+    left = {name: rng.randrange(1, N) for name in pipeline.RECORDED}
 
     def dies(work: Work, name: str) -> None:
         left[name] -= 1
         if left[name] == 0:
             raise Killed
 
-    for name in pipeline.MODEL_STAGES:
+    for name in pipeline.RECORDED:
         models.on_work[name] = lambda work, name=name: dies(work, name)  # type: ignore[misc]
     kills = 0
     for _ in range(len(left) + 1):
@@ -170,6 +175,7 @@ def test_finished_images_are_not_processed_again(images: Path, models: Models, t
 def test_only_what_changed_is_computed_anew(images: Path, models: Models, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(images, out)
+    assert set(models.calls().values()) == {N}
     other = GenerateConfig.of(CONFIG, {"curate": {"min_relations": 2}})
     run(images, out, other)
     assert models.calls() == {"caption": 0, "ground": 0, "segment": 0, "curate": N}
@@ -199,6 +205,7 @@ def test_rejections_have_reasons_and_passing_ones_are_tried_again(
         ("ground", keys[4], "image", "no_boxes"),
     ]
     failing.clear()
+    models.calls()
     report = run(images, tmp_path / "out")
     assert models.calls() == {"caption": 1, "ground": 8, "segment": 7, "curate": 7}  # the unit of 8, less one rejected
     assert sum(n["scenes"] for n in report.packed.splits.values()) == N - 1
@@ -227,14 +234,18 @@ def test_new_images_are_appended(images: Path, truth: dict[str, Scene], models: 
     report = run([images, late], tmp_path / "out")
     assert [stage.images for stage in report.stages] == [5] * 4
     assert all(
-        files(tmp_path / "out")[f"{name}/000000.jsonl"] == before[f"{name}/000000.jsonl"] for name in models.made
+        files(tmp_path / "out")[f"{name}/000000.jsonl"] == before[f"{name}/000000.jsonl"] for name in pipeline.RECORDED
     )
 
 
 def test_a_stage_that_rejects_everything_ends(images: Path, models: Models, tmp_path: Path) -> None:
     models.on_work["caption"] = lambda work: Outcome(work.key, reason="answer_not_json", detail="got 'hello'")
-    with pytest.raises(UserError, match=r"caption: all images were rejected: 30 answer_not_json"):
+    message = (
+        r"caption: all images were rejected: 30 answer_not_json, for example .*: got 'hello'; see .*/rejected\.jsonl"
+    )
+    with pytest.raises(UserError, match=message):
         run(images, tmp_path / "out")
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == N
     del models.on_work["caption"]
     run(images, tmp_path / "out")
     assert models.calls()["caption"] == N
@@ -251,6 +262,57 @@ def test_the_first_rejections_end_a_run(
     del models.on_work["caption"]
     run(images, tmp_path / "out")
     assert models.calls()["caption"] == N
+
+
+def test_settings_hold_for_later_runs(
+    images: Path, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "detector").mkdir()
+    settings = {"ground": {"model": "detector", "nms": 0.5}, "curate": {"min_relations": 2}, "pack": {"val": 0.3}}
+    run(images, out, GenerateConfig.of(CONFIG, settings))
+    models.calls()
+    monkeypatch.chdir("/")
+    generate([], out, review=0, progress=False, device="cpu")
+    assert set(models.calls().values()) == {0}
+    found = GenerateConfig.of(json.loads((out / "generate.json").read_text())["settings"])
+    assert found.ground.model == str(tmp_path / "detector") and found.ground.nms == 0.5
+    assert found.curate.min_relations == 2 and found.pack.val == 0.3
+
+
+def test_settings_of_stages_that_do_not_run_are_not_ignored(images: Path, models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(images, out)
+    other = GenerateConfig.of(CONFIG, {"ground": {"nms": 0.5}})
+    with pytest.raises(UserError, match=r"ground\.nms: got 0\.5, but .* made with 0\.4, .* --redo ground"):
+        run([], out, other, stages=["curate", "pack"])
+    run([], out, other, stages=["caption"])  # makes nothing from the boxes
+    fewer = GenerateConfig.of(CONFIG, {"curate": {"min_relations": 2}})
+    with pytest.raises(UserError, match=r"curate\.min_relations: got 2, .* made with 1, .*; add curate to --stages$"):
+        run([], out, fewer, stages=["pack"])
+
+
+def test_stale_scenes_are_not_packed(images: Path, models: Models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(images, out)
+    key = min(models.truth)
+    empty = Outcome(key, {"size": [8, 8], "action": None, "objects": [], "relations": []})
+    models.on_work["caption"] = lambda work: empty if work.key == key else None
+    run([], out, stages=["caption", "ground", "segment"], redo=["caption"])
+    with pytest.raises(UserError, match=r"pack: 1 of 4 units of images are not curated, .*; add curate to --stages"):
+        run([], out, stages=["pack"])
+
+
+def test_models_are_checked_before_the_first_stage(
+    images: Path, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    for section, name in (("ground", "detektor:Detector"), ("segment", "./sam")):
+        config = GenerateConfig.of(CONFIG, {"ground": {"model": DRAWN}}, {section: {"model": name}})
+        with pytest.raises(UserError, match=rf"{section}\.model: "):
+            run(images, tmp_path / "out", config)
+        assert not (tmp_path / "out/caption").exists()
 
 
 def test_a_damaged_record_is_named(images: Path, models: Models, tmp_path: Path) -> None:
@@ -335,6 +397,10 @@ def test_a_directory_inside_the_images_is_not_listed(images: Path, models: Model
     report = run(images, images / "out", config)
     assert (images / "out/images.jsonl").read_bytes() == before
     assert [stage.images for stage in report.stages] == [0] * 4
+    with pytest.raises(UserError, match=r"out: is the output of generate; name .*out/shards for its data set"):
+        run(images / "out", tmp_path / "other", config)
+    run(images, tmp_path / "other", config)
+    assert (tmp_path / "other/images.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from tiny_detectors import one_thread  # noqa: F401  # a fixture
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet
+from scenarioclip_fast.generate.config import GenerateConfig
 from scenarioclip_fast.generate.drawn.vlm_server import StubServer
 from scenarioclip_fast.generate.records import all_outcomes
+from scenarioclip_fast.parsing import parse_yaml
 from scenarioclip_fast.recipes.generation_demo import answers, draw
 
 N = 48
@@ -100,6 +102,50 @@ def test_a_second_run_is_a_no_op(
     assert "up to date" in capsys.readouterr().err
 
 
+def test_a_later_run_keeps_the_settings(
+    images: tuple[Path, StubServer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    assert main(arguments(*images, out, *DRAWN, "--stages", "caption,ground,segment,curate")) == 0
+    found = [one for one in all_outcomes(out / "curate") if not one.reason]
+    key = next(one.key for one in found if len(one.result["scene"]["relations"]) >= 2)
+    Path("decisions.json").write_text(json.dumps({"schema": 1, "scenes": {key: {"scene": "reject"}}}))
+    assert main(["generate", "--out", "out", "--stages", "curate,pack", "--decisions", "decisions.json"]) == 0
+    scenes = [one.key for one in all_outcomes(out / "curate") if not one.reason]
+    assert scenes and key not in scenes
+    capsys.readouterr()
+    monkeypatch.chdir("/")
+    assert main(["generate", "--out", str(out), "--set", "curate.min_relations=2"]) == 0
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("settings of the last run"))
+    assert f"curate.decisions={tmp_path}/decisions.json" in told and "min_relations" not in told
+    assert "ground.nms=0.8" in told and "ground.box_threshold" not in told  # which is the default
+    assert key not in [one.key for one in all_outcomes(out / "curate") if not one.reason]
+    assert main(["generate", "--out", str(out), "--set", "curate.decisions="]) == 0
+    assert key in [one.key for one in all_outcomes(out / "curate") if not one.reason]
+
+
+def test_settings_take_precedence_in_order(
+    images: tuple[Path, StubServer], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_text("ground: {nms: 0.5, box_threshold: 0.3}\ncurate: {match: 0.5}\n")
+    options = ["--published", "-c", str(tmp_path / "settings.yaml"), "--set", "curate.match=0.6"]
+    assert main(["generate", "--out", str(whole), "--print-config", *options]) == 0
+    found = GenerateConfig.of(parse_yaml(capsys.readouterr().out))
+    assert found.caption.model == images[1].model and found.caption.url == images[1].url
+    assert found.ground.nms == 0.5 and found.ground.box_threshold == 0.3
+    assert found.curate.match == 0.6 and found.curate.min_relations == 3
+    # A model without a URL is one in this process, unless it is that of the last run.
+    for model, url in (("other", ""), (images[1].model, images[1].url)):
+        assert main(["generate", "--out", str(whole), "--print-config", "--vlm-model", model]) == 0
+        assert GenerateConfig.of(parse_yaml(capsys.readouterr().out)).caption.url == url
+    assert main(["generate", "--print-config"]) == 0
+    assert GenerateConfig.of(parse_yaml(capsys.readouterr().out)) == GenerateConfig()
+
+
 def test_the_real_classes_work_together(
     images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,8 +187,11 @@ def test_boxes_of_a_packed_data_set_get_masks(images: tuple[Path, StubServer], w
         (["--set", "ground.nms=2"], "ground.nms: got 2, expected 0 to 1"),
         (["--stages", "caption,detect"], "stage 'detect'"),
         (["--decisions", "none.json", "--stages", "curate"], "none.json"),
+        (["--decisions", "none.json", "--stages", "pack"], "--decisions: applied by the stage curate"),
+        (["--set", "ground.nms"], "expected key=value, for example ground.box_threshold=0.3"),
+        (["--detector", "no.module:Detector", "--redo", "caption,ground"], "ground.model: cannot import"),
         (["-c", "none.yaml"], "none.yaml"),
-        (["--detector", "no.module:Detector", "--stages", "ground"], "ground.model"),
+        (["--set", "ground.nms=0.7"], "keep 0.8, choose another --out, or discard the records with --redo ground"),
         (["--workers", "0"], "workers: got 0"),
     ],
 )

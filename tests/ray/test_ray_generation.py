@@ -18,7 +18,7 @@ from stand_in_stages import MODELS, read_records, read_trace, write_images
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig
-from scenarioclip_fast.generate.pipeline import MODEL_STAGES, GenerateReport, generate
+from scenarioclip_fast.generate.pipeline import RECORDED, GenerateReport, generate
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -52,7 +52,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def run(images: Path, out: Path, address: str | None = None, config: GenerateConfig = CONFIG, **options: Any) -> Any:
-    options = {"device": "cpu", "stages": MODEL_STAGES, "unit_size": 4, **options}
+    options = {"device": "cpu", "stages": RECORDED, "unit_size": 4, **options}
     return generate(images, out, config, ray=address, factory="stand_in_stages", progress=False, **options)
 
 

@@ -90,7 +90,7 @@ def write_run(directory: Path, scenes: Mapping[str, dict[str, Any]], unit_size: 
         (images / f"{key}.jpg").write_bytes(simplejpeg.encode_jpeg(pixels))
     out = directory / "run"
     out.mkdir()
-    (out / "generate.json").write_text(json.dumps({"schema": 1, "stages": {}}))
+    (out / "generate.json").write_text(json.dumps({"schema": 1, "settings": {}, "stages": {}}))
     units = divide([item for item in list_images([images]) if isinstance(item, Item)], unit_size)
     write_list(units, out / "images.jsonl")
     for unit in units:

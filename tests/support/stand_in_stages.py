@@ -21,8 +21,7 @@ from simplejpeg import encode_jpeg
 
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.generate.config import GenerateConfig
-from scenarioclip_fast.generate.pipeline import MODEL_STAGES
+from scenarioclip_fast.generate.config import RECORDED, GenerateConfig
 from scenarioclip_fast.generate.records import all_outcomes
 from scenarioclip_fast.generate.stages import Outcome, Work
 
@@ -45,7 +44,7 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
 
 def read_records(out: Path) -> dict[str, bytes]:
     """Every file of records, finished or not."""
-    files = [path for stage in MODEL_STAGES if (out / stage).is_dir() for path in (out / stage).iterdir()]
+    files = [path for stage in RECORDED if (out / stage).is_dir() for path in (out / stage).iterdir()]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -97,6 +96,10 @@ class StandIn:
 
 def needs_context(name: str, config: GenerateConfig) -> bool:
     return name == "curate"
+
+
+def check_stage(name: str, config: GenerateConfig) -> None:
+    pass
 
 
 def prepare_context(name: str, config: GenerateConfig, directory: Path) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig, GroundConfig
 from scenarioclip_fast.generate.ground.boxes import Box, clip, suppress
-from scenarioclip_fast.generate.ground.transformers_detector import TransformersDetector
-from scenarioclip_fast.generate.models import VisionStage, decode_ahead
+from scenarioclip_fast.generate.ground.transformers_detector import KINDS, TransformersDetector
+from scenarioclip_fast.generate.models import VisionStage, check_model, decode_ahead
 from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.terminal import short
 
@@ -156,6 +156,11 @@ def _checked(name: Any, box: Any, score: Any) -> Box:
         raise TypeError(f"the name is {short(name)}")
     x1, y1, x2, y2 = map(float, box)
     return Box(name, (x1, y1, x2, y2), float(score))
+
+
+def check(config: GenerateConfig) -> None:
+    """Check that the model exists; see `factory`."""
+    check_model(config.ground.model, "ground.model", "detect", KINDS)
 
 
 def make(config: GenerateConfig, device: str, context: Any = None) -> GroundStage:

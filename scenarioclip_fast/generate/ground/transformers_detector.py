@@ -19,7 +19,7 @@ from scenarioclip_fast.generate.config import GroundConfig
 from scenarioclip_fast.generate.ground.boxes import Box
 from scenarioclip_fast.generate.models import limit_aspect, load_checkpoint
 
-_KINDS = {
+KINDS = {
     "grounding-dino": ("GroundingDINO", "GroundingDinoForObjectDetection", "GroundingDinoProcessor"),
     "mm-grounding-dino": ("MM-GroundingDINO", "MMGroundingDinoForObjectDetection", "GroundingDinoProcessor"),
     "owlv2": ("OWLv2", "Owlv2ForObjectDetection", "Owlv2Processor"),
@@ -52,7 +52,7 @@ class TransformersDetector:
     """
 
     def __init__(self, config: GroundConfig, device: torch.device) -> None:
-        kind, processor, self._model = load_checkpoint(config.model, "ground.model", _KINDS, config.dtype, device)
+        kind, processor, self._model = load_checkpoint(config.model, "ground.model", KINDS, config.dtype, device)
         self._processor = processor.image_processor
         self._device, self._threshold = device, config.box_threshold
         self._texts: _Phrases | _Queries

@@ -15,8 +15,8 @@ from torch import Tensor
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import GenerateConfig, SegmentConfig
-from scenarioclip_fast.generate.models import VisionStage, decode_ahead
-from scenarioclip_fast.generate.segment.transformers_segmenter import TransformersSegmenter
+from scenarioclip_fast.generate.models import VisionStage, check_model, decode_ahead
+from scenarioclip_fast.generate.segment.transformers_segmenter import KINDS, TransformersSegmenter
 from scenarioclip_fast.generate.stages import Outcome, Work
 from scenarioclip_fast.terminal import short
 
@@ -134,6 +134,11 @@ def _checked(mask: Any, score: Any, image: Tensor) -> tuple[Mask, float]:
     if (height, width) != tuple(image.shape[:2]):
         raise ValueError(f"a mask of {width} x {height} in an image of {image.shape[1]} x {image.shape[0]}")
     return (mask if runs[1::2].any() else None), score
+
+
+def check(config: GenerateConfig) -> None:
+    """Check that the model exists; see `factory`."""
+    check_model(config.segment.model, "segment.model", "segment", KINDS)
 
 
 def make(config: GenerateConfig, device: str, context: Any = None) -> SegmentStage:

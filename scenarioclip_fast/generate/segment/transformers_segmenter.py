@@ -14,7 +14,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.generate.config import SegmentConfig
 from scenarioclip_fast.generate.models import FittingBatches, limit_aspect, load_checkpoint
 
-_KINDS = {
+KINDS = {
     "sam": ("SAM", "SamModel", "SamProcessor"),
     "sam2": ("SAM 2", "Sam2Model", "Sam2Processor"),
     "sam2_video": ("SAM 2", "Sam2Model", "Sam2Processor"),  # how the checkpoints of Meta on the hub call themselves
@@ -31,7 +31,7 @@ class TransformersSegmenter:
     """
 
     def __init__(self, config: SegmentConfig, device: torch.device) -> None:
-        _, processor, self._model = load_checkpoint(config.model, "segment.model", _KINDS, config.dtype, device)
+        _, processor, self._model = load_checkpoint(config.model, "segment.model", KINDS, config.dtype, device)
         self._processor = processor.image_processor
         self._device = device
         self._batches = FittingBatches("segment.boxes_per_batch", config.boxes_per_batch)
