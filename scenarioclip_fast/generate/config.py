@@ -53,7 +53,7 @@ class CaptionConfig:
     prompt: Literal["default", "published"] = "default"
     """published: the contents of the published prompt, and images of 448 x 448 pixels."""
     schema: Literal["json_schema", "json_object", "none"] = field(default="json_schema", metadata=_RUN)
-    """What the server is asked to enforce; it is asked for the same JSON in words in any case."""
+    """What the server is asked to enforce; the prompt asks for the same JSON in any case."""
     image_side: int = 1024
     """Longer sides are resized to this many pixels before they are sent."""
     max_objects: int = 10
@@ -69,7 +69,7 @@ class CaptionConfig:
     timeout_s: float = field(default=120.0, metadata=_RUN)
     """Seconds after which a request is given up and repeated."""
     retries: int = field(default=5, metadata=_RUN)
-    """Repetitions of a request that failed for a passing reason: no connection, timeout, status 408, 409, 429, 5xx."""
+    """Repetitions of a request that failed for a transient reason: no connection, timeout, 408, 409, 429, 5xx."""
     price_in: float = field(default=0.0, metadata=_RUN)
     """Price of a million prompt tokens, for the report."""
     price_out: float = field(default=0.0, metadata=_RUN)
@@ -95,9 +95,9 @@ class GroundConfig:
     model: str = "IDEA-Research/grounding-dino-base"
     """Path or hub id of a GroundingDINO, MM-GroundingDINO or OWLv2 checkpoint, MODULE:CLASS of a detector, or given."""
     box_threshold: float = 0.25
-    """Boxes of a lower score are dropped."""
+    """Boxes with a lower score are dropped."""
     text_threshold: float = 0.25
-    """Words of a lower score do not belong to a box's name; GroundingDINO only."""
+    """Words with a lower score do not belong to a box's name; GroundingDINO only."""
     nms: float = 0.4
     """A box that overlaps a better one with at least this IoU is dropped, whatever their names."""
     batch_size: int = field(default=8, metadata=_RUN)
@@ -137,34 +137,34 @@ class SegmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
-    """What becomes of objects and relations that may be wrong."""
+    """The rules that correct, keep or drop objects and relations."""
 
     singular: bool = True
     """Object names in the singular: "dogs" is "dog"."""
     gerund: bool = True
-    """Actions in the form "-ing": "played football" is "playing football"."""
+    """Actions in the "-ing" form: "played football" is "playing football"."""
     match: float = 0.85
-    """A relation's end that is no object's name means the most similar name if the similarity is at least this."""
+    """A subject or object that is no object's name means the most similar name with at least this similarity."""
     min_box_score: float = 0.0
-    """Objects of a lower score of the detector are dropped."""
+    """Objects with a lower score of the detector are dropped."""
     min_mask_score: float = 0.0
-    """Objects of a lower predicted IoU of their mask are dropped."""
+    """Objects whose mask has a lower predicted IoU are dropped."""
     min_mask_pixels: int = 16
     """Objects with a smaller mask are dropped."""
     min_mask_fraction: float = 0.0
-    """Objects with a mask of a smaller fraction of the image are dropped."""
+    """Objects whose mask covers a smaller fraction of the image are dropped."""
     min_agreement: float = 0.5
     """Objects whose mask's bounding box has a smaller IoU with their box are dropped."""
     max_overlap: float = 0.95
-    """Of two objects of one name whose masks have a larger IoU, the one of the lower score is dropped."""
+    """Of two objects of one name whose masks have a larger IoU, the one with the lower score is dropped."""
     min_ends_distance: float = 0.0
-    """Relations whose ends' centres are nearer than this fraction of the image's diagonal are dropped."""
+    """Relations of objects whose centres are closer than this fraction of the image's diagonal are dropped."""
     min_relations: int = 1
     """Images with fewer relations are dropped; 3 as published."""
     drop_unused: bool = False
     """Drop objects that no relation uses, as published."""
     merge_actions: float = 0.0
-    """Actions whose embeddings have at least this cosine similarity become one; 0: none, .8 as published."""
+    """Actions whose embeddings have at least this cosine similarity become one; 0: none, 0.8 as published."""
     merge_objects: float = 0.0
     """The same for names of objects."""
     merge_predicates: float = 0.0
@@ -176,7 +176,7 @@ class CurateConfig:
     antonyms: str = ""
     """JSON file of antonyms by predicate, in addition to the package's."""
     decisions: str = ""
-    """Decisions of the review page, a JSON file."""
+    """JSON file of decisions: of the review page, or corrected COCO annotations."""
 
     def __post_init__(self) -> None:
         check_types(self, "curate.")
@@ -211,13 +211,13 @@ class RayConfig:
     """The actors of each stage on a Ray cluster (`--ray`)."""
 
     caption: int = field(default=0, metadata=_RUN)
-    """Actors; 0: as many as the cluster has GPUs for, or CPUs; 4 with a server, which share `caption.concurrency`."""
+    """Number of actors; 0: as many as GPUs or CPUs allow, or 4 with a server, which share `caption.concurrency`."""
     ground: int = field(default=0, metadata=_RUN)
-    """Actors; 0: as many as the cluster has GPUs for, or CPUs."""
+    """Number of actors; 0: as many as GPUs or CPUs allow."""
     segment: int = field(default=0, metadata=_RUN)
-    """Actors; 0: as many as the cluster has GPUs for, or CPUs."""
+    """Number of actors; 0: as many as GPUs or CPUs allow."""
     curate: int = field(default=0, metadata=_RUN)
-    """Actors; 0: as many as the cluster has CPUs for."""
+    """Number of actors; 0: as many as CPUs allow."""
     gpus: float = field(default=0.0, metadata=_RUN)
     """GPUs per actor that runs a model; 0: 1, or a part if the cluster has fewer GPUs than stages with models."""
     cpus: float = field(default=1.0, metadata=_RUN)
