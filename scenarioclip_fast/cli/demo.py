@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="training: generates synthetic scenes, packs them, trains, evaluates and writes DIR/report.html. "
         "Uses a GPU if available; takes about three minutes on two cores. generation: draws scenes, runs `generate` "
         "on the pictures, with a local server in place of a vision-language model, and scores the result against the "
-        "truth; takes about a minute.",
+        "truth; takes about half a minute on an idle core.",
     )
     parser.add_argument(
         "what", nargs="?", choices=("training", "generation"), default="training", help="default: training"

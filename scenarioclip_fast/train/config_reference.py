@@ -1,4 +1,4 @@
-"""Document every key of TrainConfig, for `train --help` and the documentation (docs/build.py).
+"""Document every key of a config: of TrainConfig, for `train --help` and the documentation (docs/build.py), or another.
 
     python -m scenarioclip_fast.train.config_reference  # prints the Markdown page
 
@@ -13,7 +13,7 @@ import inspect
 import shutil
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -54,9 +54,9 @@ class Section:
     keys: tuple[Key, ...]
 
 
-def sections() -> list[Section]:
-    """Return all sections in the order of the config, nested ones after their parent."""
-    return list(_sections("", TrainConfig()))
+def sections(config: Any = None) -> list[Section]:
+    """Return all sections of a config (default: TrainConfig) in its order, nested ones after their parent."""
+    return list(_sections("", TrainConfig() if config is None else config))
 
 
 def meanings(cls: Any) -> dict[str, str]:
@@ -93,20 +93,26 @@ def text(width: int | None = None) -> str:
     return "\n".join(["config keys:", heading, *lines])
 
 
-def markdown() -> str:
-    """Format the reference as a Markdown page."""
-    parts = [_INTRODUCTION]
-    for section in sections():
-        parts += [
-            f"## {section.name}\n",
+def tables(found: Iterable[Section], heading: str = "##") -> list[str]:
+    """Format sections as Markdown: for each, the lines of a heading, the description and a table of the keys."""
+    lines: list[str] = []
+    for section in found:
+        lines += [
+            f"{heading} {section.name}\n",
             f"{section.description}\n",
             "| key | type | default | meaning |",
             "|---|---|---|---|",
         ]
-        parts += [
+        lines += [
             f"| `{key.name}` | {_cell(key.type)} | `{key.default}` | {_cell(key.meaning)} |" for key in section.keys
         ]
-        parts.append("")
+        lines.append("")
+    return lines
+
+
+def markdown() -> str:
+    """Format the reference as a Markdown page."""
+    parts = [_INTRODUCTION, *tables(sections())]
     presets = {name: flat(ModelConfig.preset(name).to_dict()) for name in PRESETS}
     parts += [
         "## Presets\n",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,12 +224,3 @@ def test_the_protocol_is_met() -> None:
 
     detectors: list[type[Detector]] = [Fixed, TransformersDetector]
     assert all(hasattr(one, "detect") for one in detectors)
-
-
-def test_the_detector_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r'^```python title="middle.py"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "middle.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    outcome = run(stage("middle:Middle"), make_works(tmp_path / "images", [caption("dog", "cat")]))["image0"]
-    assert outcome.result == {"objects": [{"name": "cat", "box": [32.0, 24.0, 96.0, 72.0], "score": 0.5}]}
