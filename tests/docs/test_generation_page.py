@@ -204,6 +204,8 @@ def test_commands_parse(page: str) -> None:
     assert found
     for words in found:
         build_parser().parse_args(words)
+        if words[0] == "train":  # the settings are valid, too
+            assert main([*words, "--print-config"]) == 0
 
 
 def test_settings_are_written_with_their_section() -> None:
@@ -211,3 +213,12 @@ def test_settings_are_written_with_their_section() -> None:
     names = {name for section, _, name in keys if section != "ray"} - {"model"}
     text = PAGE[: PAGE.index("## COCO")] + PAGE[PAGE.index("## Ray") :]  # the members of COCO's records
     assert [word for word in re.findall(r"`([a-z_]+)(?:=\w*)?`", text) if word in names] == []
+
+
+def test_every_example_of_the_page_is_tested() -> None:
+    """A new file or command of the page needs a place in the tests above."""
+    titles = [title for language in ("python", "yaml", "json", "text") for title, _ in blocks(PAGE, language) if title]
+    assert titles == ["columns.py", "ellipses.py", "generate.yaml", "record", "decisions.json"]
+    given = {"boxes", "IMAGES"}  # tests/generate/test_generation_command.py, tests/ray
+    sources = {words[1] for words in commands(PAGE, "generate")}
+    assert sources <= {"photos", "--out"} | given
