@@ -55,7 +55,7 @@ class CaptionConfig:
     schema: Literal["json_schema", "json_object", "none"] = field(default="json_schema", metadata=_RUN)
     """What the server is asked to enforce; the prompt asks for the same JSON in any case."""
     image_side: int = 1024
-    """Longer sides are resized to this many pixels before they are sent."""
+    """Images with a longer side are reduced to this many pixels before they are sent."""
     max_objects: int = 10
     """Objects that the model is asked for, at most."""
     max_tokens: int = 1024
