@@ -13,9 +13,11 @@ import stat
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from scenarioclip_fast.errors import UserError
 
 _KINDS = {
     stat.S_IFREG: "regular file",
@@ -98,14 +100,63 @@ def open_file(path: str | Path) -> io.BufferedReader:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let the errors of a full or read-only disk name `path`: those of writing to an open file name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which replaces `path` if no exception is raised."""
+    """Yield the path of a new file beside `path`, which replaces `path` if no exception is raised.
+
+    A symbolic link at `path` is replaced, and what it leads to stays as it is.
+
+    Raises:
+        UserError: there is something else than a file, such as a directory or a device, or a link to that.
+        OSError: it cannot be written; the error names `path`.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # none, a broken link, or a folder that cannot be searched: then writing fails
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: got a {kind_of(mode)}, expected a regular file, or none; move it away")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here says more
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, all or nothing; what is at `path` is replaced as by `replacing`."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError unless `path` is a directory, a link to one, or does not exist yet."""
+    status = status_of(path)
+    if status is None or path.is_dir():
+        return
+    if stat.S_ISLNK(status.st_mode):
+        raise UserError(
+            f"{path}: got a symbolic link to {os.readlink(path)}, which is no directory; expected a directory or a "
+            "link to one: create what it leads to, or remove the link"
+        )
+    raise UserError(f"{path}: got a {kind_of(status.st_mode)}, expected a directory or a link to one; move it away")
 
 
 def read_regular(path: str | Path, *, follow: bool = True) -> bytes:

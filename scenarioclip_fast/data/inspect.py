@@ -19,6 +19,7 @@ from scenarioclip_fast.data.scene import Mask, Scene, mask_pixels, with_masks
 from scenarioclip_fast.data.shards import BadSample, ShardSet
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import replacing
 from scenarioclip_fast.ops.view_batch import is_empty, masked_box
 from scenarioclip_fast.ops.views import render_views
 from scenarioclip_fast.progress import progress
@@ -141,7 +142,7 @@ def draw_histograms(statistics: SplitStatistics, out: Path) -> None:
         fontsize=10,
         color=GREY,
     )
-    figure.savefig(out, dpi=120)
+    _save(figure, out, 120)
 
 
 def draw_sheet(
@@ -180,7 +181,12 @@ def draw_sheet(
             _draw_view(grid[1, k], pixels[relation_at + k], scene.relation_text(k), GREY)
         object_at += len(scene.objects)
         relation_at += len(scene.relations)
-    figure.savefig(out, dpi=110)
+    _save(figure, out, 110)
+
+
+def _save(figure: Any, out: Path, dpi: int) -> None:
+    with replacing(out) as new:
+        figure.savefig(new, dpi=dpi, format="png")
 
 
 def _draw_overview(axis: Any, scene: Scene, image: Tensor, max_views: int) -> None:

@@ -12,6 +12,7 @@ on the order of the images or on interruptions.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import IO, Any
 
 from scenarioclip_fast.checksums import file_digest
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, open_regular, read_regular, replacing
+from scenarioclip_fast.files import Directory, naming, open_regular, read_regular, replacing
 from scenarioclip_fast.generate.stages import Outcome
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import short
@@ -94,7 +95,8 @@ class UnitFile:
         with replacing(self.partial) as new:  # drops the damaged end of a killed run
             self.close()
             self._file = open(new, "xb", buffering=0)  # noqa: SIM115
-            self._file.write(_dump(self._header) + b"".join(_dump(_to_json(r)) for r in kept.values()))
+            lines = [_dump(self._header), *(_dump(_to_json(r)) for r in kept.values())]
+            _write(self._file, b"".join(lines), self.partial)
         self._finished = set(kept)
         return [key for key in self._keys if key not in self._finished]
 
@@ -102,7 +104,7 @@ class UnitFile:
         """Append an outcome in one write; True if it was the last one of the unit."""
         if outcome.key not in self._finished:
             assert self._file is not None, "append after resume"
-            self._file.write(_dump(_to_json(outcome)))
+            _write(self._file, _dump(_to_json(outcome)), self.partial)
             self._finished.add(outcome.key)
         return len(self._finished) == len(self._keys)
 
@@ -133,6 +135,13 @@ class UnitFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _write(file: IO[bytes], data: bytes, path: Path) -> None:
+    """Write to an unbuffered file; a full disk takes a part without an error."""
+    with naming(path):
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _to_json(outcome: Outcome) -> dict[str, Any]:
@@ -249,7 +258,7 @@ def has_files(directory: Path) -> bool:
 def clear(directory: Path) -> None:
     """Remove the files of a stage; other files are kept."""
     if directory.is_dir():
-        with Directory(directory) as opened:
+        with Directory(directory.resolve()) as opened:  # it may be a link to another disk
             for name in opened.names():
                 if _NAME.fullmatch(name):
                     opened.unlink(name)

@@ -19,6 +19,7 @@ from scenarioclip_fast.eval.loading import SkippedScene, skipped_record
 from scenarioclip_fast.eval.session import open_session
 from scenarioclip_fast.eval.tables import text_table
 from scenarioclip_fast.eval.zeroshot import MATCHES, ZeroShotResult, zeroshot
+from scenarioclip_fast.files import write_text
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.recipes.variants import Variant, differences
 from scenarioclip_fast.report.accuracy import MATCH_TITLES
@@ -81,7 +82,7 @@ class Ablation:
     def write(self) -> None:
         """Write ablation.json."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        (self.directory / "ablation.json").write_text(text, encoding="utf-8")
+        write_text(self.directory / "ablation.json", text)
 
     def write_report(self) -> None:
         """Write report.html, and its figures to pictures/."""
@@ -200,7 +201,7 @@ def _evaluate(
         result = zeroshot(session.model, loader, loader.vocabulary, split=split, world=session.world)
     if world.is_main_process:
         text = json.dumps(_record(result, session.skipped), indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return result, session.skipped
 
 

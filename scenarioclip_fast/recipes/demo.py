@@ -28,6 +28,7 @@ from scenarioclip_fast.eval.loading import EvaluationLoader
 from scenarioclip_fast.eval.samples import SampleScene, predict_samples
 from scenarioclip_fast.eval.tables import TASKS, percent
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult, zeroshot
+from scenarioclip_fast.files import write_text
 from scenarioclip_fast.recipes.steps import StepTimer, cores, prepare_directory
 from scenarioclip_fast.report.evaluation import training_section, zeroshot_figures, zeroshot_tables
 from scenarioclip_fast.report.page import Report, Section
@@ -129,7 +130,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         _write_report(config, result, runs, packed.splits, samples)
     record = {"config": {**asdict(config), "out": str(config.out)}, "seconds": timer.seconds}
     record |= {"pretrained": before.to_dict(), "trained": after.to_dict()}
-    (out / "result.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "result.json", json.dumps(record, indent=2) + "\n")
     return result
 
 

@@ -21,7 +21,7 @@ from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of
 from scenarioclip_fast.data.synthetic.write import QUALITY
 from scenarioclip_fast.distributed import world_size
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import replacing
+from scenarioclip_fast.files import naming, replacing, write_text
 from scenarioclip_fast.generate.config import GenerateConfig
 from scenarioclip_fast.generate.drawn.scores import Annotations, Scores, Truth, annotations_of, score_run
 from scenarioclip_fast.generate.drawn.vlm_server import Corruption, StubServer
@@ -157,8 +157,7 @@ def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
         timer.seconds,
     )
     record = {"config": {**asdict(config), "out": str(config.out)}, **result.to_dict()}
-    with replacing(out / "result.json") as new:
-        new.write_text(json.dumps(record, indent=2) + "\n", encoding="ascii")
+    write_text(out / "result.json", json.dumps(record, indent=2) + "\n")
     return result
 
 
@@ -215,7 +214,8 @@ def _draw(index: int, *, seed: int, folder: Path) -> Drawing:
         colorspace="RGB",
         colorsubsampling="444",
     )
-    (folder / f"{scene.key}.jpg").write_bytes(jpeg)
+    with naming(path := folder / f"{scene.key}.jpg"):
+        path.write_bytes(jpeg)
     return Drawing(scene.key, hashlib.sha256(jpeg).hexdigest(), str(scene.action), annotations_of(scene))
 
 

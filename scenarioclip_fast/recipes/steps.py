@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import is_regular, kind_of, status_of
+from scenarioclip_fast.files import is_regular, kind_of, status_of, write_text
 from scenarioclip_fast.terminal import warn
 
 
@@ -58,7 +58,7 @@ def prepare_directory(out: Path, marker: str, folders: Sequence[str], options: M
             shutil.rmtree(path)  # follows no links
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed ({error.strerror})") from None
-    (out / marker).write_text(json.dumps(dict(options)) + "\n")
+    write_text(out / marker, json.dumps(dict(options)) + "\n")
     return out
 
 

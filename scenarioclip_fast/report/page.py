@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scenarioclip_fast.files import write_text
 from scenarioclip_fast.terminal import printable
 
 _STYLE = """
@@ -73,16 +74,16 @@ class Report:
         self.sections.append(Section(title, rows=[[name, str(value)] for name, value in facts.items()]))
 
     def write(self, path: Path) -> Path:
-        """Write the page to `path`, with the pictures embedded."""
+        """Write the page to `path`, with the pictures embedded; see `files.replacing` for what is there."""
         cards = "\n".join(map(_card, self.sections))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        write_text(
+            path,
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f"<title>{_escape(self.title)}</title>"
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<style>{_STYLE}</style></head>\n<body><main>\n<h1>{_escape(self.title)}</h1>"
             f'<p class="lead">{_escape(self.lead)}</p>\n{cards}\n</main></body></html>\n',
-            encoding="utf-8",
         )
         return path
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scenarioclip_fast.files import replacing
 from scenarioclip_fast.requirements import require
 
 COLOURS = {"global": "#3b6ea8", "object": "#cf7a30", "relation": "#3f8f63"}
@@ -57,7 +58,8 @@ def canvas(out: Path, width: float, height: float, *, pad: float | None = None) 
             figure.set_layout_engine("constrained", h_pad=pad)
         yield figure
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=150, facecolor="white")
+        with replacing(out) as new:
+            figure.savefig(new, dpi=150, facecolor="white", format="png")
 
 
 def run_colours(names: Iterable[str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from scenarioclip_fast.config_parse import (
 from scenarioclip_fast.config_types import check_types, expand_user
 from scenarioclip_fast.data.config import LoaderConfig, ShardSource, shard_sources
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import write_text
 from scenarioclip_fast.model.config import PRESETS, ModelConfig
 from scenarioclip_fast.requirements import require
 
@@ -290,7 +291,7 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the config as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        write_text(Path(path), self.to_yaml())
 
 
 def _check(good: bool, key: str, got: object, expected: str) -> None:

@@ -16,6 +16,7 @@ from scenarioclip_fast.data.parallel import ordered_map
 from scenarioclip_fast.data.scene import Mask, Scene, check_fractions
 from scenarioclip_fast.data.synthetic.scenes import render_scene, split_of, vocabulary
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import naming, write_text
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.requirements import require
 
@@ -99,16 +100,18 @@ def _write_scene(scene: Scene, out: Path) -> dict[str, Any]:
         image = require("simplejpeg").encode_jpeg(
             image.numpy(), quality=QUALITY, colorspace="RGB", colorsubsampling="444"
         )
-    (out / "images" / f"{key}.jpg").write_bytes(image)
+    with naming(path := out / "images" / f"{key}.jpg"):
+        path.write_bytes(image)
     known = [None if o.mask is None else _pixels(o.mask) for o in scene.objects]
     size = next((mask.shape for mask in known if mask is not None), (1, 1))
     masks = [np.zeros(size, dtype=bool) if mask is None else mask for mask in known]
-    np.savez_compressed(
-        out / "sam_results" / f"{key}_grounding_sam.npz",
-        mask=np.stack(masks)[:, None] if masks else np.zeros((0, 1, 1, 1), dtype=bool),
-        score=np.ones((len(masks), 1), dtype=np.float32),
-        labels=np.array([o.name for o in scene.objects], dtype=np.str_),
-    )
+    with naming(path := out / "sam_results" / f"{key}_grounding_sam.npz"):
+        np.savez_compressed(
+            path,
+            mask=np.stack(masks)[:, None] if masks else np.zeros((0, 1, 1, 1), dtype=bool),
+            score=np.ones((len(masks), 1), dtype=np.float32),
+            labels=np.array([o.name for o in scene.objects], dtype=np.str_),
+        )
     relations = [
         [
             f"sam_results/{key}/{key}_relations_{k}.png",
@@ -157,4 +160,4 @@ def _classes(entries: Iterator[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
+    write_text(path, json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
