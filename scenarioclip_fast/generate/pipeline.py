@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import re
 import shutil
 import stat
 import time
@@ -59,6 +60,7 @@ from scenarioclip_fast.terminal import printable, warn
 
 FACTORY = "scenarioclip_fast.generate.factory"
 _LARGE = {"curate": 10_000}  # images that take longer than starting a worker
+_PUBLISHED = re.compile(r"metadata(_\w+)?\.json|classes\.json|images|sam_results|\..*\.partial")
 _EARLY = 32  # outcomes after which a stage that rejects all images for one reason ends
 
 
@@ -580,12 +582,15 @@ class _Run:
 
     def _write_published(self, source: CuratedSource) -> None:
         """Write the published layout into a new directory, and move it into place."""
-        final, partial = self.out / "published", self.out / ".published.partial"
+        final = (self.out / "published").resolve()  # it may be a link to another disk
+        partial = final.with_name(f".{final.name}.partial")
         options = PackOptions(val=self.config.pack.val, test=self.config.pack.test)
         for path in (partial, final):
             if (status := status_of(path)) is not None:
                 if not stat.S_ISDIR(status.st_mode):
                     raise UserError(f"{path}: got a {kind_of(status.st_mode)}, expected a directory of an earlier run")
+                if foreign := sorted(one.name for one in path.iterdir() if not _PUBLISHED.fullmatch(one.name)):
+                    raise UserError(f"{path}: contains {foreign[0]}, which generate does not write; move it away")
                 shutil.rmtree(path)
         scenes = published_scenes(source, options.split_of)
         total = len(source.scenes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import Any
 
 from scenarioclip_fast.data.images import SkippedImage
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import read_regular, replacing
+from scenarioclip_fast.files import check_folder, kind_of, open_regular, read_regular, replacing, status_of
 from scenarioclip_fast.generate.config import EXPENSIVE, RECORDED, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import RUN_FILE, Item, Unit, divide, list_images, read_list, write_list
 from scenarioclip_fast.generate.records import has_files
@@ -26,6 +27,8 @@ from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
 from scenarioclip_fast.terminal import short, warn
 
+_FOLDERS = (*RECORDED, "shards", "published")  # may be links to directories, on other disks
+_APPENDED = ("lock", "runs.jsonl")  # written in place; other files replace what is there
 _SCHEMA = 1
 _LISTED = 5  # skipped files in a warning
 
@@ -50,7 +53,14 @@ class RunDirectory:
         if self.path.is_dir() and any(self.path.iterdir()) and not self._marker.is_file():
             raise UserError(f"{self.path}: not empty and not written by generate; choose another directory")
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        for name in _FOLDERS:
+            check_folder(self.path / name)
+        for name in _APPENDED:
+            if (status := status_of(self.path / name)) is not None and not stat.S_ISREG(status.st_mode):
+                raise UserError(
+                    f"{self.path / name}: got a {kind_of(status.st_mode)}, expected a regular file; move it away"
+                )
+        lock = open_regular(self.path / "lock", os.O_RDWR | os.O_CREAT, follow=False)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
