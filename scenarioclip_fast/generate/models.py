@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from scenarioclip_fast.devices import pick_device
-from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.generate.config import Dtype
 from scenarioclip_fast.generate.stages import Images, Outcome, Work, load_class
 from scenarioclip_fast.requirements import import_problem, require
-from scenarioclip_fast.terminal import get_logger
+from scenarioclip_fast.terminal import get_logger, one_line
 
 _log = get_logger(__name__)
 
@@ -40,7 +44,10 @@ def load_custom(model: str, setting: str, method: str, config: Any, device: torc
         UserError: it cannot be imported, is no class, or lacks the method.
     """
     found = find_custom(model, setting, method)
-    return None if found is None else found(config, device)
+    if found is None:
+        return None
+    with own_errors(model, setting, "its constructor"):
+        return found(config, device)
 
 
 def find_custom(model: str, setting: str, method: str) -> Any:
@@ -65,6 +72,34 @@ def check_model(model: str, setting: str, method: str, kinds: Mapping[str, tuple
     """
     if find_custom(model, setting, method) is None:
         read_config(model, setting, kinds)
+
+
+@contextmanager
+def own_errors(model: str, setting: str, what: str) -> Iterator[None]:
+    """Turn what a class of the user's own raises into one line.
+
+    Args:
+        model: MODULE:CLASS.
+        setting: the config key.
+        what: method that is called.
+
+    Raises:
+        UserError: any exception, but those that the package reports itself.
+        torch.OutOfMemoryError: as it is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError, MissingDependencyError):
+        raise
+    except Exception as error:
+        module = sys.modules.get(model.partition(":")[0])
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)] or frames
+        at = f"{Path(theirs[-1].filename).name}, line {theirs[-1].lineno}"
+        what = f"{what} raised {type(error).__name__}{': ' if str(error) else ''}{one_line(error)}"
+        raise UserError(
+            f"{setting}: {model}: {what} ({at}); for the traceback, call scenarioclip_fast.generate.generate in Python"
+        ) from error
 
 
 def load_checkpoint(
@@ -232,12 +267,32 @@ class ModelStage:
 class VisionStage(ModelStage):
     """A stage with a detector or segmenter: a class of the user's own, or one of transformers."""
 
+    _is_custom = False
+
     def _load(self, method: str, standard: Callable[[Any, torch.device], Any]) -> None:
         """Load the model, if that was not done; a class of the user's own must have the method."""
         if self._model is None:
             device = pick_device(self._device)
-            custom = load_custom(self._config.model, f"{self.name}.model", method, self._config, device)
-            self._model = custom or standard(self._config, device)
+            setting = f"{self.name}.model"
+            try:
+                custom = load_custom(self._config.model, setting, method, self._config, device)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{setting}: {self._config.model} does not fit into the memory of {device}; choose a smaller one"
+                ) from None
+            self._is_custom = custom is not None
+            self._model = standard(self._config, device) if custom is None else custom
+
+    def _calling(self, method: str) -> AbstractContextManager[None]:
+        """The context in which the method of a class of the user's own is called, see `own_errors`."""
+        return own_errors(self._config.model, f"{self.name}.model", method) if self._is_custom else nullcontext()
+
+    def _score(self, score: Any) -> float:
+        """A score to 4 digits; of a class of the user's own, it must be from 0 to 1. SAM predicts IoUs above 1."""
+        rounded = round(float(score), 4) if math.isfinite(float(score)) else float(score)
+        if self._is_custom and not 0 <= rounded <= 1:
+            raise ValueError(f"got a score of {float(score):.6g}, expected 0 to 1")
+        return rounded
 
     def _run_batch(self, function: Callable[[Sequence[T]], Sequence[R]], batch: Sequence[T], image: Tensor) -> list[R]:
         """The results of a batch, whose first image is `image` [H, W, 3].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,10 @@ def test_batches_are_halved_when_the_memory_is_exhausted(
         run(stage(batch_size=8), works)
 
 
+def scored(score: float, corners: Any = (1, 2, 3, 4)) -> list[list[Box]]:
+    return [[Box("dog", corners, score)]] * 2
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
@@ -151,6 +156,10 @@ def test_batches_are_halved_when_the_memory_is_exhausted(
         (lambda images, names: [[("dog", (1, 2, 3, 4))]] * 2, "expected Box"),
         (lambda images, names: [[(7, (1, 2, 3, 4), 0.5)]] * 2, "the name is 7"),
         (lambda images, names: [None] * 2, "expected Box"),
+        (lambda images, names: scored(1.5), "got a score of 1.5, expected 0 to 1"),
+        (lambda images, names: scored(-0.1), "got a score of -0.1, expected 0 to 1"),
+        (lambda images, names: scored(math.nan), "got a score of nan, expected 0 to 1"),
+        (lambda images, names: scored(0.5, (1, 2, math.inf, 4)), r"corners of 'dog' are \[1.0, 2.0, inf, 4.0\]"),
     ],
 )
 def test_wrong_results_of_a_detector(tmp_path: Path, fixed: type[Fixed], answer: Any, text: str) -> None:
@@ -158,6 +167,45 @@ def test_wrong_results_of_a_detector(tmp_path: Path, fixed: type[Fixed], answer:
     with pytest.raises(UserError, match=text) as caught:
         run(stage(), make_works(tmp_path, [caption("dog")] * 2))
     assert str(caught.value).startswith("ground.model: fixed_detector:Fixed")
+
+
+def test_scores_a_rounding_above_1_are_1(tmp_path: Path, fixed: type[Fixed]) -> None:
+    fixed.answer = lambda images, names: [[Box("dog", (1, 2, 30, 40), 1 + 1e-6)]]  # a softmax in float32
+    assert run(stage(), make_works(tmp_path, [caption("dog")]))["image0"].result["objects"][0]["score"] == 1
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("mat1 and mat2\n shapes \x1b[2J")
+
+
+@pytest.mark.parametrize("where", ["answer", "__init__"])
+def test_a_detector_that_raises(
+    tmp_path: Path, fixed: type[Fixed], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fixed, where, fails)
+    with pytest.raises(UserError) as caught:
+        run(stage(), make_works(tmp_path, [caption("dog")]))
+    what = "detect" if where == "answer" else "its constructor"
+    text = f"{what} raised RuntimeError: mat1 and mat2 shapes \\x1b[2J (test_ground.py, line "
+    assert str(caught.value).startswith(f"ground.model: fixed_detector:Fixed: {text}") and "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError) and "traceback" in str(caught.value)
+
+
+def test_a_detector_that_does_not_fit_into_the_memory(
+    tmp_path: Path, fixed: type[Fixed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fixed, "__init__", large)
+    with pytest.raises(UserError, match=r"ground.model: fixed_detector:Fixed does not fit into the memory of cpu"):
+        run(stage(), make_works(tmp_path, [caption("dog")]))
+
+
+def test_a_detector_may_be_false(tmp_path: Path, fixed: type[Fixed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one with a length of 0 is."""
+    monkeypatch.setattr(fixed, "__len__", lambda self: 0, raising=False)
+    assert not run(stage(), make_works(tmp_path, [caption("dog")]))["image0"].reason
 
 
 @pytest.mark.parametrize(

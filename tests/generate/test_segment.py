@@ -206,10 +206,26 @@ def test_masks_without_pixels_are_null(tmp_path: Path, fixed: type[Fixed]) -> No
     assert tested.counts == {"masks": 1}
 
 
-def test_scores_that_are_not_finite_are_0(tmp_path: Path, fixed: type[Fixed]) -> None:
-    fixed.answer = lambda images, boxes: [[(filled(images[0], boxes[0][0])[0], math.nan)]]
-    found = run(stage(batch_size=1), make_works(tmp_path, [grounded((1, 2, 3, 5))]))
-    assert found["image0"].result["objects"][0]["score"] == 0.0
+@pytest.mark.parametrize(("score", "kept"), [(math.nan, 0.0), (-math.inf, 0.0), (1.0312345, 1.0312)])
+def test_scores_of_checkpoints(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: float, kept: float
+) -> None:
+    """SAM predicts IoUs above 1, and in half precision, what is no number."""
+    answer = lambda self, images, boxes: [[(filled(images[0], boxes[0][0])[0], score)]]  # noqa: E731
+    monkeypatch.setattr(TransformersSegmenter, "segment", answer)
+    found = run(stage(str(checkpoints["sam"]), batch_size=1), make_works(tmp_path, [grounded((1, 2, 3, 5))]))
+    assert found["image0"].result["objects"][0]["score"] == kept
+
+
+def test_a_segmenter_that_raises(tmp_path: Path, fixed: type[Fixed]) -> None:
+    def fails(images: Any, boxes: Any) -> Any:
+        return {}[boxes[0][0][0]]
+
+    fixed.answer = fails
+    text = r"^segment.model: fixed_segmenter:Fixed: segment raised KeyError: 1 \(test_segment.py, line \d+\); for"
+    with pytest.raises(UserError, match=text) as caught:
+        run(stage(), make_works(tmp_path, [grounded((1, 2, 3, 5))]))
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 MASK = {"size": [96, 128], "counts": [96 * 128]}
@@ -225,6 +241,9 @@ MASK = {"size": [96, 128], "counts": [96 * 128]}
         (lambda images, boxes: [[(MASK | {"size": [128, 96]}, 0.5)] * 2], "a mask of 96 x 128 in an image of 128 x 96"),
         (lambda images, boxes: [[(MASK | {"counts": [5]}, 0.5)] * 2], r"expected \(COCO RLE or None, score\)"),
         (lambda images, boxes: [[MASK, MASK]], "a malformed mask"),
+        (lambda images, boxes: [[(MASK, 1.2)] * 2], "got a score of 1.2, expected 0 to 1"),
+        (lambda images, boxes: [[(None, -1)] * 2], "got a score of -1, expected 0 to 1"),
+        (lambda images, boxes: [[(MASK, math.nan)] * 2], "got a score of nan, expected 0 to 1"),
         (lambda images, boxes: [[(torch.zeros(96, 128), 0.5)] * 2], "a malformed mask"),
     ],
 )

@@ -6,6 +6,7 @@ boxes that the detector gave no name, if there are any.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -46,8 +47,8 @@ class Detector(Protocol):
             names: asked for in each image, at least one; distinct.
 
         Returns:
-            The boxes of each image, in any order, each with one of the image's names. Boxes with another name are
-            listed in rejected.jsonl.
+            The boxes of each image, in any order, each with one of the image's names and a score from 0 to 1. Boxes
+            with another name are listed in rejected.jsonl.
 
         Raises:
             torch.OutOfMemoryError: is called again with fewer images.
@@ -99,15 +100,26 @@ class GroundStage(VisionStage):
         return outcomes
 
     def _call(self, batch: Sequence[_Loaded]) -> list[list[Box]]:
-        found: list[list[Box]] = self._model.detect([one.image for one in batch], [one.names for one in batch])
+        with self._calling("detect"):
+            found: list[list[Box]] = self._model.detect([one.image for one in batch], [one.names for one in batch])
         where = f"ground.model: {self._config.model}: detect returned"
         if not isinstance(found, list) or len(found) != len(batch):
             count = f"{len(found)} lists" if isinstance(found, list) else short(found)
             raise UserError(f"{where} {count} for {len(batch)} images, expected one list of boxes per image")
         try:
-            return [[_checked(*box) for box in boxes] for boxes in found]
+            return [[self._checked(*box) for box in boxes] for boxes in found]
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where} {short(found)} ({error}), expected Box(name, (x1, y1, x2, y2), score)") from None
+            raise UserError(
+                f"{where} {short(found)} ({error}), expected Box(name, (x1, y1, x2, y2), score), scores from 0 to 1"
+            ) from None
+
+    def _checked(self, name: Any, box: Any, score: Any) -> Box:
+        if not isinstance(name, str):
+            raise TypeError(f"the name is {short(name)}")
+        x1, y1, x2, y2 = map(float, box)
+        if self._is_custom and not all(map(math.isfinite, (x1, y1, x2, y2))):
+            raise ValueError(f"the corners of {short(name)} are {short([x1, y1, x2, y2])}, expected finite numbers")
+        return Box(name, (x1, y1, x2, y2), self._score(score))
 
     def _outcome(self, one: _Loaded, found: Sequence[Box]) -> Outcome:
         config, height, width = self._config, *one.image.shape[:2]
@@ -149,13 +161,6 @@ def _take(waiting: list[_Loaded], size: int) -> list[_Loaded]:
     batch = sorted(waiting, key=lambda one: one.image.shape != shape)[:size]
     waiting[:] = [one for one in waiting if not any(one is taken for taken in batch)]
     return batch
-
-
-def _checked(name: Any, box: Any, score: Any) -> Box:
-    if not isinstance(name, str):
-        raise TypeError(f"the name is {short(name)}")
-    x1, y1, x2, y2 = map(float, box)
-    return Box(name, (x1, y1, x2, y2), float(score))
 
 
 def check(config: GenerateConfig) -> None:

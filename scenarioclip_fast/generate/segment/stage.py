@@ -46,7 +46,7 @@ class Segmenter(Protocol):
 
         Returns:
             For each box of each image, in order: the mask as COCO RLE (`data.rle.encode`) of the size of the image, or
-            None, and its score, the predicted IoU.
+            None, and its score, the predicted IoU, from 0 to 1.
 
         Raises:
             torch.OutOfMemoryError: is called again with fewer images.
@@ -94,7 +94,8 @@ class SegmentStage(VisionStage):
 
     def _call(self, batch: Sequence[_Loaded]) -> list[list[tuple[Mask, float]]]:
         images, boxes = [one.image for one in batch], [one.boxes for one in batch]
-        found: list[list[tuple[Mask, float]]] = self._model.segment(images, boxes)
+        with self._calling("segment"):
+            found: list[list[tuple[Mask, float]]] = self._model.segment(images, boxes)
         where = f"segment.model: {self._config.model}: segment returned"
         if not isinstance(found, list) or len(found) != len(batch):
             count = f"{len(found)} lists" if isinstance(found, list) else short(found)
@@ -104,9 +105,24 @@ class SegmentStage(VisionStage):
                 count = f"{len(masks)} masks" if isinstance(masks, list) else short(masks)
                 raise UserError(f"{where} {count} for {len(one.boxes)} boxes, expected one (mask, score) per box")
         try:
-            return [[_checked(*mask, one.image) for mask in masks] for one, masks in zip(batch, found, strict=True)]
+            return [
+                [self._checked(*mask, one.image) for mask in masks] for one, masks in zip(batch, found, strict=True)
+            ]
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where} a malformed mask ({error}), expected (COCO RLE or None, score)") from None
+            raise UserError(
+                f"{where} a malformed mask ({error}), expected (COCO RLE or None, score), scores from 0 to 1"
+            ) from None
+
+    def _checked(self, mask: Any, score: Any, image: Tensor) -> tuple[Mask, float]:
+        """A mask of the image's size, or None if it has no pixels, and its score; 0 if a checkpoint gave no number."""
+        score = self._score(score)
+        score = score if math.isfinite(score) else 0.0
+        if mask is None:
+            return None, score
+        height, width, runs = rle.read_runs(mask)
+        if (height, width) != tuple(image.shape[:2]):
+            raise ValueError(f"a mask of {width} x {height} in an image of {image.shape[1]} x {image.shape[0]}")
+        return (mask if runs[1::2].any() else None), score
 
     def _outcome(self, one: _Loaded, masks: Sequence[tuple[Mask, float]]) -> Outcome:
         count = sum(mask is not None for mask, _ in masks)
@@ -123,17 +139,6 @@ def _boxes(work: Work) -> list[Corners]:
 def _early(work: Work) -> Outcome | None:
     """Scenes of a packed data set may have no objects."""
     return None if _boxes(work) else Outcome(work.key, reason="no_objects")
-
-
-def _checked(mask: Any, score: Any, image: Tensor) -> tuple[Mask, float]:
-    """A mask of the image's size, or None if it has no pixels, and its score, 0 if it is not finite."""
-    score = round(float(score), 4) if math.isfinite(float(score)) else 0.0
-    if mask is None:
-        return None, score
-    height, width, runs = rle.read_runs(mask)
-    if (height, width) != tuple(image.shape[:2]):
-        raise ValueError(f"a mask of {width} x {height} in an image of {image.shape[1]} x {image.shape[0]}")
-    return (mask if runs[1::2].any() else None), score
 
 
 def check(config: GenerateConfig) -> None:
