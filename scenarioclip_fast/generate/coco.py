@@ -233,8 +233,8 @@ class Correction:
 
 
 def is_coco(content: Any) -> bool:
-    """Whether a parsed JSON is a COCO file."""
-    return isinstance(content, dict) and "images" in content and "annotations" in content
+    """Whether a parsed JSON is meant as a COCO file; `read_coco` refuses it if a part is missing."""
+    return isinstance(content, dict) and "scenes" not in content and bool({"images", "annotations"} & content.keys())
 
 
 def read_coco(path: str | Path, content: Any = None) -> list[Correction]:
@@ -257,7 +257,7 @@ def read_coco(path: str | Path, content: Any = None) -> list[Correction]:
             raise UserError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
-    if not is_coco(content):
+    if not is_coco(content) or not {"images", "annotations"} <= content.keys():
         raise UserError(f'{path}: got {short(content)}, expected a COCO file with "images" and "annotations"')
     try:
         return _Reader(content).read()
@@ -311,6 +311,8 @@ class _Reader:
                 if image not in found:
                     raise _Malformed(f"{kind} {number}: no image {short(value.get('image_id'))}")
                 found[image].append(number)
+        if not self._images:
+            raise _Malformed("'images' is empty, so that nothing would be corrected; expected the images of the export")
         corrections = [self._image(i, annotations[i], relations[i]) for i in self._images]
         identified = any(a.object is not None for one in corrections for a in one.annotations)
         corrections = [replace(one, identified=identified) for one in corrections]

@@ -200,14 +200,16 @@ def test_round_trip_of_a_correction(run: Path) -> None:
     """The export of corrected scenes gives the same scenes again."""
 
     def edit(content: dict[str, Any]) -> None:
-        new = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1.3, 2.7, 30.1, 20.9], "segmentation": []}
+        new = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1.3, 2.7, 30.1, 20.9]}
+        new["segmentation"] = rectangle((2, 3, 31, 23))
         content["annotations"].append(new)
         content["relations"].append(
             {"id": 1, "image_id": 1, "subject_id": 1, "predicate": "near", "object_id": IDS + 1}
         )
 
     once = corrected(run, edit)
-    assert [o["id"] for o in once["a"]["objects"]] == [0, 1, 2, 3] and once["a"]["objects"][3]["mask"] is None
+    assert [o["id"] for o in once["a"]["objects"]] == [0, 1, 2, 3]
+    assert once["a"]["objects"][3]["mask"] == rectangle((2, 3, 31, 23))
     assert once["a"]["relations"][3]["subject"] == 3 and once["a"]["relations"][3]["id"] == 3
     path = run.parent / "again.json"
     write_coco(run, path)
@@ -283,7 +285,8 @@ def test_copies_are_new_objects(run: Path) -> None:
 
     def edit(content: dict[str, Any]) -> None:
         copied = copy.deepcopy(annotation_of(content, "a", 0))
-        content["annotations"] += [copied | {"id": 7}, copied | {"id": 8, "image_id": 3, "bbox": [30, 0, 20, 40]}]
+        moved = {"bbox": [30, 0, 20, 40], "segmentation": rectangle((30, 0, 50, 40))}
+        content["annotations"] += [copied | {"id": 7}, copied | {"id": 8, "image_id": 3} | moved]
 
     after = corrected(run, edit)
     assert [o["id"] for o in after["a"]["objects"]] == [0, 1, 2, 3]
@@ -291,14 +294,69 @@ def test_copies_are_new_objects(run: Path) -> None:
     assert after["c"]["objects"][3]["box"] == [30, 0, 50, 40] and after["c"]["scores"]["boxes"][3] == 1
 
 
-def test_a_corrected_box_that_misses_the_mask_drops_it(run: Path) -> None:
+def rejected_in(run: Path, key: str) -> list[tuple[str, str]]:
+    """The parts of a scene in rejected.jsonl and their reasons."""
+    lines = map(json.loads, (run / "rejected.jsonl").read_text().splitlines())
+    return [(one["part"], one["reason"]) for one in lines if one["key"] == key and one["stage"] == "curate"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_corrected_box_that_misses_the_mask_drops_the_object(run: Path, kept: bool) -> None:
+    """Whether the tool kept the segmentation, which was not corrected, or dropped it."""
+
     def edit(content: dict[str, Any]) -> None:
-        annotation_of(content, "a", 0).update(bbox=[40, 0, 20, 40], segmentation=[])
-        annotation_of(content, "a", 1).update(bbox=[10, 20, 40, 35], segmentation=[])
+        annotation_of(content, "a", 0).update(bbox=[40, 0, 20, 40])
+        annotation_of(content, "a", 1).update(bbox=[10, 20, 40, 35])
+        for i in (0, 1):
+            one = annotation_of(content, "a", i)
+            one["segmentation"] = one["segmentation"] if kept else []
+
+    horse, tree = corrected(run, edit)["a"]["objects"]
+    assert horse["mask"] == rectangle(HORSE[1]) and horse["box"] == [10, 20, 50, 55]
+    assert tree["name"] == "tree"
+    assert rejected_in(run, "a") == [
+        ("relation 0 (man riding horse)", "end_dropped"),
+        ("relation 1 (tree behind man)", "end_dropped"),
+        ("object 0 (man)", "mask_not_in_box"),
+    ]
+    scene = corrected(run, edit, "curate.min_agreement=0")["a"]
+    assert scene["objects"][0] == {"id": 0, "name": "man", "box": [40, 0, 60, 40], "mask": rectangle(MAN[1])}
+
+
+def test_a_box_that_was_left_alone_follows_a_corrected_mask(run: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        annotation_of(content, "a", 0)["segmentation"] = rectangle((40, 0, 58, 38))
+        annotation_of(content, "a", 1)["segmentation"] = rectangle((12, 20, 50, 60))  # still agrees
 
     man, horse, _ = corrected(run, edit)["a"]["objects"]
-    assert man["mask"] is None and man["box"] == [40, 0, 60, 40]
-    assert horse["mask"] == rectangle(HORSE[1]) and horse["box"] == [10, 20, 50, 55]
+    assert man["mask"] == rectangle((40, 0, 58, 38)) and man["box"] == [40, 0, 58, 38]
+    assert horse["mask"] == rectangle((12, 20, 50, 60)) and horse["box"] == [10, 20, 50, 60]
+
+
+def test_a_box_and_a_mask_may_be_corrected_together(run: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        annotation_of(content, "a", 0).update(bbox=[40, 0, 20, 40], segmentation=rectangle((41, 0, 60, 39)))
+
+    man = corrected(run, edit)["a"]["objects"][0]
+    assert man == {"id": 0, "name": "man", "box": [40, 0, 60, 40], "mask": rectangle((41, 0, 60, 39))}
+
+
+def test_a_new_object_without_a_segmentation_is_rejected(run: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        new = {"image_id": 1, "category_id": 1, "bbox": [30, 0, 20, 20]}
+        content["annotations"] += [new | {"id": 1}, new | {"id": 2, "segmentation": []}]
+        content["annotations"] += [new | {"id": 3, "segmentation": rectangle((0, 40, 20, 60))}]
+        relation = {"id": 1, "image_id": 1, "subject_id": 1, "predicate": "near", "object_id": IDS + 1}
+        content["relations"].append(relation)
+
+    before, after = scenes_of(run), corrected(run, edit)
+    assert after == before
+    assert rejected_in(run, "a") == [
+        ("relation 3 (horse near horse)", "end_dropped"),
+        ("object 3 (horse)", "no_mask"),
+        ("object 4 (horse)", "no_mask"),
+        ("object 5 (horse)", "mask_not_in_box"),
+    ]
 
 
 def test_exchange_with_a_packed_data_set(run: Path, tmp_path: Path) -> None:
@@ -357,6 +415,16 @@ def change(part: str, **members: Any) -> Edit:
     ("edit", "message"),
     [
         (lambda content: content.update(images=1), "got 1 as 'images', expected a list"),
+        (lambda content: content.update(images=[], annotations=[], relations=[]), "'images' is empty, so that nothing"),
+        (lambda content: content.pop("images"), 'expected a COCO file with "images" and "annotations"'),
+        (lambda content: content.pop("annotations"), 'expected a COCO file with "images" and "annotations"'),
+        (lambda content: content.update(scenes={}, schema=1), "unknown member 'info': expected schema, scenes"),
+        (change("annotations", id=True), "annotations: got .*an id of its own"),
+        (change("annotations", image_id=True), "annotation 4096: no image True"),
+        (change("annotations", bbox=[True, 2, 3, 4]), r"annotation 4096: got \[True, 2, 3, 4\] as bbox"),
+        (change("annotations", segmentation={"size": [60, True], "counts": [60]}), "annotation 4096: segmentation"),
+        (change("annotations", segmentation=[[True, 0, 9, 0, 9, 9]]), "annotation 4096: segmentation: .*three points"),
+        (change("images", width=True), "image 1: got a size of"),
         (lambda content: content["annotations"].append(content["annotations"][0]), "an id of its own"),
         (lambda content: content["images"].append(content["images"][0] | {"id": 9}), "the image 'a' occurs twice"),
         (change("annotations", id="x"), "annotations: got .*an id of its own"),

@@ -56,7 +56,7 @@ class Decisions:
 
         Args:
             records: of the stages caption and ground.
-            min_agreement: a mask that agrees less with a corrected box is dropped, unless it was corrected too.
+            min_agreement: of the boxes and masks of a COCO file, see `_update`.
 
         Returns:
             Whether the scene is accepted (True) or rejected (False); None if that was not decided.
@@ -94,9 +94,15 @@ def read_decisions(path: str) -> Decisions:
     digest = hashlib.sha256(data).hexdigest()
     if is_coco(content):
         return Decisions(where, digest, {one.key: one for one in read_coco(where, content)})
-    scenes = content.get("scenes") if isinstance(content, dict) else None
-    if not isinstance(scenes, dict) or content.get("schema") != 1:
-        raise UserError(f'{where}: got {short(content)}, expected {{"schema": 1, "scenes": {{...}}}} or a COCO file')
+    if not isinstance(content, dict) or not {"schema", "scenes"} & content.keys():
+        raise UserError(
+            f'{where}: got {short(content)}, expected {{"schema": 1, "scenes": {{...}}}} or a COCO file with "images" '
+            'and "annotations"'
+        )
+    _check_members(where, content, ("schema", "scenes"))
+    schema, scenes = content.get("schema"), content.get("scenes")
+    if type(schema) is not int or schema != 1 or not isinstance(scenes, dict):  # true is an int as well
+        raise UserError(f'{where}: got {short(content)}, expected {{"schema": 1, "scenes": {{...}}}}')
     return Decisions(where, digest, {key: _checked(f"{where}: scene {key}", one) for key, one in scenes.items()})
 
 
@@ -178,11 +184,13 @@ def _correct(draft: Draft, correction: Correction, records: Mapping[str, Any], m
     ids = _ids(draft, correction, len(records["ground"]["objects"]))
     for number in [number for number in draft.things if number not in ids]:
         draft.drop_thing(number, "rejected_by_hand")
-    for known, annotation in zip(ids, correction.annotations, strict=True):
-        _update(draft, known, annotation, min_agreement)
+    problems = [_update(draft, *one, min_agreement) for one in zip(ids, correction.annotations, strict=True)]
     draft.things = dict(sorted(draft.things.items()))
     if correction.relations is not None:
         _relate(draft, correction, ids, len(records["caption"]["relations"]))
+    for number, (reason, detail) in zip(ids, problems, strict=True):
+        if reason:
+            draft.drop_thing(number, reason, detail)
 
 
 def _ids(draft: Draft, correction: Correction, total: int) -> list[int]:
@@ -207,20 +215,29 @@ def _ids(draft: Draft, correction: Correction, total: int) -> list[int]:
     return ids
 
 
-def _update(draft: Draft, number: int, annotation: Annotation, min_agreement: float) -> None:
+def _update(draft: Draft, number: int, annotation: Annotation, min_agreement: float) -> tuple[str, str]:
+    """Make an object that of an annotation; return (reason, detail) if it is to be dropped, or two empty strings.
+
+    Its box and mask must agree as those of the models must. A box that was left alone follows the mask. In other cases
+    a person moved the box: no mask can be made from that, and a mask of something else would train the wrong thing.
+    """
     mask = None if annotation.mask is None else Mask(annotation.mask)
     thing = draft.things.get(number)
-    box = list(clip_box(annotation.box, draft.size))
+    moved = thing is None or not same_box(thing.box, annotation.box)
     if thing is None:
-        draft.things[number] = Thing(number, annotation.name, box, mask, (1.0, 1.0))
-        return
-    thing.name = annotation.name
-    if not same_box(thing.box, annotation.box):
-        thing.box = box
-        if mask is None and thing.mask is not None and thing.mask.bounds is not None:
-            agrees = box_overlap(thing.box, thing.mask.bounds) >= min_agreement
-            thing.mask = thing.mask if agrees else None
-    thing.mask = mask or thing.mask
+        thing = draft.things[number] = Thing(number, annotation.name, [], mask, (1.0, 1.0))
+        if mask is None:
+            return "no_mask", "drawn by hand, without a segmentation"
+    thing.name, thing.mask = annotation.name, mask or thing.mask
+    if moved:
+        thing.box = list(clip_box(annotation.box, draft.size))
+    bounds = None if thing.mask is None else thing.mask.bounds
+    if bounds is None or (agreement := box_overlap(thing.box, bounds)) >= min_agreement:
+        return "", ""
+    if moved:
+        return "mask_not_in_box", f"IoU {agreement:.2f} of the corrected box and the mask's bounds"
+    thing.box = [float(v) for v in bounds]
+    return "", ""
 
 
 def _relate(draft: Draft, correction: Correction, ids: list[int], total: int) -> None:

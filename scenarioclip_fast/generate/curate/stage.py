@@ -24,7 +24,7 @@ from scenarioclip_fast.generate.records import all_outcomes, hash_of
 from scenarioclip_fast.generate.stages import Outcome, Work
 
 # Increment it when the same records give other scenes, so that earlier ones are made anew.
-_VERSION = 1
+_VERSION = 2
 
 
 def prepare(config: GenerateConfig, directory: Path) -> dict[str, Any]:
