@@ -80,7 +80,7 @@ def test_a_new_version_of_the_rules_curates_anew(run: Path, monkeypatch: pytest.
     curated(run)
     config = GenerateConfig()
     assert generate([], run, config, stages=("curate",), progress=False).stages[0].images == 0
-    monkeypatch.setattr(module, "_VERSION", 2)
+    monkeypatch.setattr(module, "_VERSION", module._VERSION + 1)
     assert generate([], run, config, stages=("curate",), progress=False).stages[0].images == 6
 
 
