@@ -293,6 +293,7 @@
   }
 
   function drawObjects() {
+    $("scores").hidden = scene.objects.every(({ score }) => score === null);
     $("objects").replaceChildren(
       ...scene.objects.map((object, k) => {
         const content = [tinted(make("span", { className: "number", textContent: k + 1 }), k)];
@@ -562,7 +563,7 @@
   });
 
   const title = json("run");
-  document.title = `Review: ${title}`;
+  document.title = `Generation review: ${title}`;
   $("title").textContent = title;
   $("scenes").textContent = total > scenes.length ? `${scenes.length} (sampled from ${total})` : scenes.length;
   $("jump").max = scenes.length;

@@ -131,7 +131,7 @@ def write_run_report(directory: Path, out: Path) -> Path:
     kept = sum(found.per_image["objects"].values())
     counts = ", ".join(f"{len(counter):,} {level}" for level, counter in found.texts.items())
     lead = f"{found.stages['caption'].images:,} images, {kept:,} scenes; {counts}, counted as distinct texts."
-    report = Report(f"Generation: {directory.resolve().name}", lead)
+    report = Report(f"Generation report: {directory.resolve().name}", lead)
     report.sections += [_stages(found), *_costs(found), *_rejections(found)]
     with tempfile.TemporaryDirectory() as folder:
         if kept:
@@ -179,10 +179,10 @@ def _stages(found: _Statistics) -> Section:
     rows = []
     for stage in found.stages.values():
         rejected = stage.rejected.total()
-        rate = f"{stage.run_images / stage.seconds:,.1f}" if stage.run_images and stage.seconds else ""
+        rate = _number(stage.run_images / stage.seconds) if stage.run_images and stage.seconds else ""
         relations = "" if stage.relations is None else f"{stage.relations:,}"
         numbers = [f"{n:,}" for n in (stage.images, stage.images - rejected, rejected, stage.objects)]
-        rows.append([stage.name, *numbers, relations, rate, f"{stage.seconds:,.1f}"])
+        rows.append([stage.name, *numbers, relations, rate, _number(stage.seconds)])
     note = (
         "Images, objects and relations are those in the records of finished units. Objects are names in `caption`, "
         "boxes in `ground`, and masks in `segment`. Times are summed over all runs, also of records discarded later."
@@ -190,9 +190,14 @@ def _stages(found: _Statistics) -> Section:
     return Section("Stages", head, rows, note=note)
 
 
+def _number(value: float) -> str:
+    """Whole numbers in full, others to three digits."""
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
 def _costs(found: _Statistics) -> list[Section]:
     rows = [
-        [stage.name, printable(name), f"{value:,.6g}", f"{value / stage.run_images:,.4g}" if stage.run_images else ""]
+        [stage.name, printable(name), _number(value), _number(value / stage.run_images) if stage.run_images else ""]
         for stage in found.stages.values()
         for name, value in stage.counts.items()
         if value
@@ -213,7 +218,7 @@ def _rejections(found: _Statistics) -> list[Section]:
     ]
     sections = []
     if images:
-        head = ["stage", "reason", "images", "of all", "meaning"]
+        head = ["stage", "reason", "images", "of the stage's images", "meaning"]
         sections.append(Section("Rejected images", head, images))
     if parts:
         head = ["stage", "part", "reason", "number", "example"]
@@ -238,7 +243,11 @@ def _figures(found: _Statistics, directory: Path, folder: Path) -> list[Section]
             picture=_draw_tail(found, folder / "tail.png"),
             note="Occurrences of each text by rank. " + " ".join(_tail_notes(found)),
         ),
-        Section("Distributions", picture=_draw_distributions(found, folder / "distributions.png")),
+        Section(
+            "Distributions",
+            picture=_draw_distributions(found, folder / "distributions.png"),
+            note="Of the curated scenes. The score of a box is the detector's, that of a mask its predicted IoU.",
+        ),
     ]
     examples = _examples(directory)
     if examples:

@@ -28,6 +28,7 @@ from scenarioclip_fast.generate.drawn.vlm_server import Corruption, StubServer
 from scenarioclip_fast.generate.pipeline import GenerateReport, generate
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.recipes.steps import StepTimer, prepare_directory
+from scenarioclip_fast.report.page import Report, Section
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import printable
 
@@ -100,8 +101,27 @@ class GenerationDemoResult:
             f"{self.report}\n\n{table}\n\n"
             f"{self.before.images} images, of which {self.without_relations} have no relations and are rejected\n"
             f"{self.corrupted.total()} answers corrupted: {corrupted or 'none'}\n"
-            f"{self.images_per_s:.0f} images/s through all stages: {printable(self.out / 'result.json')}"
+            f"{self.images_per_s:.0f} images/s through all stages: {printable(self.out / 'report.html')}"
         )
+
+    def page(self) -> Report:
+        """The scores as a page."""
+        after = self.after.measures()
+        rows = [[name, _percent(value), _percent(after[name])] for name, value in self.before.measures().items()]
+        lead = (
+            f"{self.before.images:,} drawn scenes through all stages, scored against exact annotations; "
+            f"{self.corrupted.total():,} of the answers were corrupted."
+        )
+        note = (
+            "Before curation, the ends of relations are matched to names exactly. The run of `generate` has its own "
+            "pages, `data/report.html` and `data/review.html`."
+        )
+        report = Report("Generation demo", lead)
+        report.sections.append(Section("Scores", ["", "before curation", "after"], rows, note=note))
+        report.add_facts("Corrupted answers", {kind: f"{n:,}" for kind, n in sorted(self.corrupted.items())})
+        steps = {f"{step}, s": f"{seconds:.3g}" for step, seconds in self.seconds.items()}
+        report.add_facts("Times", {**steps, "images/s through all stages": f"{self.images_per_s:.3g}"})
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -124,7 +144,7 @@ def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
     """Run the demo.
 
     Writes, to `config.out`: `images/`, `truth.jsonl` with their annotations, `data/` with the run and its pages, and
-    `result.json` with the scores.
+    the scores as `report.html` and `result.json`.
 
     Raises:
         UserError: `config.out` is not empty and was not written by this demo, or there are several ranks.
@@ -158,6 +178,7 @@ def run_generation_demo(config: GenerationDemoConfig) -> GenerationDemoResult:
     )
     record = {"config": {**asdict(config), "out": str(config.out)}, **result.to_dict()}
     write_text(out / "result.json", json.dumps(record, indent=2) + "\n")
+    result.page().write(out / "report.html")
     return result
 
 

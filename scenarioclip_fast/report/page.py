@@ -28,12 +28,19 @@ th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
 th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
-.scroll { overflow-x: auto; }
+/* Shadows at the edges beyond which a table goes on. */
+.scroll { overflow-x: auto; background:
+          linear-gradient(90deg, #fff 50%, transparent) 0 0 / 2rem 100% no-repeat local,
+          linear-gradient(270deg, #fff 50%, transparent) 100% 0 / 2rem 100% no-repeat local,
+          linear-gradient(90deg, #d5dbe2, transparent) 0 0 / .7rem 100% no-repeat,
+          linear-gradient(270deg, #d5dbe2, transparent) 100% 0 / .7rem 100% no-repeat; }
 summary { cursor: pointer; } summary h2 { display: inline; }
 details[open] summary { margin-bottom: .6rem; }
 @media (max-width: 640px) {
   body { padding: 1rem .5rem; } section { padding: .9rem; }
-  .scroll img { max-width: none; width: 760px; } td:not(.n) { min-width: 6rem; }
+  .scroll img { max-width: none; width: 760px; }
+  table { width: max-content; min-width: 100%; } td:not(.n) { max-width: 14rem; overflow-wrap: anywhere; }
+  th, td { padding-right: .8rem; }
 }
 """
 
@@ -112,7 +119,9 @@ def _table(section: Section) -> str:
     lines = [_row("th", section.head, numeric)] if section.head else []
     for i, row in enumerate(section.rows):
         lines.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
-    return "\n".join(['<div class="scroll"><table>', *lines, "</table></div>"])
+    # With a tab index, keys scroll it in every browser.
+    label = f'role="region" aria-label="{_escape(section.title)}" tabindex="0"'
+    return "\n".join([f'<div class="scroll" {label}><table>', *lines, "</table></div>"])
 
 
 def _is_number(cell: str) -> bool:

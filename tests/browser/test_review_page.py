@@ -14,6 +14,7 @@ from generated_runs import Records, write_run
 
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.generate.review import write_review
+from scenarioclip_fast.generate.run_report import write_run_report
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -235,6 +236,39 @@ def test_hostile_texts(browser: Any, tmp_path: Path, width: int) -> None:
         decided = saved(page, lambda page=page: page.keyboard.press("s"))
         assert [entry["objects"] for entry in decided.values() if "objects" in entry] == []
         assert all(entry["relations"] == {"0": {"reject": True}} for entry in decided.values())
+
+
+def test_scores_have_a_heading(page: Any, browser: Any, tmp_path: Path) -> None:
+    assert page.title().startswith("Generation review: ")
+    heading, score = (page.locator(one).bounding_box() for one in ("#scores", "#part-objects-0 .note"))
+    assert heading["y"] < score["y"] and page.text_content("#scores") == "score of the box"
+
+    def change(i: int, records: Records) -> None:
+        del records["curate"]["scene"]["scores"]
+
+    path = write_review(tmp_path, write_run(tmp_path, 2, change=change), tmp_path / "review.html", scenes=0)
+    for other in opened(browser, path):
+        assert not other.is_visible("#scores")
+
+
+def test_tables_of_the_report_scroll_by_themselves(browser: Any, path: Path, tmp_path: Path) -> None:
+    """A narrow page does not scroll sideways, and every table can be scrolled to its end, also by keys."""
+    report = write_run_report(path.parent, tmp_path / "report.html")
+    for page in opened(browser, report, 390):
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        tables = page.locator(".scroll:has(table)").all()
+        assert len(tables) == 3
+        wide = [table for table in tables if table.evaluate("e => e.scrollWidth > e.clientWidth")]
+        assert wide
+        for table in wide:
+            table.focus()
+            for _ in range(20):
+                page.keyboard.press("ArrowRight")
+            page.wait_for_function("document.activeElement.scrollLeft > 0")
+            table.evaluate("e => e.scrollTo(e.scrollWidth, 0)")
+            edge = table.locator("th:last-child").bounding_box()
+            assert edge["x"] + edge["width"] <= 390
+            assert table.evaluate("e => e.getBoundingClientRect().height") < 60 * table.locator("tr").count()
 
 
 def test_narrow_screen_and_names(browser: Any, path: Path) -> None:

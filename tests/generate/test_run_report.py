@@ -13,7 +13,7 @@ import pytest
 from generated_runs import Records, write_run
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.generate.run_report import write_run_report
+from scenarioclip_fast.generate.run_report import _number, write_run_report
 from scenarioclip_fast.generate.source import CuratedSource
 
 
@@ -57,22 +57,48 @@ def test_stages(run: tuple[Path, list[dict[str, Any]], str]) -> None:
     relations = str(sum(len(scene["relations"]) for scene in scenes))
     assert boxes > masks == kept  # the helper drops objects
     assert found["Stages"] == [
-        ["caption", "12", "11", "1", str(names), relations, "3.0", "4.0"],
-        ["ground", "11", "11", "0", str(boxes), "", "4.0", "3.0"],
-        ["segment", "11", "11", "0", str(masks), "", "1.5", "8.0"],
-        ["curate", "11", "11", "0", str(kept), relations, "24.0", "0.5"],
+        ["caption", "12", "11", "1", str(names), relations, "3", "4"],
+        ["ground", "11", "11", "0", str(boxes), "", "4", "3"],
+        ["segment", "11", "11", "0", str(masks), "", "1.5", "8"],
+        ["curate", "11", "11", "0", str(kept), relations, "24", "0.5"],
     ]
     assert found["Counts"] == [
-        ["caption", "requests", "14", "1.167"],
-        ["caption", "retries", "2", "0.1667"],
-        ["caption", "cost", "0.0125", "0.001042"],
-        ["ground", "boxes", "14", "1.167"],
+        ["caption", "requests", "14", "1.17"],
+        ["caption", "retries", "2", "0.167"],
+        ["caption", "cost", "0.0125", "0.00104"],
+        ["ground", "boxes", "14", "1.17"],
     ]
+    assert (
+        page.count("<h1>Generation report: run</h1>") == 1 and '<th class="n">of the stage&#x27;s images</th>' in page
+    )
     (row,) = found["Rejected images"]
     assert row == ["caption", "answer_not_json", "1", "8.3 %", "the answer contains no JSON object"]
     (row,) = found["Rejected objects and relations"]
     assert row[:4] == ["curate", "object", "no_mask", str(boxes - kept)]
     assert re.fullmatch(r"\d+, object \d \(.+\): the segmenter found none", row[4])
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (0.0123456, "0.0123"),
+        (3.14159, "3.14"),
+        (60000.0, "60,000"),
+        (1234567, "1,234,567"),
+        (1307.69, "1,308"),
+    ],
+)
+def test_numbers_have_few_digits(value: float, shown: str) -> None:
+    assert _number(value) == shown
+
+
+def test_a_link_in_place_of_the_page_is_replaced(tmp_path: Path) -> None:
+    write_run(tmp_path, 2)
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "report.html").symlink_to(tmp_path / "victim")
+    write_run_report(tmp_path, tmp_path / "report.html")
+    assert (tmp_path / "victim").read_text() == "precious" and not (tmp_path / "report.html").is_symlink()
 
 
 def test_vocabulary(run: tuple[Path, list[dict[str, Any]], str]) -> None:

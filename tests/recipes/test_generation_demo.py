@@ -46,7 +46,11 @@ def test_everything_is_written(demo: Path, result: dict[str, Any]) -> None:
     assert list(result["stages"]) == ["caption", "ground", "segment", "curate"]
     packed = [ShardSet(demo / "data" / "shards", split) for split in ("train", "val", "test")]
     assert {key for shards in packed for key in shards.keys} < keys
-    assert all((demo / "data" / page).is_file() for page in ("report.html", "review.html"))
+    assert all((demo / page).is_file() for page in ("report.html", "data/report.html", "data/review.html"))
+    page = (demo / "report.html").read_text()
+    for name in ("precision of objects", "recall of relations"):
+        cells = [f"{100 * result[when][name]:.1f} %" for when in ("before", "after")]
+        assert f'<td>{name}</td><td class="n">{cells[0]}</td><td class="n">{cells[1]}</td>' in page
 
 
 def test_scores(result: dict[str, Any]) -> None:
