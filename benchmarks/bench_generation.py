@@ -31,7 +31,7 @@ from scenarioclip_fast.generate.pipeline import GenerateReport, generate
 from scenarioclip_fast.recipes.generation_demo import CORRUPT, answers, draw, settings
 from scenarioclip_fast.requirements import import_problem
 
-IMAGES, UNIT = sized((512, 64), (24, 6))
+IMAGES, UNIT = sized((1024, 128), (24, 6))  # the pages at the end take seconds for any number
 PACKAGES = ("simplejpeg", "PIL", "scipy", "openai", "inflect", "rapidfuzz")
 FEWER = 1000  # images of the run that the peak memory is compared with
 
@@ -84,7 +84,7 @@ def test_all_stages(benchmark: Any, drawn: Drawn, workers: int) -> None:
     benchmark.group = f"generation, {IMAGES} drawn scenes"
     benchmark.extra_info["form"] = f"{workers} worker" + "s" * (workers > 1)
     few = WARM or workers > 2  # more workers than a small machine has cores: for the check
-    benchmark.pedantic(run, rounds=1 if few else sized(3, 1), warmup_rounds=0 if few else sized(1, 0))
+    benchmark.pedantic(run, rounds=1 if few else sized(2, 1), warmup_rounds=0 if few else sized(1, 0))
     out, report = last[0]
     assert sum(stage.rejected.total() for stage in report.stages) < IMAGES / 2, report
     found, expected = digests(out / "shards"), drawn.root / "expected"

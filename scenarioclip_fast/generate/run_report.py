@@ -8,21 +8,23 @@ from __future__ import annotations
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scenarioclip_fast.config_types import to_yaml_text
 from scenarioclip_fast.data.check import REASONS as CHECK_REASONS
 from scenarioclip_fast.data.check import BadEntry
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import open_file
-from scenarioclip_fast.generate.config import STAGES
+from scenarioclip_fast.generate.config import STAGES, GenerateConfig
 from scenarioclip_fast.generate.examples import Example, ExampleReader, choose, shrink_image, shrink_mask
 from scenarioclip_fast.generate.images import read_list
 from scenarioclip_fast.generate.records import read_unit, unit_files
+from scenarioclip_fast.generate.run_directory import RunDirectory
 from scenarioclip_fast.generate.source import CuratedSource
 from scenarioclip_fast.generate.stages import REASONS, Outcome
 from scenarioclip_fast.parsing import parse_json
@@ -136,6 +138,7 @@ def write_run_report(directory: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         if kept:
             report.sections += _figures(found, directory, Path(folder))
+        report.sections += _settings(RunDirectory(directory).settings())
         return report.write(out)
 
 
@@ -224,6 +227,18 @@ def _rejections(found: _Statistics) -> list[Section]:
         head = ["stage", "part", "reason", "number", "example"]
         sections.append(Section("Rejected objects and relations", head, parts))
     return sections
+
+
+def _settings(saved: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """The models, and the other settings that are not the defaults."""
+    rows = [
+        [f"{section}.{name}", printable(to_yaml_text(value)), to_yaml_text(default)]
+        for section, defaults in asdict(GenerateConfig()).items()
+        for name, default in defaults.items()
+        if (value := saved.get(section, {}).get(name, default)) != default or (name == "model" and saved)
+    ]
+    note = "Models, and settings that are not the defaults; generate.json has all of them."
+    return [Section("Settings of the last run", ["key", "value", "default"], rows, note=note)] if rows else []
 
 
 # ---- figures

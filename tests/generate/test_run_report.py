@@ -13,6 +13,8 @@ import pytest
 from generated_runs import Records, write_run
 
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.generate.config import GenerateConfig
+from scenarioclip_fast.generate.run_directory import RunDirectory
 from scenarioclip_fast.generate.run_report import _number, write_run_report
 from scenarioclip_fast.generate.source import CuratedSource
 
@@ -174,3 +176,17 @@ def test_counts_do_not_depend_on_units(tmp_path: Path) -> None:
         write_run(tmp_path / str(size) / "run", 9, unit_size=size)
         pages.append(write_run_report(tmp_path / str(size) / "run", tmp_path / f"{size}.html").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_settings(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 3)
+    config = GenerateConfig.of({"caption": {"model": "qwen"}, "curate": {"min_relations": 2, "decisions": "d.json"}})
+    RunDirectory(tmp_path / "run").settle(config, [], [])
+    page = write_run_report(tmp_path / "run", tmp_path / "report.html").read_text("utf-8")
+    assert tables(page)["Settings of the last run"] == [
+        ["caption.model", "qwen", '""'],
+        ["ground.model", config.ground.model, config.ground.model],
+        ["segment.model", config.segment.model, config.segment.model],
+        ["curate.min_relations", "2", "1"],
+        ["curate.decisions", "d.json", '""'],
+    ]

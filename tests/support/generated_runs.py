@@ -41,6 +41,7 @@ def write_run(
     items = [item for item in list_images([photos]) if isinstance(item, Item)]
     units = divide(items, unit_size)
     write_list(units, directory / "images.jsonl")
+    (directory / "generate.json").write_text(json.dumps({"schema": 1, "settings": {}, "stages": {}}))
     stages: dict[str, dict[str, Outcome]] = {name: {} for name in ("caption", "ground", "segment", "curate")}
     for i, (item, scene) in enumerate(zip(items, scenes, strict=True)):
         if i == n - 1 and n > 1:
