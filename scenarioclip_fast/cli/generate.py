@@ -62,7 +62,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--invert-colours", action="store_true", help="show the detector and segmenter inverted images, as published"
     )
     parser.add_argument(
-        "--decisions", metavar="FILE", help="decisions.json of the review page, or corrected COCO annotations"
+        "--decisions",
+        action="append",
+        metavar="FILE",
+        help="decisions.json of the review page, or corrected COCO annotations; repeat it for one of each",
     )
     parser.add_argument(
         "--layout", choices=("packed", "published", "both"), help="layout of the data set (default: packed)"
@@ -152,17 +155,23 @@ def _config(args: argparse.Namespace) -> GenerateConfig:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that have an option of their own."""
-    given = [
+    given: list[tuple[str, str, Any]] = [
         ("caption", "url", args.vlm_url),
         ("caption", "model", args.vlm_model),
         ("ground", "model", args.detector),
         ("segment", "model", args.segmenter),
-        ("curate", "decisions", args.decisions),
         ("pack", "layout", args.layout),
         ("ground", "invert", args.invert_colours or None),
         ("segment", "invert", args.invert_colours or None),
     ]
+    from scenarioclip_fast.generate.coco import is_coco_file
+
     tree: dict[str, Any] = {}
+    for file in args.decisions or []:
+        name = "coco" if is_coco_file(file) else "decisions"
+        if any(one[:2] == ("curate", name) for one in given):
+            raise UserError(f"--decisions: got two files of one kind, the second {file}; expected at most one of each")
+        given.append(("curate", name, file))
     for section, name, value in given:
         if value is not None:
             tree.setdefault(section, {})[name] = value

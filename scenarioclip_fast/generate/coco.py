@@ -237,6 +237,14 @@ def is_coco(content: Any) -> bool:
     return isinstance(content, dict) and "scenes" not in content and bool({"images", "annotations"} & content.keys())
 
 
+def is_coco_file(path: str | Path) -> bool:
+    """Whether a file is meant as a COCO file; False also if it cannot be read."""
+    try:
+        return is_coco(parse_json(read_regular(path), strict=False))
+    except (OSError, ValueError):
+        return False
+
+
 def read_coco(path: str | Path, content: Any = None) -> list[Correction]:
     """Read the COCO file that `write_coco` wrote and that was edited since.
 

@@ -36,7 +36,7 @@ _PATHS = {
     "caption": ("model",),
     "ground": ("model",),
     "segment": ("model",),
-    "curate": ("embedder", "antonyms", "decisions"),
+    "curate": ("embedder", "antonyms", "coco", "decisions"),
 }
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -175,6 +175,8 @@ class CurateConfig:
     """published: per relation, one with the antonym of its predicate and one with another object of the image."""
     antonyms: str = ""
     """JSON file of antonyms by predicate, in addition to the package's."""
+    coco: str = ""
+    """COCO file that was corrected in an annotation tool; applied before the decisions."""
     decisions: str = ""
     """JSON file of decisions: of the review page, or corrected COCO annotations."""
 

@@ -57,7 +57,9 @@ def find_custom(model: str, setting: str, method: str) -> Any:
         return None
     if not isinstance(found, type) or not callable(getattr(found, method, None)):
         what = "has no method" if isinstance(found, type) else "is no class with a method"
-        raise UserError(f"{setting}: {model} {what} {method}; see the heading 'Boxes and masks' of docs/generation.md")
+        raise UserError(
+            f"{setting}: {model} {what} {method}; see the heading 'Models of your own' of docs/generation.md"
+        )
     return found
 
 

@@ -372,12 +372,14 @@ def generate(
             or no image is left. Finished records are kept.
     """
     directory = RunDirectory(Path(out))
+    sources = [images] if isinstance(images, str | Path) else images
+    if not sources and not directory.exists:
+        raise UserError(f"{directory.path}: holds no earlier run; name the images: generate IMAGES --out DIR")
     config = (config or GenerateConfig.of(directory.settings())).with_absolute_paths()
     with Workers(workers) as pool:
-        run = _Run(directory.path, config, device, pool, progress, ray, factory)
+        run = _Run(directory, config, device, pool, progress, ray, factory)
         run.check(stages, redo, unit_size, review)
         with directory.opened():
-            sources = [images] if isinstance(images, str | Path) else images
             units = directory.list_units(sources, unit_size, progress=progress)
             run.check_models(stages, redo, units)
             directory.settle(config, stages, redo)
@@ -388,13 +390,17 @@ def generate(
 
 @dataclass(frozen=True)
 class _Run:
-    out: Path
+    directory: RunDirectory
     config: GenerateConfig
     device: str
     workers: Workers
     progress: bool
     ray: str | None
     factory: str
+
+    @property
+    def out(self) -> Path:
+        return self.directory.path
 
     def run(self, stages: Sequence[str], units: list[Unit], review: int, coco: str | Path | None) -> GenerateReport:
         """Run the stages, and write the lists and pages."""
@@ -415,6 +421,11 @@ class _Run:
             if source.scenes and "curate" not in stages:
                 self._check_curated(units)
             report.packed = self.pack(source)
+        self.directory.save(self.config, stages)
+        if coco is not None and not source.scenes:
+            raise UserError(
+                f"{coco}: not written, because {self.out} has no curated scenes; run the stage curate first"
+            )
         if source.scenes:
             if coco is not None:
                 write_coco(self.out, coco)
@@ -569,6 +580,8 @@ class _Run:
         if options.layout in ("published", "both"):
             self._write_published(source)
         if options.layout == "published":
+            if (self.out / "shards").exists():
+                warn(f"warning: {self.out / 'shards'} is that of an earlier run: layout published writes no shards")
             return None
         return pack(
             source,

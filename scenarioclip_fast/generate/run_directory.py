@@ -1,7 +1,7 @@
 """The directory of a run: its images, the settings of its records, and a lock, for one process at a time.
 
-DIR/generate.json   {"schema", "settings": all settings of the last run, "stages": those that each stage's records
-                    depend on}
+DIR/generate.json   {"schema", "settings": all settings of the last run that succeeded, those of models also of later
+                    ones, "stages": those that each stage's records depend on}
 DIR/images.jsonl    see `images`
 """
 
@@ -50,7 +50,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose a directory")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self._marker.is_file():
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.exists:
             raise UserError(f"{self.path}: not empty and not written by generate; choose another directory")
         self.path.mkdir(parents=True, exist_ok=True)
         for name in _FOLDERS:
@@ -67,11 +67,16 @@ class RunDirectory:
             os.close(lock)
             raise UserError(f"{self.path}: another process is generating into this directory") from None
         try:
-            if not self._marker.is_file():
+            if not self.exists:
                 self._write({}, {})
             yield
         finally:
             os.close(lock)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there has been a run."""
+        return self._marker.is_file()
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """All settings of the last run, by section; empty if there was none.
@@ -79,7 +84,7 @@ class RunDirectory:
         Raises:
             UserError: the file is damaged.
         """
-        return self._read("settings") if self._marker.is_file() else {}
+        return self._read("settings") if self.exists else {}
 
     def list_units(self, sources: Sequence[str | Path], unit_size: int, *, progress: bool) -> list[Unit]:
         """Read the list of images, and append new ones.
@@ -91,7 +96,7 @@ class RunDirectory:
         items: list[Item] = []
         skipped: list[SkippedImage] = []
         listed = list_images(sources, [item for unit in units for item in unit.items])
-        for found in show_progress(listed, None, "listing", "images") if progress and sources else listed:
+        for found in show_progress(listed, None, "listing new images", "images") if progress and sources else listed:
             if isinstance(found, SkippedImage):
                 skipped.append(found)
             else:
@@ -107,7 +112,9 @@ class RunDirectory:
         return units
 
     def settle(self, config: GenerateConfig, stages: Sequence[str], redo: Sequence[str]) -> None:
-        """Record the settings of a run of `stages`, of which `redo` are done again.
+        """Record the settings that the models of a run of `stages` use, of which `redo` are done again.
+
+        The other settings are recorded by `save`, when they turned out to work.
 
         Raises:
             UserError: records that the run would use or continue were made with other settings. Those of curation are
@@ -129,8 +136,15 @@ class RunDirectory:
                     raise UserError(
                         f"{conflict}; keep {old}, choose another --out, or discard the records with --redo {name}"
                     )
-            if name in stages:
+            if name in stages and name in EXPENSIVE:
                 found[name] = now
+        settings = self._read("settings")
+        self._write(settings | {name: asdict(config)[name] for name in EXPENSIVE if name in stages}, found)
+
+    def save(self, config: GenerateConfig, stages: Sequence[str]) -> None:
+        """Record all settings after a run of `stages`."""
+        found = self._read("stages")
+        found |= {name: fingerprint(getattr(config, name)) for name in RECORDED if name in stages}
         self._write(asdict(config), found)
 
     def _read(self, member: str) -> dict[str, Any]:

@@ -145,4 +145,5 @@ def load_class(text: str, key: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # of another package: anything
-        raise UserError(f"{key}: cannot import {text}: {type(error).__name__}: {error}") from error
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"{key}: cannot import {text}: {type(error).__name__}: {error}{hint}") from error

@@ -94,7 +94,7 @@ def test_decisions_for_what_the_rules_drop_have_no_effect(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("part", ["objects", "relations"])
 def test_stale_ids(tmp_path: Path, part: str) -> None:
-    with pytest.raises(UserError, match=rf"scene k: {part} 3: the records have 3 {part}; .*make them again"):
+    with pytest.raises(UserError, match=rf"scene k: {part} 3: the records have 3 {part}; .* another run"):
         decided(tmp_path, {part: {"3": {"reject": True}}})
 
 

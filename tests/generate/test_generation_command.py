@@ -128,6 +128,53 @@ def test_a_later_run_keeps_the_settings(
     assert key in [one.key for one in all_outcomes(out / "curate") if not one.reason]
 
 
+def test_settings_that_do_not_work_are_not_kept(
+    images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(arguments(*images, out, *DRAWN)) == 0
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"schema": 1, "scenes": {"none": {}}}')
+    for option in (["--decisions", "none.json"], ["--decisions", str(wrong)], ["--set", "curate.min_relations=99"]):
+        assert main(["generate", "--out", str(out), *option]) == 2
+        assert main(["generate", "--out", str(out)]) == 0, capsys.readouterr().err
+        assert main(["generate", "--out", str(out), "--stages", "pack"]) == 0
+    assert main(["generate", "--out", str(tmp_path / "none")]) == 2
+    assert "none: holds no earlier run; name the images" in capsys.readouterr().err
+
+
+def test_decisions_and_coco_corrections_are_both_applied(
+    images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, coco, decisions = tmp_path / "out", tmp_path / "coco.json", tmp_path / "decisions.json"
+    assert main(arguments(*images, out, *DRAWN, "--coco", str(coco))) == 0
+    content = json.loads(coco.read_text())
+    image = content["images"][0]
+    key, width = Path(image["file_name"]).stem, image["width"]
+    content["categories"].append({"id": 999, "name": "cloud"})
+    square = [0, 0, 20, 0, 20, 20, 0, 20]
+    added = {"id": 10**8, "image_id": image["id"], "category_id": 999, "bbox": [0, 0, 20, 20], "area": 400}
+    assert width > 20
+    content["annotations"].append({**added, "segmentation": [square], "iscrowd": 0})
+    coco.write_text(json.dumps(content))
+    command = ["generate", "--out", str(out), "--set", "curate.max_overlap=1", "--stages", "curate,pack"]
+    assert main([*command, "--decisions", str(coco)]) == 0, capsys.readouterr().err
+
+    def names() -> dict[int, str]:
+        (scene,) = [one.result["scene"] for one in all_outcomes(out / "curate") if one.key == key]
+        return {one["id"]: one["name"] for one in scene["objects"]}
+
+    (number,) = [number for number, name in names().items() if name == "cloud"]
+    decided = {"schema": 1, "scenes": {key: {"objects": {str(number): {"name": "big cloud"}}}}}
+    decisions.write_text(json.dumps(decided))
+    assert main([*command, "--decisions", str(decisions)]) == 0, capsys.readouterr().err
+    assert names()[number] == "big cloud"
+    two = ["--decisions", str(decisions), "--decisions", str(decisions)]
+    assert main([*command, *two]) == 2 and "two files of one kind" in capsys.readouterr().err
+    assert main([*command, "--decisions", str(decisions), "--decisions", str(coco)]) == 0
+    assert names()[number] == "big cloud"
+
+
 def test_settings_take_precedence_in_order(
     images: tuple[Path, StubServer], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ IDs are those of the curated record, and all members are optional.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import read_regular
 from scenarioclip_fast.generate.coco import IDS, Annotation, Correction, is_coco, read_coco, same_box
+from scenarioclip_fast.generate.config import CurateConfig
 from scenarioclip_fast.generate.curate.rules import Draft, Link, Mask, Thing
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.suggest import nearest
 from scenarioclip_fast.terminal import short
 
-_STALE = "the decisions are of another run, or of records that have changed since; make them again"
+_STALE = "the decisions belong to another run, or to records that have changed since"
 _TEXTS = {"objects": "name", "relations": "predicate"}
 _MATCH = 0.5  # IoU from which an annotation without an id is taken for an object
 
@@ -77,18 +78,38 @@ class Decisions:
         return {"accept": True, "reject": False}.get(found.get("scene", ""))
 
 
-def read_decisions(path: str) -> Decisions:
+def read_all_decisions(options: CurateConfig) -> list[Decisions]:
+    """Read the COCO file and the decisions, in the order in which they are applied.
+
+    The review page shows what the COCO file made of the scenes.
+    """
+    files = [(options.coco, "curate.coco"), (options.decisions, "curate.decisions")]
+    return [read_decisions(path, key) for path, key in files if path]
+
+
+def apply_all(
+    decisions: Sequence[Decisions], draft: Draft, records: Mapping[str, Any], *, min_agreement: float
+) -> bool | None:
+    """Apply several files to a draft; see `Decisions.apply`."""
+    verdicts = [one.apply(draft, records, min_agreement) for one in decisions]
+    return next((verdict for verdict in reversed(verdicts) if verdict is not None), None)
+
+
+def read_decisions(path: str, key: str = "curate.decisions") -> Decisions:
     """Read a file of decisions, or a COCO file.
+
+    Args:
+        key: the config key, for errors.
 
     Raises:
         UserError: unreadable or malformed; the message names the scene.
     """
-    where = f"curate.decisions: {path}"
+    where = f"{key}: {path}"
     try:
         data = read_regular(path)
         content = parse_json(data, strict=False)
     except OSError as error:
-        raise UserError(f"{where}: {error.strerror or error}") from None
+        raise UserError(f"{where}: {error.strerror or error}; --set {key}= runs without it") from None
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     digest = hashlib.sha256(data).hexdigest()
@@ -156,9 +177,10 @@ class _Stale(ValueError):
 def _decide(draft: Draft, decision: Mapping[str, Any], records: Mapping[str, Any]) -> None:
     """Apply the decisions of the review page; those for parts that the rules drop have no effect."""
     totals = {"objects": len(records["ground"]["objects"]), "relations": len(records["caption"]["relations"])}
+    present = {"objects": draft.things.keys(), "relations": {link.id for link in draft.links}}  # with those of COCO
     for part, total in totals.items():
         for number in decision[part]:
-            if number >= total:
+            if number >= total and number not in present[part]:
                 raise _Stale(f"{part} {number}: the records have {total} {part}; {_STALE}")
     draft.action = decision.get("action", draft.action)
     for link in list(draft.links):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from scenarioclip_fast.data.texts import normalise
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.config import CurateConfig, GenerateConfig
-from scenarioclip_fast.generate.curate.decisions import Decisions, read_decisions
+from scenarioclip_fast.generate.curate.decisions import apply_all, read_all_decisions
 from scenarioclip_fast.generate.curate.merge import Embedder, merge_texts
 from scenarioclip_fast.generate.curate.negatives import read_antonyms
 from scenarioclip_fast.generate.curate.rules import Renaming, Rules
@@ -40,10 +40,11 @@ def prepare(config: GenerateConfig, directory: Path) -> dict[str, Any]:
     context: dict[str, Any] = {"version": _VERSION, "merged": _merged(options, directory)}
     if options.negatives != "none":
         context["antonyms"] = hash_of([read_antonyms(options.antonyms)])
-    if options.decisions:
-        decisions = read_decisions(options.decisions)
-        decisions.check_keys({item.key for unit in read_list(directory / "images.jsonl") for item in unit.items})
-        context["decisions"] = decisions.digest
+    if decisions := read_all_decisions(options):
+        keys = {item.key for unit in read_list(directory / "images.jsonl") for item in unit.items}
+        for one in decisions:
+            one.check_keys(keys)
+        context["decisions"] = [one.digest for one in decisions]
     return context
 
 
@@ -97,10 +98,11 @@ class Curate:
         """Read the files in this process."""
         options = self._options
         antonyms = read_antonyms(options.antonyms) if options.negatives != "none" else {}
-        decisions: Decisions | None = read_decisions(options.decisions) if options.decisions else None
-        if decisions is not None and decisions.digest != self._context.get("decisions"):
-            raise UserError(f"{decisions.path}: it has changed since the stage began; re-run the command")
-        decide = None if decisions is None else partial(decisions.apply, min_agreement=options.min_agreement)
+        decisions = read_all_decisions(options)
+        for one, digest in zip(decisions, self._context.get("decisions", ()), strict=True):
+            if one.digest != digest:
+                raise UserError(f"{one.path}: it has changed since the stage began; re-run the command")
+        decide = partial(apply_all, decisions, min_agreement=options.min_agreement) if decisions else None
         return Rules(options, Renaming(options, self._context["merged"]), antonyms, decide)
 
     def run(self, works: Iterator[Work]) -> Iterator[Outcome]:
