@@ -25,6 +25,7 @@
   const FIELD = { objects: "name", relations: "predicate" };
   const textOf = (kind, k) => partOf(kind, k)[FIELD[kind]] ?? scene[kind][k][FIELD[kind]];
   const isRejected = (kind, k) => partOf(kind, k).reject === true;
+  const isDecided = (i) => decisions.has(scenes[i].key);
   const isChanged = (i) => Object.keys(entryOf(i)).some((name) => name !== "scene");
 
   function isLost(k) { // a relation without one of its objects
@@ -145,6 +146,7 @@
 
   const colour = (k) => COLOURS[k % COLOURS.length];
   const tinted = (element, k) => (element.style.setProperty("--c", colour(k)), element);
+  const countOf = (n) => `${n} ${n === 1 ? "scene" : "scenes"}`;
   const brief = (text) => (text.length > 60 ? `${text.slice(0, 57)}...` : text);
 
   // ---- masks
@@ -188,12 +190,14 @@
     masks.forEach((mask, k) => {
       if (!mask || isRejected("objects", k)) return;
       const rgb = [1, 3, 5].map((i) => parseInt(colour(k).slice(i, i + 2), 16));
-      const [fill, edge] = isHighlighted(k) ? [95, 255] : [25, 70];
+      const [fill, edge] = isHighlighted(k) ? [20, 255] : [8, 90]; // weak, so that the colours of objects can be judged
       for (let y = 0, p = 0; y < height; y++) {
         for (let x = 0; x < width; x++, p++) {
           if (!mask[p]) continue;
           const inner = x && y && x < width - 1 && y < height - 1 && mask[p - 1] && mask[p + 1] && mask[p - width] && mask[p + width];
-          picture.data.set([...rgb, inner ? fill : edge], 4 * p);
+          const alpha = inner ? fill : edge;
+          // Where masks overlap, outlines are over fills.
+          if (alpha >= picture.data[4 * p + 3]) picture.data.set([...rgb, alpha], 4 * p);
         }
       }
     });
@@ -337,7 +341,7 @@
 
   const FILTERS = {
     all: () => true,
-    undecided: (i) => entryOf(i).scene === undefined,
+    undecided: (i) => !isDecided(i),
     accepted: (i) => entryOf(i).scene === "accept",
     rejected: (i) => entryOf(i).scene === "reject",
     changed: isChanged,
@@ -356,10 +360,10 @@
     $("badge").textContent = badge + (isChanged(at) ? `${badge && ", "}changed` : "");
     $("badge").className = `badge ${entry.scene ?? ""}`;
     for (const what of ["accept", "reject"]) $(what).setAttribute("aria-pressed", String(entry.scene === what));
-    const decided = scenes.filter((_, i) => entryOf(i).scene !== undefined).length;
+    const decided = scenes.filter((_, i) => isDecided(i)).length;
     $("bar").max = scenes.length;
     $("bar").value = decided;
-    $("count").textContent = `${decided} of ${scenes.length} decided`;
+    $("count").textContent = `${decided} of ${countOf(scenes.length)} with decisions`;
     $("undo").disabled = undone.length === 0;
     $("previous").disabled = neighbour(-1) === null;
     $("next").disabled = neighbour(1) === null;
@@ -452,8 +456,8 @@
     const next = before === what ? null : neighbour(1);
     if (next !== null) return show(next);
     draw();
-    const open = scenes.filter((_, i) => entryOf(i).scene === undefined).length;
-    if (before !== what) say(open ? `Last scene; ${open} undecided` : "All scenes are decided: save decisions.json");
+    const open = scenes.filter((_, i) => !isDecided(i)).length;
+    if (before !== what) say(open ? `Last scene; ${open} without decisions` : "All scenes have decisions: save decisions.json");
   }
 
   function undo() {
@@ -467,7 +471,8 @@
     const url = URL.createObjectURL(new Blob([exported()], { type: "application/json" }));
     make("a", { href: url, download: "decisions.json" }).click();
     setTimeout(() => URL.revokeObjectURL(url), 60000);
-    say(`Saved the decisions about ${decisions.size} scenes`);
+    const others = decisions.size - scenes.filter((_, i) => isDecided(i)).length;
+    say(`Saved ${countOf(decisions.size)} with decisions${others ? `; ${others} of them are not on this page` : ""}`);
   }
 
   async function load(file) {
@@ -477,7 +482,7 @@
       replaceEntries(found);
       const here = new Set(scenes.map(({ key }) => key));
       const others = found.filter(([key]) => !here.has(key)).length;
-      say(`Loaded the decisions about ${found.length} scenes${others ? `; ${others} of them are not on this page, but kept` : ""}`);
+      say(`Loaded ${countOf(found.length)} with decisions${others ? `; ${others} of them are not on this page, but kept` : ""}`);
       draw();
     } catch (error) {
       say(`${brief(file.name)}: ${brief(error.message)}`);
@@ -545,7 +550,7 @@
     if (matches(at)) return draw();
     const i = neighbour(1, -1);
     if (i === null) {
-      say(`No scenes are ${$("filter").value}`);
+      say(`No scenes are ${$("filter").selectedOptions[0].text}`);
       $("filter").value = "all";
       draw();
     } else show(i);
@@ -568,6 +573,6 @@
   $("scenes").textContent = total > scenes.length ? `${scenes.length} (sampled from ${total})` : scenes.length;
   $("jump").max = scenes.length;
   restore();
-  const first = scenes.findIndex((_, i) => entryOf(i).scene === undefined);
+  const first = scenes.findIndex((_, i) => !isDecided(i));
   show(Math.max(first, 0));
 })();

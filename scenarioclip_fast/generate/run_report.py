@@ -81,7 +81,8 @@ class _Statistics:
             kind = (stage, str(part["part"]).partition(" ")[0], str(part["reason"]))
             self.parts[kind] += 1
             if kind not in self.part_examples:
-                self.part_examples[kind] = _line(f"{outcome.key}, {part['part']}: {part['detail']}", 90)
+                detail = f": {part['detail']}" if part["detail"] else ""
+                self.part_examples[kind] = _line(f"{outcome.key}, {part['part']}{detail}", 90)
         if stage == "curate":
             self._add_scene(result["scene"])
             result = result["scene"]
@@ -202,6 +203,8 @@ def _costs(found: _Statistics) -> list[Section]:
     rows = [
         [stage.name, printable(name), _number(value), _number(value / stage.run_images) if stage.run_images else ""]
         for stage in found.stages.values()
+        # Every run curates again, from the beginning: its counts, summed over runs, are not those of the records.
+        if stage.name != "curate"
         for name, value in stage.counts.items()
         if value
     ]
@@ -216,7 +219,10 @@ def _rejections(found: _Statistics) -> list[Section]:
         for reason, n in stage.rejected.most_common()
     ]
     parts = [
-        [stage, printable(kind), printable(reason), f"{n:,}", found.part_examples[stage, kind, reason]]
+        [
+            *(stage, printable(kind), printable(reason), f"{n:,}"),
+            *(known.get(reason, ""), found.part_examples[stage, kind, reason]),
+        ]
         for (stage, kind, reason), n in found.parts.most_common()
     ]
     sections = []
@@ -224,7 +230,7 @@ def _rejections(found: _Statistics) -> list[Section]:
         head = ["stage", "reason", "images", "of the stage's images", "meaning"]
         sections.append(Section("Rejected images", head, images))
     if parts:
-        head = ["stage", "part", "reason", "number", "example"]
+        head = ["stage", "part", "reason", "number", "meaning", "example"]
         sections.append(Section("Rejected objects and relations", head, parts))
     return sections
 

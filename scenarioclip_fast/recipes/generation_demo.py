@@ -24,7 +24,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import naming, replacing, write_text
 from scenarioclip_fast.generate.config import GenerateConfig
 from scenarioclip_fast.generate.drawn.scores import Annotations, Scores, Truth, annotations_of, score_run
-from scenarioclip_fast.generate.drawn.vlm_server import Corruption, StubServer
+from scenarioclip_fast.generate.drawn.vlm_server import Corruption, Kind, StubServer
 from scenarioclip_fast.generate.pipeline import GenerateReport, generate
 from scenarioclip_fast.progress import progress
 from scenarioclip_fast.recipes.steps import StepTimer, prepare_directory
@@ -36,6 +36,13 @@ MIN_SCENES = 10  # with fewer, splits may be empty
 CORRUPT = 0.2  # fraction of the answers
 _MARKER = "generation-demo.json"  # marks a directory that this demo may clear
 _FOLDERS = ("images", "data")
+_MEANINGS: dict[Kind, str] = {
+    "bad_json": "the answer cannot be parsed",
+    "wrong_name": "an object has the name of something else, also in its relations",
+    "extra_object": "an object is named that is not in the picture",
+    "false_relation": "a relation is named that does not hold between its two objects",
+    "absent_relation": "a relation is named with an object that is not in the picture",
+}
 
 # Drawn objects are in front of each other, so that boxes overlap more than those of the published settings may.
 SETTINGS: dict[str, Any] = {
@@ -81,7 +88,7 @@ class GenerationDemoResult:
     before: Scores
     after: Scores
     report: GenerateReport
-    corrupted: Counter[str]
+    corrupted: Counter[Kind]
     without_relations: int
     seconds: dict[str, float]
 
@@ -113,12 +120,14 @@ class GenerationDemoResult:
             f"{self.corrupted.total():,} of the answers were corrupted."
         )
         note = (
-            "Before curation, the ends of relations are matched to names exactly. The run of `generate` has its own "
-            "pages, `data/report.html` and `data/review.html`."
+            "Before curation, the ends of relations are matched to names exactly. Relations answered rightly are true "
+            "relations that the server named in an answer that can be parsed; the pipeline cannot know others. The run "
+            "of `generate` has its own pages: [report](data/report.html) and [review](data/review.html)."
         )
         report = Report("Generation demo", lead)
         report.sections.append(Section("Scores", ["", "before curation", "after"], rows, note=note))
-        report.add_facts("Corrupted answers", {kind: f"{n:,}" for kind, n in sorted(self.corrupted.items())})
+        corrupted = [[kind, f"{n:,}", _MEANINGS[kind]] for kind, n in sorted(self.corrupted.items())]
+        report.sections.append(Section("Corrupted answers", ["kind", "answers", "meaning"], corrupted))
         steps = {f"{step}, s": f"{seconds:.3g}" for step, seconds in self.seconds.items()}
         report.add_facts("Times", {**steps, "images/s through all stages": f"{self.images_per_s:.3g}"})
         return report

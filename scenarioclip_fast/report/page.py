@@ -27,7 +27,7 @@ table { border-collapse: collapse; min-width: 55%; font-variant-numeric: tabular
 th { text-align: left; color: #6b7480; font-weight: 600; font-size: .85rem; }
 th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid #edf0f3; vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; }
+p.note { color: #55606c; font-size: .9rem; margin: .6rem 0 0; } a { color: #2a62a3; }
 /* Shadows at the edges beyond which a table goes on. */
 .scroll { overflow-x: auto; background:
           linear-gradient(90deg, #fff 50%, transparent) 0 0 / 2rem 100% no-repeat local,
@@ -38,11 +38,16 @@ summary { cursor: pointer; } summary h2 { display: inline; }
 details[open] summary { margin-bottom: .6rem; }
 @media (max-width: 640px) {
   body { padding: 1rem .5rem; } section { padding: .9rem; }
-  .scroll img { max-width: none; width: 760px; }
-  table { width: max-content; min-width: 100%; } td:not(.n) { max-width: 14rem; overflow-wrap: anywhere; }
-  th, td { padding-right: .8rem; }
+  /* Multiplied, the shadows are visible through the white of pictures. */
+  .scroll img { max-width: none; width: 760px; mix-blend-mode: multiply; }
+  table { min-width: 100%; } th.n { white-space: normal; }
+  th, td { padding-right: .7rem; } th:last-child, td:last-child { padding-right: 0; }
+  /* Long texts wrap, but not into tall rows of narrow cells; first columns leave room for numbers. */
+  td.t { min-width: 18rem; overflow-wrap: anywhere; } td.t:first-child { min-width: 8rem; }
 }
 """
+
+_LONG = 32  # characters of a cell, beyond which its column may wrap on a narrow screen
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Section:
         head: column headings of the table.
         rows: cells of the table.
         picture: a PNG file, embedded when the report is written.
-        note: caption; text in backquotes is formatted as code.
+        note: caption; text in backquotes is formatted as code, and [text](page.html) as a link to a relative path.
         strong: (row, column) of bold cells.
         folded: collapsed until the heading is clicked.
     """
@@ -106,6 +111,7 @@ def _card(section: Section) -> str:
         parts.append(f'<div class="scroll">{image}</div>')
     if section.note:
         note = re.sub("`([^`]+)`", r"<code>\1</code>", _escape(section.note))
+        note = re.sub(r"\[([^\]]+)\]\((\w[\w./-]*)\)", r'<a href="\2">\1</a>', note)  # no scheme, no host
         parts.append(f'<p class="note">{note}</p>')
     if section.folded:
         parts.append("</details>")
@@ -113,15 +119,20 @@ def _card(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
-    # Text columns are left-aligned, number columns right-aligned.
-    filled = [[row[i] for row in section.rows if row[i]] for i in range(len(section.rows[0]))]
-    numeric = [2 * sum(map(_is_number, cells)) > len(cells) for cells in filled]
-    lines = [_row("th", section.head, numeric)] if section.head else []
+    kinds = [_kind([row[i] for row in section.rows if row[i]]) for i in range(len(section.rows[0]))]
+    lines = [_row("th", section.head, kinds)] if section.head else []
     for i, row in enumerate(section.rows):
-        lines.append(_row("td", row, numeric, {column for line, column in section.strong if line == i}))
+        lines.append(_row("td", row, kinds, {column for line, column in section.strong if line == i}))
     # With a tab index, keys scroll it in every browser.
     label = f'role="region" aria-label="{_escape(section.title)}" tabindex="0"'
     return "\n".join([f'<div class="scroll" {label}><table>', *lines, "</table></div>"])
+
+
+def _kind(cells: Sequence[str]) -> str:
+    """The class of a column: n of numbers, right-aligned; t of long texts, which wrap; or none."""
+    if 2 * sum(map(_is_number, cells)) > len(cells):
+        return "n"
+    return "t" if max(map(len, cells), default=0) > _LONG else ""
 
 
 def _is_number(cell: str) -> bool:
@@ -129,12 +140,12 @@ def _is_number(cell: str) -> bool:
     return cell.removeprefix("-")[:1].isdigit() and not is_list
 
 
-def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool], strong: Set[int] = frozenset()) -> str:
+def _row(tag: str, cells: Sequence[str], kinds: Sequence[str], strong: Set[int] = frozenset()) -> str:
     marked = []
-    for column, (cell, right) in enumerate(zip(cells, numeric, strict=True)):
+    for column, (cell, kind) in enumerate(zip(cells, kinds, strict=True)):
         text = f"<b>{_escape(cell)}</b>" if column in strong else _escape(cell)
-        edge = ' class="n"' if right else ""
-        marked.append(f"<{tag}{edge}>{text}</{tag}>")
+        attribute = f' class="{kind}"' if kind else ""
+        marked.append(f"<{tag}{attribute}>{text}</{tag}>")
     return f"<tr>{''.join(marked)}</tr>"
 
 

@@ -15,6 +15,7 @@ from generated_runs import Records, write_run
 from scenarioclip_fast.data import rle
 from scenarioclip_fast.generate.review import write_review
 from scenarioclip_fast.generate.run_report import write_run_report
+from scenarioclip_fast.report.page import Report, Section
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -91,12 +92,13 @@ def retype(page: Any, text: str) -> None:
 
 def test_keyboard(page: Any) -> None:
     """All decisions by keys alone; saved, and kept when the page is loaded again."""
-    assert page.text_content("#count") == f"0 of {SCENES} decided"
+    assert page.text_content("#count") == f"0 of {SCENES} scenes with decisions"
     keys(page, "j", "2", "x")  # scene 1: reject object 2
     assert page.get_attribute("#toggle-objects-1", "aria-pressed") == "true"
     keys(page, "1", "e")
     retype(page, "  wicker   basket ")
     assert page.text_content("#part-objects-0 .text") == "wicker basket"
+    assert page.text_content("#count") == f"1 of {SCENES} scenes with decisions"  # a change is one
     keys(page, "Escape", "e")  # deselected, so that the action is edited
     retype(page, "packing a basket")
     keys(page, "Shift+1", "e")
@@ -109,7 +111,7 @@ def test_keyboard(page: Any) -> None:
     assert page.input_value("#jump") == "4"
     keys(page, "ArrowRight", "r", "ArrowLeft")  # rejects scene 4, which goes on to scene 5; back at scene 4
     assert page.get_attribute("#reject", "aria-pressed") == "true"
-    assert page.text_content("#count") == f"3 of {SCENES} decided"
+    assert page.text_content("#count") == f"3 of {SCENES} scenes with decisions"
     expected = {
         key_of(page, 1): {
             "objects": {"1": {"reject": True}, "0": {"name": "wicker basket"}},
@@ -122,7 +124,7 @@ def test_keyboard(page: Any) -> None:
     }
     assert saved(page, lambda: page.keyboard.press("s")) == expected
     page.reload()
-    assert page.text_content("#count") == f"3 of {SCENES} decided"
+    assert page.text_content("#count") == f"3 of {SCENES} scenes with decisions"
     assert page.input_value("#jump") == "1"  # the first undecided one
     keys(page, "j")
     assert page.text_content("#part-objects-0 .text") == "wicker basket"
@@ -181,7 +183,7 @@ def test_mouse(page: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps({"schema": 1, "scenes": {**other, key_of(page, 3): {"scene": "accept"}}}))
     page.set_input_files("#file", file)
     playwright.expect(page.locator("#status")).to_contain_text("2 of them are not on this page, but kept")
-    assert page.text_content("#count") == f"2 of {SCENES} decided"
+    assert page.text_content("#count") == f"2 of {SCENES} scenes with decisions"
     merged = saved(page, lambda: page.click("#save"))
     assert merged == {**expected, **other, key_of(page, 3): {"scene": "accept"}}
     file.write_text('{"schema": 1, "scenes": {"a": {"objects": {"x": {}}}}}')
@@ -191,17 +193,41 @@ def test_mouse(page: Any, tmp_path: Path) -> None:
 
 
 def test_masks_are_drawn(page: Any) -> None:
-    """The tinted pixels are those of the masks, which the page decodes by itself."""
+    """The tinted pixels are those of the masks, which the page decodes by itself; colours of objects stay visible."""
     drawn = page.evaluate(
         """() => {
         const {width, height} = document.getElementById("masks");
         const {data} = document.getElementById("masks").getContext("2d").getImageData(0, 0, width, height);
-        return [height, width, data.filter((value, i) => i % 4 === 3 && value > 0).length];
+        const alphas = [...data.filter((value, i) => i % 4 === 3 && value > 0)];
+        return [height, width, alphas.length, [...new Set(alphas)].sort((a, b) => a - b)];
         }"""
     )
     scene = json.loads(page.text_content("#scene-0"))
     union = sum(rle.decode({"size": scene["size"], "counts": o["mask"]}).int() for o in scene["objects"]) > 0
-    assert drawn == [*scene["size"], int(union.sum())]
+    assert drawn[:3] == [*scene["size"], int(union.sum())]
+    fill, outline = drawn[3]
+    assert fill < 0.1 * 255 and outline == 255
+
+
+def test_the_page_ends_at_the_buttons(browser: Any, path: Path) -> None:
+    for width in (390, 1280):
+        for page in opened(browser, path, width):
+            left, right, nav = (page.locator(one).bounding_box() for one in ("#left", "#right", "nav"))
+            end = page.evaluate("document.documentElement.scrollHeight")
+            content = max(box["y"] + box["height"] for box in (left, right))
+            assert end - content - nav["height"] <= 16 or end == 844  # no more than the gap between cards
+            page.evaluate("scrollTo(0, 1e6)")
+            assert (
+                max(page.locator(one).evaluate("e => e.getBoundingClientRect().bottom") for one in ("#left", "#right"))
+                <= nav["y"]
+            )
+
+
+def test_tables_of_scores_fit_a_narrow_screen(browser: Any, tmp_path: Path) -> None:
+    rows = [["masks with an IoU of at least 0.75", "100.0 %", "100.0 %"]]
+    report = Report("R", sections=[Section("S", ["", "before curation", "after"], rows)])
+    for page in opened(browser, report.write(tmp_path / "report.html"), 390):
+        assert page.locator(".scroll").evaluate("e => e.scrollWidth === e.clientWidth")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

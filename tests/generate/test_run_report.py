@@ -76,8 +76,24 @@ def test_stages(run: tuple[Path, list[dict[str, Any]], str]) -> None:
     (row,) = found["Rejected images"]
     assert row == ["caption", "answer_not_json", "1", "8.3 %", "the answer contains no JSON object"]
     (row,) = found["Rejected objects and relations"]
-    assert row[:4] == ["curate", "object", "no_mask", str(boxes - kept)]
-    assert re.fullmatch(r"\d+, object \d \(.+\): the segmenter found none", row[4])
+    assert row[:5] == ["curate", "object", "no_mask", str(boxes - kept), "the object has no mask"]
+    assert re.fullmatch(r"\d+, object \d \(.+\): the segmenter found none", row[5])
+
+
+def test_counts_of_curate_are_those_of_its_records(tmp_path: Path) -> None:
+    """Each run curates all units again: the sums over runs would be multiples."""
+
+    def change(i: int, records: Records) -> None:
+        records["curate"]["rejected"] = [{"part": "object 9 (cat)", "reason": "unused_object", "detail": ""}]
+
+    write_run(tmp_path, 4, change=change)
+    with open(tmp_path / "runs.jsonl", "a") as file:
+        for _ in range(2):
+            file.write('{"stage": "curate", "images": 3, "seconds": 1, "counts": {"objects": 9}}\n')
+    found = tables(write_run_report(tmp_path, tmp_path / "report.html").read_text("utf-8"))
+    assert {row[0] for row in found["Counts"]} == {"caption", "ground"}
+    (row,) = found["Rejected objects and relations"]
+    assert row[4] == "no relation uses the object" and re.fullmatch(r"\d+, object 9 \(cat\)", row[5])
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def test_nothing_is_neither_right_nor_wrong() -> None:
         "recall of relations": 0.0,
         "recall of relations answered rightly": 0.0,
         "mean IoU of masks": None,
-        "masks of IoU >= 0.5": None,
-        "masks of IoU >= 0.75": None,
+        "masks with an IoU of at least 0.5": None,
+        "masks with an IoU of at least 0.75": None,
     }
     assert scores(Annotations(), Annotations(), frozenset()).measures()["recall of objects"] is None
 

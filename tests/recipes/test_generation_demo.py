@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, rle
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.recipes.generation_demo import GenerationDemoConfig, draw, run_generation_demo
+from scenarioclip_fast.generate.drawn.vlm_server import KINDS
+from scenarioclip_fast.recipes.generation_demo import _MEANINGS, GenerationDemoConfig, draw, run_generation_demo
 
 for package in ("simplejpeg", "scipy", "openai", "inflect", "rapidfuzz"):
     pytest.importorskip(package)
@@ -50,7 +52,16 @@ def test_everything_is_written(demo: Path, result: dict[str, Any]) -> None:
     page = (demo / "report.html").read_text()
     for name in ("precision of objects", "recall of relations"):
         cells = [f"{100 * result[when][name]:.1f} %" for when in ("before", "after")]
-        assert f'<td>{name}</td><td class="n">{cells[0]}</td><td class="n">{cells[1]}</td>' in page
+        assert f'<td class="t">{name}</td><td class="n">{cells[0]}</td><td class="n">{cells[1]}</td>' in page
+
+
+def test_the_page_explains_corruptions_and_links_to_the_run(demo: Path, result: dict[str, Any]) -> None:
+    assert set(_MEANINGS) == set(KINDS)
+    page = (demo / "report.html").read_text()
+    for kind, n in result["corrupted"].items():
+        assert f'<td>{kind}</td><td class="n">{n}</td><td class="t">{_MEANINGS[kind]}</td>' in page
+    links = re.findall('<a href="(.*?)">', page)
+    assert links == ["data/report.html", "data/review.html"] and all((demo / link).is_file() for link in links)
 
 
 def test_scores(result: dict[str, Any]) -> None:
@@ -61,7 +72,7 @@ def test_scores(result: dict[str, Any]) -> None:
     # Curation mends wordings, which exact matching loses, without lowering precision.
     for name in ("precision of objects", "recall of objects", "precision of relations", "recall of relations"):
         assert after[name] > before[name] + 0.05, name
-    assert after["masks of IoU >= 0.75"] >= 0.95
+    assert after["masks with an IoU of at least 0.75"] >= 0.95
 
 
 def test_corruption_is_counted(demo: Path, result: dict[str, Any]) -> None:

@@ -125,6 +125,19 @@ def test_tables_fit_the_page(tmp_path: Path) -> None:
     assert "run <code>pytest -m x</code> &amp; wait" in page
 
 
+def test_links_in_notes_are_relative(tmp_path: Path) -> None:
+    note = "[one](data/a-b.html) [two](https://x.y) [three](//x.y) [four](javascript:f) [five](a.html'x)"
+    page = Report("R", sections=[Section("S", note=note)]).write(tmp_path / "report.html").read_text("utf-8")
+    assert re.findall("<a .*?</a>", page) == ['<a href="data/a-b.html">one</a>']
+
+
+def test_columns_of_long_texts_are_marked(tmp_path: Path) -> None:
+    """They alone get a width on narrow screens."""
+    section = Section("S", ["key", "meaning"], [["a", "m" * 33], ["b", "short"]])
+    page = Report("R", sections=[section]).write(tmp_path / "report.html").read_text("utf-8")
+    assert '<tr><td>b</td><td class="t">short</td></tr>' in page and '<th class="t">meaning</th>' in page
+
+
 def test_lists_of_facts_are_left_aligned(tmp_path: Path) -> None:
     report = Report("R")
     report.add_facts("How", {"train": "2,799 scenes, 7,930 objects", "val": "176 scenes, 513 objects"})

@@ -113,8 +113,8 @@ class Scores:
             "recall of relations": (self.relations_right, self.relations_true),
             "recall of relations answered rightly": (self.relations_answered_right, self.relations_answered),
             "mean IoU of masks": (self.mask_iou, self.objects_right),
-            "masks of IoU >= 0.5": (self.masks_50, self.objects_right),
-            "masks of IoU >= 0.75": (self.masks_75, self.objects_right),
+            "masks with an IoU of at least 0.5": (self.masks_50, self.objects_right),
+            "masks with an IoU of at least 0.75": (self.masks_75, self.objects_right),
         }
         return {name: part / whole if whole else None for name, (part, whole) in fractions.items()}
 
