@@ -322,6 +322,14 @@ CONTRAST = """selector => [...document.querySelectorAll(selector)].filter(e => e
 })"""
 
 
+def test_help_names_the_command(browser: Any, path: Path) -> None:
+    for page in opened(browser, path, 390):
+        keys(page, "?")
+        command = " ".join(page.inner_text("#help code").split())
+        assert command == "scenarioclip-fast generate --out DIR --stages curate,pack --decisions decisions.json"
+        assert page.locator("#help").evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
 def test_contrast(page: Any) -> None:
     """All texts, also of pressed buttons, stand out from their background as WCAG 2.2 AA demands."""
     keys(page, "j", "r", "k", "a", "k", "2", "x", "1", "e")
