@@ -132,6 +132,8 @@ class SegmentConfig:
     def __post_init__(self) -> None:
         check_types(self, "segment.")
         _at_least("segment", self, 1, "batch_size", "boxes_per_batch")
+        if self.model == GIVEN:
+            raise UserError("segment.model: got given; masks that a data set has need no run of generate")
         _named("segment", self)
 
 
@@ -206,6 +208,11 @@ class PackConfig:
     def __post_init__(self) -> None:
         check_types(self, "pack.")
         _at_least("pack", self, 1, "shard_size")
+        _fractions("pack", self, "val", "test")
+        if self.val + self.test > 1:
+            raise UserError(
+                f"pack.val: got {self.val:g}, expected at most {1 - self.test:g}, as pack.test is {self.test:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

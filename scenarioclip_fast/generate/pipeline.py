@@ -135,10 +135,16 @@ class Job:
         at = RECORDED.index(self.name)
         if at == 0:
             return hash_of([settings, self.context, [item.key for item in unit.items]])
-        path = self.directory / RECORDED[at - 1] / unit.file_name
+        stage = RECORDED[at - 1]
+        path = self.directory / stage / unit.file_name
         if not path.is_file():
-            stage = RECORDED[at - 1]
             raise UserError(f"{self.name}: {path} does not exist; finish the stage {stage} first (--stages)")
+        before = replace(self, name=stage, context=None)  # of the stages, only curate has a context
+        if not is_finished(path, before._inputs(unit), retried=True):
+            raise UserError(
+                f"{self.name}: the records of {stage} are older than those it was made from; run the stage {stage} "
+                f"again first (--stages)"
+            )
         return hash_of([settings, self.context, content_hash(path)])
 
     def is_finished(self, unit: Unit) -> bool:
@@ -378,7 +384,7 @@ def generate(
     config = (config or GenerateConfig.of(directory.settings())).with_absolute_paths()
     with Workers(workers) as pool:
         run = _Run(directory, config, device, pool, progress, ray, factory)
-        run.check(stages, redo, unit_size, review)
+        run.check(stages, redo, unit_size, review, coco)
         with directory.opened():
             units = directory.list_units(sources, unit_size, progress=progress)
             run.check_models(stages, redo, units)
@@ -438,7 +444,9 @@ class _Run:
             report.written.append(write_run_report(self.out, self.out / "report.html"))
         return report
 
-    def check(self, stages: Sequence[str], redo: Sequence[str], unit_size: int, review: int) -> None:
+    def check(
+        self, stages: Sequence[str], redo: Sequence[str], unit_size: int, review: int, coco: str | Path | None
+    ) -> None:
         """Check the arguments before anything is read."""
         for name in (*stages, *redo):
             if name not in STAGES:
@@ -449,6 +457,8 @@ class _Run:
             raise UserError(f"redo: got {unused[0]}, which is not among the stages to run ({', '.join(stages)})")
         if self.workers.count < 1:
             raise UserError(f"workers: got {self.workers.count}, expected at least 1")
+        if coco is not None:
+            self._check_coco(Path(coco))
         if review < 0:
             raise UserError(f"review: got {review}, expected at least 0 scenes")
         if unit_size < 1:
@@ -466,11 +476,23 @@ class _Run:
         if self.ray is not None:
             require("ray")
 
+    def _check_coco(self, path: Path) -> None:
+        if path.is_dir():
+            raise UserError(f"--coco: got the directory {path}, expected a file to write")
+        own, out = path.resolve(), self.out.resolve()
+        if own.parent == out and (own.suffix in (".jsonl", ".html") or own.name in ("generate.json", "lock")):
+            raise UserError(f"--coco: {path} is a file of the run; choose another name")
+        if any((out / name) in own.parents for name in (*RECORDED, "shards", "published")):
+            raise UserError(f"--coco: {path} is in a directory that the run writes; choose another one")
+
     def check_models(self, stages: Sequence[str], redo: Sequence[str], units: Iterable[Unit]) -> None:
-        """Check the models of later stages before the first one runs, which may take days."""
+        """Check the models of later stages before the first one runs, which may take days, and those of stages whose
+        records are to be discarded."""
         check = importlib.import_module(self.factory).check_stage
         for name in EXPENSIVE:
             missing = any(not (self.out / name / unit.file_name).exists() for unit in units)
+            if name == "caption":  # it runs first, and a server may still be starting
+                missing = False
             if name in stages and (missing or name in redo):
                 check(name, self.config)
 

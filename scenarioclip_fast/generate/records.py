@@ -250,9 +250,16 @@ def content_hash(path: Path) -> str:
     return file_digest(path) if path.is_file() else hashlib.sha256().hexdigest()
 
 
-def has_files(directory: Path) -> bool:
-    """Whether a directory has files of a stage."""
-    return directory.is_dir() and any(_NAME.fullmatch(path.name) for path in directory.iterdir())
+def has_outcomes(directory: Path) -> bool:
+    """Whether a directory has outcomes of a stage, in finished files or others."""
+    if not directory.is_dir():
+        return False
+    for path in directory.iterdir():
+        if _NAME.fullmatch(path.name) and path.is_file():
+            with open(path, "rb", opener=open_regular) as file:
+                if file.readline() and file.readline():
+                    return True
+    return False
 
 
 def clear(directory: Path) -> None:

@@ -22,7 +22,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import check_folder, kind_of, open_regular, read_regular, replacing, status_of
 from scenarioclip_fast.generate.config import EXPENSIVE, RECORDED, STAGES, GenerateConfig, fingerprint
 from scenarioclip_fast.generate.images import RUN_FILE, Item, Unit, divide, list_images, read_list, write_list
-from scenarioclip_fast.generate.records import has_files
+from scenarioclip_fast.generate.records import has_outcomes
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.progress import progress as show_progress
 from scenarioclip_fast.terminal import short, warn
@@ -84,7 +84,12 @@ class RunDirectory:
         Raises:
             UserError: the file is damaged.
         """
-        return self._read("settings") if self.exists else {}
+        found = self._read("settings") if self.exists else {}
+        try:
+            GenerateConfig.of(found)
+        except UserError as error:
+            raise UserError(f"{self._marker}: {error}") from None
+        return found
 
     def list_units(self, sources: Sequence[str | Path], unit_size: int, *, progress: bool) -> list[Unit]:
         """Read the list of images, and append new ones.
@@ -126,7 +131,7 @@ class RunDirectory:
             now = fingerprint(getattr(config, name))
             before = found.get(name, now)
             key = next((key for key, value in now.items() if before.get(key, value) != value), None)
-            if key is not None and at < last + (name in stages) and has_files(self.path / name):
+            if key is not None and at < last + (name in stages) and has_outcomes(self.path / name):
                 old, new = short(before[key]), short(now[key])
                 conflict = f"{name}.{key}: got {new}, but {self.path} has records made with {old}"
                 if name not in stages:
@@ -149,11 +154,13 @@ class RunDirectory:
 
     def _read(self, member: str) -> dict[str, Any]:
         try:
-            found: dict[str, dict[str, Any]] = {
-                str(name): dict(section) for name, section in parse_json(read_regular(self._marker))[member].items()
-            }
+            content = parse_json(read_regular(self._marker))
+            if content["schema"] != _SCHEMA:
+                schema = short(content["schema"])
+                raise UserError(f"{self._marker}: got schema {schema}, expected {_SCHEMA}: it is of another version")
+            found: dict[str, dict[str, Any]] = {str(name): dict(section) for name, section in content[member].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self._marker}: damaged ({error})") from None
+            raise UserError(f"{self._marker}: damaged ({error}); choose another --out") from None
         return found
 
     def _write(self, settings: dict[str, Any], stages: dict[str, Any]) -> None:

@@ -302,6 +302,14 @@ def test_stale_scenes_are_not_packed(images: Path, models: Models, tmp_path: Pat
     run([], out, stages=["caption", "ground", "segment"], redo=["caption"])
     with pytest.raises(UserError, match=r"pack: 1 of 4 units of images are not curated, .*; add curate to --stages"):
         run([], out, stages=["pack"])
+    run([], out, stages=["curate", "pack"])
+    before = files(out)
+    models.on_work.clear()
+    run([], out, stages=["caption"], redo=["caption"])
+    for stages in (["pack"], ["curate", "pack"], ["segment", "curate"]):  # the boxes are of other captions
+        with pytest.raises(UserError, match=r"the records of ground are older than .*; run the stage ground again"):
+            run([], out, stages=stages)
+    assert files(out)["segment/000000.jsonl"] == before["segment/000000.jsonl"]
 
 
 def test_models_are_checked_before_the_first_stage(
@@ -348,6 +356,34 @@ def test_foreign_directories_are_left_alone(images: Path, models: Models, tmp_pa
     with pytest.raises(UserError, match=r"generate\.json: damaged"):
         run(images, tmp_path / "out")
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["generate.json", "images.jsonl", "report.html", "caption/000000.jsonl", "shards"])
+def test_a_coco_file_replaces_no_file_of_the_run(images: Path, models: Models, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    run(images, out)
+    before = files(out)
+    with pytest.raises(UserError, match="--coco: "):
+        run(images, out, coco=out / name)
+    assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 2, "settings": {}, "stages": {}}', "got schema 2, expected 1"),
+        ('{"schema": 1, "settings": {"ground": {"nms": "x"}}, "stages": {}}', r"generate\.json: ground\.nms: got"),
+        ("null", r"generate\.json: damaged"),
+    ],
+)
+def test_damaged_settings_name_their_file(
+    images: Path, models: Models, tmp_path: Path, text: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    run(images, out, stages=["caption"])
+    (out / "generate.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        generate([], out, progress=False)
 
 
 def test_redo_keeps_foreign_files(images: Path, models: Models, tmp_path: Path) -> None:

@@ -143,6 +143,28 @@ def test_settings_that_do_not_work_are_not_kept(
     assert "none: holds no earlier run; name the images" in capsys.readouterr().err
 
 
+def test_redo_discards_captions_only_for_a_model_that_exists(
+    images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, server = tmp_path / "out", images[1]
+    assert main(arguments(*images, out, *DRAWN, "--stages", "caption")) == 0
+    before = {path.name: path.read_bytes() for path in (out / "caption").iterdir()}
+    redo = ["generate", "--out", str(out), "--stages", "caption", "--redo", "caption", "--vlm-model"]
+    for model, url, message in (
+        ("other", server.url, f"caption.model: got 'other', but {server.url} has {server.model}"),
+        (server.model, "http://127.0.0.1:1/v1", "caption: cannot reach http://127.0.0.1:1/v1"),
+        (str(tmp_path / "none"), "", "caption.model: cannot load"),
+    ):
+        assert main([*redo, model, "--set", f"caption.url={url}"]) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (out / "caption").iterdir()} == before
+    # Without records, settings may change.
+    for name in before:
+        (out / "caption" / name).write_bytes(before[name].partition(b"\n")[0] + b"\n")
+        (out / "caption" / name).rename(out / "caption" / f"{name}.partial")
+    assert main(["generate", "--out", str(out), "--stages", "caption", "--set", "caption.max_tokens=999"]) == 0
+
+
 def test_decisions_and_coco_corrections_are_both_applied(
     images: tuple[Path, StubServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,7 +197,7 @@ def test_counts_do_not_depend_on_units(tmp_path: Path) -> None:
 def test_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 3)
     config = GenerateConfig.of({"caption": {"model": "qwen"}, "curate": {"min_relations": 2, "decisions": "d.json"}})
-    RunDirectory(tmp_path / "run").settle(config, [], [])
+    RunDirectory(tmp_path / "run").save(config, [])
     page = write_run_report(tmp_path / "run", tmp_path / "report.html").read_text("utf-8")
     assert tables(page)["Settings of the last run"] == [
         ["caption.model", "qwen", '""'],

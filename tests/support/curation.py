@@ -13,7 +13,7 @@ from scenarioclip_fast.data import rle
 from scenarioclip_fast.generate.config import GenerateConfig
 from scenarioclip_fast.generate.curate.stage import make
 from scenarioclip_fast.generate.images import Item, divide, list_images, write_list
-from scenarioclip_fast.generate.records import UnitFile
+from scenarioclip_fast.generate.pipeline import Job
 from scenarioclip_fast.generate.stages import Outcome, Work
 
 SIZE = [60, 80]
@@ -94,11 +94,9 @@ def write_run(directory: Path, scenes: Mapping[str, dict[str, Any]], unit_size: 
     units = divide([item for item in list_images([images]) if isinstance(item, Item)], unit_size)
     write_list(units, out / "images.jsonl")
     for unit in units:
-        keys = [item.key for item in unit.items]
         for stage in ("caption", "ground", "segment"):
-            file = UnitFile(out / stage, unit.number, "-", keys)
-            file.resume()
-            for key in keys:
+            file, _ = Job(out, stage, GenerateConfig(), "cpu").file(unit)
+            for key in file.resume():
                 file.append(Outcome(key, scenes[key][stage]))
             file.finish()
     return out

@@ -163,6 +163,14 @@ class _Model:
         return text, not len(ends), prompt, tokens
 
 
+def check_model(config: CaptionConfig) -> None:
+    """Check that the checkpoint exists, without loading it; raises UserError."""
+    try:
+        require("transformers").AutoConfig.from_pretrained(config.model)
+    except Exception as error:
+        raise UserError(f"caption.model: cannot load {config.model} ({one_line(error)}); {_EXPECTED}") from None
+
+
 def _make_processor(transformers: Any, path: str, config: Any) -> Any:
     try:
         return transformers.AutoProcessor.from_pretrained(path)

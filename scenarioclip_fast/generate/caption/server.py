@@ -23,7 +23,7 @@ from scenarioclip_fast.generate.caption.prompt import answer_schema, encoded_pic
 from scenarioclip_fast.generate.config import CaptionConfig
 from scenarioclip_fast.generate.stages import Images, Outcome, Work
 from scenarioclip_fast.requirements import require
-from scenarioclip_fast.terminal import one_line, warn
+from scenarioclip_fast.terminal import one_line, short, warn
 
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 600.0
@@ -333,6 +333,17 @@ class _Session:
             return
         raise _Refusal("request_refused", detail) from None
 
+    def list_models(self) -> list[str]:
+        """The names of the server's models; empty if it has no list. Raises UserError if it cannot be reached."""
+        try:
+            found = self._client.with_options(timeout=_CONNECT_S).models.list().data
+        except self._openai.APIConnectionError as error:
+            detail = one_line(error.__cause__ or error)
+            raise UserError(f"caption: cannot reach {self._config.url}: {detail}: start the server") from None
+        except Exception:  # of other kinds: the server has no list
+            return []
+        return [str(model.id) for model in found]
+
     def _models(self) -> str:
         try:
             names = [str(model.id) for model in self._client.with_options(timeout=_CONNECT_S).models.list().data]
@@ -359,6 +370,21 @@ class _Session:
         if refusal or finish == "content_filter":
             raise _Refusal("request_refused", one_line(refusal or "content filter"))
         raise _Failure("server_error", f"got no text in {one_line(completion)}")
+
+
+def check_server(config: CaptionConfig) -> None:
+    """Check that the server answers, and has the model if it lists its models.
+
+    Raises:
+        UserError: it cannot be reached, or has other models.
+    """
+    session = _Session(config, Counter(), None)
+    try:
+        names = session.list_models()
+    finally:
+        session.close()
+    if names and config.model not in names:
+        raise UserError(f"caption.model: got {short(config.model)}, but {config.url} has {', '.join(names[:10])}")
 
 
 def _response_format(config: CaptionConfig) -> dict[str, Any] | None:
