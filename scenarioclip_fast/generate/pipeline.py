@@ -142,8 +142,8 @@ class Job:
         before = replace(self, name=stage, context=None)  # of the stages, only curate has a context
         if not is_finished(path, before._inputs(unit), retried=True):
             raise UserError(
-                f"{self.name}: the records of {stage} are older than those it was made from; run the stage {stage} "
-                f"again first (--stages)"
+                f"{self.name}: the records of {stage} were made from others than there are now; run the stage {stage} "
+                "again first (--stages)"
             )
         return hash_of([settings, self.context, content_hash(path)])
 
@@ -478,12 +478,12 @@ class _Run:
 
     def _check_coco(self, path: Path) -> None:
         if path.is_dir():
-            raise UserError(f"--coco: got the directory {path}, expected a file to write")
+            raise UserError(f"coco: got the directory {path}, expected a file to write")
         own, out = path.resolve(), self.out.resolve()
         if own.parent == out and (own.suffix in (".jsonl", ".html") or own.name in ("generate.json", "lock")):
-            raise UserError(f"--coco: {path} is a file of the run; choose another name")
+            raise UserError(f"coco: {path} is a file of the run; choose another name")
         if any((out / name) in own.parents for name in (*RECORDED, "shards", "published")):
-            raise UserError(f"--coco: {path} is in a directory that the run writes; choose another one")
+            raise UserError(f"coco: {path} is in a directory that the run writes; choose another one")
 
     def check_models(self, stages: Sequence[str], redo: Sequence[str], units: Iterable[Unit]) -> None:
         """Check the models of later stages before the first one runs, which may take days, and those of stages whose
