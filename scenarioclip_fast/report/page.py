@@ -59,7 +59,7 @@ class Section:
         head: column headings of the table.
         rows: cells of the table.
         picture: a PNG file, embedded when the report is written.
-        note: caption; text in backquotes is formatted as code, and [text](page.html) as a link to a relative path.
+        note: caption; text in backquotes is formatted as code, and `[text](path)` as a link to a relative path.
         strong: (row, column) of bold cells.
         folded: collapsed until the heading is clicked.
     """
