@@ -460,7 +460,8 @@ def test_a_fetched_shard_is_synced_before_it_is_renamed(
         expected = [".part"] if broken else [".part", "renamed", "directory"]
         assert done == expected * len(shards), "once per shard"
         assert len(cached(cache)) == (0 if broken else len(shards))
-    assert not [name for name in os.listdir("/proc/self/fd") if ".part" in _target(name)]
+    targets = map(_target, os.listdir("/proc/self/fd"))
+    assert not [path for path in targets if ".part" in path and str(cache) in path]
 
 
 def _target(descriptor: str) -> str:

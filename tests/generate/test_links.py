@@ -145,3 +145,5 @@ def test_a_full_disk_names_the_file_of_the_records(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space left") as caught:
         file.append(Outcome("a"))
     assert caught.value.filename == str(file.partial)
+    monkeypatch.undo()
+    file.close()
