@@ -142,8 +142,8 @@ class Job:
         before = replace(self, name=stage, context=None)  # of the stages, only curate has a context
         if not is_finished(path, before._inputs(unit), retried=True):
             raise UserError(
-                f"{self.name}: the records of {stage} were made from others than there are now; run the stage {stage} "
-                "again first (--stages)"
+                f"{self.name}: the inputs of the records of {stage} have changed; run the stage {stage} again first "
+                "(--stages)"
             )
         return hash_of([settings, self.context, content_hash(path)])
 
@@ -490,10 +490,9 @@ class _Run:
         records are to be discarded."""
         check = importlib.import_module(self.factory).check_stage
         for name in EXPENSIVE:
-            missing = any(not (self.out / name / unit.file_name).exists() for unit in units)
-            if name == "caption":  # it runs first, and a server may still be starting
-                missing = False
-            if name in stages and (missing or name in redo):
+            # caption runs first, and its server may still be starting.
+            later = name != "caption" and any(not (self.out / name / unit.file_name).exists() for unit in units)
+            if name in stages and (later or name in redo):
                 check(name, self.config)
 
     def _check_curated(self, units: list[Unit]) -> None:

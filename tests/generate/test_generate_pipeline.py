@@ -308,7 +308,7 @@ def test_stale_scenes_are_not_packed(images: Path, models: Models, tmp_path: Pat
     run([], out, stages=["caption"], redo=["caption"])
     for stages in (["pack"], ["curate", "pack"], ["segment", "curate"]):  # the boxes are of other captions
         with pytest.raises(
-            UserError, match=r"the records of ground were made from others than .*; run the stage ground again"
+            UserError, match=r"the inputs of the records of ground have changed; run the stage ground again"
         ):
             run([], out, stages=stages)
     assert files(out)["segment/000000.jsonl"] == before["segment/000000.jsonl"]
