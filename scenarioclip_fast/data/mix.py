@@ -31,7 +31,6 @@ class ShardMix:
     Attributes:
         sets: the data sets.
         mix: how often their scenes occur in an epoch.
-        keys: the keys of all scenes.
 
     Raises:
         UserError: see `ShardSet`; or no scenes, or a weight that leaves none of a set's scenes.
@@ -52,11 +51,9 @@ class ShardMix:
         self.sets = [ShardSet(source.path, split, verify=verify, **options) for source in sources]
         self.mix = Mix(tuple(map(len, self.sets)), tuple(source.weight for source in sources))
         self.is_remote = any(shards.is_remote for shards in self.sets)
-        self.keys = self.sets[0].keys if len(self.sets) == 1 else [key for shards in self.sets for key in shards.keys]
         self._first = [0, *accumulate(self.mix.sizes)]
-        self._copies = _copies(self.keys) if len(self.sets) > 1 else {}
         empty = [shards.source for shards in self.sets if not len(shards)]
-        if empty and (split == "train" or not self.keys):
+        if empty and (split == "train" or not len(self)):
             where = ", ".join(empty)
             raise UserError(f"{where}: the {split} split has no scenes: choose another split, or pack more scenes")
         for shards, weight, count in zip(self.sets, self.mix.weights, self.mix.counts, strict=True):
@@ -68,7 +65,12 @@ class ShardMix:
 
     def __len__(self) -> int:
         """Number of scenes, each counted once."""
-        return len(self.keys)
+        return self._first[-1]
+
+    def key(self, i: int) -> str:
+        """The key of scene `i`."""
+        number = self._set(i)
+        return self.sets[number].keys[i - self._first[number]]
 
     @property
     def source(self) -> str:
@@ -100,7 +102,9 @@ class ShardMix:
     @cached_property
     def digest(self) -> int:
         """Checksum of the keys in order: see `ShardSet.digest`."""
-        return digest(self.keys)
+        if len(self.sets) == 1:
+            return self.sets[0].digest
+        return digest(key for shards in self.sets for key in shards.keys)
 
     def count(self, name: str) -> int:
         """A count of the split over all sets, each once: see `ShardSet.count`."""
@@ -121,7 +125,11 @@ class ShardMix:
 
         It is 0 for the first one.
         """
-        return number * len(self.sets) + self._copies.get(i, 0)
+        if len(self.sets) == 1:
+            return number
+        own = self._set(i)
+        key = self.key(i)
+        return number * len(self.sets) + sum(shards.find(key) is not None for shards in self.sets[:own])
 
     def identities(self) -> list[dict[str, Any]]:
         """Plain values of each set for a saved state: its path, number of scenes, contents and weight."""
@@ -206,14 +214,3 @@ class ShardMix:
 
     def _set(self, i: int) -> int:
         return bisect_right(self._first, i) - 1
-
-
-def _copies(keys: Sequence[str]) -> dict[int, int]:
-    """Map the positions of repeated keys to the number of earlier occurrences."""
-    found: dict[int, int] = {}
-    earlier: dict[str, int] = {}
-    for i, key in enumerate(keys):
-        if (before := earlier.get(key, 0)) > 0:
-            found[i] = before
-        earlier[key] = before + 1
-    return found

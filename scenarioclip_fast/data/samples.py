@@ -85,7 +85,7 @@ class SampleReader:
 
     def _read_one(self, occurrence: int) -> Sample | BadSample:
         number, index = divmod(occurrence, len(self._shards))
-        key, source = self._shards.keys[index], self._shards.source_of(index)
+        source = self._shards.source_of(index)
         try:
             scene = self._shards.read(index)
         except BadSample as bad:
@@ -95,7 +95,7 @@ class SampleReader:
         except Exception as error:  # damaged bytes can make the parsers raise anything
             if is_exhausted(error):
                 raise exhausted_error(self._shards.source) from error
-            return BadSample(key, "unreadable", f"{type(error).__name__}: {error}", source)
+            return BadSample(self._shards.key(index), "unreadable", f"{type(error).__name__}: {error}", source)
         if self._need_masks:
             scene = with_masks(scene)
         ids = self._shards.vocabulary
@@ -110,7 +110,7 @@ class SampleReader:
                 source,
             )
         except UserError as error:
-            return BadSample(key, "unknown_text", str(error), source)
+            return BadSample(scene.key, "unknown_text", str(error), source)
 
     def close(self) -> None:
         """Stop the threads and close the shards."""

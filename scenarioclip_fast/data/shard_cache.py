@@ -32,7 +32,7 @@ _log = get_logger(__name__)
 
 _libc = ctypes.CDLL(None)
 _UTIME_NOW, _UTIME_OMIT, _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = (1 << 30) - 1, (1 << 30) - 2, -100, 0x100  # Linux
-_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_FILE = re.compile(r"[0-9a-f]{64}\.(tar|part|index)")
 _CLAIMS = re.compile(r"[0-9a-f]{32}\.claims")
 
 
@@ -45,6 +45,7 @@ class ShardCache:
     """Files on a local disk, named by their SHA-256 and shared by the processes of a host.
 
         DIR/DIGEST.tar    a complete file; its access time is the time of last use
+        DIR/DIGEST.index  an index, as long as the original; what has not been fetched yet is zero
         DIR/DIGEST.part   a file being fetched, preallocated at full size and locked by its writer
         DIR/ID.claims     digests of the files that one process uses; locked while the process lives
         DIR/lock          held while any of these files changes
@@ -208,6 +209,18 @@ class ShardCache:
         self._part(digest).unlink(missing_ok=True)
         self._close(descriptor)
 
+    def open_index(self, digest: str, size: int) -> int:
+        """Open the file of an index for reading and writing, created if missing, and claim it.
+
+        Raises:
+            OSError: it cannot be opened, or is not a regular file.
+        """
+        with self._locked():
+            descriptor = self._open(self.directory / f"{digest}.index", os.O_RDWR | os.O_CREAT)
+            os.ftruncate(descriptor, size)
+            self._mark(digest)
+        return descriptor
+
     def close(self) -> None:
         """Release all claims."""
         if self._claims_fd < 0:
@@ -246,12 +259,16 @@ class ShardCache:
             _log.warning("%s: got %s, expected a shard of %d bytes: removed from the cache", path, what, size)
             return None
         _set_used(path)
+        self._mark(digest)
+        return status.st_mtime_ns == verified_time(digest)
+
+    def _mark(self, digest: str) -> None:
+        """Claim a file."""
         if digest not in self._mine:
             if self._claims_fd < 0:  # after a fork
                 self._open_claims()
             self._mine.add(digest)
             os.write(self._claims_fd, f"{digest}\n".encode())
-        return status.st_mtime_ns == verified_time(digest)
 
     def _make_room(self, size: int) -> bool:
         """Evict files until `size` more bytes fit; if that is impossible, evict nothing."""
@@ -262,9 +279,10 @@ class ShardCache:
             status = status_of(path) if _FILE.fullmatch(path.name) else None
             if status is None or not stat.S_ISREG(status.st_mode):
                 continue
-            used += status.st_size
-            if path.suffix == ".tar" and path.stem not in claimed:
-                evictable.append((status.st_atime_ns, status.st_size, path))
+            size_of = 512 * status.st_blocks if path.suffix == ".index" else status.st_size
+            used += size_of
+            if path.suffix in (".tar", ".index") and path.stem not in claimed:
+                evictable.append((status.st_atime_ns, size_of, path))
             if path.suffix == ".part" and not _is_locked(path):
                 evictable.append((0, status.st_size, path))
         if size and used + size - sum(n for _, n, _ in evictable) > self.limit:

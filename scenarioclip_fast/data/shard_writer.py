@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import CheckedScene, Rejection
 from scenarioclip_fast.data.diagnosis import Diagnosis
+from scenarioclip_fast.data.index import NAME as INDEX
+from scenarioclip_fast.data.index import IndexWriter
 from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
@@ -208,7 +210,7 @@ class ShardWriter:
         warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
         vocabulary = self._vocabulary(classes)
         self._write("vocabulary.json", vocabulary.to_json())
-        names = ["index.json", "rejected.jsonl", "vocabulary.json"]
+        names = [INDEX, "rejected.jsonl", "vocabulary.json"]
         manifest = {
             "schema": SCHEMA,
             "splits": splits,
@@ -217,6 +219,7 @@ class ShardWriter:
             "causes": [cause.to_json() for cause in diagnosis.causes()],
             "warnings": warnings,
             "ignored": scan.ignored,
+            "index": {"bytes": self._stage.size(INDEX)},
             "sha256": {name: self._stage.sha256(name) for name in names},
         }
         if fingerprint is not None:
@@ -230,26 +233,26 @@ class ShardWriter:
             file.write(dump(record))
 
     def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Diagnosis]:
-        """Write index.json and rejected.jsonl shard by shard; return the manifest's splits, and the rejections."""
+        """Write the index and rejected.jsonl shard by shard; return the manifest's splits, and the rejections."""
         splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
         diagnosis = Diagnosis()
         diagnosis.add(scanned)
-        with self._stage.create("index.json") as index, self._stage.create("rejected.jsonl") as listing:
-            index.write(b'{"schema":%d,"shards":{' % SCHEMA)
+        with self._stage.create(INDEX) as file, self._stage.create("rejected.jsonl") as listing:
+            index = IndexWriter(file, SPLITS)
             listing.writelines(rejection_lines(scanned))
-            for i, record in enumerate(self._stage.records()):
+            for record in self._stage.records():
                 found = splits[record["split"]]
                 found["shards"].append({name: record[name] for name in ("name", "sha256", "bytes")})
                 found["shards"][-1]["scenes"] = record["counts"]["scenes"]
                 for name in COUNTS:
                     found[name] += record["counts"][name]
-                index.write(b"," * (i > 0) + dump({record["name"]: record["rows"]}).strip()[1:-1])
+                index.add(record["split"], record["sha256"], record["rows"])
                 rejected = [Rejection(*row) for row in record["rejected"]]
                 diagnosis.add(rejected)
                 listing.writelines(rejection_lines(rejected))
             diagnosis.add(self.rejected)
             listing.writelines(rejection_lines(self.rejected))
-            index.write(b"}}\n")
+            index.finish()
         return splits, diagnosis
 
     def _vocabulary(self, classes: dict[str, list[str]] | None) -> Vocabulary:

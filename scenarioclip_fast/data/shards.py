@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from scenarioclip_fast import forks
+from scenarioclip_fast.data.index import NAME as INDEX
+from scenarioclip_fast.data.index import Index, Keys, Location, index_of_json, map_file
 from scenarioclip_fast.data.open_files import OPEN_FILES, File, exhausted_error, is_exhausted
 from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
+from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
@@ -31,8 +38,7 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
-# key, shard number, JPEG offset and size, JSON offset and size
-_IndexEntry = tuple[str, int, int, int, int, int]
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class BadSample(ValueError):
@@ -62,12 +68,6 @@ def split_named(word: str) -> str | None:
     ('val', 'test', None)
     """
     return _SPLIT_OF_NAME.get(re.sub(r"(19|20)\d\d$", "", word.lower()))
-
-
-def _key(value: Any) -> str:
-    """Return a key of an index; raise ValueError if it contains a lone surrogate, as file names may."""
-    str(value).encode()
-    return str(value)
 
 
 def is_packed(directory: str | Path) -> bool:
@@ -127,49 +127,103 @@ class ShardSet:
         self._cache = (Path(shard_cache_dir or default_cache_dir()), int(shard_cache_gib * 2**30))
         store = Store(self.source) if self.is_remote else None
         self.manifest = self._read_json("manifest.json", store)
-        self._shards, self._entries = self._parse_index(self._read_json("index.json", store))
-        self.keys = [entry[0] for entry in self._entries]
+        if store is not None:
+            self._check_ranges(store)
+        self._has_binary_index = "index" in self.manifest
+        self._splits = self._parse_manifest()
+        self._shards = self._splits[split]
         self._vocabulary: Vocabulary | None = None
         self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
         self._fetching: RemoteShards | None = None
         self._checks: dict[int, _Check] = {}
         self._lock = forks.Lock()
+        self._converted: bytes | None = None  # from index.json
+        self._index_file: CachedIndex | None = None
+        self._opened: Index | None = self._open_index(store)
+        self._range = self._opened.numbers(split)
         forks.register(self)
-        if store is not None:
-            self._check_ranges(store)
 
-    def _parse_index(self, index: dict[str, Any]) -> tuple[list[RemoteShard], list[_IndexEntry]]:
+    def _parse_manifest(self) -> dict[str, list[RemoteShard]]:
         try:
-            shards = [
-                RemoteShard(str(shard["name"]), str(shard["sha256"]), int(shard["bytes"]))
-                for shard in self.manifest["splits"][self.split]["shards"]
-            ]
-            entries = [
-                (_key(key), number, int(jo), int(js), int(to), int(ts))
-                for number, shard in enumerate(shards)
-                for key, jo, js, to, ts in index["shards"][shard.name]
-            ]
+            self.manifest["splits"][self.split]["shards"]
+            shards = {
+                split: [
+                    RemoteShard(str(shard["name"]), str(shard["sha256"]), int(shard["bytes"]))
+                    for shard in self.manifest["splits"].get(split, {"shards": ()})["shards"]
+                ]
+                for split in SPLITS
+            }
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.source}: malformed index ({type(error).__name__}: {error}); pack the data set again"
-            ) from None
-        for shard in shards:  # names and digests become file names
+            raise self._malformed(error) from None
+        for shard in itertools.chain.from_iterable(shards.values()):  # names and digests become file names
             if os.path.basename(shard.name) != shard.name:
                 raise UserError(f"{self._where('manifest.json')}: shard name {shard.name!r} escapes the directory")
-            if len(shard.sha256) != 64 or set(shard.sha256) - set("0123456789abcdef"):
+            if not _SHA256.fullmatch(shard.sha256):
                 raise UserError(
                     f"{self._where('manifest.json')}: {shard.name} has no valid SHA-256; pack the data set again"
                 )
-        for key, number, *members in entries:
-            jo, js, to, ts = members
-            if min(members) < 0 or max(jo + js, to + ts) > shards[number].size:
-                raise UserError(
-                    f"{self.source}: malformed index: {key} extends past the end of its shard; pack the data set again"
-                )
-        return shards, entries
+        return shards
+
+    def _malformed(self, error: Exception) -> UserError:
+        return UserError(f"{self.source}: malformed index ({type(error).__name__}: {error}); pack the data set again")
+
+    @property
+    def _index(self) -> Index:
+        """The index, opened again after a fork, and in a pickled copy."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._open_index(Store(self.source) if self.is_remote else None)
+            return self._opened
+
+    def _open_index(self, store: Store | None) -> Index:
+        name = "index.json"
+        if self._has_binary_index:
+            name = INDEX
+            try:
+                if store is None:
+                    read, size = map_file(Path(self.source, name))
+                else:
+                    self._index_file = CachedIndex(
+                        store, self.manifest["sha256"][name], int(self.manifest["index"]["bytes"]), *self._cache
+                    )
+                    read, size = self._index_file.read, self._index_file.size
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._malformed(error) from None
+            except OSError as error:
+                raise self._missing(name, error) from None
+        else:
+            if self._converted is None:
+                rows = self._read_json(name, store).get("shards")
+                try:
+                    self._converted = index_of_json(cast(dict[str, Any], rows), self._splits)
+                except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise self._malformed(error) from None
+            data = memoryview(self._converted)
+            read, size = (lambda start, stop, crc: data[start:stop]), len(data)
+        return Index(read, size, self._splits, self._where(name), eager=store is None)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._range)
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of all scenes, which are read on demand."""
+        return Keys(self._index, self._range)
+
+    def find(self, key: str) -> int | None:
+        """The position of the scene with a key; None: the split has none."""
+        return self.keys.find(key)
+
+    @property
+    def shard_scenes(self) -> npt.NDArray[np.int64]:  # [shards]
+        """The number of scenes of each shard, in the order of the scenes."""
+        shards = self._index.shards(self.split)
+        return np.diff(self._index.first[shards.start : shards.stop + 1])
+
+    def _locate(self, i: int) -> Location:
+        """Where scene `i` is; the number of the shard is that among those of the split."""
+        found = self._index.locate(self._range[i])
+        return found._replace(shard=found.shard - self._index.shards(self.split).start)
 
     def count(self, name: str) -> int:
         """A count of the split from the manifest: "actions", "objects", "relations" or "masked_relations"."""
@@ -181,7 +235,7 @@ class ShardSet:
     @functools.cached_property
     def digest(self) -> int:
         """Checksum of the keys in order, which identifies the scenes of the split."""
-        return digest(self.keys)
+        return self._index.keys_crc(self.split)
 
     @functools.cached_property
     def content_digest(self) -> int:
@@ -202,8 +256,10 @@ class ShardSet:
 
     def locations(self) -> Iterator[tuple[str, str, int, int, tuple[int, int]]]:
         """Yield the key of each scene, the name of its shard, offset and size of its image, and those of its record."""
-        for key, shard, offset, size, *record in self._entries:
-            yield key, self._shards[shard].name, offset, size, (record[0], record[1])
+        for i in range(len(self)):
+            found = self._locate(i)
+            shard = self._shards[found.shard].name
+            yield found.key, shard, found.image, found.image_size, (found.record, found.record_size)
 
     def read(self, i: int) -> Scene:
         """Read scene `i`: `image` holds JPEG bytes, masks are RLE.
@@ -211,19 +267,20 @@ class ShardSet:
         Raises:
             BadSample: the scene is missing, truncated or malformed, or its shard is not the one in the manifest.
         """
-        shard = self._entries[i][1]
+        at = self._locate(i)
+        shard = at.shard
         try:
             file = self._open(shard)
         except OSError as error:
-            raise self._unreadable(i, error) from error
+            raise self._unreadable(at, error) from error
         if file is None or not self.is_remote:
-            if file is not None and self._verify and not self._is_intact(i, file):
+            if file is not None and self._verify and not self._is_intact(at, file):
                 detail = "its checksum differs from the manifest's; copy the shard again, or pack the data set again"
-                raise BadSample(self.keys[i], "damaged_shard", f"{self._shards[shard].name}: {detail}")
-            return self._read(i, file)
+                raise BadSample(at.key, "damaged_shard", f"{self._shards[shard].name}: {detail}")
+            return self._read(at, file)
         problem: BadSample | None = None
         try:
-            scene = self._read(i, file)
+            scene = self._read(at, file)
         except BadSample as error:
             problem = error
         changed = not self._remote().is_unchanged(shard, file.status())
@@ -232,23 +289,19 @@ class ShardSet:
         if not self._remote().suspect(shard, certain=changed) and problem is not None:
             raise problem
         self._files.forget(self._owner, shard, file)
-        return self._read(i, None)
+        return self._read(at, None)
 
-    def _read(self, i: int, file: File | None) -> Scene:
-        """Read scene `i` from the open file of its shard, or with a byte range from the store."""
-        key, shard, jpg_offset, jpg_size, json_offset, json_size = self._entries[i]
+    def _read(self, at: Location, file: File | None) -> Scene:
+        """Read a scene from the open file of its shard, or with a byte range from the store."""
+        key, shard, jpg_offset, jpg_size, json_offset, json_size = at
         try:
             if file is not None:
                 image, record = file.read(jpg_offset, jpg_size), file.read(json_offset, json_size)
             else:  # one request, since `pack` writes them next to each other
-                start = min(jpg_offset, json_offset)
-                data = self._remote().read(shard, start, max(jpg_offset + jpg_size, json_offset + json_size))
-                image, record = (
-                    data[at - start : at - start + size]
-                    for at, size in ((jpg_offset, jpg_size), (json_offset, json_size))
-                )
+                data = self._remote().read(shard, jpg_offset, json_offset + json_size)
+                image, record = data[:jpg_size], data[json_offset - jpg_offset :]
         except OSError as error:
-            raise self._unreadable(i, error) from error
+            raise self._unreadable(at, error) from error
         for member, offset, size in ((image, jpg_offset, jpg_size), (record, json_offset, json_size)):
             if len(member) != size:
                 name = self._shards[shard].name
@@ -260,15 +313,15 @@ class ShardSet:
         scene.split = self.split
         return scene
 
-    def _unreadable(self, i: int, error: OSError) -> Exception:
-        name = self._shards[self._entries[i][1]].name
+    def _unreadable(self, at: Location, error: OSError) -> Exception:
+        name = self._shards[at.shard].name
         if is_exhausted(error):  # no fault of the scene
             return exhausted_error(self._where(name))
-        return BadSample(self.keys[i], "unreadable_shard", f"{name}: {error.strerror or error}")
+        return BadSample(at.key, "unreadable_shard", f"{name}: {error.strerror or error}")
 
-    def _is_intact(self, i: int, file: File) -> bool:
-        """Whether the shard of scene `i` has the SHA-256 of the manifest; hashed by the first thread that reads it."""
-        shard = self._entries[i][1]
+    def _is_intact(self, at: Location, file: File) -> bool:
+        """Whether the shard of a scene has the SHA-256 of the manifest; hashed by the first thread that reads it."""
+        shard = at.shard
         with self._lock:
             check = self._checks.setdefault(shard, _Check())
         with check.lock:
@@ -276,19 +329,25 @@ class ShardSet:
                 try:
                     check.intact = file.sha256() == self._shards[shard].sha256
                 except OSError as error:
-                    raise self._unreadable(i, error) from error
+                    raise self._unreadable(at, error) from error
             return check.intact
 
     def _after_fork(self) -> None:
         self._fetching = None  # its threads are the parent's, and so are its claims in the cache
+        if self._index_file is not None:
+            self._index_file = self._opened = None
 
     def close(self) -> None:
         """Close the shard files and stop fetching; the next read reopens them."""
         with self._lock:
             fetching, self._fetching = self._fetching, None
+            index, self._index_file = self._index_file, None
+            if index is not None:
+                self._opened = None
         self._files.close(self._owner)
-        if fetching is not None:
-            fetching.close()
+        for opened in (fetching, index):
+            if opened is not None:
+                opened.close()
 
     def _open(self, shard: int) -> File | None:
         """The open file of a shard; None if it is not on this machine yet."""
@@ -330,15 +389,16 @@ class ShardSet:
             if store is None:
                 return read_regular(Path(self.source, name))
             data = store.read(name)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self._where(name)}: no such file; expected the output of `scenarioclip-fast pack`"
-            ) from None
         except OSError as error:
-            raise UserError(f"{self._where(name)}: not readable ({error.strerror or error})") from None
+            raise self._missing(name, error) from None
         if name != "manifest.json" and hashlib.sha256(data).hexdigest() != self.manifest.get("sha256", {}).get(name):
             raise UserError(f"{self._where(name)}: the checksum differs from the manifest's; copy the data set again")
         return data
+
+    def _missing(self, name: str, error: OSError) -> UserError:
+        if isinstance(error, FileNotFoundError):
+            return UserError(f"{self._where(name)}: no such file; expected the output of `scenarioclip-fast pack`")
+        return UserError(f"{self._where(name)}: not readable ({error.strerror or error})")
 
     def _read_json(self, name: str, store: Store | None) -> dict[str, Any]:
         try:
@@ -360,14 +420,14 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            k: v for k, v in self.__dict__.items() if k not in ("_files", "_owner", "_fetching", "_checks", "_lock")
-        }
+        own = ("_files", "_owner", "_fetching", "_checks", "_lock", "_opened", "_index_file")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
         self._fetching, self._checks, self._lock = None, {}, forks.Lock()
+        self._opened = self._index_file = None
         forks.register(self)
 
 

@@ -32,7 +32,7 @@ from scenarioclip_fast.files import Directory, is_regular, kind_of, read_regular
 from scenarioclip_fast.parsing import parse_json
 
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
-PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
+PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|index\.bin|(index|vocabulary|manifest|source)\.json|rejected\.jsonl")
 INNER_STAGE = ".partial"
 _JOURNAL, _WRITTEN_MANIFEST = "journal.jsonl", "manifest.tmp"
 
@@ -192,6 +192,11 @@ class Stage:
         """The SHA-256 of a file of the pack in hex."""
         with self._files.open(name) as file:
             return sha256_of(file)
+
+    def size(self, name: str) -> int:
+        """The size of a file of the pack in bytes."""
+        with self._files.open(name) as file:
+            return os.fstat(file.fileno()).st_size
 
     def add(self, record: dict[str, Any]) -> None:
         """Add the finished shard record["name"] to the journal, with the state required to resume."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from packs import read_rows
 from safetensors import SafetensorError
 
 from scenarioclip_fast.cli.main import main
@@ -58,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shards, with damaged images in the second scene of the test and train splits."""
     folder = shutil.copytree(place / "shards", tmp_path_factory.mktemp("damaged") / "shards")
-    for name, rows in json.loads((folder / "index.json").read_text())["shards"].items():
+    for name, rows in read_rows(folder).items():
         if not name.startswith("val"):
             with (folder / name).open("r+b") as file:
                 file.seek(rows[1][1])

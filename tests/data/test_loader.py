@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packs import read_rows
 from PIL import Image
 
 from scenarioclip_fast.data import LoaderConfig, rle
@@ -350,7 +351,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("damaged") / "data", scenes, HARMLESS | {i: d for i, (_, d) in DAMAGE.items()}
     )
     (folder / "train-000003.tar").unlink()
-    start = json.loads((folder / "index.json").read_text())["shards"]["train-000002.tar"][-1][1]
+    start = read_rows(folder)["train-000002.tar"][-1][1]
     os.truncate(folder / "train-000002.tar", start + 100)
     return folder
 
@@ -442,7 +443,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         damage[i + 9] = odd[n % len(odd)]
     folder = write_shards(tmp_path_factory.mktemp("thousand") / "data", scenes, damage)
     (folder / "train-000062.tar").unlink()
-    rows = json.loads((folder / "index.json").read_text())["shards"]["train-000061.tar"]
+    rows = read_rows(folder)["train-000061.tar"]
     os.truncate(folder / "train-000061.tar", rows[14][1] + 100)
     return folder, reasons
 

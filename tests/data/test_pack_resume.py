@@ -205,7 +205,7 @@ def test_an_up_to_date_pack_is_unchanged(
     assert images.decoded == 2 * first and contents(out) == before, "packing again gives the same bytes"
     for damage in (
         lambda: os.truncate(out / "train-000000.tar", 512),
-        lambda: (out / "index.json").write_text("{}"),
+        lambda: (out / "index.bin").write_text("{}"),
         lambda: (out / "source.json").unlink(),
         lambda: os.utime(next(path for path in sorted(source.rglob("*.[jt][pa][gr]"))), (1, 1)),
     ):

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from packs import read_rows
 
 from scenarioclip_fast.data import Scene, SceneLoader, SceneObject, ShardSet, pack, scene_loader
 from scenarioclip_fast.data import remote as remote_module
@@ -177,7 +178,9 @@ def test_remote_batches_equal_local_ones(packed: Path, cache: Path, kind: str) -
         wait_for(lambda: len(cached(cache)) == SCENES // SHARD)
     contents = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stem for path in cached(cache)}
     assert contents == {shard["sha256"]: shard["sha256"] for shard in shards_of(packed)}
-    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".tar") == ["lock"]
+    (index,) = cached(cache, ".index")
+    assert index.stem == hashlib.sha256((packed / "index.bin").read_bytes()).hexdigest()
+    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".tar")[1:] == ["lock"]
 
 
 def test_cached_shards_are_not_requested_again(packed: Path, cache: Path) -> None:
@@ -187,7 +190,7 @@ def test_cached_shards_are_not_requested_again(packed: Path, cache: Path) -> Non
             wait_for(lambda: len(cached(cache)) == 6)
         server.requests.clear()
         assert len(set(keys_of(load(server.url, cache)))) == SCENES
-        assert set(server.requests) == {"manifest.json", "index.json", "vocabulary.json"}
+        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.json"}
 
 
 def failing_at_first(name: str, count: int) -> str:
@@ -303,7 +306,7 @@ def test_a_shard_with_a_wrong_checksum_is_not_cached_but_its_valid_scenes_are_us
     packed: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged = shutil.copytree(packed, tmp_path / "damaged")
-    index = json.loads((damaged / "index.json").read_text())["shards"]
+    index = read_rows(damaged)
     corrupt, short = (damaged / shard["name"] for shard in shards_of(packed)[:2])
     content = bytearray(corrupt.read_bytes())
     content[index[corrupt.name][1][1]] ^= 0xFF  # the first byte of a JPEG
@@ -424,7 +427,7 @@ def test_nothing_is_fetched_or_evicted_before_the_first_read(packed: Path, cache
         loader = load(server.url, cache)
         assert len(loader) == 5
         loader.close()
-        assert set(server.requests) == {"manifest.json", "index.json", "vocabulary.json"}
+        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.json"}
         assert cached(cache) == before
         shards.read(0)
         assert not cached(cache)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packs import downgrade_index, read_rows
 
 from scenarioclip_fast.data import BadSample, Scene, ShardSet, generate_scenes, open_files, pack
 from scenarioclip_fast.data.rle import decode
@@ -73,7 +74,7 @@ def test_the_number_of_open_files_is_bounded(
 
     def open_now() -> int:
         links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-        return sum(link.startswith(str(tmp_path / "many")) for link in links)
+        return sum(link.startswith(str(tmp_path / "many")) and link.endswith(".tar") for link in links)
 
     expected = [shards.read(i).image for i in range(len(shards))]
     assert open_now() == 3
@@ -102,7 +103,7 @@ def test_missing_shard(packed: Path) -> None:
 
 def test_damaged_record(packed: Path) -> None:
     shards = ShardSet(packed)
-    index = json.loads((packed / "index.json").read_text())["shards"]["train-000000.tar"]
+    index = read_rows(packed)["train-000000.tar"]
     path = packed / "train-000000.tar"
     content = bytearray(path.read_bytes())
     content[index[3][3] : index[3][3] + 4] = b"\xff\xff\xff\xff"
@@ -135,15 +136,18 @@ def manifest_of(name: str, sha256: str = "0" * 64, size: int = 2048) -> str:
         ("manifest.json", '{"schema": 3}', "got schema 3, expected 1 or 2"),
         ("manifest.json", '{"schema": 1}', "malformed index"),
         ("index.json", '{"schema": 1, "shards": {}}', "malformed index"),
+        ("index.json", '{"schema": 1, "shards": 3}', "malformed index"),
+        ("index.json", "[]", "index.json: got schema 'list', expected 1 or 2"),
         ("manifest.json", manifest_of("../x.tar"), "escapes the directory"),
         ("manifest.json", manifest_of("x.tar", sha256="../x"), "x.tar has no valid SHA-256"),
-        ("manifest.json", manifest_of("x.tar", size=2047), "malformed index: a extends past the end of its shard"),
+        ("manifest.json", manifest_of("x.tar", size=2047), "damaged index: a extends past the end of its shard"),
     ],
 )
 def test_malformed_files(packed: Path, name: str, content: str, message: str) -> None:
+    downgrade_index(packed)
     (packed / name).write_text(content)
     if "x.tar" in content:
-        shards = {"x.tar": [["a", 512, 500, 1024, 1024]], "../x.tar": []}
+        shards = {"x.tar": [["a", 512, 500, 1536, 512]], "../x.tar": []}
         (packed / "index.json").write_text(json.dumps({"schema": 1, "shards": shards}))
     with pytest.raises(UserError, match=message):
         ShardSet(packed)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from campaign import generator, trials
+from packs import read_rows, write_rows
 
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack, scene_loader
 from scenarioclip_fast.data import remote as remote_module
@@ -245,7 +246,7 @@ def test_bits_that_rot_on_the_disk(
     part: str, packed: Path, cache: Path, filled: list[Path], hashed: Counter[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without a write, the file's times do not change: only a record that does not parse tells, or data.verify."""
-    index = json.loads((packed / "index.json").read_text())["shards"]["train-000001.tar"]
+    index = read_rows(packed)["train-000001.tar"]
     _, jpg_offset, _, json_offset, _ = index[1]
     write_at(filled[1], json_offset if part == "record" else jpg_offset, b"?")
     os.utime(filled[1], ns=(0, verified_time(filled[1].stem)))
@@ -329,10 +330,11 @@ def test_a_scene_that_is_bad_in_the_store_costs_one_hash(
 ) -> None:
     source = shutil.copytree(packed, tmp_path / "source")
     shard = source / "train-000001.tar"
-    json_offset = json.loads((source / "index.json").read_text())["shards"][shard.name][1][3]
-    write_at(shard, json_offset, b"?")
+    rows = read_rows(source)
+    write_at(shard, rows[shard.name][1][3], b"?")
     old, new = digests(packed)[1], hashlib.sha256(shard.read_bytes()).hexdigest()
     (source / "manifest.json").write_text((source / "manifest.json").read_text().replace(old, new))
+    write_rows(source, rows)
     with open_remote(source, cache) as shards:
         shards.read(0)
         wait_until_cached(source, cache)

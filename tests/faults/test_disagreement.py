@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from campaign import LONG
+from packs import read_rows, write_rows
 from torch.distributed import HashStore
 from training_runs import SMALL
 
@@ -117,10 +117,7 @@ def reordered(directory: Path, shards: Path) -> None:
     directory.mkdir()
     for path in shards.iterdir():
         (directory / path.name).write_bytes(path.read_bytes())
-    index = json.loads((directory / "index.json").read_text())
-    for entries in index["shards"].values():
-        entries.reverse()
-    (directory / "index.json").write_text(json.dumps(index))
+    write_rows(directory, {name: rows[::-1] for name, rows in read_rows(directory).items()})
 
 
 @pytest.mark.parametrize("kind", ["scenes", "order", "contents"])

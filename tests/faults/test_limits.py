@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from campaign import LONG, generator, trials
+from packs import read_rows, write_rows
 from PIL import Image
 
 from scenarioclip_fast import ScenarioCLIP
@@ -526,7 +527,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = tmp_path_factory.mktemp("few")
     pack(generate_scenes(20, seed=3, val=0.0, test=0.0), few, shard_size=1, progress=False)
     root = tmp_path_factory.mktemp("many")
-    manifest, index = (json.loads((few / f"{name}.json").read_text()) for name in ("manifest", "index"))
+    manifest, index = json.loads((few / "manifest.json").read_text()), read_rows(few)
     shards = manifest["splits"]["train"]["shards"]
     for part in range(2):
         folder = root / str(part)
@@ -537,11 +538,11 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name = f"train-{i:06d}.tar"
             os.link(few / shard["name"], folder / name)
             found["shards"].append(shard | {"name": name})
-            found["index"][name] = [[f"{part}-{i}", *row[1:]] for row in index["shards"][shard["name"]]]
+            found["index"][name] = [[f"{part}-{i}", *row[1:]] for row in index[shard["name"]]]
         content = copy.deepcopy(manifest)
         content["splits"]["train"] |= {"shards": found["shards"], "scenes": SHARDS // 2}
         (folder / "manifest.json").write_text(json.dumps(content))
-        (folder / "index.json").write_text(json.dumps(index | {"shards": found["index"]}))
+        write_rows(folder, found["index"])
         shutil.copy(few / "vocabulary.json", folder)
     return root
 
@@ -639,8 +640,7 @@ def test_replacements_of_bad_scenes_count(large_images: Path, tmp_path: Path) ->
     """The rest of a batch is decoded after the first scenes of it turned out to be bad."""
     broken = tmp_path / "broken"
     shutil.copytree(large_images, broken)
-    index = json.loads((broken / "index.json").read_text())
-    ((name, entries),) = index["shards"].items()
+    ((name, entries),) = read_rows(broken).items()
     order = [entry[0] for entry in entries]
     offset, count = entries[0][1:3]
     with (broken / name).open("r+b") as file:

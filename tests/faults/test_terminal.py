@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from campaign import LONG, generator, trials
+from packs import read_rows, write_rows
 from PIL import Image
 from training_runs import SMALL
 
@@ -92,11 +93,11 @@ def hostile_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for scene in scenes:
             scene.key = scene.key.split("-")[0]
         pack(scenes, folder, progress=False)
-    index = json.loads((folder / "index.json").read_text())
-    for rows in index["shards"].values():
+    shards = read_rows(folder)
+    for rows in shards.values():
         for row in rows:
             row[0] = keys.get(row[0], row[0]).replace("\udcff", "")
-    (folder / "index.json").write_text(json.dumps(index))
+    write_rows(folder, shards)
     return folder
 
 
@@ -131,8 +132,7 @@ def test_every_command_on_a_hostile_pack(
 
 def damage(folder: Path) -> None:
     """Overwrite one image of the test and the train split each."""
-    index = json.loads((folder / "index.json").read_text())
-    for name, rows in index["shards"].items():
+    for name, rows in read_rows(folder).items():
         with (folder / name).open("r+b") as file:
             file.seek(rows[0][1])
             file.write(b"x" * rows[0][2])

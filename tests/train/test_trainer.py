@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packs import read_rows
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -325,7 +326,7 @@ def test_a_batch_smaller_than_the_number_of_ranks(small: Make) -> None:
 
 def test_bad_samples_are_counted_across_resumes(small: Make, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "damaged")
-    for name, scenes in json.loads((tmp_path / "damaged" / "index.json").read_text())["shards"].items():
+    for name, scenes in read_rows(tmp_path / "damaged").items():
         with open(tmp_path / "damaged" / name, "r+b") as shard:
             shard.seek(scenes[0][1])
             shard.write(b"not a picture")

@@ -1,0 +1,292 @@
+"""index.bin: its format, its lookup, its checks, and its cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packs import downgrade_index, read_rows, write_rows
+
+from scenarioclip_fast.data import ShardSet, pack
+from scenarioclip_fast.data.index import BLOCK, Index, IndexWriter, Keys
+from scenarioclip_fast.data.remote import Store
+from scenarioclip_fast.data.remote_index import CachedIndex
+from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
+from scenarioclip_fast.data.synthetic import generate_scenes
+from scenarioclip_fast.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Shard:
+    sha256: str
+    size: int
+    rows: list[list[Any]]
+
+
+def make_shard(name: str, keys: list[str]) -> Shard:
+    rng, rows, at = random.Random(name), [], 0
+    for key in keys:
+        image, record = rng.randrange(1, 4000), rng.randrange(1, 2000)
+        after = at + BLOCK + -(-image // BLOCK) * BLOCK + BLOCK
+        rows.append([key, at + BLOCK, image, after, record])
+        at = after + -(-record // BLOCK) * BLOCK
+    return Shard(name * 64, at + 2 * BLOCK, rows)
+
+
+SETS = {
+    "train": [make_shard("a", [f"a{i}" for i in range(7)]), make_shard("b", ["ü", "", "b" * 90, "日本"])],
+    "val": [],
+    "test": [make_shard("c", []), make_shard("d", ["d"])],
+}
+ROWS = [(split, number, row) for split in SPLITS for number, shard in enumerate(SETS[split]) for row in shard.rows]
+
+
+def write(sets: dict[str, list[Shard]] = SETS, order: tuple[str, ...] = SPLITS) -> bytes:
+    file = io.BytesIO()
+    writer = IndexWriter(file, SPLITS)
+    for split in order:
+        for shard in sets[split]:
+            writer.add(split, shard.sha256, shard.rows)
+    writer.finish()
+    return file.getvalue()
+
+
+def opened(data: bytes, sets: dict[str, list[Shard]] = SETS, **options: Any) -> Index:
+    view = memoryview(data)
+    return Index(lambda start, stop, crc: view[start:stop], len(data), sets, "index.bin", **options)
+
+
+def test_the_rows_are_those_that_were_added() -> None:
+    index = opened(write())
+    assert [list(index.numbers(split)) for split in SPLITS] == [[*range(11)], [], [11]]
+    assert [list(index.shards(split)) for split in SPLITS] == [[0, 1], [], [2, 3]]
+    for i, (split, number, row) in enumerate(ROWS):
+        found = index.locate(i)
+        assert list(found) == [row[0], index.shards(split).start + number, *row[1:]]
+    for split in SPLITS:
+        keys = [row[0] for of, _, row in ROWS if of == split]
+        assert index.keys_crc(split) == zlib.crc32("".join(keys).encode())
+        assert Keys(index, index.numbers(split)) == keys
+    assert len(write()) - sum(len(row[0].encode()) for *_, row in ROWS) == 64 + 20 * 12 + 24 * 4 + 4
+    assert [*opened(write(order=("test", "train", "val"))).first] == [*index.first], "shards come in any order"
+
+
+def test_every_key_is_found_and_no_other() -> None:
+    index = opened(write())
+    for i, (_, _, row) in enumerate(ROWS):
+        assert index.find(row[0]) == i
+    for absent in ("a", "a7", "x" * 1000, "\0"):
+        assert index.find(absent) is None
+    train = Keys(index, index.numbers("train"))
+    assert (train.find("a3"), train.find("d")) == (3, None)
+    assert "日本" in train and "d" not in train and 3 not in train
+    assert train.index("ü") == 7 and train[-1] == "日本" and train[1:3] == ["a1", "a2"] and list(train) == train[:]
+    with pytest.raises(ValueError, match="'d' is not in the list"):
+        train.index("d")
+
+
+@pytest.mark.parametrize("bits", [2, 64])
+def test_keys_whose_hashes_collide_are_found(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = 2**bits - 1
+    monkeypatch.setattr("scenarioclip_fast.data.index._hash", lambda key: hash_text(key.encode()) & mask)
+    monkeypatch.setattr("scenarioclip_fast.data.index.hash_texts", lambda *texts: hash_texts(*texts) & np.uint64(mask))
+    keys = [f"{i:04d}" for i in range(300)]
+    sets = {"train": [make_shard("a", keys)], "val": [], "test": []}
+    index = opened(write(sets), sets)
+    assert [index.find(key) for key in keys] == list(range(300))
+    assert index.find("0300") is None
+
+
+def test_hashes_of_texts_are_those_of_each_text() -> None:
+    texts = [b"", b"a", b"12345678", b"123456789", *(b"x" * n for n in range(40))]
+    ends = np.cumsum([len(text) for text in texts])
+    assert hash_texts(b"".join(texts), ends).tolist() == [hash_text(text) for text in texts]
+    assert len({*map(hash_text, [*texts, b"a\0"])}) == len({*texts}) + 1
+
+
+def test_a_large_index_is_searched_in_a_few_steps() -> None:
+    """Opening reads only the header and the table, and a search some of the blocks."""
+    count, size = 200, 100
+    sets = {"train": [make_shard(chr(33 + k), [f"{k}-{i}" for i in range(size)]) for k in range(count)]}
+    sets |= {"val": [], "test": []}
+    data, read = memoryview(write(sets)), []
+
+    def reader(start: int, stop: int, crc: int | None) -> memoryview:
+        read.append(stop - start)
+        return data[start:stop]
+
+    index = Index(reader, len(data), sets, "index.bin", eager=False)
+    assert sum(read) < 25 * count + 200
+    for k in range(0, count, 7):
+        read.clear()
+        assert index.find(f"{k}-55") == k * size + 55
+        assert len(read) <= 28, "2 for each of some 6 steps; 15 steps of a bisection would need 30"
+
+
+def replaced(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def with_header(data: bytes, at: int, new: bytes) -> bytes:
+    """Change the header and correct its checksum."""
+    header = replaced(data[:60], at, new)
+    return header + struct.pack("<I", zlib.crc32(header)) + data[64:]
+
+
+TABLE = struct.unpack_from("<Q", write(), 32)[0]
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "got 0 bytes, expected at least 64"),
+    "other file": (lambda data: b"{" + data[1:], "it is not an index"),
+    "later version": (lambda data: with_header(data, 8, b"\2"), "got version 2, expected 1"),
+    "header": (lambda data: replaced(data, 20, b"\1"), "its header has another checksum"),
+    "truncated": (lambda data: data[:-20], "it is truncated: 497 bytes"),
+    "truncated table": (lambda data: data[: TABLE + 5], "it is truncated"),
+    "table": (lambda data: replaced(data, TABLE, b"\7"), "its table has another checksum"),
+    "scenes": (lambda data: with_header(data, 16, b"\xff" * 8), "its parts do not fit together"),
+    "lookup": (lambda data: with_header(data, 24, struct.pack("<Q", TABLE - 44)), "its parts do not fit together"),
+    "row": (lambda data: replaced(data, 66, b"\xff"), "its block of shard 0 has another checksum"),
+    "key": (lambda data: replaced(data, 64 + 16 * 7, b"A"), "its block of shard 0 has another checksum"),
+    "order": (lambda data: replaced(data, TABLE - 1, b"\xff"), "piece 0 of its lookup has another checksum"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case: str) -> None:
+    damage, message = DAMAGE[case]
+    with pytest.raises(UserError, match=rf"^index\.bin: damaged index: {message}.*; copy the data set again, or"):
+        opened(damage(write()))
+
+
+def test_every_damaged_byte_is_noticed() -> None:
+    data = write()
+    for at in range(len(data)):
+        with pytest.raises(UserError, match="damaged index"):
+            opened(replaced(data, at, bytes([data[at] ^ 1])))
+
+
+def test_an_index_of_other_shards_is_rejected() -> None:
+    other = {**SETS, "test": SETS["test"][::-1]}
+    with pytest.raises(UserError, match="it belongs to other shards than the manifest"):
+        opened(write(), other)
+    short = {**SETS, "train": [Shard(shard.sha256, shard.size - 5 * BLOCK, shard.rows) for shard in SETS["train"]]}
+    with pytest.raises(UserError, match="a6 extends past the end of its shard"):
+        opened(write(), short)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["k", 512, 10, 1536, -1], "negative"),
+        (["k", 513, 10, 1537, 5], "k: the image and the record are not consecutive"),
+        (["k", 512, 10, 2048, 5], "k: the image and the record are not consecutive"),
+        (["\ud800", 512, 10, 1536, 5], "surrogates not allowed"),
+        (["k", 2**42, 10, 2**42 + 1024, 5], "image: got 8589934592, expected at most 4294967295"),
+    ],
+)
+def test_rows_that_no_pack_has_are_not_written(row: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IndexWriter(io.BytesIO(), SPLITS).add("train", "0" * 64, [row])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("index") / "pack"
+    pack(list(generate_scenes(24, seed=3)), out, shard_size=5, progress=False)
+    return out
+
+
+def test_index_json_of_earlier_versions_gives_the_same_scenes(packed: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(packed, tmp_path / "old"))
+    downgrade_index(old)
+    assert not (old / "index.bin").exists() and read_rows(old) == read_rows(packed)
+    for split in SPLITS:
+        one, two = ShardSet(packed, split), ShardSet(old, split)
+        assert (one.keys, one.digest, one.content_digest) == (two.keys, two.digest, two.content_digest)
+        assert [two.read(i).image for i in range(len(two))] == [one.read(i).image for i in range(len(one))]
+    copy = pickle.loads(pickle.dumps(ShardSet(old)))
+    shutil.rmtree(old)
+    assert copy.keys == ShardSet(packed).keys, "a pickled copy has the converted index"
+    with pytest.raises(UserError, match=r"index\.bin: no such file"):
+        (tmp_path / "new").mkdir()
+        shutil.copy(packed / "manifest.json", tmp_path / "new")
+        ShardSet(tmp_path / "new")
+
+
+def test_an_index_that_does_not_fit_its_tars_is_named(packed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    pack(list(generate_scenes(24, seed=4)), other, shard_size=5, progress=False)
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    shutil.copy(other / "index.bin", copy)
+    with pytest.raises(UserError, match=r"copy/index\.bin: damaged index: it belongs to other shards than the man"):
+        ShardSet(copy)
+    rows = read_rows(packed)
+    first = next(iter(rows))
+    rows[first][-1][4] += 1 << 20
+    shutil.copy(packed / "index.bin", copy)
+    write_rows(copy, rows)
+    with pytest.raises(UserError, match=f"{rows[first][-1][0]} extends past the end of its shard"):
+        ShardSet(copy)
+
+
+def test_parts_are_fetched_once_by_all_processes_of_a_host(packed: Path, tmp_path: Path) -> None:
+    fetched: list[tuple[int | None, int | None]] = []
+
+    class Counting(Store):
+        def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+            fetched.append((start, end))
+            return super().read(name, start, end)
+
+    size = (packed / "index.bin").stat().st_size
+    content = (packed / "index.bin").read_bytes()
+    digest = json.loads((packed / "manifest.json").read_text())["sha256"]["index.bin"]
+
+    def part(cached: CachedIndex, start: int, stop: int) -> bytes:
+        return bytes(cached.read(start, stop, zlib.crc32(content[start:stop])))
+
+    one, two = (CachedIndex(Counting(packed.as_uri()), digest, size, tmp_path, 1 << 30) for _ in range(2))
+    assert not list(tmp_path.iterdir()), "nothing is written before the first use"
+    for _ in range(2):
+        for cached in (one, two):
+            assert part(cached, 100, 200) == content[100:200]
+    assert fetched == [(100, 200)]
+    file = tmp_path / f"{digest}.index"
+    with file.open("r+b") as damaged:
+        damaged.seek(150)
+        damaged.write(b"\xff\xff")
+    three = CachedIndex(Counting(packed.as_uri()), digest, size, tmp_path, 1 << 30)
+    assert part(three, 100, 200) == content[100:200] and len(fetched) == 2, "damage in the cache is fetched again"
+    for cached in (one, two, three):
+        cached.close()
+
+
+def test_without_a_cache_parts_are_kept_in_memory(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"shard_cache_dir": tmp_path / "cache", "shard_cache_gib": 0}
+    remote = ShardSet(packed.as_uri(), **options)
+    assert remote.keys == ShardSet(packed).keys and remote.read(3).key == remote.keys[3]
+    assert not [*tmp_path.glob("cache/*.index")]
+    remote.close()
+
+    def full(*arguments: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("scenarioclip_fast.data.remote_index.os.pwrite", full)
+    remote = ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "full", shard_cache_gib=1)
+    assert remote.keys == ShardSet(packed).keys
+    assert caplog.text.count("an index cannot be cached: No space left on device") == 1
+    remote.close()
