@@ -19,6 +19,7 @@ DecoderName = Literal["auto", "dali", "nvimgcodec", "torchvision", "torch"]
 ObjectView = Literal["masked", "crop"]
 RelationView = Literal["focused", "box", "scene"]
 Blur = Literal["rgb", "reference"]
+Shuffle = Literal["scenes", "shards", "sorted"]
 
 MAX_WEIGHT = 1_000_000  # far above any use; a typing error should not exhaust the memory
 
@@ -121,6 +122,12 @@ class LoaderConfig:
     """Blur around the masks of a relation: spatial (rgb), or along the colour axis too, as published (reference)."""
     augment: bool = True
     """Random crops, colour jitter and blur; false: evaluation views."""
+    shuffle: Shuffle | None = None
+    """Order of an epoch: a shuffle of all scenes (scenes); of the shards, and of the scenes within a window of shards,
+    for storage with slow random reads (shards); or the order of earlier versions, which takes 16 bytes a scene
+    (sorted); null: scenes, or the order of the run that is resumed."""
+    shuffle_window: int = 64
+    """Shards whose scenes are shuffled together; only with shuffle=shards."""
     decoder: DecoderName = "auto"
     """JPEG decoder; auto: on a GPU the first of dali, nvimgcodec and torchvision that is installed, otherwise torch."""
     prefetch: int | None = None
@@ -147,6 +154,7 @@ class LoaderConfig:
         check_types(self)
         expand_user(self, "shard_cache_dir")
         _check(self.prefetch is None or self.prefetch >= 0, "prefetch", self.prefetch, "at least 0, or null")
+        _check(self.shuffle_window >= 1, "shuffle_window", self.shuffle_window, "at least 1")
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
         _check(self.cache_gib >= 0, "cache_gib", self.cache_gib, "at least 0")
         _check(self.shard_cache_gib >= 0, "shard_cache_gib", self.shard_cache_gib, "at least 0")

@@ -70,7 +70,9 @@ def scene_loader(
     check_keywords(
         "scene_loader", options, [*(f.name for f in fields(config)), *inspect.signature(SceneLoader).parameters]
     )
-    changed = {f.name: options.pop(f.name) for f in fields(config) if f.name in options}
+    plain = isinstance(options.get("shuffle"), bool)  # the argument of SceneLoader, not the field
+    names = [f.name for f in fields(config) if f.name in options and not (plain and f.name == "shuffle")]
+    changed = {name: options.pop(name) for name in names}
     return SceneLoader(
         shards,
         batch_size,
@@ -153,7 +155,8 @@ class SceneLoader:
         seed: determines the order of scenes and the augmentation.
         rank, world_size: select this rank's share of each global batch of batch_size * world_size scenes.
         size: side of the views, in pixels.
-        shuffle, drop_last: as in torch's DataLoader. Every rank gets the same number of batches either way; with
+        shuffle: in the order of `config.shuffle`; False: in the order of the index.
+        drop_last: as in torch's DataLoader. Every rank gets the same number of batches either way; with
             `drop_last=False` a rank's last batch may be smaller than another's, or empty.
         epochs: an iteration ends at the next multiple of this many epochs. None: endless with `config.augment`, one
             epoch without.
@@ -198,7 +201,10 @@ class SceneLoader:
             verify=config.verify,
         )
         mix = self.shards.mix
-        self.order = Order(len(mix), batch_size, seed, rank, world_size, shuffle, drop_last, mix)
+        kind = (config.shuffle or "scenes") if shuffle else "none"
+        self.order = Order(mix, batch_size, seed, rank, world_size, kind, drop_last, window=config.shuffle_window)
+        if kind == "shards":
+            self.order = replace(self.order, shards=self.shards.shard_scenes())
         if len(self.order) == 0:
             scenes = f"{len(mix)} scenes{' per epoch' * mix.is_weighted}"
             raise UserError(
@@ -273,6 +279,9 @@ class SceneLoader:
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
         data: dict[str, Any] = {"seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
+        data["shuffle"] = order.shuffle
+        if order.shuffle == "shards":
+            data["shuffle_window"] = order.window
         if len(self.shards.sets) > 1 or self.shards.mix.is_weighted:
             data["sets"] = self.shards.identities()
         return {**asdict(self._state), **ranks, **data}
@@ -284,7 +293,8 @@ class SceneLoader:
         resumes at the same position, but scenes that replaced bad ones may occur twice in that epoch.
 
         Raises:
-            UserError: the state belongs to another seed, or to other data sets, weights or another order of the sets.
+            UserError: the state belongs to another seed or order, or to other data sets, weights or another order of
+                the sets.
         """
         order = self.order
         if state["seed"] != order.seed:
@@ -292,10 +302,30 @@ class SceneLoader:
                 f"the saved loader state has seed {state['seed']}, this run has {order.seed}: resume with the same "
                 "seed and shards, or start a new run"
             )
+        self._resume_order(state)
         alone = {"scenes": state["scenes"], "keys": state["keys"], "weight": 1}
         self.shards.check_identities(state.get("sets", [alone]))
         same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
         self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
+
+    def _resume_order(self, state: Mapping[str, Any]) -> None:
+        """Continue in the order of the saved state, unless the configuration asks for another."""
+        order = self.order
+        if order.shuffle == "none" or state.get("shuffle") == "none":
+            return
+        saved, window = state.get("shuffle", "sorted"), state.get("shuffle_window", order.window)
+        if self.config.shuffle not in (None, saved):
+            raise UserError(
+                f"the saved loader state has data.shuffle={saved}, this run has {self.config.shuffle}: resume with "
+                f"data.shuffle={saved}, or start a new run"
+            )
+        if saved == "shards" and self.config.shuffle is not None and window != order.window:
+            raise UserError(
+                f"the saved loader state has data.shuffle_window={window}, this run has {order.window}: resume with "
+                f"data.shuffle_window={window}, or start a new run"
+            )
+        shards = self.shards.shard_scenes() if saved == "shards" else ()
+        self.order = replace(order, shuffle=saved, window=window, shards=shards)
 
     def __iter__(self) -> Iterator[Batch]:
         """Iterate from the consumer's position. Starting a new iteration ends the previous one."""
@@ -366,7 +396,7 @@ class SceneLoader:
         share = self.order.share(state.epoch, state.position)
         consumed = len(range(self.order.rank, state.position, self.order.world_size))  # of this rank's share
         skipped = min(state.ahead, len(share))
-        scenes = self._reader.read_ahead(share[skipped:], self.order.batch_size)
+        scenes = self._reader.read_ahead(share.skip(skipped), self.order.batch_size)
         return EpochCursor(state.epoch, consumed + skipped, consumed + len(share), state.ahead, scenes)
 
     def _gather(self, cursor: EpochCursor) -> tuple[list[Sample], Views, list[BadSample]]:

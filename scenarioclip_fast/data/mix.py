@@ -9,6 +9,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from scenarioclip_fast.data.config import ShardSource
 from scenarioclip_fast.data.order import Mix
 from scenarioclip_fast.data.remote import CACHE_GIB
@@ -93,6 +96,10 @@ class ShardMix:
         except BadSample as bad:
             bad.source = self.source_of(i)
             raise
+
+    def shard_scenes(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """The number of scenes of each shard of each set."""
+        return tuple(shards.shard_scenes for shards in self.sets)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

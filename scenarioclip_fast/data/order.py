@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from scenarioclip_fast.data.splitmix64 import hash64, splitmix64
+from scenarioclip_fast.data.permutation import hash_order, permutation
+from scenarioclip_fast.data.splitmix64 import hash64
 
-_EXTRA = 1  # distinguishes the hash from that of an epoch's order
+_Numbers = npt.NDArray[np.int64]
+Kind = Literal["scenes", "shards", "sorted", "none"]
+"""How an epoch is shuffled: all scenes; the shards, and the scenes of a window of shards; all scenes by a sort, as in
+version 0.0, which takes 16 bytes a scene; or not at all."""
 
-
-def epoch_order(scenes: int, seed: int, epoch: int, shuffle: bool = True) -> npt.NDArray[np.int64]:
-    """The order [scenes] of an epoch. Sorted by a hash, which is stable across library versions, unlike a shuffle."""
-    return _hash_order(scenes, hash64(seed, epoch)) if shuffle else np.arange(scenes, dtype=np.int64)
-
-
-def _hash_order(n: int, key: int) -> npt.NDArray[np.int64]:
-    return np.argsort(splitmix64(np.arange(n, dtype=np.uint64) ^ np.uint64(key)), kind="stable")
+_EXTRA, _SHARDS, _WINDOW = 1, 2, 3  # distinguish hashes from those of an epoch's order
+_CHUNK = 4096  # positions computed at once
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Mix:
     a set's scenes, which are as even as possible: the whole part of the weight for every scene, and one more for a part
     of the scenes. That part moves on from epoch to epoch through a fixed random order of the set, so that over 1 / f
     epochs each scene is in it once, where f is the fractional part of the weight.
+
+    Occurrence r, from 0, of scene s has the number s + r N.
 
     Attributes:
         sizes: number of scenes of each set.
@@ -53,18 +55,109 @@ class Mix:
         """Whether some set has another weight than 1."""
         return any(weight != 1 for weight in self.weights)
 
-    def occurrences(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The occurrences [len(self)] of an epoch, set by set: s + r N for occurrence r, from 0, of scene s."""
+    def occurrences(self, seed: int, epoch: int, at: _Numbers | None = None, by_sorting: bool = False) -> _Numbers:
+        """Return the occurrences of an epoch, set by set.
+
+        Args:
+            at: [n] return those at these positions only; None: all.
+            by_sorting: the fixed random order of a set is a sort by a hash.
+        """
+        at = np.arange(len(self)) if at is None else at
+        if not self.is_weighted:
+            return at
+        total, first = sum(self.sizes), np.concatenate([[0], np.cumsum(self.sizes)])
+        start = np.concatenate([[0], np.cumsum(self.counts)])
+        number = start[1:].searchsorted(at, "right")
+        found = np.empty(len(at), np.int64)
+        for k in np.unique(number).tolist():
+            rows = np.flatnonzero(number == k)
+            size = self.sizes[k]
+            whole, extra = divmod(self.counts[k], size)
+            repeat, scene = np.divmod(at[rows] - start[k], size)
+            if len(moving := np.flatnonzero(repeat == whole)):
+                turn = permutation(size, hash64(seed, k, _EXTRA), by_sorting)
+                scene[moving] = turn((epoch * extra + scene[moving]) % size)
+            found[rows] = first[k] + scene + repeat * total
+        return found
+
+    def runs(self, seed: int, epoch: int, shards: Sequence[_Numbers]) -> tuple[_Numbers, _Numbers]:
+        """Return the occurrences of an epoch as runs within a shard: the first of each run, and its length.
+
+        Here the part of the scenes that a fractional weight adds moves on through a fixed random order of the shards.
+
+        Args:
+            shards: the number of scenes of each shard of each set.
+        """
         total, first = sum(self.sizes), 0
-        parts: list[npt.NDArray[np.int64]] = []
-        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+        runs: list[tuple[_Numbers, _Numbers]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for number, (size, count, lengths) in enumerate(zip(self.sizes, self.counts, shards, strict=True)):
+            start = first + np.cumsum(lengths) - lengths
             whole, extra = divmod(count, max(size, 1))
-            parts.append(first + np.add.outer(np.arange(whole) * total, np.arange(size)).ravel())
+            runs += [(start + repeat * total, lengths) for repeat in range(whole)]
             if extra:
-                turn = _hash_order(size, hash64(seed, number, _EXTRA))
-                parts.append(first + whole * total + turn[(epoch * extra + np.arange(extra)) % size])
+                turn = hash_order(len(lengths), hash64(seed, number, _EXTRA))
+                end = np.cumsum(lengths[turn])
+                begin = end - lengths[turn]
+                moved = epoch * extra % size
+                for low, high in ((moved, min(moved + extra, size)), (0, moved + extra - size)):
+                    skipped = np.maximum(low - begin, 0)
+                    taken = np.minimum(end, high) - begin - skipped
+                    kept = taken > 0
+                    runs.append(((start[turn] + whole * total + skipped)[kept], taken[kept]))
             first += size
-        return np.concatenate(parts)
+        starts, counts = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+        return starts[counts > 0], counts[counts > 0]
+
+
+class Share:
+    """A rank's share of an epoch's order, computed as it is read.
+
+    Args:
+        at: returns the occurrences at given positions of the epoch.
+        positions: those of this rank.
+    """
+
+    def __init__(self, at: Callable[[_Numbers], _Numbers], positions: range) -> None:
+        self._at, self._positions = at, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, part: slice) -> _Numbers:
+        positions = self._positions[part]
+        return self._at(np.arange(positions.start, positions.stop, positions.step))
+
+    def skip(self, n: int) -> Share:
+        """The share without its first n scenes."""
+        return Share(self._at, self._positions[n:])
+
+    def tolist(self) -> list[int]:
+        return [i for start in range(0, len(self), _CHUNK) for i in self[start : start + _CHUNK].tolist()]
+
+
+class WindowedOrder:
+    """Runs of consecutive scenes in a random order, and the scenes shuffled within each window of several runs.
+
+    A window is read before the next one, so that storage serves a few shards at a time.
+    """
+
+    def __init__(self, starts: _Numbers, lengths: _Numbers, window: int, seed: int, epoch: int) -> None:
+        order = hash_order(len(starts), hash64(seed, epoch, _SHARDS))
+        self._starts, self._window, self._seed, self._epoch = starts[order], window, seed, epoch
+        self._before = np.concatenate([[0], np.cumsum(lengths[order])])  # [runs + 1]
+        self._bounds = np.append(self._before[:-1:window], self._before[-1])  # [windows + 1]
+
+    def __call__(self, positions: _Numbers) -> _Numbers:
+        windows = self._bounds[1:].searchsorted(positions, "right")
+        found = np.empty(len(positions), np.int64)
+        for w in np.unique(windows).tolist():
+            rows = np.flatnonzero(windows == w)
+            low, high = self._bounds[w : w + 2].tolist()
+            shuffled = permutation(high - low, hash64(self._seed, self._epoch, w, _WINDOW))
+            at = low + shuffled(positions[rows] - low)
+            run = self._before.searchsorted(at, "right") - 1
+            found[rows] = self._starts[run] + at - self._before[run]
+        return found
 
 
 @dataclass(frozen=True)
@@ -76,18 +169,21 @@ class Order:
     by at most one scene.
 
     Attributes:
-        scenes: occurrences of scenes per epoch.
-        mix: how often each scene occurs in an epoch; None: once.
+        mix: how often each scene occurs in an epoch.
+        shuffle: see `Kind`.
+        shards: the number of scenes of each shard of each set; only for "shards".
+        window: shards whose scenes are shuffled together; only for "shards".
     """
 
-    scenes: int
+    mix: Mix
     batch_size: int
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    shuffle: bool = True
+    shuffle: Kind = "scenes"
     drop_last: bool = True
-    mix: Mix | None = None
+    shards: tuple[_Numbers, ...] = ()
+    window: int = 64
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -100,6 +196,11 @@ class Order:
         return self.batches()
 
     @property
+    def scenes(self) -> int:
+        """Occurrences of scenes per epoch."""
+        return len(self.mix)
+
+    @property
     def global_batch(self) -> int:
         """Scenes per batch, summed over all ranks."""
         return self.batch_size * self.world_size
@@ -109,11 +210,22 @@ class Order:
         left = max(0, self.scenes - position)
         return left // self.global_batch if self.drop_last else -(-left // self.global_batch)
 
-    def share(self, epoch: int, position: int = 0) -> npt.NDArray[np.int64]:
-        """This rank's scenes [n] from `position` to the end of the epoch, including those that `drop_last` drops.
+    def share(self, epoch: int, position: int = 0) -> Share:
+        """This rank's scenes from `position` to the end of the epoch, including those that `drop_last` drops.
 
-        With a mix they are occurrences of scenes, as `Mix.occurrences` numbers them.
+        They are occurrences of scenes, as `Mix` numbers them.
         """
-        order = epoch_order(self.scenes, self.seed, epoch, self.shuffle)
-        share = order[position:][self.rank :: self.world_size]
-        return share if self.mix is None else self.mix.occurrences(self.seed, epoch)[share]
+        return Share(self.epoch(epoch), range(self.scenes)[position:][self.rank :: self.world_size])
+
+    def epoch(self, epoch: int) -> Callable[[_Numbers], _Numbers]:
+        """A function that returns the occurrences at given positions of an epoch."""
+        if self.shuffle == "shards":
+            return WindowedOrder(*self.mix.runs(self.seed, epoch, self.shards), self.window, self.seed, epoch)
+        by_sorting = self.shuffle == "sorted"
+
+        def at(positions: _Numbers) -> _Numbers:
+            if self.shuffle != "none":
+                positions = permutation(self.scenes, hash64(self.seed, epoch), by_sorting)(positions)
+            return self.mix.occurrences(self.seed, epoch, positions, by_sorting)
+
+        return at

@@ -21,12 +21,14 @@ from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.decode.base import decoded_size
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.open_files import exhausted_error, is_exhausted
+from scenarioclip_fast.data.order import Share
 from scenarioclip_fast.data.remote import Closed
 from scenarioclip_fast.data.scene import Scene, with_masks
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.errors import UserError
 
 _REMOTE_READS = 32  # concurrent
+_CHUNK = 4096  # indices computed at once
 # Errors that are not caused by a scene and end the run.
 _FATAL = (MemoryError, ImportError, Closed, forks.ForkedError)
 
@@ -66,17 +68,20 @@ class SampleReader:
     def _after_fork(self) -> None:
         self._pool = ThreadPoolExecutor(self._threads, "read")
 
-    def read_ahead(self, indices: npt.NDArray[np.int64], batch_size: int) -> Iterator[Sample | BadSample]:
+    def read_ahead(self, indices: npt.NDArray[np.int64] | Share, batch_size: int) -> Iterator[Sample | BadSample]:
         """Read the scenes at `indices`, in this order, one batch ahead of the consumer.
 
         Indices from the number of scenes on are further occurrences: see `Mix.occurrences`.
         """
         per_task = -(-batch_size // self._threads)  # one task per scene would cost more than the reads
         reads: deque[Future[list[Sample | BadSample]]] = deque()
-        for start in range(0, len(indices), per_task):
-            reads.append(self._pool.submit(self._read, indices[start : start + per_task].tolist()))
-            if len(reads) * per_task >= 2 * batch_size:
-                yield from reads.popleft().result()
+        chunk = -(-_CHUNK // per_task) * per_task
+        for first in range(0, len(indices), chunk):
+            part = indices[first : first + chunk]
+            for start in range(0, len(part), per_task):
+                reads.append(self._pool.submit(self._read, part[start : start + per_task].tolist()))
+                if len(reads) * per_task >= 2 * batch_size:
+                    yield from reads.popleft().result()
         for read in reads:
             yield from read.result()
 

@@ -215,6 +215,11 @@ class ShardSet:
         return self.keys.find(key)
 
     @property
+    def converted_index(self) -> bytes | None:
+        """The content of index.bin if the data set has index.json instead, as written by earlier versions."""
+        return self._converted
+
+    @property
     def shard_scenes(self) -> npt.NDArray[np.int64]:  # [shards]
         """The number of scenes of each shard, in the order of the scenes."""
         shards = self._index.shards(self.split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from scenarioclip_fast.data.remote import Store
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
 from scenarioclip_fast.data.synthetic import generate_scenes
+from scenarioclip_fast.data.upgrade import upgrade_index
 from scenarioclip_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -224,6 +226,50 @@ def test_index_json_of_earlier_versions_gives_the_same_scenes(packed: Path, tmp_
         (tmp_path / "new").mkdir()
         shutil.copy(packed / "manifest.json", tmp_path / "new")
         ShardSet(tmp_path / "new")
+
+
+def test_an_old_index_is_upgraded_in_place(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    expected: dict[str, Any] = {path.name: path.read_bytes() for path in copy.iterdir()}
+    downgrade_index(copy)
+    tars = {path.name: path.stat() for path in copy.glob("*.tar")}
+    replace, unlink = os.replace, Path.unlink
+    for name in ("index.bin", "manifest.json", "index.json"):  # killed before each change
+
+        def die_before(path: object, name: str = name) -> None:
+            if Path(str(path)).name == name:
+                raise KeyboardInterrupt
+
+        def dying_replace(old: Any, new: Any, die_before: Callable[[object], None] = die_before) -> None:
+            die_before(new)
+            replace(old, new)
+
+        def dying_unlink(path: Path, die_before: Callable[[object], None] = die_before, **options: bool) -> None:
+            die_before(path)
+            unlink(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("scenarioclip_fast.files.os.replace", dying_replace)
+            patch.setattr(Path, "unlink", dying_unlink)
+            with pytest.raises(KeyboardInterrupt):
+                upgrade_index(copy)
+        assert ShardSet(copy).keys == ShardSet(packed).keys
+    assert upgrade_index(copy) is False and not (copy / "index.json").exists()
+    downgrade_index(copy)
+    assert upgrade_index(copy) is True and upgrade_index(copy) is False
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in copy.iterdir()}
+    for files in (expected, found):
+        del files["index.bin"]  # the blocks are in the order of completion in one, of the splits in the other
+        manifest = json.loads(files.pop("manifest.json"))
+        digest = manifest["sha256"].pop("index.bin")
+        files["manifest"] = manifest
+    assert found == expected and digest == hashlib.sha256((copy / "index.bin").read_bytes()).hexdigest()
+    assert read_rows(copy) == read_rows(packed)
+    assert tars == {path.name: path.stat() for path in copy.glob("*.tar")}
+    with pytest.raises(UserError, match="only a local data set can be upgraded"):
+        upgrade_index(packed.as_uri())
+    with pytest.raises(UserError, match="no such directory"):
+        upgrade_index(tmp_path / "none")
 
 
 def test_an_index_that_does_not_fit_its_tars_is_named(packed: Path, tmp_path: Path) -> None:

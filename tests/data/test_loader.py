@@ -23,16 +23,17 @@ from hypothesis import strategies as st
 from packs import read_rows
 from PIL import Image
 
-from scenarioclip_fast.data import LoaderConfig, rle
+from scenarioclip_fast.data import LoaderConfig, permutation, rle
 from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import DECODERS
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
-from scenarioclip_fast.data.order import epoch_order
 from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.permutation import hash_order
 from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json
 from scenarioclip_fast.data.shards import BadSample
+from scenarioclip_fast.data.splitmix64 import hash64
 from scenarioclip_fast.data.views import Views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.errors import UserError
@@ -191,7 +192,7 @@ def test_batches_depend_only_on_seed_and_epoch(shards: Path, options: dict[str, 
         assert_same(x, y)
     epochs = [[key for batch in a[i : i + 7] for key in batch.keys] for i in (0, 7)]
     assert len(set(epochs[0])) == len(set(epochs[1])) == 28 and epochs[0] != epochs[1]
-    assert epochs[1] == [f"s{i:04d}" for i in epoch_order(30, 5, 1)[:28]]
+    assert epochs[1] == [f"s{i:04d}" for i in hash_order(30, hash64(5, 1))[:28]]
 
 
 def test_augmentation_depends_on_the_epoch_and_not_on_the_batch(shards: Path) -> None:
@@ -224,6 +225,51 @@ def test_resume_is_bitwise_exact(shards: Path) -> None:
                 assert_same(x, y)
 
 
+@pytest.mark.parametrize("shuffle", ["scenes", "shards", "sorted"])
+def test_orders_resume_exactly(shards: Path, shuffle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a resumed run does not say which order it has, and with another number of ranks."""
+    monkeypatch.setattr(permutation, "_SORTED", 0)
+    permutation.permutation.cache_clear()
+    options: dict[str, Any] = {"shuffle": shuffle, "shuffle_window": 2, "augment": False, "drop_last": False}
+    with load(shards, 6, **options) as whole:
+        expected = [set(batch.keys) for batch in take(whole, 5)]
+        assert set.union(*expected) == {f"s{i:04d}" for i in range(30)}
+    with load(shards, 6, **options) as first:
+        take(first, 2)
+        state = json.loads(json.dumps(first.state_dict()))
+        assert state["shuffle"] == shuffle
+    for settings in (options, options | {"shuffle": None, "shuffle_window": 64}):
+        found: list[set[str]] = [set(), set(), set()]
+        for rank in range(3):
+            with load(shards, 2, rank=rank, world_size=3, **settings) as second:
+                second.load_state_dict(state)
+                assert second.state_dict()["shuffle"] == shuffle
+                for keys, batch in zip(found, take(second, 3), strict=True):
+                    keys.update(batch.keys)
+        assert found == expected[2:]
+    for other in {"scenes", "shards", "sorted"} - {shuffle}:
+        with (
+            load(shards, 6, **options | {"shuffle": other}) as third,
+            pytest.raises(UserError, match=rf"has data\.shuffle={shuffle}, this run has {other}: resume with data\.s"),
+        ):
+            third.load_state_dict(state)
+    if shuffle == "shards":
+        with (
+            load(shards, 6, **options | {"shuffle_window": 3}) as third,
+            pytest.raises(UserError, match=r"has data\.shuffle_window=2, this run has 3: resume with"),
+        ):
+            third.load_state_dict(state)
+
+
+def test_shuffle_is_a_switch_or_an_order(shards: Path) -> None:
+    with load(shards, 5, shuffle=False, epochs=1, augment=False) as plain:
+        assert [key for batch in plain for key in batch.keys] == [f"s{i:04d}" for i in range(30)]
+    with load(shards, 5, shuffle=True) as default, load(shards, 5, shuffle="scenes") as named:
+        assert default.order == named.order and named.config.shuffle == "scenes"
+    with pytest.raises(UserError, match="shuffle: got 'shard', expected one of scenes, shards, sorted"):
+        load(shards, 5, shuffle="shard")
+
+
 def test_a_new_iteration_continues_the_previous_one(shards: Path) -> None:
     with load(shards) as whole, load(shards) as parts:
         expected = take(whole, 5)
@@ -232,7 +278,7 @@ def test_a_new_iteration_continues_the_previous_one(shards: Path) -> None:
 
 
 def test_ranks_share_the_order_and_another_world_size_continues_it(shards: Path) -> None:
-    order = [f"s{i:04d}" for i in epoch_order(30, 5, 0)]
+    order = [f"s{i:04d}" for i in hash_order(30, hash64(5, 0))]
 
     def global_batches(
         world: int, batch_size: int, state: dict[str, int] | None, steps: int
