@@ -29,6 +29,7 @@ _PREFIX = "bench_"
 _KIND_OF = {
     "data": "data",
     "pack": "data",
+    "index": "data",
     "generation": "data",
     "step": "step",
     "trainer": "step",

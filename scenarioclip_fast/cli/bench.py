@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from scenarioclip_fast.terminal import echo, warn
@@ -37,6 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="run the GPU benchmarks on the CPU at toy sizes: checks that they run; the figures mean nothing",
     )
     parser.add_argument(
+        "--scenes", type=int, metavar="N", help="scenes of the synthetic data set of `index` (default: 1000000)"
+    )
+    parser.add_argument(
         "--report",
         type=Path,
         nargs="+",
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report and args.what:
         raise UserError(f"bench: got {' '.join(args.what)} and --report, expected only one of them")
     given = {"--rehearse": args.rehearse, "--device": args.device != "auto", "--limit": args.limit is not None}
+    given["--scenes"] = args.scenes is not None
     if args.report and any(given.values()):
         option = next(name for name, is_given in given.items() if is_given)
         raise UserError(f"bench: got {option} and --report, which measures nothing: expected only one of them")
@@ -63,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("bench: got --device and --rehearse, which always runs on the CPU: expected only one of them")
     if args.limit is not None and not args.limit > 0:
         raise UserError(f"--limit: got {args.limit:g}, expected seconds above 0")
+    if args.scenes is not None:
+        if "index" not in args.what:
+            raise UserError("--scenes: only the benchmark `index` uses it: scenarioclip-fast bench index --scenes N")
+        if args.scenes < 1:
+            raise UserError(f"--scenes: got {args.scenes}, expected at least 1")
+        os.environ["SCENARIOCLIP_FAST_BENCH_SCENES"] = str(args.scenes)  # read by the benchmark's process
     if args.report and "{" in args.out.name:
         raise UserError(
             f"--out: got {args.out}, but {{date}} and {{device}} are replaced only when something is measured"

@@ -238,10 +238,10 @@ def test_orders_resume_exactly(shards: Path, shuffle: str, monkeypatch: pytest.M
         take(first, 2)
         state = json.loads(json.dumps(first.state_dict()))
         assert state["shuffle"] == shuffle
-    for settings in (options, options | {"shuffle": None, "shuffle_window": 64}):
+    for form in (options, options | {"shuffle": None, "shuffle_window": 64}):
         found: list[set[str]] = [set(), set(), set()]
         for rank in range(3):
-            with load(shards, 2, rank=rank, world_size=3, **settings) as second:
+            with load(shards, 2, rank=rank, world_size=3, **form) as second:
                 second.load_state_dict(state)
                 assert second.state_dict()["shuffle"] == shuffle
                 for keys, batch in zip(found, take(second, 3), strict=True):
