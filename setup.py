@@ -39,8 +39,8 @@ COMPILERS = ("c++", "g++", "clang++")
 def packages() -> list[str]:
     found = find_packages(str(ROOT), include=[PACKAGE, f"{PACKAGE}.*"])
     for folder in SUBPACKAGES:
-        # benchmarks/gpu works only in a checkout.
-        inner = find_packages(str(ROOT / folder), exclude=["gpu", "gpu.*"])
+        # benchmarks/gpu and benchmarks/scaling work only in a checkout.
+        inner = find_packages(str(ROOT / folder), exclude=["gpu", "gpu.*", "scaling"])
         found += [f"{PACKAGE}.{folder}", *(f"{PACKAGE}.{folder}.{name}" for name in inner)]
     return found
 
