@@ -38,7 +38,7 @@ class ContrastiveLoss(nn.Module):
     Args:
         init_temperature: logit_scale starts at ln(1 / init_temperature); at least 1 / max_scale.
         max_scale: upper bound of the scale; a logit_scale beyond it gets no gradient.
-        duplicates, group, backend: as in `ops.contrastive_loss`.
+        duplicates, group, chunk, backend: as in `ops.contrastive_loss`.
     """
 
     def __init__(
@@ -48,11 +48,12 @@ class ContrastiveLoss(nn.Module):
         *,
         duplicates: str = "negatives",
         group: ProcessGroup | None = None,
+        chunk: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
-        self.group, self.backend = group, backend
+        self.group, self.chunk, self.backend = group, chunk, backend
         self.logit_scale = nn.Parameter(_initial_log(init_temperature, max_scale))
 
     @property
@@ -77,6 +78,7 @@ class ContrastiveLoss(nn.Module):
             text_weight=text_weight,
             duplicates=self.duplicates,
             group=self.group,
+            chunk=self.chunk,
             backend=self.backend,
         )
 
@@ -95,11 +97,12 @@ class MultiLevelContrastiveLoss(nn.Module):
         *,
         duplicates: str = "negatives",
         group: ProcessGroup | None = None,
+        chunk: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.max_scale, self.duplicates = _validated(init_temperature, max_scale, duplicates)
-        self.group, self.backend = group, backend
+        self.group, self.chunk, self.backend = group, chunk, backend
         self.levels = _level_names(levels)
         self.logit_scale = nn.ParameterDict(
             {level: nn.Parameter(_initial_log(init_temperature, max_scale)) for level in self.levels}
@@ -138,6 +141,7 @@ class MultiLevelContrastiveLoss(nn.Module):
             text_weights=text_weights,
             duplicates=self.duplicates,
             group=self.group,
+            chunk=self.chunk,
             backend=self.backend,
         )
 

@@ -8,6 +8,7 @@ DistributedDataParallel does, then gives the gradient of one process with all ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,42 @@ from torch import Tensor
 # The old names are deprecated from torch 2.13 on; torch 2.11 has no others.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce x over the ranks in place; no gradient."""
+    dist.all_reduce(x, op, group=group)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A collective that may still be running, without a gradient.
+
+    `wait` before using the result, also in other streams: with NCCL it makes the current stream wait, not the host,
+    and with gloo the host. The tensors of a collective live until then.
+    """
+
+    result: Tensor
+    source: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.result
+
+
+def start_gather(x: Tensor, rows: int, group: dist.ProcessGroup) -> InFlight:
+    """Start to gather every rank's x, padded with zeros from at most `rows` rows: [ranks * rows, ...]."""
+    padded = _pad(x, rows).contiguous()
+    out = x.new_empty((group.size() * rows, *x.shape[1:]))
+    return InFlight(out, padded, _all_gather(out, padded, group=group, async_op=True))
+
+
+def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> InFlight:
+    """Start to sum x [ranks * rows, ...] over ranks, of which each rank gets its block [rows, ...]."""
+    source = x.contiguous()
+    out = x.new_empty((len(x) // group.size(), *x.shape[1:]))
+    return InFlight(out, source, _reduce_scatter(out, source, group=group, async_op=True))
 
 
 def has_cpu_backend(group: dist.ProcessGroup) -> bool:
@@ -81,10 +118,10 @@ class _CombineColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, columns: Tensor, sums: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         highest = columns.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        all_reduce(highest, group, dist.ReduceOp.MAX)
         shift = highest.masked_fill(highest.isneginf(), 0)
         packed = torch.cat([(columns - shift).exp(), sums])
-        dist.all_reduce(packed, group=group)
+        all_reduce(packed, group)
         combined = packed[: len(columns)].log() + shift
         ctx.save_for_backward(columns, combined)
         ctx.group = group
@@ -94,6 +131,6 @@ class _CombineColumns(torch.autograd.Function):
     def backward(ctx: Any, grad_combined: Tensor, grad_totals: Tensor) -> tuple[Tensor, Tensor, None]:
         columns, combined = ctx.saved_tensors
         packed = torch.cat([grad_combined, grad_totals])
-        dist.all_reduce(packed, group=ctx.group)
+        all_reduce(packed, ctx.group)
         share = (columns - combined).exp().masked_fill(columns.isneginf(), 0)
         return packed[: len(columns)] * share, packed[len(columns) :].clone(), None

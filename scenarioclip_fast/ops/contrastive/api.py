@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scenarioclip_fast import dispatch, workspace
 from scenarioclip_fast.ops import collectives
+from scenarioclip_fast.ops.contrastive.chunked import chunked_log_sums
 from scenarioclip_fast.ops.contrastive.fused import has_fused_losses, mean_losses
 from scenarioclip_fast.ops.contrastive.levels import (
     LevelInput,
@@ -27,6 +28,7 @@ from scenarioclip_fast.ops.contrastive.levels import (
 from scenarioclip_fast.ops.contrastive.op import contrastive_forward, keeps_exponentials
 from scenarioclip_fast.ops.contrastive.ranks import gather_levels
 from scenarioclip_fast.ops.contrastive.validate import (
+    check_chunk,
     check_group,
     check_levels,
     check_lists,
@@ -49,6 +51,7 @@ def contrastive_loss(
     duplicates: str = "negatives",
     reduction: str = "mean",
     group: ProcessGroup | None = None,
+    chunk: int | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [], or [N] for reduction="none"
@@ -85,6 +88,10 @@ def contrastive_loss(
             options must agree on all ranks; an argument error on one rank leaves the others waiting in a collective. On
             a GPU the host does not synchronise if the group also has a CPU backend
             (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
+        chunk: with a group, the texts of all ranks per exchange, for each level. Where a level has more, texts are
+            gathered in chunks, each while the one before is compared, and no more than two chunks' gradients exist at
+            once; the results differ by rounding only (docs/losses.md). None: 65,536, and no chunks on a single rank.
+            Without a group it has no effect.
         deterministic: No effect: all backends sum in a fixed order. On the CPU, the matrix library may round
             differently with another number of threads.
         backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0; chosen by
@@ -104,7 +111,7 @@ def contrastive_loss(
         RuntimeError: a second derivative is taken.
     """
     level = LevelInput(image, text, logit_scale, text_index, text_id, text_weight)
-    return _losses([level], duplicates, reduction, group, backend).squeeze(0)
+    return _losses([level], duplicates, reduction, group, chunk, backend).squeeze(0)
 
 
 def log_sums(
@@ -137,6 +144,7 @@ def multilevel_contrastive_loss(
     text_weights: Sequence[Tensor | None] | None = None,  # levels x [U_l]
     duplicates: str = "negatives",
     group: ProcessGroup | None = None,
+    chunk: int | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [levels]
@@ -157,7 +165,7 @@ def multilevel_contrastive_loss(
     check_lists(lists)
     columns = [[None] * len(images) if given is None else given for given in lists.values()]
     levels = [LevelInput(*level) for level in zip(*columns, strict=True)]
-    return _losses(levels, duplicates, "mean", group, backend)
+    return _losses(levels, duplicates, "mean", group, chunk, backend)
 
 
 def distributed_dot_product_loss(
@@ -168,7 +176,7 @@ def distributed_dot_product_loss(
 ) -> Tensor:  # []
     """`contrastive_loss` over a group where row i has text i, without normalisation of the rows."""
     level = LevelInput(image, text, logit_scale)
-    return _losses([level], "negatives", "mean", group, "auto", normalize=False).squeeze(0)
+    return _losses([level], "negatives", "mean", group, None, "auto", normalize=False).squeeze(0)
 
 
 def _losses(
@@ -176,21 +184,26 @@ def _losses(
     duplicates: str,
     reduction: str,
     group: ProcessGroup | None,
+    chunk: int | None,
     backend: str,
     normalize: bool = True,
 ) -> Tensor:  # [levels], or [1, N] for reduction="none"
     check_options(duplicates, reduction)
     check_group(group)
+    check_chunk(chunk)
     name = _resolve_backend(inputs, backend, 1 if group is None else group.size())
     levels = prepare(inputs)
     if group is not None:
-        levels = gather_levels(levels, duplicates, group)
+        levels = gather_levels(levels, duplicates, group, chunk)
     check_total_weights(levels)
     if group is None and reduction == "mean" and has_fused_losses(name):
         return _fused_losses(levels, duplicates, name, normalize)
     if group is None:
         levels = [count_texts(level, duplicates) for level in levels]
-    rows, columns, positives = _log_sums(levels, name, normalize)
+    if group is not None and levels[0].layout is not None:
+        rows, columns, positives = chunked_log_sums(levels, name, normalize, group)
+    else:
+        rows, columns, positives = _log_sums(levels, name, normalize)
     dtype = levels[0].scale.dtype
     if reduction == "none":
         return _row_losses(levels[0], rows[0], columns[0], positives[0], group).to(dtype)[None]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from scenarioclip_fast.kernels.contrastive import reference
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.ops.contrastive.chunked import ChunkLayout
 
 
 # Not frozen: that would take a microsecond a field, and the host is expected to be the limit for a few hundred rows.
@@ -29,13 +33,14 @@ class PreparedLevel:
     """One level with features in the dtype that all levels share, and its scale as a tensor."""
 
     image: Tensor  # [N, D]
-    text: Tensor  # [U, D]
+    text: Tensor  # [U, D]; with a layout, this rank's only, while U elsewhere is all ranks'
     scale: Tensor  # [] in the dtype of the sums
     text_index: Tensor | None  # [N] int64; None: row i has text i
     text_id: Tensor | None  # [U] int64
     rows: int  # over all ranks
     count: Tensor | None = None  # [U] int64 rows of each text over all ranks; None: one each
     weight: Tensor | None = None  # [U] of each text in the row sums; None: the default
+    layout: ChunkLayout | None = None  # if texts are exchanged in chunks
 
 
 def features_dtype(levels: list[LevelInput]) -> torch.dtype:
@@ -90,7 +95,7 @@ def count_texts(level: PreparedLevel, duplicates: str) -> PreparedLevel:
     level = merge_equal_texts(level) if duplicates == "positives" else level
     if level.text_index is None:
         return level
-    count = count_rows(level.text_index, level.text)
+    count = count_rows(level.text_index, level.text.shape[0])
     return replace(level, count=count, weight=weight_of(level, count, duplicates))
 
 
@@ -117,8 +122,8 @@ def first_of(ids: Tensor) -> Tensor:  # [U] -> [U]
     return order[torch.searchsorted(ordered, ids)] if len(ids) else ids
 
 
-def count_rows(index: Tensor, text: Tensor) -> Tensor:  # [N], [U, D] -> [U] int64
-    return index.new_zeros(len(text)).index_add_(0, index, torch.ones_like(index))
+def count_rows(index: Tensor, texts: int) -> Tensor:  # [N] -> [texts] int64
+    return index.new_zeros(texts).index_add_(0, index, torch.ones_like(index))
 
 
 def arange(x: Tensor) -> Tensor:

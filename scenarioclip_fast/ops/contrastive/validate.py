@@ -37,6 +37,15 @@ def check_group(group: object) -> None:
         raise TypeError(f"group: got {_kind(group)}, expected a process group that this rank belongs to")
 
 
+def check_chunk(chunk: object) -> None:
+    if chunk is None:
+        return
+    if not isinstance(chunk, int) or isinstance(chunk, bool):
+        raise TypeError(f"chunk: got {_kind(chunk)}, expected a number of texts or None")
+    if chunk < 1:
+        raise ValueError(f"chunk: got {chunk}, expected at least 1 text, or None")
+
+
 def check_lists(lists: Mapping[str, Any]) -> None:
     """Check that all lists of a multilevel call have as many entries as the first; the optional ones may be None."""
     counts: dict[str, int] = {}

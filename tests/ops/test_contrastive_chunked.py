@@ -1,0 +1,406 @@
+"""Texts of all ranks exchanged in chunks: 2 to 4 gloo processes against one process, bytes, memory and overlap."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scenarioclip_fast.benchmarks.count_collectives import count_collectives, expected_collectives
+from test_contrastive_weights import (
+    averaged,
+    check,
+    check_levels_of_ranks,
+    check_ranks,
+    check_zeros,
+    losses_by_hand,
+    parameters,
+    share,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scenarioclip_fast.losses import ContrastiveLoss, MultiLevelContrastiveLoss
+from scenarioclip_fast.ops import collectives, contrastive_loss, multilevel_contrastive_loss
+from scenarioclip_fast.ops.contrastive import chunked, ranks
+from scenarioclip_fast.ops.contrastive.chunked import ChunkLayout
+
+# (rows, texts) of each rank: odd sizes, empty shares, a rank with texts but no rows, all texts on one rank.
+SHARES = {
+    2: [((5, 9), (3, 2)), ((0, 7), (4, 3))],
+    3: [((5, 4), (0, 3), (3, 11)), ((6, 13), (0, 0), (0, 0)), ((0, 0), (0, 2), (7, 4))],
+    4: [((3, 5), (0, 0), (4, 9), (1, 1)), ((2, 7), (2, 7), (2, 7), (2, 7))],
+}
+OPTIONS = [
+    ("negatives", "mean", True),
+    ("negatives", "mean", False),
+    ("negatives", "none", False),
+    ("positives", "mean", True),
+]
+
+
+def test_layout_has_every_text_once() -> None:
+    for kept, chunk in itertools.product([[5, 0, 3], [4, 4, 4], [0, 0, 9], [1]], [1, 4, 6, 100]):
+        layouts = [ChunkLayout.of(kept, chunk, rank, torch.device("cpu")) for rank in range(len(kept))]
+        texts = [(rank, i) for rank, count in enumerate(kept) for i in range(count)]
+        placed = []
+        for c, first in enumerate(layouts[0].chunks):
+            gathered: list[tuple[int, int] | None] = []
+            for rank, layout in enumerate(layouts):
+                own = layout.chunks[c].own
+                rows = [(rank, i) for i in range(own.start, own.stop)]
+                gathered += [*rows, *[None] * (first.padded - len(rows))]
+            assert len(gathered) <= max(chunk, len(kept))
+            columns = [gathered[row] for row in layouts[0].row[first.columns].tolist()]
+            assert first.is_full == (columns == gathered)
+            placed += columns
+        assert placed == [text for _, text in sorted(zip(layouts[0].column.tolist(), texts, strict=True))]
+
+
+def check_every_form(group: Any) -> None:
+    for shares, (duplicates, reduction, with_ids), (chunk, backend) in itertools.product(
+        SHARES[group.size()], OPTIONS, ((1, "cpu"), (7, "reference"), (2 * group.size(), "cpu"))
+    ):
+        options = {"backend": backend, "with_ids": with_ids, "chunk": chunk}
+        check_ranks(shares, duplicates, reduction, options, group)
+
+
+def check_automatic(group: Any) -> None:
+    """Chunks by default from CHUNK texts on, of modules too; with fewer, the same bits."""
+    rows, texts, world = 5, 8, group.size()
+    parts = [share(rank, rows, texts) for rank in range(world)]
+    image, ids, _, index = parts[group.rank()]
+    table, _ = parameters()
+
+    def losses(module: Any) -> list[Tensor]:
+        loss = module(image, table[ids], index)
+        return [loss.detach(), *torch.autograd.grad(loss, (image, table))]
+
+    with log_calls() as calls:
+        plain = losses(ContrastiveLoss(group=group))
+        assert not calls
+        torch.testing.assert_close(losses(ContrastiveLoss(group=group, chunk=world * texts)), plain, rtol=0, atol=0)
+        assert not calls
+        check(losses(ContrastiveLoss(group=group, chunk=world * texts - 1)), plain)
+        assert calls.count("forward") == 2
+        with patch.object(ranks, "CHUNK", 2 * world):
+            calls.clear()
+            check(losses(ContrastiveLoss(group=group)), plain)
+            assert calls.count("forward") == texts / 2
+            calls.clear()
+            module = MultiLevelContrastiveLoss(["a", "b"], group=group)
+            both = module([image, image], [table[ids]] * 2, [index] * 2)
+            check(both.detach(), plain[0].expand(2))
+            assert calls.count("forward") == texts
+            check(MultiLevelContrastiveLoss(["a"], group=group, chunk=99)([image], [table[ids]], [index])[0], plain[0])
+
+
+def check_mismatch(group: Any) -> None:
+    features = torch.ones(2, 4)
+    chunk = 2 if group.rank() else None
+    with pytest.raises(
+        ValueError, match=r"^group: got chunk None on rank 0 of the group and 2 on rank 1, expected the"
+    ):
+        contrastive_loss(features, features, 1.0, group=group, chunk=chunk)
+
+
+def check_precision(group: Any, dtype: torch.dtype) -> None:
+    """As close to float64 as without chunks."""
+    g = torch.Generator().manual_seed(group.rank())
+    n, width = 150 + group.rank(), 48
+    x, y = (torch.randn(n, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
+
+    def results(*features: Tensor, **options: Any) -> list[Tensor]:
+        loss = contrastive_loss(*features, 100.0, group=group, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, features)]
+
+    exact = results(x.double(), y.double(), backend="reference")
+    whole, parts = results(x, y), results(x, y, chunk=100)
+    # A row's gradient is a sum over chunks, each rounded to the features' dtype. They point in different directions, so
+    # the sum of their norms is a few times that of the result: at most 4 roundings of it (2^-9 each in bfloat16).
+    rounding = torch.finfo(dtype).eps / 2
+    for w, p, e in zip(whole, parts, exact, strict=True):
+        assert (p - e).norm() <= 2 * (w - e).norm() + 4 * rounding * e.norm()
+
+
+def check_bytes(group: Any) -> None:
+    """The formulas of docs/losses.md."""
+    world, rank, width = group.size(), group.rank(), 6
+    sizes = [[7, 2, 0, 5][:world], [3, 3, 9, 1][:world]]
+    # Ids shared between ranks; within a rank they are distinct.
+    ids = [[torch.arange(n) + 2 * r for r, n in enumerate(level)] for level in sizes]
+    kept = [kept_by_rank(level) for level in ids]
+    for dtype, with_ids, with_weights, chunk in itertools.product(
+        (torch.float32, torch.bfloat16), (True, False), (True, False), (5, 100)
+    ):
+        texts = [torch.randn(level[rank], width, dtype=dtype).requires_grad_() for level in sizes]
+        images = [torch.randn(4, width, dtype=dtype).requires_grad_() if len(t) else t.detach() for t in texts]
+        indices = [torch.zeros(len(x), dtype=torch.int64) for x in images]
+        with count_collectives() as forward:
+            losses = multilevel_contrastive_loss(
+                images,
+                texts,
+                [10.0, 10.0],
+                text_indices=indices,
+                text_ids=[level[rank] for level in ids] if with_ids else None,
+                text_weights=[torch.ones(len(t)) for t in texts] if with_weights else None,
+                group=group,
+                chunk=chunk,
+            )
+        with count_collectives() as backward:
+            losses.sum().backward()
+        expected = expected_collectives(
+            sizes,
+            kept if with_ids else sizes,
+            width,
+            dtype.itemsize,
+            chunk=chunk,
+            with_ids=with_ids,
+            with_weights=with_weights,
+        )
+        assert (forward, backward) == expected, (forward, backward, expected)
+
+
+def kept_by_rank(ids: list[Tensor]) -> list[int]:
+    seen: set[int] = set()
+    counts = []
+    for own in ids:
+        new = set(own.tolist()) - seen
+        counts.append(len(new))
+        seen |= new
+    return counts
+
+
+class LiveRows(TorchDispatchMode):
+    """The most bytes of new [rows, width] tensors that were alive at the same time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.live, self.peak = width, 0, 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        before = {s.data_ptr() for s in known}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.dim() == 2 and t.shape[1] == self.width:
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in before and storage not in self.seen and storage.nbytes():
+                    self.seen.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def check_memory(group: Any) -> None:
+    """The backward pass holds text gradients of two chunks besides this rank's own, whatever the number of texts."""
+    world, rank, n, width, chunk = group.size(), group.rank(), 3, 40, 32
+    g = torch.Generator().manual_seed(rank)
+    for per_rank, padding in ((80, 0), (160, 0), (80, 5)):
+        texts = per_rank - padding * (rank == 1)
+        image, text = (torch.randn(k, width, generator=g).requires_grad_() for k in (n, texts))
+
+        def peak(chunk: int, leaves: tuple[Tensor, Tensor] = (image, text)) -> int:
+            index = torch.arange(len(leaves[0]))
+            loss = contrastive_loss(*leaves, 10.0, text_index=index, group=group, chunk=chunk)
+            with LiveRows(width) as rows:
+                torch.autograd.grad(loss, leaves)
+            return rows.peak
+
+        row = width * 4  # bytes
+        # This rank's gradients of texts, and of those of a chunk; gradients of images, and a chunk's share of them.
+        own = (texts + chunk // world + 2 * n) * row
+        assert chunk * row <= peak(chunk) - own <= 2 * chunk * row, (per_rank, padding, (peak(chunk) - own) / row)
+        assert peak(10**6) >= world * per_rank * row - own
+
+
+class LoggedWork:
+    def __init__(self, work: Any, log: Callable[[str], None], name: str) -> None:
+        self.work, self.log, self.name = work, log, name
+
+    def wait(self) -> None:
+        self.log(f"wait {self.name}")
+        self.work.wait()
+
+
+@contextmanager
+def log_calls() -> Iterator[list[str]]:
+    """The asynchronous collectives and the kernels of calls in chunks, in order."""
+    calls: list[str] = []
+
+    def asynchronous(name: str, start: Any) -> Any:
+        def started(*tensors: Tensor, async_op: bool = False, **options: Any) -> Any:
+            if not async_op:
+                return start(*tensors, **options)
+            calls.append(name)
+            return LoggedWork(start(*tensors, async_op=True, **options), calls.append, name)
+
+        return started
+
+    def logged(name: str, kernels: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return kernels(*arguments)
+
+        return call
+
+    with (
+        patch.object(collectives, "_all_gather", asynchronous("gather", collectives._all_gather)),
+        patch.object(collectives, "_reduce_scatter", asynchronous("scatter", collectives._reduce_scatter)),
+        patch.object(chunked, "contrastive_forward", logged("forward", chunked.contrastive_forward)),
+        patch.object(chunked, "contrastive_backward", logged("backward", chunked.contrastive_backward)),
+    ):
+        yield calls
+
+
+def check_overlap(group: Any) -> None:
+    """While kernels run, the next chunk's texts, or the gradients of the last chunk, are on their way."""
+    x, y = (torch.randn(3, 4).requires_grad_() for _ in range(2))
+    with log_calls() as calls:
+        contrastive_loss(x, y, 1.0, group=group, chunk=group.size()).backward()
+    forward = [
+        "gather",
+        "gather",
+        "wait gather",
+        "forward",
+        "gather",
+        "wait gather",
+        "forward",
+        "wait gather",
+        "forward",
+    ]
+    step = ["backward", "wait scatter", "scatter"]
+    assert calls == [*forward, "backward", "scatter", *step, *step, "wait scatter"]
+
+
+def check_gradients_of_some(group: Any) -> None:
+    """Only images, only texts, or only the scale; a graph kept for a second pass; no second derivative; no graph."""
+    parts = [share(rank, 4, 5) for rank in range(group.size())]
+    image, ids, _, index = parts[group.rank()]
+    table, scale = parameters()
+    weights = [(x, ids, torch.ones(5).double(), index) for x, ids, _, index in parts]
+    wanted = torch.autograd.grad(losses_by_hand(weights, table, scale, "positives"), (image, table, scale))
+
+    def loss(*leaves: Tensor) -> Tensor:
+        image, table, scale = leaves
+        options: dict[str, Any] = {"text_index": index, "text_id": ids, "duplicates": "positives"}
+        return contrastive_loss(image, table[ids], scale, group=group, chunk=group.size(), **options)
+
+    leaves = (image, table, scale)
+    for k in range(3):
+        given = [leaf if i == k else leaf.detach() for i, leaf in enumerate(leaves)]
+        value = loss(*given)
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(value, given[k], retain_graph=True)
+            check(grad / group.size() if k == 0 else averaged(grad, group), wanted[k])
+    (grad,) = torch.autograd.grad(loss(*leaves), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with torch.no_grad():
+        assert not loss(*leaves).requires_grad
+
+
+def run(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    try:
+        everyone: Any = dist.group.WORLD
+        pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
+        trio = dist.new_group([1, 2, 3])  # ranks differ from the global ones
+        for group in (everyone, pairs[rank // 2], *([trio] if rank else [])):
+            check_every_form(group)
+            check_bytes(group)
+            check_memory(group)
+            check_overlap(group)
+            check_gradients_of_some(group)
+            check_mismatch(group)
+            for dtype in (torch.float32, torch.bfloat16):
+                check_precision(group, dtype)
+            check_automatic(group)
+        if rank:
+            with patch.object(ranks, "CHUNK", 4):
+                check_levels_of_ranks(trio)
+                check_zeros(trio)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_equal_one_process(tmp_path: Path) -> None:
+    mp.spawn(run, (str(tmp_path / "store"),), nprocs=4)
+
+
+def test_chunk_is_a_positive_number() -> None:
+    x = torch.ones(2, 3)
+    assert contrastive_loss(x, x, 1.0, chunk=1) == contrastive_loss(x, x, 1.0)
+    for chunk in (True, 2.0):
+        with pytest.raises(TypeError, match=r"chunk: got (bool|float), expected a number of texts or None"):
+            contrastive_loss(x, x, 1.0, chunk=chunk)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chunk: got 0, expected at least 1 text, or None"):
+        contrastive_loss(x, x, 1.0, chunk=0)
+
+
+def check_backend(backend: str) -> None:
+    """One rank with chunks against one process: rows without a text in a chunk, for every kernel of a backend."""
+    device = "cuda" if dist.get_backend() != "gloo" else "cpu"
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 33, generator=g).requires_grad_() for n in (40, 30))
+    index = torch.randint(30, (40,), generator=g)
+    for duplicates in ("negatives", "positives"):
+        expected = contrastive_loss(
+            x.double(), y.double(), 20.0, text_index=index, duplicates=duplicates, backend="reference"
+        )
+        wanted = [expected.detach(), *torch.autograd.grad(expected, (x, y))]
+        options: dict[str, Any] = {"text_id": torch.arange(30), "duplicates": duplicates, "backend": backend}
+        loss = contrastive_loss(
+            x.to(device), y.to(device), 20.0, text_index=index.to(device), group=dist.group.WORLD, chunk=11, **options
+        )
+        for found, want in zip([loss.detach(), *torch.autograd.grad(loss, (x, y))], wanted, strict=True):
+            # float32 sums of 30 to 40 terms, at a scale of 20: 1e-6 of the largest gradient.
+            torch.testing.assert_close(
+                found.cpu(), want.to(found.dtype), rtol=1e-4, atol=2e-6 * want.abs().max().item()
+            )
+
+
+def single() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_triton_in_the_interpreter() -> None:
+    """In a separate process: Triton reads TRITON_INTERPRET when a kernel is defined."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = """
+import test_contrastive_chunked as t
+from unittest.mock import patch
+from scenarioclip_fast.kernels.contrastive import contrastive_triton
+t.single()
+t.check_backend("triton")
+with patch.object(contrastive_triton, "GROUPED", 100):  # each chunk as a large level
+    t.check_backend("triton")
+print("checked")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "checked", done.stderr
