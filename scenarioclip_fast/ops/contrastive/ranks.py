@@ -184,7 +184,7 @@ def _lay_out_level(
     else:
         sizes, kept, position = _deduplicate_by_rank(ids, sizes)
         own = kept[sum(sizes[:rank]) :][: sizes[rank]] - before
-        text = text[to_device(own, device)]
+        text = text.index_select(0, to_device(own, device))
         layout = ChunkLayout.of(sizes, chunk, rank, device)
         column = layout.column[to_device(position, device)]
         weight = None if weight is None else _merge_weights(weight, column, sum(sizes), duplicates)
