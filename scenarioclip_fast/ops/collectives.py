@@ -29,10 +29,10 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM)
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A collective that may still be running, without a gradient.
+    """A collective that may still be running; it has no gradient.
 
-    `wait` before using the result, also in other streams: with NCCL it makes the current stream wait, not the host,
-    and with gloo the host. The tensors of a collective live until then.
+    Its result is valid in the current stream after `wait`, which with NCCL makes that stream wait, not the host. With
+    gloo the host waits. The tensors have to live until then.
     """
 
     result: Tensor

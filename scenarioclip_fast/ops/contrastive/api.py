@@ -72,7 +72,8 @@ def contrastive_loss(
             `text_weight` gives it a weight.
         text_id: identity of each text across ranks, on the features' device or the CPU: any int64 that is equal on all
             ranks and unique to the text, such as its vocabulary index. Texts with equal ids are merged into the first
-            one. Required for "positives" with a group; with "negatives" it changes no result, but saves work.
+            one (in chunks, into that of a rank that depends on the id). Required for "positives" with a group; with
+            "negatives" it changes no result, but saves work.
         text_weight: finite weight w_u >= 0 of each text in the row sums, row_i = log sum_u w_u exp(S_iu), as with hard
             negatives appended to `text`; 0 leaves a text out. None: the number of its rows with "negatives", 1 with
             "positives". The column sums and their coefficients do not depend on it, and it gets no gradient. When

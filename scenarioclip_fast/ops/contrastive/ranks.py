@@ -246,16 +246,20 @@ def _deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:  # [U] -> kept [V], posi
 
 
 def _deduplicate_by_rank(ids: Tensor, sizes: list[int]) -> tuple[list[int], Tensor, Tensor]:
-    """Return how many entries of each rank are first of their id, and then as `_deduplicate`.
+    """Return how many entries of each rank are kept, and then as `_deduplicate`.
 
-    On a GPU the host waits once, as for the sizes in `_deduplicate`.
+    The entry that is kept of an id is on its first rank counted from rank `id`, modulo the ranks: rank 0 would keep all
+    of its texts, and every rank sends as many rows as the one with the most. On a GPU the host waits once, as for the
+    sizes in `_deduplicate`.
     """
-    first = first_of(ids)
-    is_first = first == arange(first)
-    through = is_first.cumsum(0)  # entries kept up to and including each
-    position = (through - 1)[first]
     stops = torch.tensor(sizes).cumsum(0)
+    rank = torch.searchsorted(to_device(stops, ids.device), arange(ids), right=True)
+    order = ((rank - ids) % len(sizes)).argsort(stable=True)
+    first = torch.empty_like(order).scatter_(0, order, order[first_of(ids[order])])
+    is_kept = first == arange(first)
+    through = is_kept.cumsum(0)  # entries kept up to and including each
+    position = (through - 1)[first]
     ends = [0, *torch.cat([through.new_zeros(1), through])[to_device(stops, ids.device)].tolist()]
     # Entries that are dropped are written behind the end.
-    kept = through.new_empty(ends[-1] + 1).scatter_(0, torch.where(is_first, position, ends[-1]), arange(ids))
+    kept = through.new_empty(ends[-1] + 1).scatter_(0, torch.where(is_kept, position, ends[-1]), arange(ids))
     return [b - a for a, b in itertools.pairwise(ends)], kept[:-1], position
