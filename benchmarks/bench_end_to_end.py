@@ -50,7 +50,7 @@ from scenarioclip_fast.benchmarks.bench_step import (
     release,
 )
 
-from scenarioclip_fast.data import Batch, Scene, SceneObject, Vocabulary, generate_scenes, load_reference
+from scenarioclip_fast.data import Batch, Scene, SceneObject, ShardSet, generate_scenes, load_reference
 from scenarioclip_fast.data import pack as pack_scenes
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
 from scenarioclip_fast.train.timing import DataWait
@@ -135,7 +135,7 @@ class Workload:
         ]
         self.shards = folder / "shards"
         pack_scenes(self.scenes, self.shards, progress=False)
-        self.vocabulary = Vocabulary.load(self.shards / "vocabulary.json")
+        self.vocabulary = ShardSet(self.shards).vocabulary
         self.fixed_vocabulary = FixedVocabulary({level: self.vocabulary.tokens(level) for level in LEVELS})
         self.layout = functools.cache(self._layout)
 

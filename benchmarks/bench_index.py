@@ -167,7 +167,7 @@ def report(benchmark: Any, count: int, what: str) -> None:
         seconds = benchmark.stats.stats.median / count
         time = f"{seconds:.3g} s" if seconds > 0.1 else f"{1e6 * seconds:.3g} us"
         extra = ", ".join(f"{name} {value}" for name, value in benchmark.extra_info.items() if name != "form")
-        echo(f"\n{benchmark.name}: {time} {what}{f' ({extra})' if extra else ''}")
+        echo(f"{benchmark.name}: {time} {what}{f' ({extra})' if extra else ''}")
 
 
 def memory(folder: Path, scenes: int) -> dict[str, float]:

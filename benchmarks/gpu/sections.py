@@ -59,7 +59,7 @@ TIMED = [
     Section("demo", "demo", 30, 120, minimum=45),
     Section("tests_compiled", "compiled", 0, 120, minimum=30),
 ]
-HOST_ONLY = frozenset({"checkpoint", "generation", "index", "pack"})  # benchmarks that do not use a GPU
+HOST_ONLY = frozenset({"checkpoint", "generation", "index", "pack", "vocabulary"})  # benchmarks that do not use a GPU
 FINISH_S = 8  # to write the record's README and the archive
 HEADLINES = ("bench_step", "bench_contrastive", "bench_views", "bench_end_to_end")
 ALL = [PREPARE, START, CHECKS, *TIMED]

@@ -31,6 +31,7 @@ _KIND_OF = {
     "pack": "data",
     "index": "data",
     "generation": "data",
+    "vocabulary": "data",
     "step": "step",
     "trainer": "step",
     "checkpoint": "step",

@@ -20,7 +20,6 @@ import itertools
 import mmap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -28,7 +27,6 @@ import numpy.typing as npt
 
 from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import open_regular
 
 NAME = "index.bin"
 BLOCK = 512  # bytes: members of a tar start at multiples of it
@@ -354,16 +352,10 @@ class Index:
         return rows, keys
 
 
-def map_file(path: Path) -> tuple[Read, int]:
-    """Map a file; return a function that reads parts of it, and its size in bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is not a regular file.
-    """
-    with open(open_regular(path), "rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
-    return lambda start, stop, crc: data[start:stop], size
+def part_of(data: mmap.mmap | bytes) -> Read:
+    """A function that returns parts of a mapped file, or of bytes in memory."""
+    view = memoryview(data)
+    return lambda start, stop, crc: view[start:stop]
 
 
 def index_of_json(shards: Mapping[str, Any], splits: Mapping[str, Sequence[Any]]) -> bytes:

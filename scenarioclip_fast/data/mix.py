@@ -106,6 +106,9 @@ class ShardMix:
         """The vocabulary of all sets: see `Vocabulary.merge`."""
         return Vocabulary.merge([shards.read_vocabulary() for shards in self.sets], self.mix.weights)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "vocabulary"}  # read again
+
     @cached_property
     def digest(self) -> int:
         """Checksum of the keys in order: see `ShardSet.digest`."""

@@ -2,14 +2,14 @@
 
     DIR/train-000000.tar ...  KEY.jpg (the source file's bytes), KEY.json (see `scene.scene_to_json`)
     DIR/index.json            {"schema": 1, "shards": {name: [[key, jpg offset, size, json offset, size], ...]}}
-    DIR/vocabulary.json       see `vocabulary.Vocabulary`
+    DIR/vocabulary.bin        see `vocabulary_file`
     DIR/manifest.json         counts, and the SHA-256 of every other file
     DIR/rejected.jsonl        {"entry", "reason", "detail"} per line
     DIR/source.json           fingerprint of the source and options, to detect an up-to-date pack; only for data sets on
                               disk
 
 The output bytes depend only on the scenes, not on the number of processes or on interruptions (see `staging`). Only the
-keys, the distinct texts and the open shards are kept in memory.
+keys, a million distinct texts and the open shards are kept in memory.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Each scene is thus transferred at most twice in the first epoch; later epochs fe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
@@ -179,11 +180,85 @@ class Store:
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard as listed in the manifest; `size` in bytes."""
+    """A shard, or another file, as listed in the manifest; `size` in bytes."""
 
     name: str
     sha256: str
     size: int
+
+
+def _copy(store: Store, file: RemoteShard, descriptor: int) -> str:
+    """Download a file, and return the SHA-256 of the received bytes."""
+    digest = hashlib.sha256()
+    for start in range(0, file.size, _CHUNK):
+        data = store.read(file.name, start, min(start + _CHUNK, file.size))
+        os.pwrite(descriptor, data, start)
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def read_large(store: Store, file: RemoteShard) -> bytes:
+    """Read a file of any size, or what there is of it; raises OSError."""
+    data = bytearray()
+    while len(data) < file.size:
+        end = min(len(data) + _CHUNK, file.size)
+        data += store.read(file.name, len(data), end)
+        if len(data) < end:
+            break
+    return bytes(data)
+
+
+def fetch(store: Store, file: RemoteShard, directory: Path, limit: int) -> ShardCache | None:
+    """Fetch a file into the cache of shards, unless it is there or another process fetches it.
+
+    Returns:
+        The cache, whose `close` gives the file up to eviction; None: there is no room for it, or it cannot be written,
+        which is logged, or its SHA-256 is not the expected one.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: the directory is not writable.
+    """
+    if file.size > limit:
+        return None
+    cache = ShardCache(directory, limit)
+    try:
+        while True:
+            try:
+                verified = cache.claim({file.sha256: file.size}).get(file.sha256)
+                if verified or (verified is not None and cache.verify(file.sha256) is not None):
+                    return cache
+                descriptor = cache.reserve(file.sha256, file.size)
+                break
+            except BlockingIOError:  # another process is fetching or hashing it
+                time.sleep(_POLL_S / 10)
+            except FileNotFoundError:  # another process has removed it as damaged
+                continue
+        if descriptor is not None and _fill(cache, store, file, descriptor):
+            return cache
+    except BaseException:
+        cache.close()
+        raise
+    cache.close()
+    return None
+
+
+def _fill(cache: ShardCache, store: Store, file: RemoteShard, descriptor: int) -> bool:
+    try:
+        if _copy(store, file, descriptor) == file.sha256:
+            cache.commit(file.sha256, descriptor)
+            return True
+    except OSError as error:
+        cache.drop(file.sha256, descriptor)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _log.warning("%s: not cached: %s", store.where(file.name), error.strerror)
+        return False
+    except BaseException:
+        cache.drop(file.sha256, descriptor)
+        raise
+    cache.drop(file.sha256, descriptor)
+    return False
 
 
 class RemoteShards:
@@ -304,7 +379,7 @@ class RemoteShards:
             if descriptor is None:
                 return
             try:
-                if self._copy(shard, descriptor) == shard.sha256:
+                if _copy(self.store, shard, descriptor) == shard.sha256:
                     self._cache.commit(shard.sha256, descriptor)
                     self._use(shard, verified_time(shard.sha256))
                     return
@@ -333,15 +408,6 @@ class RemoteShards:
         with self._lock:
             self._suspects.discard(shard.sha256)
             self._usable[shard.sha256] = time_ns
-
-    def _copy(self, shard: RemoteShard, descriptor: int) -> str:
-        """Download a shard, and return the SHA-256 of the received bytes."""
-        digest = hashlib.sha256()
-        for start in range(0, shard.size, _CHUNK):
-            data = self.store.read(shard.name, start, min(start + _CHUNK, shard.size))
-            os.pwrite(descriptor, data, start)
-            digest.update(data)
-        return digest.hexdigest()
 
     def close(self) -> None:
         """Stop the threads and waiting reads, and release the cache."""

@@ -23,7 +23,7 @@ from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import Stage, dump
-from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.data.vocabulary import VocabularyWriter
 from scenarioclip_fast.levels import LEVELS
 
 # Per split: scenes, those with an action, objects, relations, and those whose subject and object both have a mask.
@@ -97,8 +97,7 @@ class ShardWriter:
         self._open: dict[str, _OpenShard] = {}
         self._numbers = Counter[str]()  # of shards opened, by split
         self._keys: set[str] = set()
-        self._texts: dict[str, set[str]] = {level: set() for level in LEVELS}
-        self._train: dict[str, Counter[str]] = {level: Counter() for level in LEVELS}
+        self._vocabulary = VocabularyWriter(stage.path)
         # Hashes a finished shard, syncs it to disk and adds it to the journal, one at a time and in order.
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._finishing: Future[None] | None = None
@@ -111,7 +110,7 @@ class ShardWriter:
             self._numbers[record["split"]] += 1
             self._keys.update(row[0] for row in record["rows"])
             self.resumed_boxes += [np.array(rows, np.float64).reshape(-1, COLUMNS) for rows in record.get("boxes", [])]
-            self._count(record["split"], record["texts"])
+            self._vocabulary.add(record["split"], record["texts"])
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -165,7 +164,7 @@ class ShardWriter:
     def _close(self, split: str, end: int) -> None:
         shard = self._open.pop(split)
         shard.close()
-        self._count(split, shard.texts)
+        self._vocabulary.add(split, shard.texts)
         rejected, self.rejected = self.rejected, []
         boxes, self._boxes = self._boxes, []
         counts = (len(shard.rows), *(shard.texts[level].total() for level in LEVELS), shard.masked_relations)
@@ -186,12 +185,6 @@ class ShardWriter:
         if self._finishing is not None:
             self._finishing.result()
 
-    def _count(self, split: str, texts: Mapping[str, Mapping[str, int]]) -> None:
-        for level in LEVELS:
-            self._texts[level].update(texts[level])
-            if split == "train":
-                self._train[level].update(texts[level])
-
     def finish(
         self,
         scan: Scan,
@@ -208,13 +201,13 @@ class ShardWriter:
         self._wait()
         splits, diagnosis = self._write_index(scan.rejected)
         warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
-        vocabulary = self._vocabulary(classes)
-        self._write("vocabulary.json", vocabulary.to_json())
-        names = [INDEX, "rejected.jsonl", "vocabulary.json"]
+        with self._stage.create("vocabulary.bin") as file:
+            vocabulary = self._vocabulary.write(file, classes)
+        names = [INDEX, "rejected.jsonl", "vocabulary.bin"]
         manifest = {
             "schema": SCHEMA,
             "splits": splits,
-            "vocabulary": {level: len(vocabulary.texts(level)) for level in LEVELS},
+            "vocabulary": vocabulary,
             "rejected": diagnosis.reasons(),
             "causes": [cause.to_json() for cause in diagnosis.causes()],
             "warnings": warnings,
@@ -254,13 +247,6 @@ class ShardWriter:
             listing.writelines(rejection_lines(self.rejected))
             index.finish()
         return splits, diagnosis
-
-    def _vocabulary(self, classes: dict[str, list[str]] | None) -> Vocabulary:
-        if classes is None:
-            texts = [sorted(self._texts[level]) for level in LEVELS]
-        else:
-            texts = [classes[level] for level in ("actions", "objects", "relations")]
-        return Vocabulary(texts[0], texts[1], texts[2], self._train)
 
 
 def rejection_lines(rejected: Iterable[Rejection]) -> Iterator[bytes]:

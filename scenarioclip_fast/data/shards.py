@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +19,27 @@ import numpy.typing as npt
 
 from scenarioclip_fast import forks
 from scenarioclip_fast.data.index import NAME as INDEX
-from scenarioclip_fast.data.index import Index, Keys, Location, index_of_json, map_file
+from scenarioclip_fast.data.index import Index, Keys, Location, index_of_json, part_of
 from scenarioclip_fast.data.open_files import OPEN_FILES, File, exhausted_error, is_exhausted
-from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, is_url
+from scenarioclip_fast.data.remote import (
+    CACHE_GIB,
+    NoRanges,
+    RemoteShard,
+    RemoteShards,
+    Store,
+    fetch,
+    is_url,
+    read_large,
+)
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
-from scenarioclip_fast.data.shard_cache import default_cache_dir
+from scenarioclip_fast.data.shard_cache import ShardCache, default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
+from scenarioclip_fast.data.vocabulary_file import BINARY, HEADER_BYTES, JSON, Mapped, declared_size, map_file
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import NotRegularError, read_regular
 from scenarioclip_fast.parsing import parse_json
-from scenarioclip_fast.terminal import printable, short
+from scenarioclip_fast.terminal import get_logger, printable, short
 
 SPLITS = ("train", "val", "test")
 # What other data sets call them.
@@ -37,8 +48,9 @@ _SPLIT_NAMES = {
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
+IN_MEMORY = 8 << 20  # bytes up to which a remote vocabulary is not worth a file in the shard cache
+_log = get_logger(__name__)
 _SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class BadSample(ValueError):
@@ -68,6 +80,11 @@ def split_named(word: str) -> str | None:
     ('val', 'test', None)
     """
     return _SPLIT_OF_NAME.get(re.sub(r"(19|20)\d\d$", "", word.lower()))
+
+
+def is_sha256(value: Any) -> bool:
+    """Whether a value is a SHA-256 in hex."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def is_packed(directory: str | Path) -> bool:
@@ -133,6 +150,7 @@ class ShardSet:
         self._splits = self._parse_manifest()
         self._shards = self._splits[split]
         self._vocabulary: Vocabulary | None = None
+        self._vocabulary_cache: ShardCache | None = None
         self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
         self._fetching: RemoteShards | None = None
         self._checks: dict[int, _Check] = {}
@@ -158,7 +176,7 @@ class ShardSet:
         for shard in itertools.chain.from_iterable(shards.values()):  # names and digests become file names
             if os.path.basename(shard.name) != shard.name:
                 raise UserError(f"{self._where('manifest.json')}: shard name {shard.name!r} escapes the directory")
-            if not _SHA256.fullmatch(shard.sha256):
+            if not is_sha256(shard.sha256):
                 raise UserError(
                     f"{self._where('manifest.json')}: {shard.name} has no valid SHA-256; pack the data set again"
                 )
@@ -176,30 +194,25 @@ class ShardSet:
             return self._opened
 
     def _open_index(self, store: Store | None) -> Index:
-        name = "index.json"
-        if self._has_binary_index:
-            name = INDEX
-            try:
-                if store is None:
-                    read, size = map_file(Path(self.source, name))
-                else:
-                    self._index_file = CachedIndex(
-                        store, self.manifest["sha256"][name], int(self.manifest["index"]["bytes"]), *self._cache
-                    )
-                    read, size = self._index_file.read, self._index_file.size
-            except (KeyError, TypeError, ValueError) as error:
-                raise self._malformed(error) from None
-            except OSError as error:
-                raise self._missing(name, error) from None
-        else:
-            if self._converted is None:
-                rows = self._read_json(name, store).get("shards")
-                try:
+        name = INDEX if self._has_binary_index else "index.json"
+        try:
+            if not self._has_binary_index:
+                if self._converted is None:
+                    rows = self._read_json(name, store).get("shards")
                     self._converted = index_of_json(cast(dict[str, Any], rows), self._splits)
-                except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-                    raise self._malformed(error) from None
-            data = memoryview(self._converted)
-            read, size = (lambda start, stop, crc: data[start:stop]), len(data)
+                read, size = part_of(self._converted), len(self._converted)
+            elif store is None:
+                with self._reading(name):
+                    data = map_file(Path(self.source, name))
+                read, size = part_of(data), len(data)
+            else:
+                size = int(self.manifest["index"]["bytes"])
+                self._index_file = CachedIndex(store, self._sha256(name) or "", size, *self._cache)
+                read = self._index_file.read
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._malformed(error) from None
         return Index(read, size, self._splits, self._where(name), eager=store is None)
 
     def __len__(self) -> int:
@@ -255,9 +268,32 @@ class ShardSet:
 
     def read_vocabulary(self) -> Vocabulary:
         """Read the vocabulary without keeping it."""
-        name = "vocabulary.json"
-        record = self._read_json(name, Store(self.source) if self.is_remote else None)
-        return Vocabulary.from_json(record, self._where(name))
+        store = Store(self.source) if self.is_remote else None
+        if (sha256 := self._sha256(BINARY)) is None:  # an older pack
+            return Vocabulary.from_json(self._read_json(JSON, store), self._where(JSON))
+        with self._reading(BINARY):
+            if store is None:  # checked by its own checksum
+                return Vocabulary.from_bytes(map_file(Path(self.source, BINARY)), self._where(BINARY))
+            data = self._fetch_vocabulary(store, sha256)
+        return Vocabulary.from_bytes(data, self._where(BINARY), sha256)
+
+    def _fetch_vocabulary(self, store: Store, sha256: str) -> Mapped:
+        """Map a large remote vocabulary from the shard cache, or hold it in memory."""
+        size = declared_size(store.read(BINARY, 0, HEADER_BYTES), self._where(BINARY))
+        file = RemoteShard(BINARY, sha256, size)
+        if size > IN_MEMORY and (cache := fetch(store, file, *self._cache)) is not None:
+            with self._lock:
+                before, self._vocabulary_cache = self._vocabulary_cache, cache  # its claim: until `close`
+            if before is not None:
+                before.close()
+            return map_file(cache.path(sha256), follow=False)
+        if size > IN_MEMORY:
+            _log.warning(
+                "%s: not in the shard cache: each process holds its %.1f GiB in memory; enlarge the cache to share it",
+                self._where(BINARY),
+                size / 2**30,
+            )
+        return read_large(store, file)
 
     def locations(self) -> Iterator[tuple[str, str, int, int, tuple[int, int]]]:
         """Yield the key of each scene, the name of its shard, offset and size of its image, and those of its record."""
@@ -347,12 +383,13 @@ class ShardSet:
         with self._lock:
             fetching, self._fetching = self._fetching, None
             index, self._index_file = self._index_file, None
+            cache, self._vocabulary_cache = self._vocabulary_cache, None
             if index is not None:
                 self._opened = None
         self._files.close(self._owner)
-        for opened in (fetching, index):
-            if opened is not None:
-                opened.close()
+        for used in (fetching, index, cache):
+            if used is not None:
+                used.close()
 
     def _open(self, shard: int) -> File | None:
         """The open file of a shard; None if it is not on this machine yet."""
@@ -390,20 +427,33 @@ class ShardSet:
 
     def _read_file(self, name: str, store: Store | None) -> bytes:
         """Read a small file; if it is remote, verify it against the manifest."""
-        try:
+        with self._reading(name):
             if store is None:
                 return read_regular(Path(self.source, name))
             data = store.read(name)
-        except OSError as error:
-            raise self._missing(name, error) from None
-        if name != "manifest.json" and hashlib.sha256(data).hexdigest() != self.manifest.get("sha256", {}).get(name):
+        if name != "manifest.json" and hashlib.sha256(data).hexdigest() != self._sha256(name):
             raise UserError(f"{self._where(name)}: the checksum differs from the manifest's; copy the data set again")
         return data
 
-    def _missing(self, name: str, error: OSError) -> UserError:
-        if isinstance(error, FileNotFoundError):
-            return UserError(f"{self._where(name)}: no such file; expected the output of `scenarioclip-fast pack`")
-        return UserError(f"{self._where(name)}: not readable ({error.strerror or error})")
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise UserError(
+                f"{self._where(name)}: no such file; expected the output of `scenarioclip-fast pack`"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self._where(name)}: not readable ({error.strerror or error})") from None
+
+    def _sha256(self, name: str) -> str | None:
+        """The SHA-256 of a file by the manifest; None if it does not list the file."""
+        sums = self.manifest.get("sha256")
+        if not isinstance(sums, dict) or name not in sums:
+            return None
+        if not is_sha256(sums[name]):
+            raise UserError(f"{self._where('manifest.json')}: {name} has no valid SHA-256; pack the data set again")
+        return str(sums[name])
 
     def _read_json(self, name: str, store: Store | None) -> dict[str, Any]:
         try:
@@ -425,14 +475,16 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_owner", "_fetching", "_checks", "_lock", "_opened", "_index_file")
+        # The index and the vocabulary, which may be mapped files, are opened again.
+        own = {"_files", "_owner", "_fetching", "_checks", "_lock", "_opened", "_index_file"}
+        own |= {"_vocabulary", "_vocabulary_cache"}
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._files, self._owner = OPEN_FILES, OPEN_FILES.new_owner()
         self._fetching, self._checks, self._lock = None, {}, forks.Lock()
-        self._opened = self._index_file = None
+        self._opened = self._index_file = self._vocabulary = self._vocabulary_cache = None
         forks.register(self)
 
 

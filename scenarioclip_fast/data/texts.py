@@ -16,6 +16,8 @@ def normalise(text: str) -> str:
     Removes control and format characters other than white space, lower-cases, composes accents (Unicode NFC), and
     separates words by single spaces. Idempotent. The result can be empty.
     """
+    if text.isascii() and text.isprintable():  # most texts: nothing to remove or compose
+        return " ".join(text.lower().split())
     text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _REMOVED)
     # Composed last, because lower-casing decomposes: it turns a dotted capital I into two characters.
     return " ".join(unicodedata.normalize("NFC", text.lower()).split())

@@ -135,7 +135,7 @@ def embed(
             features = split_features(session, split or "test", [level], labelled=False)
             seconds = time.monotonic() - start
             skipped = [SkippedImage(scene.scene, f"{scene.reason}: {scene.detail}") for scene in session.skipped]
-            table = _of_shards(features, level, session.vocabulary.texts(level), skipped, seconds)
+            table = _of_shards(features, level, [*session.vocabulary.texts(level)], skipped, seconds)
             if session.world.is_main_process:
                 _finish(table, images, out, force)
             return table

@@ -26,7 +26,7 @@ class Encoder(Protocol):
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor: ...  # [V, 3, S, S] -> [V, D]
 
-    def encode_text(self, texts: list[list[int]], level: str) -> Tensor: ...  # n lists of token ids -> [n, D]
+    def encode_text(self, texts: Sequence[list[int]], level: str) -> Tensor: ...  # n lists of token ids -> [n, D]
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def class_embeddings(model: Encoder, vocabulary: Vocabulary, levels: Sequence[st
     return {level: embed_texts(model, tokens, level) for level in levels if (tokens := vocabulary.tokens(level))}
 
 
-def embed_texts(model: Encoder, tokens: list[list[int]], level: str) -> Tensor:  # [n, D], unit length
+def embed_texts(model: Encoder, tokens: Sequence[list[int]], level: str) -> Tensor:  # [n, D], unit length
     """Embed n tokenized texts.
 
     Raises:

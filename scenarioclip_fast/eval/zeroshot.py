@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,10 +138,10 @@ class _Tally:
         """Gather the views of all ranks on every rank."""
         return torch.cat(world.gather(torch.cat([torch.zeros(0, 5, dtype=torch.int32), *self.views])))
 
-    def rows(self, views: Tensor, level: str, topk: tuple[int, ...], train_counts: list[int]) -> list[Accuracy]:
+    def rows(self, views: Tensor, level: str, topk: tuple[int, ...], train_counts: Sequence[int]) -> list[Accuracy]:
         finite, ids, classes_in_image, *ranks_by_match = views.long().unbind(1)
         check_finite(finite.bool(), level)
-        seen = torch.tensor(train_counts)[ids] > 0
+        seen = torch.from_numpy(np.array(train_counts, np.int64))[ids] > 0
         subsets = {"all": torch.ones_like(seen)}
         if not bool(seen.all()):
             subsets |= {"seen": seen, "held_out": ~seen}

@@ -50,22 +50,22 @@ class Packing:
 
     @classmethod
     def with_rows(
-        cls, lengths: NDArray[np.int64], device: torch.device, starts: NDArray[np.int64] | None = None
+        cls, lengths: NDArray[np.int64], device: torch.device, rows: NDArray[np.int64] | None = None
     ) -> tuple[Packing, Tensor]:
-        """Pack texts; also return the place of each row's token in a table where the texts begin at `starts` [n]."""
+        """Pack texts; also copy `rows` [T], one number of each row, to the device; default: the row's own number."""
         longest = int(lengths.max()) if len(lengths) else 0
         end = np.cumsum(lengths)
         text = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(len(text)) - (end - lengths)[text]
         cell = (end - lengths)[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
-        place = position if starts is None else starts[text] + position
-        parts = [text * longest + position, cell.ravel(), position, end - 1, np.concatenate([[0], end]), place]
+        rows = np.arange(len(text)) if rows is None else rows
+        parts = [text * longest + position, cell.ravel(), position, end - 1, np.concatenate([[0], end]), rows]
         whole = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         if device.type == "cuda":
             whole = whole.pin_memory()
         on_device = whole.to(device, non_blocking=True)
-        slot, cells, positions, last, first, places = on_device.split([len(part) for part in parts])
-        return cls(slot, cells, positions, last, first, longest), places
+        slot, cells, positions, last, first, copied = on_device.split([len(part) for part in parts])
+        return cls(slot, cells, positions, last, first, longest), copied
 
 
 class _ToGrid(torch.autograd.Function):

@@ -352,7 +352,7 @@ class ScenarioCLIP(nn.Module):
         assert self.tokens is not None
         packing, source = self.tokens.packing(row)
         if not self._text_shared:
-            return self.tokens.tokens[source], packing
+            return self.tokens.ids(source), packing
         return self.tokens.frozen_features(self._text("global"), self._text_shared, row, packing, source), packing
 
 

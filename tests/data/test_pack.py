@@ -98,7 +98,7 @@ def test_shards_are_webdataset_tars(source: Path, tmp_path: Path) -> None:
 
 def test_vocabulary_contains_all_classes_and_train_counts(source: Path, tmp_path: Path) -> None:
     pack_quietly(source, tmp_path / "out")
-    words = Vocabulary.load(tmp_path / "out" / "vocabulary.json")
+    words = Vocabulary.load(tmp_path / "out" / "vocabulary.bin")
     assert {"actions": words.actions, "objects": words.objects, "relations": words.relations} == vocabulary()
     train = ShardSet(tmp_path / "out")
     scenes = [train.read(i) for i in range(len(train))]
@@ -389,7 +389,7 @@ def test_lone_surrogates_in_texts(small_source: Path, tmp_path: Path) -> None:
     (small_source / "metadata.json").write_text(json.dumps(metadata))
     (small_source / "classes.json").unlink()
     pack_quietly(small_source, tmp_path / "out", val=0, test=0)
-    assert "half a character" in Vocabulary.load(tmp_path / "out" / "vocabulary.json").actions
+    assert "half a character" in Vocabulary.load(tmp_path / "out" / "vocabulary.bin").actions
     rows = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
     assert r"(\ud800)" in "".join(row["entry"] for row in rows)
 

@@ -27,7 +27,7 @@ import torch
 from campaign import trials
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import Relation, Scene, SceneObject, generate_scenes, pack, packing
+from scenarioclip_fast.data import Relation, Scene, SceneObject, Vocabulary, generate_scenes, pack, packing
 from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.synthetic import write_published_layout
 
@@ -254,6 +254,7 @@ def test_output_of_the_pack_version(tmp_path: Path) -> None:
                     digest.update(member.name.encode())
                     if member.name.endswith(".json"):  # image bytes depend on the encoder version
                         digest.update(cast(Any, tar.extractfile(member)).read())
+        Vocabulary.load(out / "vocabulary.bin").save(out / "vocabulary.json")
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())

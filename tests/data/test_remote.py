@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_cached_shards_are_not_requested_again(packed: Path, cache: Path) -> Non
             wait_for(lambda: len(cached(cache)) == 6)
         server.requests.clear()
         assert len(set(keys_of(load(server.url, cache)))) == SCENES
-        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.json"}
+        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.bin"}
 
 
 def failing_at_first(name: str, count: int) -> str:
@@ -427,7 +428,7 @@ def test_nothing_is_fetched_or_evicted_before_the_first_read(packed: Path, cache
         loader = load(server.url, cache)
         assert len(loader) == 5
         loader.close()
-        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.json"}
+        assert set(server.requests) == {"manifest.json", "index.bin", "vocabulary.bin"}
         assert cached(cache) == before
         shards.read(0)
         assert not cached(cache)
@@ -497,8 +498,10 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError, match=f"shard_cache_gib: got {size:g}, expected a finite number of at least 0"):
             ShardSet(packed.as_uri(), shard_cache_gib=size)
     changed = shutil.copytree(packed, tmp_path / "changed")
-    (changed / "vocabulary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocabulary.json: the checksum differs from the manifest's"):
+    content = bytearray((changed / "vocabulary.bin").read_bytes())
+    content[-40] ^= 1
+    (changed / "vocabulary.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"vocabulary.bin: damaged: the checksum differs from the manifest's"):
         _ = ShardSet(changed.as_uri()).vocabulary
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot be used as shard cache"):
@@ -515,3 +518,87 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'scenarioclip-fast\[remote\]'"):
         ShardSet("s3://bucket/dir")
+
+
+@pytest.fixture
+def large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the vocabulary like one of many texts."""
+    monkeypatch.setattr("scenarioclip_fast.data.shards.IN_MEMORY", 0)
+    monkeypatch.setattr(remote_module, "_CHUNK", 100)
+
+
+def vocabulary_requests(server: Server) -> int:
+    return server.requests["vocabulary.bin"]
+
+
+def test_a_large_vocabulary_is_fetched_once_and_mapped(packed: Path, cache: Path, large_vocabulary: None) -> None:
+    digest = hashlib.sha256((packed / "vocabulary.bin").read_bytes()).hexdigest()
+    with serving(packed) as server, ThreadPoolExecutor(4) as pool:
+        sets = [ShardSet(server.url, shard_cache_dir=cache) for _ in range(4)]
+        server.requests.clear()
+        found = [*pool.map(lambda shards: shards.vocabulary, sets)]
+        assert found == [ShardSet(packed).vocabulary] * 4
+        size = (packed / "vocabulary.bin").stat().st_size
+        assert [path.name for path in cached(cache)] == [f"{digest}.tar"]
+        # Each reads the header, and one of them the file.
+        assert vocabulary_requests(server) == 4 + -(-size // 100)
+        assert Path("/proc/self/maps").read_text().count(f"{digest}.tar") >= 4
+        other = ShardCache(cache, size)
+        assert put(other, b"another file") is None, "in use, not evicted"
+        for shards in sets:
+            shards.close()
+        assert put(other, b"another file") is not None
+        assert found[0] == ShardSet(packed).vocabulary, "still mapped"
+        other.close()
+
+
+@pytest.mark.parametrize("gib", [0, 1e-9])
+def test_a_large_vocabulary_without_a_cache_is_held_in_memory(
+    gib: float, packed: Path, cache: Path, large_vocabulary: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(packed) as server:
+        shards = ShardSet(server.url, shard_cache_dir=cache, shard_cache_gib=gib)
+        assert shards.vocabulary == ShardSet(packed).vocabulary
+    assert "vocabulary.bin: not in the shard cache: each process holds its 0.0 GiB in memory" in caplog.text
+    assert not cache.exists() or cached(cache) == []
+
+
+def test_a_full_disk_leaves_a_large_vocabulary_in_memory(
+    packed: Path, cache: Path, large_vocabulary: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("posix_fallocate", "pwrite"):
+        with monkeypatch.context() as patch, serving(packed) as server:
+            patch.setattr(os, function, full)
+            shards = ShardSet(server.url, shard_cache_dir=cache)
+            assert shards.vocabulary == ShardSet(packed).vocabulary
+        assert "No space left on device" in caplog.text and "in memory" in caplog.text
+        caplog.clear()
+        assert sorted(path.name for path in cache.iterdir()) == ["lock"]
+
+
+def test_a_damaged_large_vocabulary(packed: Path, cache: Path, tmp_path: Path, large_vocabulary: None) -> None:
+    damaged = shutil.copytree(packed, tmp_path / "damaged")
+    content = bytearray((damaged / "vocabulary.bin").read_bytes())
+    for offset, message in (
+        (-40, "the checksum differs from the manifest's"),
+        (17, "damaged: got"),
+        (0, "begins with"),
+    ):
+        changed = content.copy()
+        changed[offset] ^= 1
+        (damaged / "vocabulary.bin").write_bytes(changed)
+        with serving(damaged) as server, pytest.raises(UserError, match=f"vocabulary.bin: .*{message}"):
+            _ = ShardSet(server.url, shard_cache_dir=cache).vocabulary
+        assert not cached(cache)
+    # A damaged cached file is fetched again.
+    with serving(packed) as server:
+        first = ShardSet(server.url, shard_cache_dir=cache)
+        expected = first.vocabulary
+        (path,) = cached(cache)
+        first.close()
+        content[-40] ^= 1
+        path.write_bytes(content)
+        assert ShardSet(server.url, shard_cache_dir=cache).vocabulary == expected

@@ -153,7 +153,7 @@ def test_file_round_trip_needs_no_tokenizer(tmp_path: Path, monkeypatch: pytest.
         (lambda r: r.update(schema=9), "got schema 9, expected 1"),
         (lambda r: r.pop("object"), "malformed vocabulary"),
         (lambda r: r["object"]["train_counts"].pop(), "malformed vocabulary"),
-        (lambda r: r["object"]["tokens"].pop(), "numbers of texts and token lists differ"),
+        (lambda r: r["object"]["tokens"].pop(), "numbers of texts, token lists and train counts differ"),
         (lambda r: r["object"]["texts"].reverse(), "unsorted or not distinct"),
     ],
 )

@@ -61,7 +61,7 @@ def test_the_command_line_packs_it_too(directory: Path, tmp_path: Path) -> None:
         ["bash", "-e", "-c", commands], cwd=directory, env=os.environ | settings, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for name in ("train-000000.tar", "index.bin", "vocabulary.json", "source.json"):
+    for name in ("train-000000.tar", "index.bin", "vocabulary.bin", "source.json"):
         packs = [(directory / pack / name).read_bytes() for pack in ("packed", "packed-by-command")]
         assert packs[0] == packs[1]
     auto = commands.replace(" --format folder-json", "").replace("pip install .\n", "")

@@ -26,6 +26,7 @@ import torch
 from campaign import LONG, generator, trials
 from packs import read_rows, write_rows
 from PIL import Image
+from vocabularies import use_json_vocabulary
 
 from scenarioclip_fast import ScenarioCLIP
 from scenarioclip_fast.cli.main import main
@@ -340,6 +341,7 @@ class World:
         root = self.root
         directory = root / "pack"
         pack(generate_scenes(8, seed=0, val=0.0, test=0.25), directory, progress=False)
+        use_json_vocabulary(directory)
         drawn = ["--split", "train", "--scenes", "1", "--size", "32", "--out", root / "inspected"]
         for name in ("manifest", "index", "vocabulary"):
             file = directory / f"{name}.json"
@@ -543,7 +545,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content["splits"]["train"] |= {"shards": found["shards"], "scenes": SHARDS // 2}
         (folder / "manifest.json").write_text(json.dumps(content))
         write_rows(folder, found["index"])
-        shutil.copy(few / "vocabulary.json", folder)
+        shutil.copy(few / "vocabulary.bin", folder)
     return root
 
 

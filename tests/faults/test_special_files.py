@@ -94,7 +94,7 @@ def test_shards(kind: str, verify: bool, packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["manifest.json", "index.bin", "vocabulary.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "index.bin", "vocabulary.bin"])
 def test_files_of_a_pack(kind: str, name: str, packed: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(packed, tmp_path / "copy")
     path = put(copy / name, kind)

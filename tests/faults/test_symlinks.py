@@ -26,7 +26,7 @@ from scenarioclip_fast.recipes.steps import prepare_directory
 KINDS = ["symbolic link", "broken link", "named pipe", "socket", "directory"]
 # Every name that a pack writes into its staging directory.
 STAGED = [
-    *("journal.jsonl", "manifest.tmp", "manifest.json", "index.bin", "vocabulary.json", "source.json"),
+    *("journal.jsonl", "manifest.tmp", "manifest.json", "index.bin", "vocabulary.bin", "source.json"),
     *("rejected.jsonl", "train-000000.tar", "val-000000.tar", "test-000001.tar"),
 ]
 

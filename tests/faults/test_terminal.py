@@ -23,7 +23,7 @@ from training_runs import SMALL
 
 from scenarioclip_fast.cli import main as cli
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import BadSample, Scene, generate_scenes, pack
+from scenarioclip_fast.data import BadSample, Scene, Vocabulary, generate_scenes, pack
 from scenarioclip_fast.data.check import Rejection
 from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.errors import TrainingFailed, UserError
@@ -106,7 +106,7 @@ def test_every_command_on_a_hostile_pack(
 ) -> None:
     runs = tmp_path / f"runs {NAME}"
     name = tmp_path / f"run {NAME}".replace("\udcff", "")  # safetensors opens no path that is not UTF-8
-    assert "2J" in json.loads((hostile_pack / "vocabulary.json").read_text())["global"]["texts"][0]
+    assert "2J" in Vocabulary.load(hostile_pack / "vocabulary.bin").actions[0]
     run(["inspect", hostile_pack, "--out", runs / "inspected"], capsys)
     damage(hostile_pack)
     settings = [*SMALL, "data.batch_size=4", "train.steps=2", "train.log_every=1", "data.max_bad_fraction=1"]

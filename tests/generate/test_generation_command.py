@@ -47,7 +47,7 @@ def arguments(images: Path, server: StubServer, out: Path, *options: str) -> lis
 
 def shards(out: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in (out / "shards").iterdir()}
-    assert {"train-000000.tar", "index.bin", "manifest.json", "vocabulary.json"} <= files.keys()
+    assert {"train-000000.tar", "index.bin", "manifest.json", "vocabulary.bin"} <= files.keys()
     return files
 
 

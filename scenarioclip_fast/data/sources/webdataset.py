@@ -259,8 +259,9 @@ def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, in
 
 
 def _classes_of_pack(directory: Path) -> dict[str, list[str]] | None:
-    if not (directory / "manifest.json").exists() or not (directory / "vocabulary.json").exists():
+    found = [path for name in ("vocabulary.bin", "vocabulary.json") if (path := directory / name).exists()]
+    if not found or not (directory / "manifest.json").exists():
         return None
-    vocabulary = Vocabulary.load(directory / "vocabulary.json")
+    vocabulary = Vocabulary.load(found[0])
     texts = {"actions": vocabulary.actions, "objects": vocabulary.objects, "relations": vocabulary.relations}
     return {level: sorted(set(map(normalise, known))) for level, known in texts.items()}  # an old pack's may differ
