@@ -148,7 +148,11 @@ class Vocabulary:
 
     def id(self, level: str, text: str) -> int:
         """The id of a text; UserError if it is not in the vocabulary."""
-        found = self._levels[check_level(level)].find(text)
+        try:
+            found = self._levels[level].find(text)
+        except KeyError:
+            check_level(level)
+            raise
         if found is None:
             raise UserError(
                 f"unknown {level} text {text!r}: not among the {len(self._levels[level])} in the vocabulary; "

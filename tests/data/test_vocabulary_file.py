@@ -53,6 +53,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{FILE}._DICT_TEXTS", 0)
     monkeypatch.setattr(f"{FILE}._BLOCK", 7)
     monkeypatch.setattr(f"{FILE}._CHECKED", 5)
+    monkeypatch.setattr(f"{FILE}._WORDS_BYTES", 16)
 
 
 @pytest.mark.parametrize("n", [0, 1, 300])
@@ -213,11 +214,11 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "token ends": (lambda d: signed(at(d, TOKEN_ENDS, b"\xff")), "ends of the global token ids are out of order"),
     "token end": (lambda d: signed(at(d, TOKEN_ENDS + 16, b"\xff")), "the global token ids end at 255, expected"),
     "count": (lambda d: signed(at(d, COUNTS, b"\xff" * 8)), "a train count of the global texts is negative"),
-    "unsorted": (lambda d: signed(at(d, TEXT, b"e")), "the global texts are unsorted or not distinct"),
+    "unsorted": (lambda d: signed(at(d, TEXT, b"e")), "global level: the texts are unsorted or not distinct"),
     "equal": (lambda d: signed(at(at(d, TEXT, b"bbbbbbb"), ENDS, b"\2\0\0\0\0\0\0\0\4")), "unsorted or not distinct"),
     "latin-1": (lambda d: signed(at(d, TEXT + 1, b"\xe9")), "the global texts are not UTF-8"),
     "surrogate": (lambda d: signed(at(d, TEXT + 5, b"\xed\xa0\x80")), "the global texts are not UTF-8"),
-    "half a character": (lambda d: signed(at(d, ENDS, b"\2")), "a text of the global level begins inside a character"),
+    "half a character": (lambda d: signed(at(d, ENDS, b"\2")), "global level: a text begins inside a character"),
 }
 
 
@@ -263,7 +264,7 @@ def test_random_contents_are_read_or_refused() -> None:
 @pytest.mark.parametrize("bad", ["same", "swapped", "shorter"])
 def test_order_is_checked_beyond_the_first_words(bad: str) -> None:
     """Texts are compared in words of eight bytes."""
-    for length in range(1, 27):
+    for length in [*range(27), *range(120, 140), 1000]:
         stem = "x" * length
         first, second = {
             "same": (stem, stem),

@@ -25,7 +25,9 @@ def lists(*levels: list[list[int]]) -> Any:
 
 @pytest.fixture
 def vocabulary(tmp_path: Path) -> Vocabulary:
-    texts = [[f"{'very ' * (i % 9)}tall {name} {i}" for i in range(n)] for name, n in (("man", 30), ("dog", 0), ("cat", 7))]
+    texts = [
+        [f"{'very ' * (i % 9)}tall {name} {i}" for i in range(n)] for name, n in (("man", 30), ("dog", 0), ("cat", 7))
+    ]
     Vocabulary(*texts).save(tmp_path / "vocabulary.bin")
     return Vocabulary.load(tmp_path / "vocabulary.bin")
 
