@@ -5,9 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.terminal import echo, warn
 
+if TYPE_CHECKING:
+    from scenarioclip_fast.data.packing import PackReport
+
+# Options of reading a source, with their defaults.
+_OF_SOURCE = {
+    "format": "auto",
+    "images": None,
+    "actions": None,
+    "shard_size": 1000,
+    "val": 0.1,
+    "test": 0.2,
+    "split": "given",
+    "max_pixels": None,
+    "workers": None,
+    "force": False,
+}
 _SHOWN = 10  # causes of rejections with an example; rejected.jsonl lists all rejections
 
 
@@ -29,7 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "pack",
         help="check and pack a data set into shards",
         description="Checks every scene of a data set and packs the valid ones into WebDataset shards. Re-run the "
-        "command to resume; packing an up-to-date data set is a no-op.",
+        "command to resume; packing an up-to-date data set is a no-op. To share the work, run `pack SOURCE --out DIR "
+        "--part i/n` for each i from 1 to n, on any machines, and then `pack --merge DIR`.",
         epilog="Format of KEY.json in a tar: "
         '{"schema": 2, "size": [height, width], "action": "riding a bike" or null, '
         '"objects": [{"name": "dog", "box": [x1, y1, x2, y2], "mask": COCO RLE or null}, ...], '
@@ -37,12 +56,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "source",
-        nargs="+",
+        nargs="*",
         metavar="SOURCE",
         help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; "
         "annotations of PSG, COCO panoptic, Visual Genome or SWiG; or data set in another registered format",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory")
+    parser.add_argument(
+        "--part",
+        metavar="i/n",
+        help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common",
+    )
+    parser.add_argument(
+        "--merge", type=Path, metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="with --merge: compare the SHA-256 of all shards, not only their sizes"
+    )
     parser.add_argument(
         "--format",
         choices=_Formats(),
@@ -113,10 +143,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Pack the data set, and print an example of each cause of rejections, and the counts."""
+    report = _pack(args) if args.merge is None else _merge(args)
+    if report.up_to_date:
+        echo(report, lines=True)
+        return 0
+    for cause in report.causes[:_SHOWN]:
+        more = f" (and {cause.count - 1} more)" if cause.count > 1 else ""
+        warn(f"rejected: {cause.example}{more}")
+    echo(report, lines=True)
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> PackReport:
     from scenarioclip_fast.data.config import MAX_PIXELS
     from scenarioclip_fast.data.packing import pack
+    from scenarioclip_fast.data.parts import parse_part
 
-    report = pack(
+    for name, value in (("SOURCE", args.source), ("--out", args.out)):
+        if not value:
+            raise UserError(f"{name}: got nothing, expected `pack SOURCE --out DIR`, or `pack --merge DIR`")
+    if args.verify:
+        raise UserError("--verify: got no --merge, expected `pack --merge DIR --verify`")
+    return pack(
         args.source,
         args.out,
         format=args.format,
@@ -131,12 +179,20 @@ def run(args: argparse.Namespace) -> int:
         actions=args.actions,
         boxes=args.boxes,
         allow_empty_level=args.allow_empty_level,
+        part=None if args.part is None else parse_part(args.part),
     )
-    if report.up_to_date:
-        echo(report, lines=True)
-        return 0
-    for cause in report.causes[:_SHOWN]:
-        more = f" (and {cause.count - 1} more)" if cause.count > 1 else ""
-        warn(f"rejected: {cause.example}{more}")
-    echo(report, lines=True)
-    return 0
+
+
+def _merge(args: argparse.Namespace) -> PackReport:
+    from scenarioclip_fast.data.merging import merge_parts
+
+    for name in ("source", "part", "out"):
+        if getattr(args, name):
+            given = f"--{name} {getattr(args, name)}" if name != "source" else f"SOURCE {args.source[0]}"
+            raise UserError(f"--merge: got {given} as well, expected only `pack --merge DIR` once all parts are packed")
+    for name, default in _OF_SOURCE.items():
+        if getattr(args, name) != default:
+            raise UserError(
+                f"--merge: got --{name.replace('_', '-')} as well, which is an option of the parts; remove it"
+            )
+    return merge_parts(args.merge, verify=args.verify, boxes=args.boxes, allow_empty_level=args.allow_empty_level)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.batch import Batch
     from scenarioclip_fast.data.config import LoaderConfig, ShardSource
     from scenarioclip_fast.data.loader import SceneLoader, scene_loader
+    from scenarioclip_fast.data.merging import merge_parts
     from scenarioclip_fast.data.mix import ShardMix
     from scenarioclip_fast.data.packing import PackReport, pack
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
@@ -26,6 +27,7 @@ else:
             "batch": ["Batch"],
             "config": ["LoaderConfig", "ShardSource"],
             "loader": ["SceneLoader", "scene_loader"],
+            "merging": ["merge_parts"],
             "mix": ["ShardMix"],
             "packing": ["PackReport", "pack"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
@@ -57,6 +59,7 @@ __all__ = [
     "Vocabulary",
     "generate_scenes",
     "load_reference",
+    "merge_parts",
     "pack",
     "scene_loader",
     "write_published_layout",

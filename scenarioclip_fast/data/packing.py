@@ -18,35 +18,39 @@ import hashlib
 import json
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+from scenarioclip_fast import __version__
 from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
-from scenarioclip_fast.data.diagnosis import Cause, Diagnosis, Loss
+from scenarioclip_fast.data.diagnosis import Cause, Diagnosis
 from scenarioclip_fast.data.parallel import Workers, ordered_map
+from scenarioclip_fast.data.parts import Numbered, Part, check_part, evidence_of, rejections_of, write_units
+from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
-from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter, rejection_lines
-from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Source, SourceOptions, fingerprint_files
+from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Scan, Source, SourceOptions, fingerprint_files
 from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
 from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, is_regular, kind_of, status_of
+from scenarioclip_fast.files import is_regular, kind_of, status_of
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress as show_progress
-from scenarioclip_fast.terminal import printable, warn
+from scenarioclip_fast.terminal import printable
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
 _PACK_VERSION = 2
-# A data set that was misunderstood is recognised after this many scenes, of at least this many objects or relations.
-_EARLY, _EARLY_ENTRIES = 512, 100
+# What the parts of a pack, and the merge, must have in common.
+VERSION = {"version": __version__, "pack_version": _PACK_VERSION, "schema": SCHEMA}
 
 
 @dataclass
@@ -124,6 +128,18 @@ class PackOptions:
             return "val" if u < self.val else "train"
         return "test" if u < self.test else "val" if u < self.test + self.val else "train"
 
+    def header(self) -> dict[str, Any]:
+        """What all parts of a pack must agree on, besides the fingerprint."""
+        options = {
+            "shard_size": self.shard_size,
+            "val": float(self.val),
+            "test": float(self.test),
+            "split": self.split,
+            "max_pixels": self.source.max_pixels,
+            "boxes": self.source.boxes or "xyxy",
+        }
+        return VERSION | {"options": options}
+
     def fingerprint(self, source: Source) -> str | None:
         """A hash of everything that the pack depends on; None if the source has no fingerprint."""
         found = source.fingerprint()
@@ -154,6 +170,7 @@ def pack(
     actions: str | Path | None = None,
     boxes: BoxFormat | None = None,
     allow_empty_level: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> PackReport:
     """Check scenes and pack the valid ones.
 
@@ -185,35 +202,48 @@ def pack(
             fractions of the image's size ("normalised"). None: "xyxy", unless masks or sizes show that this is wrong,
             which is an error.
         allow_empty_level: pack even if all objects or all relations were rejected.
+        part: (i, n), i from 1 to n: pack only this one of n parts of the data set into a directory of `out`, so that n
+            machines can share the work; `merging.merge_parts` makes a pack of them.
 
     Raises:
-        UserError: unusable source or directory, no disk space, boxes in another convention, or no valid scenes, or no
-            valid object or relation although there are some. Single bad entries do not raise: they are counted and
-            listed in rejected.jsonl.
+        UserError: unusable source or directory, parts of another source, no disk space, boxes in another convention, or
+            no valid scenes, or no valid object or relation although there are some. Single bad entries do not raise:
+            they are counted and listed in rejected.jsonl.
     """
     check_format(format)
     read = SourceOptions(max_pixels, cast("Path | None", images), cast("Path | None", actions), boxes)
     options = PackOptions(shard_size, val, test, split, read)
     if isinstance(workers, int) and workers < 1:
         raise UserError(f"workers: got {workers}, expected at least 1")
+    if part is not None:
+        part = check_part(part)
     out = Path(out_dir)
-    check_target(out, force)
+    check_target(out, force, part is not None)
     data = _open(source, format, read)
     if out.resolve() in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
-    run = _Run(data, out, options, options.fingerprint(data), workers, progress, allow_empty_level)
-    if (found := status_of(run.listing)) is not None and not stat.S_ISREG(found.st_mode):
+    review = Review(out, progress, allow_empty_level, "" if part is None else f"{part[0]}-of-{part[1]}")
+    run = _Run(data, options, options.fingerprint(data), workers, review)
+    if (found := status_of(review.listing)) is not None and not stat.S_ISREG(found.st_mode):
         raise UserError(
-            f"{run.listing}: got a {kind_of(found.st_mode)}, expected nothing or the list of an earlier run's "
+            f"{review.listing}: got a {kind_of(found.st_mode)}, expected nothing or the list of an earlier run's "
             "rejections; move it away, or choose another directory for the pack"
         )
+    report = _pack_all(run, out, force) if part is None else _pack_part(run, out, part)
+    if is_regular(review.listing) and not report.up_to_date:
+        review.listing.unlink()
+    return report
+
+
+def _pack_all(run: _Run, out: Path, force: bool) -> PackReport:
+    log = run.review.log
     with Stage(out) as stage:
         stage.complete_installation()
         if run.fingerprint is not None and not force and (manifest := find_up_to_date(out, run.fingerprint)):
-            run.log(f"{out}: up to date (neither the source nor the options changed)")
-            return _report(out, manifest, up_to_date=True)
+            log(f"{out}: up to date (neither the source nor the options changed)")
+            return report_of(out, manifest, up_to_date=True)
         if stage.resume(run.fingerprint):
-            run.log(
+            log(
                 f"resuming after {stage.finished} finished shards"
                 if stage.finished
                 else "nothing to resume from the interrupted run (no finished shard, or another source or options): "
@@ -226,13 +256,81 @@ def pack(
                 resume = "a run with the same source and options resumes after them"
                 if not isinstance(error, UserError):
                     resume = "re-run the command to resume"
-                run.log(f"{stage.finished} finished shards are kept in {stage.path}: {resume}")
+                log(f"{stage.finished} finished shards are kept in {stage.path}: {resume}")
             if isinstance(error, OSError):
                 raise UserError(f"{error.filename or stage.path}: {error.strerror}") from error
             raise
-    if is_regular(run.listing):
-        run.listing.unlink()
-    return _report(out, manifest)
+    return report_of(out, manifest)
+
+
+def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
+    log, name = run.review.log, f"part {part[0]} of {part[1]}"
+    if run.fingerprint is None:
+        raise UserError(
+            "part: got a source without a fingerprint, such as scenes in memory, expected a data set on disk: parts "
+            "recognise by the fingerprint that they belong together"
+        )
+
+    def merged() -> PackReport | None:
+        if not is_regular(out / "manifest.json"):
+            return None
+        if (manifest := find_up_to_date(out, cast("str", run.fingerprint))) is None:
+            raise UserError(
+                f"{out}: contains a complete pack of another source or other options; remove it, or choose another "
+                "directory for the parts"
+            )
+        log(f"{out}: up to date, the parts are merged (neither the source nor the options changed)")
+        return report_of(out, manifest, up_to_date=True)
+
+    if (report := merged()) is not None:
+        return report
+    header = run.options.header() | {"fingerprint": run.fingerprint}
+    with Part(out, part, header) as files:
+        if (report := merged()) is not None:  # since
+            return report
+        up_to_date = files.is_done
+        if up_to_date:
+            log(f"{name}: up to date (neither the source nor the options changed)")
+        else:
+            if files.units:
+                log(f"{name}: resuming after {len(files.units)} finished shards")
+            try:
+                run.fill_part(files)
+            except BaseException as error:
+                if files.units:
+                    log(f"{len(files.units)} finished shards are kept in {files.path}: re-run the command to resume")
+                if isinstance(error, OSError):
+                    raise UserError(f"{error.filename or files.path}: {error.strerror}") from error
+                raise
+            log(f"{name}: complete; when all parts are, finish the pack with `scenarioclip-fast pack --merge {out}`")
+        return _report_part(files, up_to_date)
+
+
+def _report_part(part: Part, up_to_date: bool) -> PackReport:
+    splits = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    texts: dict[str, set[str]] = {level: set() for level in LEVELS}
+    diagnosis = Diagnosis()
+    scan = part.scan
+    diagnosis.add(scan.rejected)
+    for record in part.records():
+        diagnosis.add(one for _, one in rejections_of(record))
+        for shard in record["shards"]:
+            for name in COUNTS:
+                splits[shard["split"]][name] += shard["counts"][name]
+            for level in LEVELS:
+                texts[level].update(shard["texts"][level])
+    kept = {name: sum(found[name] for found in splits.values()) for name in COUNTS}
+    large = [str(loss) for loss in diagnosis.losses(kept) if loss.is_large]
+    return PackReport(
+        part.out,
+        splits,
+        {level: len(found) for level, found in texts.items()},
+        diagnosis.reasons(),
+        scan.ignored,
+        up_to_date,
+        diagnosis.causes(),
+        [*scan.warnings, *large],
+    )
 
 
 def _open(
@@ -252,101 +350,56 @@ def _open(
 @dataclass(frozen=True)
 class _Run:
     source: Source
-    out: Path
     options: PackOptions
     fingerprint: str | None
     workers: int | Workers | None
-    progress: bool
-    allow_empty_level: bool
+    review: Review
 
-    def log(self, message: str) -> None:
-        if self.progress:
-            warn(message)
+    def _scan(self) -> tuple[int | Workers, Scan]:
+        """The workers to use, and what the scan of the source finds."""
+        source = self.source
+        workers = (self.workers or (len(os.sched_getaffinity(0)) if source.large else 1)) if source.parallel else 1
+        count = workers.count if isinstance(workers, Workers) else workers
+        return workers, source.scan(count if source.large else 1, self.review.progress)
+
+    def _watched(
+        self, packed: Iterable[PackedItem], done: int, tally: BoxTally, parts: int = 1
+    ) -> Iterator[PackedItem]:
+        """Show progress, and end early if the first items show that the data set was misunderstood."""
+        if self.review.progress:
+            total = None if self.source.total is None else max(0, self.source.total // parts - done)
+            packed = show_progress(packed, total, "packing", "scenes")
+        return self.review.watched(packed, tally)
 
     def fill(self, stage: Stage) -> dict[str, Any]:
         """Write the complete pack into the staging directory, move it into place, and return its manifest."""
         source = self.source
-        workers = (self.workers or (len(os.sched_getaffinity(0)) if source.large else 1)) if source.parallel else 1
         with ShardWriter(stage, self.options.shard_size, ordered=self.fingerprint is not None) as writer:
-            count = workers.count if isinstance(workers, Workers) else workers
-            scan = source.scan(count if source.large else 1, self.progress)
+            workers, scan = self._scan()
             items = islice(source.items(self.options.split_of), writer.end, None)
             packed = ordered_map(partial(_pack_item, source.reader(), self.options), items, workers)
-            if self.progress:
-                total = None if source.total is None else source.total - writer.end
-                packed = show_progress(packed, total, "packing", "scenes")
             tally = BoxTally()
             # A run that declares what these boxes are may resume one that did not.
             for rows in writer.resumed_boxes if self.options.source.boxes is None else ():
                 tally.add(rows)
-            writer.write(self._watched(packed, tally))
+            writer.write(self._watched(packed, writer.end, tally))
             if writer.scenes == 0:
-                raise self._no_scenes(scan.rejected + writer.rejected, scan.ignored)
-
-            def review(kept: Mapping[str, int], diagnosis: Diagnosis) -> list[str]:
-                self._check_boxes(tally)
-                losses = self._check_losses(diagnosis.losses(kept), partial(stage.read, "rejected.jsonl"))
-                doubt = tally.doubt()
-                large = [str(loss) for loss in losses if loss.is_large]
-                return [*scan.warnings, *([] if doubt is None else [doubt]), *large]
-
+                raise self.review.no_scenes(scan.rejected + writer.rejected, scan.ignored)
+            review = partial(self.review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))
             return writer.finish(scan, source.classes, self.fingerprint, review)
 
-    def _watched(self, packed: Iterable[PackedItem], tally: BoxTally) -> Iterator[PackedItem]:
-        """Pass items on, and end early if the first ones show that the data set was misunderstood."""
-        rejected: list[Rejection] = []
-        kept = Counter[str]()
-        for i, item in enumerate(packed, 1):
-            if not tally.add(item.boxes):
-                item.boxes = None  # not needed in the journal
-            elif tally.is_full:
-                self._check_boxes(tally)
-            if i <= _EARLY:
-                rejected += item.rejected
-                kept.update(
-                    scenes=1, objects=len(item.texts.get("object", ())), relations=len(item.texts.get("relation", ()))
-                )
-            if i == _EARLY:
-                diagnosis = Diagnosis()
-                diagnosis.add(rejected)
-                losses = [loss for loss in diagnosis.losses(kept) if loss.found >= _EARLY_ENTRIES]
-                self._check_losses(losses, partial(_listing, rejected))
-            yield item
-
-    def _check_boxes(self, tally: BoxTally) -> None:
-        if (verdict := tally.verdict()) is not None:
-            raise UserError(f"{verdict}; --boxes xyxy packs them as they are")
-
-    def _check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
-        for loss in losses:
-            if loss.is_total and not self.allow_empty_level:
-                listing = self._list(rejections())
-                raise UserError(f"{loss}; see {listing}; --allow-empty-level packs what is left")
-        return losses
-
-    @property
-    def listing(self) -> Path:
-        """Where a run that fails lists its rejections: next to `out`, which may hold an older pack."""
-        out = self.out.absolute()
-        return out.with_name(f"{out.name}.rejected.jsonl")
-
-    def _list(self, lines: bytes) -> Path:
-        with Directory(self.listing.parent.resolve()) as parent, parent.open(self.listing.name, "wb") as file:
-            file.write(lines)
-        return self.listing
-
-    def _no_scenes(self, rejected: list[Rejection], ignored: dict[str, int]) -> UserError:
-        listing = self._list(_listing(rejected))
-        diagnosis = Diagnosis()
-        diagnosis.add(rejected)
-        found = [f"{c.count} {c.reason}{f' ({c.hint})' if c.hint else ''}" for c in diagnosis.causes()]
-        found += [f"{n} {suffix} ignored" for suffix, n in ignored.items()]
-        reasons = ", ".join(found) or "the source is empty"
-        return UserError(f"{self.out}: no valid scenes to pack: {reasons}; see {listing}")
-
-
-def _listing(rejected: list[Rejection]) -> bytes:
-    return b"".join(rejection_lines(rejected))
+    def fill_part(self, part: Part) -> None:
+        """Pack what is missing of a part."""
+        workers, scan = self._scan()
+        size = self.options.shard_size
+        items = Numbered(self.source.items(self.options.split_of), size, part)
+        packed = ordered_map(partial(_pack_numbered, self.source.reader(), self.options), items, workers)
+        tally = BoxTally()
+        for record in part.records() if self.options.source.boxes is None else ():
+            for rows in evidence_of(record):
+                tally.add(rows)
+        write_units(part, self._watched(packed, size * len(part.units), tally, part.count), size)
+        part.finish(items.total, scan, self.source.classes)
 
 
 def _pack_item(reader: Reader, options: PackOptions, item: Any) -> PackedItem:
@@ -357,7 +410,14 @@ def _pack_item(reader: Reader, options: PackOptions, item: Any) -> PackedItem:
     return PackedItem.of(checked, options.split_of(checked.scene.key, checked.scene.split))
 
 
-def _report(out: Path, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
+def _pack_numbered(reader: Reader, options: PackOptions, numbered: tuple[int, Any]) -> PackedItem:
+    item = _pack_item(reader, options, numbered[1])
+    item.number = numbered[0]
+    return item
+
+
+def report_of(out: Path, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
+    """The report of a complete pack."""
     splits = {split: {name: found[name] for name in COUNTS} for split, found in manifest["splits"].items()}
     causes = [Cause(**cause) for cause in manifest["causes"]]
     return PackReport(

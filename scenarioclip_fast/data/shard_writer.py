@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from scenarioclip_fast.data.check import CheckedScene, Rejection
 from scenarioclip_fast.data.diagnosis import Diagnosis
 from scenarioclip_fast.data.index import NAME as INDEX
 from scenarioclip_fast.data.index import IndexWriter
-from scenarioclip_fast.data.scene import SCHEMA, has_masks, scene_to_json
+from scenarioclip_fast.data.scene import SCHEMA, Scene, has_masks, scene_from_json, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import Stage, dump
@@ -42,30 +43,62 @@ class PackedItem:
     masked_relations: int = 0
     rejected: list[Rejection] = field(default_factory=list)
     boxes: NDArray[np.float64] | None = None  # see `boxes.BoxEvidence`
+    number: int = 0  # of the item in its source; only used for parts
 
     @classmethod
     def of(cls, checked: CheckedScene, split: str) -> PackedItem:
         """Serialise a checked scene."""
-        scene = checked.scene
+        item = cls._of_scene(checked.scene, split, dump(scene_to_json(checked.scene, checked.size)))
+        item.rejected, item.boxes = checked.rejected, checked.boxes
+        return item
+
+    @classmethod
+    def of_shard(cls, key: str, split: str, image: bytes, record: bytes) -> PackedItem:
+        """Read a scene of a shard.
+
+        Raises:
+            ValueError: not the record of a scene.
+        """
+        return cls._of_scene(scene_from_json(key, image, json.loads(record)), split, record)
+
+    @classmethod
+    def _of_scene(cls, scene: Scene, split: str, record: bytes) -> PackedItem:
         assert isinstance(scene.image, bytes)
         texts = {
             "global": [] if scene.action is None else [scene.action],
             "object": [o.name for o in scene.objects],
             "relation": [scene.relation_text(k) for k in range(len(scene.relations))],
         }
-        record = dump(scene_to_json(scene, checked.size))
         masked = sum(has_masks(scene, relation) for relation in scene.relations)
-        return cls(scene.key, split, scene.image, record, texts, masked, checked.rejected, checked.boxes)
+        return cls(scene.key, split, scene.image, record, texts, masked)
 
 
 @dataclass
-class _OpenShard:
+class OpenShard:
+    """A shard that is being written, and what its record needs."""
+
     name: str
     file: IO[bytes]
     tar: tarfile.TarFile
     rows: list[list[Any]] = field(default_factory=list)
     texts: dict[str, Counter[str]] = field(default_factory=lambda: {level: Counter() for level in LEVELS})
     masked_relations: int = 0
+
+    @classmethod
+    def create(cls, name: str, file: IO[bytes]) -> OpenShard:
+        """Start a shard in an empty file."""
+        return cls(name, file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT))
+
+    def record(self, split: str) -> dict[str, Any]:
+        """What the files of the pack need to know of the shard."""
+        counts = (len(self.rows), *(self.texts[level].total() for level in LEVELS), self.masked_relations)
+        return {
+            "split": split,
+            "name": self.name,
+            "counts": dict(zip(COUNTS, counts, strict=True)),
+            "rows": self.rows,
+            "texts": self.texts,
+        }
 
     def add(self, item: PackedItem) -> None:
         row: list[Any] = [item.key]
@@ -94,10 +127,10 @@ class ShardWriter:
 
     def __init__(self, stage: Stage, shard_size: int, ordered: bool) -> None:
         self._stage, self._size, self._ordered = stage, shard_size, ordered
-        self._open: dict[str, _OpenShard] = {}
+        self._open: dict[str, OpenShard] = {}
         self._numbers = Counter[str]()  # of shards opened, by split
         self._keys: set[str] = set()
-        self._vocabulary = VocabularyWriter(stage.path)
+        self._files = PackFiles(stage)
         # Hashes a finished shard, syncs it to disk and adds it to the journal, one at a time and in order.
         self._finisher = ThreadPoolExecutor(1, "finish")
         self._finishing: Future[None] | None = None
@@ -110,7 +143,7 @@ class ShardWriter:
             self._numbers[record["split"]] += 1
             self._keys.update(row[0] for row in record["rows"])
             self.resumed_boxes += [np.array(rows, np.float64).reshape(-1, COLUMNS) for rows in record.get("boxes", [])]
-            self._vocabulary.add(record["split"], record["texts"])
+            self._files.count(record["split"], record["texts"])
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -133,8 +166,7 @@ class ShardWriter:
             if item.key is None:
                 self.rejected += item.rejected
             elif item.key in self._keys:
-                rejection = Rejection(item.key, "duplicate_id", "another scene with this id is already packed")
-                self._note([rejection], item.boxes)
+                self._note([duplicate(item.key)], item.boxes)
             else:
                 self._add(item, i)
         for split in list(self._open):
@@ -147,9 +179,7 @@ class ShardWriter:
                 self._close(split, i)
             name = f"{item.split}-{self._numbers[item.split]:06d}.tar"
             self._numbers[item.split] += 1
-            file = self._stage.create(name)
-            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            self._open[item.split] = _OpenShard(name, file, tar)
+            self._open[item.split] = OpenShard.create(name, self._stage.create(name))
         self._note(item.rejected, item.boxes)
         self._keys.add(item.key)
         shard = self._open[item.split]
@@ -164,17 +194,11 @@ class ShardWriter:
     def _close(self, split: str, end: int) -> None:
         shard = self._open.pop(split)
         shard.close()
-        self._vocabulary.add(split, shard.texts)
+        self._files.count(split, shard.texts)
         rejected, self.rejected = self.rejected, []
         boxes, self._boxes = self._boxes, []
-        counts = (len(shard.rows), *(shard.texts[level].total() for level in LEVELS), shard.masked_relations)
-        record = {
-            "split": split,
-            "name": shard.name,
+        record = shard.record(split) | {
             "end": end,
-            "counts": dict(zip(COUNTS, counts, strict=True)),
-            "rows": shard.rows,
-            "texts": shard.texts,
             "rejected": [[r.entry, r.reason, r.detail, r.hint] for r in rejected],
             "boxes": [rows.tolist() for rows in boxes],
         }
@@ -192,13 +216,41 @@ class ShardWriter:
         fingerprint: str | None,
         review: Callable[[Mapping[str, int], Diagnosis], list[str]],
     ) -> dict[str, Any]:
+        """Finish the pack; see `PackFiles.finish`."""
+        self._wait()
+        self._files.rejected = self.rejected
+        return self._files.finish(scan, classes, fingerprint, review)
+
+
+class PackFiles:
+    """The files that describe a finished pack.
+
+    Args:
+        stage: holds the shards, and their records.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._vocabulary = VocabularyWriter(stage.path)
+        self.rejected: list[Rejection] = []  # that no record of a shard lists
+
+    def count(self, split: str, texts: Mapping[str, Mapping[str, int]]) -> None:
+        """Count the texts of a shard: per level, the occurrences of each."""
+        self._vocabulary.add(split, texts)
+
+    def finish(
+        self,
+        scan: Scan,
+        classes: dict[str, list[str]] | None,
+        fingerprint: str | None,
+        review: Callable[[Mapping[str, int], Diagnosis], list[str]],
+    ) -> dict[str, Any]:
         """Write the remaining files, move the pack into place, and return its manifest.
 
         Args:
             review: called with the counts of all splits and with the rejections, before anything is moved; returns
                 warnings, or raises an error.
         """
-        self._wait()
         splits, diagnosis = self._write_index(scan.rejected)
         warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
         with self._stage.create("vocabulary.bin") as file:
@@ -247,6 +299,11 @@ class ShardWriter:
             listing.writelines(rejection_lines(self.rejected))
             index.finish()
         return splits, diagnosis
+
+
+def duplicate(key: str) -> Rejection:
+    """The rejection of a scene whose key another scene has."""
+    return Rejection(key, "duplicate_id", "another scene with this id is already packed")
 
 
 def rejection_lines(rejected: Iterable[Rejection]) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from scenarioclip_fast.parsing import parse_json
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
 PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|(index|vocabulary)\.(bin|json)|(manifest|source)\.json|rejected\.jsonl")
 INNER_STAGE = ".partial"
+PARTS = ".parts"  # directory of the parts that are not merged yet, see `parts`
 _JOURNAL, _WRITTEN_MANIFEST = "journal.jsonl", "manifest.tmp"
 
 
@@ -42,13 +43,16 @@ class Stage:
 
     Only files that a pack writes are ever removed, and no symbolic link is followed.
 
+    Args:
+        path: of the staging directory; None: that of a pack in one piece.
+
     Raises:
         UserError: another process is packing into `out`, or there is something else at the path of the directory or in
             it.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out.resolve(), self.directory_for(out)
+    def __init__(self, out: Path, path: Path | None = None) -> None:
+        self.out, self.path = out.resolve(), path or self.directory_for(out)
         self.finished = 0  # shards in the journal
         self._fingerprint: str | None = None
         self._files = self._locked()
@@ -83,15 +87,13 @@ class Stage:
                     f"{self.path}: got a {kind_of(found.st_mode)}, expected the directory of an unfinished pack; "
                     "move it away, or choose another directory for the pack"
                 ) from None
-            try:
-                fcntl.flock(files.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another run may have removed the directory since it was opened.
-                found = status_of(self.path)
-                if found is not None and os.path.samestat(os.fstat(files.fd), found):
-                    return files
-            except BlockingIOError:
+            if not lock(files.fd):
                 files.close()
-                raise UserError(f"{self.out}: another process is packing into it") from None
+                raise UserError(f"{self.out}: another process is packing into it")
+            # Another run may have removed the directory since it was opened.
+            found = status_of(self.path)
+            if found is not None and os.path.samestat(os.fstat(files.fd), found):
+                return files
             files.close()
 
     def _check_files(self) -> None:
@@ -155,7 +157,7 @@ class Stage:
         with self._files.open(_JOURNAL, "ab") as file:
             file.truncate(end)
         if end == 0:
-            self._append({"fingerprint": fingerprint})
+            self.append([{"fingerprint": fingerprint}])
         return exists
 
     def _intact(self, line: bytes, fingerprint: str, first: bool) -> str | None:
@@ -200,15 +202,21 @@ class Stage:
 
     def add(self, record: dict[str, Any]) -> None:
         """Add the finished shard record["name"] to the journal, with the state required to resume."""
-        name = record["name"]
-        size = self._sync(name)
+        sealed = self.seal(record["name"])
         self._files.sync()
-        self._append(record | {"sha256": self.sha256(name), "bytes": size})
+        self.append([record | sealed])
         self.finished += 1
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def seal(self, name: str) -> dict[str, Any]:
+        """Write a finished shard to disk, and return its digest and size."""
+        size = self._sync(name)
+        return {"sha256": self.sha256(name), "bytes": size}
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records to the journal, and write it to disk."""
         with self._files.open(_JOURNAL, "ab") as file:
-            file.write(dump(record))
+            for record in records:
+                file.write(dump(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -250,10 +258,31 @@ class Stage:
             for name in self._files.names():
                 if PACK_FILES.fullmatch(name) and name in new:
                     self._files.move(name, out)
+            self._move_others(out)
             out.sync()
             self._files.move("manifest.json", out)
             out.sync()
         self._files.unlink(_JOURNAL)
+
+    def _move_others(self, out: Directory) -> None:
+        """Move the files of the pack that are elsewhere into place; the merge of parts has such files."""
+
+
+def lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file or directory for this process; returns False if another process has.
+
+    Locks that are `shared` exclude only others.
+
+    A file system without locks counts as unlocked, as does a directory on NFS, which locks only files.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def _is_staged(name: str) -> bool:
@@ -275,8 +304,13 @@ def _on_other_device(out: Path) -> bool:
     return False
 
 
-def check_target(out: Path, force: bool) -> None:
-    """Raise UserError if a pack must not be written to `out`; `force` allows other files and packs of other schemas."""
+def check_target(out: Path, force: bool, part: bool = False) -> None:
+    """Raise UserError if a pack must not be written to `out`.
+
+    Args:
+        force: allow other files and packs of other schemas.
+        part: only a part of a pack is to be written.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -290,8 +324,15 @@ def check_target(out: Path, force: bool) -> None:
                 f"{path}: got a {kind_of(found.st_mode)}, expected a file of a pack; move it away, or choose another "
                 "directory"
             )
+    if (out / PARTS).exists() and not part and not force:
+        raise UserError(
+            f"{out}: contains parts of a pack; finish them with `pack --merge {out}`, remove {out / PARTS}, or choose "
+            "another directory"
+        )
     foreign = sorted(
-        path.name for path in out.iterdir() if path.name != INNER_STAGE and not PACK_FILES.fullmatch(path.name)
+        path.name
+        for path in out.iterdir()
+        if path.name not in (INNER_STAGE, PARTS) and not PACK_FILES.fullmatch(path.name)
     )
     if foreign and not force:
         raise UserError(

@@ -1,0 +1,370 @@
+"""Make one pack of the parts that many machines have packed (see `parts`).
+
+The units are merged in their order, so that the pack does not depend on the number of parts. Shards are renamed, not
+copied; only those that contain a key of an earlier unit are written again, without it. Memory holds the distinct texts,
+and a hash per key to find keys that occur twice.
+
+    DIR/.parts/merge/journal.jsonl   the records of all shards; {"from": [folder, name]} is the file that becomes one
+    DIR/.parts/merge/*               the other files of the pack, and shards that were written again
+
+When `merge/manifest.json` exists, the pack is complete and only has to be moved, which a later call continues.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
+from scenarioclip_fast.data.packing import VERSION, PackReport, report_of
+from scenarioclip_fast.data.parts import (
+    DONE,
+    FILES,
+    HEADER,
+    LOCK,
+    MERGE,
+    command,
+    difference,
+    evidence_of,
+    lock_parts,
+    part_names,
+    read_json,
+    read_scan,
+    rejections_of,
+    unit_name,
+    units_of,
+)
+from scenarioclip_fast.data.review import Review
+from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
+from scenarioclip_fast.data.staging import PARTS, Stage, lock
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory, is_regular, sha256_of
+from scenarioclip_fast.progress import progress as show_progress
+
+
+def merge_parts(
+    directory: str | Path,
+    *,
+    verify: bool = False,
+    boxes: BoxFormat | None = None,
+    allow_empty_level: bool = False,
+    progress: bool = True,
+) -> PackReport:
+    """Make a pack of the parts that `pack(..., part=(i, n))` has written for every i.
+
+    The pack is the same for every n. Repeat the call to resume an interrupted merge; merging again is a no-op.
+
+    Args:
+        directory: the `out_dir` of the parts.
+        verify: compare the SHA-256 of all shards with their records, and not only their sizes.
+        boxes: "xyxy" accepts boxes that seem to be in another convention.
+        allow_empty_level: accept that all objects or all relations were rejected.
+        progress: report progress.
+
+    Raises:
+        UserError: no parts; a part is missing, unfinished, damaged, or of another source, version or other options; no
+            disk space; or the data set was misunderstood (see `pack`). The parts are kept.
+    """
+    out = Path(directory)
+    if boxes not in (None, "xyxy"):
+        raise UserError(
+            f"boxes: got {boxes!r}, expected xyxy: parts are packed with this option, and merged without it"
+        )
+    review = Review(out, progress, allow_empty_level)
+    if not (out / PARTS).is_dir():
+        return _merged_before(review)
+    held = lock_parts(out, shared=False)
+    if held is None:
+        raise UserError(_busy(out))
+    with held:
+        try:
+            with _MergeStage(out, out.resolve() / PARTS / MERGE) as stage:
+                resumed = is_regular(stage.path / "manifest.json")
+                stage.complete_installation()
+                if not is_regular(out / "manifest.json"):
+                    report = report_of(out, _Parts(review, verify).merge(stage, boxes is None))
+                elif resumed:
+                    report = report_of(out, _manifest(out))
+                else:
+                    report = _merged_before(review)
+            _remove_parts(out)
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: {error.strerror}; the parts are kept") from error
+    if is_regular(review.listing):
+        review.listing.unlink()
+    return report
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    with Directory(out.resolve()) as files:
+        manifest = read_json(files, "manifest.json")
+    if manifest is None or not {"splits", "causes", "vocabulary"} <= manifest.keys():
+        raise UserError(f"{out / 'manifest.json'}: damaged, expected the manifest of a pack")
+    return manifest
+
+
+def _merged_before(review: Review) -> PackReport:
+    """The report of a pack that is complete already; raises UserError if there is none, or parts of another."""
+    out = review.out
+    if not is_regular(out / "manifest.json"):
+        raise UserError(f"{out}: contains no parts of a pack, expected those of `{command(out, None)}`")
+    manifest = _manifest(out)
+    with Directory(out.resolve()) as files:
+        fingerprint = (read_json(files, "source.json") or {}).get("fingerprint")
+    for (i, n), name in part_names(out).items():
+        with Directory(out / PARTS / name) as files:
+            header = read_json(files, HEADER)
+        if header is not None and header.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{out}: contains a complete pack, and part {i} of {n} of another source or with other options; move "
+                f"the pack away to merge the parts, or remove {out / PARTS}"
+            )
+    review.log(f"{out}: up to date, the parts are merged")
+    return report_of(out, manifest, up_to_date=True)
+
+
+def _busy(out: Path) -> str:
+    """Why the parts are locked."""
+    for (i, n), name in part_names(out).items():
+        if _is_locked(out / PARTS / name):
+            return f"{out}: part {i} of {n} is unfinished: another process is packing it; merge the parts afterwards"
+    return f"{out}: another process is merging the parts"
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with Directory(folder) as files, files.open(LOCK, "rb+") as file:
+            return not lock(file.fileno())
+    except OSError:
+        return False
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove what is left of the parts; of their directories, only those without foreign files."""
+    for name in part_names(out).values():
+        with Directory(out / PARTS / name) as files:
+            for one in sorted(files.names(), key=lambda one: one == HEADER):  # last: it says what the others are
+                if FILES.fullmatch(one):
+                    files.unlink(one)
+        with suppress(OSError):
+            os.rmdir(out / PARTS / name)
+    with Directory(out / PARTS) as files:
+        if files.names() == [LOCK]:
+            files.unlink(LOCK)
+            os.rmdir(out / PARTS)
+
+
+class _MergeStage(Stage):
+    """The staging directory of a merge; most shards are moved from the directories of the parts."""
+
+    def _move_others(self, out: Directory) -> None:
+        for record in self.records():
+            if "from" in record:
+                folder, name = record["from"]
+                with Directory(self.path.parent / folder) as part:
+                    if part.status(name) is not None:  # otherwise an interrupted run has moved it
+                        part.move(name, out, record["name"])
+
+
+class _Parts:
+    """The complete parts of a pack.
+
+    Raises:
+        UserError: a part is missing, unfinished, damaged or does not belong to the others.
+    """
+
+    def __init__(self, review: Review, verify: bool) -> None:
+        self._review, self._out, self._verify = review, review.out, verify
+        self._names = part_names(self._out)
+        self._count = self._check_names()
+        self._header, done = self._check_headers()
+        self._items: int = done["items"]
+        self._size: int = self._header["options"]["shard_size"]
+        self._scan, self._classes = read_scan(done), done["classes"]
+        self._repeated = self._find_repeated()
+
+    def _check_names(self) -> int:
+        """The number of parts."""
+        counts = sorted({n for _, n in self._names})
+        if not counts:
+            raise UserError(f"{self._out}: contains no parts of a pack, expected those of `{command(self._out, None)}`")
+        if len(counts) > 1:
+            (i, n), (j, m) = (min(part for part in self._names if part[1] == count) for count in counts[:2])
+            raise UserError(
+                f"{self._out}: contains part {i} of {n} and part {j} of {m}, expected parts of one number of parts; "
+                f"remove those of the other, such as {self._out / PARTS / self._names[j, m]}"
+            )
+        missing = [i for i in range(1, counts[0] + 1) if (i, counts[0]) not in self._names]
+        if missing:
+            raise self._lacking(missing[0], "missing", len(missing))
+        return counts[0]
+
+    def _lacking(self, i: int, what: str, parts: int = 1) -> UserError:
+        n = len(self._names) if what != "missing" else next(iter(self._names))[1]
+        more = f" (and {parts - 1} more)" if parts > 1 else ""
+        return UserError(f"{self._out}: part {i} of {n} is {what}{more}: run {command(self._out, (i, n))}")
+
+    def _check_headers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The common header, and the done.json of part 1."""
+        first: tuple[dict[str, Any], dict[str, Any]] | None = None
+        unfinished = []
+        for i in range(1, self._count + 1):
+            with Directory(self._folder(i)) as files:
+                header, done = read_json(files, HEADER), read_json(files, DONE)
+            if header is None or done is None:
+                unfinished.append(i)
+                continue
+            if first is None:
+                first = header, done
+                if (what := difference(header, header | VERSION)) is not None:
+                    raise UserError(
+                        f"{self._out}: part {i} of {self._count} is from {what}; merge with the version that packed it"
+                    )
+            what = difference(header, first[0])
+            if what is not None or done["items"] != first[1]["items"]:
+                raise UserError(
+                    f"{self._out}: part {i} of {self._count} is from {what or 'a source of another size'}, as the "
+                    f"parts before it: remove {self._folder(i)}, and run {command(self._out, (i, self._count))}"
+                )
+        if unfinished:
+            raise self._lacking(unfinished[0], "unfinished", len(unfinished))
+        assert first is not None
+        return first
+
+    def _folder(self, i: int) -> Path:
+        return self._out / PARTS / self._names[i, self._count]
+
+    def _units(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+        """The part, the directory and the record of each unit, in order."""
+        for unit in units_of((1, 1), self._items, self._size):
+            i = unit % self._count + 1
+            with Directory(self._folder(i)) as files:
+                record = read_json(files, unit_name(unit))
+            if record is None or record.get("unit") != unit:
+                raise self._lacking(i, f"damaged ({unit_name(unit)})")
+            yield i, self._folder(i), record
+
+    def _find_repeated(self) -> NDArray[np.uint64]:
+        """Check the shards of all units, and return the sorted hashes that several keys have."""
+        hashes = [np.zeros(0, np.uint64)]
+        units = self._units()
+        if self._review.progress:
+            units = show_progress(units, -(-self._items // self._size), "checking parts", "shards")
+        for i, folder, record in units:
+            try:
+                for shard in record["shards"]:
+                    self._check_shard(i, folder, shard)
+                    hashes.append(_hashes(shard["rows"]))
+            except (KeyError, TypeError, AttributeError):
+                raise self._lacking(i, f"damaged ({unit_name(record['unit'])})") from None
+        found = np.concatenate(hashes)
+        found.sort()
+        return np.unique(found[1:][found[1:] == found[:-1]])
+
+    def _check_shard(self, i: int, folder: Path, shard: dict[str, Any]) -> None:
+        again = f"run {command(self._out, (i, self._count))}, which packs it again"
+        with Directory(folder) as files:
+            status = files.status(shard["name"])
+            if status is None or status.st_size != shard["bytes"]:
+                got = "is missing" if status is None else f"got {status.st_size} bytes, expected {shard['bytes']}"
+                raise UserError(f"{folder / shard['name']}: {got}; {again}")
+            if self._verify:
+                with files.open(shard["name"]) as file:
+                    if sha256_of(file) != shard["sha256"]:
+                        raise UserError(
+                            f"{folder / shard['name']}: damaged, its SHA-256 is not that of the shard that was packed; "
+                            f"remove it, and {again}"
+                        )
+
+    def merge(self, stage: Stage, judge_boxes: bool) -> dict[str, Any]:
+        """Write the pack and move it into place; returns its manifest."""
+        stage.resume(None)  # removes what a merge left that was interrupted before all was written
+        files, tally = PackFiles(stage), BoxTally()
+        shards = 0
+
+        def counted() -> Iterator[dict[str, Any]]:
+            nonlocal shards
+            for record in self._records(stage, files, tally if judge_boxes else None):
+                files.count(record["split"], record["texts"])
+                yield record
+                shards += 1
+
+        stage.append(counted())
+        if not shards:
+            raise self._review.no_scenes(self._scan.rejected + files.rejected, self._scan.ignored)
+        review = partial(self._review.complete, self._scan, tally, partial(stage.read, "rejected.jsonl"))
+        return files.finish(self._scan, self._classes, self._header["fingerprint"], review)
+
+    def _records(self, stage: Stage, files: PackFiles, tally: BoxTally | None) -> Iterator[dict[str, Any]]:
+        """The records of the shards of the pack. The rejections of units without a shard go to the next one."""
+        numbers = Counter[str]()  # of shards, by split
+        kept: set[str] = set()  # keys with a hash that occurs several times
+        for _, folder, record in self._units():
+            repeated = self._repeated_keys(record, kept)
+            rejected = [(number, one) for number, one in rejections_of(record) if number not in repeated]
+            rejected += [(number, duplicate(key)) for number, key in repeated.items()]
+            files.rejected += [one for _, one in sorted(rejected, key=lambda pair: pair[0])]
+            if tally is not None:
+                for rows in evidence_of(record):
+                    tally.add(rows)
+            for shard in record["shards"]:
+                name = f"{shard['split']}-{numbers[shard['split']]:06d}.tar"
+                if repeated.keys().isdisjoint(shard["numbers"]):
+                    merged = shard | {"name": name, "from": [folder.name, shard["name"]]}
+                elif repeated.keys() >= set(shard["numbers"]):
+                    continue
+                else:
+                    merged = self._rewrite(stage, name, folder, shard, repeated)
+                numbers[shard["split"]] += 1
+                listed, files.rejected = files.rejected, []
+                yield merged | {"rejected": [[r.entry, r.reason, r.detail, r.hint] for r in listed]}
+
+    def _repeated_keys(self, record: dict[str, Any], kept: set[str]) -> dict[int, str]:
+        """The items of a unit whose keys earlier ones have: number -> key. Adds the other keys to `kept`."""
+        found: list[tuple[int, str]] = []
+        for shard in record["shards"] if len(self._repeated) else ():
+            several = np.isin(_hashes(shard["rows"]), self._repeated)
+            found += [(shard["numbers"][k], shard["rows"][k][0]) for k in np.flatnonzero(several)]
+        repeated = {number: key for number, key in found if key in kept}
+        kept |= {key for _, key in found}  # a unit has no key twice
+        return repeated
+
+    def _rewrite(
+        self, stage: Stage, name: str, folder: Path, shard: dict[str, Any], without: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """Write a shard again without some of its scenes."""
+        with Directory(folder) as files, files.open(shard["name"]) as old:
+            new = OpenShard.create(name, stage.create(name))
+            try:
+                for number, (key, *extents) in zip(shard["numbers"], shard["rows"], strict=True):
+                    if number not in without:
+                        image, record = (_read(old, *extents[at : at + 2]) for at in (0, 2))
+                        new.add(PackedItem.of_shard(key, shard["split"], image, record))
+            except ValueError as error:
+                raise UserError(
+                    f"{folder / shard['name']}: damaged ({error}); remove it, and pack its part again"
+                ) from None
+            finally:
+                with suppress(OSError):  # disk full: already reported
+                    new.close()
+        return new.record(shard["split"]) | stage.seal(name)
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _hashes(rows: Sequence[Sequence[Any]]) -> NDArray[np.uint64]:
+    """A hash of the key of each row."""
+    digests = b"".join(blake2b(row[0].encode(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(digests, np.uint64)

@@ -1,0 +1,376 @@
+"""Parts of a pack, which many machines write: the units of a data set and the directory of a part.
+
+The items of a source are numbered in their order and cut into units of `shard_size` items. Part i of n packs the units
+u with u % n == i - 1. A unit becomes a shard, or one for each split where it holds the border between two. Units do not
+depend on n, and so neither does what `merging` makes of them.
+
+    DIR/.parts/lock                     locked, shared by the processes that pack parts, or by the one that merges
+    DIR/.parts/3-of-7/lock              locked by the process that packs the part
+    DIR/.parts/3-of-7/part.json         the source, the options and the version that the part is packed with
+    DIR/.parts/3-of-7/train-000012.tar  the scenes of unit 12 in train
+    DIR/.parts/3-of-7/unit-000012.json  the records of unit 12's shards, and its rejections: written after the shards
+    DIR/.parts/3-of-7/done.json         the number of items and, in part 1, what else the scan found: written last
+
+A part that was interrupted packs the units without a record, or whose shards do not have the size in the record.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scenarioclip_fast.data.boxes import COLUMNS
+from scenarioclip_fast.data.check import Rejection
+from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, duplicate
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.sources.base import Scan
+from scenarioclip_fast.data.staging import PARTS, SHARD_NAME, dump, lock
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory, is_regular, sha256_of, status_of
+from scenarioclip_fast.parsing import parse_json
+
+PART_NAME = re.compile(r"([1-9]\d*)-of-([1-9]\d*)")
+MERGE = "merge"  # directory of files that the merge writes, in DIR/.parts
+HEADER, DONE, LOCK = "part.json", "done.json", "lock"
+_UNIT_NAME = re.compile(r"unit-(\d{6,})\.json")
+_PARTIAL = ".partial"
+FILES = re.compile(rf"(({HEADER}|{DONE}|{_UNIT_NAME.pattern})({_PARTIAL})?|{LOCK}|{SHARD_NAME.pattern})")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse the form i/n of a part.
+
+    Raises:
+        UserError: another form, or i is not from 1 to n.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+    return check_part((int(match[1]), int(match[2])) if match else text)
+
+
+def check_part(part: object) -> tuple[int, int]:
+    """Return the number of a part and the number of parts; raise UserError unless these are integers 1 <= i <= n."""
+    if (
+        isinstance(part, tuple | list)
+        and len(part) == 2
+        and all(type(n) is int for n in part)
+        and 1 <= part[0] <= part[1]
+    ):
+        return part[0], part[1]
+    shown = f"{part[0]}/{part[1]}" if isinstance(part, tuple | list) and len(part) == 2 else part
+    raise UserError(f"part: got {shown}, expected i/n with i from 1 to n, such as 3/7 for the third of seven parts")
+
+
+def part_names(out: Path) -> dict[tuple[int, int], str]:
+    """The directories of the parts in `out`: (i, n) -> name."""
+    try:
+        names = sorted(os.listdir(out / PARTS))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found = {name: match for name in names if (match := PART_NAME.fullmatch(name))}
+    return {part: name for name, match in found.items() if (part := (int(match[1]), int(match[2])))[0] <= part[1]}
+
+
+def unit_name(unit: int) -> str:
+    """The name of the record of a unit."""
+    return f"unit-{unit:06d}.json"
+
+
+def units_of(part: tuple[int, int], items: int, size: int) -> range:
+    """The units of a part of a source with so many items, `size` of them in a unit."""
+    return range(part[0] - 1, -(-items // size), part[1])
+
+
+def command(out: Path, part: tuple[int, int] | None) -> str:
+    """The command that packs a part; None: any."""
+    return f"pack SOURCE --out {out} --part {'i/n' if part is None else f'{part[0]}/{part[1]}'}"
+
+
+def read_json(files: Directory, name: str) -> dict[str, Any] | None:
+    """A JSON object in a directory; None if the file does not exist or is damaged."""
+    try:
+        with files.open(name) as file:
+            found = parse_json(file.read(), strict=False)  # the boxes of objects without masks come with NaN
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """What makes the headers of two parts differ; None if they are equal."""
+    if found == expected:
+        return None
+    for name in ("version", "pack_version"):
+        if found.get(name) != expected.get(name):
+            return f"{name.replace('_', ' ')} {found.get(name)}, not {expected.get(name)}"
+    options = found.get("options")
+    theirs: dict[str, Any] = options if isinstance(options, dict) else {}
+    for name, value in expected["options"].items():
+        if theirs.get(name) != value:
+            return f"{name.replace('_', ' ')} {theirs.get(name)}, not {value}"
+    return "another source, or a source that was changed meanwhile"
+
+
+def lock_parts(out: Path, shared: bool) -> IO[bytes] | None:
+    """Lock the parts in `out`, which must not be merged while they are packed; None if another process prevents it."""
+    while True:
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        try:
+            with Directory(out / PARTS) as files:
+                file = files.open(LOCK, "ab+")
+        except FileNotFoundError:  # a merge has just removed the directory
+            continue
+        if not lock(file.fileno(), shared):
+            file.close()
+            return None
+        found = status_of(out / PARTS / LOCK)
+        if found is not None and os.path.samestat(os.fstat(file.fileno()), found):
+            return file
+        file.close()
+
+
+class Part:
+    """The locked directory of a part.
+
+    Args:
+        out: of the pack.
+        part: the number of the part, from 1, and the number of parts.
+        header: identifies the source, the options and the version.
+
+    Raises:
+        UserError: another process packs this part or merges the parts, or there are parts of something else.
+    """
+
+    def __init__(self, out: Path, part: tuple[int, int], header: dict[str, Any]) -> None:
+        self.out, self.number, self.count = out, *part
+        self.name = f"{part[0]}-of-{part[1]}"
+        self.path = out / PARTS / self.name
+        self._size: int = header["options"]["shard_size"]
+        with ExitStack() as stack:
+            parts = lock_parts(out, shared=True)
+            if parts is None:
+                raise UserError(f"{out}: another process is merging the parts")
+            stack.enter_context(parts)
+            if is_regular(out / PARTS / MERGE / "manifest.json"):
+                raise UserError(f"{out}: the merge of its parts was interrupted; finish it with `pack --merge {out}`")
+            self._check_others(header)
+            self.path.mkdir(exist_ok=True)
+            self._files = stack.enter_context(Directory(self.path))
+            if not lock(stack.enter_context(self._files.open(LOCK, "ab+")).fileno()):
+                raise UserError(f"{out}: another process is packing part {self.number} of {self.count}")
+            for name in self._files.names():
+                if not FILES.fullmatch(name):
+                    raise UserError(
+                        f"{self.path / name}: not a file of a part; move it away, or choose another directory"
+                    )
+            self._write(HEADER, header)
+            self.units = self._intact_units()
+            self._stack = stack.pop_all()
+
+    def _check_others(self, header: dict[str, Any]) -> None:
+        """Compare the header with that of this part and of one other."""
+        compared = 0
+        names = part_names(self.out)
+        for (i, n), name in sorted(names.items(), key=lambda item: item[1] != self.name):
+            if n != self.count:
+                raise UserError(
+                    f"{self.out}: contains part {i} of {n}, and this is part {self.number} of {self.count}; pack all "
+                    f"parts with the same number of parts, or remove {self.out / PARTS / name}"
+                )
+            if compared == 2:
+                continue
+            with Directory(self.out / PARTS / name) as files:
+                other = read_json(files, HEADER)
+            if other is None:  # just created
+                continue
+            compared += 1
+            if (what := difference(other, header)) is not None:
+                raise UserError(
+                    f"{self.out}: contains part {i} of {n} from {what}; remove {self.out / PARTS}, or choose another "
+                    "directory"
+                )
+
+    def _intact_units(self) -> set[int]:
+        """The units that are finished. Removes the files of all others."""
+        names = set(self._files.names())
+        kept, units = {LOCK, HEADER, DONE}, set()
+        for name in names:
+            if (match := _UNIT_NAME.fullmatch(name)) is None:
+                continue
+            record = read_json(self._files, name) or {}
+            with suppress(KeyError, TypeError):
+                sizes = {shard["name"]: shard["bytes"] for shard in record["shards"]}
+                if all((found := self._files.status(one)) and found.st_size == size for one, size in sizes.items()):
+                    units.add(int(match[1]))
+                    kept |= {name, *sizes}
+        records = {name for name in names if _UNIT_NAME.fullmatch(name)}
+        if records - kept:
+            kept.discard(DONE)
+        for name in sorted(names - kept, key=lambda name: name not in records):
+            self._files.unlink(name)
+        return units
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.count}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all units are packed."""
+        done = read_json(self._files, DONE)
+        return done is not None and self.units == set(units_of((self.number, self.count), done["items"], self._size))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of the finished units, in their order."""
+        for unit in sorted(self.units):
+            record = read_json(self._files, unit_name(unit))
+            assert record is not None
+            yield record
+
+    @property
+    def scan(self) -> Scan:
+        """What the scan found, of the first part when it is done; otherwise nothing."""
+        return read_scan(read_json(self._files, DONE) or {})
+
+    def create(self, name: str) -> IO[bytes]:
+        """Create a shard."""
+        return self._files.open(name, "xb")
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Finish a unit, whose shards are written."""
+        for shard in record["shards"]:
+            with self._files.open(shard["name"]) as file:
+                os.fsync(file.fileno())
+                shard |= {"sha256": sha256_of(file), "bytes": os.fstat(file.fileno()).st_size}
+        self._files.sync()
+        self._write(unit_name(record["unit"]), record)
+        self.units.add(record["unit"])
+
+    def finish(self, items: int, scan: Scan, classes: dict[str, list[str]] | None) -> None:
+        """Note that all units are packed.
+
+        Args:
+            items: of the source.
+            scan, classes: of the source; stored once, in the first part.
+        """
+        found: dict[str, Any] = {"items": items}
+        if self.number == 1:
+            rejected = [[r.entry, r.reason, r.detail, r.hint] for r in scan.rejected]
+            found["scan"] = {"rejected": rejected, "ignored": scan.ignored, "warnings": scan.warnings}
+            found["classes"] = classes
+        self._write(DONE, found)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        """Write a file, all or nothing."""
+        with self._files.open(f"{name}{_PARTIAL}", "wb") as file:
+            file.write(dump(record))
+            file.flush()
+            os.fsync(file.fileno())
+        self._files.move(f"{name}{_PARTIAL}", self._files, name)
+        self._files.sync()
+
+
+def read_scan(done: Mapping[str, Any]) -> Scan:
+    """The scan in done.json."""
+    found = done.get("scan", {"rejected": [], "ignored": {}, "warnings": []})
+    return Scan([Rejection(*row) for row in found["rejected"]], found["ignored"], found["warnings"])
+
+
+class Numbered:
+    """The items of a part, with their numbers in the source.
+
+    Args:
+        items: of the source.
+        size: items per unit.
+        part: leaves out its finished units.
+    """
+
+    def __init__(self, items: Iterable[Any], size: int, part: Part) -> None:
+        self._items, self._size, self._part = items, size, part
+        self.total = 0  # items of the source, once all have been passed
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, item in enumerate(self._items):
+            unit = number // self._size
+            if unit % self._part.count == self._part.number - 1 and unit not in self._part.units:
+                yield number, item
+            self.total = number + 1
+
+
+def write_units(part: Part, packed: Iterable[PackedItem], size: int) -> None:
+    """Write the units of a part.
+
+    Args:
+        packed: the items of the part, in order.
+        size: items per unit.
+    """
+    finishing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "finish") as finisher:  # waits for the unit in progress, so that it is kept
+        for unit, items in groupby(packed, lambda item: item.number // size):
+            record = _write_unit(part, unit, items)
+            if finishing is not None:
+                finishing.result()
+            finishing = finisher.submit(part.add, record)
+        if finishing is not None:
+            finishing.result()
+
+
+def _write_unit(part: Part, unit: int, items: Iterable[PackedItem]) -> dict[str, Any]:
+    """Write the shards of a unit, and return its record."""
+    shards: dict[str, OpenShard] = {}
+    numbers: dict[str, list[int]] = {}
+    keys: set[str] = set()
+    rejected: list[tuple[int, Rejection]] = []
+    boxes: list[list[list[float]]] = []
+    try:
+        for item in items:
+            if item.boxes is not None:
+                boxes.append(item.boxes.tolist())
+            if item.key is not None and item.key in keys:
+                rejected.append((item.number, duplicate(item.key)))
+                continue
+            rejected += [(item.number, one) for one in item.rejected]
+            if item.key is None:
+                continue
+            if item.split not in shards:
+                name = f"{item.split}-{unit:06d}.tar"
+                shards[item.split] = OpenShard.create(name, part.create(name))
+                numbers[item.split] = []
+            keys.add(item.key)
+            shards[item.split].add(item)
+            numbers[item.split].append(item.number)
+    finally:
+        with suppress(OSError):  # disk full: already reported
+            for shard in shards.values():
+                shard.close()
+    return {
+        "unit": unit,
+        "shards": [shards[split].record(split) | {"numbers": numbers[split]} for split in SPLITS if split in shards],
+        "rejected": [[number, r.entry, r.reason, r.detail, r.hint] for number, r in rejected],
+        "boxes": boxes,
+    }
+
+
+def evidence_of(record: Mapping[str, Any]) -> Iterator[NDArray[np.float64]]:
+    """The evidence of a unit's boxes, by scene; see `boxes.BoxEvidence`."""
+    return (np.array(rows, np.float64).reshape(-1, COLUMNS) for rows in record["boxes"])
+
+
+def rejections_of(record: Mapping[str, Any]) -> list[tuple[int, Rejection]]:
+    """The rejections of a unit, with the numbers of their items."""
+    rows: Sequence[list[Any]] = record["rejected"]
+    return [(row[0], Rejection(*row[1:])) for row in rows]

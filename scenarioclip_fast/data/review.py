@@ -1,0 +1,125 @@
+"""Checks of what is packed: whether the data set was misunderstood, and what its rejections leave of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from scenarioclip_fast.data.boxes import BoxTally
+from scenarioclip_fast.data.check import Rejection
+from scenarioclip_fast.data.diagnosis import Diagnosis, Loss
+from scenarioclip_fast.data.shard_writer import PackedItem, rejection_lines
+from scenarioclip_fast.data.sources.base import Scan
+from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory
+from scenarioclip_fast.terminal import warn
+
+# A data set that was misunderstood is recognised after this many scenes, of at least this many objects or relations.
+_EARLY, _EARLY_ENTRIES = 512, 100
+
+
+@dataclass(frozen=True)
+class Review:
+    """The checks of a run of `pack`, or of a merge, that writes to `out`.
+
+    Attributes:
+        progress: whether the run reports what it does.
+        allow_empty_level: accept that all objects or all relations were rejected.
+        part: of the pack that is reviewed, "2-of-7"; "": all of it.
+    """
+
+    out: Path
+    progress: bool
+    allow_empty_level: bool
+    part: str = ""
+
+    def log(self, message: str) -> None:
+        if self.progress:
+            warn(message)
+
+    def watched(self, packed: Iterable[PackedItem], tally: BoxTally) -> Iterator[PackedItem]:
+        """Pass items on, and end early if the first ones show that the data set was misunderstood."""
+        rejected: list[Rejection] = []
+        kept = Counter[str]()
+        for i, item in enumerate(packed, 1):
+            if not tally.add(item.boxes):
+                item.boxes = None  # not needed in the journal
+            elif tally.is_full:
+                self.check_boxes(tally)
+            if i <= _EARLY:
+                rejected += item.rejected
+                kept.update(
+                    scenes=1, objects=len(item.texts.get("object", ())), relations=len(item.texts.get("relation", ()))
+                )
+            if i == _EARLY:
+                diagnosis = Diagnosis()
+                diagnosis.add(rejected)
+                losses = [loss for loss in diagnosis.losses(kept) if loss.found >= _EARLY_ENTRIES]
+                self._check_losses(losses, partial(_listing, rejected))
+            yield item
+
+    def complete(
+        self,
+        scan: Scan,
+        tally: BoxTally,
+        rejections: Callable[[], bytes],
+        kept: Mapping[str, int],
+        diagnosis: Diagnosis,
+    ) -> list[str]:
+        """Review a complete pack; returns warnings.
+
+        Args:
+            tally: the evidence of its boxes.
+            rejections: reads rejected.jsonl.
+            kept: the counts of all splits.
+            diagnosis: of all rejections.
+
+        Raises:
+            UserError: the boxes are in another convention, or a level lost all of its entries.
+        """
+        self.check_boxes(tally)
+        losses = self._check_losses(diagnosis.losses(kept), rejections)
+        doubt = tally.doubt()
+        large = [str(loss) for loss in losses if loss.is_large]
+        return [*scan.warnings, *([] if doubt is None else [doubt]), *large]
+
+    def check_boxes(self, tally: BoxTally) -> None:
+        """Raise UserError if the boxes are in another convention."""
+        if (verdict := tally.verdict()) is not None:
+            raise UserError(f"{verdict}; --boxes xyxy packs them as they are")
+
+    def _check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
+        for loss in losses:
+            if loss.is_total and not self.allow_empty_level:
+                listing = self._list(rejections())
+                raise UserError(f"{loss}; see {listing}; --allow-empty-level packs what is left")
+        return losses
+
+    @property
+    def listing(self) -> Path:
+        """Where a run that fails lists its rejections: next to `out`, which may hold an older pack."""
+        out = self.out.absolute()
+        part = f".{self.part}" if self.part else ""
+        return out.with_name(f"{out.name}{part}.rejected.jsonl")
+
+    def _list(self, lines: bytes) -> Path:
+        with Directory(self.listing.parent.resolve()) as parent, parent.open(self.listing.name, "wb") as file:
+            file.write(lines)
+        return self.listing
+
+    def no_scenes(self, rejected: list[Rejection], ignored: Mapping[str, int]) -> UserError:
+        """The error that there are no valid scenes."""
+        listing = self._list(_listing(rejected))
+        diagnosis = Diagnosis()
+        diagnosis.add(rejected)
+        found = [f"{c.count} {c.reason}{f' ({c.hint})' if c.hint else ''}" for c in diagnosis.causes()]
+        found += [f"{n} {suffix} ignored" for suffix, n in ignored.items()]
+        reasons = ", ".join(found) or "the source is empty"
+        return UserError(f"{self.out}: no valid scenes to pack: {reasons}; see {listing}")
+
+
+def _listing(rejected: list[Rejection]) -> bytes:
+    return b"".join(rejection_lines(rejected))
