@@ -139,6 +139,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--force", action="store_true", help="write into a directory with other files; pack even if up to date"
     )
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,9 +160,9 @@ def _pack(args: argparse.Namespace) -> PackReport:
     from scenarioclip_fast.data.packing import pack
     from scenarioclip_fast.data.parts import parse_part
 
-    for name, value in (("SOURCE", args.source), ("--out", args.out)):
-        if not value:
-            raise UserError(f"{name}: got nothing, expected `pack SOURCE --out DIR`, or `pack --merge DIR`")
+    missing = [name for name, value in (("SOURCE", args.source), ("--out", args.out)) if not value]
+    if missing:
+        args.usage_error(f"the following arguments are required: {', '.join(missing)}")
     if args.verify:
         raise UserError("--verify: got no --merge, expected `pack --merge DIR --verify`")
     return pack(

@@ -32,7 +32,7 @@ from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.diagnosis import Cause, Diagnosis
 from scenarioclip_fast.data.parallel import Workers, ordered_map
-from scenarioclip_fast.data.parts import Numbered, Part, check_part, evidence_of, rejections_of, write_units
+from scenarioclip_fast.data.parts import Numbered, Part, check_part, evidence_of, part_name, rejections_of, write_units
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter
@@ -40,7 +40,7 @@ from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Scan, Source, SourceOptions, fingerprint_files
 from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
-from scenarioclip_fast.data.staging import Stage, check_target, find_up_to_date
+from scenarioclip_fast.data.staging import PARTS, Stage, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.levels import LEVELS
@@ -222,7 +222,7 @@ def pack(
     data = _open(source, format, read)
     if out.resolve() in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
-    review = Review(out, progress, allow_empty_level, "" if part is None else f"{part[0]}-of-{part[1]}")
+    review = Review(out, progress, allow_empty_level, "" if part is None else part_name(part))
     run = _Run(data, options, options.fingerprint(data), workers, review)
     if (found := status_of(review.listing)) is not None and not stat.S_ISREG(found.st_mode):
         raise UserError(
@@ -264,7 +264,7 @@ def _pack_all(run: _Run, out: Path, force: bool) -> PackReport:
 
 
 def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
-    log, name = run.review.log, f"part {part[0]} of {part[1]}"
+    log = run.review.log
     if run.fingerprint is None:
         raise UserError(
             "part: got a source without a fingerprint, such as scenes in memory, expected a data set on disk: parts "
@@ -285,25 +285,31 @@ def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
     if (report := merged()) is not None:
         return report
     header = run.options.header() | {"fingerprint": run.fingerprint}
-    with Part(out, part, header) as files:
-        if (report := merged()) is not None:  # since
-            return report
-        up_to_date = files.is_done
-        if up_to_date:
-            log(f"{name}: up to date (neither the source nor the options changed)")
-        else:
-            if files.units:
-                log(f"{name}: resuming after {len(files.units)} finished shards")
-            try:
-                run.fill_part(files)
-            except BaseException as error:
+    try:
+        with Part(out, part, header) as files:
+            if (report := merged()) is not None:  # since
+                return report
+            up_to_date = files.is_done
+            if up_to_date:
+                log(f"{files}: up to date (neither the source nor the options changed)")
+            else:
                 if files.units:
-                    log(f"{len(files.units)} finished shards are kept in {files.path}: re-run the command to resume")
-                if isinstance(error, OSError):
-                    raise UserError(f"{error.filename or files.path}: {error.strerror}") from error
-                raise
-            log(f"{name}: complete; when all parts are, finish the pack with `scenarioclip-fast pack --merge {out}`")
-        return _report_part(files, up_to_date)
+                    log(f"{files}: resuming after {len(files.units)} finished shards")
+                _fill_part(run, files)
+            return _report_part(files, up_to_date)
+    except OSError as error:
+        raise UserError(f"{error.filename or out / PARTS / part_name(part)}: {error.strerror}") from error
+
+
+def _fill_part(run: _Run, part: Part) -> None:
+    log = run.review.log
+    try:
+        run.fill_part(part)
+    except BaseException:
+        if part.units:
+            log(f"{len(part.units)} finished shards are kept in {part.path}: re-run the command to resume")
+        raise
+    log(f"{part}: complete; when all parts are, finish the pack with `scenarioclip-fast pack --merge {part.out}`")
 
 
 def _report_part(part: Part, up_to_date: bool) -> PackReport:

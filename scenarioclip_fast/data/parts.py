@@ -70,6 +70,11 @@ def check_part(part: object) -> tuple[int, int]:
     raise UserError(f"part: got {shown}, expected i/n with i from 1 to n, such as 3/7 for the third of seven parts")
 
 
+def part_name(part: tuple[int, int]) -> str:
+    """The name of the directory of a part."""
+    return f"{part[0]}-of-{part[1]}"
+
+
 def part_names(out: Path) -> dict[tuple[int, int], str]:
     """The directories of the parts in `out`: (i, n) -> name."""
     try:
@@ -152,7 +157,7 @@ class Part:
 
     def __init__(self, out: Path, part: tuple[int, int], header: dict[str, Any]) -> None:
         self.out, self.number, self.count = out, *part
-        self.name = f"{part[0]}-of-{part[1]}"
+        self.name = part_name(part)
         self.path = out / PARTS / self.name
         self._size: int = header["options"]["shard_size"]
         with ExitStack() as stack:
