@@ -37,7 +37,7 @@ OPTIONAL = {
     "inflect": ("inflect", "generate", "singular forms of names"),
     "rapidfuzz": ("rapidfuzz", "generate", "similar names"),
     "scipy": ("scipy", "generate", "the detector of drawn scenes"),
-    "ray": ("ray", "generate-ray", "generation on a Ray cluster"),
+    "ray": ("ray", "generate-ray", "running on a Ray cluster"),
     "pytest": ("pytest", "bench", "running benchmarks"),
     "shtab": ("shtab", "train", "shell completion"),
     "tensorboard": ("tensorboard", "tensorboard", "TensorBoard logs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--merge", type=Path, metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
     )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="pack the parts on a Ray cluster and merge them: ADDRESS, or the one of this machine, or a new local one",
+    )
+    parser.add_argument("--parts", type=int, metavar="N", help="with --ray: number of parts (default: one per node)")
     parser.add_argument(
         "--verify", action="store_true", help="with --merge: compare the SHA-256 of all shards, not only their sizes"
     )
@@ -165,9 +174,18 @@ def _pack(args: argparse.Namespace) -> PackReport:
         args.usage_error(f"the following arguments are required: {', '.join(missing)}")
     if args.verify:
         raise UserError("--verify: got no --merge, expected `pack --merge DIR --verify`")
-    return pack(
-        args.source,
-        args.out,
+    if args.parts is not None and args.ray is None:
+        raise UserError("--parts: got no --ray, which runs all parts; expected --part i/n for one of them")
+    if args.part is not None and args.ray is not None:
+        raise UserError(f"--part: got {args.part} with --ray, which runs all parts; expected --parts N")
+    if args.ray is None:
+        part = None if args.part is None else parse_part(args.part)
+        pack_with = partial(pack, args.source, args.out, part=part)
+    else:
+        from scenarioclip_fast.data.ray_packing import pack_on_ray
+
+        pack_with = partial(pack_on_ray, args.source, args.out, args.ray, parts=args.parts)
+    return pack_with(
         format=args.format,
         split=args.split,
         shard_size=args.shard_size,
@@ -180,14 +198,13 @@ def _pack(args: argparse.Namespace) -> PackReport:
         actions=args.actions,
         boxes=args.boxes,
         allow_empty_level=args.allow_empty_level,
-        part=None if args.part is None else parse_part(args.part),
     )
 
 
 def _merge(args: argparse.Namespace) -> PackReport:
     from scenarioclip_fast.data.merging import merge_parts
 
-    for name in ("source", "part", "out"):
+    for name in ("source", "part", "parts", "ray", "out"):
         if getattr(args, name):
             given = f"--{name} {getattr(args, name)}" if name != "source" else f"SOURCE {args.source[0]}"
             raise UserError(f"--merge: got {given} as well, expected only `pack --merge DIR` once all parts are packed")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.merging import merge_parts
     from scenarioclip_fast.data.mix import ShardMix
     from scenarioclip_fast.data.packing import PackReport, pack
+    from scenarioclip_fast.data.ray_packing import pack_on_ray
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
     from scenarioclip_fast.data.shards import BadSample, ShardSet
     from scenarioclip_fast.data.sources.base import Reader, Source
@@ -30,6 +31,7 @@ else:
             "merging": ["merge_parts"],
             "mix": ["ShardMix"],
             "packing": ["PackReport", "pack"],
+            "ray_packing": ["pack_on_ray"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
             "shards": ["BadSample", "ShardSet"],
             "sources.base": ["Reader", "Source"],
@@ -61,6 +63,7 @@ __all__ = [
     "load_reference",
     "merge_parts",
     "pack",
+    "pack_on_ray",
     "scene_loader",
     "write_published_layout",
 ]

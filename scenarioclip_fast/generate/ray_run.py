@@ -10,20 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import pickle
-import socket
-import sys
-import time
-import traceback
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scenarioclip_fast.errors import InstallationError, MissingDependencyError, UserError
+from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.generate.images import Unit
+from scenarioclip_fast.ray_connection import RayConnection, await_files, dump_error
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import get_logger
 
@@ -32,8 +28,6 @@ if TYPE_CHECKING:
 
 Attempt = Callable[["Job", Unit], "tuple[StageReport, Exception | None]"]
 
-_VISIBLE_S = 90.0  # NFS clients may remember for 60 s that a file did not exist
-_PROBE_S = 180.0  # a worker starts and imports torch
 _SERVER_ACTORS = 4
 
 
@@ -90,14 +84,6 @@ def plan_pools(jobs: Sequence[Job], cpus: float, gpus: float, units: int) -> lis
     return pools
 
 
-def await_files(paths: Iterable[Path]) -> None:
-    """Wait until files that other nodes have written are visible on this one; at most 90 s, all together."""
-    end = time.monotonic() + _VISIBLE_S
-    for path in paths:
-        while not path.is_file() and time.monotonic() < end:
-            time.sleep(0.5)
-
-
 class StageActor:
     """A stage in an actor, which keeps its model. Ray starts it anew, and repeats its unit, whenever its process dies.
 
@@ -128,36 +114,18 @@ class StageActor:
                 "lack of memory or by a crash, see Ray's logs; nothing is lost: correct the cause and re-run the "
                 "command"
             )
-            return {**row, "error": _dump_error(error)}
+            return {**row, "error": dump_error(error)}
         self.job.records.mkdir(parents=True, exist_ok=True)
         trace.touch()
         report, failure = self.attempt(self.job, unit)
         if failure is None:
             trace.unlink(missing_ok=True)
         reports = pickle.dumps([*pickle.loads(row["reports"]), report])
-        return {**row, "reports": reports, "error": b"" if failure is None else _dump_error(failure)}
+        return {**row, "reports": reports, "error": b"" if failure is None else dump_error(failure)}
 
 
-def _dump_error(error: Exception) -> bytes:
-    if not isinstance(error, UserError | MissingDependencyError | InstallationError):
-        error.add_note(f"on node {os.uname().nodename}:\n{''.join(traceback.format_exception(error))}")
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-        return data
-    except Exception:  # of another package: an exception that cannot be pickled
-        return pickle.dumps(RuntimeError("\n".join([str(error), *getattr(error, "__notes__", ())])))
-
-
-def probe(token: Path, images: Sequence[str]) -> tuple[str, list[str]]:
-    """On a node: the version of the package, and which files are missing."""
-    from scenarioclip_fast import __version__
-
-    return __version__, [path for path in (str(token), *images) if not os.path.exists(path)]
-
-
-class RayCluster:
-    """A connection to a Ray cluster, or one of this machine that lives as long as the context.
+class RayCluster(RayConnection):
+    """A Ray cluster that runs stages.
 
     Args:
         address: see `pipeline.generate`.
@@ -170,54 +138,11 @@ class RayCluster:
     """
 
     def __init__(self, address: str, directory: Path, images: Sequence[str]) -> None:
-        self._ray, self._data = require("ray"), require("ray.data")
-        self._address, self._directory = address, directory
-        self._images = [path for path in images if os.path.exists(path)]
-        self._stack = contextlib.ExitStack()
+        super().__init__(address, directory, images, "the images")
+        self._data = require("ray.data")
 
-    def __enter__(self) -> RayCluster:
-        with contextlib.ExitStack() as stack:
-            if not self._ray.is_initialized():
-                self._connect()
-                stack.callback(self._ray.shutdown)
-            stack.enter_context(self._quiet())
-            with self._one_line():
-                self._check_nodes()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _connect(self) -> None:
-        if self._address.startswith("ray://"):
-            raise UserError(
-                f"ray: got {self._address}, a server of Ray Client, which is not supported; run the command on a "
-                "machine of the cluster, with auto or HOST:6379"
-            )
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if self._address in ("", "local"):
-            options["include_dashboard"] = False
-        level = os.environ.get("RAY_BACKEND_LOG_LEVEL")
-        # Ray Data starts actors in a way that Ray's core reports as an error (ray-project/ray#53727).
-        os.environ["RAY_BACKEND_LOG_LEVEL"] = level or "fatal"
-        try:
-            host, colon, port = self._address.rpartition(":")
-            if colon:  # Ray waits for minutes
-                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            with _stderr_closed():  # to the message that this variable is set
-                self._ray.init(self._address or None, **options)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            where = "on this machine" if self._address in ("", "auto", "local") else f"at {self._address}"
-            raise UserError(
-                f"ray: cannot connect to a Ray cluster {where} ({_first_line(error)}); start one with `ray start "
-                "--head`, give its HOST:6379, or `local` to use this machine; a cluster with authentication needs the "
-                "same RAY_AUTH_TOKEN here"
-            ) from error
-        finally:
-            if level is None:
-                del os.environ["RAY_BACKEND_LOG_LEVEL"]
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        stack.enter_context(self._quiet())
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -247,58 +172,6 @@ class RayCluster:
             for handler, level in handlers:
                 handler.setLevel(level)
 
-    @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
-        """Turn Ray's errors, such as a lost connection, into one line."""
-        try:
-            yield
-        except (self._ray.exceptions.RayError, ConnectionError) as error:
-            raise UserError(
-                f"ray: {type(error).__name__}: {_first_line(error)}; nothing is lost: correct the cause and re-run the "
-                "command"
-            ) from error
-
-    def _nodes(self) -> list[dict[str, Any]]:
-        """The nodes that run actors."""
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        return [node for node in nodes if node["Resources"].get("CPU") or node["Resources"].get("GPU")]
-
-    def _check_nodes(self) -> None:
-        from scenarioclip_fast import __version__
-
-        on = require("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        token = self._directory / f".{uuid.uuid4().hex}"
-        token.touch()
-        try:
-            task = self._ray.remote(num_cpus=0, max_retries=2)(probe)
-            answers = [
-                (node["NodeManagerAddress"], task.options(scheduling_strategy=on(node["NodeID"], False)))
-                for node in self._nodes()
-            ]
-            refs = [(address, one.remote(token, self._images)) for address, one in answers]
-            end = time.monotonic() + _PROBE_S
-            for address, ref in refs:
-                try:
-                    version, missing = self._ray.get(ref, timeout=max(0.0, end - time.monotonic()))
-                except self._ray.exceptions.GetTimeoutError:
-                    raise UserError(f"ray: node {address} did not answer within {_PROBE_S:.0f} s") from None
-                except self._ray.exceptions.RayError as error:
-                    cause = str(error).strip().splitlines()[-1]
-                    raise UserError(
-                        f"ray: node {address} cannot run the stages ({cause}); every node needs "
-                        f"`pip install 'scenarioclip-fast[generate-ray]=={__version__}'`"
-                    ) from error
-                if version != __version__:
-                    raise UserError(f"ray: node {address} has scenarioclip-fast {version}, expected {__version__}")
-                if missing:
-                    what = missing[0] if missing[0] != str(token) else self._directory
-                    raise UserError(
-                        f"ray: node {address} does not see {what}; DIR and the images must be on storage that all "
-                        "nodes see at the same path"
-                    )
-        finally:
-            token.unlink(missing_ok=True)
-
     def run(
         self, jobs: Sequence[Job], units: Sequence[Unit], attempt: Attempt
     ) -> Generator[tuple[list[StageReport], Exception | None], None, None]:
@@ -311,8 +184,8 @@ class RayCluster:
         """
         if not units:
             return
-        with self._one_line():
-            nodes = [node["Resources"] for node in self._nodes()]
+        with self.one_line():
+            nodes = [node["Resources"] for node in self.nodes()]
             total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
             pools = plan_pools(jobs, total["CPU"], total["GPU"], len(units))
             rows = [{"unit": pickle.dumps(unit), "reports": pickle.dumps([]), "error": b""} for unit in units]
@@ -336,27 +209,9 @@ class RayCluster:
             await_files(finished)
 
 
-@contextlib.contextmanager
-def _stderr_closed() -> Iterator[None]:
-    """Discard what native code writes to standard error."""
-    sys.stderr.flush()
-    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(null)
-
-
 def _share(job: Job, actors: int) -> Job:
     """Divide the requests in flight between the actors."""
     if not job.is_remote:
         return job
     caption = replace(job.config.caption, concurrency=math.ceil(job.config.caption.concurrency / actors))
     return replace(job, config=replace(job.config, caption=caption))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -151,7 +151,7 @@ def test_the_parts_hold_what_a_pack_in_one_piece_holds(
         assert found == list(range(len(found)))
     for split in ("train", "val", "test"):
         shards = ShardSet(out, split=split, verify=True)
-        assert [shards[i].key for i in range(len(shards))] == keys_of(out)[split]
+        assert [shards.read(i).key for i in range(len(shards))] == keys_of(out)[split]
 
 
 @pytest.mark.parametrize(("n", "workers"), [(2, 1), (7, 1), (2, 2), (60, 1)])

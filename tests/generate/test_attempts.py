@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from stand_in_stages import MODELS, read_records, read_trace, write_images
 
+from scenarioclip_fast import ray_connection
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.generate import ray_run
 from scenarioclip_fast.generate.config import GenerateConfig
@@ -124,13 +125,13 @@ def test_a_unit_that_kills_its_workers_is_given_up(tmp_path: Path, monkeypatch: 
 
 
 def test_files_of_other_nodes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_run, "_VISIBLE_S", 1.0)
+    monkeypatch.setattr(ray_connection, "_VISIBLE_S", 1.0)
     start = time.monotonic()
-    ray_run.await_files([tmp_path])  # no file: until the time is over
+    ray_connection.await_files([tmp_path])  # no file: until the time is over
     assert 1.0 <= time.monotonic() - start < 10
     (tmp_path / "here").touch()
     start = time.monotonic()
-    ray_run.await_files([tmp_path / "here"] * 3)
+    ray_connection.await_files([tmp_path / "here"] * 3)
     assert time.monotonic() - start < 0.5
 
 
@@ -212,7 +213,7 @@ def test_requests_in_flight_are_divided() -> None:
 
 def test_errors_arrive_as_they_were_raised() -> None:
     def back(error: Exception) -> Exception:
-        found: Exception = ray_run.pickle.loads(ray_run._dump_error(error))
+        found: Exception = ray_run.pickle.loads(ray_connection.dump_error(error))
         return found
 
     assert repr(back(UserError("no such model"))) == repr(UserError("no such model"))
