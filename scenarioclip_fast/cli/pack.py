@@ -62,14 +62,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; "
         "annotations of PSG, COCO panoptic, Visual Genome or SWiG; or data set in another registered format",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory")
+    parser.add_argument("--out", metavar="DIR", help="output directory")
     parser.add_argument(
         "--part",
         metavar="i/n",
         help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common",
     )
     parser.add_argument(
-        "--merge", type=Path, metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
+        "--merge", metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
     )
     parser.add_argument(
         "--ray",

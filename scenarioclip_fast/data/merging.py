@@ -45,7 +45,7 @@ from scenarioclip_fast.data.parts import (
 )
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
-from scenarioclip_fast.data.staging import PARTS, Stage, lock
+from scenarioclip_fast.data.staging import PARTS, Stage, check_local, lock
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
 from scenarioclip_fast.progress import progress as show_progress
@@ -74,6 +74,7 @@ def merge_parts(
         UserError: no parts; a part is missing, unfinished, damaged, or of another source, version or other options; no
             disk space; or the data set was misunderstood (see `pack`). The parts are kept.
     """
+    check_local(directory)
     out = Path(directory)
     if boxes not in (None, "xyxy"):
         raise UserError(

@@ -40,7 +40,7 @@ from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Scan, Source, SourceOptions, fingerprint_files
 from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
-from scenarioclip_fast.data.staging import PARTS, Stage, check_target, find_up_to_date
+from scenarioclip_fast.data.staging import PARTS, Stage, check_local, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.levels import LEVELS
@@ -217,6 +217,8 @@ def pack(
         raise UserError(f"workers: got {workers}, expected at least 1")
     if part is not None:
         part = check_part(part)
+    for path in (out_dir, *(source if isinstance(source, list | tuple) else [source])):
+        check_local(path)
     out = Path(out_dir)
     check_target(out, force, part is not None)
     data = _open(source, format, read)

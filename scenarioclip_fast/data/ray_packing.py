@@ -11,7 +11,7 @@ from typing import Any
 from scenarioclip_fast.data.merging import merge_parts
 from scenarioclip_fast.data.packing import PackReport, pack
 from scenarioclip_fast.data.parts import DONE, part_name, part_names
-from scenarioclip_fast.data.staging import PARTS
+from scenarioclip_fast.data.staging import PARTS, check_local
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular
 from scenarioclip_fast.progress import progress as show_progress
@@ -45,8 +45,10 @@ def pack_on_ray(
     """
     if parts is not None and parts < 1:
         raise UserError(f"parts: got {parts}, expected at least 1")
-    out = Path(out_dir).absolute()
-    paths = [os.path.abspath(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    named = [source] if isinstance(source, str | Path) else source
+    for path in (out_dir, *named):
+        check_local(path)
+    out, paths = Path(out_dir).absolute(), [os.path.abspath(path) for path in named]
     options |= {name: os.path.abspath(options[name]) for name in ("images", "actions") if options.get(name)}
     allow_empty_level = options.get("allow_empty_level", False)
     if not is_regular(out / "manifest.json"):

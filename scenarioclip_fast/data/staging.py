@@ -304,6 +304,14 @@ def _on_other_device(out: Path) -> bool:
     return False
 
 
+def check_local(path: object) -> None:
+    """Raise UserError if `path` is a URL, of which `Path` would make a local path."""
+    if isinstance(path, str) and "://" in path:
+        raise UserError(
+            f"{path}: got a URL, expected a local or mounted path; packs are read from URLs, but not written to them"
+        )
+
+
 def check_target(out: Path, force: bool, part: bool = False) -> None:
     """Raise UserError if a pack must not be written to `out`.
 
@@ -343,7 +351,7 @@ def check_target(out: Path, force: bool, part: bool = False) -> None:
     manifest = out / "manifest.json"
     if not manifest.exists():
         tars = sorted(out.glob("*.tar"))
-        if tars and not Stage.is_complete(out):
+        if tars and not Stage.is_complete(out) and not (out / PARTS).exists():
             raise UserError(
                 f"{out}: contains an incomplete pack ({tars[0].name}); choose another directory or use --force"
             )

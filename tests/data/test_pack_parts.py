@@ -28,6 +28,7 @@ from scenarioclip_fast.data import parts as parts_module
 from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.parts import lock_parts
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory
 
 KILLS = trials(4, 50)
 SIZE = 4  # scenes per unit, and so per shard at most
@@ -193,6 +194,8 @@ def test_a_part_resumes_and_is_a_no_op_once_complete(
     command = ["pack", str(source), "--out", str(out), "--shard-size", str(SIZE), "--part"]
     images = Decoded(monkeypatch, 1000)
     assert main([*command, "2/2"]) == 0
+    shown = re.search(r"packing: (\d+)/(\d+) scenes", capsys.readouterr().err)
+    assert shown is not None and shown[1] == shown[2]
     of_second = images.count
     images.count, images.limit = 0, 13
     assert main([*command, "1/2"]) == 130
@@ -381,6 +384,38 @@ def test_a_complete_pack_is_kept(source: Path, expected: dict[str, bytes], tmp_p
     assert contents(out) == expected and not (out / ".parts").exists()
 
 
+def test_an_interrupted_merge_is_finished_first(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that ran now would miss the shards that are in place already, and pack them again."""
+    out = tmp_path / "out"
+    for i in (1, 2):
+        pack_part(source, out, i, 2)
+    move, moved = Directory.move, 0
+
+    def interrupted(files: Directory, name: str, to: Directory, new: str | None = None) -> None:
+        nonlocal moved
+        moved += files.path.name == "2-of-2"
+        if moved == 4:
+            raise KeyboardInterrupt
+        move(files, name, to, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge_parts(out, progress=False)
+    left = sorted(path.relative_to(out) for path in out.rglob("*"))
+    assert len(list(out.glob("*.tar"))) >= 3 and not (out / "manifest.json").exists()
+    for i in (1, 2):
+        with pytest.raises(
+            UserError, match=f"^{out}: the merge of its parts was interrupted; finish it with `pack --m"
+        ):
+            pack_part(source, out, i, 2)
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == left
+    assert not merge_parts(out, progress=False).up_to_date
+    assert contents(out) == expected and not (out / ".parts").exists()
+
+
 def test_a_plain_pack_does_not_replace_parts(source: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     pack_part(source, out, 1, 2)
@@ -417,6 +452,22 @@ def test_a_plain_pack_does_not_replace_parts(source: Path, tmp_path: Path, capsy
 def test_wrong_options_of_a_merge(options: list[str], message: str, capsys: Any) -> None:
     assert main(["pack", "--merge", "DIR", *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("options", [["set", "--out", "s3://b/c"], ["set", "--out", "s3://b/c", "--part", "1/2"]])
+def test_urls_are_refused(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of which a local path with a folder "s3:" would be made."""
+    monkeypatch.chdir(tmp_path)
+    for command in (options, ["--merge", "s3://b/c"], ["s3://b/c", "--out", "out"]):
+        assert main(["pack", *command]) == 2
+        error = capsys.readouterr().err
+        assert (
+            error.startswith("error: s3://b/c: got a URL, expected a local or mounted path; ")
+            and error.count("\n") == 1
+        )
+    with pytest.raises(UserError, match=r"^s3://b/c: got a URL, expected"):
+        pack(["s3://b/c"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scenes_in_memory_have_no_parts(tmp_path: Path) -> None:
