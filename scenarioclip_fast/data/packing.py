@@ -370,12 +370,9 @@ class _Run:
         count = workers.count if isinstance(workers, Workers) else workers
         return workers, source.scan(count if source.large else 1, self.review.progress)
 
-    def _watched(
-        self, packed: Iterable[PackedItem], done: int, tally: BoxTally, parts: int = 1
-    ) -> Iterator[PackedItem]:
+    def _watched(self, packed: Iterable[PackedItem], total: int | None, tally: BoxTally) -> Iterator[PackedItem]:
         """Show progress, and end early if the first items show that the data set was misunderstood."""
         if self.review.progress:
-            total = None if self.source.total is None else max(0, self.source.total // parts - done)
             packed = show_progress(packed, total, "packing", "scenes")
         return self.review.watched(packed, tally)
 
@@ -390,7 +387,8 @@ class _Run:
             # A run that declares what these boxes are may resume one that did not.
             for rows in writer.resumed_boxes if self.options.source.boxes is None else ():
                 tally.add(rows)
-            writer.write(self._watched(packed, writer.end, tally))
+            total = None if source.total is None else source.total - writer.end
+            writer.write(self._watched(packed, total, tally))
             if writer.scenes == 0:
                 raise self.review.no_scenes(scan.rejected + writer.rejected, scan.ignored)
             review = partial(self.review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))
@@ -406,7 +404,8 @@ class _Run:
         for record in part.records() if self.options.source.boxes is None else ():
             for rows in evidence_of(record):
                 tally.add(rows)
-        write_units(part, self._watched(packed, size * len(part.units), tally, part.count), size)
+        total = None if self.source.total is None else part.items_left(self.source.total)
+        write_units(part, self._watched(packed, total, tally), size)
         part.finish(items.total, scan, self.source.classes)
 
 

@@ -239,6 +239,11 @@ class Part:
         done = read_json(self._files, DONE)
         return done is not None and self.units == set(units_of((self.number, self.count), done["items"], self._size))
 
+    def items_left(self, total: int) -> int:
+        """The items of the part that are not packed yet, of a source with `total` items."""
+        left = set(units_of((self.number, self.count), total, self._size)) - self.units
+        return sum(min(self._size, total - unit * self._size) for unit in left)
+
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of the finished units, in their order."""
         for unit in sorted(self.units):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,13 @@ def pack_on_ray(
     options |= {name: os.path.abspath(options[name]) for name in ("images", "actions") if options.get(name)}
     allow_empty_level = options.get("allow_empty_level", False)
     if not is_regular(out / "manifest.json"):
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         with _PackingCluster(address, out, paths, "SOURCE") as cluster:
             earlier = next((n for _, n in part_names(out)), None)
-            done = cluster.pack(paths, out, parts or earlier, options)
-            for error in show_progress(done, cluster.parts, "packing", "parts") if progress else done:
-                if error is not None:
-                    raise error
+            with closing(cluster.pack(paths, out, parts or earlier, options)) as done:  # while there is a cluster
+                for error in show_progress(done, cluster.parts, "packing", "parts") if progress else done:
+                    if error is not None:
+                        raise error
             await_files(out / PARTS / part_name((i, cluster.parts)) / DONE for i in range(1, cluster.parts + 1))
         return merge_parts(
             out,
@@ -76,7 +77,7 @@ class _PackingCluster(RayConnection):
 
     def pack(
         self, paths: list[str], out: Path, parts: int | None, options: dict[str, Any]
-    ) -> Iterator[Exception | None]:
+    ) -> Generator[Exception | None, None, None]:
         """Start all parts; returns what they raise, in the order in which they end."""
         cpus = [max(1, int(node["Resources"].get("CPU", 0))) for node in self.nodes()]
         self.parts = parts or len(cpus)
@@ -87,16 +88,16 @@ class _PackingCluster(RayConnection):
             left = [task.remote(paths, out, (i, self.parts), options) for i in range(1, self.parts + 1)]
         return self._results(left)
 
-    def _results(self, left: list[Any]) -> Iterator[Exception | None]:
-        try:
-            with self.one_line():
+    def _results(self, left: list[Any]) -> Generator[Exception | None, None, None]:
+        with self.one_line():
+            try:
                 while left:
                     done, left = self._ray.wait(left)
                     for data in self._ray.get(done):
                         yield pickle.loads(data) if data else None
-        finally:
-            for task in left:  # an error ends the run
-                self._ray.cancel(task, force=True)
+            finally:
+                for task in left:  # an error ends the run
+                    self._ray.cancel(task, force=True)
 
 
 def _pack_part(paths: list[str], out: Path, part: tuple[int, int], options: dict[str, Any]) -> bytes:
