@@ -61,7 +61,7 @@ test-triton: install $(TRITON_VENV)/packages
 	  tests/ops/test_add_layer_norm.py tests/ops/test_quick_gelu.py tests/ops/test_short_attention.py \
 	  -k "triton or compile or launches" -n $(JOBS) --dist loadfile
 
-# Generation on a Ray cluster of two nodes on this machine. One process: the tests share the cluster.
+# Generation and packing on a Ray cluster of two nodes on this machine. One process: the tests share the cluster.
 test-ray: install $(RAY_VENV)/packages
 	$(RAY_VENV)/bin/python -m pytest tests/ray
 
