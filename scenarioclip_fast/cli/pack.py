@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.terminal import echo, warn
@@ -70,6 +70,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--merge", metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
+    )
+    parser.add_argument(
+        "--upgrade-index",
+        metavar="DIR",
+        help="replace the index.json of a pack of an earlier version by index.bin, without reading its shards; no SOURCE",
     )
     parser.add_argument(
         "--ray",
@@ -153,6 +158,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Pack the data set, and print an example of each cause of rejections, and the counts."""
+    if args.upgrade_index is not None:
+        return _upgrade(args)
     report = _pack(args) if args.merge is None else _merge(args)
     if report.up_to_date:
         echo(report, lines=True)
@@ -199,6 +206,26 @@ def _pack(args: argparse.Namespace) -> PackReport:
         boxes=args.boxes,
         allow_empty_level=args.allow_empty_level,
     )
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    from scenarioclip_fast.data.upgrade import upgrade_index
+
+    others = {name: default for name, default in _defaults().items() if name != "upgrade_index"}
+    for name, default in others.items():
+        if getattr(args, name) != default:
+            given = "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+            raise UserError(f"--upgrade-index: got {given} as well, expected only `pack --upgrade-index DIR`")
+    changed = upgrade_index(args.upgrade_index)
+    echo(f"{args.upgrade_index}: {'index.json replaced by index.bin' if changed else 'has index.bin: nothing to do'}")
+    return 0
+
+
+def _defaults() -> dict[str, Any]:
+    """The values of all options that are not given."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return {name: value for name, value in vars(parser.parse_args(["pack"])).items() if name != "usage_error"}
 
 
 def _merge(args: argparse.Namespace) -> PackReport:

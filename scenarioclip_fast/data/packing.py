@@ -1,7 +1,7 @@
 """Pack scenes into WebDataset shards with an index, a vocabulary, a manifest and a list of rejections.
 
     DIR/train-000000.tar ...  KEY.jpg (the source file's bytes), KEY.json (see `scene.scene_to_json`)
-    DIR/index.json            {"schema": 1, "shards": {name: [[key, jpg offset, size, json offset, size], ...]}}
+    DIR/index.bin             see `index`
     DIR/vocabulary.bin        see `vocabulary_file`
     DIR/manifest.json         counts, and the SHA-256 of every other file
     DIR/rejected.jsonl        {"entry", "reason", "detail"} per line

@@ -155,7 +155,7 @@ def test_a_batch_contains_the_rendered_scenes(shards: Path) -> None:
         batches = list(loader)
     assert len(batches) == len(loader) == 8
     assert [key for batch in batches for key in batch.keys] == [f"s{i:04d}" for i in range(30)]
-    vocabulary = Vocabulary.load(shards / "vocabulary.json")
+    vocabulary = ShardSet(shards).vocabulary
     for k, batch in enumerate(batches):
         scenes = [make_scene(i) for i in range(4 * k, min(4 * k + 4, 30))]
         images = [torch.from_numpy(np.array(Image.open(io.BytesIO(s.image)))) for s in scenes]  # type: ignore[arg-type]

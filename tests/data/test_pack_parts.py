@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from campaign import generator, trials
+from packs import read_rows
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, merging, pack, packing
@@ -122,7 +123,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def keys_of(directory: Path) -> dict[str, list[str]]:
     """The keys of each split in order, from the index; the tars must hold exactly these."""
-    index = json.loads((directory / "index.json").read_text())["shards"]
+    index = read_rows(directory)
     found: dict[str, list[str]] = {}
     for name, rows in index.items():
         keys = [row[0] for row in rows]
@@ -139,13 +140,13 @@ def test_the_parts_hold_what_a_pack_in_one_piece_holds(
     assert pack_in_parts(source, out, 3) == expected
     pack(source, tmp_path / "plain", shard_size=SIZE, progress=False)
     plain = contents(tmp_path / "plain")
-    for name in ("vocabulary.json", "rejected.jsonl", "source.json"):
+    for name in ("vocabulary.bin", "rejected.jsonl", "source.json"):
         assert expected[name] == plain[name], name
     assert keys_of(out) == keys_of(tmp_path / "plain")
     reasons = json.loads(expected["manifest.json"])["rejected"]
     assert reasons == json.loads(plain["manifest.json"])["rejected"]
     assert reasons == {"box_outside": 9, "duplicate_id": 24, "image_truncated": 15}
-    assert b"copy" not in expected["vocabulary.json"]
+    assert b"copy" not in expected["vocabulary.bin"]
     numbers = re.findall(r"(train|val|test)-(\d+).tar", " ".join(sorted(expected)))
     for split in ("train", "val", "test"):  # no gaps, although units have no shard
         found = [int(number) for name, number in numbers if name == split]
