@@ -74,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--upgrade-index",
         metavar="DIR",
-        help="replace the index.json of a pack of an earlier version by index.bin, without reading its shards; no SOURCE",
+        help="replace the index.json of a pack of an earlier version by index.bin, without reading its shards",
     )
     parser.add_argument(
         "--ray",

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from packs import read_rows
 from PIL import Image
 
-from scenarioclip_fast.data import LoaderConfig, permutation, rle
+from scenarioclip_fast.data import LoaderConfig, ShardSet, permutation, rle
 from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import DECODERS
