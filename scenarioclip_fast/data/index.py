@@ -6,10 +6,13 @@ inserted. All numbers are little-endian:
 
     header    see _HEADER
     blocks    one per shard: its rows (see ROW), then its keys in UTF-8, one after the other
-    lookup    the numbers of all scenes, sorted by the hash of their keys and then by number, 4 bytes each
-    table     one entry per shard (see _ENTRY), sorted by split, then the CRC-32 of each _PIECE scenes of the lookup
+    lookup    the scenes in buckets by the first bits of the hash of their key: where each bucket
+              starts, in 4 bytes, then for each scene, sorted by hash and number, its number and 16 bits of
+              the hash (see _LOOKUP)
+    table     one entry per shard (see _ENTRY), sorted by split, then the CRC-32 of each _PIECE bytes of
+              the lookup
 
-A scene takes 20 bytes and its key; a shard, 28 bytes. Header and table are checked when the index is opened, the rest
+A scene takes 22 to 23 bytes and its key; a shard, 24 bytes. Header and table are checked when the index is opened, the rest
 when it is first used. `index.json` of older packs is converted in memory.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import io
 import itertools
 import mmap
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, Protocol, overload
@@ -50,6 +54,8 @@ _HEADER = np.dtype(
     ]
 )
 _ENTRY = np.dtype([("offset", "<u8"), ("scenes", "<u4"), ("key_bytes", "<u4"), ("crc", "<u4"), ("split", "<u4")])
+_LOOKUP = np.dtype([("scene", "<u4"), ("tag", "<u2")])
+_TAG = 0xFFFF
 _PIECE = 1 << 16
 _EAGER = 64 << 20  # bytes of an index that is checked completely when it is opened, in a few hundredths of a second
 _MOST = 1 << 32  # scenes
@@ -148,19 +154,29 @@ class IndexWriter:
         hashes = np.concatenate([np.empty(0, np.uint64), *(shard[3] for shard in self._shards)])
         if len(hashes) > _MOST:
             raise ValueError(f"got {len(hashes)} scenes, expected at most {_MOST}: pack them as several data sets")
-        order = np.argsort(hashes, kind="stable").astype("<u4")
-        del hashes
-        pieces = [zlib.crc32(order[i : i + _PIECE].data) for i in range(0, len(order), _PIECE)]
+        scenes = len(hashes)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        bits = _bucket_bits(scenes)
+        sizes = np.bincount((hashes >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(scenes, np.int64))
+        starts = np.zeros(2**bits + 1, "<u4")
+        starts[1 : len(sizes) + 1] = np.cumsum(sizes)
+        starts[len(sizes) + 1 :] = scenes
+        found = np.empty(scenes, _LOOKUP)
+        found["scene"], found["tag"] = order, hashes & np.uint64(_TAG)
+        del hashes, order
+        lookup = np.concatenate([starts.view(np.uint8), found.view(np.uint8)])
+        pieces = [zlib.crc32(lookup[i : i + _PIECE].data) for i in range(0, len(lookup), _PIECE)]
         entries = np.array([shard[1] for shard in self._shards], _ENTRY)
         table = entries.tobytes() + np.array(pieces, "<u4").tobytes()
         header = np.zeros((), _HEADER)
         header["magic"], header["version"] = _MAGIC, _VERSION
-        header["shards"], header["scenes"] = len(entries), len(order)
-        header["lookup"], header["table"] = self._offset, self._offset + order.nbytes
+        header["shards"], header["scenes"] = len(entries), scenes
+        header["lookup"], header["table"] = self._offset, self._offset + lookup.nbytes
         header["content"] = _crc_of(shard[2] for shard in self._shards)
         header["keys"], header["table_crc"] = self._crc, zlib.crc32(table)
         header["crc"] = zlib.crc32(header.tobytes()[:-4])
-        self._file.write(order.data)
+        self._file.write(lookup.data)
         self._file.write(table)
         self._file.seek(0)
         self._file.write(header.tobytes())
@@ -201,13 +217,13 @@ class Index:
         ends = self._entries["offset"].astype(np.int64) + sizes
         if (
             counts.sum() != scenes
-            or start - lookup != 4 * scenes
-            or len(self._pieces) != -(-scenes // _PIECE)
+            or start - lookup != 4 * (2 ** _bucket_bits(scenes) + 1) + _LOOKUP.itemsize * scenes
+            or len(self._pieces) != -(-(start - lookup) // _PIECE)
             or (len(ends) and ends.max() > lookup)
             or (self._entries["split"] != np.repeat(np.arange(len(splits)), [len(s) for s in splits.values()])).any()
         ):
             raise self._damaged("its parts do not fit together")
-        self._lookup = lookup
+        self._lookup, self._table = lookup, start
         self._shard_bytes = np.array([shard.size for shard in shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(counts)])
         """[shards + 1] the number of scenes before each shard."""
@@ -272,55 +288,33 @@ class Index:
         return [str(keys[start:end], "utf-8") for start, end in itertools.pairwise(ends)]
 
     def find(self, key: str) -> int | None:
-        """The number of the scene with a key, the first one if there are several; None: there is none.
-
-        Hashes are uniform, so a search that interpolates takes log log n steps; if they are not, it bisects.
-        """
-        scenes = int(self.first[-1])
-        wanted = _hash(key)
-        low, high = 0, scenes  # the first position with a hash of at least `wanted` lies in [low, high]
-        low_hash, high_hash = 0, 1 << 64
-        for step in itertools.count():
-            if low >= high:
-                break
-            middle = (low + high) // 2
-            if step < 8 and high_hash > low_hash:
-                middle = low + (wanted - low_hash) * (high - low) // (high_hash - low_hash)
-                middle = min(max(middle, low), high - 1)
-            found = self._hash_at(middle)
-            if found == wanted:
-                low = middle
-                while low > 0 and self._hash_at(low - 1) == wanted:
-                    low -= 1
-                break
-            if found < wanted:
-                low, low_hash = middle + 1, found
-            else:
-                high, high_hash = middle, found
-        while low < scenes:
-            i = self._scene_at(low)
-            other = self.locate(i).key
-            if other == key:
-                return i
-            if _hash(other) != wanted:
-                break
-            low += 1
+        """The number of the scene with a key, the first one if there are several; None: there is none."""
+        scenes, wanted = int(self.first[-1]), _hash(key)
+        bits = _bucket_bits(scenes)
+        bucket = wanted >> (64 - bits)
+        low, high = struct.unpack("<II", self._lookup_bytes(4 * bucket, 4 * bucket + 8))
+        if not low <= high <= scenes:
+            raise self._damaged("the buckets of its lookup are not in order")
+        entries = 4 * (2**bits + 1)
+        size = _LOOKUP.itemsize
+        found = self._lookup_bytes(entries + size * low, entries + size * high)
+        for i, tag in struct.iter_unpack("<IH", found):
+            if tag == wanted & _TAG:
+                if i >= scenes:
+                    raise self._damaged("its lookup names a scene that does not exist")
+                if self.locate(i).key == key:
+                    return int(i)
         return None
 
-    def _hash_at(self, position: int) -> int:
-        return _hash(self.locate(self._scene_at(position)).key)
-
-    def _scene_at(self, position: int) -> int:
-        number, k = divmod(position, _PIECE)
-        i = int(np.frombuffer(self._piece(number), "<u4")[k])
-        if i >= self.first[-1]:
-            raise self._damaged("its lookup names a scene that does not exist")
-        return i
+    def _lookup_bytes(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop` of the lookup, which may be in several pieces."""
+        first, last = start // _PIECE, max(start, stop - 1) // _PIECE
+        data = b"".join(self._piece(number) for number in range(first, last + 1))
+        return data[start - first * _PIECE : stop - first * _PIECE] if len(data) > stop - start else data
 
     def _piece(self, number: int) -> memoryview:
-        start = self._lookup + number * _PIECE * 4
-        stop = min(start + _PIECE * 4, self._lookup + 4 * int(self.first[-1]))
-        piece = self._read(start, stop, int(self._pieces[number]))
+        start = self._lookup + number * _PIECE
+        piece = self._read(start, min(start + _PIECE, self._table), int(self._pieces[number]))
         if not self._checked_pieces[number]:
             if zlib.crc32(piece) != self._pieces[number]:
                 raise self._damaged(f"piece {number} of its lookup has another checksum")
@@ -426,6 +420,11 @@ class Keys(Sequence[str]):
 def _record_offset(image: Any, image_size: Any) -> Any:
     """Where the record starts: after the image, padded to a whole block, and the record's tar header."""
     return image + (image_size + np.int64(BLOCK - 1)) // BLOCK * BLOCK + BLOCK
+
+
+def _bucket_bits(scenes: int) -> int:
+    """How many bits of a hash choose the bucket: buckets hold 4 to 8 scenes on average."""
+    return (scenes // 8).bit_length()
 
 
 def _hash(key: str) -> int:
