@@ -6,14 +6,12 @@ inserted. All numbers are little-endian:
 
     header    see _HEADER
     blocks    one per shard: its rows (see ROW), then its keys in UTF-8, one after the other
-    lookup    the scenes in buckets by the first bits of the hash of their key: where each bucket
-              starts, in 4 bytes, then for each scene, sorted by hash and number, its number and 16 bits of
-              the hash (see _LOOKUP)
-    table     one entry per shard (see _ENTRY), sorted by split, then the CRC-32 of each _PIECE bytes of
-              the lookup
+    lookup    the scenes in buckets by the first bits of the hash of their key: where each bucket starts, in 4 bytes,
+              then for each scene, sorted by hash and number, its number and 16 bits of the hash (see _LOOKUP)
+    table     one entry per shard (see _ENTRY), sorted by split; the CRC-32 of each _PIECE bytes of the lookup
 
-A scene takes 22 to 23 bytes and its key; a shard, 24 bytes. Header and table are checked when the index is opened, the rest
-when it is first used. `index.json` of older packs is converted in memory.
+A scene takes 22 to 23 bytes and its key; a shard, 24 bytes. Header and table are checked when the index is opened, the
+rest when it is first used. `index.json` of older packs is converted in memory.
 """
 
 from __future__ import annotations

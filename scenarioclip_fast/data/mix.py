@@ -111,10 +111,10 @@ class ShardMix:
 
     @cached_property
     def digest(self) -> int:
-        """Checksum of the keys in order: see `ShardSet.digest`."""
+        """Checksum of the keys of all sets in order: see `ShardSet.digest`."""
         if len(self.sets) == 1:
             return self.sets[0].digest
-        return digest(key for shards in self.sets for key in shards.keys)
+        return digest(f"{shards.digest:08x}" for shards in self.sets)
 
     def count(self, name: str) -> int:
         """A count of the split over all sets, each once: see `ShardSet.count`."""
