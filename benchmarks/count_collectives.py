@@ -74,7 +74,7 @@ def count_collectives() -> Iterator[Counts]:
 
 def expected_collectives(
     texts: Sequence[Sequence[int]],  # levels x ranks: U
-    kept: Sequence[Sequence[int]],  # levels x ranks: those not merged into another rank's; U without ids
+    kept: Sequence[Sequence[int]],  # levels x ranks: one of each id; U without ids
     width: int,  # D
     itemsize: int,  # bytes of a feature
     *,
@@ -88,9 +88,9 @@ def expected_collectives(
     """
     forward, backward = _none(), _none()
     levels, ranks = len(texts), len(texts[0])
-    is_chunked = max(map(sum, texts)) > chunk
-    sent = kept if is_chunked else texts
-    step = max(chunk // ranks, 1) if is_chunked else max(map(max, texts))
+    # Without chunks, one collective for all levels.
+    sent = kept if max(map(sum, kept)) > chunk else [list(map(sum, zip(*kept, strict=True)))]
+    step = max(chunk // ranks, 1) if sent is kept else max(map(max, sent))
     forward["all_gather"].add(ranks * MESSAGE)
     largest = max(map(sum, zip(*texts, strict=True)))
     if with_ids:

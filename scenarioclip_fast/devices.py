@@ -1,8 +1,9 @@
-"""Parse device names."""
+"""Devices: names, and copies from the host."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from scenarioclip_fast.errors import UserError
 
@@ -32,3 +33,10 @@ def pick_device(name: str | torch.device, setting: str = "device") -> torch.devi
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"{setting}: got {shown}, but torch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host without synchronising."""
+    if x.device == device or device.type != "cuda":
+        return x.to(device)
+    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)

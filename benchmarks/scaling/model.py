@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+
+from scenarioclip_fast.ops.contrastive.chunked import CHUNK
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Level:
         """Return the mean and the standard deviation of the number of distinct texts among `draws`."""
         return _distinct(self.vocabulary, draws) if self.vocabulary else (float(draws), 0.0)
 
+    def kept(self, draws: int, ranks: int) -> tuple[float, float]:
+        """Return mean and standard deviation of the texts that one of `ranks` ranks, each with `draws`, exchanges."""
+        return _kept(self.vocabulary, draws, ranks) if self.vocabulary else (float(draws), 0.0)
+
 
 @functools.cache
 def _distinct(vocabulary: int, draws: int) -> tuple[float, float]:
@@ -41,6 +48,19 @@ def _distinct(vocabulary: int, draws: int) -> tuple[float, float]:
     # Poisson counts, corrected for their fixed sum.
     variance = (missing * (1 - missing)).sum() - draws * (p * missing).sum() ** 2
     return float((1 - missing).sum()), math.sqrt(max(variance, 0.0))
+
+
+@functools.cache
+def _kept(vocabulary: int, draws: int, ranks: int) -> tuple[float, float]:
+    # A rank keeps a text that it has, with probability q, if none of the d ranks before it has, counted from one that
+    # depends on the text: with probability q (1 - q)^d. Sums of these and of their squares over d, and over the texts.
+    p = Level(1, vocabulary).probabilities()
+    absent = np.exp(draws * np.log1p(-p)) if vocabulary > 1 else np.zeros(1)
+    held = 1 - absent
+    once, squares = 1 - absent**ranks, held * (1 - absent ** (2 * ranks)) / (1 + absent)
+    # Poisson counts, corrected for the fixed sum of the rank's own.
+    by_draw = (p * absent * once / np.maximum(held, 1e-300)).sum() / ranks
+    return float(once.sum() / ranks), math.sqrt(max((once - squares).sum() / ranks - draws * by_draw**2, 0.0))
 
 
 def largest(mean: float, deviation: float, ranks: int) -> float:
@@ -69,9 +89,25 @@ class Workload:
         """Distinct texts of `ranks` ranks together."""
         return level.distinct(ranks * self.rows(level))[0]
 
-    def padded(self, level: Level, ranks: int) -> float:
-        """Distinct texts of the rank that has most: shares are padded to it."""
-        return largest(*level.distinct(self.rows(level)), ranks)
+    def most(self, ranks: int) -> float:
+        """Distinct texts of all levels on the rank that has most: shares are padded to it."""
+        return _most([level.distinct(self.rows(level)) for level in self.levels], ranks)
+
+    def kept(self, ranks: int, levels: Sequence[Level] | None = None) -> float:
+        """Texts of `levels` that the rank exchanges that exchanges most, if each text travels once."""
+        levels = self.levels if levels is None else levels
+        return _most([level.kept(self.rows(level), ranks) for level in levels], ranks)
+
+    def chunks(self, ranks: int) -> list[int]:
+        """Return into how many chunks each level's texts are divided; [] if they are not."""
+        if max(self.texts(level, ranks) for level in self.levels) <= CHUNK:
+            return []
+        return [math.ceil(self.kept(ranks, [level]) / max(CHUNK // ranks, 1)) for level in self.levels]
+
+
+def _most(levels: Sequence[tuple[float, float]], ranks: int) -> float:
+    means, deviations = zip(*levels, strict=True)
+    return largest(sum(means), math.hypot(*deviations), ranks)
 
 
 @dataclass(frozen=True)
@@ -118,17 +154,16 @@ def traffic(form: str, work: Workload, ranks: int) -> list[Collective]:
             out += [Collective("forward", "all_gather", features)] * 2  # images and texts
             out += [Collective("backward", "reduce_scatter", ranks * features)] * 2
         return out
-    ids = largest(
-        sum(work.texts(level) for level in work.levels),
-        math.hypot(*(level.distinct(work.rows(level))[1] for level in work.levels)),
-        ranks,
-    )
     merged = sum(work.texts(level, ranks) for level in work.levels)
-    out += [Collective("batch", "all_gather", _LENGTHS), Collective("batch", "all_gather", 8 * ids)]
-    for level in work.levels:
-        numbers = work.padded(level, ranks) * work.width
-        out.append(Collective("forward", "all_gather", numbers * work.item))
-        out.append(Collective("backward", "reduce_scatter", ranks * numbers * 4))  # summed in float32
+    out += [Collective("batch", "all_gather", _LENGTHS), Collective("batch", "all_gather", 8 * work.most(ranks))]
+    if chunks := work.chunks(ranks):
+        levels = list(zip([work.kept(ranks, [level]) for level in work.levels], chunks, strict=True))
+    else:
+        levels = [(work.kept(ranks), 1)]
+    for texts, calls in levels:
+        numbers = texts * work.width / calls
+        out += [Collective("forward", "all_gather", numbers * work.item)] * calls
+        out += [Collective("backward", "reduce_scatter", ranks * numbers * 4)] * calls  # summed in float32
     # Counts of rows, the columns' maxima, their sums; then the gradients of these: 8 bytes a number.
     sums = merged + len(work.levels)
     out += [Collective("forward", "all_reduce", 8 * numbers) for numbers in (merged, merged, sums)]

@@ -35,6 +35,7 @@ try:
 except ImportError:
     open_clip_loss = None
 
+BATCHES = 4  # that counts are means of: the largest share of a few ranks varies by several percent
 FORMS = ("ours", "open_clip", "open_clip, local loss")
 
 
@@ -90,7 +91,7 @@ def small_workload() -> Workload:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one step of one rank.
+    """Of one step of one rank, in the mean over batches.
 
     calls, bytes: per collective, as `CallCounter` counts them;  sent: bytes over TCP
     operations: of the matrix products of the loss, forward and backward
@@ -104,9 +105,9 @@ class Counts:
     loss: float
 
 
-def batch(workload: Workload, rank: int) -> Batch:
+def batch(workload: Workload, rank: int, number: int) -> Batch:
     """A rank's scenes: random pixels, and texts drawn from the workload's vocabularies."""
-    g = torch.Generator().manual_seed(rank)
+    g = torch.Generator().manual_seed(1000 * number + rank)
     n, ids = workload.scenes, []
     for level in workload.levels:
         weights = torch.from_numpy(level.probabilities())
@@ -118,7 +119,7 @@ def batch(workload: Workload, rank: int) -> Batch:
 
 
 class Rank:
-    """A rank's model, loss and batch; `step` runs the forward and backward passes of the trainer's step."""
+    """A rank's model, loss and batches; `step` runs the forward and backward passes of the trainer's step."""
 
     def __init__(self, form: str, workload: Workload) -> None:
         group = dist.group.WORLD
@@ -132,22 +133,24 @@ class Rank:
         self.loss = own if form == "ours" else ScenarioLoss(contrastive=OpenClipLevels(form.endswith("local loss")))
         self.module = StepModule(self.model, self.loss).train()
         self.parallel = wrap(self.module, self.teacher, TrainConfig(), self.world)
-        self.batch = batch(workload, self.world.rank)
+        self.batches = [batch(workload, self.world.rank, k) for k in range(BATCHES)]
 
-    def step(self) -> float:
-        texts = self.model.tokens.unique_texts(self.batch.host_ids)  # type: ignore[union-attr]
+    def step(self, k: int) -> float:
+        batch = self.batches[k]
+        texts = self.model.tokens.unique_texts(batch.host_ids)  # type: ignore[union-attr]
         with autocast("bf16", self.world.device):
-            terms: dict[str, Tensor] = self.parallel(Phase.LOSS, self.batch, texts, self.teacher)
+            terms: dict[str, Tensor] = self.parallel(Phase.LOSS, batch, texts, self.teacher)
         terms["loss"].backward()
         mean = self.world.mean_(torch.stack([term.detach().float() for term in terms.values()]))
         values = dict(zip(terms, mean.tolist(), strict=True))
         return sum(values[f"contrastive/{level}"] for level in LEVELS)
 
-    def embed(self) -> Embeddings:
+    def embed(self, k: int) -> Embeddings:
         """Return embeddings without a graph, which require gradients."""
-        texts = self.model.tokens.unique_texts(self.batch.host_ids)  # type: ignore[union-attr]
+        batch = self.batches[k]
+        texts = self.model.tokens.unique_texts(batch.host_ids)  # type: ignore[union-attr]
         with torch.no_grad(), autocast("bf16", self.world.device):
-            _, embeddings = self.module(Phase.EMBED, self.batch, texts, None)
+            _, embeddings = self.module(Phase.EMBED, batch, texts, None)
         for part in (embeddings.image, embeddings.text):
             part[:] = [x.requires_grad_() for x in part]
         return embeddings
@@ -160,20 +163,22 @@ class Rank:
 
 
 def count(form: str, workload: Workload = SMALL) -> Counts:
-    """Count a step of this rank, after two others: DistributedDataParallel lays out its buckets anew in the second."""
+    """Count steps of this rank, after two others: DistributedDataParallel lays out its buckets anew in the second."""
     rank = Rank(form, workload)
-    for _ in range(2):
-        rank.step()
+    for k in range(2):
+        rank.step(k)
     dist.barrier()
     before = tcp_bytes_sent()
-    with CallCounter() as step:
-        loss = rank.step()
+    with CallCounter() as steps:
+        losses = [rank.step(k) for k in range(BATCHES)]
     dist.barrier()  # until all that this rank has sent is received
     sent = tcp_bytes_sent() - before
-    embeddings = rank.embed()
+    embeddings = [rank.embed(k) for k in range(BATCHES)]
     with CallCounter() as products:
-        rank.backpropagate_loss(embeddings)
-    return Counts(dict(step.calls), dict(step.bytes), sent, products.operations, loss)
+        for of_batch in embeddings:
+            rank.backpropagate_loss(of_batch)
+    calls, sizes = ({op: round(n / BATCHES) for op, n in found.items()} for found in (steps.calls, steps.bytes))
+    return Counts(calls, sizes, round(sent / BATCHES), round(products.operations / BATCHES), sum(losses) / BATCHES)
 
 
 def _worker(rank: int, ranks: int, forms: tuple[str, ...], folder: str) -> None:

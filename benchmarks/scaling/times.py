@@ -30,7 +30,6 @@ RECORD = "2026-11-27-nvidia-h200"
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 FORMS = {
     "ours": "ours, today",
-    "ours, chunked": "ours, in chunks",
     "ours, ring": "ours, texts in a ring",
     "ours, planned": "ours, planned",
     "node-wise": "node-wise groups (another loss)",
@@ -39,7 +38,6 @@ FORMS = {
 OPEN_CLIP = ("open_clip", "open_clip, local loss")
 EXCHANGES = ("all_gather", "reduce_scatter")  # of the forward and of the backward pass
 SHARES = (0.25, 0.75)  # of the loss's products in the forward and in the backward pass
-CHUNKS = 4  # of each level's texts
 # Lengths of the texts in bench_step.py: tokens of an action, an object and a relation, in the mean.
 _TOKENS = (4, 4, 6)
 
@@ -193,20 +191,20 @@ def step(
     )
     exchange = gather + scatter + small
     hidden = queued = 0.0
-    if form == "ours, chunked":
-        products = times.small_loss + loss
-        parts = [sum(CHUNKS * seconds(c.op, c.bytes / CHUNKS, group, link) for c in p) for p in (gathers, scatters)]
-        exposed = [max(part - share * products, part / CHUNKS) for part, share in zip(parts, SHARES, strict=True)]
-        exchange, hidden = sum(exposed) + small, sum(parts) - sum(exposed)
-    elif form == "ours, planned":
+    if form == "ours, planned":
         # Sizes and ids by the same collectives as everything else, while the step before runs: hidden.
         waited, hidden = 0.0, sum(seconds(c.op, c.bytes, group, link) for c in batch)
-        merged = sum(work.texts(level, ranks) for level in work.levels) * work.width
-        gather = seconds("all_gather", merged / ranks * work.item, ranks, network)
-        queued = seconds("reduce_scatter", merged * 4, ranks, network)
+        texts = work.kept(ranks) * work.width
+        gather = seconds("all_gather", texts * work.item, ranks, network)
+        queued = seconds("reduce_scatter", ranks * texts * 4, ranks, network)
         exchange = max(gather - forward, 0.0) + small
         hidden += min(gather, forward)
-    elif form == "ours, ring":
+    elif form not in OPEN_CLIP and (chunks := work.chunks(group)):
+        # All but the first chunk's gather and the last chunk's reduce-scatter run beside the loss's products.
+        parts, products = (gather, scatter), times.small_loss + loss
+        exposed = [max(p - s * products, p / sum(chunks)) for p, s in zip(parts, SHARES, strict=True)]
+        exchange, hidden = sum(exposed) + small, sum(parts) - sum(exposed)
+    if form == "ours, ring":
         exchange, loss = ring_seconds(work, ranks, network, times) + small, 0.0
 
     finish = spent = queued
@@ -238,10 +236,11 @@ def _loss_seconds(form: str, work: Workload, ranks: int, times: Computation) -> 
 def ring_seconds(work: Workload, ranks: int, network: Network, times: Computation) -> float:
     """The loss with texts that travel around all GPUs, beyond the GPU's own texts: each block is sent on and used.
 
-    A block is another GPU's texts; in the backward pass their gradients travel along. A step of the ring takes as long
-    as the loss with a block, which the launches of its kernels bound below, or as the slowest link if longer.
+    A block is the texts that another GPU keeps; in the backward pass their gradients travel along. A step of the ring
+    takes as long as the loss with a block, which the launches of its kernels bound below, or as the slowest link if
+    longer.
     """
-    texts = [work.padded(level, ranks) for level in work.levels]
+    texts = [work.kept(ranks, [level]) for level in work.levels]
     products = times.loss * sum(work.rows(level) * u for level, u in zip(work.levels, texts, strict=True))
     block = max(times.small_loss, products)
     bandwidth, latency = network.hop(ranks)
@@ -255,6 +254,6 @@ def exchange_bytes(form: str, work: Workload, ranks: int) -> float:
         features = 2 * ranks * sum(map(work.rows, work.levels)) * work.width * 2 * work.item
         # As measured at 32,768 rows: 8 bytes a logit. A level's logits live until its backward pass.
         return features + 8 * logits(form, work, ranks)
-    gathered = ranks * sum(work.padded(level, ranks) for level in work.levels)
+    gathered = ranks * work.kept(ranks)
     merged = sum(work.texts(level, ranks) for level in work.levels)
     return (gathered + merged) * work.width * (work.item + 4)

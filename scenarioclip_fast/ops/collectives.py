@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from scenarioclip_fast.devices import to_device
+
 # The old names are deprecated from torch 2.13 on; torch 2.11 has no others.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -74,31 +76,66 @@ def exchange(values: Sequence[int], device: torch.device, group: dist.ProcessGro
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
     """Return every rank's rows: x is [sizes[rank], ...], the result one tensor [sizes[r], ...] per rank r."""
-    if max(sizes) == 0:
-        return [x[:0]] * len(sizes)
-    flat = _GatherRows.apply(x, tuple(sizes), group)
-    return list(flat.split(list(sizes)))
+    (rows,) = gather_lists([x], [[size] for size in sizes], group)
+    return list(rows.split(list(sizes)))
 
 
-class _GatherRows(torch.autograd.Function):
+def gather_lists(xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> list[Tensor]:
+    """Gather every rank's rows of several tensors in one collective.
+
+    Args:
+        xs: each [sizes[rank][k], ...], of one dtype and one shape of rows.
+        sizes: ranks x tensors.
+
+    Returns:
+        For each tensor the rows of all ranks, rank by rank: [sum of sizes[r][k], ...].
+    """
+    if max(map(sum, sizes)) == 0:
+        return [x[:0] for x in xs]
+    return list(_GatherLists.apply(sizes, group, *xs))
+
+
+class _GatherLists(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        padded = _pad(x, max(sizes)).contiguous()
-        out = x.new_empty((len(sizes) * max(sizes), *x.shape[1:]))
-        _all_gather(out, padded, group=group)
-        blocks = out.split(max(sizes))
-        return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
+    def forward(ctx: Any, sizes: Sequence[Sequence[int]], group: dist.ProcessGroup, *xs: Tensor) -> tuple[Tensor, ...]:
+        padded = max(map(sum, sizes))
+        own = _pad(xs[0] if len(xs) == 1 else torch.cat(xs), padded).contiguous()
+        out = own.new_empty((len(sizes) * padded, *own.shape[1:]))
+        _all_gather(out, own, group=group)
+        ctx.sizes, ctx.group, ctx.padded = sizes, group, padded
+        ctx.rows = _gathered_rows(sizes, padded, out.device)
+        return (out,) if ctx.rows is None else tuple(out.index_select(0, rows) for rows in ctx.rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dtype = grads[0].dtype
         # Sum over ranks in float32: low-precision partial sums lose one bit per doubling of the ranks.
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        largest = max(ctx.sizes)
-        padded = torch.cat([_pad(block, largest) for block in wide.split(list(ctx.sizes))])
-        out = padded.new_empty((largest, *grad.shape[1:]))
+        wide = torch.promote_types(dtype, torch.float32)
+        if ctx.rows is None:
+            padded = grads[0].to(wide).contiguous()
+        else:
+            padded = grads[0].new_zeros((len(ctx.sizes) * ctx.padded, *grads[0].shape[1:]), dtype=wide)
+            for rows, grad in zip(ctx.rows, grads, strict=True):
+                padded.index_copy_(0, rows, grad.to(wide))
+        out = padded.new_empty((ctx.padded, *padded.shape[1:]))
         _reduce_scatter(out, padded, group=ctx.group)
-        return out[: ctx.sizes[ctx.group.rank()]].to(grad.dtype), None, None
+        own = ctx.sizes[ctx.group.rank()]
+        return None, None, *(part.to(dtype) for part in out[: sum(own)].split(list(own)))
+
+
+def _gathered_rows(sizes: Sequence[Sequence[int]], padded: int, device: torch.device) -> list[Tensor] | None:
+    """Return where each tensor's rows are among the gathered ones; None: of a single tensor, in order."""
+    if all(list(counts) == [padded] for counts in sizes):
+        return None
+    counts = torch.tensor(sizes)  # [ranks, tensors]
+    first = torch.arange(len(sizes))[:, None] * padded + counts.cumsum(1) - counts
+    shift = first - (counts.cumsum(0) - counts)  # of a row, from where it is in the result
+    totals = counts.sum(0).tolist()
+    counts, shift = to_device(torch.stack([counts, shift]), device)
+    return [
+        torch.repeat_interleave(shift[:, k], counts[:, k], output_size=total) + torch.arange(total, device=device)
+        for k, total in enumerate(totals)
+    ]
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:

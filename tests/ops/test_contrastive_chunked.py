@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenarioclip_fast.benchmarks.count_collectives import count_collectives, expected_collectives
-from test_contrastive_distributed import check_all
+from test_contrastive_distributed import check_all, kept_by_rank
 from test_contrastive_weights import (
     averaged,
     check,
@@ -163,7 +163,7 @@ def check_bytes(group: Any) -> None:
             losses.sum().backward()
         expected = expected_collectives(
             sizes,
-            [kept_by_rank(level, chunk == 5) for level in ids] if with_ids else sizes,
+            [kept_by_rank(level) for level in ids] if with_ids else sizes,
             width,
             dtype.itemsize,
             chunk=chunk,
@@ -173,16 +173,6 @@ def check_bytes(group: Any) -> None:
         assert (forward, backward) == expected, (forward, backward, expected)
 
 
-def kept_by_rank(ids: list[Tensor], is_chunked: bool) -> list[int]:
-    """Of each id, the text of the first rank is kept; in chunks, that of the first rank from id % ranks on."""
-    counts = [0] * len(ids)
-    for text in set(torch.cat(ids).tolist()):
-        holders = [rank for rank, own in enumerate(ids) if text in own.tolist()]
-        start = text if is_chunked else 0
-        counts[min(holders, key=lambda rank: (rank - start) % len(ids))] += 1
-    return counts
-
-
 def test_kept_texts_are_spread_over_ranks() -> None:
     """Of texts that every rank has, each rank keeps as many, and it sends no more."""
     ids = torch.tensor([5, 5, -3, 8, 0]).repeat(4) + torch.arange(20) // 5 * 0
@@ -190,6 +180,9 @@ def test_kept_texts_are_spread_over_ranks() -> None:
     assert sizes == [2, 2, 0, 0]  # 8 and 0 on rank 0; 5 and -3 on rank 1
     assert kept.tolist() == [3, 4, 5, 7]
     assert torch.equal(ids[kept][position], ids)
+    extreme = torch.tensor([2**62, -(2**62), 7, 2**62])  # a range beyond the number of texts
+    sizes, kept, position = ranks._deduplicate_by_rank(extreme, [3, 0, 1])
+    assert sum(sizes) == len(kept) == 3 and torch.equal(extreme[kept][position], extreme)
     many = torch.arange(1000).repeat(8)
     sizes, kept, position = ranks._deduplicate_by_rank(many, [1000] * 8)
     assert sizes == [125] * 8

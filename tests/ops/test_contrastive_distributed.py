@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scenarioclip_fast.benchmarks.count_collectives import count_collectives
 from scenarioclip_fast.kernels.contrastive import reference
 from torch import Tensor
 
@@ -119,6 +120,43 @@ def check_levels(shares: list[tuple[int, ...]], group: Any) -> None:
         check(averaged(scale.grad, group), expected[2])
 
 
+def kept_by_rank(ids: list[Tensor]) -> list[int]:
+    """Of each id, the text of the first rank from id % ranks on is kept."""
+    counts = [0] * len(ids)
+    for text in set(torch.cat(ids).tolist()):
+        holders = [rank for rank, own in enumerate(ids) if text in own.tolist()]
+        counts[min(holders, key=lambda rank: (rank - text) % len(ids))] += 1
+    return counts
+
+
+def check_widths(group: Any) -> None:
+    """Levels of equal width share a collective; texts with equal ids on several ranks travel once."""
+    rank, world = group.rank(), group.size()
+    widths, ids = (12, 5, 12), [torch.arange(4), torch.arange(3) + rank, torch.arange(2 * rank)]
+    images = [torch.randn(2, d, dtype=torch.float64) for d in widths]
+    images[2] = images[2][:rank]  # rank 0 has neither rows nor texts
+    tables = [share(k, 40)[0] @ torch.ones(D, d, dtype=torch.float64).triu() for k, d in enumerate(widths)]
+    texts = [table[own].requires_grad_() for table, own in zip(tables, ids, strict=True)]
+    indices = [torch.arange(len(x)) for x in images]
+    with count_collectives() as forward:
+        together = multilevel_contrastive_loss(
+            images, texts, [10.0] * 3, text_indices=indices, text_ids=ids, group=group
+        )
+    with count_collectives() as backward:
+        grads = torch.autograd.grad(together @ torch.arange(1.0, 4.0).double(), texts)
+    assert forward["all_gather"].calls == 4 and backward["reduce_scatter"].calls == 2  # with sizes and ids
+    everyones = [[torch.arange(4)] * world, [torch.arange(3) + r for r in range(world)]]
+    everyones.append([torch.arange(2 * r) for r in range(world)])
+    first, second, third = (kept_by_rank(level) for level in everyones)
+    rows = 12 * max(a + b for a, b in zip(first, third, strict=True)) + 5 * max(second)
+    assert backward["reduce_scatter"].bytes == 8 * world * rows
+    for k, level in enumerate(zip(images, texts, indices, ids, strict=True)):
+        image, text, index, own = level
+        alone = contrastive_loss(image, text, 10.0, text_index=index, text_id=own, group=group)
+        check(together[k].detach(), alone.detach())
+        check(grads[k], (k + 1) * torch.autograd.grad(alone, text)[0])
+
+
 def check_one_rank_frozen(group: Any) -> None:
     """A rank with an empty share and no gradient participates in the backward pass of the other ranks."""
     rank, rows = group.rank(), (6,) + (0,) * (group.size() - 1)
@@ -217,6 +255,7 @@ def run(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     try:
         check_all(dist.group.WORLD)
+        check_widths(dist.group.WORLD)
         for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
             check_clip_loss(local_loss, gather_with_grad)
         # Subgroups, where ranks differ from the global ranks.

@@ -71,9 +71,9 @@ def contrastive_loss(
             never gets a column term. It is a negative for every row with "positives"; with "negatives" only if
             `text_weight` gives it a weight.
         text_id: identity of each text across ranks, on the features' device or the CPU: any int64 that is equal on all
-            ranks and unique to the text, such as its vocabulary index. Texts with equal ids are merged into the first
-            one (in chunks, into that of a rank that depends on the id). Required for "positives" with a group; with
-            "negatives" it changes no result, but saves work.
+            ranks and unique to the text, such as its vocabulary index. Texts with equal ids are merged into one, with a
+            group before they travel, into that of a rank that depends on the id. Required for "positives" with a group;
+            with "negatives" it changes no result, but saves work.
         text_weight: finite weight w_u >= 0 of each text in the row sums, row_i = log sum_u w_u exp(S_iu), as with hard
             negatives appended to `text`; 0 leaves a text out. None: the number of its rows with "negatives", 1 with
             "positives". The column sums and their coefficients do not depend on it, and it gets no gradient. When
@@ -89,8 +89,8 @@ def contrastive_loss(
             options must agree on all ranks; an argument error on one rank leaves the others waiting in a collective. On
             a GPU the host does not synchronise if the group also has a CPU backend
             (`new_group(backend="cpu:gloo,cuda:nccl")`) and text_id is on the CPU.
-        chunk: with a group, the texts of all ranks per exchange, for each level. Where a level has more, texts are
-            gathered in chunks, each while the one before is compared, and no more than two chunks' gradients exist at
+        chunk: with a group, the merged texts of all ranks per exchange, for each level. Where a level has more, texts
+            are gathered in chunks, each while the one before is compared, and only two chunks' gradients exist at
             once; the results differ by rounding only (docs/losses.md). None: 65,536, and no chunks on a single rank.
             Without a group it has no effect.
         deterministic: No effect: all backends sum in a fixed order. On the CPU, the matrix library may round

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scenarioclip_fast.devices import to_device
 from scenarioclip_fast.kernels.contrastive import reference
 from scenarioclip_fast.ops import collectives
-from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, to_device
+from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange
 from scenarioclip_fast.ops.contrastive.op import contrastive_backward, contrastive_forward
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scenarioclip_fast.devices import to_device
 from scenarioclip_fast.kernels.contrastive import reference
 
 if TYPE_CHECKING:
@@ -128,13 +129,6 @@ def count_rows(index: Tensor, texts: int) -> Tensor:  # [N] -> [texts] int64
 
 def arange(x: Tensor) -> Tensor:
     return torch.arange(len(x), device=x.device)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without synchronising."""
-    if x.device == device or device.type != "cuda":
-        return x.to(device)
-    return (x if x.is_cuda else x.pin_memory()).to(device, non_blocking=True)
 
 
 def features(levels: list[PreparedLevel]) -> tuple[list[Tensor], list[Tensor], Tensor]:  # images, texts, [levels]

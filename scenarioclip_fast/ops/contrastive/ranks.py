@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scenarioclip_fast.devices import to_device
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive.chunked import CHUNK, ChunkLayout
-from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, count_rows, first_of, to_device, weight_of
+from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, count_rows, weight_of
 from scenarioclip_fast.ops.contrastive.validate import DTYPES, DUPLICATES, level_name
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ class _Shares:
     ids_on_host: bool  # on all ranks
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The texts of a level that are exchanged: all of them, or one of each id."""
+
+    sizes: list[int]  # of each rank
+    own: Tensor | None  # int64 positions among this rank's texts; None: all of them
+    position: Tensor | None  # [all ranks' U] int64: the kept text of each, both rank by rank; None: the same
+
+
+# Dynamo would guard on all sizes, which the host has just learnt.
+@torch.compiler.disable
 def gather_levels(
     levels: list[PreparedLevel], duplicates: str, group: ProcessGroup, chunk: int | None
 ) -> list[PreparedLevel]:
@@ -59,23 +71,24 @@ def gather_levels(
     on_host = shares.ids_on_host and collectives.has_cpu_backend(group)
     device = torch.device("cpu") if on_host else levels[0].text.device
     ids = _gather_values([None if v.text_id is None else v.text_id.to(device) for v in levels], shares, group)
+    kept = [_keep(of_level, [counts[k] for counts in shares.texts], group.rank()) for k, of_level in enumerate(ids)]
     weights = _gather_values([level.weight for level in levels], shares, group)
     if chunk is None:  # a single rank has nothing to exchange
         chunk = CHUNK if group.size() > 1 else None
-    if chunk is not None and max(map(sum, zip(*shares.texts, strict=True))) <= chunk:
+    if chunk is not None and max(sum(of_level.sizes) for of_level in kept) <= chunk:
         chunk = None
-    gathered = [
-        _gather_level(replace(level, weight=weight), k, ids[k], duplicates, shares, group)
-        if chunk is None
-        else _lay_out_level(replace(level, weight=weight), k, ids[k], duplicates, shares, group, chunk)
+    own = [
+        _select_kept(replace(level, weight=weight), k, kept[k], duplicates, shares, group, chunk)
         for k, (level, weight) in enumerate(zip(levels, weights, strict=True))
     ]
-    counts = torch.cat([level.count for level in gathered if level.count is not None])
+    if chunk is None:
+        own = _gather_texts(own, kept, group)
+    counts = torch.cat([level.count for level in own if level.count is not None])
     collectives.all_reduce(counts, group)
-    split = counts.split([len(level.count) for level in gathered if level.count is not None])
+    split = counts.split([len(level.count) for level in own if level.count is not None])
     return [
         replace(level, count=count, weight=weight_of(level, count, duplicates))
-        for level, count in zip(gathered, split, strict=True)
+        for level, count in zip(own, split, strict=True)
     ]
 
 
@@ -129,76 +142,70 @@ def _shown(name: str, value: int) -> object:
     return _NAMES[name][value] if name in _NAMES else value
 
 
-def _gather_level(
+def _keep(ids: Tensor | None, sizes: list[int], rank: int) -> _Kept:  # ids: [all ranks' U]
+    if ids is None:
+        return _Kept(sizes, None, None)
+    of_rank, kept, position = _deduplicate_by_rank(ids, sizes)
+    before = sum(sizes[:rank])
+    return _Kept(of_rank, kept[sum(of_rank[:rank]) :][: of_rank[rank]] - before, position)
+
+
+def _select_kept(
     level: PreparedLevel,  # with the weights of every rank's texts
     k: int,
-    ids: Tensor | None,  # [all ranks' U]
+    kept: _Kept,
     duplicates: str,
     shares: _Shares,
     group: ProcessGroup,
+    chunk: int | None,
 ) -> PreparedLevel:
-    """Gather the texts of level `k`; the counts are those of this rank's rows."""
+    """Return level `k` with those of this rank's own texts that are kept, for rows of all ranks' kept texts.
+
+    The counts are those of this rank's rows. With `chunk`, there is a layout, whose columns the rows point to.
+    """
     # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
     image = _requiring_grad(level.image, shares.image_requires_grad)
     text = _requiring_grad(level.text, shares.text_requires_grad)
-    sizes = [counts[k] for counts in shares.texts]
-    text = torch.cat(collectives.gather_rows(text, sizes, group))
-    index = arange(image) if level.text_index is None else level.text_index
-    index = index + sum(sizes[: group.rank()])
-    weight = level.weight
-    if ids is not None:
-        kept, position = (to_device(part, text.device) for part in _deduplicate(ids))
-        text, index = text[kept], position[index]
-        weight = None if weight is None else _merge_weights(weight, position, len(text), duplicates)
-    return replace(
-        level,
-        image=image,
-        text=text,
-        text_index=index,
-        weight=weight,
-        count=count_rows(index, len(text)),
-        rows=sum(counts[k] for counts in shares.rows),
-    )
-
-
-def _lay_out_level(
-    level: PreparedLevel,  # with the weights of every rank's texts
-    k: int,
-    ids: Tensor | None,  # [all ranks' U]
-    duplicates: str,
-    shares: _Shares,
-    group: ProcessGroup,
-    chunk: int,
-) -> PreparedLevel:
-    """As `_gather_level`, with those of this rank's own texts that are kept and the layout of all ranks' in chunks."""
-    image = _requiring_grad(level.image, shares.image_requires_grad)
-    text = _requiring_grad(level.text, shares.text_requires_grad)
     sizes, rank, device = [counts[k] for counts in shares.texts], group.rank(), text.device
-    before = sum(sizes[:rank])
-    index = (arange(image) if level.text_index is None else level.text_index) + before
-    weight = level.weight
-    if ids is None:
-        layout = ChunkLayout.of(sizes, chunk, rank, device)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    total = sum(kept.sizes)
+    layout = None if chunk is None else ChunkLayout.of(kept.sizes, chunk, rank, device)
+    column: Tensor | None = None  # [all ranks' U], as far as it is needed
+    if kept.own is not None and kept.position is not None:
+        text = text.index_select(0, to_device(kept.own, device))
+        column = to_device(kept.position if level.weight is not None else kept.position[mine], device)
+        if layout is not None:
+            column = layout.column[column]
+    elif layout is not None:
         column = layout.column
-        weight = None if weight is None else torch.empty_like(weight).scatter_(0, column, weight)
-    else:
-        sizes, kept, position = _deduplicate_by_rank(ids, sizes)
-        own = kept[sum(sizes[:rank]) :][: sizes[rank]] - before
-        text = text.index_select(0, to_device(own, device))
-        layout = ChunkLayout.of(sizes, chunk, rank, device)
-        column = layout.column[to_device(position, device)]
-        weight = None if weight is None else _merge_weights(weight, column, sum(sizes), duplicates)
-    index = column[index]
+    own = None if column is None else column if len(column) == mine.stop - mine.start else column[mine]
+    index = arange(image) if level.text_index is None else level.text_index
+    index = index + mine.start if own is None else own[index]
+    weight = level.weight
+    if weight is not None and column is not None:
+        weight = _merge_weights(weight, column, total, duplicates)
     return replace(
         level,
         image=image,
         text=text,
         text_index=index,
         weight=weight,
-        count=count_rows(index, sum(sizes)),
+        count=count_rows(index, total),
         rows=sum(counts[k] for counts in shares.rows),
         layout=layout,
     )
+
+
+def _gather_texts(levels: list[PreparedLevel], kept: list[_Kept], group: ProcessGroup) -> list[PreparedLevel]:
+    """Replace this rank's texts by those of all ranks: one collective for all levels of a width."""
+    texts = [level.text for level in levels]
+    for width in dict.fromkeys(text.shape[1] for text in texts):
+        same = [k for k, text in enumerate(texts) if text.shape[1] == width]
+        sizes = list(zip(*(kept[k].sizes for k in same), strict=True))
+        gathered = collectives.gather_lists([texts[k] for k in same], sizes, group)
+        for k, rows in zip(same, gathered, strict=True):
+            levels[k] = replace(levels[k], text=rows)
+    return levels
 
 
 def _requiring_grad(x: Tensor, required: bool) -> Tensor:
@@ -214,12 +221,10 @@ def _gather_values(
     given = [k for k, value in enumerate(values) if value is not None]
     out: list[Tensor | None] = [None] * len(values)
     if given:
-        own = torch.cat([value for value in values if value is not None])
         sizes = [[counts[k] for k in given] for counts in shares.texts]
-        ranks = collectives.gather_rows(own, [sum(rank_sizes) for rank_sizes in sizes], group)
-        parts = [value.split(rank_sizes) for value, rank_sizes in zip(ranks, sizes, strict=True)]
-        for k, level_values in zip(given, zip(*parts, strict=True), strict=True):
-            out[k] = torch.cat(level_values)
+        own = [value for value in values if value is not None]
+        for k, gathered in zip(given, collectives.gather_lists(own, sizes, group), strict=True):
+            out[k] = gathered
     return out
 
 
@@ -236,30 +241,30 @@ def _merge_weights(
     return torch.segment_reduce(weight[order], reduce, lengths=sizes, unsafe=True)
 
 
-def _deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:  # [U] -> kept [V], position [U]
-    """Return the positions of the first entry of each id, and each entry's index into those."""
-    first = first_of(ids)
-    kept = (first == arange(first)).nonzero()[:, 0]
-    position = torch.empty_like(first)
-    position[kept] = arange(kept)
-    return kept, position[first]
-
-
 def _deduplicate_by_rank(ids: Tensor, sizes: list[int]) -> tuple[list[int], Tensor, Tensor]:
-    """Return how many entries of each rank are kept, and then as `_deduplicate`.
+    """Return how many entries of each rank are kept, their positions [V], and each entry's [U] index into those.
 
     The entry that is kept of an id is on its first rank counted from rank `id`, modulo the ranks: rank 0 would keep all
-    of its texts, and every rank sends as many rows as the one with the most. On a GPU the host waits once, as for the
-    sizes in `_deduplicate`.
+    of its texts, and every rank sends as many rows as the one with the most. On a GPU the host waits once, for the
+    sizes.
     """
-    stops = torch.tensor(sizes).cumsum(0)
-    rank = torch.searchsorted(to_device(stops, ids.device), arange(ids), right=True)
-    order = ((rank - ids) % len(sizes)).argsort(stable=True)
-    first = torch.empty_like(order).scatter_(0, order, order[first_of(ids[order])])
-    is_kept = first == arange(first)
-    through = is_kept.cumsum(0)  # entries kept up to and including each
-    position = (through - 1)[first]
-    ends = [0, *torch.cat([through.new_zeros(1), through])[to_device(stops, ids.device)].tolist()]
-    # Entries that are dropped are written behind the end.
-    kept = through.new_empty(ends[-1] + 1).scatter_(0, torch.where(is_kept, position, ends[-1]), arange(ids))
-    return [b - a for a, b in itertools.pairwise(ends)], kept[:-1], position
+    stops = to_device(torch.tensor(sizes).cumsum(0), ids.device)
+    position = arange(ids)
+    rank = torch.searchsorted(stops, position, right=True)
+    order = (rank - ids) % len(sizes) * len(ids) + position  # of the entry to keep, the lowest among equal ids
+    slot = _slots(ids)
+    lowest = torch.full_like(slot, torch.iinfo(torch.int64).max).scatter_reduce_(0, slot, order, "amin")[slot]
+    is_kept = lowest == order
+    ends = [0, *torch.cat([slot.new_zeros(1), is_kept.cumsum(0)])[stops].tolist()]
+    kept = torch.nonzero_static(is_kept, size=ends[-1])[:, 0]
+    place = torch.empty_like(slot).scatter_(0, slot[kept], arange(kept))
+    return [b - a for a, b in itertools.pairwise(ends)], kept, place[slot]
+
+
+def _slots(ids: Tensor) -> Tensor:  # [U] -> [U] int64 below U
+    """Return equal numbers for equal ids: without sorting, which takes most of the time, where their range is small."""
+    if ids.is_cpu and len(ids):
+        low, high = (int(v) for v in ids.aminmax())
+        if high - low < len(ids):
+            return ids - low
+    return torch.searchsorted(ids.sort().values, ids)
