@@ -18,10 +18,12 @@ from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive import (
     DUPLICATES,
+    ExchangePlan,
     contrastive_loss,
     distributed_dot_product_loss,
     log_sums,
     multilevel_contrastive_loss,
+    plan_exchange,
 )
 from scenarioclip_fast.ops.distillation import distillation_loss
 
@@ -67,6 +69,7 @@ class ContrastiveLoss(nn.Module):
         text_index: Tensor | None = None,  # [N] int64
         text_id: Tensor | None = None,  # [U] int64
         text_weight: Tensor | None = None,  # [U]
+        plan: ExchangePlan | None = None,
     ) -> Tensor:  # []
         """Return the mean loss; arguments as in `ops.contrastive_loss`."""
         return contrastive_loss(
@@ -79,6 +82,7 @@ class ContrastiveLoss(nn.Module):
             duplicates=self.duplicates,
             group=self.group,
             chunk=self.chunk,
+            plan=plan,
             backend=self.backend,
         )
 
@@ -117,8 +121,32 @@ class MultiLevelContrastiveLoss(nn.Module):
         e = embeddings
         # The texts of one batch are unique: only texts of different ranks need merging.
         ids = e.text_id if self.group is not None else None
-        terms: Tensor = self(e.image, e.text, e.text_index, ids)
+        terms: Tensor = self(e.image, e.text, e.text_index, ids, plan=getattr(e, "plan", None))
         return terms
+
+    def plan(
+        self,
+        text_ids: Sequence[Tensor],  # levels x [U_l] int64, on the CPU
+        rows: Sequence[int],  # levels: N_l
+        *,
+        width: int,
+        dtype: torch.dtype,
+        capacity: int,
+    ) -> ExchangePlan | None:
+        """Start `ops.plan_exchange` for a later call with gradients; None without a group that has a CPU backend."""
+        if self.group is None or not collectives.has_cpu_backend(self.group):
+            return None
+        return plan_exchange(
+            text_ids,
+            rows,
+            group=self.group,
+            width=width,
+            dtype=dtype,
+            duplicates=self.duplicates,
+            chunk=self.chunk,
+            scale_gradients=any(p.requires_grad for p in self.parameters()),
+            capacity=capacity,
+        )
 
     def learned_scalars(self) -> dict[str, dict[str, Tensor]]:
         return {"logit_scale": dict(zip(self.levels, self.scales, strict=True))}
@@ -130,6 +158,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         text_indices: Sequence[Tensor | None] | None = None,  # levels x [N_l] int64
         text_ids: Sequence[Tensor | None] | None = None,  # levels x [U_l] int64
         text_weights: Sequence[Tensor | None] | None = None,  # levels x [U_l]
+        plan: ExchangePlan | None = None,
     ) -> Tensor:  # [levels]
         """Return the mean loss of each level; arguments as in `ops.multilevel_contrastive_loss`."""
         return multilevel_contrastive_loss(
@@ -142,6 +171,7 @@ class MultiLevelContrastiveLoss(nn.Module):
             duplicates=self.duplicates,
             group=self.group,
             chunk=self.chunk,
+            plan=plan,
             backend=self.backend,
         )
 
@@ -159,6 +189,7 @@ class Embeddings(Protocol):
     teacher_image: Tensor | None  # [B, D] global image embeddings of the teacher
     teacher_object_text: Tensor | None  # [U_o, D]
     teacher_relation_text: Tensor | None  # [U_r, D]
+    # plan: optional; an `ops.ExchangePlan` that `MultiLevelContrastiveLoss.plan` returned
 
 
 class LevelLoss(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.ops.contrastive.chunked import CHUNK
+from scenarioclip_fast.train.step import IDS_PER_SCENE
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def traffic(form: str, work: Workload, ranks: int) -> list[Collective]:
             out += [Collective("backward", "reduce_scatter", ranks * features)] * 2
         return out
     merged = sum(work.texts(level, ranks) for level in work.levels)
-    out += [Collective("batch", "all_gather", _LENGTHS), Collective("batch", "all_gather", 8 * work.most(ranks))]
+    out += [Collective("batch", "all_gather", _LENGTHS + 8 * IDS_PER_SCENE * work.scenes)]
     if chunks := work.chunks(ranks):
         levels = list(zip([work.kept(ranks, [level]) for level in work.levels], chunks, strict=True))
     else:

@@ -28,7 +28,7 @@ from scenarioclip_fast.model.scenarioclip import Embeddings
 from scenarioclip_fast.train.build import wrap
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.precision import autocast
-from scenarioclip_fast.train.step import Phase, StepModule
+from scenarioclip_fast.train.step import Phase, StepModule, plan_texts
 
 try:
     from open_clip.loss import ClipLoss as open_clip_loss
@@ -123,6 +123,7 @@ class Rank:
 
     def __init__(self, form: str, workload: Workload) -> None:
         group = dist.group.WORLD
+        self.form, self.scenes = form, workload.scenes
         torch.manual_seed(0)
         self.world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
         self.model = ScenarioCLIP(small_model())
@@ -138,6 +139,8 @@ class Rank:
     def step(self, k: int) -> float:
         batch = self.batches[k]
         texts = self.model.tokens.unique_texts(batch.host_ids)  # type: ignore[union-attr]
+        if self.form == "ours":
+            texts = replace(texts, plan=plan_texts(self.loss, texts, self.scenes, SMALL.width, "bf16"))
         with autocast("bf16", self.world.device):
             terms: dict[str, Tensor] = self.parallel(Phase.LOSS, batch, texts, self.teacher)
         terms["loss"].backward()

@@ -29,9 +29,9 @@ from scenarioclip_fast.model.flops import step_flops
 RECORD = "2026-11-27-nvidia-h200"
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 FORMS = {
-    "ours": "ours, today",
+    "ours": "ours",
     "ours, ring": "ours, texts in a ring",
-    "ours, planned": "ours, planned",
+    "ours, beside": "ours, beside the towers",
     "node-wise": "node-wise groups (another loss)",
     "open_clip, local loss": "open_clip, local loss",
 }
@@ -118,15 +118,17 @@ class Assumptions:
     """What was neither measured nor is in a data sheet.
 
     tcp_hop: seconds of one step of a ring of processes over TCP;  tcp_bandwidth: of such a step, bytes/s
-    host_ahead: how far the host's launches are ahead when it reaches the loss, as a share of the forward pass
+    merge: seconds of a host to merge equal ids, for each
+    launching: how long the host takes to launch a step, as a share of the GPU's time
     multiprocessors: share of the GPU that a collective takes from the computation beside it: 16 channels of 132
-    host_bound: the step takes as long as measured with its host, which is never ahead
+    host_bound: the step takes as long as measured with its host
     views: standard deviation of a scene's views over their mean; 0: all scenes have the same number
     """
 
     tcp_hop: float = 25e-6
     tcp_bandwidth: float = 1e9
-    host_ahead: float = 0.5
+    merge: float = 30e-9
+    launching: float = 0.5
     multiprocessors: float = 16 / 132
     host_bound: bool = False
     views: float = 0.0
@@ -182,8 +184,13 @@ def step(
     loss = _loss_seconds(form, work, group, times)
 
     batch = [c for c in collectives if c.phase == "batch"]
-    host = sum((group - 1) * (assumed.tcp_hop + c.bytes / assumed.tcp_bandwidth) for c in batch)
-    waited = max(host - (0.0 if assumed.host_bound else assumed.host_ahead * forward), 0.0)
+    ring = sum((group - 1) * (assumed.tcp_hop + c.bytes / assumed.tcp_bandwidth) for c in batch)
+    merging = assumed.merge * group * work.most(group) if group > 1 else 0.0
+    # From the launch of a step's forward pass until the next step's loss, less the launches in between: the host is
+    # ahead of the GPU by what remains.
+    launching = 1.0 if assumed.host_bound else assumed.launching
+    available = computation * (1 - launching * (1 - forward / towers))
+    waited = max(ring + merging - available, 0.0)
     gathers, scatters = ([c for c in collectives if c.op == op and c.phase != "batch"] for op in EXCHANGES)
     gather, scatter = (sum(seconds(c.op, c.bytes, group, link) for c in part) for part in (gathers, scatters))
     small = sum(
@@ -191,9 +198,9 @@ def step(
     )
     exchange = gather + scatter + small
     hidden = queued = 0.0
-    if form == "ours, planned":
-        # Sizes and ids by the same collectives as everything else, while the step before runs: hidden.
-        waited, hidden = 0.0, sum(seconds(c.op, c.bytes, group, link) for c in batch)
+    if form == "ours, beside":
+        # Sizes and ids by the same collectives as everything else, while the step before runs.
+        waited, hidden = max(merging - available, 0.0), sum(seconds(c.op, c.bytes, group, link) for c in batch)
         texts = work.kept(ranks) * work.width
         gather = seconds("all_gather", texts * work.item, ranks, network)
         queued = seconds("reduce_scatter", ranks * texts * 4, ranks, network)

@@ -24,6 +24,7 @@ from scenarioclip_fast.model.tokens import TokenTable, UniqueTexts, pack, trunca
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Batch, Vocabulary
+    from scenarioclip_fast.ops.contrastive import ExchangePlan
 
 
 class Teacher(Protocol):
@@ -46,6 +47,7 @@ class Embeddings:
     object_scene [N_o], relation_scene [N_r]: int64, the scene of each row
     action_scene: int64 [N_a], the scenes of the global level's rows, those with an action; None: all B
     teacher_image [B, D], teacher_object_text [U_o, D], teacher_relation_text [U_r, D]: None without a teacher
+    plan: of the exchange of the texts between ranks, if it has begun
     """
 
     image: list[Tensor]
@@ -58,6 +60,7 @@ class Embeddings:
     teacher_image: Tensor | None = None
     teacher_object_text: Tensor | None = None
     teacher_relation_text: Tensor | None = None
+    plan: ExchangePlan | None = None
 
 
 @dataclass(slots=True)
@@ -168,6 +171,7 @@ class ScenarioCLIP(nn.Module):
             object_scene=trunk.object_scene,
             relation_scene=trunk.relation_scene,
             action_scene=trunk.action_scene,
+            plan=trunk.texts.plan,
         )
         if teacher is not None:
             out.teacher_image = teacher.encode_image(trunk.hidden[: trunk.views[0]], start=self._vision_shared)

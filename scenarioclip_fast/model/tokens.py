@@ -20,6 +20,7 @@ from scenarioclip_fast.model.encoders import Packing, TextEncoder
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data import Vocabulary
+    from scenarioclip_fast.ops.contrastive import ExchangePlan
 
 
 def truncate(texts: Sequence[Sequence[int]], config: TextConfig) -> tuple[list[list[int]], int]:
@@ -57,19 +58,21 @@ class UniqueTexts:
     index: per level [N_l], each item's index into its level's texts
     id: per level [U_l], vocabulary ids, on the CPU
     row, lengths: per level [U_l], in host memory: table rows, and numbers of tokens
+    plan: for the loss over several ranks, if their exchange has begun
     """
 
     index: list[Tensor]  # 3 x [N_l]
     id: list[Tensor]  # 3 x [U_l]
     row: list[NDArray[np.int64]]  # 3 x [U_l]
     lengths: list[NDArray[np.int64]]  # 3 x [U_l]
+    plan: ExchangePlan | None = None
 
     def split(self, parts: int) -> list[UniqueTexts]:
         """Split each level's texts into `parts` contiguous chunks, without `index`, which points into all of them."""
         ids = [of_level.tensor_split(parts) for of_level in self.id]
-        arrays = [[np.array_split(a, parts) for a in of_levels] for of_levels in (self.row, self.lengths)]
+        rows, lengths = ([np.array_split(a, parts) for a in of_levels] for of_levels in (self.row, self.lengths))
         return [
-            UniqueTexts([], [of_level[k] for of_level in ids], *([chunks[k] for chunks in a] for a in arrays))
+            UniqueTexts([], [level[k] for level in ids], [row[k] for row in rows], [length[k] for length in lengths])
             for k in range(parts)
         ]
 

@@ -12,7 +12,7 @@ check_installed()  # every use of scenarioclip_fast.kernels imports this package
 if TYPE_CHECKING:
     from scenarioclip_fast.ops.activation import quick_gelu
     from scenarioclip_fast.ops.attention import short_attention
-    from scenarioclip_fast.ops.contrastive import contrastive_loss, multilevel_contrastive_loss
+    from scenarioclip_fast.ops.contrastive import contrastive_loss, multilevel_contrastive_loss, plan_exchange
     from scenarioclip_fast.ops.distillation import distillation_loss
     from scenarioclip_fast.ops.ema import ema_update_
     from scenarioclip_fast.ops.normalisation import add_layer_norm, layer_norm
@@ -24,7 +24,7 @@ else:
         {
             "activation": ["quick_gelu"],
             "attention": ["short_attention"],
-            "contrastive": ["contrastive_loss", "multilevel_contrastive_loss"],
+            "contrastive": ["contrastive_loss", "multilevel_contrastive_loss", "plan_exchange"],
             "distillation": ["distillation_loss"],
             "ema": ["ema_update_"],
             "normalisation": ["add_layer_norm", "layer_norm"],
@@ -40,6 +40,7 @@ __all__ = [
     "focused_region",
     "layer_norm",
     "multilevel_contrastive_loss",
+    "plan_exchange",
     "quick_gelu",
     "render_views",
     "short_attention",

@@ -115,6 +115,7 @@ def _concatenate(parts: list[Embeddings], batch: Batch, texts: UniqueTexts) -> E
         object_scene=batch.object_scene,
         relation_scene=batch.relation_scene,
         action_scene=batch.action_scene,
+        plan=texts.plan,
         teacher_image=concatenate_optional([part.teacher_image for part in parts]),
         teacher_object_text=concatenate_optional([part.teacher_object_text for part in parts]),
         teacher_relation_text=concatenate_optional([part.teacher_relation_text for part in parts]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scenarioclip_fast.data import Batch
@@ -12,6 +13,30 @@ from scenarioclip_fast.losses import ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, ScenarioCLIP
 from scenarioclip_fast.model.scenarioclip import Embeddings, TrunkOutput
 from scenarioclip_fast.model.tokens import UniqueTexts
+from scenarioclip_fast.ops.contrastive import ExchangePlan
+
+IDS_PER_SCENE = 16  # a scene's texts, most of them shared with others, rarely are more
+
+
+def plan_texts(loss: ScenarioLoss, texts: UniqueTexts, scenes: int, width: int, precision: str) -> ExchangePlan | None:
+    """Start to exchange the texts' ids between ranks, before the encoders are launched; None if the loss cannot.
+
+    The host is ahead of the device then: the exchange has the time of the rest of the last step and of the forward
+    pass. A batch earlier, the loader would be ahead of the checkpoints.
+
+    scenes: of a full batch of one rank, the same number on all ranks
+    """
+    plan = getattr(loss.contrastive, "plan", None)
+    if plan is None:
+        return None
+    found: ExchangePlan | None = plan(
+        texts.id,
+        [len(index) for index in texts.index],
+        width=width,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        capacity=IDS_PER_SCENE * scenes,
+    )
+    return found
 
 
 class Phase(Enum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from scenarioclip_fast.train.run_dir import open_run_dir
 from scenarioclip_fast.train.saving import Resume, Saver
 from scenarioclip_fast.train.signals import stop_on_signals
 from scenarioclip_fast.train.state import Progress, RunState
-from scenarioclip_fast.train.step import Phase, StepModule
+from scenarioclip_fast.train.step import Phase, StepModule, plan_texts
 from scenarioclip_fast.train.step_log import SKIPPED_FILE, Status, StepLog
 from scenarioclip_fast.train.timing import StepProfile
 from scenarioclip_fast.train.warning_filters import expected_warnings_ignored
@@ -146,6 +146,9 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         assert self.model.tokens is not None
         texts = self.model.tokens.unique_texts(batch.host_ids)
+        scenes = self.config.data.batch_size // self.world.size
+        plan = plan_texts(self.loss, texts, scenes, self.config.model.embed_dim, self.config.run.precision)
+        texts = replace(texts, plan=plan)
         terms = self._backward(batch, texts)
         values = dict(zip(terms, self._mean_over_ranks(terms), strict=True))
         norm, skipped = guarded_step(self.optimizer, values["loss"], self.config.optim.clip_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scenarioclip_fast.data import Batch
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.losses import ScenarioLoss
+from scenarioclip_fast.losses import MultiLevelContrastiveLoss, ScenarioLoss
 from scenarioclip_fast.model import EMATeacher, FreezeConfig, ModelConfig, ScenarioCLIP, TextConfig, VisionConfig
 from scenarioclip_fast.train.accumulate import GradCache
 from scenarioclip_fast.train.config import TrainConfig
@@ -96,6 +97,11 @@ def compare(step: StepModule, wrapped: nn.Module, batch: Batch, teacher: EMATeac
     expected["loss"].backward()
     expected_gradients = gradients(step)
     texts = step.model.tokens.unique_texts(batch.host_ids)
+    # On several ranks, sizes and ids ahead.
+    assert isinstance(step.loss, ScenarioLoss) and isinstance(step.loss.contrastive, MultiLevelContrastiveLoss)
+    rows = [len(index) for index in texts.index]
+    plan = step.loss.contrastive.plan(texts.id, rows, width=12, dtype=torch.float64, capacity=36)
+    texts = replace(texts, plan=plan)
     terms = GradCache(step, wrapped, microbatches, nullcontext).backward(batch, texts, teacher)
     found = gradients(step)
     assert terms.keys() == expected.keys()

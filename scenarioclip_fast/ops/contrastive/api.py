@@ -33,11 +33,14 @@ from scenarioclip_fast.ops.contrastive.validate import (
     check_levels,
     check_lists,
     check_options,
+    check_plan,
     check_total_weights,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from scenarioclip_fast.ops.contrastive.plan import ExchangePlan
 
 
 def contrastive_loss(
@@ -52,6 +55,7 @@ def contrastive_loss(
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     chunk: int | None = None,
+    plan: ExchangePlan | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [], or [N] for reduction="none"
@@ -93,6 +97,7 @@ def contrastive_loss(
             are gathered in chunks, each while the one before is compared, and only two chunks' gradients exist at
             once; the results differ by rounding only (docs/losses.md). None: 65,536, and no chunks on a single rank.
             Without a group it has no effect.
+        plan: of `plan_exchange` for this call, on all ranks or none: sizes and ids are on their way already.
         deterministic: No effect: all backends sum in a fixed order. On the CPU, the matrix library may round
             differently with another number of threads.
         backend: "auto", "reference", "cpu", "triton", or "cuda" (bfloat16 on compute capability 9.0; chosen by
@@ -112,7 +117,7 @@ def contrastive_loss(
         RuntimeError: a second derivative is taken.
     """
     level = LevelInput(image, text, logit_scale, text_index, text_id, text_weight)
-    return _losses([level], duplicates, reduction, group, chunk, backend).squeeze(0)
+    return _losses([level], duplicates, reduction, group, chunk, plan, backend).squeeze(0)
 
 
 def log_sums(
@@ -146,6 +151,7 @@ def multilevel_contrastive_loss(
     duplicates: str = "negatives",
     group: ProcessGroup | None = None,
     chunk: int | None = None,
+    plan: ExchangePlan | None = None,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [levels]
@@ -166,7 +172,7 @@ def multilevel_contrastive_loss(
     check_lists(lists)
     columns = [[None] * len(images) if given is None else given for given in lists.values()]
     levels = [LevelInput(*level) for level in zip(*columns, strict=True)]
-    return _losses(levels, duplicates, "mean", group, chunk, backend)
+    return _losses(levels, duplicates, "mean", group, chunk, plan, backend)
 
 
 def distributed_dot_product_loss(
@@ -177,7 +183,7 @@ def distributed_dot_product_loss(
 ) -> Tensor:  # []
     """`contrastive_loss` over a group where row i has text i, without normalisation of the rows."""
     level = LevelInput(image, text, logit_scale)
-    return _losses([level], "negatives", "mean", group, None, "auto", normalize=False).squeeze(0)
+    return _losses([level], "negatives", "mean", group, None, None, "auto", normalize=False).squeeze(0)
 
 
 def _losses(
@@ -186,16 +192,18 @@ def _losses(
     reduction: str,
     group: ProcessGroup | None,
     chunk: int | None,
+    plan: ExchangePlan | None,
     backend: str,
     normalize: bool = True,
 ) -> Tensor:  # [levels], or [1, N] for reduction="none"
     check_options(duplicates, reduction)
     check_group(group)
     check_chunk(chunk)
+    check_plan(plan, group)
     name = _resolve_backend(inputs, backend, 1 if group is None else group.size())
     levels = prepare(inputs)
     if group is not None:
-        levels = gather_levels(levels, duplicates, group, chunk)
+        levels = gather_levels(levels, duplicates, group, chunk, plan)
     check_total_weights(levels)
     if group is None and reduction == "mean" and has_fused_losses(name):
         return _fused_losses(levels, duplicates, name, normalize)

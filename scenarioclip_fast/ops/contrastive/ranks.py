@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from scenarioclip_fast.ops.contrastive.validate import DTYPES, DUPLICATES, level
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from scenarioclip_fast.ops.contrastive.plan import ExchangePlan
 
 
 # What ranks compare, in the order of their messages: once, then for each level.
@@ -33,8 +36,46 @@ _NAMES: dict[str, tuple[object, ...]] = {  # of the values that are not numbers
 _PADDING = 32
 
 
-@dataclass(frozen=True)
-class _Shares:
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a rank knows of a call before its features exist, besides sizes and ids."""
+
+    duplicates: str
+    chunk: int | None
+    dtype: torch.dtype  # of the features
+    by_level: list[tuple[int, bool, bool, bool]]  # width; whether there are ids, weights, and gradients of the scale
+    image_requires_grad: bool  # of any level
+    text_requires_grad: bool
+
+    @staticmethod
+    def of(levels: list[PreparedLevel], duplicates: str, chunk: int | None) -> Call:
+        grad = torch.is_grad_enabled()
+        return Call(
+            duplicates,
+            chunk,
+            levels[0].image.dtype,
+            [
+                (v.image.shape[1], v.text_id is not None, v.weight is not None, grad and v.scale.requires_grad)
+                for v in levels
+            ],
+            grad and any(level.image.requires_grad for level in levels),
+            grad and any(level.text.requires_grad for level in levels),
+        )
+
+    def compared(self) -> list[int]:
+        """Return what must be equal: ranks that differ in it would hang, crash or return different losses."""
+        once = [len(self.by_level), DUPLICATES.index(self.duplicates), self.chunk or 0, DTYPES.index(self.dtype)]
+        return once + [int(value) for level in self.by_level for value in level]
+
+    def message(self, rows: list[int], texts: list[int], ids_on_host: bool) -> list[int]:
+        flags = [self.image_requires_grad, self.text_requires_grad, ids_on_host]
+        sizes = [size for level in zip(rows, texts, strict=True) for size in level]
+        message = [*self.compared(), *map(int, flags), *sizes]
+        return message + [0] * (-len(message) % _PADDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
     """Every rank's share of the levels."""
 
     rows: list[list[int]]  # ranks x levels: N
@@ -45,7 +86,7 @@ class _Shares:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class Kept:
     """The texts of a level that are exchanged: all of them, or one of each id."""
 
     sizes: list[int]  # of each rank
@@ -56,23 +97,15 @@ class _Kept:
 # Dynamo would guard on all sizes, which the host has just learnt.
 @torch.compiler.disable
 def gather_levels(
-    levels: list[PreparedLevel], duplicates: str, group: ProcessGroup, chunk: int | None
+    levels: list[PreparedLevel], duplicates: str, group: ProcessGroup, chunk: int | None, plan: ExchangePlan | None
 ) -> list[PreparedLevel]:
     """Return the levels with every rank's texts (equal ids merged), and this rank's image rows pointing into them.
 
     Where a level has more texts than `chunk`, texts are not gathered, but all levels have a layout for it.
     """
-    shares = _exchange_shares(levels, duplicates, group, chunk)
-    # After the exchange, where ranks that differ in this have all raised: the others would wait for this one.
-    if duplicates == "positives" and any(level.text_id is None for level in levels):
-        raise ValueError(
-            "text_id: got None, expected an id per text: duplicates='positives' with a group requires them"
-        )
-    on_host = shares.ids_on_host and collectives.has_cpu_backend(group)
-    device = torch.device("cpu") if on_host else levels[0].text.device
-    ids = _gather_values([None if v.text_id is None else v.text_id.to(device) for v in levels], shares, group)
-    kept = [_keep(of_level, [counts[k] for counts in shares.texts], group.rank()) for k, of_level in enumerate(ids)]
-    weights = _gather_values([level.weight for level in levels], shares, group)
+    call = Call.of(levels, duplicates, chunk)
+    shares, kept = _exchange(levels, call, group) if plan is None else plan.result(levels, call, group)
+    weights = gather_values([level.weight for level in levels], shares, group)
     if chunk is None:  # a single rank has nothing to exchange
         chunk = CHUNK if group.size() > 1 else None
     if chunk is not None and max(sum(of_level.sizes) for of_level in kept) <= chunk:
@@ -92,30 +125,34 @@ def gather_levels(
     ]
 
 
-def _exchange_shares(levels: list[PreparedLevel], duplicates: str, group: ProcessGroup, chunk: int | None) -> _Shares:
-    """Exchange all ranks' sizes and flags in one message; raise ValueError if ranks disagree."""
-    grad = torch.is_grad_enabled()
-    # Ranks that differ in these would hang, crash in the collectives or return different losses.
-    must_match = [len(levels), DUPLICATES.index(duplicates), chunk or 0, DTYPES.index(levels[0].image.dtype)]
-    for level in levels:
-        must_match += [level.image.shape[1], level.text_id is not None, level.weight is not None]
-        must_match += [grad and level.scale.requires_grad]
-    flags = [
-        grad and any(level.image.requires_grad for level in levels),
-        grad and any(level.text.requires_grad for level in levels),
-        all(level.text_id is None or level.text_id.is_cpu for level in levels),
-    ]
-    sizes = [x.shape[0] for level in levels for x in (level.image, level.text)]  # faster than len
-    message = [*must_match, *flags, *sizes]
-    message += [0] * (-len(message) % _PADDING)
-    all_ranks = collectives.exchange(message, levels[0].image.device, group)
-    if len({tuple(row[: len(must_match)]) for row in all_ranks}) > 1:
-        raise _disagreement(all_ranks, len(levels))
-    first = len(must_match) + len(flags)
-    image_grads, text_grads, on_host = zip(*(row[len(must_match) : first] for row in all_ranks), strict=True)
-    return _Shares(
-        rows=[row[first : first + len(sizes) : 2] for row in all_ranks],
-        texts=[row[first + 1 : first + len(sizes) : 2] for row in all_ranks],
+def _exchange(levels: list[PreparedLevel], call: Call, group: ProcessGroup) -> tuple[Shares, list[Kept]]:
+    """Exchange all ranks' sizes and flags in one message, then the ids; raise ValueError if ranks disagree."""
+    # Not len(tensor), which takes a microsecond.
+    rows, texts = [v.image.shape[0] for v in levels], [v.text.shape[0] for v in levels]
+    on_host = all(level.text_id is None or level.text_id.is_cpu for level in levels)
+    device = levels[0].image.device
+    shares = read_shares(collectives.exchange(call.message(rows, texts, on_host), device, group), call)
+    # After the exchange, where ranks that differ in this have all raised: the others would wait for this one.
+    if call.duplicates == "positives" and any(level.text_id is None for level in levels):
+        raise ValueError(
+            "text_id: got None, expected an id per text: duplicates='positives' with a group requires them"
+        )
+    if shares.ids_on_host and collectives.has_cpu_backend(group):
+        device = torch.device("cpu")
+    ids = gather_values([None if v.text_id is None else v.text_id.to(device) for v in levels], shares, group)
+    return shares, keep_texts(ids, shares, group.rank())
+
+
+def read_shares(all_ranks: list[list[int]], call: Call) -> Shares:
+    """Return the contents of every rank's `Call.message`; raise ValueError if the calls differ."""
+    compared, levels = len(call.compared()), len(call.by_level)
+    if len({tuple(row[:compared]) for row in all_ranks}) > 1:
+        raise _disagreement(all_ranks, levels)
+    first = compared + 3
+    image_grads, text_grads, on_host = zip(*(row[compared:first] for row in all_ranks), strict=True)
+    return Shares(
+        rows=[row[first : first + 2 * levels : 2] for row in all_ranks],
+        texts=[row[first + 1 : first + 2 * levels : 2] for row in all_ranks],
         image_requires_grad=any(image_grads),
         text_requires_grad=any(text_grads),
         ids_on_host=all(on_host),
@@ -124,38 +161,48 @@ def _exchange_shares(levels: list[PreparedLevel], duplicates: str, group: Proces
 
 def _disagreement(all_ranks: list[list[int]], levels: int) -> ValueError:
     """Return the error that names the first difference, the same one on every rank."""
-    compared = [("", name) for name in _COMPARED]
-    compared += [(level_name(i, levels), name) for i in range(levels) for name in _COMPARED_BY_LEVEL]
     k, values = next((k, values) for k, values in enumerate(zip(*all_ranks, strict=True)) if len(set(values)) > 1)
-    where, name = compared[k]
+    where, name = compared_name(k, levels)
     rank = next(r for r, value in enumerate(values) if value != values[0])
-    first, other = (_shown(name, v) for v in (values[0], values[rank]))
+    first, other = (shown(name, v) for v in (values[0], values[rank]))
     return ValueError(
         f"group: {where}got {name} {first} on rank 0 of the group and {other} on rank {rank}, expected the same on "
         "all ranks, empty shares included"
     )
 
 
-def _shown(name: str, value: int) -> object:
+def compared_name(k: int, levels: int) -> tuple[str, str]:
+    """Return the level, if there are several, and the name of the number at `k` of `Call.compared`."""
+    if k < len(_COMPARED):
+        return "", _COMPARED[k]
+    level, k = divmod(k - len(_COMPARED), len(_COMPARED_BY_LEVEL))
+    return level_name(level, levels), _COMPARED_BY_LEVEL[k]
+
+
+def shown(name: str, value: int) -> object:
     if name == "chunk" and not value:
         return None
     return _NAMES[name][value] if name in _NAMES else value
 
 
-def _keep(ids: Tensor | None, sizes: list[int], rank: int) -> _Kept:  # ids: [all ranks' U]
+def keep_texts(ids: Sequence[Tensor | None], shares: Shares, rank: int) -> list[Kept]:  # ids: levels x [all ranks' U]
+    return [_keep(of_level, [counts[k] for counts in shares.texts], rank) for k, of_level in enumerate(ids)]
+
+
+def _keep(ids: Tensor | None, sizes: list[int], rank: int) -> Kept:  # ids: [all ranks' U]
     if ids is None:
-        return _Kept(sizes, None, None)
+        return Kept(sizes, None, None)
     of_rank, kept, position = _deduplicate_by_rank(ids, sizes)
     before = sum(sizes[:rank])
-    return _Kept(of_rank, kept[sum(of_rank[:rank]) :][: of_rank[rank]] - before, position)
+    return Kept(of_rank, kept[sum(of_rank[:rank]) :][: of_rank[rank]] - before, position)
 
 
 def _select_kept(
     level: PreparedLevel,  # with the weights of every rank's texts
     k: int,
-    kept: _Kept,
+    kept: Kept,
     duplicates: str,
-    shares: _Shares,
+    shares: Shares,
     group: ProcessGroup,
     chunk: int | None,
 ) -> PreparedLevel:
@@ -196,7 +243,7 @@ def _select_kept(
     )
 
 
-def _gather_texts(levels: list[PreparedLevel], kept: list[_Kept], group: ProcessGroup) -> list[PreparedLevel]:
+def _gather_texts(levels: list[PreparedLevel], kept: list[Kept], group: ProcessGroup) -> list[PreparedLevel]:
     """Replace this rank's texts by those of all ranks: one collective for all levels of a width."""
     texts = [level.text for level in levels]
     for width in dict.fromkeys(text.shape[1] for text in texts):
@@ -212,9 +259,9 @@ def _requiring_grad(x: Tensor, required: bool) -> Tensor:
     return x if x.requires_grad or not required else x.detach().requires_grad_()
 
 
-def _gather_values(
+def gather_values(
     values: list[Tensor | None],  # levels x [U]
-    shares: _Shares,
+    shares: Shares,
     group: ProcessGroup,
 ) -> list[Tensor | None]:  # levels x [all ranks' U]
     """Gather one value for each text of every rank, of all levels in one collective."""

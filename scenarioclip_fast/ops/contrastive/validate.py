@@ -46,6 +46,11 @@ def check_chunk(chunk: object) -> None:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 text, or None")
 
 
+def check_plan(plan: object, group: object) -> None:
+    if plan is not None and group is None:
+        raise ValueError("plan: got a plan without a group, expected the group that it was made for")
+
+
 def check_lists(lists: Mapping[str, Any]) -> None:
     """Check that all lists of a multilevel call have as many entries as the first; the optional ones may be None."""
     counts: dict[str, int] = {}
