@@ -230,6 +230,16 @@ class Directory:
         with self._named(name):
             return open(name, mode, opener=opener)
 
+    def size(self, name: str) -> int | None:
+        """The size of a file in bytes; None if there is no such file."""
+        status = self.status(name)
+        return None if status is None else status.st_size
+
+    def read(self, name: str) -> bytes:
+        """The content of a regular file; raises OSError like `open_regular`."""
+        with self.open(name) as file:
+            return bytes(file.read())
+
     def unlink(self, name: str, missing_ok: bool = False) -> None:
         """Remove a file; of a symbolic link, the link."""
         with self._named(name):

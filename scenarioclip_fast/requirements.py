@@ -29,7 +29,7 @@ OPTIONAL = {
     "yaml": ("pyyaml", "train", "reading configs"),
     "tqdm": ("tqdm", "train", "progress bars"),
     "matplotlib": ("matplotlib", "train", "plots and reports"),
-    "fsspec": ("fsspec", "remote", "reading shards from a URL"),
+    "fsspec": ("fsspec", "remote", "shards on a URL"),
     "sklearn": ("scikit-learn", "eval", "t-SNE maps"),
     "pyarrow": ("pyarrow", "parquet", "writing Parquet files"),
     "transformers": ("transformers", "generate", "the models of the generation pipeline"),

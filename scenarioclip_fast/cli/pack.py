@@ -66,10 +66,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--part",
         metavar="i/n",
-        help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common",
+        help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common; DIR may be a URL",
     )
     parser.add_argument(
-        "--merge", metavar="DIR", help="make one pack of the parts in DIR, the same for every n; no SOURCE"
+        "--merge", metavar="DIR", help="make one pack of the parts in DIR or at a URL, the same for every n; no SOURCE"
     )
     parser.add_argument(
         "--upgrade-index",

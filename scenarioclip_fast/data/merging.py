@@ -7,7 +7,8 @@ and a hash per key to find keys that occur twice.
     DIR/.parts/merge/journal.jsonl   the records of all shards; {"from": [folder, name]} is the file that becomes one
     DIR/.parts/merge/*               the other files of the pack, and shards that were written again
 
-When `merge/manifest.json` exists, the pack is complete and only has to be moved, which a later call continues.
+On a URL, these files are in a temporary directory of this machine, and the storage copies shards (see `remote_parts`).
+When a local `merge/manifest.json` exists, the pack is complete and only has to be moved, which a later call continues.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from scenarioclip_fast.data.parts import (
     MERGE,
     command,
     difference,
+    directory_of,
     evidence_of,
     lock_parts,
+    parse_record,
     part_names,
     read_json,
     read_scan,
@@ -43,9 +46,12 @@ from scenarioclip_fast.data.parts import (
     unit_name,
     units_of,
 )
+from scenarioclip_fast.data.remote import is_url
+from scenarioclip_fast.data.remote_folder import RemoteFolder
+from scenarioclip_fast.data.remote_parts import RemoteMergeStage, is_complete, remove_parts, scratch
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
-from scenarioclip_fast.data.staging import PARTS, Stage, check_local, lock
+from scenarioclip_fast.data.staging import PARTS, Stage, lock
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
 from scenarioclip_fast.progress import progress as show_progress
@@ -64,7 +70,7 @@ def merge_parts(
     The pack is the same for every n. Repeat the call to resume an interrupted merge; merging again is a no-op.
 
     Args:
-        directory: the `out_dir` of the parts.
+        directory: the `out_dir` of the parts, which may be a URL.
         verify: compare the SHA-256 of all shards with their records, and not only their sizes.
         boxes: "xyxy" accepts boxes that seem to be in another convention.
         allow_empty_level: accept that all objects or all relations were rejected.
@@ -74,13 +80,35 @@ def merge_parts(
         UserError: no parts; a part is missing, unfinished, damaged, or of another source, version or other options; no
             disk space; or the data set was misunderstood (see `pack`). The parts are kept.
     """
-    check_local(directory)
-    out = Path(directory)
     if boxes not in (None, "xyxy"):
         raise UserError(
             f"boxes: got {boxes!r}, expected xyxy: parts are packed with this option, and merged without it"
         )
-    review = Review(out, progress, allow_empty_level)
+    if is_url(directory):
+        review = Review(RemoteFolder.of(str(directory)), progress, allow_empty_level)
+        return _merge_remote(review, verify, boxes is None)
+    review = Review(Path(directory), progress, allow_empty_level)
+    return _merge_local(review, Path(directory), verify, boxes is None)
+
+
+def _merge_remote(review: Review, verify: bool, judge_boxes: bool) -> PackReport:
+    out = review.out
+    assert isinstance(out, RemoteFolder)
+    try:
+        if is_complete(out) or not part_names(out):
+            report = _merged_before(review)
+        else:
+            with scratch() as folder, RemoteMergeStage(out, folder, review.progress) as stage:
+                report = report_of(out, _Parts(review, verify).merge(stage, judge_boxes))
+        remove_parts(out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; the parts are kept") from error
+    if is_regular(review.listing) and not report.up_to_date:
+        review.listing.unlink()
+    return report
+
+
+def _merge_local(review: Review, out: Path, verify: bool, judge_boxes: bool) -> PackReport:
     if not (out / PARTS).is_dir():
         return _merged_before(review)
     held = lock_parts(out, shared=False)
@@ -92,7 +120,7 @@ def merge_parts(
                 resumed = is_regular(stage.path / "manifest.json")
                 stage.complete_installation()
                 if not is_regular(out / "manifest.json"):
-                    report = report_of(out, _Parts(review, verify).merge(stage, boxes is None))
+                    report = report_of(out, _Parts(review, verify).merge(stage, judge_boxes))
                 elif resumed:
                     report = report_of(out, _manifest(out))
                 else:
@@ -105,24 +133,29 @@ def merge_parts(
     return report
 
 
-def _manifest(out: Path) -> dict[str, Any]:
-    with Directory(out.resolve()) as files:
+def _manifest(out: Path | RemoteFolder) -> dict[str, Any]:
+    with _root_of(out) as files:
         manifest = read_json(files, "manifest.json")
     if manifest is None or not {"splits", "causes", "vocabulary"} <= manifest.keys():
         raise UserError(f"{out / 'manifest.json'}: damaged, expected the manifest of a pack")
     return manifest
 
 
+def _root_of(out: Path | RemoteFolder) -> Directory | RemoteFolder:
+    """Open the directory of a pack, to which a symbolic link may lead."""
+    return directory_of(out.resolve() if isinstance(out, Path) else out)
+
+
 def _merged_before(review: Review) -> PackReport:
     """The report of a pack that is complete already; raises UserError if there is none, or parts of another."""
     out = review.out
-    if not is_regular(out / "manifest.json"):
+    if not is_complete(out):
         raise UserError(f"{out}: contains no parts of a pack, expected those of `{command(out, None)}`")
     manifest = _manifest(out)
-    with Directory(out.resolve()) as files:
+    with _root_of(out) as files:
         fingerprint = (read_json(files, "source.json") or {}).get("fingerprint")
     for (i, n), name in part_names(out).items():
-        with Directory(out / PARTS / name) as files:
+        with directory_of(out / PARTS / name) as files:
             header = read_json(files, HEADER)
         if header is not None and header.get("fingerprint") != fingerprint:
             raise UserError(
@@ -187,6 +220,7 @@ class _Parts:
         self._review, self._out, self._verify = review, review.out, verify
         self._names = part_names(self._out)
         self._count = self._check_names()
+        self._folders = {i: self._out / PARTS / name for (i, _), name in self._names.items()}
         self._header, done = self._check_headers()
         self._items: int = done["items"]
         self._size: int = self._header["options"]["shard_size"]
@@ -219,7 +253,7 @@ class _Parts:
         first: tuple[dict[str, Any], dict[str, Any]] | None = None
         unfinished = []
         for i in range(1, self._count + 1):
-            with Directory(self._folder(i)) as files:
+            with directory_of(self._folders[i]) as files:
                 header, done = read_json(files, HEADER), read_json(files, DONE)
             if header is None or done is None:
                 unfinished.append(i)
@@ -234,25 +268,30 @@ class _Parts:
             if what is not None or done["items"] != first[1]["items"]:
                 raise UserError(
                     f"{self._out}: part {i} of {self._count} is from {what or 'a source of another size'}, as the "
-                    f"parts before it: remove {self._folder(i)}, and run {command(self._out, (i, self._count))}"
+                    f"parts before it: remove {self._folders[i]}, and run {command(self._out, (i, self._count))}"
                 )
         if unfinished:
             raise self._lacking(unfinished[0], "unfinished", len(unfinished))
         assert first is not None
         return first
 
-    def _folder(self, i: int) -> Path:
-        return self._out / PARTS / self._names[i, self._count]
-
-    def _units(self) -> Iterator[tuple[int, Path, dict[str, Any]]]:
+    def _units(self) -> Iterator[tuple[int, Path | RemoteFolder, dict[str, Any]]]:
         """The part, the directory and the record of each unit, in order."""
-        for unit in units_of((1, 1), self._items, self._size):
+        units = units_of((1, 1), self._items, self._size)
+        for unit, record in zip(units, self._unit_records(units), strict=True):
             i = unit % self._count + 1
-            with Directory(self._folder(i)) as files:
-                record = read_json(files, unit_name(unit))
             if record is None or record.get("unit") != unit:
                 raise self._lacking(i, f"damaged ({unit_name(unit)})")
-            yield i, self._folder(i), record
+            yield i, self._folders[i], record
+
+    def _unit_records(self, units: range) -> Iterator[dict[str, Any] | None]:
+        files = ((self._folders[unit % self._count + 1], unit_name(unit)) for unit in units)
+        if isinstance(self._out, RemoteFolder):
+            yield from map(parse_record, self._out.read_each(f"{PARTS}/{folder.name}/{name}" for folder, name in files))
+            return
+        for folder, name in files:
+            with directory_of(folder) as directory:
+                yield read_json(directory, name)
 
     def _find_repeated(self) -> NDArray[np.uint64]:
         """Check the shards of all units, and return the sorted hashes that several keys have."""
@@ -271,12 +310,12 @@ class _Parts:
         found.sort()
         return np.unique(found[1:][found[1:] == found[:-1]])
 
-    def _check_shard(self, i: int, folder: Path, shard: dict[str, Any]) -> None:
+    def _check_shard(self, i: int, folder: Path | RemoteFolder, shard: dict[str, Any]) -> None:
         again = f"run {command(self._out, (i, self._count))}, which packs it again"
-        with Directory(folder) as files:
-            status = files.status(shard["name"])
-            if status is None or status.st_size != shard["bytes"]:
-                got = "is missing" if status is None else f"got {status.st_size} bytes, expected {shard['bytes']}"
+        with directory_of(folder) as files:
+            size = files.size(shard["name"])
+            if size != shard["bytes"]:
+                got = "is missing" if size is None else f"got {size} bytes, expected {shard['bytes']}"
                 raise UserError(f"{folder / shard['name']}: {got}; {again}")
             if self._verify:
                 with files.open(shard["name"]) as file:
@@ -340,10 +379,10 @@ class _Parts:
         return repeated
 
     def _rewrite(
-        self, stage: Stage, name: str, folder: Path, shard: dict[str, Any], without: Mapping[int, str]
+        self, stage: Stage, name: str, folder: Path | RemoteFolder, shard: dict[str, Any], without: Mapping[int, str]
     ) -> dict[str, Any]:
         """Write a shard again without some of its scenes."""
-        with Directory(folder) as files, files.open(shard["name"]) as old:
+        with directory_of(folder) as files, files.open(shard["name"]) as old:
             new = OpenShard.create(name, stage.create(name))
             try:
                 for number, (key, *extents) in zip(shard["numbers"], shard["rows"], strict=True):

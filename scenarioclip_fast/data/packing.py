@@ -32,7 +32,19 @@ from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.diagnosis import Cause, Diagnosis
 from scenarioclip_fast.data.parallel import Workers, ordered_map
-from scenarioclip_fast.data.parts import Numbered, Part, check_part, evidence_of, part_name, rejections_of, write_units
+from scenarioclip_fast.data.parts import (
+    LocalPart,
+    Numbered,
+    Part,
+    check_part,
+    evidence_of,
+    part_name,
+    rejections_of,
+    write_units,
+)
+from scenarioclip_fast.data.remote import is_url
+from scenarioclip_fast.data.remote_folder import RemoteFolder
+from scenarioclip_fast.data.remote_parts import RemotePart, check_remote_target, find_merged, is_complete
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter
@@ -61,7 +73,7 @@ class PackReport:
     nothing was written.
     """
 
-    directory: Path
+    directory: Path | str  # str: a URL
     splits: dict[str, dict[str, int]]
     vocabulary: dict[str, int]
     rejected: dict[str, int] = field(default_factory=dict)
@@ -182,7 +194,7 @@ def pack(
         source: a data set on disk (a path, a glob pattern or a list of them, in any format of `sources.registry`); or
             scenes, whose images are encoded bytes, or pixels, which are encoded as JPEG; or a `sources.Source`.
         out_dir: created, or replaced if it holds a pack of this schema. Files are moved into it when the pack is
-            complete.
+            complete. With `part`, it may be a URL.
         format: a registered format ("published", "webdataset", ...), or "auto" to recognise it.
         shard_size: scenes per shard.
         val, test: fractions of the scenes without an assigned split that go to these splits, chosen by a hash of the
@@ -217,12 +229,17 @@ def pack(
         raise UserError(f"workers: got {workers}, expected at least 1")
     if part is not None:
         part = check_part(part)
-    for path in (out_dir, *(source if isinstance(source, list | tuple) else [source])):
-        check_local(path)
-    out = Path(out_dir)
-    check_target(out, force, part is not None)
+    for path in source if isinstance(source, list | tuple) else [source]:
+        check_local(path, "; a source is read from a mount")
+    if part is None:
+        check_local(out_dir, "; pack in parts to write to a URL: `pack SOURCE --out URL --part 1/1`, then --merge URL")
+    out = RemoteFolder.of(str(out_dir)) if is_url(out_dir) else Path(out_dir)
+    if isinstance(out, Path):
+        check_target(out, force, part is not None)
+    else:
+        check_remote_target(out, force)
     data = _open(source, format, read)
-    if out.resolve() in data.directories:
+    if (out.resolve() if isinstance(out, Path) else out.local) in data.directories:
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
     review = Review(out, progress, allow_empty_level, "" if part is None else part_name(part))
     run = _Run(data, options, options.fingerprint(data), workers, review)
@@ -231,7 +248,11 @@ def pack(
             f"{review.listing}: got a {kind_of(found.st_mode)}, expected nothing or the list of an earlier run's "
             "rejections; move it away, or choose another directory for the pack"
         )
-    report = _pack_all(run, out, force) if part is None else _pack_part(run, out, part)
+    if part is None:
+        assert isinstance(out, Path)
+        report = _pack_all(run, out, force)
+    else:
+        report = _pack_part(run, out, part)
     if is_regular(review.listing) and not report.up_to_date:
         review.listing.unlink()
     return report
@@ -265,7 +286,7 @@ def _pack_all(run: _Run, out: Path, force: bool) -> PackReport:
     return report_of(out, manifest)
 
 
-def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
+def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> PackReport:
     log = run.review.log
     if run.fingerprint is None:
         raise UserError(
@@ -274,9 +295,11 @@ def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
         )
 
     def merged() -> PackReport | None:
-        if not is_regular(out / "manifest.json"):
+        if not is_complete(out):
             return None
-        if (manifest := find_up_to_date(out, cast("str", run.fingerprint))) is None:
+        fingerprint = cast("str", run.fingerprint)
+        manifest = find_up_to_date(out, fingerprint) if isinstance(out, Path) else find_merged(out, fingerprint)
+        if manifest is None:
             raise UserError(
                 f"{out}: contains a complete pack of another source or other options; remove it, or choose another "
                 "directory for the parts"
@@ -288,7 +311,7 @@ def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
         return report
     header = run.options.header() | {"fingerprint": run.fingerprint}
     try:
-        with Part(out, part, header) as files:
+        with (LocalPart if isinstance(out, Path) else RemotePart)(out, part, header) as files:
             if (report := merged()) is not None:  # since
                 return report
             up_to_date = files.is_done
@@ -300,7 +323,7 @@ def _pack_part(run: _Run, out: Path, part: tuple[int, int]) -> PackReport:
                 _fill_part(run, files)
             return _report_part(files, up_to_date)
     except OSError as error:
-        raise UserError(f"{error.filename or out / PARTS / part_name(part)}: {error.strerror}") from error
+        raise UserError(f"{error.filename or out / PARTS / part_name(part)}: {error.strerror or error}") from error
 
 
 def _fill_part(run: _Run, part: Part) -> None:
@@ -330,7 +353,7 @@ def _report_part(part: Part, up_to_date: bool) -> PackReport:
     kept = {name: sum(found[name] for found in splits.values()) for name in COUNTS}
     large = [str(loss) for loss in diagnosis.losses(kept) if loss.is_large]
     return PackReport(
-        part.out,
+        part.out if isinstance(part.out, Path) else str(part.out),
         splits,
         {level: len(found) for level, found in texts.items()},
         diagnosis.reasons(),
@@ -423,12 +446,12 @@ def _pack_numbered(reader: Reader, options: PackOptions, numbered: tuple[int, An
     return item
 
 
-def report_of(out: Path, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
+def report_of(out: Path | RemoteFolder, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
     """The report of a complete pack."""
     splits = {split: {name: found[name] for name in COUNTS} for split, found in manifest["splits"].items()}
     causes = [Cause(**cause) for cause in manifest["causes"]]
     return PackReport(
-        out,
+        out if isinstance(out, Path) else str(out),
         splits,
         manifest["vocabulary"],
         manifest["rejected"],

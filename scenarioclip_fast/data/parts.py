@@ -11,6 +11,8 @@ depend on n, and so neither does what `merging` makes of them.
     DIR/.parts/3-of-7/unit-000012.json  the records of unit 12's shards, and its rejections: written after the shards
     DIR/.parts/3-of-7/done.json         the number of items and, in part 1, what else the scan found: written last
 
+On a URL (see `remote_parts`), nothing is locked, and files are uploaded in the same order.
+
 A part that was interrupted packs the units without a record, or whose shards do not have the size in the record.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -31,6 +34,7 @@ from numpy.typing import NDArray
 
 from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import Rejection
+from scenarioclip_fast.data.remote_folder import RemoteFolder
 from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, duplicate
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
@@ -75,10 +79,10 @@ def part_name(part: tuple[int, int]) -> str:
     return f"{part[0]}-of-{part[1]}"
 
 
-def part_names(out: Path) -> dict[tuple[int, int], str]:
+def part_names(out: Path | RemoteFolder) -> dict[tuple[int, int], str]:
     """The directories of the parts in `out`: (i, n) -> name."""
     try:
-        names = sorted(os.listdir(out / PARTS))
+        names = sorted(os.listdir(out / PARTS)) if isinstance(out, Path) else (out / PARTS).names()
     except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {name: match for name in names if (match := PART_NAME.fullmatch(name))}
@@ -95,17 +99,29 @@ def units_of(part: tuple[int, int], items: int, size: int) -> range:
     return range(part[0] - 1, -(-items // size), part[1])
 
 
-def command(out: Path, part: tuple[int, int] | None) -> str:
+def command(out: Path | RemoteFolder, part: tuple[int, int] | None) -> str:
     """The command that packs a part; None: any."""
     return f"pack SOURCE --out {out} --part {'i/n' if part is None else f'{part[0]}/{part[1]}'}"
 
 
-def read_json(files: Directory, name: str) -> dict[str, Any] | None:
+def directory_of(path: Path | RemoteFolder) -> Directory | RemoteFolder:
+    """Open a directory, local or of a URL."""
+    return Directory(path) if isinstance(path, Path) else path
+
+
+def read_json(files: Directory | RemoteFolder, name: str) -> dict[str, Any] | None:
     """A JSON object in a directory; None if the file does not exist or is damaged."""
     try:
-        with files.open(name) as file:
-            found = parse_json(file.read(), strict=False)  # the boxes of objects without masks come with NaN
-    except (OSError, ValueError):
+        return parse_record(files.read(name))
+    except OSError:
+        return None
+
+
+def parse_record(data: bytes | None) -> dict[str, Any] | None:
+    """Parse a JSON object; None if the data are damaged, or None."""
+    try:
+        found = None if data is None else parse_json(data, strict=False)  # boxes of objects without masks come with NaN
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
@@ -143,8 +159,8 @@ def lock_parts(out: Path, shared: bool) -> IO[bytes] | None:
         file.close()
 
 
-class Part:
-    """The locked directory of a part.
+class Part(ABC):
+    """The directory of a part.
 
     Args:
         out: of the pack.
@@ -155,23 +171,15 @@ class Part:
         UserError: another process packs this part or merges the parts, or there are parts of something else.
     """
 
-    def __init__(self, out: Path, part: tuple[int, int], header: dict[str, Any]) -> None:
+    _files: Directory | RemoteFolder
+
+    def __init__(self, out: Path | RemoteFolder, part: tuple[int, int], header: dict[str, Any]) -> None:
         self.out, self.number, self.count = out, *part
         self.name = part_name(part)
         self.path = out / PARTS / self.name
         self._size: int = header["options"]["shard_size"]
         with ExitStack() as stack:
-            parts = lock_parts(out, shared=True)
-            if parts is None:
-                raise UserError(f"{out}: another process is merging the parts")
-            stack.enter_context(parts)
-            if is_regular(out / PARTS / MERGE / "manifest.json"):
-                raise UserError(f"{out}: the merge of its parts was interrupted; finish it with `pack --merge {out}`")
-            self._check_others(header)
-            self.path.mkdir(exist_ok=True)
-            self._files = stack.enter_context(Directory(self.path))
-            if not lock(stack.enter_context(self._files.open(LOCK, "ab+")).fileno()):
-                raise UserError(f"{out}: another process is packing part {self.number} of {self.count}")
+            self._open(stack, header)
             for name in self._files.names():
                 if not FILES.fullmatch(name):
                     raise UserError(
@@ -180,6 +188,10 @@ class Part:
             self._write(HEADER, header)
             self.units = self._intact_units()
             self._stack = stack.pop_all()
+
+    @abstractmethod
+    def _open(self, stack: ExitStack, header: dict[str, Any]) -> None:
+        """Compare the header with that of other parts, and open the directory."""
 
     def _check_others(self, header: dict[str, Any]) -> None:
         """Compare the header with that of this part and of one other."""
@@ -193,7 +205,7 @@ class Part:
                 )
             if compared == 2:
                 continue
-            with Directory(self.out / PARTS / name) as files:
+            with directory_of(self.out / PARTS / name) as files:
                 other = read_json(files, HEADER)
             if other is None:  # just created
                 continue
@@ -205,24 +217,28 @@ class Part:
                 )
 
     def _intact_units(self) -> set[int]:
-        """The units that are finished. Removes the files of all others."""
+        """The units that are finished."""
         names = set(self._files.names())
         kept, units = {LOCK, HEADER, DONE}, set()
-        for name in names:
-            if (match := _UNIT_NAME.fullmatch(name)) is None:
-                continue
-            record = read_json(self._files, name) or {}
+        records = sorted(name for name in names if _UNIT_NAME.fullmatch(name))
+        for name, record in zip(records, self._read(records), strict=True):
             with suppress(KeyError, TypeError):
-                sizes = {shard["name"]: shard["bytes"] for shard in record["shards"]}
-                if all((found := self._files.status(one)) and found.st_size == size for one, size in sizes.items()):
-                    units.add(int(match[1]))
+                sizes = {shard["name"]: shard["bytes"] for shard in (record or {})["shards"]}
+                if all(self._files.size(one) == size for one, size in sizes.items()):
+                    units.add(int(name[len("unit-") : -len(".json")]))
                     kept |= {name, *sizes}
-        records = {name for name in names if _UNIT_NAME.fullmatch(name)}
-        if records - kept:
+        if set(records) - kept:
             kept.discard(DONE)
-        for name in sorted(names - kept, key=lambda name: name not in records):
-            self._files.unlink(name)
+        self._tidy(sorted(names - kept, key=lambda name: name not in records))
         return units
+
+    @abstractmethod
+    def _read(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        """Read JSON objects; None if damaged."""
+
+    @abstractmethod
+    def _tidy(self, names: Sequence[str]) -> None:
+        """Remove the files of unfinished units, in this order, where that is safe."""
 
     def __enter__(self) -> Part:
         return self
@@ -246,8 +262,7 @@ class Part:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of the finished units, in their order."""
-        for unit in sorted(self.units):
-            record = read_json(self._files, unit_name(unit))
+        for record in self._read([unit_name(unit) for unit in sorted(self.units)]):
             assert record is not None
             yield record
 
@@ -256,17 +271,13 @@ class Part:
         """What the scan found, of the first part when it is done; otherwise nothing."""
         return read_scan(read_json(self._files, DONE) or {})
 
+    @abstractmethod
     def create(self, name: str) -> IO[bytes]:
         """Create a shard."""
-        return self._files.open(name, "xb")
 
     def add(self, record: dict[str, Any]) -> None:
         """Finish a unit, whose shards are written."""
-        for shard in record["shards"]:
-            with self._files.open(shard["name"]) as file:
-                os.fsync(file.fileno())
-                shard |= {"sha256": sha256_of(file), "bytes": os.fstat(file.fileno()).st_size}
-        self._files.sync()
+        self._store(record["shards"])
         self._write(unit_name(record["unit"]), record)
         self.units.add(record["unit"])
 
@@ -283,6 +294,53 @@ class Part:
             found["scan"] = {"rejected": rejected, "ignored": scan.ignored, "warnings": scan.warnings}
             found["classes"] = classes
         self._write(DONE, found)
+
+    @abstractmethod
+    def _store(self, shards: list[dict[str, Any]]) -> None:
+        """Store finished shards durably, and add their digests and sizes to their records."""
+
+    @abstractmethod
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        """Write a JSON object."""
+
+
+class LocalPart(Part):
+    """The locked directory of a part."""
+
+    _files: Directory
+
+    def _open(self, stack: ExitStack, header: dict[str, Any]) -> None:
+        out = self.out
+        assert isinstance(out, Path) and isinstance(self.path, Path)
+        parts = lock_parts(out, shared=True)
+        if parts is None:
+            raise UserError(f"{out}: another process is merging the parts")
+        stack.enter_context(parts)
+        if is_regular(out / PARTS / MERGE / "manifest.json"):
+            raise UserError(f"{out}: the merge of its parts was interrupted; finish it with `pack --merge {out}`")
+        self._check_others(header)
+        self.path.mkdir(exist_ok=True)
+        self._files = stack.enter_context(Directory(self.path))
+        if not lock(stack.enter_context(self._files.open(LOCK, "ab+")).fileno()):
+            raise UserError(f"{out}: another process is packing part {self.number} of {self.count}")
+
+    def _read(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        return (read_json(self._files, name) for name in names)
+
+    def _tidy(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._files.unlink(name)
+
+    def create(self, name: str) -> IO[bytes]:
+        """Create a shard."""
+        return self._files.open(name, "xb")
+
+    def _store(self, shards: list[dict[str, Any]]) -> None:
+        for shard in shards:
+            with self._files.open(shard["name"]) as file:
+                os.fsync(file.fileno())
+                shard |= {"sha256": sha256_of(file), "bytes": os.fstat(file.fileno()).st_size}
+        self._files.sync()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         """Write a file, all or nothing."""

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scenarioclip_fast import forks
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
@@ -67,6 +68,24 @@ _PERMANENT = (
 )
 
 
+def open_url(url: str) -> tuple[Any, str]:
+    """The file system of fsspec for a URL, and the path of the URL in it.
+
+    Raises:
+        UserError: fsspec does not support the protocol.
+        MissingDependencyError: fsspec, or its package for this protocol, is not installed.
+    """
+    try:
+        fs, path = require("fsspec").core.url_to_fs(url)
+    except MissingDependencyError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(f"{url}: this kind of storage requires another package: {error}") from error
+    except (ValueError, OSError) as error:  # OSError: of an archive, which is opened already
+        raise UserError(f"{url}: not a URL that fsspec can open ({error})") from None
+    return fs, path
+
+
 class Store:
     """Reads files below a URL. Reads never hang: each attempt has a timeout, and transient failures are retried.
 
@@ -84,14 +103,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        try:
-            self._fs, self._root = require("fsspec").core.url_to_fs(url)
-        except MissingDependencyError:
-            raise
-        except ImportError as error:
-            raise MissingDependencyError(f"{url}: this kind of storage requires another package: {error}") from error
-        except ValueError as error:
-            raise UserError(f"{url}: not a URL that fsspec can open ({error})") from None
+        self._fs, self._root = open_url(url)
         self._closed = threading.Event()
         self._origin = forks.Origin()
         self._retry_at: dict[str, float] = {}  # failed file -> earliest time of the next attempt

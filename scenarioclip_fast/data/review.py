@@ -11,6 +11,7 @@ from pathlib import Path
 from scenarioclip_fast.data.boxes import BoxTally
 from scenarioclip_fast.data.check import Rejection
 from scenarioclip_fast.data.diagnosis import Diagnosis, Loss
+from scenarioclip_fast.data.remote_folder import RemoteFolder
 from scenarioclip_fast.data.shard_writer import PackedItem, rejection_lines
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.errors import UserError
@@ -31,7 +32,7 @@ class Review:
         part: of the pack that is reviewed, "2-of-7"; "": all of it.
     """
 
-    out: Path
+    out: Path | RemoteFolder
     progress: bool
     allow_empty_level: bool
     part: str = ""
@@ -100,8 +101,11 @@ class Review:
 
     @property
     def listing(self) -> Path:
-        """Where a run that fails lists its rejections: next to `out`, which may hold an older pack."""
-        out = self.out.absolute()
+        """Where a run that fails lists its rejections: next to `out`, which may hold an older pack.
+
+        For a URL, it is the current directory.
+        """
+        out = self.out.absolute() if isinstance(self.out, Path) else Path(self.out.name).absolute()
         part = f".{self.part}" if self.part else ""
         return out.with_name(f"{out.name}{part}.rejected.jsonl")
 

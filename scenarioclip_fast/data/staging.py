@@ -243,7 +243,7 @@ class Stage:
         The old manifest is removed first and the new one moved last, so a directory with a manifest is a complete pack.
         """
         try:
-            new = _files_of(json.loads(self.read("manifest.json")))
+            new = files_of(json.loads(self.read("manifest.json")))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"{self.path / 'manifest.json'}: damaged, expected the manifest of a complete pack; remove the "
@@ -304,12 +304,10 @@ def _on_other_device(out: Path) -> bool:
     return False
 
 
-def check_local(path: object) -> None:
-    """Raise UserError if `path` is a URL, of which `Path` would make a local path."""
+def check_local(path: object, instead: str = "") -> None:
+    """Raise UserError if `path` is a URL, of which `Path` would make a local path; `instead` says what to do."""
     if isinstance(path, str) and "://" in path:
-        raise UserError(
-            f"{path}: got a URL, expected a local or mounted path; packs are read from URLs, but not written to them"
-        )
+        raise UserError(f"{path}: got a URL, expected a local or mounted path{instead}")
 
 
 def check_target(out: Path, force: bool, part: bool = False) -> None:
@@ -381,7 +379,8 @@ def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
     return manifest if intact else None
 
 
-def _files_of(manifest: dict[str, Any]) -> set[str]:
+def files_of(manifest: dict[str, Any]) -> set[str]:
+    """The files of a pack besides its manifest."""
     shards = {shard["name"] for split in manifest["splits"].values() for shard in split["shards"]}
     return {*shards, *manifest["sha256"], "source.json"}
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ from typing import Any
 
 import pytest
 from campaign import generator, trials
-from packs import read_rows
+from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, read_raw, write_source, write_tar
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, merging, pack, packing
@@ -32,80 +29,6 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory
 
 KILLS = trials(4, 50)
-SIZE = 4  # scenes per unit, and so per shard at most
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
-
-
-def pack_part(source: Path, out: Path, i: int, n: int, **options: Any) -> Any:
-    return pack(source, out, part=(i, n), progress=False, **{"shard_size": SIZE} | options)
-
-
-def pack_in_parts(source: Path, out: Path, n: int, **options: Any) -> dict[str, bytes]:
-    """Pack all parts, in another order than theirs, and merge them."""
-    for i in random.Random(n).sample(range(1, n + 1), n):
-        pack_part(source, out, i, n, **options)
-    merge_parts(out, progress=False)
-    assert sorted(path.name for path in out.parent.glob(f"{out.name}*")) == [out.name]
-    assert not (out / ".parts").exists()
-    return contents(out)
-
-
-def write_tar(path: Path, samples: list[tuple[str, bytes, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, image, record in samples:
-            for suffix, data in (("jpg", image), ("json", record)):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def write_source(folder: Path, scenes: int = 72) -> None:
-    """Three splits with damaged images, a unit without a valid scene, bad boxes, and keys that occur in several units.
-
-    The second scene of a key has an object named "copy", which no pack may contain.
-    """
-    packed = folder.parent / f"{folder.name}-packed"
-    pack(generate_scenes(scenes, seed=2), packed, split="hash", val=0, test=0, progress=False)
-    dataset = ShardSet(packed)
-    samples = [(key, *_raw(packed, key)) for key in sorted(dataset.keys)]
-    shutil.rmtree(packed)
-    for i in [*range(5, scenes, 11), *range(12, 16)]:  # 12 to 15 are a unit
-        samples[i] = samples[i][0], samples[i][1][:300], samples[i][2]
-    for i in range(2, scenes, 7):
-        record = json.loads(samples[i][2])
-        record["objects"].append({"name": "outside", "box": [-90, 0, -10, 5], "mask": None})
-        samples[i] = *samples[i][:2], json.dumps(record).encode()
-    copies = []
-    for key, image, text in samples:
-        record = json.loads(text)
-        record["objects"].append(record["objects"][0] | {"name": "copy"})
-        copies.append((key, image, json.dumps(record).encode()))
-    tars = {
-        "train-0": samples[:30],
-        # Units of nothing but duplicates, and of some; the first of a key may be a damaged one.
-        "train-1": copies[:10] + copies[20:22] + copies[24:25] + samples[30:32],
-        "train-2": copies[31:32] + samples[32:50],  # the duplicate is in the unit of its first
-        "train-3": copies[5:40:3],
-        "val-0": samples[50:57],
-        "val-1": copies[51:53],
-        "test-0": samples[57:],
-    }
-    folder.mkdir()
-    for name, members in tars.items():
-        write_tar(folder / f"{name}.tar", members)
-
-
-def _raw(packed: Path, key: str) -> tuple[bytes, bytes]:
-    for path in packed.glob("*.tar"):
-        with tarfile.open(path) as tar:
-            if f"{key}.jpg" in tar.getnames():
-                image, record = (tar.extractfile(f"{key}.{suffix}") for suffix in ("jpg", "json"))
-                assert image is not None and record is not None
-                return image.read(), record.read()
-    raise AssertionError(key)
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +42,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The pack of one part."""
     return pack_in_parts(source, tmp_path_factory.mktemp("expected") / "out", 1)
-
-
-def keys_of(directory: Path) -> dict[str, list[str]]:
-    """The keys of each split in order, from the index; the tars must hold exactly these."""
-    index = read_rows(directory)
-    found: dict[str, list[str]] = {}
-    for name, rows in index.items():
-        keys = [row[0] for row in rows]
-        with tarfile.open(directory / name) as tar:
-            assert tar.getnames() == [f"{key}.{suffix}" for key in keys for suffix in ("jpg", "json")]
-        found.setdefault(name.partition("-")[0], []).extend(keys)
-    return found
 
 
 def test_the_parts_hold_what_a_pack_in_one_piece_holds(
@@ -303,7 +214,7 @@ def test_only_one_process_packs_a_part_and_merges(source: Path, tmp_path: Path) 
     out = tmp_path / "out"
     pack_part(source, out, 1, 2)
     header = json.loads((out / ".parts" / "1-of-2" / "part.json").read_text())
-    with parts_module.Part(out, (2, 2), header):
+    with parts_module.LocalPart(out, (2, 2), header):
         with pytest.raises(UserError, match=r"out: another process is packing part 2 of 2$"):
             pack_part(source, out, 2, 2)
         pack_part(source, out, 1, 2)  # others are not affected
@@ -455,11 +366,10 @@ def test_wrong_options_of_a_merge(options: list[str], message: str, capsys: Any)
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("options", [["set", "--out", "s3://b/c"], ["set", "--out", "s3://b/c", "--part", "1/2"]])
-def test_urls_are_refused(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_urls_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Of which a local path with a folder "s3:" would be made."""
     monkeypatch.chdir(tmp_path)
-    for command in (options, ["--merge", "s3://b/c"], ["s3://b/c", "--out", "out"]):
+    for command in ([str(source), "--out", "s3://b/c"], ["s3://b/c", "--out", "out", "--part", "1/2"]):
         assert main(["pack", *command]) == 2
         error = capsys.readouterr().err
         assert (
@@ -500,7 +410,7 @@ def test_boxes_in_another_convention(n: int, tmp_path: Path, capsys: Any) -> Non
     pack(generate_scenes(24, seed=1), tmp_path / "good", split="hash", val=0, test=0, progress=False)
     samples = []
     for key in ShardSet(tmp_path / "good").keys:
-        image, text = _raw(tmp_path / "good", key)
+        image, text = read_raw(tmp_path / "good", key)
         record = json.loads(text)
         for one in record["objects"]:
             x1, y1, x2, y2 = one["box"]
@@ -520,7 +430,7 @@ def test_boxes_in_another_convention(n: int, tmp_path: Path, capsys: Any) -> Non
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_lost_level_and_no_scenes(n: int, source: Path, tmp_path: Path, capsys: Any) -> None:
     pack(generate_scenes(12, seed=1), tmp_path / "good", split="hash", val=0, test=0, progress=False)
-    raw = [(key, *_raw(tmp_path / "good", key)) for key in ShardSet(tmp_path / "good").keys]
+    raw = [(key, *read_raw(tmp_path / "good", key)) for key in ShardSet(tmp_path / "good").keys]
     bad = []
     for key, image, text in raw:
         record = json.loads(text)
