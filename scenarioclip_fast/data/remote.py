@@ -154,7 +154,9 @@ class Store:
 
     def _read_once(self, name: str, start: int | None, end: int | None) -> bytes:
         try:
-            return self._with_timeout(lambda: self._fs.cat_file(f"{self._root.rstrip('/')}/{name}", start, end))
+            path = f"{self._root.rstrip('/')}/{name}"
+            # By keyword: the second parameter of s3fs is a version.
+            return self._with_timeout(lambda: self._fs.cat_file(path, start=start, end=end))
         except Exception as error:
             if getattr(error, "status", None) == 416:  # the range starts after the end of the file
                 return b""

@@ -485,6 +485,22 @@ def test_pickled_copies_can_read(packed: Path, cache: Path) -> None:
     shards.close()
 
 
+def test_a_file_system_with_versions(packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of s3:// reads (path, version_id, start, end)."""
+    memory = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
+    read = memory.cat_file
+
+    def cat_file(fs: Any, path: str, version_id: Any = None, start: Any = None, end: Any = None) -> Any:
+        assert version_id is None, f"got a version: {version_id!r}"
+        return read(fs, path, start=start, end=end)
+
+    monkeypatch.setattr(memory, "cat_file", cat_file)
+    with source("memory", packed) as url:
+        shards = ShardSet(url, shard_cache_dir=cache, shard_cache_gib=1)
+        assert [shards.read(i).key for i in range(SCENES)] == shards.keys
+        shards.close()
+
+
 def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="nope://x: not a URL that fsspec can open"):
         ShardSet("nope://x")
