@@ -9,6 +9,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _worlds = itertools.count()
 _GRACE_S = 10.0  # time for a rank to exit by itself after another is lost
 _POLL_S = 0.3  # at most, between looks at what other ranks have published
 _NAMED = 3  # disagreements in a message
+_LOST_STORE = "rank 0, which hosts the rendezvous store, is gone"
 _SAME_COMMAND = "start all ranks with the same command and the same installation"
 
 
@@ -144,14 +146,14 @@ def join_world(
         yield _world(target, timeout_s, comparison)
         return
     shared, rank = _rendezvous(size, timeout_s)
-    # The store may outlive a world: under torchrun it belongs to the whole job.
-    store = PrefixStore(f"world-{next(_worlds)}", shared)
+    store = _store_of_this_start(PrefixStore(f"world-{next(_worlds)}", shared), rank, timeout_s)
     watchdog = RankWatchdog(store, rank, size, timeout_s)
     failed = True
     origin = forks.Origin()
     try:
         if not 0 <= rank < size:
-            raise UserError(f"RANK: got {rank}, expected 0 to {size - 1}, as WORLD_SIZE is {size}")
+            given = os.environ["RANK"]
+            raise UserError(f"RANK: got {given}, expected 0 to {size - 1}, as WORLD_SIZE is {size}")
         if store.add(f"joined/{rank}", 1) > 1:
             raise UserError(f"two processes have RANK={rank}: start the ranks with torchrun")
         target = _own_device(device, setting, size)  # in here, so that its error reaches the other ranks
@@ -222,17 +224,50 @@ def _world(device: torch.device, timeout_s: float, comparison: RankComparison) -
 
 
 def _rendezvous(size: int, timeout_s: float) -> tuple[Store, int]:
-    """Return the store of the rendezvous and this process's rank."""
+    """Return the store of the rendezvous and this process's rank; -1 if RANK is not a number."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(f"WORLD_SIZE is {size}, but {name} is not set: start the ranks with torchrun")
+    if _from_environment("MASTER_PORT", 0) >= 2**16:
+        raise UserError(f"MASTER_PORT: got {os.environ['MASTER_PORT']}, expected at most {2**16 - 1}")
+    try:
+        rank = int(os.environ["RANK"])
+    except ValueError:
+        rank = -1  # which `join_world` rejects once the other ranks can learn of it
     try:
         # Not to wait for the other ranks here: `RankComparison` does, and notices ranks with another WORLD_SIZE.
-        store, rank, _ = next(rendezvous("env://?world_size=1", timeout=timedelta(seconds=timeout_s)))
-    except ValueError as error:  # a variable is missing
-        reason = _first_line(error).rpartition("rendezvous: ")[2]
-        raise UserError(f"WORLD_SIZE is {size}, but {reason}: start the ranks with torchrun") from None
+        store, *_ = next(rendezvous(f"env://?world_size=1&rank={rank}", timeout=timedelta(seconds=timeout_s)))
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise TrainingFailed(f"the rendezvous of {size} ranks at {address} failed: {_first_line(error)}") from None
     return store, rank
+
+
+def _store_of_this_start(shared: Store, rank: int, timeout_s: float) -> PrefixStore:
+    """Return a part of the store that only the ranks started together use.
+
+    A store that torchrun hosts survives a restart of the ranks, with the keys of those that have ended. Nothing that
+    torchrun tells a rank identifies the restart on all nodes: each node counts its own. So rank 0 publishes a random
+    prefix, and the others recognise that of a running rank 0 by its heartbeat.
+    """
+    if rank == 0:
+        start = uuid.uuid4().hex
+        shared.set("start", start)
+        return PrefixStore(start, shared)
+    beats: dict[str, int] = {}  # of each prefix, when it was first seen
+    end = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < end:
+            if shared.check(["start"]):
+                start = shared.get("start").decode()
+                store = PrefixStore(start, shared)
+                beat = store.add("beat/0", 0)
+                if beat > beats.setdefault(start, beat):
+                    return store
+            time.sleep(_POLL_S / 3)
+    except RuntimeError:
+        raise TrainingFailed(f"rank {rank} cannot continue: {_LOST_STORE}") from None
+    raise TrainingFailed(f"rank {rank} cannot continue: rank 0 has not joined after {timeout_s:g} s")
 
 
 class RankComparison:
@@ -329,6 +364,7 @@ class RankWatchdog:
             end = time.monotonic() + 4 * self._interval_s
             others_remain = self._rank == 0
             while others_remain and time.monotonic() < end:
+                self._store.add("beat/0", 1)  # for ranks that start late
                 others_remain = self._store.add("left", 0) < self._size - self._dead
                 time.sleep(0.05)
         except RuntimeError:
@@ -353,7 +389,7 @@ class RankWatchdog:
                 )
                 cause = self.announce(f"{reason} ({_first_line(error)})")
         except RuntimeError:
-            return self._lost_store()
+            return _LOST_STORE
         return cause
 
     def _heartbeats(self) -> list[int]:
@@ -362,14 +398,13 @@ class RankWatchdog:
     def _cause(self) -> str | None:
         return str(self._store.get("cause").decode()) if self._store.check(["cause"]) else None
 
-    def _lost_store(self) -> str:
-        return "rank 0, which hosts the rendezvous store, is gone"
-
     def _run(self) -> None:
         watched = (self._rank + 1) % self._size
         seen, since = 0, time.monotonic()
         cause: str | None = None
-        while cause is None and not self._stopped.wait(self._interval_s):
+        # By the first beats of rank 0, the others find their part of the store.
+        interval_s = self._interval_s if self._rank else min(self._interval_s, _POLL_S)
+        while cause is None and not self._stopped.wait(interval_s):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
                 beat, now = self._store.add(f"beat/{watched}", 0), time.monotonic()
@@ -381,7 +416,7 @@ class RankWatchdog:
                     self.announce(f"rank {watched} has {late} {now - since:.0f} s")
                 cause = self._cause()
             except RuntimeError:
-                cause = self._lost_store()
+                cause = _LOST_STORE
         # The main thread is probably blocked in a collective with the lost rank, which may never fail by itself.
         if cause is None or self._stopped.wait(_GRACE_S):
             return
