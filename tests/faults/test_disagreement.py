@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from campaign import LONG
 from packs import read_rows, write_rows
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 from training_runs import SMALL
 
 from scenarioclip_fast.data import Scene, generate_scenes, pack
@@ -182,12 +183,77 @@ def test_two_processes_with_the_same_rank(small: Make, fork_server: Any) -> None
     assert "error: two processes have RANK=1" in running.text()
 
 
-@pytest.mark.parametrize("rank", ["2", "-1"])
-def test_a_rank_outside_the_world(small: Make, fork_server: Any, rank: str) -> None:
+@pytest.mark.parametrize(("rank", "name"), [("2", "2"), ("-1", "-1"), ("abc", "-1"), ("1.0", "-1")])
+def test_a_rank_outside_the_world(small: Make, fork_server: Any, rank: str, name: str) -> None:
     running = fork_server.start(small("train.steps=4"), ranks=2, last_env={"RANK": rank})
     assert running.wait(SHORT_S) == [1, 2]
-    assert f"error: RANK: got {rank}, expected 0 to 1, as WORLD_SIZE is 2" in running.text()
-    assert f"rank 0 cannot continue: rank {rank} ended with UserError" in running.text()
+    message = f"RANK: got {rank}, expected 0 to 1, as WORLD_SIZE is 2"
+    assert f"error: {message}" in running.text()
+    assert f"rank 0 cannot continue: rank {name} ended with UserError: {message}" in running.text()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT: got 'abc', expected a number, as torchrun sets it"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: got 70000, expected at most 65535"),
+        ({"MASTER_PORT": ""}, "WORLD_SIZE is 2, but MASTER_PORT is not set: start the ranks with torchrun"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set: start the ranks with torchrun"),
+        ({"RANK": ""}, "WORLD_SIZE is 2, but RANK is not set: start the ranks with torchrun"),
+    ],
+)
+def test_an_invalid_rendezvous(small: Make, fork_server: Any, variables: dict[str, str], message: str) -> None:
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    running = fork_server.start(small("train.steps=4"), env={**place, **variables})
+    assert running.wait(SHORT_S) == [2], running.text()
+    assert running.text() == f"error: {message}\n"
+
+
+def test_a_rendezvous_that_nobody_hosts(small: Make, fork_server: Any) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # without listening
+        place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused.getsockname()[1]}
+        config = small("train.steps=4", "run.timeout_s=2")
+        running = fork_server.start(config, env={name: str(value) for name, value in place.items()})
+        assert running.wait(SHORT_S) == [1], running.text()
+    (line,) = [line for line in running.text().splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: the rendezvous of 2 ranks at 127.0.0.1:{place['MASTER_PORT']} failed: ")
+
+
+def test_keys_of_ranks_that_have_ended(tmp_path: Path) -> None:
+    """A store that outlives the ranks, as under torchrun, when they are started again."""
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for size in (2, 3, 2):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", STARTED_AGAIN],
+                env={**os.environ, **place, "WORLD_SIZE": str(size), "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+        assert outputs == [f"sum {size}\n"] * size
+        assert [process.returncode for process in ranks] == [-signal.SIGKILL] * size  # no rank cleans up
+
+
+def test_a_run_directory_that_is_not_shared(small: Make, fork_server: Any, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    # The same absolute path, but another directory for each rank, like local disks of two hosts.
+    config = small("train.steps=4", "run.dir=/proc/self/cwd/local")
+    running = fork_server.start(
+        config, ranks=2, directory=tmp_path / "a", last_directory=tmp_path / "b", output=tmp_path / "run"
+    )
+    lines = errors(running)
+    assert len(set(lines)) == 1 and len(lines) == 2, lines
+    assert lines[0] == (
+        f"error: run.dir: rank 1 on {socket.gethostname()} does not see what rank 0 writes to /proc/self/cwd/local: "
+        "expected a directory on a file system shared by all hosts"
+    )
+    assert list((tmp_path / "a" / "local").iterdir()) == []
 
 
 def test_a_world_without_ranks(small: Make, fork_server: Any) -> None:
@@ -313,6 +379,19 @@ for same in ({"lr": 1}, {"lr": int(os.environ["RANK"])}):
         sys.stdout.write(f"{error}\\n")
 sys.stdout.flush()
 dist.barrier()  # rank 0 hosts the store
+"""
+
+
+STARTED_AGAIN = """
+import os, signal, sys, time
+import torch
+from scenarioclip_fast.distributed import join_world
+with join_world("cpu", 30, same={"a": 1}) as world:
+    sys.stdout.write(f"sum {int(world.sum_(torch.ones(1)))}\\n")
+    sys.stdout.flush()
+    world.barrier()
+    time.sleep(1)  # until all have left the barrier
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from campaign import flip_a_bit, generator, trials
 from safetensors.torch import load_file
+from training_runs import consumed
 
 from scenarioclip_fast.cli.train import STOPPED
 from scenarioclip_fast.train.checkpoint import BadCheckpoint, Checkpoints, examine, verify
@@ -78,13 +77,6 @@ def test_a_run_killed_after_20_steps_resumes_exactly(small: Make, fork_server: A
 def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
     small: Make, fork_server: Any, tmp_path: Path
 ) -> None:
-    def scenes(file: Path) -> dict[int, list[str]]:
-        steps: dict[int, list[str]] = defaultdict(list)
-        for line in file.read_text().splitlines():
-            step, keys = json.loads(line)
-            steps[step] += keys
-        return {step: sorted(keys) for step, keys in steps.items()}
-
     full, resumed = (small("train.steps=20", "train.checkpoint_every=10", run=name) for name in ("full", "resumed"))
     fork_server.start(full, keys=tmp_path / "full.keys").finish()
     running = fork_server.start(resumed, ranks=2, keys=tmp_path / "resumed.keys")
@@ -93,7 +85,7 @@ def test_the_order_of_scenes_survives_a_change_from_two_ranks_to_one(
     out = running.finish(STOPPED)
     assert out.count("stopped by SIGTERM after step") == 1
     fork_server.start(resumed, "--resume", keys=tmp_path / "resumed.keys").finish()
-    assert scenes(tmp_path / "resumed.keys") == scenes(tmp_path / "full.keys")
+    assert consumed(tmp_path / "resumed.keys") == consumed(tmp_path / "full.keys")
     assert [row["step"] for row in rows(resumed)] == list(range(1, 21))
 
 

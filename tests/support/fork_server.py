@@ -1,8 +1,8 @@
 """Run `scenarioclip-fast` in forks of a process that has imported everything, so that runs start fast.
 
 Each line of JSON is a request. {"args": [...], "env": {...}, "directory": PATH, "log": PATH, "keys": PATH or null,
-"poisoned": [STEP, ...], "file_limit": BYTES or null, "compile_backend": NAME or null} starts a run; the answer is its
-process id.
+"poisoned": [STEP, ...], "file_limit": BYTES or null, "compile_backend": NAME or null, "restored": PATH or null} starts
+a run; the answer is its process id.
 {"wait": PID, "seconds": S} waits for one; the answer is its exit code (negative: the signal), or null after S seconds.
 """
 
@@ -19,12 +19,11 @@ from typing import Any, NoReturn
 import instant_clip_tokenizer  # noqa: F401  # runs import these lazily
 import safetensors.torch  # noqa: F401
 import simplejpeg  # noqa: F401
-import torch
-import torch._dynamo  # imported by the first optimizer; takes a second
+import torch._dynamo  # noqa: F401  # imported by the first optimizer; takes a second
 import yaml  # noqa: F401
+from instruments import instrument
 
 from scenarioclip_fast.cli import main
-from scenarioclip_fast.train import trainer
 
 
 def run(request: dict[str, Any]) -> NoReturn:
@@ -35,7 +34,7 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["directory"])
     if request["file_limit"] is not None:  # writing a larger file fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
-    instrument(request["keys"], request["poisoned"], request["compile_backend"])
+    instrument(request["keys"], request["poisoned"], request["compile_backend"], request["restored"])
     code = 1
     try:
         code = main.main(request["args"])
@@ -45,28 +44,6 @@ def run(request: dict[str, Any]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def instrument(keys: str | None, poisoned: list[int], compile_backend: str | None) -> None:
-    """Log each step and this rank's scenes to a file; make the pixels of some steps NaN; replace Inductor."""
-    train_step, compile_module = trainer.Trainer.train_step, torch.nn.Module.compile
-
-    if compile_backend is not None:
-
-        def compile_with_backend(module: torch.nn.Module, **options: Any) -> None:
-            compile_module(module, **{**options, "backend": compile_backend})
-
-        torch.nn.Module.compile = compile_with_backend  # type: ignore[method-assign,assignment]
-
-    def instrumented(self: trainer.Trainer, batch: Any) -> None:
-        if self.step + 1 in poisoned:
-            batch.pixels.fill_(float("nan"))
-        train_step(self, batch)
-        if keys is not None:
-            with open(keys, "a") as file:
-                file.write(json.dumps([self.step, batch.keys]) + "\n")
-
-    trainer.Trainer.train_step = instrumented  # type: ignore[method-assign]
 
 
 def wait(pid: int, seconds: float) -> int | None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,15 @@ def small(shards: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig.of({}, [*SMALL, f"data.shards={shards}", f"run.dir={tmp_path / run}", *overrides])
 
     return make
+
+
+def consumed(keys: Path) -> dict[int, list[str]]:
+    """The scenes of each step, over all ranks, as logged to the file `keys`; repeated if the step was repeated."""
+    steps: dict[int, list[str]] = defaultdict(list)
+    for line in keys.read_text().splitlines():
+        step, scenes = json.loads(line)
+        steps[step] += scenes
+    return {step: sorted(scenes) for step, scenes in steps.items()}
 
 
 @dataclass
@@ -114,11 +124,13 @@ class ForkServer:
         file_limit: int | None = None,
         keys: Path | None = None,
         compile_backend: str | None = None,
+        restored: Path | None = None,
         env: Mapping[str, str] | None = None,
         last_env: Mapping[str, str] | None = None,
         directory: Path | None = None,
         last_directory: Path | None = None,
         command: Sequence[str] = ("train", "-c", "{config}"),
+        output: Path | None = None,
     ) -> Running:
         """Start a run.
 
@@ -128,10 +140,12 @@ class ForkServer:
             env, directory: extra variables and the working directory of all ranks.
             last_env, last_directory: those of the last rank, in place of `directory` and after `env`.
             command: what each rank runs; "{config}" stands for the file of the config.
+            output: the path, without a suffix, of the files of the config and of the output; None: run.dir.
             keys: a file to which each step and rank appends its scenes.
             compile_backend: a Dynamo backend to use instead of Inductor, which takes minutes.
+            restored: a file to which rank 0 saves the tensors of the run, as loaded from a checkpoint.
         """
-        run = Path(config.run.dir)
+        run = output or Path(config.run.dir)
         run.parent.mkdir(parents=True, exist_ok=True)
         path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
         config.save(path)
@@ -156,6 +170,7 @@ class ForkServer:
                 "poisoned": list(poisoned) if last else [],
                 "file_limit": file_limit if last else None,
                 "compile_backend": compile_backend,
+                "restored": None if restored is None else str(restored),
             }
             pids.append(self.request(request))
         return Running(self, pids, log)
