@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from training_runs import SMALL, consumed
 
+from scenarioclip_fast.train.checkpoint import examine, load
 from scenarioclip_fast.train.config import TrainConfig
 from scenarioclip_fast.train.metrics import TIMINGS, read_metrics
 
@@ -95,6 +97,61 @@ def test_checkpoints_load_on_a_different_number_of_ranks(small: Make, fork_serve
         assert all(torch.equal(w, weights(two, file)[name]) for name, w in weights(again, file).items())
     assert_close(run("from one to two", 2, "--resume", str(checkpoint(one, 3))), one, start=3)
     assert_close(run("from two to one", 1, "--resume", str(checkpoint(two, 3))), two, start=3)
+
+
+BATCH = ("data.batch_size=12", "optim.lr=1e-4")  # of 20 scenes: a step is three fifths of an epoch
+
+
+@pytest.fixture(scope="module")
+def saved(shards: Path, fork_server: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of two ranks for each kind of parallelism."""
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        run = tmp_path_factory.mktemp("saved") / kind
+        own = [f"data.shards={shards}", f"run.dir={run}", f"train.parallel={kind}", "train.steps=3", *TOWERS, *BATCH]
+        config = TrainConfig.of({}, [*SMALL, *own])
+        fork_server.start(config, ranks=2).finish()
+        found[kind] = checkpoint(config, 3)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ranks"),
+    [("fsdp", "fsdp", 1), ("fsdp", "fsdp", 3), ("fsdp", "fsdp", 4), ("fsdp", "ddp", 3), ("ddp", "fsdp", 3)],
+)
+def test_checkpoints_are_resharded_exactly(
+    small: Make, fork_server: Any, saved: dict[str, Path], tmp_path: Path, before: str, after: str, ranks: int
+) -> None:
+    """Parameters, averages and the optimizer's state, of which every rank has other parts, or all."""
+    config = small("train.steps=3", f"train.parallel={after}", *TOWERS, *BATCH)
+    file = tmp_path / "restored.pt"
+    fork_server.start(config, "--resume", str(saved[before]), ranks=ranks, restored=file).finish()
+    restored, found = torch.load(file), examine(saved[before])
+    expected = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in found.tensors.items()}
+    load(found, expected, None)
+    assert {name for name in expected if not name.startswith("rank/")} == restored.keys()
+    for part in ("model/", "loss/", "teacher/", "optimizer/model/", "optimizer/loss/"):
+        assert any(name.startswith(part) for name in restored), part
+    assert all(torch.equal(t, expected[name]) for name, t in restored.items())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(1, ["train.parallel=ddp"]), (3, ["train.parallel=ddp"]), (3, ["train.parallel=fsdp", "data.shuffle=shards"])],
+    ids=["1", "3", "3, sharded weights and shuffled shards"],
+)
+def test_another_number_of_ranks_continues_within_an_epoch(
+    small: Make, fork_server: Any, tmp_path: Path, ranks: int, options: list[str]
+) -> None:
+    """With the same global batch, which 1, 2 and 3 ranks divide: 6 of 20 scenes, three steps an epoch."""
+    budget = ("train.steps=11", "train.checkpoint_every=4", "train.keep_checkpoints=9", "data.batch_size=6")
+    full, other = (small(*budget, "optim.lr=1e-4", *options, run=name) for name in ("full", "other"))
+    fork_server.start(full, ranks=2, keys=tmp_path / "full.keys").finish()
+    resume = ("--resume", str(checkpoint(full, 4)))
+    fork_server.start(other, *resume, ranks=ranks, keys=tmp_path / "other.keys").finish()
+    steps = consumed(tmp_path / "full.keys")
+    assert consumed(tmp_path / "other.keys") == {step: steps[step] for step in range(5, 12)}
+    assert_close(other, full, start=4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
