@@ -152,7 +152,7 @@ def test_file_selection() -> None:
     assert {"step", "end_to_end"} <= set(runner.selected_files(["step"])) and "views" not in runner.selected_files(
         ["step"]
     )
-    data = {"data", "generation", "pack"}
+    data = {"data", "generation", "index", "pack", "vocabulary"}
     assert set(runner.selected_files(["data"])) == data and set(runner.selected_files([])) == set(files)
     assert set(runner.selected_files(["views", "data"])) == {"views", *data}
 

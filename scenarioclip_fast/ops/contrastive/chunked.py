@@ -25,6 +25,7 @@ from scenarioclip_fast.kernels.contrastive import reference
 from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange
 from scenarioclip_fast.ops.contrastive.op import contrastive_backward, contrastive_forward
+from scenarioclip_fast.ops.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,7 +62,7 @@ class ChunkLayout:
     row: Tensor  # [V] int64: where each column's text is in its gathered chunk
 
     @staticmethod
-    @torch.compiler.disable
+    @untraced
     def of(kept: list[int], chunk: int, rank: int, device: torch.device) -> ChunkLayout:
         """Divide `kept[r]` texts of each rank r into chunks with an equal slice of every rank's texts."""
         texts = torch.tensor(kept)
@@ -120,7 +121,7 @@ class _Call:
 
 
 # Dynamo does not trace asynchronous collectives. The exchange of sizes breaks the graph of calls with a group anyway.
-@torch.compiler.disable
+@untraced
 def chunked_log_sums(
     levels: list[PreparedLevel],  # with layouts, and this rank's texts
     backend: str,

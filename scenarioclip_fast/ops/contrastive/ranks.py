@@ -15,6 +15,7 @@ from scenarioclip_fast.ops import collectives
 from scenarioclip_fast.ops.contrastive.chunked import CHUNK, ChunkLayout
 from scenarioclip_fast.ops.contrastive.levels import PreparedLevel, arange, count_rows, weight_of
 from scenarioclip_fast.ops.contrastive.validate import DTYPES, DUPLICATES, level_name
+from scenarioclip_fast.ops.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,7 +96,7 @@ class Kept:
 
 
 # Dynamo would guard on all sizes, which the host has just learnt.
-@torch.compiler.disable
+@untraced
 def gather_levels(
     levels: list[PreparedLevel], duplicates: str, group: ProcessGroup, chunk: int | None, plan: ExchangePlan | None
 ) -> list[PreparedLevel]:
