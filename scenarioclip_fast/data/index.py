@@ -55,7 +55,8 @@ _ENTRY = np.dtype([("offset", "<u8"), ("scenes", "<u4"), ("key_bytes", "<u4"), (
 _LOOKUP = np.dtype([("scene", "<u4"), ("tag", "<u2")])
 _TAG = 0xFFFF
 _PIECE = 1 << 16
-_EAGER = 64 << 20  # bytes of an index that is checked completely when it is opened, in a few hundredths of a second
+EAGER = 64 << 20
+"""Bytes up to which an index is read and checked completely when it is opened, in a few hundredths of a second."""
 _MOST = 1 << 32  # scenes
 
 
@@ -205,6 +206,9 @@ class Index:
         if (int(header["shards"]), int(header["content"])) != expected:
             raise self._damaged("it belongs to other shards than the manifest")
         lookup, start, scenes = int(header["lookup"]), int(header["table"]), int(header["scenes"])
+        pieces = -(-(start - lookup) // _PIECE)
+        if start + len(shards) * _ENTRY.itemsize + 4 * pieces != size:
+            raise self._damaged(f"it is truncated, or has been extended: {size} bytes")
         table = read(start, size, None)
         if zlib.crc32(table) != header["table_crc"]:
             raise self._damaged("its table has another checksum")
@@ -216,7 +220,6 @@ class Index:
         if (
             counts.sum() != scenes
             or start - lookup != 4 * (2 ** _bucket_bits(scenes) + 1) + _LOOKUP.itemsize * scenes
-            or len(self._pieces) != -(-(start - lookup) // _PIECE)
             or (len(ends) and ends.max() > lookup)
             or (self._entries["split"] != np.repeat(np.arange(len(splits)), [len(s) for s in splits.values()])).any()
         ):
@@ -229,7 +232,7 @@ class Index:
         self._first_shard = np.concatenate([[0], np.cumsum([len(found) for found in splits.values()])])
         self._checked = np.zeros(len(shards), bool)
         self._checked_pieces = np.zeros(len(self._pieces), bool)
-        if eager and size <= _EAGER:
+        if eager and size <= EAGER:
             for number in range(len(shards)):
                 self._block(number)
             for number in range(len(self._pieces)):
@@ -246,9 +249,8 @@ class Index:
             raise self._damaged(f"got version {header['version']}, expected {_VERSION}")
         if zlib.crc32(data[:-4]) != header["crc"]:
             raise self._damaged("its header has another checksum")
-        fits = _HEADER.itemsize <= int(header["lookup"]) <= int(header["table"])
-        if not fits or int(header["table"]) + int(header["shards"]) * _ENTRY.itemsize > size:
-            raise self._damaged(f"it is truncated: {size} bytes")
+        if not _HEADER.itemsize <= int(header["lookup"]) <= int(header["table"]):
+            raise self._damaged("its parts do not fit together")
         return header
 
     def _damaged(self, what: str) -> UserError:
@@ -285,8 +287,8 @@ class Index:
         ends = [0, *rows["key_end"].tolist()]
         return [str(keys[start:end], "utf-8") for start, end in itertools.pairwise(ends)]
 
-    def find(self, key: str) -> int | None:
-        """The number of the scene with a key, the first one if there are several; None: there is none."""
+    def find(self, key: str, within: range) -> int | None:
+        """The number of the first scene with a key among these numbers; None: there is none."""
         scenes, wanted = int(self.first[-1]), _hash(key)
         bits = _bucket_bits(scenes)
         bucket = wanted >> (64 - bits)
@@ -300,7 +302,7 @@ class Index:
             if tag == wanted & _TAG:
                 if i >= scenes:
                     raise self._damaged("its lookup names a scene that does not exist")
-                if self.locate(i).key == key:
+                if i in within and self.locate(i).key == key:
                     return int(i)
         return None
 
@@ -360,15 +362,23 @@ def index_of_json(shards: Mapping[str, Any], splits: Mapping[str, Sequence[Any]]
     writer = IndexWriter(file, list(splits))
     for split, found in splits.items():
         for shard in found:
-            writer.add(split, shard.sha256, shards[shard.name])
+            try:
+                writer.add(split, shard.sha256, shards[shard.name])
+            except (ArithmeticError, TypeError, ValueError) as error:
+                raise ValueError(f"{shard.name}: {error}") from error
     writer.finish()
     return file.getvalue()
 
 
 class Keys(Sequence[str]):
-    """The keys of a range of scenes, read on demand."""
+    """The keys of a range of scenes, read on demand.
 
-    def __init__(self, index: Index, numbers: range) -> None:
+    Args:
+        index: returns the index, which may have been closed and opened again.
+        numbers: of the scenes.
+    """
+
+    def __init__(self, index: Callable[[], Index], numbers: range) -> None:
         self._index, self._numbers = index, numbers
 
     def __len__(self) -> int:
@@ -379,15 +389,15 @@ class Keys(Sequence[str]):
     @overload
     def __getitem__(self, i: slice) -> list[str]: ...
     def __getitem__(self, i: int | slice) -> str | list[str]:
-        found = self._numbers[i]
-        return [self._index.locate(k).key for k in found] if isinstance(found, range) else self._index.locate(found).key
+        found, index = self._numbers[i], self._index()
+        return [index.locate(k).key for k in found] if isinstance(found, range) else index.locate(found).key
 
     def __iter__(self) -> Iterator[str]:
-        first = self._index.first
+        first = self._index().first
         start, stop = self._numbers.start, self._numbers.stop
         shard = int(first.searchsorted(start, "right")) - 1
         while start < stop:
-            keys = self._index.keys_of(shard)[start - int(first[shard]) : stop - int(first[shard])]
+            keys = self._index().keys_of(shard)[start - int(first[shard]) : stop - int(first[shard])]
             yield from keys
             start, shard = start + len(keys), shard + 1
 
@@ -396,8 +406,8 @@ class Keys(Sequence[str]):
 
     def find(self, key: str) -> int | None:
         """The position of a key; None: it is not among these."""
-        found = self._index.find(key)
-        return found - self._numbers.start if found is not None and found in self._numbers else None
+        found = self._index().find(key, self._numbers)
+        return None if found is None else found - self._numbers.start
 
     def index(self, value: str, start: int = 0, stop: int | None = None) -> int:
         if (found := self.find(value)) is None or found not in range(*slice(start, stop).indices(len(self))):
@@ -426,7 +436,7 @@ def _bucket_bits(scenes: int) -> int:
 
 
 def _hash(key: str) -> int:
-    return hash_text(key.encode())
+    return hash_text(key.encode("utf-8", "surrogatepass"))
 
 
 def _crc_of(texts: Iterable[str]) -> int:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from scenarioclip_fast.data.config import LoaderConfig, ShardsArgument, shard_so
 from scenarioclip_fast.data.decode import Decoder, make_decoder
 from scenarioclip_fast.data.decode.base import thread_count
 from scenarioclip_fast.data.mix import ShardMix
-from scenarioclip_fast.data.order import Order
+from scenarioclip_fast.data.order import Kind, Order
 from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.samples import Sample, SampleDecoder, SampleReader, partition, synchronised
 from scenarioclip_fast.data.shards import BadSample
@@ -302,18 +302,23 @@ class SceneLoader:
                 f"the saved loader state has seed {state['seed']}, this run has {order.seed}: resume with the same "
                 "seed and shards, or start a new run"
             )
-        self._resume_order(state)
         alone = {"scenes": state["scenes"], "keys": state["keys"], "weight": 1}
         self.shards.check_identities(state.get("sets", [alone]))
+        self._resume_order(state)
         same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
         self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
 
     def _resume_order(self, state: Mapping[str, Any]) -> None:
         """Continue in the order of the saved state, unless the configuration asks for another."""
         order = self.order
-        if order.shuffle == "none" or state.get("shuffle") == "none":
-            return
         saved, window = state.get("shuffle", "sorted"), state.get("shuffle_window", order.window)
+        if order.shuffle == "none" or saved == "none":
+            return
+        if saved not in get_args(Kind):
+            raise UserError(
+                f"the saved loader state has data.shuffle={saved}, which this version does not know: resume with the "
+                "version that saved it"
+            )
         if self.config.shuffle not in (None, saved):
             raise UserError(
                 f"the saved loader state has data.shuffle={saved}, this run has {self.config.shuffle}: resume with "

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from scenarioclip_fast.data.permutation import hash_order, permutation
+from scenarioclip_fast.data.permutation import Permutation, hash_order, permutation
 from scenarioclip_fast.data.splitmix64 import hash64
 
 _Numbers = npt.NDArray[np.int64]
@@ -222,10 +222,12 @@ class Order:
         if self.shuffle == "shards":
             return WindowedOrder(*self.mix.runs(self.seed, epoch, self.shards), self.window, self.seed, epoch)
         by_sorting = self.shuffle == "sorted"
+        # Not kept for later epochs: a sorted one takes memory.
+        shuffled = Permutation(self.scenes, hash64(self.seed, epoch), by_sorting=by_sorting)
 
         def at(positions: _Numbers) -> _Numbers:
             if self.shuffle != "none":
-                positions = permutation(self.scenes, hash64(self.seed, epoch), by_sorting)(positions)
+                positions = shuffled(positions)
             return self.mix.occurrences(self.seed, epoch, positions, by_sorting)
 
         return at

@@ -13,13 +13,16 @@ Each scene is thus transferred at most twice in the first epoch; later epochs fe
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import os
 import queue
 import random
+import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -275,6 +278,16 @@ def _fill(cache: ShardCache, store: Store, file: RemoteShard, descriptor: int) -
     return False
 
 
+_OPEN: weakref.WeakSet[RemoteShards] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what the program has not closed, while its threads still run: a finaliser would wait for them forever."""
+    for shards in list(_OPEN):
+        shards.close()
+
+
 class RemoteShards:
     """The shards of one split, cached or remote.
 
@@ -311,6 +324,7 @@ class RemoteShards:
         self._waiting = deque((0.0, shard) for shard in shards if shard.sha256 in unverified)
         self._waiting.extend((0.0, shard) for shard in shards if shard.sha256 not in cached and shard.size <= limit)
         self._fetchers: list[threading.Thread] = []
+        _OPEN.add(self)
         self._fetching = 0  # threads that are still going to look at `_waiting`
         with self._lock:
             for _ in range(min(_FETCHERS, len(self._waiting))):
@@ -425,7 +439,7 @@ class RemoteShards:
 
     def close(self) -> None:
         """Stop the threads and waiting reads, and release the cache."""
-        if not self._origin.is_here:
+        if not self._origin.is_here or sys.is_finalizing():  # then the threads have ended, maybe holding a lock
             return
         with self._lock:
             self._stop.set()

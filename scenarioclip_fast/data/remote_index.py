@@ -78,16 +78,16 @@ class CachedIndex:
             raise UserError(f"{self._store.where(NAME)}: damaged index: {got}; copy the data set again")
         if crc is None or zlib.crc32(data) != crc:  # damaged on the server: the caller says so
             return memoryview(data)
-        if self._file is not None:
-            try:
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(self._file, data[written:], start + written)
-                self._known.add(start)
-                return self._map[start:stop]
-            except OSError as error:
-                self._give_up(error)
         with self._lock:
+            if self._file is not None:
+                try:
+                    written = 0
+                    while written < len(data):
+                        written += os.pwrite(self._file, data[written:], start + written)
+                    self._known.add(start)
+                    return self._map[start:stop]
+                except OSError as error:
+                    self._give_up(error)
             self._memory[start] = data
             while len(self._memory) > _KEPT:
                 self._memory.popitem(last=False)
@@ -98,20 +98,30 @@ class CachedIndex:
             if (data := self._memory.get(start)) is not None:
                 self._memory.move_to_end(start)
                 return memoryview(data)
-        if not self._map:
-            return None
-        view = self._map[start:stop]
-        if start not in self._known and zlib.crc32(view) != crc:
-            return None
-        self._known.add(start)
-        return view
+        with self._lock:  # `close` closes the file
+            if self._file is None:
+                return None
+            if start not in self._known:
+                # Not through the map: to read what has not been written yet would allocate a page, and end the process
+                # if a file system in memory is full.
+                if zlib.crc32(os.pread(self._file, stop - start, start)) != crc:
+                    return None
+                self._known.add(start)
+            return self._map[start:stop]
 
     def _give_up(self, error: OSError) -> None:
-        self._file = None
+        self._close_file()
         _log.warning("%s: an index cannot be cached: %s", self._directory, error.strerror)
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None and self._cache is not None:
+            self._cache.close_index(file)
 
     def close(self) -> None:
         """Stop waiting reads, and release the cache."""
         self._store.close()
+        with self._lock:
+            self._close_file()
         if self._cache is not None:
             self._cache.close()

@@ -221,6 +221,10 @@ class ShardCache:
             self._mark(digest)
         return descriptor
 
+    def close_index(self, descriptor: int) -> None:
+        """Close a file that `open_index` opened."""
+        self._close(descriptor)
+
     def close(self) -> None:
         """Release all claims."""
         if self._claims_fd < 0:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scenarioclip_fast import forks
+from scenarioclip_fast.data.index import EAGER, Index, Keys, Location, index_of_json, part_of
 from scenarioclip_fast.data.index import NAME as INDEX
-from scenarioclip_fast.data.index import Index, Keys, Location, index_of_json, part_of
 from scenarioclip_fast.data.open_files import OPEN_FILES, File, exhausted_error, is_exhausted
 from scenarioclip_fast.data.remote import (
     CACHE_GIB,
@@ -187,7 +187,10 @@ class ShardSet:
 
     @property
     def _index(self) -> Index:
-        """The index, opened again after a fork, and in a pickled copy."""
+        return self.open_index()
+
+    def open_index(self) -> Index:
+        """Return the index, opened again after `close` or a fork, and in a pickled copy."""
         with self._lock:
             if self._opened is None:
                 self._opened = self._open_index(Store(self.source) if self.is_remote else None)
@@ -204,10 +207,12 @@ class ShardSet:
             elif store is None:
                 with self._reading(name):
                     data = map_file(Path(self.source, name))
+                if len(data) <= EAGER:  # a copy over a mapped file would end the process
+                    data = bytes(data)
                 read, size = part_of(data), len(data)
             else:
                 size = int(self.manifest["index"]["bytes"])
-                self._index_file = CachedIndex(store, self._sha256(name) or "", size, *self._cache)
+                self._index_file = CachedIndex(store, self.manifest["sha256"][name], size, *self._cache)
                 read = self._index_file.read
         except UserError:
             raise
@@ -221,7 +226,7 @@ class ShardSet:
     @property
     def keys(self) -> Keys:
         """The keys of all scenes, which are read on demand."""
-        return Keys(self._index, self._range)
+        return Keys(self.open_index, self._range)
 
     def find(self, key: str) -> int | None:
         """The position of the scene with a key; None: the split has none."""
@@ -272,9 +277,7 @@ class ShardSet:
         if (sha256 := self._sha256(BINARY)) is None:  # an older pack
             return Vocabulary.from_json(self._read_json(JSON, store), self._where(JSON))
         with self._reading(BINARY):
-            if store is None:  # checked by its own checksum
-                return Vocabulary.from_bytes(map_file(Path(self.source, BINARY)), self._where(BINARY))
-            data = self._fetch_vocabulary(store, sha256)
+            data = self._fetch_vocabulary(store, sha256) if store else map_file(Path(self.source, BINARY))
         return Vocabulary.from_bytes(data, self._where(BINARY), sha256)
 
     def _fetch_vocabulary(self, store: Store, sha256: str) -> Mapped:

@@ -36,12 +36,13 @@ def upgrade_index(directory: str | Path) -> bool:
     if data is None:
         old.unlink(missing_ok=True)  # left by an interrupted call
         return False
+    manifest = parse_json((directory / "manifest.json").read_bytes())
+    digests = manifest.setdefault("sha256", {})
+    if digests.pop(old.name, None) != file_digest(old):
+        raise UserError(f"{old}: the checksum differs from the manifest's; copy the data set again, or pack it again")
     with replacing(directory / NAME) as path:
         _write(path, data)
-    manifest = parse_json((directory / "manifest.json").read_bytes())
     manifest["index"] = {"bytes": len(data)}
-    digests = manifest.setdefault("sha256", {})
-    digests.pop(old.name, None)
     digests[NAME] = file_digest(directory / NAME)
     with replacing(directory / "manifest.json") as path:
         _write(path, dump(manifest))

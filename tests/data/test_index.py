@@ -10,6 +10,8 @@ import pickle
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +84,7 @@ def test_the_rows_are_those_that_were_added() -> None:
     for split in SPLITS:
         keys = [row[0] for of, _, row in ROWS if of == split]
         assert index.keys_crc(split) == zlib.crc32("".join(keys).encode())
-        assert Keys(index, index.numbers(split)) == keys
+        assert Keys(lambda: index, index.numbers(split)) == keys
     assert len(write()) - sum(len(row[0].encode()) for *_, row in ROWS) == 64 + (16 + 6) * 12 + 4 * 3 + 24 * 4 + 4
     assert [*opened(write(order=("test", "train", "val"))).first] == [*index.first], "shards come in any order"
 
@@ -90,10 +92,10 @@ def test_the_rows_are_those_that_were_added() -> None:
 def test_every_key_is_found_and_no_other() -> None:
     index = opened(write())
     for i, (_, _, row) in enumerate(ROWS):
-        assert index.find(row[0]) == i
-    for absent in ("a", "a7", "x" * 1000, "\0"):
-        assert index.find(absent) is None
-    train = Keys(index, index.numbers("train"))
+        assert index.find(row[0], range(12)) == i
+    for absent in ("a", "a7", "x" * 1000, "\0", "\ud800"):
+        assert index.find(absent, range(12)) is None
+    train = Keys(lambda: index, index.numbers("train"))
     assert (train.find("a3"), train.find("d")) == (3, None)
     assert "日本" in train and "d" not in train and 3 not in train
     assert train.index("ü") == 7 and train[-1] == "日本" and train[1:3] == ["a1", "a2"] and list(train) == train[:]
@@ -109,8 +111,8 @@ def test_keys_whose_hashes_collide_are_found(bits: int, monkeypatch: pytest.Monk
     keys = [f"{i:04d}" for i in range(300)]
     sets = {"train": [make_shard("a", keys)], "val": [], "test": []}
     index = opened(write(sets), sets)
-    assert [index.find(key) for key in keys] == list(range(300))
-    assert index.find("0300") is None
+    assert [index.find(key, range(300)) for key in keys] == list(range(300))
+    assert index.find("0300", range(300)) is None
 
 
 def test_hashes_of_texts_are_those_of_each_text() -> None:
@@ -135,10 +137,10 @@ def test_a_lookup_reads_one_bucket_and_one_block() -> None:
     assert sum(read) < 25 * count + 200
     for k in range(0, count, 7):
         read.clear()
-        assert index.find(f"{k}-55") == k * size + 55
+        assert index.find(f"{k}-55", range(20000)) == k * size + 55
         assert len(read) <= 6, "where the bucket starts and the bucket, in at most two pieces each, and the key's block"
         read.clear()
-        assert index.find(f"{k}-{size}") is None and len(read) <= 5
+        assert index.find(f"{k}-{size}", range(20000)) is None and len(read) <= 5
 
 
 def replaced(data: bytes, at: int, new: bytes) -> bytes:
@@ -157,7 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "other file": (lambda data: b"{" + data[1:], "it is not an index"),
     "later version": (lambda data: with_header(data, 8, b"\2"), "got version 2, expected 1"),
     "header": (lambda data: replaced(data, 20, b"\1"), "its header has another checksum"),
-    "truncated": (lambda data: data[:-20], "it is truncated: 533 bytes"),
+    "truncated": (lambda data: data[:-20], "it is truncated, or has been extended: 533 bytes"),
     "truncated table": (lambda data: data[: TABLE + 5], "it is truncated"),
     "table": (lambda data: replaced(data, TABLE, b"\7"), "its table has another checksum"),
     "scenes": (lambda data: with_header(data, 16, b"\xff" * 8), "its parts do not fit together"),
@@ -319,6 +321,57 @@ def test_parts_are_fetched_once_by_all_processes_of_a_host(packed: Path, tmp_pat
     assert part(three, 100, 200) == content[100:200] and len(fetched) == 2, "damage in the cache is fetched again"
     for cached in (one, two, three):
         cached.close()
+
+
+def test_a_remote_set_leaves_no_file_open_and_no_thread_waiting(packed: Path, tmp_path: Path) -> None:
+    """Neither when it is closed and used again, nor when the program ends without closing it."""
+    remote = ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "cache", shard_cache_gib=1)
+    keys = remote.keys
+    for _ in range(5):
+        assert remote.read(0).key == keys[0]
+        remote.close()
+    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    # The map of an index that is still referenced keeps its own descriptor.
+    assert sum(link.endswith(".index") for link in links) <= 1
+    code = "import sys; from scenarioclip_fast.data import ShardSet; ShardSet.kept = s = ShardSet(sys.argv[1], "
+    code += "shard_cache_dir=sys.argv[2], shard_cache_gib=1); print(s.read(3).key)"
+    command = [sys.executable, "-c", code, packed.as_uri(), str(tmp_path / "other")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"{keys[3]}\n" and done.stderr == ""
+
+
+def test_keys_are_read_after_a_fork(packed: Path, tmp_path: Path) -> None:
+    remote = ShardSet(packed.as_uri(), shard_cache_dir=tmp_path / "cache", shard_cache_gib=1)
+    keys = remote.keys
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writer, keys[5].encode())
+        remote.close()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert pipe.read().decode() == ShardSet(packed).keys[5]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    remote.close()
+
+
+def test_a_vocabulary_of_another_pack_is_named(packed: Path, tmp_path: Path) -> None:
+    other, copy = tmp_path / "other", Path(shutil.copytree(packed, tmp_path / "copy"))
+    pack(list(generate_scenes(24, seed=5)), other, progress=False)
+    shutil.copy(other / "vocabulary.bin", copy)
+    with pytest.raises(UserError, match=r"copy/vocabulary\.bin: damaged: the checksum differs from the manifest's"):
+        _ = ShardSet(copy).vocabulary
+
+
+def test_a_damaged_old_index_is_not_upgraded(packed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    downgrade_index(copy)
+    old = (copy / "index.json").read_bytes()
+    key = ShardSet(packed).keys[0].encode()
+    (copy / "index.json").write_bytes(old.replace(key, b"x" * len(key)))
+    with pytest.raises(UserError, match=r"copy/index\.json: the checksum differs from the manifest's"):
+        upgrade_index(copy)
+    assert (copy / "index.json").exists() and not (copy / "index.bin").exists()
 
 
 def test_without_a_cache_parts_are_kept_in_memory(
