@@ -69,6 +69,7 @@ TESTS = {
     "tests/ops/test_views.py": 3,
     "tests/ops/test_distillation.py": 2,
     "tests/ops/test_contrastive_chunked.py": 1,
+    "tests/ops/test_exchange_plan.py": 1,
     "tests/ops/test_contrastive_distributed.py": 1,
     "tests/ops/test_contrastive_large.py": 2,
     "tests/ops/test_contrastive_weights.py": 2,
