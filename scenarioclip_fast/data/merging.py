@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.packing import VERSION, PackReport, report_of
 from scenarioclip_fast.data.parts import (
-    DONE,
     FILES,
     HEADER,
     LOCK,
     MERGE,
+    check_directory,
     command,
     difference,
     directory_of,
@@ -40,15 +40,18 @@ from scenarioclip_fast.data.parts import (
     lock_parts,
     parse_record,
     part_names,
+    read_done,
+    read_header,
     read_json,
     read_scan,
     rejections_of,
+    sizes_of_unit,
     unit_name,
     units_of,
 )
 from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.remote_parts import RemoteMergeStage, is_complete, remove_parts, scratch
+from scenarioclip_fast.data.remote_parts import FoundPack, RemoteMergeStage, is_complete, remove_parts, scratch
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
 from scenarioclip_fast.data.staging import PARTS, Stage, lock
@@ -95,11 +98,13 @@ def _merge_remote(review: Review, verify: bool, judge_boxes: bool) -> PackReport
     out = review.out
     assert isinstance(out, RemoteFolder)
     try:
-        if is_complete(out) or not part_names(out):
-            report = _merged_before(review)
+        found = _find_pack(review)
+        if found is not None and found.damage is None:
+            report = _merged_before(review, found)
         else:
-            with scratch() as folder, RemoteMergeStage(out, folder, review.progress) as stage:
-                report = report_of(out, _Parts(review, verify).merge(stage, judge_boxes))
+            parts = _parts_for(review, verify, found)
+            with scratch() as folder, RemoteMergeStage(out, folder, review.progress, found is not None) as stage:
+                report = report_of(out, parts.merge(stage, judge_boxes))
         remove_parts(out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}; the parts are kept") from error
@@ -109,8 +114,11 @@ def _merge_remote(review: Review, verify: bool, judge_boxes: bool) -> PackReport
 
 
 def _merge_local(review: Review, out: Path, verify: bool, judge_boxes: bool) -> PackReport:
+    check_directory(out / PARTS)
     if not (out / PARTS).is_dir():
-        return _merged_before(review)
+        found = _find_pack(review)
+        assert found is not None
+        return _merged_before(review, found)
     held = lock_parts(out, shared=False)
     if held is None:
         raise UserError(_busy(out))
@@ -119,12 +127,13 @@ def _merge_local(review: Review, out: Path, verify: bool, judge_boxes: bool) -> 
             with _MergeStage(out, out.resolve() / PARTS / MERGE) as stage:
                 resumed = is_regular(stage.path / "manifest.json")
                 stage.complete_installation()
-                if not is_regular(out / "manifest.json"):
-                    report = report_of(out, _Parts(review, verify).merge(stage, judge_boxes))
+                found = _find_pack(review) if is_complete(out) else None
+                if found is None or found.damage is not None:
+                    report = report_of(out, _parts_for(review, verify, found).merge(stage, judge_boxes))
                 elif resumed:
-                    report = report_of(out, _manifest(out))
+                    report = report_of(out, found.manifest)
                 else:
-                    report = _merged_before(review)
+                    report = _merged_before(review, found)
             _remove_parts(out)
         except OSError as error:
             raise UserError(f"{error.filename or out}: {error.strerror}; the parts are kept") from error
@@ -133,37 +142,52 @@ def _merge_local(review: Review, out: Path, verify: bool, judge_boxes: bool) -> 
     return report
 
 
-def _manifest(out: Path | RemoteFolder) -> dict[str, Any]:
-    with _root_of(out) as files:
-        manifest = read_json(files, "manifest.json")
-    if manifest is None or not {"splits", "causes", "vocabulary"} <= manifest.keys():
-        raise UserError(f"{out / 'manifest.json'}: damaged, expected the manifest of a pack")
-    return manifest
+def _find_pack(review: Review) -> FoundPack | None:
+    """The pack in the directory; None if there are only parts.
 
-
-def _root_of(out: Path | RemoteFolder) -> Directory | RemoteFolder:
-    """Open the directory of a pack, to which a symbolic link may lead."""
-    return directory_of(out.resolve() if isinstance(out, Path) else out)
-
-
-def _merged_before(review: Review) -> PackReport:
-    """The report of a pack that is complete already; raises UserError if there is none, or parts of another."""
+    Raises:
+        UserError: neither, parts of another source, or a damaged pack without parts.
+    """
     out = review.out
+    names = part_names(out)
     if not is_complete(out):
+        if names:
+            return None
         raise UserError(f"{out}: contains no parts of a pack, expected those of `{command(out, None)}`")
-    manifest = _manifest(out)
-    with _root_of(out) as files:
-        fingerprint = (read_json(files, "source.json") or {}).get("fingerprint")
-    for (i, n), name in part_names(out).items():
+    pack = FoundPack.at(out)
+    for (i, n), name in names.items():
         with directory_of(out / PARTS / name) as files:
-            header = read_json(files, HEADER)
-        if header is not None and header.get("fingerprint") != fingerprint:
+            header = read_header(files)
+        if header is not None and header["fingerprint"] != pack.fingerprint:
             raise UserError(
                 f"{out}: contains a complete pack, and part {i} of {n} of another source or with other options; move "
                 f"the pack away to merge the parts, or remove {out / PARTS}"
             )
-    review.log(f"{out}: up to date, the parts are merged")
-    return report_of(out, manifest, up_to_date=True)
+    if pack.damage is not None and not names:
+        raise UserError(
+            f"{out}: the pack is damaged ({pack.damage}), and there are no parts to merge again; restore the file, or "
+            "remove the pack and pack the data set again"
+        )
+    return pack
+
+
+def _merged_before(review: Review, pack: FoundPack) -> PackReport:
+    """The report of an intact pack."""
+    review.log(f"{review.out}: up to date, the parts are merged")
+    return report_of(review.out, pack.manifest, up_to_date=True)
+
+
+def _parts_for(review: Review, verify: bool, damaged: FoundPack | None) -> _Parts:
+    """The parts to merge, in place of a damaged pack if there is one."""
+    if damaged is None:
+        return _Parts(review, verify)
+    review.log(f"{review.out}: the pack is damaged ({damaged.damage}): merging the parts again")
+    try:
+        return _Parts(review, verify)
+    except UserError as error:
+        raise UserError(
+            f"{review.out}: the pack is damaged ({damaged.damage}), and its parts cannot replace it: {error}"
+        ) from None
 
 
 def _busy(out: Path) -> str:
@@ -221,6 +245,9 @@ class _Parts:
         self._names = part_names(self._out)
         self._count = self._check_names()
         self._folders = {i: self._out / PARTS / name for (i, _), name in self._names.items()}
+        for folder in self._folders.values():
+            if isinstance(folder, Path):
+                check_directory(folder)
         self._header, done = self._check_headers()
         self._items: int = done["items"]
         self._size: int = self._header["options"]["shard_size"]
@@ -254,7 +281,7 @@ class _Parts:
         unfinished = []
         for i in range(1, self._count + 1):
             with directory_of(self._folders[i]) as files:
-                header, done = read_json(files, HEADER), read_json(files, DONE)
+                header, done = read_header(files), read_done(files, i)
             if header is None or done is None:
                 unfinished.append(i)
                 continue
@@ -300,11 +327,13 @@ class _Parts:
         if self._review.progress:
             units = show_progress(units, -(-self._items // self._size), "checking parts", "shards")
         for i, folder, record in units:
+            if sizes_of_unit(record, record["unit"], self._size, self._items) is None:
+                raise self._lacking(i, f"damaged ({unit_name(record['unit'])})")
             try:
                 for shard in record["shards"]:
                     self._check_shard(i, folder, shard)
                     hashes.append(_hashes(shard["rows"]))
-            except (KeyError, TypeError, AttributeError):
+            except (TypeError, AttributeError, IndexError):  # a row without a key
                 raise self._lacking(i, f"damaged ({unit_name(record['unit'])})") from None
         found = np.concatenate(hashes)
         found.sort()

@@ -39,12 +39,13 @@ from scenarioclip_fast.data.parts import (
     check_part,
     evidence_of,
     part_name,
+    part_names,
     rejections_of,
     write_units,
 )
 from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.remote_parts import RemotePart, check_remote_target, find_merged, is_complete
+from scenarioclip_fast.data.remote_parts import FoundPack, RemotePart, check_remote_target, is_complete
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
 from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter
@@ -297,15 +298,21 @@ def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> Pa
     def merged() -> PackReport | None:
         if not is_complete(out):
             return None
-        fingerprint = cast("str", run.fingerprint)
-        manifest = find_up_to_date(out, fingerprint) if isinstance(out, Path) else find_merged(out, fingerprint)
-        if manifest is None:
+        found = FoundPack.at(out)
+        if found.fingerprint != run.fingerprint:
             raise UserError(
                 f"{out}: contains a complete pack of another source or other options; remove it, or choose another "
                 "directory for the parts"
             )
-        log(f"{out}: up to date, the parts are merged (neither the source nor the options changed)")
-        return report_of(out, manifest, up_to_date=True)
+        if found.damage is None:
+            log(f"{out}: up to date, the parts are merged (neither the source nor the options changed)")
+            return report_of(out, found.manifest, up_to_date=True)
+        if not part_names(out):
+            raise UserError(
+                f"{out}: contains a pack of this source that is damaged ({found.damage}); restore the file, or remove "
+                "the pack, then pack all parts again and merge them"
+            )
+        return None  # the merge replaces it
 
     if (report := merged()) is not None:
         return report

@@ -13,13 +13,15 @@ depend on n, and so neither does what `merging` makes of them.
 
 On a URL (see `remote_parts`), nothing is locked, and files are uploaded in the same order.
 
-A part that was interrupted packs the units without a record, or whose shards do not have the size in the record.
+A part that was interrupted packs the units without a record, or whose record is damaged or does not have the sizes of
+the shards. Without part.json, it packs all units: those that exist may be of another source.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,12 +37,13 @@ from numpy.typing import NDArray
 from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import Rejection
 from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, duplicate
+from scenarioclip_fast.data.shard_writer import COUNTS, OpenShard, PackedItem, duplicate
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.staging import PARTS, SHARD_NAME, dump, lock
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, is_regular, sha256_of, status_of
+from scenarioclip_fast.files import Directory, is_regular, kind_of, sha256_of, status_of
+from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.parsing import parse_json
 
 PART_NAME = re.compile(r"([1-9]\d*)-of-([1-9]\d*)")
@@ -126,6 +129,77 @@ def parse_record(data: bytes | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def read_header(files: Directory | RemoteFolder) -> dict[str, Any] | None:
+    """The header of a part; None if it does not exist or is damaged."""
+    found = read_json(files, HEADER)
+    if found is None or not isinstance(options := found.get("options"), dict):
+        return None
+    size = options.get("shard_size")
+    return found if type(size) is int and size > 0 and isinstance(found.get("fingerprint"), str) else None
+
+
+def read_done(files: Directory | RemoteFolder, number: int) -> dict[str, Any] | None:
+    """The done.json of the part with this number; None if it does not exist or is damaged."""
+    found = read_json(files, DONE)
+    if found is None or type(items := found.get("items")) is not int or items < 0:
+        return None
+    if number == 1 and not {"scan", "classes"} <= found.keys():
+        return None
+    try:
+        scan = read_scan(found)
+    except (KeyError, TypeError):
+        return None
+    return found if isinstance(scan.ignored, dict) and isinstance(scan.warnings, list) else None
+
+
+def sizes_of_unit(record: dict[str, Any] | None, unit: int, size: int, items: int | None) -> dict[str, int] | None:
+    """The sizes of a unit's shards in bytes, by name.
+
+    Args:
+        record: of the unit; None if it cannot be read.
+        size: items per unit.
+        items: of the source; None if not known yet, where any unit may be the last one.
+
+    Returns:
+        None if the record is damaged; above all, if an item is neither in a shard nor rejected.
+    """
+    sizes: dict[str, int] = {}
+    kept: list[int] = []
+    try:
+        if record is None or record["unit"] != unit:
+            return None
+        for shard in record["shards"]:
+            numbers = shard["numbers"]
+            complete = tuple(shard["counts"]) == COUNTS and set(LEVELS) == set(shard["texts"]) and "sha256" in shard
+            if not complete or shard["name"] != shard_name(shard["split"], unit) or len(shard["rows"]) != len(numbers):
+                return None
+            sizes[shard["name"]] = shard["bytes"]
+            kept += numbers
+        list(evidence_of(record))
+        found = {*kept, *(number for number, _ in rejections_of(record))}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+    first = unit * size
+    count = min(len(found), size) if items is None else min(size, items - first)
+    return sizes if count > 0 and len(set(kept)) == len(kept) and found == set(range(first, first + count)) else None
+
+
+def shard_name(split: str, unit: int) -> str:
+    """The name of the shard of a unit."""
+    return f"{split}-{unit:06d}.tar"
+
+
+def check_directory(path: Path) -> None:
+    """Raise UserError if there is something else than a directory, such as a link to one."""
+    found = status_of(path)
+    if found is not None and not stat.S_ISDIR(found.st_mode):
+        what = "links are refused, move the directory itself here" if stat.S_ISLNK(found.st_mode) else "move it away"
+        raise UserError(
+            f"{path}: got a {kind_of(found.st_mode)}, expected a directory of parts; {what}, or choose another "
+            "directory for the pack"
+        )
+
+
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """What makes the headers of two parts differ; None if they are equal."""
     if found == expected:
@@ -144,6 +218,7 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | N
 def lock_parts(out: Path, shared: bool) -> IO[bytes] | None:
     """Lock the parts in `out`, which must not be merged while they are packed; None if another process prevents it."""
     while True:
+        check_directory(out / PARTS)
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         try:
             with Directory(out / PARTS) as files:
@@ -185,6 +260,10 @@ class Part(ABC):
                     raise UserError(
                         f"{self.path / name}: not a file of a part; move it away, or choose another directory"
                     )
+            if read_header(self._files) is None:  # whatever is there may be of another source
+                self._remove(
+                    sorted(set(self._files.names()) - {LOCK}, key=lambda name: (name != DONE, name[:5] != "unit-"))
+                )
             self._write(HEADER, header)
             self.units = self._intact_units()
             self._stack = stack.pop_all()
@@ -206,8 +285,8 @@ class Part(ABC):
             if compared == 2:
                 continue
             with directory_of(self.out / PARTS / name) as files:
-                other = read_json(files, HEADER)
-            if other is None:  # just created
+                other = read_header(files)
+            if other is None:  # just created, or damaged
                 continue
             compared += 1
             if (what := difference(other, header)) is not None:
@@ -219,14 +298,18 @@ class Part(ABC):
     def _intact_units(self) -> set[int]:
         """The units that are finished."""
         names = set(self._files.names())
-        kept, units = {LOCK, HEADER, DONE}, set()
+        done = read_done(self._files, self.number)
+        items = None if done is None else done["items"]
+        kept, units = {LOCK, HEADER, *([] if done is None else [DONE])}, set()
         records = sorted(name for name in names if _UNIT_NAME.fullmatch(name))
         for name, record in zip(records, self._read(records), strict=True):
-            with suppress(KeyError, TypeError):
-                sizes = {shard["name"]: shard["bytes"] for shard in (record or {})["shards"]}
-                if all(self._files.size(one) == size for one, size in sizes.items()):
-                    units.add(int(name[len("unit-") : -len(".json")]))
-                    kept |= {name, *sizes}
+            unit = int(name[len("unit-") : -len(".json")])
+            if unit % self.count != self.number - 1:  # copied from another part
+                continue
+            sizes = sizes_of_unit(record, unit, self._size, items)
+            if sizes is not None and all(self._files.size(one) == size for one, size in sizes.items()):
+                units.add(unit)
+                kept |= {name, *sizes}
         if set(records) - kept:
             kept.discard(DONE)
         self._tidy(sorted(names - kept, key=lambda name: name not in records))
@@ -240,6 +323,10 @@ class Part(ABC):
     def _tidy(self, names: Sequence[str]) -> None:
         """Remove the files of unfinished units, in this order, where that is safe."""
 
+    @abstractmethod
+    def _remove(self, names: Sequence[str]) -> None:
+        """Remove files in this order."""
+
     def __enter__(self) -> Part:
         return self
 
@@ -252,7 +339,7 @@ class Part(ABC):
     @property
     def is_done(self) -> bool:
         """Whether all units are packed."""
-        done = read_json(self._files, DONE)
+        done = read_done(self._files, self.number)
         return done is not None and self.units == set(units_of((self.number, self.count), done["items"], self._size))
 
     def items_left(self, total: int) -> int:
@@ -269,7 +356,7 @@ class Part(ABC):
     @property
     def scan(self) -> Scan:
         """What the scan found, of the first part when it is done; otherwise nothing."""
-        return read_scan(read_json(self._files, DONE) or {})
+        return read_scan(read_done(self._files, self.number) or {})
 
     @abstractmethod
     def create(self, name: str) -> IO[bytes]:
@@ -318,6 +405,7 @@ class LocalPart(Part):
         stack.enter_context(parts)
         if is_regular(out / PARTS / MERGE / "manifest.json"):
             raise UserError(f"{out}: the merge of its parts was interrupted; finish it with `pack --merge {out}`")
+        check_directory(self.path)
         self._check_others(header)
         self.path.mkdir(exist_ok=True)
         self._files = stack.enter_context(Directory(self.path))
@@ -328,6 +416,9 @@ class LocalPart(Part):
         return (read_json(self._files, name) for name in names)
 
     def _tidy(self, names: Sequence[str]) -> None:
+        self._remove(names)
+
+    def _remove(self, names: Sequence[str]) -> None:
         for name in names:
             self._files.unlink(name)
 
@@ -415,7 +506,7 @@ def _write_unit(part: Part, unit: int, items: Iterable[PackedItem]) -> dict[str,
             if item.key is None:
                 continue
             if item.split not in shards:
-                name = f"{item.split}-{unit:06d}.tar"
+                name = shard_name(item.split, unit)
                 shards[item.split] = OpenShard.create(name, part.create(name))
                 numbers[item.split] = []
             keys.add(item.key)

@@ -90,6 +90,10 @@ class RemoteFolder:
         """The size of a file in bytes; None if there is no such file."""
         return self._listing.get(name)
 
+    def refresh(self) -> None:
+        """List the files again when they are needed next."""
+        self.__dict__.pop("_listing", None)
+
     def exists(self, name: str) -> bool:
         """Whether there is a file now, whatever has been listed."""
         self._fs.invalidate_cache()

@@ -18,14 +18,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from scenarioclip_fast.data.parts import FILES, HEADER, MERGE, Part, parse_record, part_names, read_json
+from scenarioclip_fast.data.parts import FILES, HEADER, MERGE, Part, directory_of, parse_record, part_names, read_json
 from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.scene import SCHEMA
-from scenarioclip_fast.data.staging import PACK_FILES, PARTS, Stage, dump, files_of
+from scenarioclip_fast.data.staging import PACK_FILES, PARTS, Stage, damage_of, dump, files_of, local_damage
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
 from scenarioclip_fast.progress import progress as show_progress
@@ -57,17 +57,35 @@ def check_remote_target(out: RemoteFolder, force: bool) -> None:
         raise UserError(f"{out}: contains an incomplete pack ({names[0]}); choose another URL or use --force")
 
 
-def find_merged(out: RemoteFolder, fingerprint: str) -> dict[str, Any] | None:
-    """Return the manifest of the pack in `out` if it has this fingerprint and the sizes of its shards are right."""
-    manifest, source = read_json(out, "manifest.json"), read_json(out, "source.json")
-    if manifest is None or source is None or source.get("fingerprint") != fingerprint:
+@dataclass(frozen=True)
+class FoundPack:
+    """A pack that seems complete: it has a manifest.
+
+    `fingerprint` is None if source.json is missing or damaged. `damage` says what differs from the manifest.
+    """
+
+    manifest: dict[str, Any]
+    fingerprint: str | None
+    damage: str | None
+
+    @classmethod
+    def at(cls, out: Path | RemoteFolder) -> FoundPack:
+        """Read and check a pack: the sizes of its shards, and the digests of its other files."""
+        with directory_of(out.resolve() if isinstance(out, Path) else out) as files:  # a link may lead to it
+            manifest, source = read_json(files, "manifest.json"), read_json(files, "source.json")
+        damage = local_damage(out, manifest) if isinstance(out, Path) else _remote_damage(out, manifest)
+        fingerprint = (source or {}).get("fingerprint")
+        return cls(manifest or {}, fingerprint if isinstance(fingerprint, str) else None, damage)
+
+
+def _remote_damage(out: RemoteFolder, manifest: dict[str, Any] | None) -> str | None:
+    def digest_of(name: str) -> str | None:
+        with suppress(FileNotFoundError), out.open(name) as file:
+            return sha256_of(file)
         return None
-    try:
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        intact = manifest["schema"] == SCHEMA and all(out.size(shard["name"]) == shard["bytes"] for shard in shards)
-    except (KeyError, TypeError, AttributeError):
-        return None
-    return manifest if intact else None
+
+    out.refresh()
+    return damage_of(manifest, out.size, digest_of)
 
 
 class RemotePart(Part):
@@ -86,6 +104,11 @@ class RemotePart(Part):
 
     def _tidy(self, names: Sequence[str]) -> None:
         """Nothing: another process may be uploading these files. If not, this one replaces them."""
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:  # one by one, in this order
+            self._files.remove([name])
+        self._files.refresh()
 
     def create(self, name: str) -> IO[bytes]:
         """Create a shard."""
@@ -110,16 +133,20 @@ class RemoteMergeStage(Stage):
         target: the directory of the pack, on the URL.
         folder: an empty temporary directory.
         progress: report how copying proceeds.
+        replace: a damaged pack.
     """
 
-    def __init__(self, target: RemoteFolder, folder: Path, progress: bool) -> None:
+    def __init__(self, target: RemoteFolder, folder: Path, progress: bool, replace: bool = False) -> None:
         super().__init__(folder, folder / MERGE)
-        self._target, self._progress = target, progress
+        self._target, self._progress, self._replace = target, progress, replace
 
     def install(self) -> None:
         """Write the pack to the URL, the manifest last."""
         target, merge = self._target, f"{PARTS}/{MERGE}"
-        if target.exists("manifest.json"):
+        if self._replace:  # of the shards that had been copied, some are damaged
+            target.remove([f"{merge}/{_COPIED}"])
+            target.remove(["manifest.json"])
+        elif target.exists("manifest.json"):
             raise UserError(f"{target}: another process has merged the parts meanwhile; the pack is complete")
         manifest = self.read("manifest.json")
         new = files_of(json.loads(manifest))

@@ -19,8 +19,9 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -366,17 +367,61 @@ def check_target(out: Path, force: bool, part: bool = False) -> None:
 
 def find_up_to_date(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return the manifest of the pack in `out` if it is complete and has this fingerprint."""
-    try:
-        manifest = parse_json(read_regular(out / "manifest.json"))
-        source = parse_json(read_regular(out / "source.json"))
-        if manifest["schema"] != SCHEMA or source["fingerprint"] != fingerprint:
-            return None
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-        intact = all((out / shard["name"]).stat().st_size == shard["bytes"] for shard in shards)
-        intact = intact and all(file_digest(out / name) == digest for name, digest in manifest["sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    manifest, source = _read_object(out / "manifest.json"), _read_object(out / "source.json")
+    if manifest is None or source is None or source.get("fingerprint") != fingerprint:
         return None
-    return manifest if intact else None
+    return manifest if local_damage(out, manifest) is None else None
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if the file is missing or damaged."""
+    try:
+        found = parse_json(read_regular(path))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def local_damage(out: Path, manifest: dict[str, Any] | None) -> str | None:
+    """What is damaged in a local pack; see `damage_of`."""
+
+    def found(read: Callable[[Path], Any], name: str) -> Any:
+        try:
+            return read(out / name)
+        except OSError:
+            return None
+
+    return damage_of(manifest, partial(found, lambda path: path.stat().st_size), partial(found, file_digest))
+
+
+def damage_of(
+    manifest: dict[str, Any] | None, size_of: Callable[[str], int | None], digest_of: Callable[[str], str | None]
+) -> str | None:
+    """Compare the sizes of a pack's shards and the digests of its other files with its manifest.
+
+    Args:
+        manifest: None if it cannot be read.
+        size_of, digest_of: the size in bytes and the SHA-256 of a file; None if it is missing.
+
+    Returns:
+        The first difference; None if the pack is intact.
+    """
+    try:
+        if manifest is None:
+            raise ValueError
+        if manifest["schema"] != SCHEMA:
+            return f"its schema is {manifest['schema']}, expected {SCHEMA}"
+        shards = [(one["name"], one["bytes"]) for split in manifest["splits"].values() for one in split["shards"]]
+        for name, expected in shards:
+            if (size := size_of(name)) != expected:
+                return f"{name} is missing" if size is None else f"{name} has {size} bytes, expected {expected}"
+        for name, expected in manifest["sha256"].items():
+            if (digest := digest_of(name)) != expected:
+                return f"{name} is missing" if digest is None else f"{name} has another SHA-256 than in manifest.json"
+        files_of(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not that of a pack"
+    return None
 
 
 def files_of(manifest: dict[str, Any]) -> set[str]:

@@ -166,6 +166,154 @@ def test_a_damaged_shard_is_packed_again(source: Path, expected: dict[str, bytes
     assert contents(out) == expected
 
 
+@pytest.fixture(scope="module")
+def parts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two parts of the pack before they are merged."""
+    out = tmp_path_factory.mktemp("parts") / "out"
+    for i in (1, 2):
+        pack_part(source, out, i, 2)
+    return out
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "shard lost": ("train-000001.tar", lambda path: path.unlink(), "train-000001.tar is missing"),
+    "shard cut": ("val-000000.tar", lambda path: os.truncate(path, 512), r"val-000000.tar has 512 bytes, expected \d+"),
+    "index lost": ("index.bin", lambda path: path.unlink(), "index.bin is missing"),
+    "texts": (
+        "vocabulary.bin",
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+        "vocabulary.bin has another SHA-256 than in manifest.json",
+    ),
+    "manifest": (
+        "manifest.json",
+        lambda path: path.write_text('{"schema": 2, "splits": {}}'),
+        "manifest.json is not that of a pack",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_pack_is_merged_again_from_complete_parts(
+    damage: str, source: Path, parts: Path, expected: dict[str, bytes], tmp_path: Path, capsys: Any
+) -> None:
+    name, change, what = DAMAGES[damage]
+    out = tmp_path / "out"
+    shutil.copytree(parts, out)
+    for file, data in expected.items():
+        (out / file).write_bytes(data)
+    change(out / name)
+    shard = shard_of(out, "2-of-2")
+    shard.unlink()
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        UserError, match=rf"^{out}: the pack is damaged \({what}\), and its .* {shard}: is missing; run"
+    ):
+        merge_parts(out, progress=False)
+    assert sorted(out.rglob("*")) == before, "nothing is removed"
+    pack_part(source, out, 2, 2)
+    assert main(["pack", "--merge", str(out)]) == 0
+    assert re.search(rf"{out}: the pack is damaged \({what}\): merging the parts again", capsys.readouterr().err)
+    assert contents(out) == expected and not (out / ".parts").exists()
+    change(out / name)  # now without parts
+    with pytest.raises(UserError, match=rf"^{out}: the pack is damaged \({what}\), and there are no parts to merge"):
+        merge_parts(out, progress=False)
+    with pytest.raises(UserError, match=rf"^{out}: contains a pack of this source that is damaged \({what}\); restore"):
+        pack_part(source, out, 1, 2)
+
+
+@pytest.mark.parametrize("header", [None, b"", b"{}", b'{"fingerprint": "a", "options": {}}'])
+def test_units_without_a_header_are_packed_again(
+    header: bytes | None, source: Path, parts: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """They may be of another source."""
+    out, folder = tmp_path / "out", tmp_path / "out" / ".parts" / "1-of-2"
+    pack_part(source, tmp_path / "other", 1, 2, split="hash")
+    shutil.copytree(parts, out)
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "other" / ".parts" / "1-of-2", folder)
+    (folder / "part.json").unlink()
+    if header is not None:
+        (folder / "part.json").write_bytes(header)
+    with pytest.raises(UserError, match=rf"^{out}: part 1 of 2 is unfinished: run pack .* --part 1/2$"):
+        merge_parts(out, progress=False)
+    assert not pack_part(source, out, 1, 2).up_to_date
+    merge_parts(out, verify=True, progress=False)
+    assert contents(out) == expected
+
+
+def drop_item(record: dict[str, Any]) -> None:
+    shard = record["shards"][0]
+    shard["numbers"].pop()
+    shard["rows"].pop()
+
+
+RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "nothing": lambda record: record.update(shards=[], rejected=[], boxes=[]),
+    "no shard": lambda record: record.update(shards=[]),
+    "no item": drop_item,
+    "no row": lambda record: record["shards"][0]["rows"].pop(),
+    "an item twice": lambda record: record["shards"].append(record["shards"][0]),
+    "items of another unit": lambda record: record["shards"][0].update(
+        numbers=[number + SIZE for number in record["shards"][0]["numbers"]]
+    ),
+    "no texts": lambda record: record["shards"][0].pop("texts"),
+    "no rejections": lambda record: record.pop("rejected"),
+    "another name": lambda record: record["shards"][0].update(name="../1-of-2/train-000000.tar"),
+    "a number": lambda record: record.update(shards=[3]),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_record_that_does_not_account_for_its_items(
+    case: str, last: bool, source: Path, parts: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(parts, out)
+    found = [(path, json.loads(path.read_bytes())) for path in sorted((out / ".parts").glob("*/unit-*.json"))]
+    path, record = sorted((one for one in found if one[1]["shards"]), key=lambda one: one[1]["unit"])[-1 if last else 1]
+    RECORDS[case](record)
+    path.write_text(json.dumps(record))
+    i = int(path.parent.name[0])
+    again = rf"^{out}: part {i} of 2 is damaged \({path.name}\): run pack .* --part {i}/2$"
+    with pytest.raises(UserError, match=again):
+        merge_parts(out, progress=False)
+    assert not pack_part(source, out, i, 2).up_to_date
+    merge_parts(out, verify=True, progress=False)
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("i", [1, 2])
+@pytest.mark.parametrize("data", [b"{}", b'{"items": "3"}', b'{"items": 99, "scan": 3, "classes": null}', b"[]", b"{"])
+def test_a_damaged_end_of_a_part(
+    data: bytes, i: int, source: Path, parts: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(parts, out)
+    (out / ".parts" / f"{i}-of-2" / "done.json").write_bytes(data)
+    with pytest.raises(UserError, match=rf"^{out}: part {i} of 2 is unfinished: run pack .* --part {i}/2$"):
+        merge_parts(out, progress=False)
+    assert not pack_part(source, out, i, 2).up_to_date
+    assert pack_part(source, out, i, 2).up_to_date
+    merge_parts(out, progress=False)
+    assert contents(out) == expected
+
+
+def test_a_part_that_was_copied_under_another_number(
+    source: Path, parts: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for i, of in ((1, 2), (2, 1)):
+        shutil.copytree(parts / ".parts" / f"{of}-of-2", out / ".parts" / f"{i}-of-2")
+    with pytest.raises(UserError, match="part 1 of 2 is unfinished: run"):  # part 1 has what the scan found
+        merge_parts(out, progress=False)
+    for i in (1, 2):
+        assert not pack_part(source, out, i, 2).up_to_date
+        assert pack_part(source, out, i, 2).up_to_date
+    merge_parts(out, progress=False)
+    assert contents(out) == expected
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1-4", "1/0", "/", "1/4/2", "-1/4", "1.0/4", "a/b", "1", "²/4"])
 def test_a_wrong_form_of_a_part_is_one_line(text: str, source: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["pack", str(source), "--out", str(tmp_path / "out"), f"--part={text}"]) == 2
@@ -399,9 +547,17 @@ def test_foreign_files_are_kept(source: Path, tmp_path: Path) -> None:
     victim.mkdir()
     (victim / "train-000000.tar").write_text("kept")
     folder.symlink_to(victim)
-    with pytest.raises(UserError, match=f"^{folder}: Not a directory$"):
-        pack_part(source, out, 1, 1)
-    assert (victim / "train-000000.tar").read_text() == "kept" and len(list(victim.iterdir())) == 1
+    refused = (
+        "got a symbolic link, expected a directory of parts; links are refused, move the directory itself here, or"
+    )
+    for link in (folder, folder.parent):
+        if link == folder.parent:
+            shutil.rmtree(link)
+            link.symlink_to(victim)
+        for call in (lambda: pack_part(source, out, 1, 1), lambda: merge_parts(out)):
+            with pytest.raises(UserError, match=f"^{link}: {refused}"):
+                call()
+        assert (victim / "train-000000.tar").read_text() == "kept" and len(list(victim.iterdir())) == 1
 
 
 @pytest.mark.parametrize("n", [1, 3])

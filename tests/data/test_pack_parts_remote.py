@@ -327,6 +327,85 @@ def test_what_is_missing_or_damaged_is_named(source: Path, expected: dict[str, b
     assert stored(url) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("train-000001.tar", lambda _: None, "train-000001.tar is missing"),
+        ("train-000001.tar", lambda data: data[:512], "train-000001.tar has 512 bytes, expected [0-9]+"),
+        ("index.bin", lambda data: data[:-1] + b"?", "index.bin has another SHA-256 than in manifest.json"),
+        ("vocabulary.bin", lambda _: None, "vocabulary.bin is missing"),
+        ("manifest.json", lambda _: b"{}", "manifest.json is not that of a pack"),
+    ],
+)
+def test_a_damaged_pack_is_merged_again_from_complete_parts(
+    name: str,
+    change: Callable[[bytes], bytes | None],
+    what: str,
+    source: Path,
+    expected: dict[str, bytes],
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if a merge had noted its copies, and if the new one is interrupted."""
+    monkeypatch.setattr(remote_parts, "_STEP", 5)
+    pack_part(source, url, 1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "remove_parts", lambda _: None)
+        merge_parts(url, progress=False)
+    edit(url, name, change)
+    assert ".parts/merge/copied.json" in stored(url)
+    done = stored(url)[".parts/1-of-1/done.json"]
+    edit(url, ".parts/1-of-1/done.json", lambda _: None)
+    before = stored(url)
+    with pytest.raises(UserError, match=rf"^{url}: the pack is damaged \({what}\), and its parts cannot replace it: "):
+        merge_parts(url, progress=False)
+    assert stored(url) == before, "nothing is removed"
+    assert not pack_part(source, url, 1, 1).up_to_date
+    assert stored(url)[".parts/1-of-1/done.json"] == done
+    with monkeypatch.context() as patch:
+        Writes(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            merge_parts(url, progress=False)
+    assert not merge_parts(url, progress=False).up_to_date
+    assert stored(url) == expected
+    edit(url, name, change)  # now without parts
+    with pytest.raises(UserError, match=rf"^{url}: the pack is damaged \({what}\), and there are no parts to merge"):
+        merge_parts(url, progress=False)
+    with pytest.raises(UserError, match=rf"^{url}: contains a pack of this source that is damaged \({what}\); restore"):
+        pack_part(source, url, 1, 1)
+
+
+def test_files_of_unknown_origin_are_packed_again(source: Path, expected: dict[str, bytes], url: str) -> None:
+    """Units without part.json, records that lack items, and what another part has packed."""
+    for i in (1, 2):
+        pack_part(source, url, i, 2)
+    whole = stored(url)
+    record = min(name for name in whole if name.startswith(".parts/1-of-2/unit-"))
+    damages: dict[str, bytes | None] = {
+        ".parts/1-of-2/part.json": None,
+        ".parts/1-of-2/done.json": b"{}",
+        record: b'{"unit": 0, "shards": [], "rejected": [], "boxes": []}',
+    }
+    for name, data in damages.items():
+        edit(url, name, lambda _, data=data: data)
+        with pytest.raises(UserError, match=r"part 1 of 2 is (unfinished|damaged)"):
+            merge_parts(url, progress=False)
+        if data is None:  # a merge must not find done.json while the units are packed again
+            with pytest.MonkeyPatch.context() as patch:
+                Writes(patch, 3)
+                with pytest.raises(KeyboardInterrupt):
+                    pack_part(source, url, 1, 2)
+            assert ".parts/1-of-2/done.json" not in stored(url)
+        assert not pack_part(source, url, 1, 2).up_to_date
+        assert stored(url) == whole
+    fs, root = fsspec.core.url_to_fs(url)
+    foreign = min(name for name in whole if name.startswith(".parts/2-of-2/unit-"))
+    fs.pipe_file(f"{root}/{foreign.replace('2-of-2', '1-of-2')}", whole[foreign])
+    assert pack_part(source, url, 1, 2).up_to_date
+    merge_parts(url, verify=True, progress=False)
+    assert stored(url) == expected
+
+
 def test_parts_that_do_not_belong_together(source: Path, expected: dict[str, bytes], url: str) -> None:
     pack_part(source, url, 1, 2)
     before = stored(url)
