@@ -211,8 +211,10 @@ class ShardSet:
                     data = bytes(data)
                 read, size = part_of(data), len(data)
             else:
-                size = int(self.manifest["index"]["bytes"])
-                self._index_file = CachedIndex(store, self.manifest["sha256"][name], size, *self._cache)
+                size, sha256 = int(self.manifest["index"]["bytes"]), self._sha256(name)
+                if sha256 is None:  # it becomes a file name
+                    raise KeyError(f"sha256 of {name}")
+                self._index_file = CachedIndex(store, sha256, size, *self._cache)
                 read = self._index_file.read
         except UserError:
             raise

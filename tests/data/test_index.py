@@ -374,6 +374,27 @@ def test_a_damaged_old_index_is_not_upgraded(packed: Path, tmp_path: Path) -> No
     assert (copy / "index.json").exists() and not (copy / "index.bin").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": {"index.bin": "../outside"}}, "index.bin has no valid SHA-256"),
+        ({"sha256": {}}, "malformed index .*sha256 of index.bin"),
+        ({"index": {"bytes": "many"}}, "malformed index"),
+        ({"index": {"bytes": 10**12}}, r"index\.bin: damaged index: it is truncated, or has been extended"),
+        ({"index": {"bytes": 10**15}}, "malformed index"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_a_remote_index(
+    packed: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=message):
+        _ = ShardSet(copy.as_uri(), shard_cache_dir=tmp_path / "cache").keys[0]
+    assert not (tmp_path / "outside.index").exists()
+
+
 def test_without_a_cache_parts_are_kept_in_memory(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
