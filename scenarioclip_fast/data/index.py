@@ -220,6 +220,7 @@ class Index:
         if (
             counts.sum() != scenes
             or start - lookup != 4 * (2 ** _bucket_bits(scenes) + 1) + _LOOKUP.itemsize * scenes
+            or (self._entries["offset"] > lookup).any()  # before the conversion to signed numbers
             or (len(ends) and ends.max() > lookup)
             or (self._entries["split"] != np.repeat(np.arange(len(splits)), [len(s) for s in splits.values()])).any()
         ):

@@ -153,6 +153,12 @@ def with_header(data: bytes, at: int, new: bytes) -> bytes:
     return header + struct.pack("<I", zlib.crc32(header)) + data[64:]
 
 
+def with_table(data: bytes, at: int, new: bytes) -> bytes:
+    """Change the table and correct its checksum."""
+    table = replaced(data[TABLE:], at, new)
+    return with_header(data, 56, struct.pack("<I", zlib.crc32(table)))[:TABLE] + table
+
+
 TABLE = struct.unpack_from("<Q", write(), 32)[0]
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "got 0 bytes, expected at least 64"),
@@ -164,6 +170,10 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "table": (lambda data: replaced(data, TABLE, b"\7"), "its table has another checksum"),
     "scenes": (lambda data: with_header(data, 16, b"\xff" * 8), "its parts do not fit together"),
     "lookup": (lambda data: with_header(data, 24, struct.pack("<Q", TABLE - 44)), "its parts do not fit together"),
+    "offset": (lambda data: with_table(data, 0, struct.pack("<Q", 2**63 + 64)), "its parts do not fit together"),
+    "overlap": (lambda data: with_table(data, 0, struct.pack("<Q", TABLE)), "its parts do not fit together"),
+    "split": (lambda data: with_table(data, 20, b"\1"), "its parts do not fit together"),
+    "count": (lambda data: with_table(data, 8, b"\x08"), "its parts do not fit together"),
     "row": (lambda data: replaced(data, 66, b"\xff"), "its block of shard 0 has another checksum"),
     "key": (lambda data: replaced(data, 64 + 16 * 7, b"A"), "its block of shard 0 has another checksum"),
     "order": (lambda data: replaced(data, TABLE - 1, b"\xff"), "piece 0 of its lookup has another checksum"),
