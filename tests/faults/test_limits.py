@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from campaign import LONG, generator, trials
-from packs import read_rows, write_rows
+from packs import downgrade_index, read_rows, write_rows
 from PIL import Image
 from vocabularies import use_json_vocabulary
 
@@ -342,6 +342,7 @@ class World:
         directory = root / "pack"
         pack(generate_scenes(8, seed=0, val=0.0, test=0.25), directory, progress=False)
         use_json_vocabulary(directory)
+        downgrade_index(directory)
         drawn = ["--split", "train", "--scenes", "1", "--size", "32", "--out", root / "inspected"]
         for name in ("manifest", "index", "vocabulary"):
             file = directory / f"{name}.json"

@@ -28,6 +28,7 @@ from scenarioclip_fast.terminal import one_line, short, warn
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 600.0
 _CONNECT_S = 10.0
+_WAKE_S = 0.5
 _PASSING = (408, 409, 429)  # and 5xx
 
 _CONTEXT = re.compile(r"context.?(length|size|window)|max_model_len|maximum model length", re.IGNORECASE)
@@ -154,7 +155,7 @@ class _Session:
             yield from self._next()
 
     def _next(self) -> Iterator[Outcome]:
-        result = self._done.get()
+        result = self._wait()
         if isinstance(result, Outcome):
             yield result
             return
@@ -163,6 +164,14 @@ class _Session:
             if isinstance(other := self._done.get(), Outcome):
                 yield other
         raise result
+
+    def _wait(self) -> Outcome | BaseException:
+        # A signal that comes just before the thread sleeps is handled only when it wakes: an interrupt would be lost.
+        while True:
+            try:
+                return self._done.get(timeout=_WAKE_S)
+            except Empty:
+                continue
 
     def close(self) -> None:
         """End the threads; those that wait for the server are left behind, and end with their request."""
