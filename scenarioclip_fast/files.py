@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import mmap
 import os
 import stat
 import uuid
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from scenarioclip_fast.errors import UserError
+
+Mapped = bytes | mmap.mmap
+"""The content of a file that is mapped into memory, or in it."""
 
 _KINDS = {
     stat.S_IFREG: "regular file",
@@ -163,6 +167,23 @@ def read_regular(path: str | Path, *, follow: bool = True) -> bytes:
     """The content of a regular file; raises OSError like `open_regular`."""
     with open(path, "rb", opener=lambda name, flags: open_regular(name, flags, follow=follow)) as file:
         return file.read()
+
+
+def map_file(path: str | Path, *, follow: bool = True) -> Mapped:
+    """Map a regular file into memory, read-only; raises OSError like `open_regular`.
+
+    The file must not be truncated meanwhile: reading it would end the process.
+    """
+    descriptor = open_regular(path, follow=follow)
+    try:
+        return map_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def map_descriptor(descriptor: int) -> Mapped:
+    """Map an open file into memory, read-only."""
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if os.fstat(descriptor).st_size else b""
 
 
 def check_expansion(file: Any) -> None:

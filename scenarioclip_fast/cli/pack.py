@@ -14,19 +14,8 @@ from scenarioclip_fast.terminal import echo, warn
 if TYPE_CHECKING:
     from scenarioclip_fast.data.packing import PackReport
 
-# Options of reading a source, with their defaults.
-_OF_SOURCE = {
-    "format": "auto",
-    "images": None,
-    "actions": None,
-    "shard_size": 1000,
-    "val": 0.1,
-    "test": 0.2,
-    "split": "given",
-    "max_pixels": None,
-    "workers": None,
-    "force": False,
-}
+# The options of a merge, besides those that have a message of their own.
+_OF_MERGE = {"merge", "verify", "boxes", "allow_empty_level", "upgrade_index"}
 _SHOWN = 10  # causes of rejections with an example; rejected.jsonl lists all rejections
 
 
@@ -231,12 +220,13 @@ def _defaults() -> dict[str, Any]:
 def _merge(args: argparse.Namespace) -> PackReport:
     from scenarioclip_fast.data.merging import merge_parts
 
-    for name in ("source", "part", "parts", "ray", "out"):
+    others = ("source", "part", "parts", "ray", "out")
+    for name in others:
         if getattr(args, name):
             given = f"--{name} {getattr(args, name)}" if name != "source" else f"SOURCE {args.source[0]}"
             raise UserError(f"--merge: got {given} as well, expected only `pack --merge DIR` once all parts are packed")
-    for name, default in _OF_SOURCE.items():
-        if getattr(args, name) != default:
+    for name, default in _defaults().items():
+        if name not in _OF_MERGE.union(others) and getattr(args, name) != default:
             raise UserError(
                 f"--merge: got --{name.replace('_', '-')} as well, which is an option of the parts; remove it"
             )

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import mmap
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy.typing as npt
 
 from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Mapped
 
 NAME = "index.bin"
 BLOCK = 512  # bytes: members of a tar start at multiples of it
@@ -347,7 +347,7 @@ class Index:
         return rows, keys
 
 
-def part_of(data: mmap.mmap | bytes) -> Read:
+def part_of(data: Mapped) -> Read:
     """A function that returns parts of a mapped file, or of bytes in memory."""
     view = memoryview(data)
     return lambda start, stop, crc: view[start:stop]

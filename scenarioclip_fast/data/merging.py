@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +53,7 @@ from scenarioclip_fast.data.remote_folder import RemoteFolder
 from scenarioclip_fast.data.remote_parts import FoundPack, RemoteMergeStage, is_complete, remove_parts, scratch
 from scenarioclip_fast.data.review import Review
 from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
+from scenarioclip_fast.data.splitmix64 import hash_texts
 from scenarioclip_fast.data.staging import PARTS, Stage, lock
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
@@ -435,5 +435,5 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 def _hashes(rows: Sequence[Sequence[Any]]) -> NDArray[np.uint64]:
     """A hash of the key of each row."""
-    digests = b"".join(blake2b(row[0].encode(), digest_size=8).digest() for row in rows)
-    return np.frombuffer(digests, np.uint64)
+    keys = [row[0].encode() for row in rows]
+    return hash_texts(b"".join(keys), np.cumsum([len(key) for key in keys], dtype=np.int64))

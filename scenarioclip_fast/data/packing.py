@@ -422,7 +422,7 @@ class _Run:
             if writer.scenes == 0:
                 raise self.review.no_scenes(scan.rejected + writer.rejected, scan.ignored)
             review = partial(self.review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))
-            return writer.finish(scan, source.classes, self.fingerprint, review)
+            return writer.complete().finish(scan, source.classes, self.fingerprint, review)
 
     def fill_part(self, part: Part) -> None:
         """Pack what is missing of a part."""

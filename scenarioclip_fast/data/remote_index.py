@@ -98,7 +98,6 @@ class CachedIndex:
             if (data := self._memory.get(start)) is not None:
                 self._memory.move_to_end(start)
                 return memoryview(data)
-        with self._lock:  # `close` closes the file
             if self._file is None:
                 return None
             if start not in self._known:

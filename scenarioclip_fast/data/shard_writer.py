@@ -209,17 +209,11 @@ class ShardWriter:
         if self._finishing is not None:
             self._finishing.result()
 
-    def finish(
-        self,
-        scan: Scan,
-        classes: dict[str, list[str]] | None,
-        fingerprint: str | None,
-        review: Callable[[Mapping[str, int], Diagnosis], list[str]],
-    ) -> dict[str, Any]:
-        """Finish the pack; see `PackFiles.finish`."""
+    def complete(self) -> PackFiles:
+        """Wait until all shards are on disk, and return the files that describe them."""
         self._wait()
         self._files.rejected = self.rejected
-        return self._files.finish(scan, classes, fingerprint, review)
+        return self._files
 
 
 class PackFiles:

@@ -35,9 +35,9 @@ from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import ShardCache, default_cache_dir
 from scenarioclip_fast.data.vocabulary import Vocabulary
-from scenarioclip_fast.data.vocabulary_file import BINARY, HEADER_BYTES, JSON, Mapped, declared_size, map_file
+from scenarioclip_fast.data.vocabulary_file import BINARY, HEADER_BYTES, JSON, declared_size
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import NotRegularError, read_regular
+from scenarioclip_fast.files import Mapped, NotRegularError, map_file, read_regular
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import get_logger, printable, short
 

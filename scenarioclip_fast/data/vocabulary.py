@@ -20,16 +20,15 @@ from scenarioclip_fast.data.vocabulary_file import (
     Counts,
     Level,
     LevelBuilder,
-    Mapped,
     Texts,
     TokenLists,
-    map_file,
     merged_rows,
     read_levels,
     stored,
     write_levels,
 )
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Mapped, map_file
 from scenarioclip_fast.levels import LEVELS, check_level
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.requirements import require

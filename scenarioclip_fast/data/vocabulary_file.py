@@ -14,9 +14,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import heapq
-import mmap
 import operator
-import os
 import struct
 from abc import abstractmethod
 from array import array
@@ -35,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import open_regular
+from scenarioclip_fast.files import Mapped, map_descriptor
 from scenarioclip_fast.levels import LEVELS
 
 MAGIC, VERSION = b"\x93SCVOCAB", 1
@@ -56,7 +54,6 @@ _COPIED = 1 << 20
 BINARY, JSON = "vocabulary.bin", "vocabulary.json"  # file names in a pack
 
 T = TypeVar("T")
-Mapped = bytes | mmap.mmap
 
 
 class LazySequence(Sequence[T], Generic[T]):
@@ -483,20 +480,3 @@ def _in_order(words: NDArray[np.uint64], length: NDArray[np.int64]) -> NDArray[n
     """Words as numbers in the order of their first `length` bytes."""
     half = (32 - 4 * np.minimum(length, 8)).astype(np.uint64)  # shifts by 64 bits are undefined
     return words.byteswap() >> half >> half << half << half
-
-
-def map_file(path: str | Path, *, follow: bool = True) -> Mapped:
-    """Map a regular file into memory, read-only; raises OSError like `open_regular`.
-
-    The file must not be truncated meanwhile: reading it would end the process.
-    """
-    descriptor = open_regular(path, follow=follow)
-    try:
-        return map_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def map_descriptor(descriptor: int) -> Mapped:
-    """Map an open file into memory, read-only."""
-    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if os.fstat(descriptor).st_size else b""
