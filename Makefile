@@ -45,7 +45,7 @@ test: install
 
 # Fault injection at full length: kills, bit flips, hostile files, damaged caches. `make test` runs a few trials of each.
 faults: install
-	SCENARIOCLIP_FAST_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/data/test_pack_resume.py tests/data/test_pack_parts.py -n $(JOBS) --dist loadfile
+	SCENARIOCLIP_FAST_FAULTS=1 $(BIN)/python -m pytest tests/faults tests/data/packing/test_pack_resume.py tests/data/packing/test_pack_parts.py -n $(JOBS) --dist loadfile
 
 # Fuzz the native code with AddressSanitizer and UndefinedBehaviorSanitizer, in build/fuzz.
 fuzz: $(VENV)/packages

@@ -20,7 +20,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.eval.zeroshot import ZeroShotResult

@@ -12,7 +12,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.terminal import echo, warn
 
 if TYPE_CHECKING:
-    from scenarioclip_fast.data.packing import PackReport
+    from scenarioclip_fast.data.packing.report import PackReport
 
 # The options of a merge, besides those that have a message of their own.
 _OF_MERGE = {"merge", "verify", "boxes", "allow_empty_level", "upgrade_index"}
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> PackReport:
     from scenarioclip_fast.data.config import MAX_PIXELS
-    from scenarioclip_fast.data.packing import pack
-    from scenarioclip_fast.data.parts import parse_part
+    from scenarioclip_fast.data.packing.packer import pack
+    from scenarioclip_fast.data.packing.parts import parse_part
 
     missing = [name for name, value in (("SOURCE", args.source), ("--out", args.out)) if not value]
     if missing:
@@ -178,7 +178,7 @@ def _pack(args: argparse.Namespace) -> PackReport:
         part = None if args.part is None else parse_part(args.part)
         pack_with = partial(pack, args.source, args.out, part=part)
     else:
-        from scenarioclip_fast.data.ray_packing import pack_on_ray
+        from scenarioclip_fast.data.packing.on_ray import pack_on_ray
 
         pack_with = partial(pack_on_ray, args.source, args.out, args.ray, parts=args.parts)
     return pack_with(
@@ -198,7 +198,7 @@ def _pack(args: argparse.Namespace) -> PackReport:
 
 
 def _upgrade(args: argparse.Namespace) -> int:
-    from scenarioclip_fast.data.upgrade import upgrade_index
+    from scenarioclip_fast.data.packing.upgrade import upgrade_index
 
     others = {name: default for name, default in _defaults().items() if name != "upgrade_index"}
     for name, default in others.items():
@@ -218,7 +218,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _merge(args: argparse.Namespace) -> PackReport:
-    from scenarioclip_fast.data.merging import merge_parts
+    from scenarioclip_fast.data.packing.merging import merge_parts
 
     others = ("source", "part", "parts", "ray", "out")
     for name in others:

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.batch import Batch
     from scenarioclip_fast.data.config import LoaderConfig, ShardSource
     from scenarioclip_fast.data.loader import SceneLoader, scene_loader
-    from scenarioclip_fast.data.merging import merge_parts
     from scenarioclip_fast.data.mix import ShardMix
-    from scenarioclip_fast.data.packing import PackReport, pack
-    from scenarioclip_fast.data.ray_packing import pack_on_ray
+    from scenarioclip_fast.data.packing.merging import merge_parts
+    from scenarioclip_fast.data.packing.on_ray import pack_on_ray
+    from scenarioclip_fast.data.packing.packer import pack
+    from scenarioclip_fast.data.packing.report import PackReport
     from scenarioclip_fast.data.scene import Mask, Relation, Scene, SceneObject
     from scenarioclip_fast.data.shards import BadSample, ShardSet
     from scenarioclip_fast.data.sources.base import Reader, Source
@@ -28,10 +29,11 @@ else:
             "batch": ["Batch"],
             "config": ["LoaderConfig", "ShardSource"],
             "loader": ["SceneLoader", "scene_loader"],
-            "merging": ["merge_parts"],
+            "packing.merging": ["merge_parts"],
             "mix": ["ShardMix"],
-            "packing": ["PackReport", "pack"],
-            "ray_packing": ["pack_on_ray"],
+            "packing.packer": ["pack"],
+            "packing.report": ["PackReport"],
+            "packing.on_ray": ["pack_on_ray"],
             "scene": ["Mask", "Relation", "Scene", "SceneObject"],
             "shards": ["BadSample", "ShardSet"],
             "sources.base": ["Reader", "Source"],

@@ -28,7 +28,9 @@ from typing import Any
 
 import torch
 
-from scenarioclip_fast.data.packing import PackOptions, PackReport, pack
+from scenarioclip_fast.data.packing.options import PackOptions
+from scenarioclip_fast.data.packing.packer import pack
+from scenarioclip_fast.data.packing.report import PackReport
 from scenarioclip_fast.data.parallel import Workers
 from scenarioclip_fast.data.synthetic import write_published_layout
 from scenarioclip_fast.devices import pick_device

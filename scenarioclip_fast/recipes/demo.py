@@ -18,7 +18,7 @@ import torch
 
 from scenarioclip_fast import __version__
 from scenarioclip_fast.data.config import LoaderConfig
-from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.synthetic.write import generate_published_layout
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.distributed import world_size

@@ -24,11 +24,11 @@ from packs import downgrade_index, read_rows, write_rows
 
 from scenarioclip_fast.data import ShardSet, pack
 from scenarioclip_fast.data.index import BLOCK, Index, IndexWriter, Keys
+from scenarioclip_fast.data.packing.upgrade import upgrade_index
 from scenarioclip_fast.data.remote import Store
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
 from scenarioclip_fast.data.synthetic import generate_scenes
-from scenarioclip_fast.data.upgrade import upgrade_index
 from scenarioclip_fast.errors import UserError
 
 SPLITS = ("train", "val", "test")

@@ -9,7 +9,7 @@ import torch
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data.inspect import collect_statistics, draw_sheet
-from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject
 from scenarioclip_fast.data.shards import BadSample
 from scenarioclip_fast.data.views import Views

@@ -28,7 +28,7 @@ from scenarioclip_fast.data.bad_samples import BadSampleLog
 from scenarioclip_fast.data.batch import Batch
 from scenarioclip_fast.data.decode import DECODERS
 from scenarioclip_fast.data.loader import SceneLoader, scene_loader
-from scenarioclip_fast.data.packing import pack
+from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.permutation import hash_order
 from scenarioclip_fast.data.prefetch import Prefetcher
 from scenarioclip_fast.data.scene import Relation, Scene, SceneObject, scene_to_json

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -440,7 +441,7 @@ def test_a_child_that_survives_its_parent_holds_none_of_its_locks(tmp_path: Path
     (claims,) = tmp_path.glob("*.claims")
     assert is_locked(claims)
     try:
-        wait_until(lambda: not os.path.exists(f"/proc/{child}/fd") or not held(child, tmp_path))
+        wait_until(lambda: not held(child, tmp_path))
         process.kill()
         process.wait()
         assert not is_locked(claims)
@@ -452,8 +453,12 @@ def test_a_child_that_survives_its_parent_holds_none_of_its_locks(tmp_path: Path
 
 
 def held(pid: int, directory: Path) -> list[str]:
-    """The files of a directory that a process has open."""
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    """The files of a directory that a process has open; none if it has ended."""
+    links = []
+    with suppress(FileNotFoundError):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                links.append(os.readlink(path))
     return [link for link in links if link.startswith(str(directory))]
 
 

@@ -17,8 +17,8 @@ from special import bounded, make_special, snapshot
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
 from scenarioclip_fast.data.decode import TorchDecoder
+from scenarioclip_fast.data.packing.staging import Stage
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
-from scenarioclip_fast.data.staging import Stage
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, NotRegularError, open_regular
 from scenarioclip_fast.recipes.steps import prepare_directory

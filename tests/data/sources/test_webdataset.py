@@ -16,7 +16,7 @@ from packs import read_rows
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Scene, ShardSet, generate_scenes, pack
 from scenarioclip_fast.data.check import REASONS, safe_key
-from scenarioclip_fast.data.packing import PackReport
+from scenarioclip_fast.data.packing.report import PackReport
 from scenarioclip_fast.data.sources.tar_index import MAX_RECORD_BYTES
 from scenarioclip_fast.data.sources.webdataset import WebDatasetSource
 from scenarioclip_fast.errors import UserError

@@ -184,8 +184,8 @@ def test_a_level_without_entries_is_not_lost(source: Path) -> None:
 
 
 def test_a_lost_level_ends_a_large_pack_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scenarioclip_fast.data.review._EARLY", 40)
-    monkeypatch.setattr("scenarioclip_fast.data.review._EARLY_ENTRIES", 20)
+    monkeypatch.setattr("scenarioclip_fast.data.packing.review._EARLY", 40)
+    monkeypatch.setattr("scenarioclip_fast.data.packing.review._EARLY_ENTRIES", 20)
     write_published_layout(list(generate_scenes(150, seed=1)), tmp_path / "set")
     for path in (tmp_path / "set" / "sam_results").iterdir():
         path.write_bytes(b"no npz")

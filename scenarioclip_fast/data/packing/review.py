@@ -10,9 +10,9 @@ from pathlib import Path
 
 from scenarioclip_fast.data.boxes import BoxTally
 from scenarioclip_fast.data.check import Rejection
-from scenarioclip_fast.data.diagnosis import Diagnosis, Loss
-from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.shard_writer import PackedItem, rejection_lines
+from scenarioclip_fast.data.packing.diagnosis import Diagnosis, Loss
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.shard_writer import PackedItem, rejection_lines
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory

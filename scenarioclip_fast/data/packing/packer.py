@@ -1,38 +1,22 @@
-"""Pack scenes into WebDataset shards with an index, a vocabulary, a manifest and a list of rejections.
-
-    DIR/train-000000.tar ...  KEY.jpg (the source file's bytes), KEY.json (see `scene.scene_to_json`)
-    DIR/index.bin             see `index`
-    DIR/vocabulary.bin        see `vocabulary_file`
-    DIR/manifest.json         counts, and the SHA-256 of every other file
-    DIR/rejected.jsonl        {"entry", "reason", "detail"} per line
-    DIR/source.json           fingerprint of the source and options, to detect an up-to-date pack; only for data sets on
-                              disk
-
-The output bytes depend only on the scenes, not on the number of processes or on interruptions (see `staging`). Only the
-keys, a million distinct texts and the open shards are kept in memory.
-"""
+"""Pack a data set, whole or a part of it: check its scenes and write the valid ones."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from scenarioclip_fast import __version__
-from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
-from scenarioclip_fast.data.diagnosis import Cause, Diagnosis
-from scenarioclip_fast.data.parallel import Workers, ordered_map
-from scenarioclip_fast.data.parts import (
+from scenarioclip_fast.data.packing.diagnosis import Diagnosis
+from scenarioclip_fast.data.packing.options import PackOptions
+from scenarioclip_fast.data.packing.parts import (
     LocalPart,
     Numbered,
     Part,
@@ -43,127 +27,23 @@ from scenarioclip_fast.data.parts import (
     rejections_of,
     write_units,
 )
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.remote_parts import FoundPack, RemotePart, check_remote_target, is_complete
+from scenarioclip_fast.data.packing.report import PackReport, report_of
+from scenarioclip_fast.data.packing.review import Review
+from scenarioclip_fast.data.packing.shard_writer import COUNTS, PackedItem, ShardWriter
+from scenarioclip_fast.data.packing.staging import PARTS, Stage, check_local, check_target, find_up_to_date
+from scenarioclip_fast.data.parallel import Workers, ordered_map
 from scenarioclip_fast.data.remote import is_url
-from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.remote_parts import FoundPack, RemotePart, check_remote_target, is_complete
-from scenarioclip_fast.data.review import Review
-from scenarioclip_fast.data.scene import SCHEMA, Scene, check_fractions
-from scenarioclip_fast.data.shard_writer import COUNTS, PackedItem, ShardWriter
+from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
-from scenarioclip_fast.data.sources.base import TRAINVAL, Reader, Scan, Source, SourceOptions, fingerprint_files
+from scenarioclip_fast.data.sources.base import Reader, Scan, Source, SourceOptions
 from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source
-from scenarioclip_fast.data.staging import PARTS, Stage, check_local, check_target, find_up_to_date
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress as show_progress
-from scenarioclip_fast.terminal import printable
-
-# Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
-_PACK_VERSION = 2
-# What the parts of a pack, and the merge, must have in common.
-VERSION = {"version": __version__, "pack_version": _PACK_VERSION, "schema": SCHEMA}
-
-
-@dataclass
-class PackReport:
-    """Summary of a pack: per split, the counts of `shard_writer.COUNTS`; and rejections by reason and by cause.
-
-    `ignored` counts tar members that belong to no scene, by suffix. `up_to_date`: an up-to-date pack existed, so
-    nothing was written.
-    """
-
-    directory: Path | str  # str: a URL
-    splits: dict[str, dict[str, int]]
-    vocabulary: dict[str, int]
-    rejected: dict[str, int] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
-    up_to_date: bool = False
-    causes: list[Cause] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{'':<6}  {'scenes':>8}  {'objects':>8}  {'relations':>9}"]
-        lines += [
-            f"{split:<6}  {n['scenes']:>8}  {n['objects']:>8}  {n['relations']:>9}" for split, n in self.splits.items()
-        ]
-        sizes = self.vocabulary
-        lines.append(f"texts   {sizes['global']} actions, {sizes['object']} objects, {sizes['relation']} relations")
-        total = {name: sum(n[name] for n in self.splits.values()) for name in COUNTS}
-        if missing := total["scenes"] - total["actions"]:
-            lines.append(f"{missing} of {total['scenes']} scenes have no action: they have no text at the global level")
-        if missing := total["relations"] - total["masked_relations"]:
-            lines.append(
-                f"{missing} of {total['relations']} relations have no masks: only data.relation_view=box and scene "
-                "use them"
-            )
-        if self.causes:
-            lines.append("rejected (details in rejected.jsonl):")
-            lines += [f"  {cause.count:>8}  {cause.reason}: {cause.explanation}" for cause in self.causes]
-        lines += [printable(f"warning: {warning}") for warning in self.warnings]
-        if self.ignored:
-            lines.append(printable("ignored: " + ", ".join(f"{n} {suffix}" for suffix, n in self.ignored.items())))
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """The options of `pack` that its output depends on.
-
-    Raises:
-        UserError: a value has the wrong type or is out of range.
-    """
-
-    shard_size: int = 1000
-    val: float = 0.1
-    test: float = 0.2
-    split: str = "given"
-    source: SourceOptions = field(default_factory=SourceOptions)
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.split not in ("given", "hash"):
-            raise UserError(f"split: got {self.split!r}, expected given or hash")
-        if self.shard_size < 1:
-            raise UserError(f"shard size: got {self.shard_size}, expected at least 1")
-        check_fractions(self.val, self.test)
-
-    def split_of(self, key: str, given: str | None) -> str:
-        """The split of a key: the one assigned by the data set, or else one chosen by a hash of the key.
-
-        Of scenes that the data set keeps out of its test split (TRAINVAL), the fraction `val` goes to val.
-        """
-        if given not in (None, TRAINVAL) and self.split == "given":
-            return given
-        u = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-        if given == TRAINVAL and self.split == "given":
-            return "val" if u < self.val else "train"
-        return "test" if u < self.test else "val" if u < self.test + self.val else "train"
-
-    def header(self) -> dict[str, Any]:
-        """What all parts of a pack must agree on, besides the fingerprint."""
-        options = {
-            "shard_size": self.shard_size,
-            "val": float(self.val),
-            "test": float(self.test),
-            "split": self.split,
-            "max_pixels": self.source.max_pixels,
-            "boxes": self.source.boxes or "xyxy",
-        }
-        return VERSION | {"options": options}
-
-    def fingerprint(self, source: Source) -> str | None:
-        """A hash of everything that the pack depends on; None if the source has no fingerprint."""
-        found = source.fingerprint()
-        if found is None:
-            return None
-        fractions = [float(self.val), float(self.test)]  # 0 and 0.0 are the same option
-        options = [SCHEMA, _PACK_VERSION, self.shard_size, *fractions, self.split, self.source.max_pixels]
-        options.append(self.source.boxes or "xyxy")
-        if (actions := self.source.actions) is not None:
-            options.append(fingerprint_files(sorted(actions.glob("*.json")) if actions.is_dir() else [actions]))
-        return hashlib.sha256(json.dumps([found, *options]).encode()).hexdigest()
 
 
 def pack(
@@ -451,19 +331,3 @@ def _pack_numbered(reader: Reader, options: PackOptions, numbered: tuple[int, An
     item = _pack_item(reader, options, numbered[1])
     item.number = numbered[0]
     return item
-
-
-def report_of(out: Path | RemoteFolder, manifest: dict[str, Any], up_to_date: bool = False) -> PackReport:
-    """The report of a complete pack."""
-    splits = {split: {name: found[name] for name in COUNTS} for split, found in manifest["splits"].items()}
-    causes = [Cause(**cause) for cause in manifest["causes"]]
-    return PackReport(
-        out if isinstance(out, Path) else str(out),
-        splits,
-        manifest["vocabulary"],
-        manifest["rejected"],
-        manifest["ignored"],
-        up_to_date,
-        causes,
-        manifest["warnings"],
-    )

@@ -9,10 +9,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from scenarioclip_fast.data.merging import merge_parts
-from scenarioclip_fast.data.packing import PackReport, pack
-from scenarioclip_fast.data.parts import DONE, part_name, part_names
-from scenarioclip_fast.data.staging import PARTS, check_local
+from scenarioclip_fast.data.packing.merging import merge_parts
+from scenarioclip_fast.data.packing.packer import pack
+from scenarioclip_fast.data.packing.parts import DONE, part_name, part_names
+from scenarioclip_fast.data.packing.report import PackReport
+from scenarioclip_fast.data.packing.staging import PARTS, check_local
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular
 from scenarioclip_fast.progress import progress as show_progress

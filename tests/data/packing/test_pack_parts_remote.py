@@ -18,8 +18,9 @@ import pytest
 from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, write_source, write_tar
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import ShardSet, merge_parts, merging, packing, remote_parts
-from scenarioclip_fast.data.remote_folder import RemoteFolder
+from scenarioclip_fast.data import ShardSet, merge_parts
+from scenarioclip_fast.data.packing import merging, options, remote_parts
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 
 fsspec: Any = pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -518,7 +519,7 @@ def test_a_source_is_not_overwritten(source: Path, tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from scenarioclip_fast.data import merge_parts, pack
-from scenarioclip_fast.data.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
 
 source, url, part, limit = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
@@ -560,6 +561,6 @@ def test_killed_processes(source: Path, expected: dict[str, bytes], tmp_path: Pa
 
 def test_options_are_compared_with_the_version(source: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pack_part(source, url, 1, 1)
-    monkeypatch.setattr(merging, "VERSION", packing.VERSION | {"version": "9.9"})
+    monkeypatch.setattr(merging, "VERSION", options.VERSION | {"version": "9.9"})
     with pytest.raises(UserError, match=r"part 1 of 1 is from version \S+, not 9.9; merge with"):
         merge_parts(url)

@@ -27,8 +27,9 @@ import torch
 from campaign import trials
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import Relation, Scene, SceneObject, Vocabulary, generate_scenes, pack, packing
+from scenarioclip_fast.data import Relation, Scene, SceneObject, Vocabulary, generate_scenes, pack
 from scenarioclip_fast.data.decode import TorchDecoder
+from scenarioclip_fast.data.packing import options as pack_options
 from scenarioclip_fast.data.synthetic import write_published_layout
 
 # Number of random kills per kind of run; 20 takes minutes.
@@ -222,12 +223,12 @@ def test_a_pack_of_another_version_is_rebuilt(
     source, out = request.getfixturevalue(kind), tmp_path / "out"
     pack_quietly(source, out)
     assert pack_quietly(source, out).up_to_date
-    monkeypatch.setattr(packing, "_PACK_VERSION", packing._PACK_VERSION + 1)
+    monkeypatch.setattr(pack_options, "_PACK_VERSION", pack_options._PACK_VERSION + 1)
     assert not pack_quietly(source, out).up_to_date
 
 
 def test_output_of_the_pack_version(tmp_path: Path) -> None:
-    """If this fails, the output of `pack` has changed: increment packing._PACK_VERSION and update the digest."""
+    """If this fails, the output of `pack` has changed: increment `options._PACK_VERSION` and update the digest."""
     box = torch.zeros(24, 40, dtype=torch.bool)
     box[3:9, 5:30] = True
     objects = [SceneObject("Dining  Table", (5.0, 3.0, 30.25, 9.0), box), SceneObject("cat", (-0.5, 2, 39, 7), ~box)]
@@ -258,7 +259,7 @@ def test_output_of_the_pack_version(tmp_path: Path) -> None:
         digest.update((out / "vocabulary.json").read_bytes())
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
         digest.update(repr([(r["entry"], r["reason"]) for r in rejected]).encode())
-    assert (packing._PACK_VERSION, digest.hexdigest()[:16]) == (2, "6b130c0e2901aa01")
+    assert (pack_options._PACK_VERSION, digest.hexdigest()[:16]) == (2, "6b130c0e2901aa01")
 
 
 def test_scenes_in_memory_are_packed_from_the_start(

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import CheckedScene, Rejection
-from scenarioclip_fast.data.diagnosis import Diagnosis
 from scenarioclip_fast.data.index import NAME as INDEX
 from scenarioclip_fast.data.index import IndexWriter
+from scenarioclip_fast.data.packing.diagnosis import Diagnosis
+from scenarioclip_fast.data.packing.staging import Stage, dump
 from scenarioclip_fast.data.scene import SCHEMA, Scene, has_masks, scene_from_json, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
-from scenarioclip_fast.data.staging import Stage, dump
 from scenarioclip_fast.data.vocabulary import VocabularyWriter
 from scenarioclip_fast.levels import LEVELS
 

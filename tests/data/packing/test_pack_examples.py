@@ -14,7 +14,7 @@ import pytest
 from scenarioclip_fast.data import ShardSet, generate_scenes
 from scenarioclip_fast.data.synthetic import write_published_layout
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def stubs(folder: Path, **commands: str) -> dict[str, str]:

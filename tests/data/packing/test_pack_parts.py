@@ -21,10 +21,12 @@ from campaign import generator, trials
 from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, read_raw, write_source, write_tar
 
 from scenarioclip_fast.cli.main import main
-from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, merging, pack, packing
-from scenarioclip_fast.data import parts as parts_module
+from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, pack
 from scenarioclip_fast.data.decode import TorchDecoder
-from scenarioclip_fast.data.parts import lock_parts
+from scenarioclip_fast.data.packing import merging
+from scenarioclip_fast.data.packing import options as pack_options
+from scenarioclip_fast.data.packing import parts as parts_module
+from scenarioclip_fast.data.packing.parts import lock_parts
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory
 
@@ -397,7 +399,7 @@ def test_parts_that_do_not_belong_together(
     with pytest.raises(UserError, match=f"^{out}: contains part 1 of 2, and this is part 2 of 3; pack all parts with"):
         pack_part(source, out, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "VERSION", packing.VERSION | {"version": "9.9"})
+        patch.setattr(pack_options, "VERSION", pack_options.VERSION | {"version": "9.9"})
         with pytest.raises(UserError, match=f"^{out}: contains part 1 of 2 from version [0-9.a-z+]+, not 9.9; remove"):
             pack_part(source, out, 2, 2)
     assert sorted(path.name for path in out.rglob("*")) == before
@@ -417,7 +419,7 @@ def test_parts_that_do_not_belong_together(
     shutil.rmtree(out / ".parts" / "2-of-3")
     pack_part(source, out, 2, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "VERSION", packing.VERSION | {"version": "9.9"})
+        patch.setattr(merging, "VERSION", pack_options.VERSION | {"version": "9.9"})
         with pytest.raises(
             UserError, match=r"part 1 of 2 is from version \S+, not 9.9; merge with the version that pac"
         ):

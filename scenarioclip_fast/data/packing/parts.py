@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 
 from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import Rejection
-from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.shard_writer import COUNTS, OpenShard, PackedItem, duplicate
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.shard_writer import COUNTS, OpenShard, PackedItem, duplicate
+from scenarioclip_fast.data.packing.staging import PARTS, SHARD_NAME, dump, lock
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
-from scenarioclip_fast.data.staging import PARTS, SHARD_NAME, dump, lock
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, kind_of, sha256_of, status_of
 from scenarioclip_fast.levels import LEVELS

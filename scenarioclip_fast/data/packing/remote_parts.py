@@ -23,9 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from scenarioclip_fast.data.parts import FILES, HEADER, MERGE, Part, directory_of, parse_record, part_names, read_json
-from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.staging import PACK_FILES, PARTS, Stage, damage_of, dump, files_of, local_damage
+from scenarioclip_fast.data.packing.parts import (
+    FILES,
+    HEADER,
+    MERGE,
+    Part,
+    directory_of,
+    parse_record,
+    part_names,
+    read_json,
+)
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.staging import PACK_FILES, PARTS, Stage, damage_of, dump, files_of, local_damage
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
 from scenarioclip_fast.progress import progress as show_progress

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
-from scenarioclip_fast.data.packing import VERSION, PackReport, report_of
-from scenarioclip_fast.data.parts import (
+from scenarioclip_fast.data.packing.options import VERSION
+from scenarioclip_fast.data.packing.parts import (
     FILES,
     HEADER,
     LOCK,
@@ -48,13 +48,14 @@ from scenarioclip_fast.data.parts import (
     unit_name,
     units_of,
 )
+from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
+from scenarioclip_fast.data.packing.remote_parts import FoundPack, RemoteMergeStage, is_complete, remove_parts, scratch
+from scenarioclip_fast.data.packing.report import PackReport, report_of
+from scenarioclip_fast.data.packing.review import Review
+from scenarioclip_fast.data.packing.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
+from scenarioclip_fast.data.packing.staging import PARTS, Stage, lock
 from scenarioclip_fast.data.remote import is_url
-from scenarioclip_fast.data.remote_folder import RemoteFolder
-from scenarioclip_fast.data.remote_parts import FoundPack, RemoteMergeStage, is_complete, remove_parts, scratch
-from scenarioclip_fast.data.review import Review
-from scenarioclip_fast.data.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
 from scenarioclip_fast.data.splitmix64 import hash_texts
-from scenarioclip_fast.data.staging import PARTS, Stage, lock
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
 from scenarioclip_fast.progress import progress as show_progress
