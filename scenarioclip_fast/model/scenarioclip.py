@@ -164,7 +164,7 @@ class ScenarioCLIP(nn.Module):
         """Run the stages after the trunk: the levels' encoders, and the teacher's."""
         single = self.config.variant == "pyramidclip"
         out = Embeddings(
-            image=self._images_of_one_encoder(trunk) if single else self._images_of_levels(trunk),
+            image=[],
             text=[],
             text_index=trunk.texts.index,
             text_id=trunk.texts.id,
@@ -173,12 +173,20 @@ class ScenarioCLIP(nn.Module):
             action_scene=trunk.action_scene,
             plan=trunk.texts.plan,
         )
-        if teacher is not None:
-            out.teacher_image = teacher.encode_image(trunk.hidden[: trunk.views[0]], start=self._vision_shared)
+        # Between ranks, texts travel beside the last vision encoder. The others run before: the host needs the ids of
+        # the other ranks' texts, which it has planned to exchange just before it launched the trunk.
+        *before, last = LEVELS
+        if not single:
+            out.image = self._images_of_levels(trunk, before)
         if single and teacher is None:
             out.text = self._texts_of_one_encoder(trunk.texts)
         else:
             self._add_texts_of_levels(out, trunk.texts, teacher)
+        if out.plan is not None:
+            out.plan.start_gather(out.text)
+        if teacher is not None:
+            out.teacher_image = teacher.encode_image(trunk.hidden[: trunk.views[0]], start=self._vision_shared)
+        out.image += self._images_of_one_encoder(trunk) if single else self._images_of_levels(trunk, [last])
         return out
 
     def encode_image(self, pixels: Tensor, level: str) -> Tensor:  # [V, 3, S, S]
@@ -314,10 +322,11 @@ class ScenarioCLIP(nn.Module):
         for kind, states in weights.encoders.items():
             pretrained.load_encoders(kind, getattr(self, kind), states, path)
 
-    def _images_of_levels(self, trunk: TrunkOutput) -> list[Tensor]:
-        whole, *parts = trunk.hidden.split(trunk.views)
-        views = zip(LEVELS, (_rows(whole, trunk.action_scene), *parts), strict=True)
-        return [self._vision(level).run(x, start=self._vision_shared) for level, x in views]
+    def _images_of_levels(self, trunk: TrunkOutput, levels: Sequence[str]) -> list[Tensor]:
+        hidden = dict(zip(LEVELS, trunk.hidden.split(trunk.views), strict=True))
+        if LEVELS[0] in levels:
+            hidden[LEVELS[0]] = _rows(hidden[LEVELS[0]], trunk.action_scene)
+        return [self._vision(level).run(hidden[level], start=self._vision_shared) for level in levels]
 
     def _images_of_one_encoder(self, trunk: TrunkOutput) -> list[Tensor]:
         image = self._vision("global").run(trunk.hidden, start=self._vision_shared)

@@ -7,7 +7,7 @@ DistributedDataParallel does, then gives the gradient of one process with all ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from scenarioclip_fast.devices import to_device
 
@@ -98,33 +99,114 @@ def gather_lists(xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], group: di
 class _GatherLists(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sizes: Sequence[Sequence[int]], group: dist.ProcessGroup, *xs: Tensor) -> tuple[Tensor, ...]:
-        padded = max(map(sum, sizes))
-        own = _pad(xs[0] if len(xs) == 1 else torch.cat(xs), padded).contiguous()
-        out = own.new_empty((len(sizes) * padded, *own.shape[1:]))
+        own = _packed(xs, sizes)
+        out = own.new_empty((len(sizes) * len(own), *own.shape[1:]))
         _all_gather(out, own, group=group)
-        ctx.sizes, ctx.group, ctx.padded = sizes, group, padded
-        ctx.rows = _gathered_rows(sizes, padded, out.device)
-        return (out,) if ctx.rows is None else tuple(out.index_select(0, rows) for rows in ctx.rows)
+        ctx.sizes, ctx.group = sizes, group
+        ctx.rows = _gathered_rows(sizes, out.device)
+        return _unpacked(out, ctx.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtype = grads[0].dtype
-        # Sum over ranks in float32: low-precision partial sums lose one bit per doubling of the ranks.
-        wide = torch.promote_types(dtype, torch.float32)
-        if ctx.rows is None:
-            padded = grads[0].to(wide).contiguous()
-        else:
-            padded = grads[0].new_zeros((len(ctx.sizes) * ctx.padded, *grads[0].shape[1:]), dtype=wide)
-            for rows, grad in zip(ctx.rows, grads, strict=True):
-                padded.index_copy_(0, rows, grad.to(wide))
-        out = padded.new_empty((ctx.padded, *padded.shape[1:]))
-        _reduce_scatter(out, padded, group=ctx.group)
-        own = ctx.sizes[ctx.group.rank()]
-        return None, None, *(part.to(dtype) for part in out[: sum(own)].split(list(own)))
+        packed = _packed_gradients(grads, ctx.rows, ctx.sizes)
+        out = packed.new_empty((len(packed) // len(ctx.sizes), *packed.shape[1:]))
+        _reduce_scatter(out, packed, group=ctx.group)
+        return None, None, *_own_gradients(out, ctx.sizes, ctx.group, grads[0].dtype)
 
 
-def _gathered_rows(sizes: Sequence[Sequence[int]], padded: int, device: torch.device) -> list[Tensor] | None:
+class StartedGather:
+    """A `gather_lists` that runs beside what the caller launches until `finish`.
+
+    In the backward pass, the reduce-scatter starts where the caller used the rows, and is waited for where the gather
+    started: it runs beside the backward pass of what was launched in between.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> None:
+        self._travel = _Travel(sizes, group)
+        # Without rows, it only ties the two ends together: autograd runs later nodes first, so those between them are
+        # between them in the backward pass, too.
+        self._link = _StartGather.apply(self._travel, *xs)
+
+    def finish(self) -> list[Tensor]:
+        """Return the rows of all ranks, as `gather_lists` does; only once."""
+        return list(_FinishGather.apply(self._travel, self._link))
+
+
+class _Travel:
+    """What both ends of a `StartedGather` know; `in_flight` is its collective that runs."""
+
+    def __init__(self, sizes: Sequence[Sequence[int]], group: dist.ProcessGroup) -> None:
+        self.sizes, self.group = sizes, group
+        self.in_flight: InFlight | None = None
+
+    def arrive(self) -> Tensor:
+        assert self.in_flight is not None
+        result, self.in_flight = self.in_flight.wait(), None
+        return result
+
+
+class _StartGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, travel: _Travel, *xs: Tensor) -> Tensor:
+        own = _packed(xs, travel.sizes)
+        travel.in_flight = start_gather(own, len(own), travel.group)
+        ctx.travel, ctx.dtype = travel, own.dtype
+        return own.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        travel: _Travel = ctx.travel
+        return None, *_own_gradients(travel.arrive(), travel.sizes, travel.group, ctx.dtype)
+
+
+class _FinishGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, travel: _Travel, link: Tensor) -> tuple[Tensor, ...]:
+        out = travel.arrive()
+        ctx.travel, ctx.rows = travel, _gathered_rows(travel.sizes, out.device)
+        return _unpacked(out, ctx.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        travel: _Travel = ctx.travel
+        travel.in_flight = start_reduce_scatter(_packed_gradients(grads, ctx.rows, travel.sizes), travel.group)
+        return None, grads[0].new_empty(0)
+
+
+def _packed(xs: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> Tensor:
+    """Concatenate this rank's tensors, padded to the rows of the rank that has most."""
+    return _pad(xs[0] if len(xs) == 1 else torch.cat(list(xs)), max(map(sum, sizes))).contiguous()
+
+
+def _unpacked(out: Tensor, rows: list[Tensor] | None) -> tuple[Tensor, ...]:
+    return (out,) if rows is None else tuple(out.index_select(0, of_tensor) for of_tensor in rows)
+
+
+def _packed_gradients(
+    grads: Sequence[Tensor], rows: list[Tensor] | None, sizes: Sequence[Sequence[int]]
+) -> Tensor:  # [ranks * padded, ...]
+    # Sum over ranks in float32: low-precision partial sums lose one bit per doubling of the ranks.
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    if rows is None:
+        return grads[0].to(wide).contiguous()
+    packed = grads[0].new_zeros((len(sizes) * max(map(sum, sizes)), *grads[0].shape[1:]), dtype=wide)
+    for of_tensor, grad in zip(rows, grads, strict=True):
+        packed.index_copy_(0, of_tensor, grad.to(wide))
+    return packed
+
+
+def _own_gradients(
+    out: Tensor, sizes: Sequence[Sequence[int]], group: dist.ProcessGroup, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    own = sizes[group.rank()]
+    return (part.to(dtype) for part in out[: sum(own)].split(list(own)))
+
+
+def _gathered_rows(sizes: Sequence[Sequence[int]], device: torch.device) -> list[Tensor] | None:
     """Return where each tensor's rows are among the gathered ones; None: of a single tensor, in order."""
+    padded = max(map(sum, sizes))
     if all(list(counts) == [padded] for counts in sizes):
         return None
     counts = torch.tensor(sizes)  # [ranks, tensors]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scenarioclip_fast.benchmarks.count_collectives import count_collectives
 from torch import Tensor
 
 from scenarioclip_fast.losses import ContrastiveLoss, MultiLevelContrastiveLoss
-from scenarioclip_fast.ops import multilevel_contrastive_loss, plan_exchange
+from scenarioclip_fast.ops import collectives, multilevel_contrastive_loss, plan_exchange
 from scenarioclip_fast.ops.contrastive import DUPLICATES
 
 D = 6
@@ -63,7 +64,11 @@ def check_equal(group: Any) -> None:
     for (given, options, made), case in zip(planned, cases, strict=True):
         if case[-1]:
             given["text_weights"] = [torch.rand(len(t)) + 0.5 for t in given["texts"]]
-        torch.testing.assert_close(results(given, **options, plan=made), results(given, **options), rtol=0, atol=0)
+        expected = results(given, **options)
+        torch.testing.assert_close(results(given, **options, plan=made), expected, rtol=0, atol=0)
+        made = plan(given, **options, capacity=case[3], text_weights=case[-1])
+        made.start_gather(given["texts"])
+        torch.testing.assert_close(results(given, **options, plan=made), expected, rtol=0, atol=0)
 
 
 def check_collectives(group: Any) -> None:
@@ -78,6 +83,66 @@ def check_collectives(group: Any) -> None:
     with count_collectives() as call:
         results(given, group=group, plan=plan(given, group, capacity=3))
     assert call["all_gather"].calls == 3  # with the plan's own, and the ids, which did not fit
+
+
+def check_order(group: Any) -> None:
+    """Texts travel beside what is launched after them, forward and backward."""
+    given = inputs(SIZES[0], group.rank())
+    events: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            events.append(name)
+            return function(*arguments)
+
+        return call
+
+    def encode(name: str, leaves: list[Tensor]) -> list[Tensor]:
+        events.append(name)
+        out = [(2 * x).tanh() for x in leaves]
+        out[0].register_hook(lambda _: events.append(f"backward of {name}"))
+        return out
+
+    made = plan(given, group)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("start_gather", "start_reduce_scatter"):
+            patch.setattr(collectives, name, noted(name, getattr(collectives, name)))
+        patch.setattr(collectives.InFlight, "wait", noted("wait", collectives.InFlight.wait))
+        texts = encode("texts", given["texts"])
+        made.start_gather(texts)
+        images = encode("images", given["images"])
+        losses = multilevel_contrastive_loss(**{**given, "images": images, "texts": texts}, group=group, plan=made)
+        forward = [*events]
+        losses.sum().backward()
+    assert forward == ["texts", "wait", "start_gather", "images", "wait"]  # the first is for the ids
+    backward = events[len(forward) :]
+    assert backward == ["start_reduce_scatter", "backward of images", "wait", "backward of texts"]
+
+
+def check_started_texts(group: Any) -> None:
+    """Only the texts whose gather was started may be passed to the call, and only to one."""
+    given = inputs(SIZES[0], group.rank())
+    made = plan(given, group)
+    with pytest.raises(ValueError, match=r"^texts: got 1 levels, but planned were 2$"):
+        made.start_gather(given["texts"][:1])
+    wider = torch.zeros(len(given["texts"][1]), D + 1)
+    expected = [len(wider), D]
+    message = f"texts: level 1: got shape {[len(wider), D + 1]}, but planned was {expected}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        made.start_gather([given["texts"][0], wider])
+    made.start_gather(given["texts"])
+    with pytest.raises(
+        ValueError, match=r"^texts: got a plan that gathers texts already, expected a new plan for each"
+    ):
+        made.start_gather(given["texts"])
+    results(given, group=group, plan=made)
+    with pytest.raises(ValueError, match=r"^plan: got other texts than were passed to start_gather: pass the same"):
+        results(given, group=group, plan=made)
+    made = plan(given, group)
+    made.start_gather(given["texts"])
+    others = {**given, "texts": [text.detach().clone().requires_grad_() for text in given["texts"]]}
+    with pytest.raises(ValueError, match=r"^plan: got other texts than were passed to start_gather: pass the same"):
+        results(others, group=group, plan=made)
 
 
 def check_disagreements(group: Any) -> None:
@@ -144,9 +209,19 @@ def check_frozen_ranks(group: Any) -> None:
     given = inputs(SIZES[0], group.rank())
     if group.rank():
         given |= {name: [x.detach() for x in given[name]] for name in ("images", "texts")}
-    multilevel_contrastive_loss(**given, group=group, plan=plan(given, group)).sum().backward()
-    if group.rank() == 0:
-        assert all(x.grad is not None and x.grad.any() for x in given["images"])
+    found = []
+    for way in ("without a plan", "planned", "started"):
+        made = None if way == "without a plan" else plan(given, group)
+        if made is not None and way == "started":
+            made.start_gather(given["texts"])
+        multilevel_contrastive_loss(**given, group=group, plan=made).sum().backward()
+        if group.rank() == 0:
+            assert all(x.grad is not None and x.grad.any() for x in given["images"])
+            leaves = [*given["images"], *given["texts"]]
+            found.append([x.grad for x in leaves])
+            for x in leaves:
+                x.grad = None
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
 
 
 def check_module(group: Any) -> None:
@@ -177,6 +252,8 @@ def check_arguments(group: Any) -> None:
 CHECKS: list[Callable[[Any], None]] = [
     check_equal,
     check_collectives,
+    check_order,
+    check_started_texts,
     check_disagreements,
     check_other_calls,
     check_frozen_ranks,

@@ -200,6 +200,8 @@ def _losses(
     check_group(group)
     check_chunk(chunk)
     check_plan(plan, group)
+    if plan is not None:
+        plan.check_call([level.text for level in inputs])
     name = _resolve_backend(inputs, backend, 1 if group is None else group.size())
     levels = prepare(inputs)
     if group is not None:

@@ -16,10 +16,12 @@ from scenarioclip_fast.ops.contrastive.ranks import (
     Call,
     Kept,
     Shares,
+    chunk_of,
     compared_name,
     gather_values,
     keep_texts,
     read_shares,
+    select_kept,
     shown,
 )
 from scenarioclip_fast.ops.contrastive.validate import check_chunk, check_group, check_options, level_name
@@ -47,6 +49,9 @@ class ExchangePlan:
         message = torch.cat([header, ids if len(ids) <= capacity else ids[:0]])
         self._header, self._capacity = len(header), capacity
         in_flight = collectives.start_gather(message, self._header + capacity, group)
+        self._texts: list[Tensor] | None = None  # that are gathered
+        self._gather: collectives.StartedGather | None = None
+        self._gathered_ids: list[Kept] | None = None  # of those that the message had no room for
         self._shares: Future[tuple[Shares, list[Kept] | None]] = _worker().submit(self._receive, in_flight)
 
     def _receive(self, in_flight: collectives.InFlight) -> tuple[Shares, list[Kept] | None]:
@@ -60,6 +65,59 @@ class ExchangePlan:
         of_level = [ids[(level[:, k] < 0) & (level[:, k] >= -sizes[:, k, None])] for k in range(len(self.rows))]
         return shares, keep_texts(of_level, shares, self.group.rank())
 
+    def start_gather(self, texts: Sequence[Tensor]) -> None:
+        """Start to gather the texts' features, which then travel while the caller launches the image encoders.
+
+        In the backward pass, the gradients of the texts travel beside that of whatever is launched between this and
+        the call. Texts that are exchanged in chunks are left to the call. All ranks start, or none.
+
+        Args:
+            texts: levels x [U_l, D], which the call gets, too.
+
+        Raises:
+            ValueError: called twice, other shapes than were planned, or the ranks planned different calls.
+        """
+        self._check_texts(texts)
+        shares, kept = self._settled()
+        self._texts = list(texts)
+        if chunk_of(kept, self.call.chunk, self.group) is None and max(sum(of.sizes) for of in kept):
+            own = select_kept([text.to(self.call.dtype) for text in texts], kept, shares)
+            sizes = list(zip(*(of_level.sizes for of_level in kept), strict=True))
+            self._gather = collectives.StartedGather(own, sizes, self.group)
+
+    def finish_gather(self) -> list[Tensor] | None:
+        """Return all ranks' kept texts, levels x [V, D], once; None if their gather was not started."""
+        gather, self._gather = self._gather, None
+        return None if gather is None else gather.finish()
+
+    def check_call(self, texts: Sequence[Tensor]) -> None:
+        """Raise ValueError if `start_gather` was called with other texts than a call has: levels x [U_l, D]."""
+        if self._texts is None:
+            return
+        started, self._texts = self._texts, []  # no call after this one gets them
+        if len(texts) != len(started) or any(a is not b for a, b in zip(texts, started, strict=True)):
+            raise ValueError("plan: got other texts than were passed to start_gather: pass the same tensors, once")
+
+    def _check_texts(self, texts: Sequence[Tensor]) -> None:
+        if self._texts is not None:
+            raise ValueError("texts: got a plan that gathers texts already, expected a new plan for each call")
+        if len(texts) != len(self.text_ids):
+            raise ValueError(f"texts: got {len(texts)} levels, but planned were {len(self.text_ids)}")
+        for k, (text, ids, (width, *_)) in enumerate(zip(texts, self.text_ids, self.call.by_level, strict=True)):
+            if tuple(text.shape) != (len(ids), width):
+                where = level_name(k, len(texts))
+                raise ValueError(f"texts: {where}got shape {list(text.shape)}, but planned was {[len(ids), width]}")
+
+    def _settled(self) -> tuple[Shares, list[Kept]]:
+        """Wait for the exchange of sizes and ids."""
+        shares, kept = self._shares.result()
+        if kept is None:
+            if self._gathered_ids is None:
+                ids: list[Tensor | None] = list(self.text_ids)
+                self._gathered_ids = keep_texts(gather_values(ids, shares, self.group), shares, self.group.rank())
+            kept = self._gathered_ids
+        return shares, kept
+
     def result(self, levels: list[PreparedLevel], call: Call, group: ProcessGroup) -> tuple[Shares, list[Kept]]:
         """Wait for the exchange; the arguments are those of the call that uses it.
 
@@ -67,11 +125,7 @@ class ExchangePlan:
             ValueError: the call is not the one that was planned, or the ranks planned different calls.
         """
         self._check(levels, call, group)
-        shares, kept = self._shares.result()
-        if kept is None:
-            ids: list[Tensor | None] = list(self.text_ids)
-            kept = keep_texts(gather_values(ids, shares, self.group), shares, self.group.rank())
-        return shares, kept
+        return self._settled()
 
     def _check(self, levels: list[PreparedLevel], call: Call, group: ProcessGroup) -> None:
         if group is not self.group:
@@ -110,7 +164,14 @@ def plan_exchange(
     """Start to exchange the sizes and text ids of one later call of a contrastive loss over a group.
 
     Pass the result as `plan` to the call, which otherwise exchanges them itself while the GPU may wait. They travel
-    over the group's CPU backend, and equal ids are merged in a thread, while the caller launches the encoders.
+    over the group's CPU backend, and equal ids are merged in a thread, while the caller launches the encoders. With
+    `start_gather` of the result, the features travel early, too:
+
+        plan = plan_exchange(text_ids, rows, group=group, width=512, dtype=torch.bfloat16)
+        texts = [encoder(tokens) for encoder, tokens in ...]
+        plan.start_gather(texts)
+        images = [encoder(views) for encoder, views in ...]  # beside the gather
+        loss = multilevel_contrastive_loss(images, texts, ..., text_ids=text_ids, group=group, plan=plan)
 
     All ranks plan the same calls, and make them in the same order, each with its plan.
 

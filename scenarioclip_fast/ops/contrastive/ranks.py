@@ -107,16 +107,17 @@ def gather_levels(
     call = Call.of(levels, duplicates, chunk)
     shares, kept = _exchange(levels, call, group) if plan is None else plan.result(levels, call, group)
     weights = gather_values([level.weight for level in levels], shares, group)
-    if chunk is None:  # a single rank has nothing to exchange
-        chunk = CHUNK if group.size() > 1 else None
-    if chunk is not None and max(sum(of_level.sizes) for of_level in kept) <= chunk:
-        chunk = None
+    chunk = chunk_of(kept, chunk, group)
     own = [
-        _select_kept(replace(level, weight=weight), k, kept[k], duplicates, shares, group, chunk)
+        _point_to_kept(replace(level, weight=weight), k, kept[k], duplicates, shares, group, chunk)
         for k, (level, weight) in enumerate(zip(levels, weights, strict=True))
     ]
-    if chunk is None:
-        own = _gather_texts(own, kept, group)
+    texts = None if plan is None else plan.finish_gather()
+    if texts is None:
+        texts = select_kept([level.text for level in levels], kept, shares)
+        if chunk is None:
+            texts = _gather_texts(texts, kept, group)
+    own = [replace(level, text=text) for level, text in zip(own, texts, strict=True)]
     counts = torch.cat([level.count for level in own if level.count is not None])
     collectives.all_reduce(counts, group)
     split = counts.split([len(level.count) for level in own if level.count is not None])
@@ -198,7 +199,24 @@ def _keep(ids: Tensor | None, sizes: list[int], rank: int) -> Kept:  # ids: [all
     return Kept(of_rank, kept[sum(of_rank[:rank]) :][: of_rank[rank]] - before, position)
 
 
-def _select_kept(
+def chunk_of(kept: list[Kept], chunk: int | None, group: ProcessGroup) -> int | None:
+    """Return the texts of a chunk; None: all texts are exchanged at once."""
+    if chunk is None:  # a single rank has nothing to exchange
+        chunk = CHUNK if group.size() > 1 else None
+    return chunk if chunk is not None and max(sum(of_level.sizes) for of_level in kept) > chunk else None
+
+
+def select_kept(texts: Sequence[Tensor], kept: list[Kept], shares: Shares) -> list[Tensor]:
+    """Return those of this rank's own texts, levels x [U, D], that are kept."""
+    # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
+    texts = [_requiring_grad(text, shares.text_requires_grad) for text in texts]
+    return [
+        text if of_level.own is None else text.index_select(0, to_device(of_level.own, text.device))
+        for text, of_level in zip(texts, kept, strict=True)
+    ]
+
+
+def _point_to_kept(
     level: PreparedLevel,  # with the weights of every rank's texts
     k: int,
     kept: Kept,
@@ -207,20 +225,17 @@ def _select_kept(
     group: ProcessGroup,
     chunk: int | None,
 ) -> PreparedLevel:
-    """Return level `k` with those of this rank's own texts that are kept, for rows of all ranks' kept texts.
+    """Return level `k` with rows that point into all ranks' kept texts, which are to replace its texts.
 
     The counts are those of this rank's rows. With `chunk`, there is a layout, whose columns the rows point to.
     """
-    # Backward passes run collectives: if any rank's features require a gradient, every rank's must, empty shares too.
-    image = _requiring_grad(level.image, shares.image_requires_grad)
-    text = _requiring_grad(level.text, shares.text_requires_grad)
-    sizes, rank, device = [counts[k] for counts in shares.texts], group.rank(), text.device
+    image = _requiring_grad(level.image, shares.image_requires_grad)  # as for texts, see `select_kept`
+    sizes, rank, device = [counts[k] for counts in shares.texts], group.rank(), image.device
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     total = sum(kept.sizes)
     layout = None if chunk is None else ChunkLayout.of(kept.sizes, chunk, rank, device)
     column: Tensor | None = None  # [all ranks' U], as far as it is needed
-    if kept.own is not None and kept.position is not None:
-        text = text.index_select(0, to_device(kept.own, device))
+    if kept.position is not None:
         column = to_device(kept.position if level.weight is not None else kept.position[mine], device)
         if layout is not None:
             column = layout.column[column]
@@ -235,7 +250,6 @@ def _select_kept(
     return replace(
         level,
         image=image,
-        text=text,
         text_index=index,
         weight=weight,
         count=count_rows(index, total),
@@ -244,16 +258,16 @@ def _select_kept(
     )
 
 
-def _gather_texts(levels: list[PreparedLevel], kept: list[Kept], group: ProcessGroup) -> list[PreparedLevel]:
+def _gather_texts(texts: list[Tensor], kept: list[Kept], group: ProcessGroup) -> list[Tensor]:
     """Replace this rank's texts by those of all ranks: one collective for all levels of a width."""
-    texts = [level.text for level in levels]
+    out = list(texts)
     for width in dict.fromkeys(text.shape[1] for text in texts):
         same = [k for k, text in enumerate(texts) if text.shape[1] == width]
         sizes = list(zip(*(kept[k].sizes for k in same), strict=True))
         gathered = collectives.gather_lists([texts[k] for k in same], sizes, group)
         for k, rows in zip(same, gathered, strict=True):
-            levels[k] = replace(levels[k], text=rows)
-    return levels
+            out[k] = rows
+    return out
 
 
 def _requiring_grad(x: Tensor, required: bool) -> Tensor:
