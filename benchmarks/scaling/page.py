@@ -36,7 +36,7 @@ VIEWS = 0.43
 _GPU_BYTES, _STEP_BYTES = 80e9, 11.7 * 2**30  # an H100's memory, and the peak of the measured step
 _LINES = {
     "ours": (COLOURS["global"], "-"),
-    "ours, beside": (CORRECT, "-"),
+    "ours, NCCL": (CORRECT, "--"),
     "node-wise": (DISTILLATION, ":"),
     "open_clip, local loss": (COLOURS["object"], "-"),
 }
@@ -144,7 +144,7 @@ def sensitivity_table() -> list[str]:
         ("all texts differ", published(distinct=True), TODAY, t),
         ("scenes with unequal numbers of views", work, replace(TODAY, views=VIEWS), t),
     ]
-    forms = ("ours", "ours, beside", "open_clip, local loss")
+    forms = ("ours", "ours, between", "open_clip, local loss")
     cells = []
     for what, workload, assumed, times in cases:
         values = [step(form, TARGET_RANKS, INFINIBAND, workload, assumed, times).efficiency for form in forms]
@@ -185,7 +185,7 @@ def rules() -> list[str]:
     ]
     assert max(slower) < 0, "docs/scaling.md says that a ring never pays"
     gain = [
-        step("ours, beside", r, n, work).total / step("node-wise", r, n, work).total - 1
+        step("ours", r, n, work).total / step("node-wise", r, n, work).total - 1
         for n in NETWORKS[1:]
         for r in SIZES[-2:]
     ]
@@ -199,7 +199,7 @@ def rules() -> list[str]:
         f"{_STEP_BYTES / 2**30:.1f} GiB of the step, from {full:,} GPUs on.",
         f"- At {at} a GPU hands {sent / 1e6:,.0f} MB of text gradients to the reduce-scatter; if every GPU sent all of "
         f"its distinct texts, {unmerged / 1e6:,.0f} MB.",
-        f"- Node-wise groups are faster than the exchange beside the towers by {percent(gain[0])} at 512 and "
+        f"- Node-wise groups are faster than the exchange among all GPUs by {percent(gain[0])} at 512 and "
         f"{percent(gain[1])} at 4,096 GPUs on InfiniBand, by {percent(gain[2])} and {percent(gain[3])} on Ethernet.",
     ]
 
@@ -207,16 +207,16 @@ def rules() -> list[str]:
 def verdict() -> str:
     """The target, and whether the model says that it is met."""
     work = published()
-    ours, beside, clip = (
+    ours, between, clip = (
         step(form, TARGET_RANKS, INFINIBAND, work).efficiency
-        for form in ("ours", "ours, beside", "open_clip, local loss")
+        for form in ("ours", "ours, between", "open_clip, local loss")
     )
-    uneven = step("ours, beside", TARGET_RANKS, INFINIBAND, work, replace(TODAY, views=VIEWS)).efficiency
-    results = ["met" if value >= TARGET else "**missed**" for value in (ours, beside, uneven)]
+    uneven = step("ours", TARGET_RANKS, INFINIBAND, work, replace(TODAY, views=VIEWS)).efficiency
+    results = ["met" if value >= TARGET else "**missed**" for value in (ours, uneven, between)]
     rows = [
-        ["the exchange as it is", percent(ours), results[0]],
-        ["the exchange beside the towers", percent(beside), results[1]],
-        ["the exchange beside the towers, scenes with unequal numbers of views", percent(uneven), results[2]],
+        ["ours", percent(ours), results[0]],
+        ["ours, scenes with unequal numbers of views", percent(uneven), results[1]],
+        ["ours, with train.accumulate", percent(between), results[2]],
         ["gathers as in open_clip, local loss", percent(clip), ""],
     ]
     head = [

@@ -30,12 +30,14 @@ RECORD = "2026-11-27-nvidia-h200"
 RECORDS = Path(__file__).resolve().parents[1] / "records"
 FORMS = {
     "ours": "ours",
+    "ours, between": "ours, texts between towers and loss",
     "ours, ring": "ours, texts in a ring",
-    "ours, beside": "ours, beside the towers",
+    "ours, NCCL": "ours, sizes and ids by NCCL",
     "node-wise": "node-wise groups (another loss)",
     "open_clip, local loss": "open_clip, local loss",
 }
 OPEN_CLIP = ("open_clip", "open_clip, local loss")
+BESIDE = ("ours", "ours, NCCL", "node-wise")  # texts travel beside the vision towers
 EXCHANGES = ("all_gather", "reduce_scatter")  # of the forward and of the backward pass
 SHARES = (0.25, 0.75)  # of the loss's products in the forward and in the backward pass
 # Lengths of the texts in bench_step.py: tokens of an action, an object and a relation, in the mean.
@@ -107,10 +109,30 @@ def forward_share(work: Workload) -> float:
     """Return the share of the forward pass in the operations of a step."""
     config = ModelConfig.preset("vit-b-32")
     frozen = replace(config, freeze=FreezeConfig(config.vision.layers, config.text.layers))
-    views = [work.rows(level) for level in work.levels]
-    lengths = [[n] * round(work.texts(level)) for level, n in zip(work.levels, _TOKENS, strict=True)]
-    forward, whole = (step_flops(c, views, lengths, teacher=True) for c in (frozen, config))
+    forward, whole = (step_flops(c, *_sizes(work), teacher=True) for c in (frozen, config))
     return forward / whole
+
+
+@functools.cache
+def late_share(work: Workload) -> float:
+    """Return the share of the last vision encoder's trained blocks, forward, in the operations of a step.
+
+    They run beside the gather of the texts, and their backward pass, of twice the operations, beside the
+    reduce-scatter.
+    """
+    config = ModelConfig.preset("vit-b-32")
+    blocks, layers = config.freeze.vision_blocks, config.vision.layers
+    trunk = replace(config, vision=replace(config.vision, layers=blocks), freeze=FreezeConfig(blocks))
+    whole = replace(config, freeze=FreezeConfig(layers))
+    last = work.rows(work.levels[-1])
+    late, before = (step_flops(c, [0, 0, last], [[], [], []], teacher=False) for c in (whole, trunk))
+    return (late - before) / step_flops(config, *_sizes(work), teacher=True)
+
+
+def _sizes(work: Workload) -> tuple[list[int], list[list[int]]]:
+    """Views of each level, and the lengths of its texts."""
+    lengths = [[n] * round(work.texts(level)) for level, n in zip(work.levels, _TOKENS, strict=True)]
+    return [work.rows(level) for level in work.levels], lengths
 
 
 @dataclass(frozen=True)
@@ -186,10 +208,11 @@ def step(
     batch = [c for c in collectives if c.phase == "batch"]
     ring = sum((group - 1) * (assumed.tcp_hop + c.bytes / assumed.tcp_bandwidth) for c in batch)
     merging = assumed.merge * group * work.most(group) if group > 1 else 0.0
-    # From the launch of a step's forward pass until the next step's loss, less the launches in between: the host is
-    # ahead of the GPU by what remains.
+    # From the launch of a step's forward pass until the texts of the next one travel, less the launches in between: the
+    # host is ahead of the GPU by what remains.
+    late = towers * late_share(work) if form in BESIDE else 0.0
     launching = 1.0 if assumed.host_bound else assumed.launching
-    available = computation * (1 - launching * (1 - forward / towers))
+    available = computation * (1 - launching * (1 - (forward - late) / towers))
     waited = max(ring + merging - available, 0.0)
     gathers, scatters = ([c for c in collectives if c.op == op and c.phase != "batch"] for op in EXCHANGES)
     gather, scatter = (sum(seconds(c.op, c.bytes, group, link) for c in part) for part in (gathers, scatters))
@@ -198,19 +221,16 @@ def step(
     )
     exchange = gather + scatter + small
     hidden = queued = 0.0
-    if form == "ours, beside":
-        # Sizes and ids by the same collectives as everything else, while the step before runs.
+    if form == "ours, NCCL":  # by the same collectives as everything else, while the step before runs
         waited, hidden = max(merging - available, 0.0), sum(seconds(c.op, c.bytes, group, link) for c in batch)
-        texts = work.kept(ranks) * work.width
-        gather = seconds("all_gather", texts * work.item, ranks, network)
-        queued = seconds("reduce_scatter", ranks * texts * 4, ranks, network)
-        exchange = max(gather - forward, 0.0) + small
-        hidden += min(gather, forward)
-    elif form not in OPEN_CLIP and (chunks := work.chunks(group)):
+    if form not in OPEN_CLIP and (chunks := work.chunks(group)):
         # All but the first chunk's gather and the last chunk's reduce-scatter run beside the loss's products.
         parts, products = (gather, scatter), times.small_loss + loss
         exposed = [max(p - s * products, p / sum(chunks)) for p, s in zip(parts, SHARES, strict=True)]
-        exchange, hidden = sum(exposed) + small, sum(parts) - sum(exposed)
+        exchange, hidden = sum(exposed) + small, hidden + sum(parts) - sum(exposed)
+    elif form in BESIDE:
+        beside = min(gather, late) + min(scatter, 2 * late)
+        exchange, hidden, queued = gather + scatter - beside + small, hidden + beside, min(scatter, 2 * late)
     if form == "ours, ring":
         exchange, loss = ring_seconds(work, ranks, network, times) + small, 0.0
 

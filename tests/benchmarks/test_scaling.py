@@ -172,24 +172,25 @@ def test_statements_of_the_page() -> None:
     times = {(form, r): step(form, r, INFINIBAND, work) for form in FORMS for r in RANKS}
     assert times["ours", 64].efficiency > 0.95
     assert times["ours", 1024].batch > 0 == times["ours", 512].batch
-    assert times["ours, beside", 1024].efficiency > 0.95 > times["ours, beside", 2048].efficiency
-    assert all(times["ours, beside", r].total < times["ours", r].total for r in RANKS)
+    assert times["ours, NCCL", 1024].efficiency > 0.94 > 0.6 > times["ours, NCCL", 2048].efficiency
+    assert all(times["ours", r].total < times["ours, between", r].total for r in RANKS if r < 2048)
     assert all(times["ours, ring", r].total > times["ours", r].total for r in RANKS)
     # Chunks begin beyond 1,024 GPUs; if all texts differ, beyond 64.
     assert [r for r in RANKS if work.chunks(r)] == [2048, 4096]
     assert [r for r in RANKS if published(distinct=True).chunks(r)] == [128, 256, 512, 1024, 2048, 4096]
-    assert times["node-wise", 512].efficiency - times["ours, beside", 512].efficiency < 0.02
-    planned = step("ours, beside", 512, INFINIBAND, work, replace(TODAY, views=page.VIEWS))
-    assert planned.waiting > planned.total - planned.waiting - planned.computation
+    assert times["node-wise", 512].efficiency - times["ours", 512].efficiency < 0.02
+    for ranks in RANKS[:7]:
+        uneven = step("ours", ranks, INFINIBAND, work, replace(TODAY, views=page.VIEWS))
+        assert uneven.waiting > uneven.total - uneven.waiting - uneven.computation
     on_ethernet = step("node-wise", 16, NETWORKS[2], work)
     assert on_ethernet.gradients > on_ethernet.total / 2
     assert all(step("node-wise", r, NETWORKS[2], work).efficiency < 0.45 for r in RANKS[1:])
     gains = [times["node-wise", r].efficiency - times["ours", r].efficiency for r in (256, 512, 1024)]
-    assert max(gains[:2]) < 0.06 < 0.3 < gains[2]
-    # What limits: the exchange from 256 GPUs on, sizes and ids from 1,024 on, merging them from 2,048 on.
-    assert times["ours", 128].efficiency > 0.95 > times["ours", 256].efficiency
-    assert times["ours", 512].exchange > sum(vars(times["ours", 512])[name] for name in ("loss", "batch", "shared"))
-    assert times["ours, beside", 2048].batch > 0 == times["ours, beside", 1024].batch
+    assert max(gains[:2]) < 0.02 < 0.3 < gains[2]
+    # What limits: nothing up to 512 GPUs, sizes and ids from 1,024 on, merging them from 2,048 on.
+    assert all(times["ours", r].efficiency > 0.95 for r in RANKS if r <= 512)
+    assert times["ours", 1024].batch > times["ours", 1024].total / 4
+    assert times["ours, NCCL", 2048].batch > 0 == times["ours, NCCL", 1024].batch
     large = replace(published(distinct=True), scenes=512)
     assert ring_seconds(large, 512, INFINIBAND, measured()) > ring_seconds(published(True), 512, INFINIBAND, measured())
 

@@ -288,6 +288,7 @@ def test_no_synchronisation_on_a_gpu() -> None:
         for attempt in range(2):  # kernels are compiled in the first
             torch.cuda.set_sync_debug_mode("error" if attempt else "default")
             made = plan_exchange(ids, [len(i) for i in ids], group=group, width=D, dtype=torch.float32)
+            made.start_gather(leaves)
             losses = multilevel_contrastive_loss(leaves, leaves, scales, text_ids=ids, group=group, plan=made)
             losses.sum().backward()
     finally:
