@@ -25,15 +25,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scenarioclip_fast import forks
 from scenarioclip_fast.data.shard_cache import ShardCache, verified_time
 from scenarioclip_fast.errors import MissingDependencyError, UserError
 from scenarioclip_fast.requirements import require
 from scenarioclip_fast.terminal import get_logger
+
+T = TypeVar("T")
 
 CACHE_GIB = 32.0
 
@@ -89,6 +92,16 @@ def open_url(url: str) -> tuple[Any, str]:
     return fs, path
 
 
+def protocols_of(fs: Any) -> set[str]:
+    """The names of a file system's protocol: {"s3", "s3a"}."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def is_server(fs: Any) -> bool:
+    """Whether a file system is that of http:// and https://, which cannot list files."""
+    return "http" in protocols_of(fs)
+
+
 class Store:
     """Reads files below a URL. Reads never hang: each attempt has a timeout, and transient failures are retried.
 
@@ -123,31 +136,49 @@ class Store:
             OSError: the file does not exist, or every attempt failed. Such a file is not requested again for a minute,
                 and until a read succeeds, every other file gets a single attempt, so that reads fail fast.
         """
+        short: int | None = None
+
+        def once() -> bytes:
+            nonlocal short
+            data = self._read_once(name, start, end)
+            if start is not None and end is not None and len(data) != end - start:
+                if len(data) > end - start:
+                    raise NoRanges(f"got {len(data)} bytes for a range of {end - start}")
+                if len(data) != short:  # twice the same size: the end of the file
+                    short = len(data)
+                    raise OSError(f"got {len(data)} of {end - start} bytes")
+            return data
+
+        return self._attempt(name, once)
+
+    def info(self, name: str) -> dict[str, Any]:
+        """What the storage says of a file now: "type", "size", and its ETag or times, whose names differ.
+
+        Raises:
+            OSError: as `read`.
+        """
+        return self._attempt(name, lambda: self._info_once(name))
+
+    def _attempt(self, name: str, once: Callable[[], T]) -> T:
+        """Call `once` for a file, with pauses between the attempts if it fails."""
         self._origin.check(f"the connection to {self.url}", "open it again")  # as fsspec would, after some attempts
         if time.monotonic() < self._retry_at.get(name, 0):
             raise OSError(f"not reachable; the next attempt is at most {_RETRY_FAILED_S:g} s away")
         attempts = 1 if self._failing else self.attempts
         failure: Exception | None = None
-        short: bytes | None = None
         for attempt in range(attempts):
             if attempt and self._closed.wait(self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)):
                 break
             try:
-                data = self._read_once(name, start, end)
+                result = once()
             except _PERMANENT:
                 raise
             except Exception as error:  # each storage library has its own exceptions
                 failure = error
                 continue
-            if start is not None and end is not None and len(data) != end - start:
-                if len(data) > end - start:
-                    raise NoRanges(f"got {len(data)} bytes for a range of {end - start}")
-                if len(data) != (-1 if short is None else len(short)):  # twice the same size: the end of the file
-                    failure, short = OSError(f"got {len(data)} of {end - start} bytes"), data
-                    continue
             self._failing = False
             self._retry_at.pop(name, None)
-            return data
+            return result
         if self._closed.is_set():
             raise Closed(self.url)
         self._failing = True
@@ -155,19 +186,31 @@ class Store:
         tried = f"{attempts} attempts" if attempts > 1 else "one attempt"
         raise OSError(f"not reachable in {tried}: {type(failure).__name__}: {failure}") from failure
 
+    def _info_once(self, name: str) -> dict[str, Any]:
+        self._fs.invalidate_cache()  # of listings
+        try:
+            return dict(self._with_timeout(lambda: self._fs.info(self._at(name))))
+        except FileNotFoundError as error:  # of a server, fsspec says so whatever the failure
+            cause = error.__cause__ if is_server(self._fs) else None
+            if isinstance(cause, Exception) and getattr(cause, "status", None) not in (404, 410):
+                raise cause from None
+            raise
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
     def _read_once(self, name: str, start: int | None, end: int | None) -> bytes:
         try:
-            path = f"{self._root.rstrip('/')}/{name}"
             # By keyword: the second parameter of s3fs is a version.
-            return self._with_timeout(lambda: self._fs.cat_file(path, start=start, end=end))
+            return self._with_timeout(lambda: bytes(self._fs.cat_file(self._at(name), start=start, end=end)))
         except Exception as error:
             if getattr(error, "status", None) == 416:  # the range starts after the end of the file
                 return b""
             raise
 
-    def _with_timeout(self, call: Callable[[], bytes]) -> bytes:
+    def _with_timeout(self, call: Callable[[], T]) -> T:
         """Run `call` in a thread that is abandoned on timeout, since not every storage library has timeouts."""
-        outcome: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
 
         def run() -> None:
             try:
@@ -223,6 +266,30 @@ def read_large(store: Store, file: RemoteShard) -> bytes:
         if len(data) < end:
             break
     return bytes(data)
+
+
+def download(store: Store, name: str, size: int, descriptor: int) -> None:
+    """Copy a file of `size` bytes to an open one, a few ranges at a time.
+
+    Raises:
+        OSError: it cannot be read or written.
+        EOFError: it is shorter.
+    """
+
+    def copy(start: int) -> None:
+        end = min(start + _CHUNK, size)
+        data = store.read(name, start, end)
+        if len(data) != end - start:
+            raise EOFError(f"got {start + len(data)} of {size} bytes")
+        while data:
+            written = os.pwrite(descriptor, data, start)
+            start, data = start + written, data[written:]
+
+    if size:
+        copy(0)  # alone: a server without ranges sends the whole file
+    with ThreadPoolExecutor(_FETCHERS, "fetch") as pool:
+        for _ in pool.map(copy, range(_CHUNK, size, _CHUNK)):
+            pass
 
 
 def fetch(store: Store, file: RemoteShard, directory: Path, limit: int) -> ShardCache | None:

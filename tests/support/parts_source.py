@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-def pack_part(source: Path, out: str | Path, i: int, n: int, **options: Any) -> Any:
+def pack_part(source: str | Path | Sequence[str], out: str | Path, i: int, n: int, **options: Any) -> Any:
     """Pack one part."""
     return pack(source, out, part=(i, n), progress=False, **{"shard_size": SIZE} | options)
 
 
-def pack_in_parts(source: Path, out: Path, n: int, **options: Any) -> dict[str, bytes]:
+def pack_in_parts(source: str | Path | Sequence[str], out: Path, n: int, **options: Any) -> dict[str, bytes]:
     """Pack all parts, in another order than theirs, and merge them."""
     for i in random.Random(n).sample(range(1, n + 1), n):
         pack_part(source, out, i, n, **options)

@@ -1,8 +1,11 @@
 """Make one pack of the parts that many machines have packed (see `parts`).
 
 The units are merged in their order, so that the pack does not depend on the number of parts. Shards are renamed, not
-copied; only those that contain a key of an earlier unit are written again, without it. Memory holds the distinct texts,
-and a hash per key to find keys that occur twice.
+copied; only those that contain a key that stays in another unit are written again, without it. Memory holds the
+distinct texts, and a hash per key to find keys that occur twice.
+
+A key stays in the first unit that has it. If tars assign splits, it stays in one that assigns test, else val, else
+train, as with local tars.
 
     DIR/.parts/merge/journal.jsonl   the records of all shards; {"from": [folder, name]} is the file that becomes one
     DIR/.parts/merge/*               the other files of the pack, and shards that were written again
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
+from scenarioclip_fast.data.check import Rejection, split_conflict
 from scenarioclip_fast.data.packing.options import VERSION
 from scenarioclip_fast.data.packing.parts import (
     FILES,
@@ -35,18 +39,12 @@ from scenarioclip_fast.data.packing.parts import (
     command,
     difference,
     directory_of,
-    evidence_of,
     lock_parts,
     parse_record,
     part_names,
     read_done,
     read_header,
     read_json,
-    read_scan,
-    rejections_of,
-    sizes_of_unit,
-    unit_name,
-    units_of,
 )
 from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
 from scenarioclip_fast.data.packing.remote_parts import FoundPack, RemoteMergeStage, is_complete, remove_parts, scratch
@@ -54,7 +52,18 @@ from scenarioclip_fast.data.packing.report import PackReport, report_of
 from scenarioclip_fast.data.packing.review import Review
 from scenarioclip_fast.data.packing.shard_writer import OpenShard, PackedItem, PackFiles, duplicate
 from scenarioclip_fast.data.packing.staging import PARTS, Stage, lock
+from scenarioclip_fast.data.packing.units import (
+    Units,
+    evidence_of,
+    rejections_of,
+    scan_of,
+    sizes_of_unit,
+    tar_of,
+    unit_name,
+)
 from scenarioclip_fast.data.remote import is_url
+from scenarioclip_fast.data.shards import SPLITS
+from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.splitmix64 import hash_texts
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, sha256_of
@@ -250,10 +259,13 @@ class _Parts:
             if isinstance(folder, Path):
                 check_directory(folder)
         self._header, done = self._check_headers()
-        self._items: int = done["items"]
-        self._size: int = self._header["options"]["shard_size"]
-        self._scan, self._classes = read_scan(done), done["classes"]
+        self._total: int = done["items"]
+        self._cut = Units.of(self._header)
+        self._scan, self._classes = scan_of(done), done["classes"]
+        self._splits = set[str | None]()  # that tars assign
         self._repeated = self._find_repeated()
+        # Keys with a hash that occurs several times -> the unit in which each stays, and the split that it assigns.
+        self._home: dict[str, tuple[int, str | None]] = {}
 
     def _check_names(self) -> int:
         """The number of parts."""
@@ -305,7 +317,7 @@ class _Parts:
 
     def _units(self) -> Iterator[tuple[int, Path | RemoteFolder, dict[str, Any]]]:
         """The part, the directory and the record of each unit, in order."""
-        units = units_of((1, 1), self._items, self._size)
+        units = self._cut.of_part((1, 1), self._total)
         for unit, record in zip(units, self._unit_records(units), strict=True):
             i = unit % self._count + 1
             if record is None or record.get("unit") != unit:
@@ -326,14 +338,15 @@ class _Parts:
         hashes = [np.zeros(0, np.uint64)]
         units = self._units()
         if self._review.progress:
-            units = show_progress(units, -(-self._items // self._size), "checking parts", "shards")
+            units = show_progress(units, self._cut.count(self._total), "checking parts", self._cut.noun)
         for i, folder, record in units:
-            if sizes_of_unit(record, record["unit"], self._size, self._items) is None:
+            if sizes_of_unit(record, record["unit"], self._cut, self._total) is None:
                 raise self._lacking(i, f"damaged ({unit_name(record['unit'])})")
             try:
                 for shard in record["shards"]:
                     self._check_shard(i, folder, shard)
                     hashes.append(_hashes(shard["rows"]))
+                self._splits.add(tar_of(record)[1])
             except (TypeError, AttributeError, IndexError):  # a row without a key
                 raise self._lacking(i, f"damaged ({unit_name(record['unit'])})") from None
         found = np.concatenate(hashes)
@@ -358,30 +371,37 @@ class _Parts:
     def merge(self, stage: Stage, judge_boxes: bool) -> dict[str, Any]:
         """Write the pack and move it into place; returns its manifest."""
         stage.resume(None)  # removes what a merge left that was interrupted before all was written
-        files, tally = PackFiles(stage), BoxTally()
+        files, tally, ignored = PackFiles(stage), BoxTally(), Counter(self._scan.ignored)
+        if len(self._splits) > 1 and len(self._repeated):
+            self._find_homes()
         shards = 0
 
         def counted() -> Iterator[dict[str, Any]]:
             nonlocal shards
-            for record in self._records(stage, files, tally if judge_boxes else None):
+            for record in self._records(stage, files, tally if judge_boxes else None, ignored):
                 files.count(record["split"], record["texts"])
                 yield record
                 shards += 1
 
         stage.append(counted())
+        scan = Scan(self._scan.rejected, dict(sorted(ignored.items())), self._scan.warnings)
         if not shards:
-            raise self._review.no_scenes(self._scan.rejected + files.rejected, self._scan.ignored)
-        review = partial(self._review.complete, self._scan, tally, partial(stage.read, "rejected.jsonl"))
-        return files.finish(self._scan, self._classes, self._header["fingerprint"], review)
+            raise self._review.no_scenes(scan.rejected + files.rejected, scan.ignored)
+        review = partial(self._review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))
+        return files.finish(scan, self._classes, self._header["fingerprint"], review)
 
-    def _records(self, stage: Stage, files: PackFiles, tally: BoxTally | None) -> Iterator[dict[str, Any]]:
+    def _records(
+        self, stage: Stage, files: PackFiles, tally: BoxTally | None, ignored: Counter[str]
+    ) -> Iterator[dict[str, Any]]:
         """The records of the shards of the pack. The rejections of units without a shard go to the next one."""
         numbers = Counter[str]()  # of shards, by split
-        kept: set[str] = set()  # keys with a hash that occurs several times
         for _, folder, record in self._units():
-            repeated = self._repeated_keys(record, kept)
+            scan = scan_of(record)
+            ignored.update(scan.ignored)
+            repeated = self._repeated_keys(record)
             rejected = [(number, one) for number, one in rejections_of(record) if number not in repeated]
-            rejected += [(number, duplicate(key)) for number, key in repeated.items()]
+            rejected += repeated.items()
+            files.rejected += scan.rejected
             files.rejected += [one for _, one in sorted(rejected, key=lambda pair: pair[0])]
             if tally is not None:
                 for rows in evidence_of(record):
@@ -398,18 +418,42 @@ class _Parts:
                 listed, files.rejected = files.rejected, []
                 yield merged | {"rejected": [[r.entry, r.reason, r.detail, r.hint] for r in listed]}
 
-    def _repeated_keys(self, record: dict[str, Any], kept: set[str]) -> dict[int, str]:
-        """The items of a unit whose keys earlier ones have: number -> key. Adds the other keys to `kept`."""
-        found: list[tuple[int, str]] = []
+    def _find_homes(self) -> None:
+        """Find where each repeated key stays if the tars assign different splits."""
+
+        def rank(split: str | None) -> int:
+            return -1 if split is None else SPLITS.index(split)
+
+        for _, _, record in self._units():
+            split = tar_of(record)[1]
+            for _, key in self._several(record):
+                if key not in self._home or rank(split) > rank(self._home[key][1]):
+                    self._home[key] = record["unit"], split
+
+    def _several(self, record: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """The items of a unit whose keys have a hash that occurs several times: (number, key)."""
         for shard in record["shards"] if len(self._repeated) else ():
             several = np.isin(_hashes(shard["rows"]), self._repeated)
-            found += [(shard["numbers"][k], shard["rows"][k][0]) for k in np.flatnonzero(several)]
-        repeated = {number: key for number, key in found if key in kept}
-        kept |= {key for _, key in found}  # a unit has no key twice
+            yield from ((shard["numbers"][k], shard["rows"][k][0]) for k in np.flatnonzero(several))
+
+    def _repeated_keys(self, record: dict[str, Any]) -> dict[int, Rejection]:
+        """The rejections of the items of a unit whose keys stay in other units, by number."""
+        repeated = {}
+        tar, split = tar_of(record)
+        for number, key in self._several(record):
+            home, stays = self._home.setdefault(key, (record["unit"], split))
+            if home != record["unit"]:  # a unit has no key twice
+                conflict = None if split in (None, stays) else stays
+                repeated[number] = duplicate(key) if conflict is None else split_conflict(f"{tar}: {key}", conflict)
         return repeated
 
     def _rewrite(
-        self, stage: Stage, name: str, folder: Path | RemoteFolder, shard: dict[str, Any], without: Mapping[int, str]
+        self,
+        stage: Stage,
+        name: str,
+        folder: Path | RemoteFolder,
+        shard: dict[str, Any],
+        without: Collection[int],
     ) -> dict[str, Any]:
         """Write a shard again without some of its scenes."""
         with directory_of(folder) as files, files.open(shard["name"]) as old:
@@ -419,6 +463,7 @@ class _Parts:
                     if number not in without:
                         image, record = (_read(old, *extents[at : at + 2]) for at in (0, 2))
                         new.add(PackedItem.of_shard(key, shard["split"], image, record))
+                new.close()
             except ValueError as error:
                 raise UserError(
                     f"{folder / shard['name']}: damaged ({error}); remove it, and pack its part again"

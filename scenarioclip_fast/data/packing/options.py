@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scenarioclip_fast import __version__
 from scenarioclip_fast.config_types import check_types
 from scenarioclip_fast.data.scene import SCHEMA, check_fractions
 from scenarioclip_fast.data.sources.base import TRAINVAL, Source, SourceOptions, fingerprint_files
 from scenarioclip_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from scenarioclip_fast.data.sources.remote_tars import RemoteTarSource
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
 _PACK_VERSION = 2
@@ -65,7 +68,7 @@ class PackOptions:
         }
         return VERSION | {"options": options}
 
-    def fingerprint(self, source: Source) -> str | None:
+    def fingerprint(self, source: Source | RemoteTarSource) -> str | None:
         """A hash of everything that the pack depends on; None if the source has no fingerprint."""
         found = source.fingerprint()
         if found is None:

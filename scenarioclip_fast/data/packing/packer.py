@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,31 +17,33 @@ from scenarioclip_fast.data.boxes import BoxFormat, BoxTally
 from scenarioclip_fast.data.check import BadEntry, Rejection
 from scenarioclip_fast.data.decode import MAX_PIXELS
 from scenarioclip_fast.data.packing.diagnosis import Diagnosis
+from scenarioclip_fast.data.packing.merging import merge_parts
 from scenarioclip_fast.data.packing.options import PackOptions
 from scenarioclip_fast.data.packing.parts import (
+    MERGE,
     LocalPart,
     Numbered,
     Part,
     check_part,
-    evidence_of,
     part_name,
     part_names,
-    rejections_of,
     write_units,
 )
 from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
-from scenarioclip_fast.data.packing.remote_parts import FoundPack, RemotePart, check_remote_target, is_complete
+from scenarioclip_fast.data.packing.remote_parts import FoundPack, RemotePart, check_remote_target, is_complete, scratch
 from scenarioclip_fast.data.packing.report import PackReport, report_of
-from scenarioclip_fast.data.packing.review import Review
+from scenarioclip_fast.data.packing.review import Review, Watch
 from scenarioclip_fast.data.packing.shard_writer import COUNTS, PackedItem, ShardWriter
-from scenarioclip_fast.data.packing.staging import PARTS, Stage, check_local, check_target, find_up_to_date
+from scenarioclip_fast.data.packing.staging import PARTS, Stage, check_target, find_up_to_date
+from scenarioclip_fast.data.packing.units import ItemUnits, TarUnits, evidence_of, rejections_of, scan_of
 from scenarioclip_fast.data.parallel import Workers, ordered_map
 from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Reader, Scan, Source, SourceOptions
 from scenarioclip_fast.data.sources.memory import MemorySource
-from scenarioclip_fast.data.sources.registry import check_format, open_source
+from scenarioclip_fast.data.sources.registry import check_format, open_source, open_urls
+from scenarioclip_fast.data.sources.remote_tars import FetchedTar, RemoteTarSource
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular, kind_of, status_of
 from scenarioclip_fast.levels import LEVELS
@@ -73,9 +77,11 @@ def pack(
 
     Args:
         source: a data set on disk (a path, a glob pattern or a list of them, in any format of `sources.registry`); or
-            scenes, whose images are encoded bytes, or pixels, which are encoded as JPEG; or a `sources.Source`.
-        out_dir: created, or replaced if it holds a pack of this schema. Files are moved into it when the pack is
-            complete. With `part`, it may be a URL.
+            one or several URLs of WebDataset tars, see `sources.remote_tars`; or scenes, whose images are encoded
+            bytes, or pixels, which are encoded as JPEG; or a `sources.Source`.
+        out_dir: a path or a URL; created, or replaced if it holds a pack of this schema. Files are moved into it when
+            the pack is complete. If this or the source is a URL, the data set is packed as a single part, which is then
+            merged, and a pack of another source is not replaced.
         format: a registered format ("published", "webdataset", ...), or "auto" to recognise it.
         shard_size: scenes per shard.
         val, test: fractions of the scenes without an assigned split that go to these splits, chosen by a hash of the
@@ -110,17 +116,15 @@ def pack(
         raise UserError(f"workers: got {workers}, expected at least 1")
     if part is not None:
         part = check_part(part)
-    for path in source if isinstance(source, list | tuple) else [source]:
-        check_local(path, "; a source is read from a mount")
-    if part is None:
-        check_local(out_dir, "; pack in parts to write to a URL: `pack SOURCE --out URL --part 1/1`, then --merge URL")
     out = RemoteFolder.of(str(out_dir)) if is_url(out_dir) else Path(out_dir)
+    in_parts = part is not None or isinstance(out, RemoteFolder) or any(map(is_url, _paths_in(source)))
     if isinstance(out, Path):
-        check_target(out, force, part is not None)
+        check_target(out, force, in_parts)
     else:
         check_remote_target(out, force)
     data = _open(source, format, read)
-    if (out.resolve() if isinstance(out, Path) else out.local) in data.directories:
+    places: set[Path | str | None] = {out.resolve()} if isinstance(out, Path) else {out.local, out.canonical}
+    if not places.isdisjoint(data.directories):
         raise UserError(f"{out}: this directory holds the source; choose another directory for the pack")
     review = Review(out, progress, allow_empty_level, "" if part is None else part_name(part))
     run = _Run(data, options, options.fingerprint(data), workers, review)
@@ -129,11 +133,13 @@ def pack(
             f"{review.listing}: got a {kind_of(found.st_mode)}, expected nothing or the list of an earlier run's "
             "rejections; move it away, or choose another directory for the pack"
         )
-    if part is None:
+    if part is not None:
+        report = _pack_part(run, out, part)
+    elif in_parts:
+        report = _pack_and_merge(run, out)
+    else:
         assert isinstance(out, Path)
         report = _pack_all(run, out, force)
-    else:
-        report = _pack_part(run, out, part)
     if is_regular(review.listing) and not report.up_to_date:
         review.listing.unlink()
     return report
@@ -167,8 +173,29 @@ def _pack_all(run: _Run, out: Path, force: bool) -> PackReport:
     return report_of(out, manifest)
 
 
+def _pack_and_merge(run: _Run, out: Path | RemoteFolder) -> PackReport:
+    """Pack everything as one part, and merge it."""
+    review = run.review
+    merge = partial(
+        merge_parts,
+        str(out),
+        boxes="xyxy" if run.options.source.boxes == "xyxy" else None,
+        allow_empty_level=review.allow_empty_level,
+        progress=review.progress,
+    )
+    if isinstance(out, Path) and is_regular(out / PARTS / MERGE / "manifest.json"):  # an interrupted merge
+        merge()
+    report = _pack_part(run, out, (1, 1))
+    return report if is_complete(out) and not part_names(out) else merge()
+
+
 def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> PackReport:
     log = run.review.log
+    if run.fingerprint is None and not run.review.part:
+        raise UserError(
+            f"{out}: got a source without a fingerprint, such as scenes in memory, which is packed to a local path "
+            "only; expected such a path, or a data set on disk"
+        )
     if run.fingerprint is None:
         raise UserError(
             "part: got a source without a fingerprint, such as scenes in memory, expected a data set on disk: parts "
@@ -197,6 +224,8 @@ def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> Pa
     if (report := merged()) is not None:
         return report
     header = run.options.header() | {"fingerprint": run.fingerprint}
+    if isinstance(run.source, RemoteTarSource):
+        header["units"] = TarUnits.name
     try:
         with (LocalPart if isinstance(out, Path) else RemotePart)(out, part, header) as files:
             if (report := merged()) is not None:  # since
@@ -206,7 +235,7 @@ def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> Pa
                 log(f"{files}: up to date (neither the source nor the options changed)")
             else:
                 if files.units:
-                    log(f"{files}: resuming after {len(files.units)} finished shards")
+                    log(f"{files}: resuming after {len(files.units)} finished {files.cut.noun}")
                 _fill_part(run, files)
             return _report_part(files, up_to_date)
     except OSError as error:
@@ -219,9 +248,10 @@ def _fill_part(run: _Run, part: Part) -> None:
         run.fill_part(part)
     except BaseException:
         if part.units:
-            log(f"{len(part.units)} finished shards are kept in {part.path}: re-run the command to resume")
+            log(f"{len(part.units)} finished {part.cut.noun} are kept in {part.path}: re-run the command to resume")
         raise
-    log(f"{part}: complete; when all parts are, finish the pack with `scenarioclip-fast pack --merge {part.out}`")
+    if run.review.part:
+        log(f"{part}: complete; when all parts are, finish the pack with `scenarioclip-fast pack --merge {part.out}`")
 
 
 def _report_part(part: Part, up_to_date: bool) -> PackReport:
@@ -229,35 +259,45 @@ def _report_part(part: Part, up_to_date: bool) -> PackReport:
     texts: dict[str, set[str]] = {level: set() for level in LEVELS}
     diagnosis = Diagnosis()
     scan = part.scan
+    ignored = Counter(scan.ignored)
     diagnosis.add(scan.rejected)
     for record in part.records():
+        found = scan_of(record)
+        ignored.update(found.ignored)
+        diagnosis.add(found.rejected)
         diagnosis.add(one for _, one in rejections_of(record))
         for shard in record["shards"]:
             for name in COUNTS:
                 splits[shard["split"]][name] += shard["counts"][name]
             for level in LEVELS:
                 texts[level].update(shard["texts"][level])
-    kept = {name: sum(found[name] for found in splits.values()) for name in COUNTS}
+    kept = {name: sum(counts[name] for counts in splits.values()) for name in COUNTS}
     large = [str(loss) for loss in diagnosis.losses(kept) if loss.is_large]
     return PackReport(
         part.out if isinstance(part.out, Path) else str(part.out),
         splits,
-        {level: len(found) for level, found in texts.items()},
+        {level: len(known) for level, known in texts.items()},
         diagnosis.reasons(),
-        scan.ignored,
+        dict(sorted(ignored.items())),
         up_to_date,
         diagnosis.causes(),
         [*scan.warnings, *large],
     )
 
 
+def _paths_in(source: object) -> Sequence[str | Path]:
+    """The paths or URLs of a data set; none if it is a source or scenes."""
+    if isinstance(source, (str, Path)):
+        return [source]
+    is_list = isinstance(source, Sequence) and source and isinstance(source[0], (str, Path))
+    return cast("Sequence[str | Path]", source) if is_list else []
+
+
 def _open(
     source: str | Path | Sequence[str | Path] | Source | Iterable[Scene], format: str, options: SourceOptions
-) -> Source:
-    if isinstance(source, (str, Path)):
-        return open_source([source], format, options)
-    if isinstance(source, Sequence) and source and isinstance(source[0], (str, Path)):
-        return open_source(cast("Sequence[str | Path]", source), format, options)
+) -> Source | RemoteTarSource:
+    if paths := _paths_in(source):
+        return (open_urls if any(map(is_url, paths)) else open_source)(paths, format, options)
     if isinstance(source, Source):
         return source
     if unused := [option for option in options.given() if option not in MemorySource.accepts]:
@@ -267,7 +307,7 @@ def _open(
 
 @dataclass(frozen=True)
 class _Run:
-    source: Source
+    source: Source | RemoteTarSource
     options: PackOptions
     fingerprint: str | None
     workers: int | Workers | None
@@ -280,15 +320,13 @@ class _Run:
         count = workers.count if isinstance(workers, Workers) else workers
         return workers, source.scan(count if source.large else 1, self.review.progress)
 
-    def _watched(self, packed: Iterable[PackedItem], total: int | None, tally: BoxTally) -> Iterator[PackedItem]:
-        """Show progress, and end early if the first items show that the data set was misunderstood."""
-        if self.review.progress:
-            packed = show_progress(packed, total, "packing", "scenes")
-        return self.review.watched(packed, tally)
+    def _shown(self, packed: Iterable[PackedItem], total: int | None) -> Iterable[PackedItem]:
+        return show_progress(packed, total, "packing", "scenes") if self.review.progress else packed
 
     def fill(self, stage: Stage) -> dict[str, Any]:
         """Write the complete pack into the staging directory, move it into place, and return its manifest."""
         source = self.source
+        assert not isinstance(source, RemoteTarSource)
         with ShardWriter(stage, self.options.shard_size, ordered=self.fingerprint is not None) as writer:
             workers, scan = self._scan()
             items = islice(source.items(self.options.split_of), writer.end, None)
@@ -298,7 +336,7 @@ class _Run:
             for rows in writer.resumed_boxes if self.options.source.boxes is None else ():
                 tally.add(rows)
             total = None if source.total is None else source.total - writer.end
-            writer.write(self._watched(packed, total, tally))
+            writer.write(Watch(self.review, tally).watched(self._shown(packed, total)))
             if writer.scenes == 0:
                 raise self.review.no_scenes(scan.rejected + writer.rejected, scan.ignored)
             review = partial(self.review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))
@@ -307,16 +345,44 @@ class _Run:
     def fill_part(self, part: Part) -> None:
         """Pack what is missing of a part."""
         workers, scan = self._scan()
-        size = self.options.shard_size
-        items = Numbered(self.source.items(self.options.split_of), size, part)
-        packed = ordered_map(partial(_pack_numbered, self.source.reader(), self.options), items, workers)
         tally = BoxTally()
         for record in part.records() if self.options.source.boxes is None else ():
             for rows in evidence_of(record):
                 tally.add(rows)
-        total = None if self.source.total is None else part.items_left(self.source.total)
-        write_units(part, self._watched(packed, total, tally), size)
-        part.finish(items.total, scan, self.source.classes)
+        watch = Watch(self.review, tally)
+        source = self.source
+        if isinstance(source, RemoteTarSource):
+            self._pack_tars(source, part, workers, watch)
+            total = len(source.tars)
+        else:
+            total = self._pack_items(source, part, workers, watch)
+        part.finish(total, scan, source.classes)
+
+    def _pack_items(self, source: Source, part: Part, workers: int | Workers, watch: Watch) -> int:
+        """Pack the items that a part lacks; returns how many the source has."""
+        size = self.options.shard_size
+        units = ItemUnits(size)
+        items = Numbered(source.items(self.options.split_of), units, part)
+        packed = ordered_map(partial(_pack_numbered, source.reader(), self.options), items, workers)
+        left = None if source.total is None else units.items(part.units_left(source.total), source.total)
+        groups = groupby(watch.watched(self._shown(packed, left)), lambda item: item.number // size)
+        write_units(part, ((unit, found, {}) for unit, found in groups), size)
+        return items.total
+
+    def _pack_tars(self, source: RemoteTarSource, part: Part, workers: int | Workers, watch: Watch) -> None:
+        """Pack the tars that a part lacks."""
+        left = part.units_left(len(source.tars))
+        with ExitStack() as stack:
+            pool = workers if isinstance(workers, Workers) else stack.enter_context(Workers(workers))
+            fetched = stack.enter_context(closing(source.fetch(left, stack.enter_context(scratch()))))
+            tars = show_progress(fetched, len(left), "packing", "tars") if self.review.progress else fetched
+            units = ((unit, *self._tar(tar, pool, watch)) for unit, tar in zip(left, tars, strict=True))
+            write_units(part, units, self.options.shard_size)
+
+    def _tar(self, tar: FetchedTar, workers: Workers, watch: Watch) -> tuple[Iterator[PackedItem], dict[str, Any]]:
+        """The items of a tar, and what its record has besides them."""
+        items = ordered_map(partial(_pack_numbered, tar.reader, self.options), enumerate(tar.samples()), workers)
+        return watch.watched(items), TarUnits.of_tar(tar.tar.name, tar.tar.split, tar.count, tar.scan)
 
 
 def _pack_item(reader: Reader, options: PackOptions, item: Any) -> PackedItem:

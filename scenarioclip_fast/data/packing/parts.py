@@ -1,15 +1,16 @@
-"""Parts of a pack, which many machines write: the units of a data set and the directory of a part.
+"""Parts of a pack, which many machines write: the directory of a part.
 
-The items of a source are numbered in their order and cut into units of `shard_size` items. Part i of n packs the units
-u with u % n == i - 1. A unit becomes a shard, or one for each split where it holds the border between two. Units do not
-depend on n, and so neither does what `merging` makes of them.
+Part i of n packs the units u with u % n == i - 1 (see `units`). A unit becomes a shard, or one for each split where it
+holds the border between two; a tar becomes as many as it fills for each split. Units do not depend on n, and so neither
+does what `merging` makes of them.
 
     DIR/.parts/lock                     locked, shared by the processes that pack parts, or by the one that merges
     DIR/.parts/3-of-7/lock              locked by the process that packs the part
     DIR/.parts/3-of-7/part.json         the source, the options and the version that the part is packed with
-    DIR/.parts/3-of-7/train-000012.tar  the scenes of unit 12 in train
+    DIR/.parts/3-of-7/train-000012.tar  the scenes of unit 12 in train; further shards are train-000012-1.tar, ...
     DIR/.parts/3-of-7/unit-000012.json  the records of unit 12's shards, and its rejections: written after the shards
-    DIR/.parts/3-of-7/done.json         the number of items and, in part 1, what else the scan found: written last
+    DIR/.parts/3-of-7/done.json         the number of items, or of tars, of the source and, in part 1, what else the
+                                        scan found: written last
 
 On a URL (see `remote_parts`), nothing is locked, and files are uploaded in the same order.
 
@@ -26,24 +27,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from scenarioclip_fast.data.boxes import COLUMNS
 from scenarioclip_fast.data.check import Rejection
 from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
-from scenarioclip_fast.data.packing.shard_writer import COUNTS, OpenShard, PackedItem, duplicate
-from scenarioclip_fast.data.packing.staging import PARTS, SHARD_NAME, dump, lock
+from scenarioclip_fast.data.packing.shard_writer import OpenShard, PackedItem, duplicate
+from scenarioclip_fast.data.packing.staging import PARTS, dump, lock
+from scenarioclip_fast.data.packing.units import ItemUnits, Units, scan_of, shard_name, sizes_of_unit, unit_name
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory, is_regular, kind_of, sha256_of, status_of
-from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.parsing import parse_json
 
 PART_NAME = re.compile(r"([1-9]\d*)-of-([1-9]\d*)")
@@ -51,7 +47,8 @@ MERGE = "merge"  # directory of files that the merge writes, in DIR/.parts
 HEADER, DONE, LOCK = "part.json", "done.json", "lock"
 _UNIT_NAME = re.compile(r"unit-(\d{6,})\.json")
 _PARTIAL = ".partial"
-FILES = re.compile(rf"(({HEADER}|{DONE}|{_UNIT_NAME.pattern})({_PARTIAL})?|{LOCK}|{SHARD_NAME.pattern})")
+_SHARD_NAME = r"(train|val|test)-\d{6,}(-\d+)?\.tar"
+FILES = re.compile(rf"(({HEADER}|{DONE}|{_UNIT_NAME.pattern})({_PARTIAL})?|{LOCK}|{_SHARD_NAME})")
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -90,16 +87,6 @@ def part_names(out: Path | RemoteFolder) -> dict[tuple[int, int], str]:
         return {}
     found = {name: match for name in names if (match := PART_NAME.fullmatch(name))}
     return {part: name for name, match in found.items() if (part := (int(match[1]), int(match[2])))[0] <= part[1]}
-
-
-def unit_name(unit: int) -> str:
-    """The name of the record of a unit."""
-    return f"unit-{unit:06d}.json"
-
-
-def units_of(part: tuple[int, int], items: int, size: int) -> range:
-    """The units of a part of a source with so many items, `size` of them in a unit."""
-    return range(part[0] - 1, -(-items // size), part[1])
 
 
 def command(out: Path | RemoteFolder, part: tuple[int, int] | None) -> str:
@@ -146,47 +133,10 @@ def read_done(files: Directory | RemoteFolder, number: int) -> dict[str, Any] | 
     if number == 1 and not {"scan", "classes"} <= found.keys():
         return None
     try:
-        scan = read_scan(found)
+        scan_of(found)
     except (KeyError, TypeError):
         return None
-    return found if isinstance(scan.ignored, dict) and isinstance(scan.warnings, list) else None
-
-
-def sizes_of_unit(record: dict[str, Any] | None, unit: int, size: int, items: int | None) -> dict[str, int] | None:
-    """The sizes of a unit's shards in bytes, by name.
-
-    Args:
-        record: of the unit; None if it cannot be read.
-        size: items per unit.
-        items: of the source; None if not known yet, where any unit may be the last one.
-
-    Returns:
-        None if the record is damaged; above all, if an item is neither in a shard nor rejected.
-    """
-    sizes: dict[str, int] = {}
-    kept: list[int] = []
-    try:
-        if record is None or record["unit"] != unit:
-            return None
-        for shard in record["shards"]:
-            numbers = shard["numbers"]
-            complete = tuple(shard["counts"]) == COUNTS and set(LEVELS) == set(shard["texts"]) and "sha256" in shard
-            if not complete or shard["name"] != shard_name(shard["split"], unit) or len(shard["rows"]) != len(numbers):
-                return None
-            sizes[shard["name"]] = shard["bytes"]
-            kept += numbers
-        list(evidence_of(record))
-        found = {*kept, *(number for number, _ in rejections_of(record))}
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return None
-    first = unit * size
-    count = min(len(found), size) if items is None else min(size, items - first)
-    return sizes if count > 0 and len(set(kept)) == len(kept) and found == set(range(first, first + count)) else None
-
-
-def shard_name(split: str, unit: int) -> str:
-    """The name of the shard of a unit."""
-    return f"{split}-{unit:06d}.tar"
+    return found
 
 
 def check_directory(path: Path) -> None:
@@ -252,7 +202,7 @@ class Part(ABC):
         self.out, self.number, self.count = out, *part
         self.name = part_name(part)
         self.path = out / PARTS / self.name
-        self._size: int = header["options"]["shard_size"]
+        self.cut = Units.of(header)
         with ExitStack() as stack:
             self._open(stack, header)
             for name in self._files.names():
@@ -306,7 +256,7 @@ class Part(ABC):
             unit = int(name[len("unit-") : -len(".json")])
             if unit % self.count != self.number - 1:  # copied from another part
                 continue
-            sizes = sizes_of_unit(record, unit, self._size, items)
+            sizes = sizes_of_unit(record, unit, self.cut, items)
             if sizes is not None and all(self._files.size(one) == size for one, size in sizes.items()):
                 units.add(unit)
                 kept |= {name, *sizes}
@@ -340,12 +290,11 @@ class Part(ABC):
     def is_done(self) -> bool:
         """Whether all units are packed."""
         done = read_done(self._files, self.number)
-        return done is not None and self.units == set(units_of((self.number, self.count), done["items"], self._size))
+        return done is not None and not self.units_left(done["items"])
 
-    def items_left(self, total: int) -> int:
-        """The items of the part that are not packed yet, of a source with `total` items."""
-        left = set(units_of((self.number, self.count), total, self._size)) - self.units
-        return sum(min(self._size, total - unit * self._size) for unit in left)
+    def units_left(self, total: int) -> list[int]:
+        """The units of the part that are not packed yet. `total`: see `Units`."""
+        return [unit for unit in self.cut.of_part((self.number, self.count), total) if unit not in self.units]
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of the finished units, in their order."""
@@ -356,7 +305,7 @@ class Part(ABC):
     @property
     def scan(self) -> Scan:
         """What the scan found, of the first part when it is done; otherwise nothing."""
-        return read_scan(read_done(self._files, self.number) or {})
+        return scan_of(read_done(self._files, self.number) or {})
 
     @abstractmethod
     def create(self, name: str) -> IO[bytes]:
@@ -368,14 +317,14 @@ class Part(ABC):
         self._write(unit_name(record["unit"]), record)
         self.units.add(record["unit"])
 
-    def finish(self, items: int, scan: Scan, classes: dict[str, list[str]] | None) -> None:
+    def finish(self, total: int, scan: Scan, classes: dict[str, list[str]] | None) -> None:
         """Note that all units are packed.
 
         Args:
-            items: of the source.
+            total: of the source, see `Units`.
             scan, classes: of the source; stored once, in the first part.
         """
-        found: dict[str, Any] = {"items": items}
+        found: dict[str, Any] = {"items": total}
         if self.number == 1:
             rejected = [[r.entry, r.reason, r.detail, r.hint] for r in scan.rejected]
             found["scan"] = {"rejected": rejected, "ignored": scan.ignored, "warnings": scan.warnings}
@@ -443,23 +392,17 @@ class LocalPart(Part):
         self._files.sync()
 
 
-def read_scan(done: Mapping[str, Any]) -> Scan:
-    """The scan in done.json."""
-    found = done.get("scan", {"rejected": [], "ignored": {}, "warnings": []})
-    return Scan([Rejection(*row) for row in found["rejected"]], found["ignored"], found["warnings"])
-
-
 class Numbered:
     """The items of a part, with their numbers in the source.
 
     Args:
         items: of the source.
-        size: items per unit.
+        units: of the source.
         part: leaves out its finished units.
     """
 
-    def __init__(self, items: Iterable[Any], size: int, part: Part) -> None:
-        self._items, self._size, self._part = items, size, part
+    def __init__(self, items: Iterable[Any], units: ItemUnits, part: Part) -> None:
+        self._items, self._size, self._part = items, units.size, part
         self.total = 0  # items of the source, once all have been passed
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -470,17 +413,17 @@ class Numbered:
             self.total = number + 1
 
 
-def write_units(part: Part, packed: Iterable[PackedItem], size: int) -> None:
-    """Write the units of a part.
+def write_units(part: Part, units: Iterable[tuple[int, Iterable[PackedItem], dict[str, Any]]], size: int) -> None:
+    """Write units of a part.
 
     Args:
-        packed: the items of the part, in order.
-        size: items per unit.
+        units: the number of each, its items, and what else its record has.
+        size: scenes per shard, at most.
     """
     finishing: Future[None] | None = None
     with ThreadPoolExecutor(1, "finish") as finisher:  # waits for the unit in progress, so that it is kept
-        for unit, items in groupby(packed, lambda item: item.number // size):
-            record = _write_unit(part, unit, items)
+        for unit, items, more in units:
+            record = _write_unit(part, unit, items, size) | more
             if finishing is not None:
                 finishing.result()
             finishing = finisher.submit(part.add, record)
@@ -488,10 +431,9 @@ def write_units(part: Part, packed: Iterable[PackedItem], size: int) -> None:
             finishing.result()
 
 
-def _write_unit(part: Part, unit: int, items: Iterable[PackedItem]) -> dict[str, Any]:
+def _write_unit(part: Part, unit: int, items: Iterable[PackedItem], size: int) -> dict[str, Any]:
     """Write the shards of a unit, and return its record."""
-    shards: dict[str, OpenShard] = {}
-    numbers: dict[str, list[int]] = {}
+    shards: dict[str, list[tuple[OpenShard, list[int]]]] = {split: [] for split in SPLITS}  # and the numbers of items
     keys: set[str] = set()
     rejected: list[tuple[int, Rejection]] = []
     boxes: list[list[list[float]]] = []
@@ -505,31 +447,30 @@ def _write_unit(part: Part, unit: int, items: Iterable[PackedItem]) -> dict[str,
             rejected += [(item.number, one) for one in item.rejected]
             if item.key is None:
                 continue
-            if item.split not in shards:
-                name = shard_name(item.split, unit)
-                shards[item.split] = OpenShard.create(name, part.create(name))
-                numbers[item.split] = []
+            written = shards[item.split]
+            if written and len(written[-1][1]) == size:
+                written[-1][0].close()
+            if not written or len(written[-1][1]) == size:
+                name = shard_name(item.split, unit, len(written))
+                written.append((OpenShard.create(name, part.create(name)), []))
             keys.add(item.key)
-            shards[item.split].add(item)
-            numbers[item.split].append(item.number)
+            written[-1][0].add(item)
+            written[-1][1].append(item.number)
+        for written in shards.values():
+            for shard, _ in written[-1:]:
+                shard.close()
     finally:
         with suppress(OSError):  # disk full: already reported
-            for shard in shards.values():
-                shard.close()
+            for written in shards.values():
+                for shard, _ in written[-1:]:
+                    shard.close()
     return {
         "unit": unit,
-        "shards": [shards[split].record(split) | {"numbers": numbers[split]} for split in SPLITS if split in shards],
+        "shards": [
+            shard.record(split) | {"numbers": numbers}
+            for split, written in shards.items()
+            for shard, numbers in written
+        ],
         "rejected": [[number, r.entry, r.reason, r.detail, r.hint] for number, r in rejected],
         "boxes": boxes,
     }
-
-
-def evidence_of(record: Mapping[str, Any]) -> Iterator[NDArray[np.float64]]:
-    """The evidence of a unit's boxes, by scene; see `boxes.BoxEvidence`."""
-    return (np.array(rows, np.float64).reshape(-1, COLUMNS) for rows in record["boxes"])
-
-
-def rejections_of(record: Mapping[str, Any]) -> list[tuple[int, Rejection]]:
-    """The rejections of a unit, with the numbers of their items."""
-    rows: Sequence[list[Any]] = record["rejected"]
-    return [(row[0], Rejection(*row[1:])) for row in rows]

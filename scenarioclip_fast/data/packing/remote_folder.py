@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from scenarioclip_fast.data.remote import open_url
+from scenarioclip_fast.data.remote import open_url, protocols_of
 from scenarioclip_fast.errors import UserError
 
 _BATCH = 256  # files per call of fsspec, which requests them concurrently
@@ -64,7 +64,12 @@ class RemoteFolder:
     @property
     def local(self) -> Path | None:
         """The resolved path of a file:// URL; otherwise None."""
-        return Path(self._path).resolve() if "file" in _protocols(self._fs) else None
+        return Path(self._path).resolve() if "file" in protocols_of(self._fs) else None
+
+    @property
+    def canonical(self) -> str:
+        """The URL in the form that fsspec gives it, whatever the alias of its protocol."""
+        return str(self._fs.unstrip_protocol(self._path))
 
     @cached_property
     def _listing(self) -> dict[str, int | None]:
@@ -174,7 +179,7 @@ class RemoteFolder:
 
     @property
     def _has_folders(self) -> bool:
-        return _BUCKETS.isdisjoint(_protocols(self._fs))
+        return _BUCKETS.isdisjoint(protocols_of(self._fs))
 
     def _make_parent(self, name: str) -> None:
         if self._has_folders:
@@ -202,10 +207,6 @@ class RemoteFolder:
                 raise
             what = " ".join(str(error).split())
             raise UserError(f"{url}: {type(error).__name__}: {what}") from error
-
-
-def _protocols(fs: Any) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def _can_copy(fs: Any) -> bool:

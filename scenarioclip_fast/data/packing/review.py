@@ -41,27 +41,6 @@ class Review:
         if self.progress:
             warn(message)
 
-    def watched(self, packed: Iterable[PackedItem], tally: BoxTally) -> Iterator[PackedItem]:
-        """Pass items on, and end early if the first ones show that the data set was misunderstood."""
-        rejected: list[Rejection] = []
-        kept = Counter[str]()
-        for i, item in enumerate(packed, 1):
-            if not tally.add(item.boxes):
-                item.boxes = None  # not needed in the journal
-            elif tally.is_full:
-                self.check_boxes(tally)
-            if i <= _EARLY:
-                rejected += item.rejected
-                kept.update(
-                    scenes=1, objects=len(item.texts.get("object", ())), relations=len(item.texts.get("relation", ()))
-                )
-            if i == _EARLY:
-                diagnosis = Diagnosis()
-                diagnosis.add(rejected)
-                losses = [loss for loss in diagnosis.losses(kept) if loss.found >= _EARLY_ENTRIES]
-                self._check_losses(losses, partial(_listing, rejected))
-            yield item
-
     def complete(
         self,
         scan: Scan,
@@ -82,7 +61,7 @@ class Review:
             UserError: the boxes are in another convention, or a level lost all of its entries.
         """
         self.check_boxes(tally)
-        losses = self._check_losses(diagnosis.losses(kept), rejections)
+        losses = self.check_losses(diagnosis.losses(kept), rejections)
         doubt = tally.doubt()
         large = [str(loss) for loss in losses if loss.is_large]
         return [*scan.warnings, *([] if doubt is None else [doubt]), *large]
@@ -92,7 +71,8 @@ class Review:
         if (verdict := tally.verdict()) is not None:
             raise UserError(f"{verdict}; --boxes xyxy packs them as they are")
 
-    def _check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
+    def check_losses(self, losses: list[Loss], rejections: Callable[[], bytes]) -> list[Loss]:
+        """Return losses; raise UserError if one is total, which lists the rejections."""
         for loss in losses:
             if loss.is_total and not self.allow_empty_level:
                 listing = self._list(rejections())
@@ -123,6 +103,41 @@ class Review:
         found += [f"{n} {suffix} ignored" for suffix, n in ignored.items()]
         reasons = ", ".join(found) or "the source is empty"
         return UserError(f"{self.out}: no valid scenes to pack: {reasons}; see {listing}")
+
+
+class Watch:
+    """Ends a run early if its first items show that the data set was misunderstood.
+
+    Args:
+        review: of the run.
+        tally: to which the evidence of the items' boxes is added.
+    """
+
+    def __init__(self, review: Review, tally: BoxTally) -> None:
+        self._review, self._tally = review, tally
+        self._seen = 0
+        self._rejected: list[Rejection] = []  # of the first items
+        self._kept = Counter[str]()
+
+    def watched(self, packed: Iterable[PackedItem]) -> Iterator[PackedItem]:
+        """Pass items on; raises UserError."""
+        for item in packed:
+            if not self._tally.add(item.boxes):
+                item.boxes = None  # not needed in the journal
+            elif self._tally.is_full:
+                self._review.check_boxes(self._tally)
+            self._seen += 1
+            if self._seen <= _EARLY:
+                self._rejected += item.rejected
+                self._kept.update(
+                    scenes=1, objects=len(item.texts.get("object", ())), relations=len(item.texts.get("relation", ()))
+                )
+            if self._seen == _EARLY:
+                diagnosis = Diagnosis()
+                diagnosis.add(self._rejected)
+                losses = [loss for loss in diagnosis.losses(self._kept) if loss.found >= _EARLY_ENTRIES]
+                self._review.check_losses(losses, partial(_listing, self._rejected))
+            yield item
 
 
 def _listing(rejected: list[Rejection]) -> bytes:

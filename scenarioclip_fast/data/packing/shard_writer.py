@@ -113,8 +113,14 @@ class OpenShard:
         self.masked_relations += item.masked_relations
 
     def close(self) -> None:
-        with self.file:
-            self.tar.close()
+        """Complete the file; closing it again does nothing.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not self.file.closed:
+            with self.file:
+                self.tar.close()
 
 
 class ShardWriter:

@@ -14,16 +14,19 @@ from inspect import isclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.sources.sniff import describe
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.terminal import get_logger
 
 if TYPE_CHECKING:
     from scenarioclip_fast.data.sources.base import Source, SourceFormat, SourceOptions
+    from scenarioclip_fast.data.sources.remote_tars import RemoteTarSource
 
 _log = get_logger(__name__)
 
 AUTO = "auto"
+_TARS = "webdataset"
 ENTRY_POINTS = "scenarioclip_fast.sources"
 
 # name -> the format, or "module:attribute" to import on first use
@@ -110,6 +113,21 @@ def open_source(
     if unused := [option for option in options.given() if option not in getattr(found, "accepts", ())]:
         raise UserError(f"{unused[0]}: data sets of format {name!r} do not use this option; remove it")
     return found.open(paths, options)
+
+
+def open_urls(paths: Sequence[str | Path], format: str = AUTO, options: SourceOptions | None = None) -> RemoteTarSource:
+    """Open a data set on URLs, which must be one of WebDataset tars; otherwise as `open_source`."""
+    from scenarioclip_fast.data.sources.remote_tars import RemoteTarSource
+
+    url = next(str(path) for path in paths if is_url(path))
+    if local := [path for path in paths if not is_url(path)]:
+        raise UserError(f"{local[0]}: got a local path beside {url}, expected only paths or only URLs, such as file://")
+    if format not in (AUTO, _TARS):
+        raise UserError(f"{url}: got a URL, expected a local or mounted path: of URLs, only WebDataset tars are read")
+    for option in [] if options is None else options.given():
+        if option not in RemoteTarSource.accepts:
+            raise UserError(f"{option}: data sets of format {_TARS!r} do not use this option; remove it")
+    return RemoteTarSource([str(path) for path in paths], options)
 
 
 def recognise(paths: Sequence[str | Path]) -> str:

@@ -30,7 +30,7 @@ _Extents = list[tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar on disk. `name` is relative to the common directory of all tars, and determines `split` (`_split_of`)."""
+    """A tar on disk. `name` is relative to the common directory of all tars, and determines `split` (`split_of`)."""
 
     path: Path
     name: str
@@ -49,14 +49,22 @@ class TarIndex:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def open_tar(path: Path, name: str) -> Tar:
+def check_name(where: str | Path) -> None:
+    """Raise UserError if the path or URL of a tar ends like that of a compressed one."""
+    if str(where).endswith(COMPRESSED_SUFFIXES):
+        raise _compressed(where, PurePosixPath(where).suffix)
+
+
+def open_tar(path: Path, name: str, where: str = "") -> Tar:
     """Check that `path` is an uncompressed regular file.
+
+    Args:
+        where: the URL that the file was downloaded from; "": none.
 
     Raises:
         UserError: compressed, not a regular file, or unreadable.
     """
-    if path.name.endswith(COMPRESSED_SUFFIXES):
-        raise _compressed(path, path.suffix)
+    check_name(path)
     try:
         with open_file(path) as file:
             status = os.fstat(file.fileno())
@@ -65,25 +73,25 @@ def open_tar(path: Path, name: str) -> Tar:
         raise UserError(f"{path}: {error.strerror}") from None
     for magic, how in _COMPRESSED.items():
         if start.startswith(magic):
-            raise _compressed(path, how)
-    return Tar(path, name, _split_of(name), status.st_size, status.st_mtime_ns)
+            raise _compressed(where or path, how)
+    return Tar(path, name, split_of(name), status.st_size, status.st_mtime_ns)
 
 
-def split_warnings(tars: Sequence[Tar]) -> list[str]:
-    """A warning if some tars name a split and others do not, which may be a misspelling."""
-    without = [tar for tar in tars if tar.split is None]
-    if len(without) in (0, len(tars)):
+def split_warnings(names: Sequence[str]) -> list[str]:
+    """A warning if the names of some tars name a split and others do not, which may be a misspelling."""
+    without = [name for name in names if split_of(name) is None]
+    if len(without) in (0, len(names)):
         return []
-    prefixes = list(dict.fromkeys(_prefix(tar.name) for tar in without))
+    prefixes = list(dict.fromkeys(map(_prefix, without)))
     shown = ", ".join(map(short, prefixes[:5])) + ", ..." * (len(prefixes) > 5)
-    named = next(tar.name for tar in tars if tar.split is not None)
+    named = next(name for name in names if split_of(name) is not None)
     return [
-        f"{len(without)} of {len(tars)} tars have a prefix that names no split ({shown}), unlike {short(named)}: "
+        f"{len(without)} of {len(names)} tars have a prefix that names no split ({shown}), unlike {short(named)}: "
         "their scenes are split by the hash of their keys"
     ]
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """The split that the first word of a tar's name names, or else the innermost of its folders that names one."""
     words = [_prefix(name), *reversed(PurePosixPath(name).parts[:-1])]
     return next((split for word in words if (split := split_named(word))), None)
@@ -93,9 +101,9 @@ def _prefix(name: str) -> str:
     return next(iter(words_of(PurePosixPath(name).name)), "")
 
 
-def _compressed(path: Path, how: str) -> UserError:
+def _compressed(where: str | Path, how: str) -> UserError:
     return UserError(
-        f"{path}: compressed ({how}), which prevents random access to samples; decompress it to a plain .tar"
+        f"{where}: compressed ({how}), which prevents random access to samples; decompress it to a plain .tar"
     )
 
 

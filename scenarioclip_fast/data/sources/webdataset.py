@@ -114,7 +114,7 @@ class WebDatasetSource(Source):
         self._assigned: dict[str, str] = {}  # key -> split, unless the tar names determine it
         self._classes: dict[str, list[str]] | None = None
         if single is not None and Path(single).is_dir():
-            self._classes = load_classes(Path(single) / "classes.json") or _classes_of_pack(Path(single))
+            self._classes = classes_of(Path(single))
 
     @classmethod
     def recognises(cls, paths: Sequence[str | Path]) -> bool:
@@ -162,7 +162,7 @@ class WebDatasetSource(Source):
         for index in self._indexes:
             ignored.update(index.ignored)
         rejected = [rejection for index in self._indexes for rejection in index.rejected]
-        return Scan(rejected, dict(sorted(ignored.items())), split_warnings(self._tars))
+        return Scan(rejected, dict(sorted(ignored.items())), split_warnings([tar.name for tar in self._tars]))
 
     def _resolve_splits(self) -> None:
         """Give keys without a split the one that another tar assigns to them, and reject keys in several splits."""
@@ -256,6 +256,11 @@ def _parse(key: str, image: bytes, content: bytes) -> tuple[Scene, tuple[int, in
     except (ValueError, RecursionError) as error:
         raise BadEntry("malformed_entry", str(error)) from None
     return scene, (height, width)
+
+
+def classes_of(directory: Path) -> dict[str, list[str]] | None:
+    """The known texts of a directory of tars: of its classes.json, or else of the pack in it; None: every text."""
+    return load_classes(directory / "classes.json") or _classes_of_pack(directory)
 
 
 def _classes_of_pack(directory: Path) -> dict[str, list[str]] | None:

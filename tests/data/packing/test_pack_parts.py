@@ -516,21 +516,6 @@ def test_wrong_options_of_a_merge(options: list[str], message: str, capsys: Any)
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_urls_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Of which a local path with a folder "s3:" would be made."""
-    monkeypatch.chdir(tmp_path)
-    for command in ([str(source), "--out", "s3://b/c"], ["s3://b/c", "--out", "out", "--part", "1/2"]):
-        assert main(["pack", *command]) == 2
-        error = capsys.readouterr().err
-        assert (
-            error.startswith("error: s3://b/c: got a URL, expected a local or mounted path; ")
-            and error.count("\n") == 1
-        )
-    with pytest.raises(UserError, match=r"^s3://b/c: got a URL, expected"):
-        pack(["s3://b/c"], tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_scenes_in_memory_have_no_parts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^part: got a source without a fingerprint, such as scenes in memory, expect"):
         pack(generate_scenes(2, seed=0), tmp_path / "out", part=(1, 2))
@@ -648,6 +633,33 @@ def test_full_disk(source: Path, expected: dict[str, bytes], tmp_path: Path, cap
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     merge_parts(out, progress=False)
     assert contents(out) == expected
+
+
+def test_a_disk_that_is_full_when_a_shard_is_closed(source: Path, tmp_path: Path) -> None:
+    """Of the largest shard of a part, and of one that the merge writes again, the last bytes are lacking."""
+    out = tmp_path / "out"
+    for i in (1, 2):
+        pack_part(source, out, i, 2)
+    shard = max(out.glob(".parts/*/*.tar"), key=lambda path: path.stat().st_size)
+    with (
+        file_size_limit(shard.stat().st_size - 1),
+        pytest.raises(UserError, match=rf"{shard.parent.name}\S*: File too large"),
+    ):
+        pack_part(source, tmp_path / "again", int(shard.parent.name[0]), 2)
+    rewritten = []
+    write = merging._Parts._rewrite
+
+    def noted(parts: merging._Parts, stage: Any, *args: Any) -> Any:
+        record = write(parts, stage, *args)
+        rewritten.append(record["bytes"])
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging._Parts, "_rewrite", noted)
+        shutil.copytree(out, tmp_path / "copy")
+        merge_parts(tmp_path / "copy", progress=False)
+    with file_size_limit(max(rewritten) - 1), pytest.raises(UserError, match="File too large; the parts are kept"):
+        merge_parts(out, progress=False)
 
 
 def run_children(*arguments: object) -> dict[str, Any]:
