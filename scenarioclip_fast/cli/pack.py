@@ -48,14 +48,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "source",
         nargs="*",
         metavar="SOURCE",
-        help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory; "
-        "annotations of PSG, COCO panoptic, Visual Genome or SWiG; or data set in another registered format",
+        help="directory in the published layout; WebDataset tars of KEY.jpg and KEY.json, or their directory, also as "
+        "URLs such as s3://bucket/set or 'https://host/train-{000..127}.tar'; annotations of PSG, COCO panoptic, "
+        "Visual Genome or SWiG; or data set in another registered format",
     )
-    parser.add_argument("--out", metavar="DIR", help="output directory")
+    parser.add_argument("--out", metavar="DIR", help="output directory, or a URL such as s3://bucket/shards")
     parser.add_argument(
         "--part",
         metavar="i/n",
-        help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common; DIR may be a URL",
+        help="pack only part i of n, with i from 1 to n, into a DIR that all parts have in common",
     )
     parser.add_argument(
         "--merge", metavar="DIR", help="make one pack of the parts in DIR or at a URL, the same for every n; no SOURCE"

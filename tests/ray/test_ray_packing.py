@@ -85,3 +85,15 @@ def test_the_pack_is_that_of_any_number_of_parts(cluster: Cluster, tmp_path: Pat
     assert main([*command, "--out", str(tmp_path / "bad")]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("packing")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and "metadata" in lines[0]
+
+
+def test_tars_on_urls(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("train-0", "val-0", "test-0"):
+        pack(generate_scenes(6, seed=len(name)), tmp_path / name, split="hash", val=0, test=0, progress=False)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / name / "train-000000.tar").rename(tmp_path / "set" / f"{name}.tar")
+    urls = [path.as_uri() for path in (tmp_path / "set").iterdir()]
+    pack(urls, tmp_path / "one", progress=False)
+    pack_on_ray(urls, tmp_path / "out", cluster.address, progress=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert pack_on_ray(urls, tmp_path / "out", cluster.address, progress=False).up_to_date

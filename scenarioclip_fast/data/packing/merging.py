@@ -327,7 +327,8 @@ class _Parts:
     def _unit_records(self, units: range) -> Iterator[dict[str, Any] | None]:
         files = ((self._folders[unit % self._count + 1], unit_name(unit)) for unit in units)
         if isinstance(self._out, RemoteFolder):
-            yield from map(parse_record, self._out.read_each(f"{PARTS}/{folder.name}/{name}" for folder, name in files))
+            names = (f"{PARTS}/{folder.name}/{name}" for folder, name in files)
+            yield from map(parse_record, self._out.read_each(names, self._cut.batch))
             return
         for folder, name in files:
             with directory_of(folder) as directory:

@@ -14,6 +14,7 @@ from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.packing.parts import DONE, part_name, part_names
 from scenarioclip_fast.data.packing.report import PackReport
 from scenarioclip_fast.data.packing.staging import PARTS, check_local
+from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import is_regular
 from scenarioclip_fast.progress import progress as show_progress
@@ -34,7 +35,7 @@ def pack_on_ray(
     """Pack a data set in parts on a Ray cluster, and merge them. Repeat the call to resume.
 
     Args:
-        source, options: as of `pack`; all nodes must see the files at the same paths.
+        source, options: as of `pack`; all nodes must see the files at the same paths, or reach the URLs.
         out_dir: as of `pack`, on storage that all nodes see.
         address: HOST:6379, auto (the running cluster of this machine), local (a new one), or empty (the running one,
             else a new one).
@@ -48,9 +49,8 @@ def pack_on_ray(
     if parts is not None and parts < 1:
         raise UserError(f"parts: got {parts}, expected at least 1")
     named = [source] if isinstance(source, str | Path) else source
-    for path in (out_dir, *named):
-        check_local(path)
-    out, paths = Path(out_dir).absolute(), [os.path.abspath(path) for path in named]
+    check_local(out_dir, "; without --ray, and in parts, packs are written to URLs")
+    out, paths = Path(out_dir).absolute(), [str(path) if is_url(path) else os.path.abspath(path) for path in named]
     options |= {name: os.path.abspath(options[name]) for name in ("images", "actions") if options.get(name)}
     allow_empty_level = options.get("allow_empty_level", False)
     if not is_regular(out / "manifest.json"):

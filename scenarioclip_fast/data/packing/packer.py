@@ -209,7 +209,7 @@ def _pack_part(run: _Run, out: Path | RemoteFolder, part: tuple[int, int]) -> Pa
         if found.fingerprint != run.fingerprint:
             raise UserError(
                 f"{out}: contains a complete pack of another source or other options; remove it, or choose another "
-                "directory for the parts"
+                f"directory for the {'parts' if run.review.part else 'pack'}"
             )
         if found.damage is None:
             log(f"{out}: up to date, the parts are merged (neither the source nor the options changed)")

@@ -117,13 +117,13 @@ class RemoteFolder:
         with self._named(name):
             return bytes(self._fs.cat_file(self._at(name)))
 
-    def read_each(self, names: Iterable[str]) -> Iterator[bytes | None]:
-        """The contents of files, many of which are requested at the same time; None for one that does not exist."""
+    def read_each(self, names: Iterable[str], batch: int) -> Iterator[bytes | None]:
+        """The contents of files, of which `batch` are requested at the same time; None for one that does not exist."""
         left = iter(names)
-        while batch := list(islice(left, _BATCH)):
+        while some := list(islice(left, batch)):
             with self._named():
-                contents = self._fs.cat_ranges([self._at(name) for name in batch], None, None, on_error="return")
-            for name, data in zip(batch, contents, strict=True):
+                contents = self._fs.cat_ranges([self._at(name) for name in some], None, None, on_error="return")
+            for name, data in zip(some, contents, strict=True):
                 with self._named(name), suppress(FileNotFoundError):
                     if isinstance(data, Exception):
                         raise data

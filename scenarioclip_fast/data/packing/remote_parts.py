@@ -109,7 +109,7 @@ class RemotePart(Part):
         self._scratch = stack.enter_context(Directory(stack.enter_context(scratch())))
 
     def _read(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
-        return map(parse_record, self._files.read_each(names))
+        return map(parse_record, self._files.read_each(names, self.cut.batch))
 
     def _tidy(self, names: Sequence[str]) -> None:
         """Nothing: another process may be uploading these files. If not, this one replaces them."""

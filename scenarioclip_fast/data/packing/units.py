@@ -28,9 +28,11 @@ class Units(ABC):
 
     Attributes:
         noun: what becomes of a unit, or what it is, in messages.
+        batch: records that are held in memory at the same time.
     """
 
     noun: ClassVar[str]
+    batch: ClassVar[int] = 256
 
     @staticmethod
     def of(header: Mapping[str, Any]) -> Units:
@@ -82,6 +84,7 @@ class TarUnits(Units):
 
     name: ClassVar[str] = "tars"  # in headers
     noun: ClassVar[str] = "tars"
+    batch: ClassVar[int] = 16  # tars may have many more scenes than shards
 
     def count(self, total: int) -> int:
         """The number of units."""
@@ -90,8 +93,8 @@ class TarUnits(Units):
     def numbers(self, record: Mapping[str, Any], total: int | None, found: int) -> range | None:
         """The positions of the items in the tar."""
         tar, split = tar_of(record)
-        valid = type(record["items"]) is int and isinstance(tar, str) and split in (None, *SPLITS)
-        return range(record["items"]) if valid and "scan" in record else None
+        valid = isinstance(tar, str) and split in (None, *SPLITS) and {"tar", "assigned", "scan"} <= record.keys()
+        return range(found) if valid and record["items"] == found else None
 
     @staticmethod
     def of_tar(tar: str, split: str | None, items: int, scan: Scan) -> dict[str, Any]:

@@ -415,7 +415,8 @@ def _errors(url: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _FULL:
             raise
-        what = " ".join(str(error).split()).replace(url, _shown(url)) or type(error).__name__
+        what = " ".join(str(error).split()) or type(error).__name__
+        what = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", what)  # as `_shown`
         raise UserError(f"{_shown(url)}: {what}") from error
 
 

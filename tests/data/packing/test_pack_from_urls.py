@@ -12,7 +12,7 @@ import sys
 import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -604,6 +604,45 @@ def test_no_room(source: Path, tmp_path: Path, scratch: Path, monkeypatch: pytes
     monkeypatch.setattr(remote_tars.shutil, "disk_usage", lambda path: limited(path, largest * 100))
     assert main([*command[:2], "--out", str(tmp_path / "again")]) == 0
     assert max(most) == 1, "one more than the one that is packed is fetched ahead"
+
+
+RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "more items": lambda record: record.update(items=record["items"] + 1),
+    "countless items": lambda record: record.update(items=10**30),
+    "no items": lambda record: record.pop("items"),
+    "no name": lambda record: record.pop("tar"),
+    "no split": lambda record: record.pop("assigned"),
+    "another split": lambda record: record.update(assigned="dev"),
+    "no scan": lambda record: record.pop("scan"),
+    "a strange scan": lambda record: record.update(scan={"rejected": [], "ignored": 3, "warnings": []}),
+    "a shard twice": lambda record: record["shards"].append(record["shards"][-1]),
+    "shards swapped": lambda record: record["shards"].reverse(),
+    "a shard lost": lambda record: record["shards"].pop(),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_damaged_record_of_a_tar(case: str, source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for i in (1, 2):
+        pack_part(source.as_uri(), out, i, 2)
+    paths = out.glob(".parts/*/unit-*.json")
+    path, record = max(((path, json.loads(path.read_bytes())) for path in paths), key=lambda one: len(one[1]["shards"]))
+    assert len(record["shards"]) > 2
+    RECORDS[case](record)
+    path.write_text(json.dumps(record))
+    i = int(path.parent.name[0])
+    with pytest.raises(UserError, match=rf"^{out}: part {i} of 2 is damaged \({path.name}\): run pack "):
+        merge_parts(out, progress=False)
+    assert not pack_part(source.as_uri(), out, i, 2).up_to_date
+    merge_parts(out, verify=True, progress=False)
+    assert contents(out) == expected
+
+
+def test_the_report_of_a_part(source: Path, tmp_path: Path) -> None:
+    report = pack_part(source.as_uri(), tmp_path / "out", 1, 1)
+    assert report.ignored == {".txt": 2} and report.rejected["missing_record"] == 1
+    assert len(report.warnings) == 1 and "1 of 12 tars have a prefix that names no split" in report.warnings[0]
 
 
 @pytest.fixture
