@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -190,8 +190,8 @@ class RemoteTarSource:
                             ahead = pool.submit(_download, stores, tar, path)
                         ahead.result()
                     ahead = None
-                    for other in islice(numbers, at + 1, at + 2):
-                        ahead = pool.submit(_download, stores, self.tars[other], paths[at + 1])
+                    if at + 1 < len(numbers):
+                        ahead = pool.submit(_download, stores, self.tars[numbers[at + 1]], paths[at + 1])
                     yield self._opened(tar, path)
                 finally:
                     path.unlink(missing_ok=True)
@@ -236,23 +236,26 @@ class _Finder:
                 self._add_tars(_child(url, name), _entries(_child(url, name)))
         self._add_tars(url, entries)
 
-    def _add_tars(self, url: str, entries: dict[str, dict[str, Any]]) -> None:
-        for name, info in entries.items():
-            if info["type"] == "file" and name.endswith(_SUFFIXES):
-                self._found[_child(url, name)] = info
+    def _add_tars(self, url: str, entries: dict[str, dict[str, Any]]) -> bool:
+        """Add the tars among the entries of a directory; returns whether there are any."""
+        named = {name: info for name, info in entries.items() if name.endswith(_SUFFIXES)}
+        tars = {_child(url, name): info for name, info in named.items() if info["type"] != "directory"}
+        for one, info in tars.items():
+            if info["type"] != "file":
+                raise UserError(f"{one}: got a broken link or a special file, expected a regular file")
+        self._found |= tars
+        return bool(tars)
 
     def _glob(self, fs: Any, path: str, url: str) -> None:
         scheme, _, rest = url.partition("://")
-        base = f"{scheme}://{rest[: re.search(r'[*?[]', rest).start()].rpartition('/')[0]}"  # type: ignore[union-attr]
+        base = f"{scheme}://{re.split(r'[*?[]', rest, maxsplit=1)[0].rpartition('/')[0]}"
         root = open_url(base)[1].rstrip("/")
         with _errors(url):
             fs.invalidate_cache()
             found = fs.glob(path, detail=True)
-        tars = {one: info for one, info in found.items() if info["type"] == "file" and one.endswith(_SUFFIXES)}
-        if not tars:
+            entries = {one[len(root) :].lstrip("/"): _followed(fs, info) for one, info in found.items()}
+        if not self._add_tars(base, entries):
             raise UserError(f"{url}: found no .tar, expected {WebDatasetSource.expects}")
-        for one, info in tars.items():
-            self._found[_child(base, one[len(root) :].lstrip("/"))] = info
 
     def tars(self) -> list[RemoteTar]:
         """All tars, sorted by name."""
@@ -273,7 +276,7 @@ class _Finder:
     def _ask(self) -> None:
         """Ask the storage about the tars that were given, or list them if they are directories."""
         stores = {folder: Store(folder) for folder in {_split(url)[0] for url in self._given}}
-        left = dict.fromkeys(url for url in self._given if url not in self._found)
+        left = list({_shown(url): url for url in self._given if url not in self._found}.values())
 
         def ask(url: str) -> dict[str, Any]:
             folder, name = _split(url)
@@ -325,8 +328,17 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
     for info in found:
         parent, _, name = info["name"].rstrip("/").rpartition("/")
         if name and parent.strip("/") == path.strip("/"):  # some list the directory itself
-            entries[name] = info
+            with _errors(url):
+                entries[name] = _followed(fs, info)
     return dict(sorted(entries.items()))
+
+
+def _followed(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """What a listing says of a file; of a symbolic link, what the storage says of its target."""
+    if info.get("islink") or info["type"] == "link":
+        with suppress(FileNotFoundError):
+            return dict(fs.info(info["name"]))
+    return info
 
 
 def _version(info: dict[str, Any]) -> tuple[str, str] | None:

@@ -80,6 +80,7 @@ def test_directories_patterns_and_lists(url: str, folder: Path) -> None:
     assert found(f"{url}/val-{{0..0}}.tar") == found(f"{url}/val-[0-9].ta?") == [("val-0.tar", "val")]
     assert found(f"{url}/dev/", f"{url}/test/b.tar", f"{url}/test/b.tar", f"{url}/test") == IN_DIRECTORY[1:3]
     assert found(f"{url}/test/b.tar") == [("b.tar", None)]
+    assert found(url, f"{url}/*.tar") == IN_DIRECTORY
 
 
 def test_a_directory_with_the_name_of_a_tar(url: str, folder: Path) -> None:
@@ -88,6 +89,22 @@ def test_a_directory_with_the_name_of_a_tar(url: str, folder: Path) -> None:
     fs.pipe_file(f"{root}/dir.tar/test-7.tar", b"")
     assert found(f"{url}/dir.tar") == [("test-7.tar", "test")]
     assert found(url) == IN_DIRECTORY
+
+
+def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "a.tar").symlink_to(folder / "b.tar")
+    (links / "test").symlink_to(folder / "test")
+    (links / "notes.txt").symlink_to(folder / "missing")
+    assert found(links.as_uri()) == [("a.tar", None), ("test/b.tar", "test")]
+    assert found(f"{links.as_uri()}/*") == [("a.tar", None)]
+    with closing(RemoteTarSource([links.as_uri()]).fetch([0], tmp_path)) as fetched:
+        assert next(fetched).tar.size == (folder / "b.tar").stat().st_size
+    (links / "c.tar").symlink_to(folder / "missing.tar")
+    for pattern in ("", "/*.tar"):
+        with pytest.raises(UserError, match=r"/links/c.tar: got a broken link or a special file, expected a regular"):
+            found(f"{links.as_uri()}{pattern}")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,7 @@ def test_tars_of_a_server_are_asked_for_concurrently_and_signatures_stay_secret(
         assert [(tar.name, tar.split) for tar in source.tars] == [(f"train-{i:03}.tar", "train") for i in range(20)]
         assert str(source.tars[0]) == f"{server.url}/set/train-000.tar"
         assert set(server.queries) == {"key=secret/x"} and not server.gets.total()
-        again = RemoteTarSource([f"{server.url}/set/train-{{000..019}}.tar?key=another"])
+        again = RemoteTarSource([f"{server.url}/set/train-{{000..019}}.tar?key={key}" for key in ("one", "another")])
         assert again.fingerprint() == source.fingerprint()
         (folder / "train-007.tar").write_bytes(bytes((folder / "train-007.tar").stat().st_size))
         assert RemoteTarSource([signed]).fingerprint() != source.fingerprint()
