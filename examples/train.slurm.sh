@@ -26,9 +26,9 @@ export WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 
 # If a rank dies, the others end within run.timeout_s. A rank that has saved and exited must not end the others, which
-# may still be writing.
+# may still be writing. Since version 22.05, Slurm does not hand --cpus-per-task on from sbatch to srun.
 # shellcheck disable=SC2016 # expanded by each task
-srun --kill-on-bad-exit=0 bash -c \
+srun --kill-on-bad-exit=0 "--cpus-per-task=$SLURM_CPUS_PER_TASK" bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec scenarioclip-fast train -c fast --resume "$@"' \
     rank "data.threads=$SLURM_CPUS_PER_TASK" "$@"
 code=$?
