@@ -19,7 +19,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "and report.md to DIR.",
     )
     parser.add_argument(
-        "what", nargs="*", metavar="WHAT", help="kernels, data, step, or a benchmark's name (default: everything)"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="kernels, data, step, or one benchmark, such as index; an unknown name lists all (default: everything)",
     )
     parser.add_argument(
         "--out",

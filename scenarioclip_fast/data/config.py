@@ -134,11 +134,11 @@ class LoaderConfig:
     """Batches that background threads prepare ahead of the step; 0: each is prepared on request; null: 2 on a GPU, 0
     on a CPU, where the step uses all cores."""
     threads: int | None = None
-    """Threads for reading and decoding; null: one per core, at most 16."""
+    """Threads of each rank for reading and decoding; null: one per core of the host, at most 16."""
     cache_gib: float = 0.0
     """Device memory for cached decoded images, in GiB; useful for many epochs over a small data set."""
     shard_cache_dir: str | None = None
-    """Local directory that caches shards read from a URL; null: ~/.cache/scenarioclip-fast/shards."""
+    """Directory on a local disk that caches shards read from a URL; null: ~/.cache/scenarioclip-fast/shards."""
     shard_cache_gib: float = CACHE_GIB
     """Size limit of that directory, in GiB; shards that do not fit are read scene by scene."""
     verify: bool = False

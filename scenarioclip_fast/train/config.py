@@ -38,7 +38,7 @@ class RunSection:
     """Where a run is stored, and its hardware and arithmetic."""
 
     dir: str = "runs/train"
-    """Directory of the metrics, checkpoints and trained model."""
+    """Directory of the metrics, checkpoints and trained model: a path, not a URL; shared by all machines."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and its augmentation."""
     device: str = "auto"
@@ -176,11 +176,12 @@ class TrainSection:
     views: int | None = None
     """Length of the run in image views, converted to steps by the mean number of views per scene."""
     log_every: int = 10
-    """Steps between log lines, the only regular points where the host waits for the device."""
+    """Steps after which metrics are read, the only regular points where the host waits for the device. They are printed
+    at most every 5 s."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     checkpoint_minutes: float | None = 30.0
-    """Also save at the first log line after this many minutes without a checkpoint; null: off."""
+    """Also save when metrics are read after this many minutes without a checkpoint; null: off."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep, in addition to the one with the lowest mean loss over 100 steps."""
     max_skipped: int = 10
