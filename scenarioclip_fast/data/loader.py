@@ -205,12 +205,15 @@ class SceneLoader:
         self.order = Order(mix, batch_size, seed, rank, world_size, kind, drop_last, window=config.shuffle_window)
         if kind == "shards":
             self.order = replace(self.order, shards=self.shards.shard_scenes())
+        if config.balance and world_size > 1:
+            self.order = replace(self.order, views=self.shards.views())
         if len(self.order) == 0:
             scenes = f"{len(mix)} scenes{' per epoch' * mix.is_weighted}"
             raise UserError(
                 f"{self.shards.source}: the {split} split has {scenes}, expected at least {self.order.global_batch} "
                 "(one global batch): pack more scenes, or reduce the batch size"
             )
+        self._balance = config.balance
         self.shards.check_masks(config.relation_view)
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)
@@ -260,6 +263,11 @@ class SceneLoader:
                 f"{without} of {count('relations')} relations of the {split} split have no masks: they are left out, "
                 "because data.relation_view=focused needs masks"
             )
+        if self.config.balance and self.order.world_size > 1 and self.order.views is None:
+            found.append(
+                "data.balance=true has no effect: a data set was packed by an earlier version, or the run that is "
+                "resumed was started by one"
+            )
         return found
 
     @property
@@ -279,7 +287,7 @@ class SceneLoader:
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
         data: dict[str, Any] = {"seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
-        data["shuffle"] = order.shuffle
+        data |= {"shuffle": order.shuffle, "balance": self._balance}
         if order.shuffle == "shards":
             data["shuffle_window"] = order.window
         if len(self.shards.sets) > 1 or self.shards.mix.is_weighted:
@@ -310,6 +318,9 @@ class SceneLoader:
 
     def _resume_order(self, state: Mapping[str, Any]) -> None:
         """Continue in the order of the saved state, unless the configuration asks for another."""
+        self._balance = self._balance and state.get("balance", False)
+        if not self._balance:
+            self.order = replace(self.order, views=None)
         order = self.order
         saved, window = state.get("shuffle", "sorted"), state.get("shuffle_window", order.window)
         if order.shuffle == "none" or saved == "none":

@@ -101,6 +101,14 @@ class ShardMix:
         """The number of scenes of each shard of each set."""
         return tuple(shards.shard_scenes for shards in self.sets)
 
+    def views(self) -> npt.NDArray[np.uint8] | None:  # [scenes]
+        """How many objects and relations each scene has, at most 255; None: a set was packed without."""
+        found = [shards.views for shards in self.sets]
+        known = [views for views in found if views is not None]
+        if len(known) < len(found):
+            return None
+        return known[0] if len(known) == 1 else np.concatenate(known)
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of all sets: see `Vocabulary.merge`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scenarioclip_fast.data.permutation import Permutation, hash_order, permutation
+from scenarioclip_fast.data.shares import BalancedShare, Share
 from scenarioclip_fast.data.splitmix64 import hash64
 
 _Numbers = npt.NDArray[np.int64]
@@ -19,7 +20,6 @@ Kind = Literal["scenes", "shards", "sorted", "none"]
 version 0.0, which takes 16 bytes a scene; or not at all."""
 
 _EXTRA, _SHARDS, _WINDOW = 1, 2, 3  # distinguish hashes from those of an epoch's order
-_CHUNK = 4096  # positions computed at once
 
 
 @dataclass(frozen=True)
@@ -109,32 +109,6 @@ class Mix:
         return starts[counts > 0], counts[counts > 0]
 
 
-class Share:
-    """A rank's share of an epoch's order, computed as it is read.
-
-    Args:
-        at: returns the occurrences at given positions of the epoch.
-        positions: those of this rank.
-    """
-
-    def __init__(self, at: Callable[[_Numbers], _Numbers], positions: range) -> None:
-        self._at, self._positions = at, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, part: slice) -> _Numbers:
-        positions = self._positions[part]
-        return self._at(np.arange(positions.start, positions.stop, positions.step))
-
-    def skip(self, n: int) -> Share:
-        """The share without its first n scenes."""
-        return Share(self._at, self._positions[n:])
-
-    def tolist(self) -> list[int]:
-        return [i for start in range(0, len(self), _CHUNK) for i in self[start : start + _CHUNK].tolist()]
-
-
 class WindowedOrder:
     """Runs of consecutive scenes in a random order, and the scenes shuffled within each window of several runs.
 
@@ -164,15 +138,16 @@ class WindowedOrder:
 class Order:
     """How an epoch is divided among ranks.
 
-    With W ranks of B scenes each, global batch k holds positions [k B W, (k + 1) B W) of the epoch's order, and rank r
-    gets every W-th of them, starting at r. The global order is thus the same for any number of ranks, and shares differ
-    by at most one scene.
+    With W ranks of B scenes each, global batch k holds positions [k B W, (k + 1) B W) of the epoch's order. The global
+    order is thus the same for any number of ranks. Rank r gets every W-th of these positions, starting at r, or with
+    `views` as many of them that all ranks have about the same number of views. Shares differ by at most one scene.
 
     Attributes:
         mix: how often each scene occurs in an epoch.
         shuffle: see `Kind`.
         shards: the number of scenes of each shard of each set; only for "shards".
         window: shards whose scenes are shuffled together; only for "shards".
+        views: of each scene, by which global batches are balanced; None: they are not.
     """
 
     mix: Mix
@@ -184,6 +159,7 @@ class Order:
     drop_last: bool = True
     shards: tuple[_Numbers, ...] = ()
     window: int = 64
+    views: npt.NDArray[np.uint8] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -215,7 +191,10 @@ class Order:
 
         They are occurrences of scenes, as `Mix` numbers them.
         """
-        return Share(self.epoch(epoch), range(self.scenes)[position:][self.rank :: self.world_size])
+        at, left = self.epoch(epoch), range(self.scenes)[position:]
+        if self.views is not None and self.world_size > 1:
+            return BalancedShare(at, left, self.views, self.batch_size, self.rank, self.world_size)
+        return Share(at, left[self.rank :: self.world_size])
 
     def epoch(self, epoch: int) -> Callable[[_Numbers], _Numbers]:
         """A function that returns the occurrences at given positions of an epoch."""

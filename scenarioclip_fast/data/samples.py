@@ -21,14 +21,13 @@ from scenarioclip_fast.data.decode import DecodeError, Decoder
 from scenarioclip_fast.data.decode.base import decoded_size
 from scenarioclip_fast.data.mix import ShardMix
 from scenarioclip_fast.data.open_files import exhausted_error, is_exhausted
-from scenarioclip_fast.data.order import Share
 from scenarioclip_fast.data.remote import Closed
 from scenarioclip_fast.data.scene import Scene, with_masks
 from scenarioclip_fast.data.shards import BadSample
+from scenarioclip_fast.data.shares import Share
 from scenarioclip_fast.errors import UserError
 
 _REMOTE_READS = 32  # concurrent
-_CHUNK = 4096  # indices computed at once
 # Errors that are not caused by a scene and end the run.
 _FATAL = (MemoryError, ImportError, Closed, forks.ForkedError)
 
@@ -75,7 +74,8 @@ class SampleReader:
         """
         per_task = -(-batch_size // self._threads)  # one task per scene would cost more than the reads
         reads: deque[Future[list[Sample | BadSample]]] = deque()
-        chunk = -(-_CHUNK // per_task) * per_task
+        chunk = indices.chunk if isinstance(indices, Share) else Share.chunk
+        chunk = -(-chunk // per_task) * per_task
         for first in range(0, len(indices), chunk):
             part = indices[first : first + chunk]
             for start in range(0, len(part), per_task):

@@ -34,6 +34,8 @@ from scenarioclip_fast.data.remote import (
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import ShardCache, default_cache_dir
+from scenarioclip_fast.data.views_file import NAME as VIEWS
+from scenarioclip_fast.data.views_file import parse_views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.data.vocabulary_file import BINARY, HEADER_BYTES, JSON, declared_size
 from scenarioclip_fast.errors import UserError
@@ -273,6 +275,26 @@ class ShardSet:
             self._vocabulary = self.read_vocabulary()
         return self._vocabulary
 
+    @functools.cached_property
+    def views(self) -> npt.NDArray[np.uint8] | None:  # [scenes]
+        """How many objects and relations each scene has, at most 255; None: the data set was packed without.
+
+        Raises:
+            UserError: the file is damaged, or cannot be read.
+        """
+        if (sha256 := self._sha256(VIEWS)) is None:
+            return None
+        scenes = int(self._index.first[-1])
+        if self.is_remote:
+            with self._reading(VIEWS):
+                data: Mapped = read_large(Store(self.source), RemoteShard(VIEWS, sha256, scenes))
+        else:
+            with self._reading(VIEWS):
+                data = map_file(Path(self.source, VIEWS))
+            if len(data) <= EAGER:  # a copy over a mapped file would end the process
+                data = bytes(data)
+        return parse_views(data, scenes, sha256, self._where(VIEWS))[self._range.start : self._range.stop]
+
     def read_vocabulary(self) -> Vocabulary:
         """Read the vocabulary without keeping it."""
         store = Store(self.source) if self.is_remote else None
@@ -482,7 +504,7 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         # The index and the vocabulary, which may be mapped files, are opened again.
         own = {"_files", "_owner", "_fetching", "_checks", "_lock", "_opened", "_index_file"}
-        own |= {"_vocabulary", "_vocabulary_cache"}
+        own |= {"_vocabulary", "_vocabulary_cache", "views"}
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -259,7 +259,8 @@ class Trainer:
 
     def _compare_ranks(self) -> None:
         """Compare what the config does not determine: the data behind data.shards, and the choices of "auto"."""
-        self.world.check_same(agreement.data_sets(self.loader.shards), agreement.SAME_DATA)
+        balanced = {"whether data.shards have views.bin": self.loader.order.views is not None}
+        self.world.check_same(agreement.data_sets(self.loader.shards) | balanced, agreement.SAME_DATA)
         dtype = "bfloat16" if self.config.run.precision == "bf16" else "float32"
         chosen = {**agreement.backends(self.world.device.type, dtype), "the decoder": self.loader.decoder.name}
         self.world.check_same(chosen, agreement.SAME_BACKENDS)

@@ -2,6 +2,7 @@
 
     DIR/train-000000.tar ...  KEY.jpg (the source file's bytes), KEY.json (see `scene.scene_to_json`)
     DIR/index.bin             see `index`
+    DIR/views.bin             see `views_file`
     DIR/vocabulary.bin        see `vocabulary_file`
     DIR/manifest.json         counts, and the SHA-256 of every other file
     DIR/rejected.jsonl        {"entry", "reason", "detail"} per line

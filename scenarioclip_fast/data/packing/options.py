@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scenarioclip_fast.data.sources.remote_tars import RemoteTarSource
 
 # Part of the fingerprint: increment it when the same source gives a different pack, so that existing packs are rebuilt.
-_PACK_VERSION = 2
+_PACK_VERSION = 3
 # What the parts of a pack, and the merge, must have in common.
 VERSION = {"version": __version__, "pack_version": _PACK_VERSION, "schema": SCHEMA}
 

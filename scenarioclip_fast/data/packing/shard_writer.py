@@ -24,6 +24,8 @@ from scenarioclip_fast.data.packing.staging import Stage, dump
 from scenarioclip_fast.data.scene import SCHEMA, Scene, has_masks, scene_from_json, scene_to_json
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
+from scenarioclip_fast.data.views_file import NAME as VIEWS
+from scenarioclip_fast.data.views_file import count_views
 from scenarioclip_fast.data.vocabulary import VocabularyWriter
 from scenarioclip_fast.levels import LEVELS
 
@@ -81,6 +83,7 @@ class OpenShard:
     file: IO[bytes]
     tar: tarfile.TarFile
     rows: list[list[Any]] = field(default_factory=list)
+    views: list[int] = field(default_factory=list)
     texts: dict[str, Counter[str]] = field(default_factory=lambda: {level: Counter() for level in LEVELS})
     masked_relations: int = 0
 
@@ -97,6 +100,7 @@ class OpenShard:
             "name": self.name,
             "counts": dict(zip(COUNTS, counts, strict=True)),
             "rows": self.rows,
+            "views": self.views,
             "texts": self.texts,
         }
 
@@ -108,6 +112,7 @@ class OpenShard:
             row += [self.tar.offset + tarfile.BLOCKSIZE, len(data)]
             self.tar.addfile(header, io.BytesIO(data))
         self.rows.append(row)
+        self.views.append(count_views(len(item.texts.get("object", ())), len(item.texts.get("relation", ()))))
         for level, texts in item.texts.items():
             self.texts[level].update(texts)
         self.masked_relations += item.masked_relations
@@ -255,7 +260,7 @@ class PackFiles:
         warnings = review({name: sum(found[name] for found in splits.values()) for name in COUNTS}, diagnosis)
         with self._stage.create("vocabulary.bin") as file:
             vocabulary = self._vocabulary.write(file, classes)
-        names = [INDEX, "rejected.jsonl", "vocabulary.bin"]
+        names = [INDEX, VIEWS, "rejected.jsonl", "vocabulary.bin"]
         manifest = {
             "schema": SCHEMA,
             "splits": splits,
@@ -278,8 +283,9 @@ class PackFiles:
             file.write(dump(record))
 
     def _write_index(self, scanned: list[Rejection]) -> tuple[dict[str, dict[str, Any]], Diagnosis]:
-        """Write the index and rejected.jsonl shard by shard; return the manifest's splits, and the rejections."""
+        """Write the index, the views and rejected.jsonl; return the manifest's splits, and the rejections."""
         splits: dict[str, dict[str, Any]] = {split: dict.fromkeys(COUNTS, 0) | {"shards": []} for split in SPLITS}
+        views = {split: bytearray() for split in SPLITS}
         diagnosis = Diagnosis()
         diagnosis.add(scanned)
         with self._stage.create(INDEX) as file, self._stage.create("rejected.jsonl") as listing:
@@ -292,12 +298,15 @@ class PackFiles:
                 for name in COUNTS:
                     found[name] += record["counts"][name]
                 index.add(record["split"], record["sha256"], record["rows"])
+                views[record["split"]] += bytes(record["views"])
                 rejected = [Rejection(*row) for row in record["rejected"]]
                 diagnosis.add(rejected)
                 listing.writelines(rejection_lines(rejected))
             diagnosis.add(self.rejected)
             listing.writelines(rejection_lines(self.rejected))
             index.finish()
+        with self._stage.create(VIEWS) as file:
+            file.writelines(views.values())
         return splits, diagnosis
 
 

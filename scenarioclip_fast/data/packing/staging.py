@@ -33,7 +33,9 @@ from scenarioclip_fast.files import Directory, is_regular, kind_of, read_regular
 from scenarioclip_fast.parsing import parse_json
 
 SHARD_NAME = re.compile(r"(train|val|test)-\d{6,}\.tar")
-PACK_FILES = re.compile(rf"{SHARD_NAME.pattern}|(index|vocabulary)\.(bin|json)|(manifest|source)\.json|rejected\.jsonl")
+PACK_FILES = re.compile(
+    rf"{SHARD_NAME.pattern}|(index|vocabulary)\.(bin|json)|views\.bin|(manifest|source)\.json|rejected\.jsonl"
+)
 INNER_STAGE = ".partial"
 PARTS = ".parts"  # directory of the parts that are not merged yet, see `parts`
 _JOURNAL, _WRITTEN_MANIFEST = "journal.jsonl", "manifest.tmp"

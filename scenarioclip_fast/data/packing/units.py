@@ -152,7 +152,7 @@ def sizes_of_unit(record: dict[str, Any] | None, unit: int, units: Units, total:
             complete = tuple(shard["counts"]) == COUNTS and set(LEVELS) == set(shard["texts"]) and "sha256" in shard
             if not complete or shard["name"] != shard_name(split, unit, shards[split]):
                 return None
-            if len(shard["rows"]) != len(numbers):
+            if not len(shard["rows"]) == len(bytes(shard["views"])) == len(numbers):
                 return None
             shards[split] += 1
             sizes[shard["name"]] = shard["bytes"]
