@@ -44,6 +44,11 @@ class NotRegularError(OSError):
         return str(self.strerror)
 
 
+def is_url(source: str | Path) -> bool:
+    """Whether `source` is a URL for fsspec: "s3://...", "https://...", or "file://..." for a slow mount."""
+    return "://" in str(source)
+
+
 def kind_of(mode: int) -> str:
     """What a file with this `st_mode` is: "regular file", "named pipe", ..."""
     return _KINDS.get(stat.S_IFMT(mode), "special file")

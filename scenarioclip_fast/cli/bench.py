@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.terminal import echo, warn
 
 
@@ -26,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_path,
         default=Path("runs/bench"),
         metavar="DIR",
         help="output directory; {date} and {device} are replaced (default: runs/bench)",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.terminal import echo
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "what", nargs="?", choices=("training", "generation"), default="training", help="default: training"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: runs/demo, or runs/generation-demo for generation"
+        "--out", type=output_path, metavar="DIR", help="default: runs/demo, or runs/generation-demo for generation"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(

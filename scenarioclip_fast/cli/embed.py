@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.data.config import DecoderName
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.terminal import echo
@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run directory, or directory of a saved model")
     parser.add_argument("images", metavar="IMAGES", help="image, folder, tar, or directory written by `pack`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .parquet file to write")
+    parser.add_argument("--out", type=output_path, required=True, metavar="FILE", help=".npz or .parquet file to write")
     parser.add_argument(
         "--level",
         choices=LEVELS,

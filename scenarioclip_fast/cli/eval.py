@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.data.config import Blur, DecoderName, ObjectView, RelationView
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.output import prepare_directory, prepare_file
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--top", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="values of k to report (default: 1 5 10)"
     )
     cached = argparse.ArgumentParser(add_help=False)
-    cached.add_argument("--cache", type=Path, metavar="DIR", help="cache embeddings in this directory")
+    cached.add_argument("--cache", type=output_path, metavar="DIR", help="cache embeddings in this directory")
 
     zeroshot = kinds.add_parser(
         "zeroshot",
@@ -146,8 +147,8 @@ def _common() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="check the SHA-256 of every shard (default: as in training)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write report.html and its figures")
+    parser.add_argument("--json", type=output_path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--report", type=output_path, metavar="DIR", help="also write report.html and its figures")
     return parser
 
 

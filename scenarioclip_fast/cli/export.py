@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.terminal import echo
 
 
@@ -23,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="hf: one transformers CLIPModel per level, in DIR/global, DIR/object and DIR/relation; "
         "safetensors: the whole model in one file",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    parser.add_argument("--out", type=output_path, required=True, metavar="DIR", help="output directory")
     parser.add_argument("--force", action="store_true", help="overwrite the files of an earlier export")
 
 

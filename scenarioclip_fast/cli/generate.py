@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.config_parse import merge, parse_override, plain, read_yaml, set_value
 from scenarioclip_fast.config_types import to_yaml_text
 from scenarioclip_fast.errors import UserError
@@ -35,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="folders, image files, tars, text files with a path per line, or packed data sets; none: the images of "
         "an earlier run in DIR",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory")
+    parser.add_argument("--out", type=output_path, metavar="DIR", help="output directory")
     parser.add_argument(
         "--stages", metavar="LIST", help=f"stages to run, separated by commas (default: {','.join(_STAGES)})"
     )
@@ -70,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--layout", choices=("packed", "published", "both"), help="layout of the data set (default: packed)"
     )
-    parser.add_argument("--coco", type=Path, metavar="FILE", help="write the scenes as COCO annotations as well")
+    parser.add_argument("--coco", type=output_path, metavar="FILE", help="write the scenes as COCO annotations as well")
     parser.add_argument(
         "--review", type=int, default=50, metavar="N", help="scenes on the page DIR/review.html (default: 50)"
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.data.config import Blur, ObjectView, RelationView
 from scenarioclip_fast.terminal import echo
 
@@ -20,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("shards", metavar="SHARDS", help="directory written by `pack`, or its URL")
     parser.add_argument(
-        "--out", type=Path, default=Path("inspect"), metavar="DIR", help="output directory (default: inspect)"
+        "--out", type=output_path, default=Path("inspect"), metavar="DIR", help="output directory (default: inspect)"
     )
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="default: train")
     parser.add_argument(
@@ -36,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--seed", type=int, default=0, metavar="N", help="random seed of the selection of scenes (default: 0)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="check the SHA-256 of every shard; scenes of damaged ones are unusable"
+        "--verify",
+        action="store_true",
+        help="check the SHA-256 of every shard; the scenes of a damaged one are unusable, and the exit code is 1",
     )
 
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     )
     echo(statistics, lines=True)
     echo(f"figures    {args.out / 'scenes.png'}, {args.out / 'histograms.png'}")
-    return 0
+    return 1 if "damaged_shard" in statistics.bad else 0
 
 
 def _positive(text: str) -> int:

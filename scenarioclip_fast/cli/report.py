@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.terminal import echo
 
 
@@ -21,7 +22,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "runs", nargs="+", metavar="RUN", help="directory of a run, finished or not, or of several runs"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="output directory (default: RUN/report for one RUN, otherwise report)"
+        "--out",
+        type=output_path,
+        metavar="DIR",
+        help="output directory (default: RUN/report for one RUN, otherwise report)",
     )
     parser.add_argument("--title", default="", help="page title (default: the names of the runs)")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.terminal import echo
 
 
@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="generate synthetic scenes in the published layout",
         description="Generates scenes with exact boxes, masks and relations, in a layout that `pack` reads.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    parser.add_argument("--out", type=output_path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument("-n", type=int, default=2500, metavar="N", help="number of scenes (default: 2500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     parser.add_argument(

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from scenarioclip_fast.config_types import check_types, expand_user
-from scenarioclip_fast.data.remote import CACHE_GIB, is_url
+from scenarioclip_fast.data.remote import CACHE_GIB
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import is_url
 from scenarioclip_fast.suggest import nearest
 
 MAX_PIXELS = 1 << 26  # 201 MB of RGB: more than any camera, far less than a decompression bomb
@@ -137,7 +138,8 @@ class LoaderConfig:
     """Batches that background threads prepare ahead of the step; 0: each is prepared on request; null: 2 on a GPU, 0
     on a CPU, where the step uses all cores."""
     threads: int | None = None
-    """Threads of each rank for reading and decoding; null: one per core of the host, at most 16."""
+    """Threads of each rank for reading and decoding; null: the cores of the host divided by its ranks, at most
+    16."""
     cache_gib: float = 0.0
     """Device memory for cached decoded images, in GiB; useful for many epochs over a small data set."""
     shard_cache_dir: str | None = None

@@ -48,11 +48,6 @@ _POLL_S = 2.0  # polling interval for a shard that another process fetches
 _log = get_logger(__name__)
 
 
-def is_url(source: str | Path) -> bool:
-    """Whether `source` is a URL for fsspec: "s3://...", "https://...", or "file://..." for a slow mount."""
-    return "://" in str(source)
-
-
 class Closed(RuntimeError):
     """The store was closed while a read was waiting."""
 

@@ -21,16 +21,7 @@ from scenarioclip_fast import forks
 from scenarioclip_fast.data.index import EAGER, Index, Keys, Location, index_of_json, part_of
 from scenarioclip_fast.data.index import NAME as INDEX
 from scenarioclip_fast.data.open_files import OPEN_FILES, File, exhausted_error, is_exhausted
-from scenarioclip_fast.data.remote import (
-    CACHE_GIB,
-    NoRanges,
-    RemoteShard,
-    RemoteShards,
-    Store,
-    fetch,
-    is_url,
-    read_large,
-)
+from scenarioclip_fast.data.remote import CACHE_GIB, NoRanges, RemoteShard, RemoteShards, Store, fetch, read_large
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.scene import READABLE, Scene, scene_from_json
 from scenarioclip_fast.data.shard_cache import ShardCache, default_cache_dir
@@ -39,7 +30,7 @@ from scenarioclip_fast.data.views_file import parse_views
 from scenarioclip_fast.data.vocabulary import Vocabulary
 from scenarioclip_fast.data.vocabulary_file import BINARY, HEADER_BYTES, JSON, declared_size
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Mapped, NotRegularError, map_file, read_regular
+from scenarioclip_fast.files import Mapped, NotRegularError, is_url, map_file, read_regular
 from scenarioclip_fast.parsing import parse_json
 from scenarioclip_fast.terminal import get_logger, printable, short
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from scenarioclip_fast.data.decode import make_decoder
 from scenarioclip_fast.data.images import SkippedImage, find_images, image_batches, read_images
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.shards import is_packed
 from scenarioclip_fast.devices import pick_device
 from scenarioclip_fast.distributed import world_size
@@ -23,7 +22,7 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.eval.checkpoint import Weights, open_checkpoint
 from scenarioclip_fast.eval.features import Features, embed_views, split_features
 from scenarioclip_fast.eval.session import open_session
-from scenarioclip_fast.files import replacing
+from scenarioclip_fast.files import is_url, replacing
 from scenarioclip_fast.levels import check_level
 from scenarioclip_fast.output import prepare_file
 from scenarioclip_fast.progress import progress

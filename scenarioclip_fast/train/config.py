@@ -25,7 +25,7 @@ from scenarioclip_fast.config_parse import (
 from scenarioclip_fast.config_types import check_types, expand_user
 from scenarioclip_fast.data.config import LoaderConfig, ShardSource, shard_sources
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import write_text
+from scenarioclip_fast.files import is_url, write_text
 from scenarioclip_fast.model.config import PRESETS, ModelConfig
 from scenarioclip_fast.requirements import require
 
@@ -54,6 +54,7 @@ class RunSection:
         check_types(self, "run.")
         expand_user(self, "dir")
         _check(bool(self.dir), "run.dir", self.dir, "a directory")
+        _check(not is_url(self.dir), "run.dir", self.dir, "a path, not a URL: on storage that all machines mount")
         _check(self.timeout_s > 0, "run.timeout_s", self.timeout_s, "above 0")
         _check(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
 

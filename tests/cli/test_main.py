@@ -95,6 +95,12 @@ def test_a_missing_dependency_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
         ("train --resume=", "got an empty value in --resume=: is a shell variable unset?"),
         ("train -c tiny -c fast", "got -c twice: name one config"),
         ("ablate -c tiny --config fast", "got --config twice: name one config"),
+        (
+            "inspect x --out s3://b/x",
+            "argument --out: got the URL s3://b/x, expected a path: only `pack` writes to URLs",
+        ),
+        ("eval probe RUN x --json s3://b/a.json", "argument --json: got the URL s3://b/a.json, expected a path"),
+        ("embed RUN x --out https://host/a.npz", "argument --out: got the URL https://host/a.npz, expected a path"),
         ("--print-completion csh", "argument --print-completion: got 'csh': did you mean tcsh?"),
     ],
 )
@@ -122,6 +128,7 @@ def test_invalid_usage_is_one_line(command: str, message: str, capsys: pytest.Ca
         ("report " + 300 * "x", "File name too long"),
         ("pack " + 300 * "x" + " --out packed", "File name too long"),
         ("export missing --to hf --out " + 300 * "x", "File name too long"),
+        ("train run.dir=s3://b/run", "run.dir: got 's3://b/run', expected a path, not a URL"),
         ("train --resume bset", "--resume: got 'bset', which does not exist: did you mean best?"),
         ("train --resume optim.lr=fast", "optim.lr: got 'fast', expected a finite number"),
         ("train --print-config optim.name=adamwf", "optim.name: got 'adamwf', did you mean adamw?"),

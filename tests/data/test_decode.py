@@ -28,6 +28,7 @@ from scenarioclip_fast.data.decode import (
     make_decoder,
     probe,
 )
+from scenarioclip_fast.data.decode.base import thread_count
 from scenarioclip_fast.data.decode.dali_decoder import DaliDecoder
 from scenarioclip_fast.data.decode.nvimgcodec_decoder import NvimgcodecDecoder
 from scenarioclip_fast.data.decode.run_decoder import RunDecoder
@@ -505,6 +506,17 @@ def test_threads_below_one_are_rejected(name: str) -> None:
     skip_missing(name)
     with pytest.raises(ValueError, match=r"^threads: got -1, expected at least 1"):
         make_decoder(name, threads=-1)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(64, "8", 8), (64, "", 16), (4, "8", 1), (8, "0", 8)])
+def test_ranks_of_a_host_share_its_cores(
+    cores: int, ranks: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert thread_count(None) == expected and thread_count(5) == 5
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert thread_count(None) == min(cores, 16)
 
 
 def test_threads_share_a_decoder(decoder: Decoder) -> None:

@@ -74,7 +74,7 @@ def make_decoder(
     Args:
         name: "auto" or one of DECODERS.
         device: where decoded images are placed.
-        threads: CPU threads; None: one per core, at most 16.
+        threads: CPU threads; None: see `base.thread_count`.
         max_pixels: larger images are rejected, based on their header.
 
     Raises:

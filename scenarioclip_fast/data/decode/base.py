@@ -276,14 +276,22 @@ def decode_checked(decoder: Decoder, data: bytes) -> Tensor:  # uint8 [H, W, 3]
 
 
 def thread_count(threads: int | None) -> int:
-    """Return `threads`, or by default one per core, at most 16.
+    """Return `threads`, or by default the cores that this process may use, divided by the ranks on this host; 1 to 16.
+
+    torchrun tells the number of ranks.
 
     Raises:
         ValueError: fewer than one.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, expected at least 1, or None")
-    return threads or min(16, os.cpu_count() or 1)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return threads or min(16, max(1, cores() // (int(ranks) if ranks.isdecimal() and int(ranks) else 1)))
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def catch_error(decode: Callable[[bytes], Tensor], data: bytes) -> Tensor | DecodeError:

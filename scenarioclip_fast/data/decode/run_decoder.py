@@ -38,7 +38,7 @@ class RunDecoder(ABC):
 
     Args:
         device: where decoded images are placed.
-        threads: CPU threads of the library; None: one per core, at most 16.
+        threads: CPU threads of the library; None: see `base.thread_count`.
         max_pixels: larger images are rejected, based on their header.
         run_pixels: maximum number of pixels per run, which bounds the library's memory. A larger image is decoded in a
             separate run.

@@ -45,7 +45,7 @@ class TorchDecoder:
 
     Args:
         device: where decoded images are placed.
-        threads: images decoded at a time; None: one per core, at most 16.
+        threads: images decoded at a time; None: see `base.thread_count`.
         max_pixels: larger images are rejected, based on their header.
         check_scans: check the entropy-coded data of every JPEG before decoding, which takes a third longer. Otherwise
             libjpeg-turbo's warnings have to do, which miss about a tenth of what the check finds; JPEGs that go through

@@ -61,12 +61,11 @@ from scenarioclip_fast.data.packing.units import (
     tar_of,
     unit_name,
 )
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Scan
 from scenarioclip_fast.data.splitmix64 import hash_texts
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import Directory, is_regular, sha256_of
+from scenarioclip_fast.files import Directory, is_regular, is_url, sha256_of
 from scenarioclip_fast.progress import progress as show_progress
 
 

@@ -14,9 +14,8 @@ from scenarioclip_fast.data.packing.packer import pack
 from scenarioclip_fast.data.packing.parts import DONE, part_name, part_names
 from scenarioclip_fast.data.packing.report import PackReport
 from scenarioclip_fast.data.packing.staging import PARTS, check_local
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import is_regular
+from scenarioclip_fast.files import is_regular, is_url
 from scenarioclip_fast.progress import progress as show_progress
 from scenarioclip_fast.ray_connection import RayConnection, await_files, dump_error
 

@@ -37,7 +37,6 @@ from scenarioclip_fast.data.packing.shard_writer import COUNTS, PackedItem, Shar
 from scenarioclip_fast.data.packing.staging import PARTS, Stage, check_target, find_up_to_date
 from scenarioclip_fast.data.packing.units import ItemUnits, TarUnits, evidence_of, rejections_of, scan_of
 from scenarioclip_fast.data.parallel import Workers, ordered_map
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.scene import Scene
 from scenarioclip_fast.data.shards import SPLITS
 from scenarioclip_fast.data.sources.base import Reader, Scan, Source, SourceOptions
@@ -45,7 +44,7 @@ from scenarioclip_fast.data.sources.memory import MemorySource
 from scenarioclip_fast.data.sources.registry import check_format, open_source, open_urls
 from scenarioclip_fast.data.sources.remote_tars import FetchedTar, RemoteTarSource
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import is_regular, kind_of, status_of
+from scenarioclip_fast.files import is_regular, is_url, kind_of, status_of
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.progress import progress as show_progress
 

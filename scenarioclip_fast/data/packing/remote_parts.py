@@ -164,10 +164,11 @@ class RemoteMergeStage(Stage):
         kept = new | {"manifest.json"}
         target.remove(name for name in target.names() if PACK_FILES.fullmatch(name) and name not in kept)
         digest = hashlib.sha256(manifest).hexdigest()
-        steps = range(self._copied(digest), len(copies), _STEP)
-        for start in show_progress(steps, desc="copying", unit=f"x {_STEP} shards") if self._progress else steps:
-            target.copy(copies[start : start + _STEP])
-            target.write(f"{merge}/{_COPIED}", dump({"manifest": digest, "copied": start + _STEP}))
+        left = range(self._copied(digest), len(copies))
+        for number in show_progress(left, desc="copying", unit="shards") if self._progress else left:
+            if number in left[::_STEP]:
+                target.copy(copies[number : number + _STEP])
+                target.write(f"{merge}/{_COPIED}", dump({"manifest": digest, "copied": number + _STEP}))
         for name in sorted(new.difference(name for _, name in copies)):
             target.upload(self.path / name, name)
         target.write(f"{merge}/manifest.json", manifest)

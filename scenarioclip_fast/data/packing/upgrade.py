@@ -8,10 +8,9 @@ from pathlib import Path
 from scenarioclip_fast.checksums import file_digest
 from scenarioclip_fast.data.index import NAME
 from scenarioclip_fast.data.packing.staging import dump
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.shards import SPLITS, ShardSet
 from scenarioclip_fast.errors import UserError
-from scenarioclip_fast.files import replacing
+from scenarioclip_fast.files import is_url, replacing
 from scenarioclip_fast.parsing import parse_json
 
 

@@ -14,9 +14,9 @@ from inspect import isclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from scenarioclip_fast.data.remote import is_url
 from scenarioclip_fast.data.sources.sniff import describe
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import is_url
 from scenarioclip_fast.terminal import get_logger
 
 if TYPE_CHECKING:
