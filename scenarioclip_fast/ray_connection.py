@@ -42,11 +42,11 @@ def dump_error(error: Exception) -> bytes:
         return pickle.dumps(RuntimeError("\n".join([str(error), *getattr(error, "__notes__", ())])))
 
 
-def probe(token: Path, images: Sequence[str]) -> tuple[str, list[str]]:
+def probe(files: Sequence[str]) -> tuple[str, list[str]]:
     """On a node: the version of the package, and which files are missing."""
     from scenarioclip_fast import __version__
 
-    return __version__, [path for path in (str(token), *images) if not os.path.exists(path)]
+    return __version__, [path for path in files if not os.path.exists(path)]
 
 
 class RayConnection:
@@ -55,7 +55,7 @@ class RayConnection:
     Args:
         address: HOST:6379, auto (the running cluster of this machine), local (a new one), or empty (the running one,
             else a new one).
-        directory: which all nodes must see.
+        directory: which all nodes must see; None: there is none.
         files: paths of input files, which all nodes must see too if this one does.
         inputs: what these are, for messages: "the images".
 
@@ -64,7 +64,7 @@ class RayConnection:
         UserError: there is no cluster, or a node has another version of the package or does not see the directory.
     """
 
-    def __init__(self, address: str, directory: Path, files: Sequence[str], inputs: str) -> None:
+    def __init__(self, address: str, directory: Path | None, files: Sequence[str], inputs: str) -> None:
         self._ray = require("ray")
         self._address, self._directory, self._inputs = address, directory, inputs
         self._files = [path for path in files if os.path.exists(path)]
@@ -137,15 +137,17 @@ class RayConnection:
         from scenarioclip_fast import __version__
 
         on = require("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        token = self._directory / f".{uuid.uuid4().hex}"
-        token.touch()
+        token = None if self._directory is None else self._directory / f".{uuid.uuid4().hex}"
+        files = [*([] if token is None else [str(token)]), *self._files]
+        if token is not None:
+            token.touch()
         try:
             task = self._ray.remote(num_cpus=0, max_retries=2)(probe)
             answers = [
                 (node["NodeManagerAddress"], task.options(scheduling_strategy=on(node["NodeID"], False)))
                 for node in self.nodes()
             ]
-            refs = [(address, one.remote(token, self._files)) for address, one in answers]
+            refs = [(address, one.remote(files)) for address, one in answers]
             end = time.monotonic() + _PROBE_S
             for address, ref in refs:
                 try:
@@ -161,13 +163,14 @@ class RayConnection:
                 if version != __version__:
                     raise UserError(f"ray: node {address} has scenarioclip-fast {version}, expected {__version__}")
                 if missing:
-                    what = missing[0] if missing[0] != str(token) else self._directory
+                    what = self._directory if missing[0] == str(token) else missing[0]
                     raise UserError(
                         f"ray: node {address} does not see {what}; DIR and {self._inputs} must be on storage "
                         "that all nodes see at the same path"
                     )
         finally:
-            token.unlink(missing_ok=True)
+            if token is not None:
+                token.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -97,3 +97,7 @@ def test_tars_on_urls(cluster: Cluster, tmp_path: Path) -> None:
     pack_on_ray(urls, tmp_path / "out", cluster.address, progress=False)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     assert pack_on_ray(urls, tmp_path / "out", cluster.address, progress=False).up_to_date
+    out = (tmp_path / "stored").as_uri()
+    assert pack_on_ray(urls, out, cluster.address, parts=2, progress=False).directory == out
+    assert contents(tmp_path / "stored") == contents(tmp_path / "one")
+    assert pack_on_ray(urls, out, cluster.address, progress=False).up_to_date

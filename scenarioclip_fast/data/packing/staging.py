@@ -307,12 +307,6 @@ def _on_other_device(out: Path) -> bool:
     return False
 
 
-def check_local(path: object, instead: str = "") -> None:
-    """Raise UserError if `path` is a URL, of which `Path` would make a local path; `instead` says what to do."""
-    if isinstance(path, str) and "://" in path:
-        raise UserError(f"{path}: got a URL, expected a local or mounted path{instead}")
-
-
 def check_target(out: Path, force: bool, part: bool = False) -> None:
     """Raise UserError if a pack must not be written to `out`.
 

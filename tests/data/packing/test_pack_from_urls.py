@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -437,6 +438,19 @@ def test_transient_failures_are_retried(source: Path, expected: dict[str, bytes]
         urls = [f"{server.url}/{path.name}" for path in source.iterdir()]
         found = pack_url(urls, tmp_path / "out")
     assert found == expected | {"source.json": found["source.json"]}
+
+
+def test_an_interrupt_ends_a_download(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first tar, which the command waits for, although it would take forever."""
+
+    def stuck(store: Store, name: str, start: int | None, end: int | None) -> bytes:
+        os.kill(os.getpid(), signal.SIGINT)
+        store._with_timeout(threading.Event().wait)
+        raise AssertionError
+
+    monkeypatch.setattr(Store, "timeout", 1e6)
+    monkeypatch.setattr(Store, "_read_once", stuck)
+    assert main(["pack", source.as_uri(), "--out", str(tmp_path / "out")]) == 130
 
 
 def test_a_tar_that_cannot_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
