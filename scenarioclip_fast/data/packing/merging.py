@@ -371,7 +371,7 @@ class _Parts:
     def merge(self, stage: Stage, judge_boxes: bool) -> dict[str, Any]:
         """Write the pack and move it into place; returns its manifest."""
         stage.resume(None)  # removes what a merge left that was interrupted before all was written
-        files, tally, ignored = PackFiles(stage), BoxTally(), Counter(self._scan.ignored)
+        files, tally, ignored = PackFiles(stage), BoxTally(), Counter[str]()
         if len(self._splits) > 1 and len(self._repeated):
             self._find_homes()
         shards = 0
@@ -384,7 +384,7 @@ class _Parts:
                 shards += 1
 
         stage.append(counted())
-        scan = Scan(self._scan.rejected, dict(sorted(ignored.items())), self._scan.warnings)
+        scan = Scan(self._scan.rejected, self._scan.ignored | dict(sorted(ignored.items())), self._scan.warnings)
         if not shards:
             raise self._review.no_scenes(scan.rejected + files.rejected, scan.ignored)
         review = partial(self._review.complete, scan, tally, partial(stage.read, "rejected.jsonl"))

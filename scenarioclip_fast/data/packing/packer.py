@@ -258,7 +258,7 @@ def _report_part(part: Part, up_to_date: bool) -> PackReport:
     texts: dict[str, set[str]] = {level: set() for level in LEVELS}
     diagnosis = Diagnosis()
     scan = part.scan
-    ignored = Counter(scan.ignored)
+    ignored = Counter[str]()
     diagnosis.add(scan.rejected)
     for record in part.records():
         found = scan_of(record)
@@ -277,7 +277,7 @@ def _report_part(part: Part, up_to_date: bool) -> PackReport:
         splits,
         {level: len(known) for level, known in texts.items()},
         diagnosis.reasons(),
-        dict(sorted(ignored.items())),
+        scan.ignored | dict(sorted(ignored.items())),
         up_to_date,
         diagnosis.causes(),
         [*scan.warnings, *large],
