@@ -296,6 +296,8 @@ class Index:
         low, high = struct.unpack("<II", self._lookup_bytes(4 * bucket, 4 * bucket + 8))
         if not low <= high <= scenes:
             raise self._damaged("the buckets of its lookup are not in order")
+        if low == high:  # it may start where the last piece ends
+            return None
         entries = 4 * (2**bits + 1)
         size = _LOOKUP.itemsize
         found = self._lookup_bytes(entries + size * low, entries + size * high)

@@ -115,6 +115,14 @@ def test_keys_whose_hashes_collide_are_found(bits: int, monkeypatch: pytest.Monk
     assert index.find("0300", range(300)) is None
 
 
+def test_the_last_bucket_may_be_empty_where_the_last_piece_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with 76,458 scenes, whose lookup fills its pieces."""
+    monkeypatch.setattr("scenarioclip_fast.data.index._PIECE", 2)
+    monkeypatch.setattr("scenarioclip_fast.data.index.hash_texts", lambda *texts: hash_texts(*texts) >> np.uint64(32))
+    index = opened(write())
+    assert {index.find(f"absent {i}", range(12)) for i in range(20)} == {None}
+
+
 def test_hashes_of_texts_are_those_of_each_text() -> None:
     texts = [b"", b"a", b"12345678", b"123456789", *(b"x" * n for n in range(40))]
     ends = np.cumsum([len(text) for text in texts])
