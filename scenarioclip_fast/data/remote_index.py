@@ -63,7 +63,7 @@ class CachedIndex:
         """Return the bytes from `start` to `stop`, from the cache if their CRC-32 is given.
 
         Raises:
-            UserError: they cannot be read, or the cache is not writable.
+            UserError: they cannot be read or have another CRC-32, or the cache is not writable.
         """
         if crc is not None:
             self._open()
@@ -76,8 +76,11 @@ class CachedIndex:
         if len(data) != stop - start:
             got = f"got {len(data)} of {stop - start} bytes at {start}"
             raise UserError(f"{self._store.where(NAME)}: damaged index: {got}; copy the data set again")
-        if crc is None or zlib.crc32(data) != crc:  # damaged on the server: the caller says so
+        if crc is None:
             return memoryview(data)
+        if zlib.crc32(data) != crc:  # of the first read or of a later one: the caller checks a part once
+            what = f"the {len(data)} bytes at {start} have another checksum"
+            raise UserError(f"{self._store.where(NAME)}: damaged index: {what}; copy the data set again")
         with self._lock:
             if self._file is not None:
                 try:

@@ -430,3 +430,19 @@ def test_without_a_cache_parts_are_kept_in_memory(
     assert remote.keys == ShardSet(packed).keys
     assert caplog.text.count("an index cannot be cached: No space left on device") == 1
     remote.close()
+
+
+def test_an_index_that_changes_on_the_server_is_noticed(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a process that has checked a part before, and reads it again because it could not keep it."""
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    monkeypatch.setattr("scenarioclip_fast.data.remote_index._KEPT", 1)
+    remote = ShardSet(copy.as_uri(), shard_cache_dir=tmp_path / "cache", shard_cache_gib=0)
+    keys = list(remote.keys)
+    content = (copy / "index.bin").read_bytes()
+    (copy / "index.bin").write_bytes(content.replace(keys[0].encode(), b"x" * len(keys[0])))
+    assert remote.keys[-1] == keys[-1], "the part that is kept"
+    with pytest.raises(UserError, match=r"index\.bin: damaged index: the \d+ bytes at \d+ have another checksum"):
+        _ = remote.keys[0]
+    remote.close()
