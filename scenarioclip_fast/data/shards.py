@@ -42,6 +42,8 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 IN_MEMORY = 8 << 20  # bytes up to which a remote vocabulary is not worth a file in the shard cache
+_COUNTS = ("scenes", "actions", "objects", "relations", "masked_relations")  # of a split in the manifest
+_MOST_BYTES = 1 << 48  # of a file in the manifest
 _log = get_logger(__name__)
 _SPLIT_OF_NAME = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
 
@@ -169,9 +171,23 @@ class ShardSet:
         for shard in itertools.chain.from_iterable(shards.values()):  # names and digests become file names
             if os.path.basename(shard.name) != shard.name:
                 raise UserError(f"{self._where('manifest.json')}: shard name {shard.name!r} escapes the directory")
+            if not shard.name.isprintable():  # a null byte, or a lone surrogate
+                raise UserError(f"{self._where('manifest.json')}: shard name {shard.name!r} is no name of a file")
             if not is_sha256(shard.sha256):
                 raise UserError(
                     f"{self._where('manifest.json')}: {shard.name} has no valid SHA-256; pack the data set again"
+                )
+            if not 0 <= shard.size < _MOST_BYTES:
+                raise UserError(
+                    f"{self._where('manifest.json')}: {shard.name}: got a size of {short(shard.size)} bytes, expected "
+                    f"at least 0 and less than {_MOST_BYTES}; pack the data set again"
+                )
+        for name in _COUNTS:
+            count = self.manifest["splits"][self.split].get(name, 0)
+            if type(count) is not int or count < 0:
+                raise UserError(
+                    f"{self._where('manifest.json')}: {name} of {self.split}: got {short(count)}, expected a number of "
+                    "at least 0; pack the data set again"
                 )
         return shards
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from packs import downgrade_index, read_rows, write_rows
 
-from scenarioclip_fast.data import ShardSet, pack
+from scenarioclip_fast.data import ShardSet, pack, scene_loader
 from scenarioclip_fast.data.index import BLOCK, Index, IndexWriter, Keys
 from scenarioclip_fast.data.packing.upgrade import upgrade_index
 from scenarioclip_fast.data.remote import Store
@@ -446,3 +446,30 @@ def test_an_index_that_changes_on_the_server_is_noticed(
     with pytest.raises(UserError, match=r"index\.bin: damaged index: the \d+ bytes at \d+ have another checksum"):
         _ = remote.keys[0]
     remote.close()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("shards", 0, "bytes"), -1, r"train-000000\.tar: got a size of -1 bytes, expected at least 0"),
+        (("shards", 0, "bytes"), 1e30, r"train-000000\.tar: got a size of \d+ bytes"),
+        (("shards", 0, "bytes"), 2**60, r"train-000000\.tar: got a size of \d+ bytes"),
+        (("shards", 0, "name"), "\0", "shard name .* is no name of a file"),
+        (("shards", 0, "name"), "\ud800", "shard name .* is no name of a file"),
+        (("relations",), None, "relations of train: got None, expected a number of at least 0"),
+        (("actions",), "x", "actions of train: got 'x', expected a number"),
+        (("masked_relations",), -1, "masked_relations of train: got -1, expected a number"),
+    ],
+)
+def test_impossible_values_of_a_manifest_are_named(
+    packed: Path, tmp_path: Path, where: tuple[Any, ...], value: Any, message: str
+) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = manifest["splits"]["train"]
+    for key in where[:-1]:
+        entry = entry[key]
+    entry[where[-1]] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"manifest\.json: {message}"):
+        scene_loader(copy, 1).notes()
