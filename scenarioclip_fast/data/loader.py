@@ -323,7 +323,13 @@ class SceneLoader:
             self.order = replace(self.order, views=None)
         order = self.order
         saved, window = state.get("shuffle", "sorted"), state.get("shuffle_window", order.window)
-        if order.shuffle == "none" or saved == "none":
+        if "none" in (order.shuffle, saved):
+            if "shuffle" in state and order.shuffle != saved:
+                then, now = ("without" if kind == "none" else "with" for kind in (saved, order.shuffle))
+                raise UserError(
+                    f"the saved loader state is of a loader {then} shuffle, this one is {now}: a position means other "
+                    "scenes; resume with the same argument"
+                )
             return
         if saved not in get_args(Kind):
             raise UserError(

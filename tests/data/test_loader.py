@@ -225,6 +225,15 @@ def test_resume_is_bitwise_exact(shards: Path) -> None:
                 assert_same(x, y)
 
 
+def test_a_position_of_a_shuffled_epoch_is_not_one_of_the_index(shards: Path) -> None:
+    with load(shards, 6, augment=False) as shuffled, load(shards, 6, augment=False, shuffle=False) as plain:
+        for one, other, then in ((shuffled, plain, "with"), (plain, shuffled, "without")):
+            with pytest.raises(UserError, match=f"the saved loader state is of a loader {then} shuffle, this one is"):
+                other.load_state_dict(one.state_dict())
+            one.load_state_dict(one.state_dict())
+        plain.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "shuffle"})  # of version 0.0
+
+
 @pytest.mark.parametrize("shuffle", ["scenes", "shards", "sorted"])
 def test_orders_resume_exactly(shards: Path, shuffle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a resumed run does not say which order it has, and with another number of ranks."""
