@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from scenarioclip_fast.benchmarks.scaling.model import (
     PUBLISHED,
@@ -21,6 +22,7 @@ from scenarioclip_fast.benchmarks.scaling.model import (
 from scenarioclip_fast.benchmarks.scaling.network import GPUS_PER_NODE, NETWORKS, Network, seconds
 
 from scenarioclip_fast.bench.record import read_record
+from scenarioclip_fast.data.shares import assign
 from scenarioclip_fast.levels import LEVELS
 from scenarioclip_fast.model import ModelConfig, ScenarioCLIP
 from scenarioclip_fast.model.config import FreezeConfig
@@ -42,6 +44,8 @@ EXCHANGES = ("all_gather", "reduce_scatter")  # of the forward and of the backwa
 SHARES = (0.25, 0.75)  # of the loss's products in the forward and in the backward pass
 # Lengths of the texts in bench_step.py: tokens of an action, an object and a relation, in the mean.
 _TOKENS = (4, 4, 6)
+MEAN_VIEWS, VIEWS = 8.7, 0.43  # of a scene in 128 annotated photos, and their standard deviation over the mean
+_BATCHES = 4  # random ones whose mean is taken
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Assumptions:
     multiprocessors: share of the GPU that a collective takes from the computation beside it: 16 channels of 132
     host_bound: the step takes as long as measured with its host
     views: standard deviation of a scene's views over their mean; 0: all scenes have the same number
+    balance: whether this package distributes the scenes of a step by their views
     """
 
     tcp_hop: float = 25e-6
@@ -154,6 +159,7 @@ class Assumptions:
     multiprocessors: float = 16 / 132
     host_bound: bool = False
     views: float = 0.0
+    balance: bool = True
 
 
 TODAY = Assumptions()
@@ -249,8 +255,26 @@ def step(
         exchange,
         gradients,
         assumed.multiprocessors * hidden,
-        towers * largest(0.0, assumed.views / math.sqrt(work.scenes), ranks),
+        towers * excess(assumed, work.scenes, ranks, form not in OPEN_CLIP),
     )
+
+
+def excess(assumed: Assumptions, scenes: int, ranks: int, ours: bool) -> float:
+    """Return by how much the most views of a rank exceed the mean, as a share of it."""
+    if ours and assumed.balance and assumed.views:
+        return _balanced_excess(assumed.views, scenes, ranks)
+    return largest(0.0, assumed.views / math.sqrt(scenes), ranks)
+
+
+@functools.cache
+def _balanced_excess(deviation: float, scenes: int, ranks: int) -> float:
+    """The same in random batches, gamma-distributed, that the loader's function has distributed."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(_BATCHES):
+        views = rng.gamma(1 / deviation**2, MEAN_VIEWS * deviation**2, scenes * ranks).round().clip(1, 255)
+        loads = np.bincount(assign(views.astype(np.uint8), ranks), weights=views)
+        found.append(loads.max() / loads.mean() - 1)
+    return float(np.mean(found))
 
 
 def _loss_seconds(form: str, work: Workload, ranks: int, times: Computation) -> float:

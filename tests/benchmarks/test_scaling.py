@@ -12,7 +12,17 @@ from scenarioclip_fast.benchmarks.scaling import __main__ as command
 from scenarioclip_fast.benchmarks.scaling import page, runs
 from scenarioclip_fast.benchmarks.scaling.model import Collective, Level, Workload, buckets, largest, logits, traffic
 from scenarioclip_fast.benchmarks.scaling.network import NETWORKS, NVLINK, seconds
-from scenarioclip_fast.benchmarks.scaling.times import FORMS, TODAY, Step, measured, published, ring_seconds, step
+from scenarioclip_fast.benchmarks.scaling.times import (
+    FORMS,
+    TODAY,
+    VIEWS,
+    Step,
+    excess,
+    measured,
+    published,
+    ring_seconds,
+    step,
+)
 
 WITHIN = 0.05  # of the counts: the requirement
 RANKS = [8 << k for k in range(10)]
@@ -166,6 +176,15 @@ def test_a_slower_network_is_not_faster() -> None:
         assert times == sorted(times), form
 
 
+def test_unequal_numbers_of_views() -> None:
+    """What docs/scaling.md and docs/data.md say of random and of balanced batches."""
+    assumed = replace(TODAY, views=VIEWS)
+    plain = [excess(replace(assumed, balance=False), 128, ranks, True) for ranks in (8, 64, 512)]
+    assert plain == pytest.approx([0.05, 0.09, 0.12], abs=0.006)
+    assert [excess(assumed, 128, ranks, True) for ranks in (8, 64, 512)] == pytest.approx([4e-4, 7e-4, 2e-3], rel=0.1)
+    assert excess(assumed, 128, 8, ours=False) == plain[0] and excess(TODAY, 128, 8, True) == 0
+
+
 def test_statements_of_the_page() -> None:
     """What docs/scaling.md says in words."""
     work = published()
@@ -180,8 +199,10 @@ def test_statements_of_the_page() -> None:
     assert [r for r in RANKS if published(distinct=True).chunks(r)] == [128, 256, 512, 1024, 2048, 4096]
     assert times["node-wise", 512].efficiency - times["ours", 512].efficiency < 0.02
     for ranks in RANKS[:7]:
-        uneven = step("ours", ranks, INFINIBAND, work, replace(TODAY, views=page.VIEWS))
+        uneven = step("ours", ranks, INFINIBAND, work, replace(TODAY, views=VIEWS, balance=False))
         assert uneven.waiting > uneven.total - uneven.waiting - uneven.computation
+        balanced = step("ours", ranks, INFINIBAND, work, replace(TODAY, views=VIEWS))
+        assert 0 < balanced.waiting < 0.01 * balanced.computation
     on_ethernet = step("node-wise", 16, NETWORKS[2], work)
     assert on_ethernet.gradients > on_ethernet.total / 2
     assert all(step("node-wise", r, NETWORKS[2], work).efficiency < 0.45 for r in RANKS[1:])
