@@ -25,15 +25,16 @@ fi
 out=$1
 shift
 
-# The array must start at 1: its tasks are the parts 1 to the number of tasks.
-scenarioclip-fast pack "$@" --out "$out" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" \
-    --workers "$SLURM_CPUS_PER_TASK" &
-pack=$!
-
+pack=
 requeue() {
-    kill -KILL "$pack" # finished shards are on disk
+    [ -z "$pack" ] || kill -KILL "$pack" # finished shards are on disk
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     exit 0
 }
 trap requeue TERM
+
+# The array must start at 1: its tasks are the parts 1 to the number of tasks.
+scenarioclip-fast pack "$@" --out "$out" --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" \
+    --workers "$SLURM_CPUS_PER_TASK" &
+pack=$!
 wait "$pack"
