@@ -198,6 +198,8 @@ class Store:
         try:
             # By keyword: the second parameter of s3fs is a version.
             return self._with_timeout(lambda: bytes(self._fs.cat_file(self._at(name), start=start, end=end)))
+        except FileNotFoundError as error:  # fsspec's message is the path
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
         except Exception as error:
             if getattr(error, "status", None) == 416:  # the range starts after the end of the file
                 return b""

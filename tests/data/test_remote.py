@@ -536,6 +536,20 @@ def test_user_errors(packed: Path, cache: Path, tmp_path: Path, monkeypatch: pyt
         ShardSet("s3://bucket/dir")
 
 
+def test_a_missing_file_is_named_once(packed: Path, tmp_path: Path) -> None:
+    """The message of fsspec's exceptions is the path, and nothing else."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(packed), "/without-index", recursive=True)
+    memory.rm("/without-index/index.bin")
+    try:
+        with pytest.raises(UserError, match=r"^memory://without-index/index\.bin: not readable \(No such file"):
+            ShardSet("memory://without-index", shard_cache_dir=tmp_path)
+    finally:
+        memory.rm("/without-index", recursive=True)
+
+
 @pytest.fixture
 def large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the vocabulary like one of many texts."""
