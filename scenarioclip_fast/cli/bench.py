@@ -9,6 +9,8 @@ from pathlib import Path
 from scenarioclip_fast.cli.arguments import output_path
 from scenarioclip_fast.terminal import echo, warn
 
+_MOST_SCENES = 10**9  # the keys have nine digits; some 40 GB
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -75,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.scenes is not None:
         if "index" not in args.what:
             raise UserError("--scenes: only the benchmark `index` uses it: scenarioclip-fast bench index --scenes N")
-        if args.scenes < 1:
-            raise UserError(f"--scenes: got {args.scenes}, expected at least 1")
+        if not 1 <= args.scenes <= _MOST_SCENES:
+            raise UserError(f"--scenes: got {args.scenes}, expected from 1 to {_MOST_SCENES}")
         os.environ["SCENARIOCLIP_FAST_BENCH_SCENES"] = str(args.scenes)  # read by the benchmark's process
     if args.report and "{" in args.out.name:
         raise UserError(
