@@ -298,7 +298,7 @@ def fetch(store: Store, file: RemoteShard, directory: Path, limit: int) -> Shard
 
     Raises:
         OSError: the file cannot be read.
-        UserError: the directory is not writable.
+        UserError: the directory is not writable, was removed meanwhile, or has a directory in place of the file.
     """
     if file.size > limit:
         return None
@@ -314,7 +314,14 @@ def fetch(store: Store, file: RemoteShard, directory: Path, limit: int) -> Shard
             except BlockingIOError:  # another process is fetching or hashing it
                 time.sleep(_POLL_S / 10)
             except FileNotFoundError:  # another process has removed it as damaged
-                continue
+                if not directory.is_dir():
+                    raise UserError(
+                        f"{directory}: the shard cache was removed while it was in use; try again"
+                    ) from None
+            except IsADirectoryError as error:
+                raise UserError(
+                    f"{error.filename}: got a directory, expected a cached file, or none; remove it"
+                ) from None
         if descriptor is not None and _fill(cache, store, file, descriptor):
             return cache
     except BaseException:

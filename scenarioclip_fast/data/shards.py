@@ -323,9 +323,9 @@ class ShardSet:
             return map_file(cache.path(sha256), follow=False)
         if size > IN_MEMORY:
             _log.warning(
-                "%s: not in the shard cache: each process holds its %.1f GiB in memory; enlarge the cache to share it",
+                "%s: not in the shard cache: each process holds its %d MiB in memory; enlarge the cache to share it",
                 self._where(BINARY),
-                size / 2**30,
+                size >> 20,
             )
         return read_large(store, file)
 

@@ -589,8 +589,28 @@ def test_a_large_vocabulary_without_a_cache_is_held_in_memory(
     with serving(packed) as server:
         shards = ShardSet(server.url, shard_cache_dir=cache, shard_cache_gib=gib)
         assert shards.vocabulary == ShardSet(packed).vocabulary
-    assert "vocabulary.bin: not in the shard cache: each process holds its 0.0 GiB in memory" in caplog.text
+    assert "vocabulary.bin: not in the shard cache: each process holds its 0 MiB in memory" in caplog.text
     assert not cache.exists() or cached(cache) == []
+
+
+def test_a_large_vocabulary_and_a_cache_that_cannot_hold_it(
+    packed: Path, cache: Path, large_vocabulary: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory in the file's place; and a cache that is removed, which must not be waited for forever."""
+    digest = hashlib.sha256((packed / "vocabulary.bin").read_bytes()).hexdigest()
+    (cache / f"{digest}.tar").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{digest}\.tar: got a directory, expected a cached file, or none; remove it"):
+        _ = ShardSet(packed.as_uri(), shard_cache_dir=cache).vocabulary
+    claim, calls = ShardCache.claim, iter(range(3))
+
+    def claim_removed(self: ShardCache, sizes: dict[str, int]) -> dict[str, bool]:
+        next(calls)
+        shutil.rmtree(cache, ignore_errors=True)
+        return claim(self, sizes)
+
+    monkeypatch.setattr(ShardCache, "claim", claim_removed)
+    with pytest.raises(UserError, match="the shard cache was removed while it was in use"):
+        _ = ShardSet(packed.as_uri(), shard_cache_dir=cache).vocabulary
 
 
 def test_a_full_disk_leaves_a_large_vocabulary_in_memory(
