@@ -130,8 +130,8 @@ class LoaderConfig:
     shuffle_window: int = 64
     """Shards whose scenes are shuffled together; only with shuffle=shards."""
     balance: bool = True
-    """Distribute the scenes of a batch over the ranks so that all get about the same number of views; needs data sets
-    packed by this version."""
+    """Distribute the scenes of a batch over the ranks so that all get about the same number of views; only where they
+    are shuffled, and for data sets packed by this version."""
     decoder: DecoderName = "auto"
     """JPEG decoder; auto: on a GPU the first of dali, nvimgcodec and torchvision that is installed, otherwise torch."""
     prefetch: int | None = None

@@ -205,7 +205,8 @@ class SceneLoader:
         self.order = Order(mix, batch_size, seed, rank, world_size, kind, drop_last, window=config.shuffle_window)
         if kind == "shards":
             self.order = replace(self.order, shards=self.shards.shard_scenes())
-        if config.balance and world_size > 1:
+        self._balance = config.balance and shuffle  # without, ranks read every W-th scene, as evaluations expect
+        if self._balance and world_size > 1:
             self.order = replace(self.order, views=self.shards.views())
         if len(self.order) == 0:
             scenes = f"{len(mix)} scenes{' per epoch' * mix.is_weighted}"
@@ -213,7 +214,6 @@ class SceneLoader:
                 f"{self.shards.source}: the {split} split has {scenes}, expected at least {self.order.global_batch} "
                 "(one global batch): pack more scenes, or reduce the batch size"
             )
-        self._balance = config.balance
         self.shards.check_masks(config.relation_view)
         self.vocabulary: Vocabulary = self.shards.vocabulary
         self.device = torch.device(device)
@@ -263,7 +263,12 @@ class SceneLoader:
                 f"{without} of {count('relations')} relations of the {split} split have no masks: they are left out, "
                 "because data.relation_view=focused needs masks"
             )
-        if self.config.balance and self.order.world_size > 1 and self.order.views is None:
+        if (
+            self.config.balance
+            and self.order.shuffle != "none"
+            and self.order.world_size > 1
+            and self.order.views is None
+        ):
             found.append(
                 "data.balance=true has no effect: a data set was packed by an earlier version, or the run that is "
                 "resumed was started by one"

@@ -24,12 +24,14 @@ from packs import downgrade_index, read_rows, write_rows
 
 from scenarioclip_fast.data import ShardSet, pack, scene_loader
 from scenarioclip_fast.data.index import BLOCK, Index, IndexWriter, Keys
+from scenarioclip_fast.data.packing.staging import lock
 from scenarioclip_fast.data.packing.upgrade import upgrade_index
 from scenarioclip_fast.data.remote import Store
 from scenarioclip_fast.data.remote_index import CachedIndex
 from scenarioclip_fast.data.splitmix64 import hash_text, hash_texts
 from scenarioclip_fast.data.synthetic import generate_scenes
 from scenarioclip_fast.errors import UserError
+from scenarioclip_fast.files import Directory
 
 SPLITS = ("train", "val", "test")
 
@@ -292,6 +294,22 @@ def test_an_old_index_is_upgraded_in_place(packed: Path, tmp_path: Path, monkeyp
         upgrade_index(packed.as_uri())
     with pytest.raises(UserError, match="no such directory"):
         upgrade_index(tmp_path / "none")
+
+
+def test_upgrades_exclude_each_other_and_tidy_up(packed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    downgrade_index(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]["index.json"]  # which the first versions did not list
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    left = copy / f".index.bin.{'0' * 32}.partial"
+    left.write_bytes(b"of a killed call")
+    with Directory(copy) as files:
+        assert lock(files.fd)
+        with pytest.raises(UserError, match=r"copy: another process upgrades the index: wait for it$"):
+            upgrade_index(copy)
+    assert left.exists() and upgrade_index(copy) is True and not left.exists()
+    assert read_rows(copy) == read_rows(packed)
 
 
 def test_an_index_that_does_not_fit_its_tars_is_named(packed: Path, tmp_path: Path) -> None:

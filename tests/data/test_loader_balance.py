@@ -97,6 +97,13 @@ def test_ranks_get_about_the_same_number_of_views(packed: Path) -> None:
     assert max(spreads(balanced)) <= 5 and sum(spreads(balanced)) < sum(spreads(plain)) / 3
 
 
+def test_evaluations_read_every_third_scene(packed: Path) -> None:
+    found = batches(packed, 4, shuffle=False, epochs=1, drop_last=False)
+    order = ShardSet(packed).keys
+    for rank in range(RANKS):
+        assert [key for batch in found[rank] for key in batch.keys] == order[rank::RANKS]
+
+
 def test_a_mix_is_balanced_too(packed: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     pack(make_scenes(20, "t"), other, progress=False)
