@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +104,19 @@ def test_resources_of_a_rank_may_differ(small: Make, fork_server: Any, tmp_path:
     own = ["data.threads=2", "data.prefetch=1", "data.cache_gib=1", f"data.shard_cache_dir={tmp_path}/cache"]
     own += ["data.shard_cache_gib=1", f"data.shards={tmp_path / 'link'}", "run.device=auto"]
     fork_server.start(small("train.steps=2"), ranks=2, last_rank=own).finish()
+
+
+def test_copies_with_and_without_views(small: Make, fork_server: Any, tmp_path: Path, shards: Path) -> None:
+    """By which scenes are distributed over the ranks."""
+    old = Path(shutil.copytree(shards, tmp_path / "old"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["sha256"]["views.bin"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    options = [f"data.shards={old}"]
+    running = fork_server.start(small("train.steps=4"), ranks=2, last_rank=options)
+    assert_all_name(running, "whether data.shards have views.bin is true on rank 0 and false on rank 1")
+    config = small("train.steps=2", "data.balance=false", run="unbalanced")
+    fork_server.start(config, ranks=2, last_rank=options).finish()
 
 
 def scenes(number: int) -> list[Scene]:
