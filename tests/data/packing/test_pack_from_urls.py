@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interruptions import Decoded
 from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, read_raw, write_source, write_tar
 from tar_server import serving
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, pack, remote
-from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.packing.remote_folder import RemoteFolder
 from scenarioclip_fast.data.remote import Store
 from scenarioclip_fast.data.sources import remote_tars
@@ -32,6 +32,8 @@ from scenarioclip_fast.files import Directory
 
 fsspec: Any = pytest.importorskip("fsspec", reason="fsspec is not installed")
 pytest.importorskip("aiohttp", reason="fsspec requires aiohttp to read from a server")
+
+pytestmark = pytest.mark.usefixtures("scratch")
 
 Samples = list[tuple[str, bytes, bytes]]
 
@@ -100,16 +102,8 @@ class in_memory:
 
 
 @pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of temporary files, which must be empty afterwards; the current directory is another one."""
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "pause", 0.02)
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
 
 
 def pack_url(url: Any, out: Path, **options: Any) -> dict[str, bytes]:
@@ -184,22 +178,6 @@ def test_each_tar_is_fetched_once(source: Path, tmp_path: Path, monkeypatch: pyt
         assert pack(urls, tmp_path / "out", shard_size=SIZE, progress=False).up_to_date
         assert pack_part(urls, tmp_path / "out", 1, 3).up_to_date
         assert server.sent == {path.name: path.stat().st_size for path in source.iterdir()}
-
-
-class Decoded:
-    """Raises KeyboardInterrupt after `limit` decoded images."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-        self.count, self.limit = 0, limit
-        decode = TorchDecoder.decode
-
-        def counted(decoder: TorchDecoder, images: Any) -> Any:
-            if self.count == self.limit:
-                raise KeyboardInterrupt
-            self.count += 1
-            return decode(decoder, images)
-
-        monkeypatch.setattr(TorchDecoder, "decode", counted)
 
 
 def test_finished_tars_are_not_fetched_again(

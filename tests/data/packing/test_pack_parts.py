@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 from campaign import generator, trials
-from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, read_raw, write_source, write_tar
+from interruptions import Decoded, kill_at
+from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, read_raw, write_tar
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, generate_scenes, merge_parts, pack
-from scenarioclip_fast.data.decode import TorchDecoder
 from scenarioclip_fast.data.packing import merging
 from scenarioclip_fast.data.packing import options as pack_options
 from scenarioclip_fast.data.packing import parts as parts_module
@@ -31,13 +31,6 @@ from scenarioclip_fast.errors import UserError
 from scenarioclip_fast.files import Directory
 
 KILLS = trials(4, 50)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "set"
-    write_source(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +76,6 @@ def test_the_published_layout_with_splits_by_hash(tmp_path: Path) -> None:
     packs = [pack_in_parts(tmp_path / "set", tmp_path / f"out{n}", n, split="hash") for n in (1, 2, 7)]
     assert packs[0] == packs[1] == packs[2]
     assert keys_of(tmp_path / "out1").keys() == {"train", "val", "test"}
-
-
-class Decoded:
-    """Counts decoded images, and raises KeyboardInterrupt after `limit` of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-        self.count, self.limit = 0, limit
-        decode = TorchDecoder.decode
-
-        def counted(decoder: TorchDecoder, images: Any) -> Any:
-            if self.count == self.limit:
-                raise KeyboardInterrupt
-            self.count += 1
-            return decode(decoder, images)
-
-        monkeypatch.setattr(TorchDecoder, "decode", counted)
 
 
 def test_a_part_resumes_and_is_a_no_op_once_complete(
@@ -739,24 +716,6 @@ def _random_kills(source: Path, directory: Path, kills: int, n: int) -> dict[str
     return {"killed": killed, "rounds": rounds}
 
 
-def _kill_at(n: int) -> None:
-    """Make this process kill itself right before its `n`-th disk operation."""
-    count = 0
-
-    def counted(step: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args, **kwargs)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-
-
 def _kill_at_every_step(source: Path, directory: Path, stride: int) -> dict[str, Any]:
     ready, trial = directory / "ready", directory / "trial"
     for i in (1, 2):
@@ -769,7 +728,7 @@ def _kill_at_every_step(source: Path, directory: Path, stride: int) -> dict[str,
         shutil.copytree(ready, trial)
 
         def merge(n: int = n) -> None:
-            _kill_at(n)
+            kill_at(n)
             merge_parts(trial, progress=False)
 
         killed = _was_killed(_forked(merge))

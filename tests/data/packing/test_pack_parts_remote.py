@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, write_source, write_tar
+from parts_source import SIZE, contents, keys_of, pack_in_parts, pack_part, write_tar
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import ShardSet, merge_parts
@@ -25,12 +25,7 @@ from scenarioclip_fast.errors import MissingDependencyError, UserError
 
 fsspec: Any = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "set"
-    write_source(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("scratch")
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +44,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     fs = fsspec.filesystem("memory")
     if fs.exists(root):
         fs.rm(root, recursive=True)
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of temporary files, which must be empty afterwards; the current directory is another one."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
 
 
 def stored(url: str) -> dict[str, bytes]:

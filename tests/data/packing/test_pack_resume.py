@@ -25,6 +25,7 @@ from typing import Any, cast
 import pytest
 import torch
 from campaign import trials
+from interruptions import kill_at
 
 from scenarioclip_fast.cli.main import main
 from scenarioclip_fast.data import Relation, Scene, SceneObject, Vocabulary, generate_scenes, pack
@@ -477,24 +478,6 @@ def _random_kills(source: str, directory: Path, kills: int, workers: int) -> dic
     return {"killed": dict(killed), "orphans": len(orphans)}
 
 
-def _kill_at(n: int) -> None:
-    """Make this process kill itself right before its `n`-th disk operation."""
-    count = 0
-
-    def counted(step: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args, **kwargs)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-
-
 def _kill_at_every_step(source: str, directory: Path, stride: int) -> dict[str, Any]:
     old, new, out = directory / "old", directory / "new", directory / "out"
     pack_quietly(source, old, shard_size=4)
@@ -505,7 +488,7 @@ def _kill_at_every_step(source: str, directory: Path, stride: int) -> dict[str, 
         shutil.copytree(old, out)
         pid = os.fork()
         if pid == 0:
-            _kill_at(n)
+            kill_at(n)
             pack_quietly(source, out, shard_size=20)
             os._exit(0)
         killed = _wait_for_exit(pid)
