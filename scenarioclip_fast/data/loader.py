@@ -292,7 +292,7 @@ class SceneLoader:
         order = self.order
         ranks = {"rank": order.rank, "world_size": order.world_size}
         data: dict[str, Any] = {"seed": order.seed, "scenes": order.scenes, "keys": self.shards.digest}
-        data |= {"shuffle": order.shuffle, "balance": self._balance}
+        data |= {"shuffle": order.shuffle, "balance": self._balance, "balanced_batch_size": self._balanced_batch_size}
         if order.shuffle == "shards":
             data["shuffle_window"] = order.window
         if len(self.shards.sets) > 1 or self.shards.mix.is_weighted:
@@ -302,8 +302,9 @@ class SceneLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume the next iteration from `state`.
 
-        Exact on the rank that saved the state. On another rank, or with another number of ranks, the global order
-        resumes at the same position, but scenes that replaced bad ones may occur twice in that epoch.
+        Exact on the rank that saved the state. On another rank, with another number of ranks, or if the ranks' shares
+        are or were balanced, with another batch size, the global order resumes at the same position, but scenes that
+        replaced bad ones may occur twice in that epoch.
 
         Raises:
             UserError: the state belongs to another seed or order, or to other data sets, weights or another order of
@@ -318,8 +319,14 @@ class SceneLoader:
         alone = {"scenes": state["scenes"], "keys": state["keys"], "weight": 1}
         self.shards.check_identities(state.get("sets", [alone]))
         self._resume_order(state)
-        same_rank = (state["rank"], state["world_size"]) == (order.rank, order.world_size)
-        self._state = _State(state["epoch"], state["position"], state["ahead"] if same_rank else 0)
+        share = state["rank"], state["world_size"], state.get("balanced_batch_size")
+        same_share = share == (order.rank, order.world_size, self._balanced_batch_size)
+        self._state = _State(state["epoch"], state["position"], state["ahead"] if same_share else 0)
+
+    @property
+    def _balanced_batch_size(self) -> int | None:
+        """The batch size, on which balanced shares depend; None: they are not balanced."""
+        return None if self.order.views is None else self.order.batch_size
 
     def _resume_order(self, state: Mapping[str, Any]) -> None:
         """Continue in the order of the saved state, unless the configuration asks for another."""

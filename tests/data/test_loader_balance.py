@@ -188,3 +188,27 @@ def test_remote_views(packed: Path, tmp_path: Path) -> None:
     (damaged / "views.bin").write_bytes(bytes((packed / "views.bin").stat().st_size))
     with pytest.raises(UserError, match=r"views\.bin: "):
         _ = ShardSet(f"file://{damaged}", shard_cache_dir=tmp_path).views
+
+
+@pytest.mark.parametrize("change", [{"batch": 3}, {"balance": False}])
+def test_no_scene_is_lost_when_shares_change(packed: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """The scenes that have replaced bad ones are others in the new share."""
+    damaged, shards = copied(packed, tmp_path / "damaged"), ShardSet(packed)
+    bad = {f"s{i:04d}" for i in (3, 10, 11, 25, 40, 41)}
+    for key in bad:
+        image = shards.read(shards.find(key) or 0).image
+        assert isinstance(image, bytes)
+        for path in damaged.glob("train-*.tar"):
+            path.write_bytes(path.read_bytes().replace(image, bytes(len(image))))
+    for steps in (1, 2):
+        seen, states = set[str](), []
+        for rank in range(RANKS):
+            options: dict[str, Any] = {"epochs": 1, "drop_last": False, "max_bad_fraction": 0.5}
+            with load(damaged, rank, **options) as loader:
+                seen |= {key for batch in islice(loader, steps) for key in batch.keys}
+                states.append(loader.state_dict())
+            with load(damaged, rank, **options, **change) as loader:
+                loader.load_state_dict(states[-1])
+                seen |= {key for batch in loader for key in batch.keys}
+        assert any(state["ahead"] for state in states)
+        assert seen == set(shards.keys) - bad
