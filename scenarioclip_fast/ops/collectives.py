@@ -127,6 +127,11 @@ class StartedGather:
         # between them in the backward pass, too.
         self._link = _StartGather.apply(self._travel, *xs)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients of the rows will reach the tensors."""
+        return self._link.requires_grad
+
     def finish(self) -> list[Tensor]:
         """Return the rows of all ranks, as `gather_lists` does; only once."""
         return list(_FinishGather.apply(self._travel, self._link))

@@ -144,6 +144,22 @@ def check_started_texts(group: Any) -> None:
     others = {**given, "texts": [text.detach().clone().requires_grad_() for text in given["texts"]]}
     with pytest.raises(ValueError, match=r"^plan: got other texts than were passed to start_gather: pass the same"):
         results(others, group=group, plan=made)
+    made = plan(given, group)
+    with torch.no_grad():
+        made.start_gather(given["texts"])
+    with pytest.raises(ValueError, match=r"^plan: got texts that require a gradient, but start_gather was called"):
+        results(given, group=group, plan=made)
+
+
+def check_frozen_texts_started_without_gradients(group: Any) -> None:
+    given = inputs(SIZES[0], group.rank())
+    given["texts"] = [text.detach() for text in given["texts"]]
+    made = plan(given, group)
+    with torch.no_grad():
+        made.start_gather(given["texts"])
+    losses = multilevel_contrastive_loss(**given, group=group, plan=made)
+    losses.sum().backward()
+    assert all(image.grad is not None for image in given["images"])
 
 
 def check_disagreements(group: Any) -> None:
@@ -255,6 +271,7 @@ CHECKS: list[Callable[[Any], None]] = [
     check_collectives,
     check_order,
     check_started_texts,
+    check_frozen_texts_started_without_gradients,
     check_disagreements,
     check_other_calls,
     check_frozen_ranks,

@@ -72,7 +72,7 @@ class ExchangePlan:
         the call. Texts that are exchanged in chunks are left to the call. All ranks start, or none.
 
         Args:
-            texts: levels x [U_l, D], which the call gets, too.
+            texts: levels x [U_l, D], which the call gets, too. If they require a gradient, gradients are enabled.
 
         Raises:
             ValueError: called twice, other shapes than were planned, or the ranks planned different calls.
@@ -91,12 +91,21 @@ class ExchangePlan:
         return None if gather is None else gather.finish()
 
     def check_call(self, texts: Sequence[Tensor]) -> None:
-        """Raise ValueError if `start_gather` was called with other texts than a call has: levels x [U_l, D]."""
+        """Raise ValueError if `start_gather` was called with other texts than a call has: levels x [U_l, D].
+
+        Also if it was called without gradients, which the texts would silently lack.
+        """
         if self._texts is None:
             return
         started, self._texts = self._texts, []  # no call after this one gets them
         if len(texts) != len(started) or any(a is not b for a, b in zip(texts, started, strict=True)):
             raise ValueError("plan: got other texts than were passed to start_gather: pass the same tensors, once")
+        lost = torch.is_grad_enabled() and self._gather is not None and not self._gather.requires_grad
+        if lost and any(text.requires_grad for text in texts):
+            raise ValueError(
+                "plan: got texts that require a gradient, but start_gather was called under torch.no_grad: call it "
+                "where gradients are enabled"
+            )
 
     def _check_texts(self, texts: Sequence[Tensor]) -> None:
         if self._texts is not None:
