@@ -120,7 +120,7 @@ def test_all_forms_of_the_argument_load_the_same_batches(first: str, second: str
         assert loader.state_dict() == listed.state_dict()
         assert loader.state_dict().keys() == {
             *("epoch", "position", "ahead"),
-            *("rank", "world_size", "seed", "scenes", "keys", "shuffle", "balance"),
+            *("rank", "world_size", "seed", "scenes", "keys", "shuffle", "balance", "balanced_batch_size"),
         }
         for x, y in zip(loader, listed, strict=True):
             assert_same(x, y)
@@ -228,11 +228,11 @@ def test_states_of_one_data_set_from_before_mixes_load(first: str) -> None:
         list(islice(loader, 2))
         state = {"epoch": 0, "position": 8, "ahead": 0, "rank": 0, "world_size": 1, "seed": 5, "scenes": 12}
         state |= {"keys": loader.shards.sets[0].digest}
-        assert loader.state_dict() == state | {"shuffle": "scenes", "balance": True}
+        assert loader.state_dict() == state | {"shuffle": "scenes", "balance": True, "balanced_batch_size": None}
         rest = list(islice(loader, 2))
     with load([first]) as loader:  # `scenes` is the order of earlier versions for a few scenes
         loader.load_state_dict(state)
-        assert loader.state_dict() == state | {"shuffle": "sorted", "balance": False}
+        assert loader.state_dict() == state | {"shuffle": "sorted", "balance": False, "balanced_batch_size": None}
         for x, y in zip(rest, islice(loader, 2), strict=True):
             assert_same(x, y)
 
