@@ -76,15 +76,23 @@ def open_url(url: str) -> tuple[Any, str]:
         UserError: fsspec does not support the protocol.
         MissingDependencyError: fsspec, or its package for this protocol, is not installed.
     """
+    scheme, separator, rest = url.partition("://")
     try:
-        fs, path = require("fsspec").core.url_to_fs(url)
+        fs, path = require("fsspec").core.url_to_fs(f"{scheme.lower()}{separator}{rest}")
     except MissingDependencyError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(f"{url}: this kind of storage requires another package: {error}") from error
+        raise MissingDependencyError(
+            f"{without_query(url)}: this kind of storage requires another package: {error}"
+        ) from error
     except (ValueError, OSError) as error:  # OSError: of an archive, which is opened already
-        raise UserError(f"{url}: not a URL that fsspec can open ({error})") from None
+        raise UserError(f"{without_query(url)}: not a URL that fsspec can open ({error})") from None
     return fs, path
+
+
+def without_query(url: str) -> str:
+    """A URL without the query of http:// and https://, which may hold a signature that messages must not show."""
+    return url.partition("?")[0] if url.lower().startswith(("http://", "https://")) else url
 
 
 def protocols_of(fs: Any) -> set[str]:

@@ -31,5 +31,5 @@ def parse_views(data: Mapped, scenes: int, sha256: str, where: str) -> npt.NDArr
     """
     if len(data) != scenes or hashlib.sha256(data).hexdigest() != sha256:
         got = f"got {len(data)} bytes, expected {scenes}" if len(data) != scenes else "the checksum differs"
-        raise UserError(f"{where}: damaged ({got}); copy the data set again, or set data.balance=false")
+        raise UserError(f"{where}: damaged ({got}); copy the data set again, or train with data.balance=false")
     return np.frombuffer(data, np.uint8)

@@ -43,6 +43,23 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("url", ["HTTP://host/a.tar?sig=secret", "file:///a/b?c"])
+def test_schemes_may_be_upper_case(url: str) -> None:
+    fs, path = remote_module.open_url(url)
+    assert path.endswith(("host/a.tar?sig=secret", "/a/b?c")) and remote_module.is_server(fs) == url.startswith("HTTP")
+
+
+def test_signatures_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for raised, expected in ((ImportError("no x"), MissingDependencyError), (ValueError("bad"), UserError)):
+
+        def fail(_: str, error: Exception = raised) -> None:
+            raise error
+
+        monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+        with pytest.raises(expected, match=r"^HTTPS://host/a\.tar: (not a URL|this kind of storage requires)"):
+            remote_module.open_url("HTTPS://host/a.tar?sig=secret")
+
+
 def make_scene(i: int) -> Scene:
     pixels = torch.randint(0, 255, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
     return Scene(f"s{i:04d}", pixels, "resting", [SceneObject("box", (4.0, 4.0, 30.0, 24.0))])

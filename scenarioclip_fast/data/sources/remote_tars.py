@@ -24,7 +24,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from scenarioclip_fast.data.check import SceneChecker
-from scenarioclip_fast.data.remote import Closed, NoRanges, Store, download, is_server, open_url, protocols_of
+from scenarioclip_fast.data.remote import (
+    Closed,
+    NoRanges,
+    Store,
+    download,
+    is_server,
+    open_url,
+    protocols_of,
+)
+from scenarioclip_fast.data.remote import without_query as _shown
 from scenarioclip_fast.data.shards import split_named
 from scenarioclip_fast.data.sources.base import Scan, SourceOptions
 from scenarioclip_fast.data.sources.tar_index import (
@@ -430,11 +439,6 @@ def _errors(url: str) -> Iterator[None]:
         what = " ".join(str(error).split()) or type(error).__name__
         what = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", what)  # as `_shown`
         raise UserError(f"{_shown(url)}: {what}") from error
-
-
-def _shown(url: str) -> str:
-    """A URL without the query of http:// and https://, which may hold a signature."""
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
 def _child(url: str, name: str) -> str:

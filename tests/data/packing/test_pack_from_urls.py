@@ -451,8 +451,8 @@ def test_a_plain_pack_to_a_url(
     """From a path and from a URL; interrupted, repeated, and repeated once complete."""
     local = pack_in_parts(source, tmp_path / "parts", 1)
     with in_memory(source) as url:
-        for named, packed in ((str(source), local), (url, expected)):
-            out = f"{url}-out-{len(named)}"
+        for number, (named, packed) in enumerate(((str(source), local), (url, expected))):
+            out = f"{url}-out-{number}"
             command = ["pack", named, "--out", out, "--shard-size", str(SIZE)]
             with monkeypatch.context() as patch:
                 Decoded(patch, 30)
