@@ -88,23 +88,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_command_fails_for_a_damaged_shard_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --verify, so that a script can check a copy of a data set."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("simplejpeg")
-    scenes = [make_scene(str(k)) for k in range(6)]
-    pack(scenes, tmp_path / "pack", shard_size=3, val=0, test=0, progress=False)
-    shard = tmp_path / "pack" / "train-000001.tar"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1  # of the padding at its end
-    shard.write_bytes(content)
-    command = ["inspect", str(tmp_path / "pack"), "--out", str(tmp_path / "out"), "--scenes", "2", "--size", "24"]
-    assert main(command) == 0
-    assert "unusable" not in capsys.readouterr().out
-    assert main([*command, "--verify"]) == 1
-    assert "unusable   3 damaged_shard" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [("--scenes", "41", "1 to 40"), ("--seed", "-1", "at least 0"), ("--size", "1000000", "1 to 1024")],

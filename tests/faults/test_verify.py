@@ -236,7 +236,7 @@ def test_inspect_counts_the_scenes_of_damaged_shards(damaged: Path, tmp_path: Pa
     command = ["inspect", str(damaged), "--out", str(tmp_path / "figures"), "--scenes", "1", "--size", "16"]
     assert main(command) == 0
     assert "unusable" not in capsys.readouterr().out
-    assert main([*command, "--verify"]) == 0
+    assert main([*command, "--verify"]) == 1
     assert f"unusable   {SHARD} damaged_shard" in capsys.readouterr().out
 
 
